@@ -1,0 +1,30 @@
+"""Headstart: language models that predict several tokens at once, and decode several tokens per pass losslessly.
+
+import headstart
+model = headstart.load("runs/demo/model")
+model.generate("def fibonacci(", max_new_tokens=200).text
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LanguageModel", "Output", "UsageError", "__version__", "load"]
+
+if TYPE_CHECKING:
+    from headstart.api import LanguageModel, Output, load
+    from headstart.errors import UsageError
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes over a second to import: `import headstart` and `headstart --help` must not pay for it.
+    if name == "UsageError":
+        from headstart.errors import UsageError
+
+        return UsageError
+    if name in __all__:
+        from headstart import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'headstart' has no attribute {name!r}")

@@ -1,0 +1,78 @@
+"""Writing so that nothing half-written ever looks whole: write beside, flush to disk, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from headstart.errors import UsageError
+
+
+def _explain(error: OSError, path: Path) -> UsageError:
+    if error.errno == errno.ENOSPC:
+        return UsageError(f"{path}: the disk is full; nothing was replaced. Free some space and run the command again")
+    return UsageError(f"{path}: cannot be written ({error.strerror}); name a place you may write to")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; on a clean exit it becomes `path` in one step, else it is removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _explain(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As `replacing_file`, for a directory. An existing directory at `path` is replaced as a whole.
+
+    A directory cannot be exchanged in one system call, so the old one is moved aside first: a kill between the two
+    renames leaves the old content under `.NAME.old-PID`, and never a half-written directory under `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise _explain(error, path) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` (UTF-8) to `path` atomically."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

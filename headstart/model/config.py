@@ -1,0 +1,181 @@
+"""The shape of a model: sizes, heads, wiring, and the thirteen sizes of the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from headstart.errors import UsageError
+
+HeadKind = Literal["transformer", "linear", "replicated"]
+Wiring = Literal["parallel", "causal", "anticausal"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder with `heads` prediction heads (paper sections 2 and B).
+
+    Transformer heads are counted among the `layers` (the paper's parameter matching: the trunk keeps
+    `layers - heads + extra_layers` blocks); linear and replicated heads leave all `layers` in the trunk.
+    """
+
+    vocab_size: int = 256
+    """Rows of the embedding and of the unembedding."""
+    dim: int = 256
+    """Width of the residual stream."""
+    layers: int = 6
+    """Transformer blocks in all, those of transformer heads included."""
+    attention_heads: int = 4
+    """Query heads of each attention."""
+    kv_heads: int | None = None
+    """Key/value heads, shared by groups of query heads (None: as many as query heads)."""
+    head_dim: int | None = None
+    """Width of one attention head (None: dim / attention_heads)."""
+    hidden_dim: int | None = None
+    """Hidden width of the SwiGLU (None: 8/3 of dim, to the nearest multiple of 32)."""
+    context: int = 512
+    """Longest sequence the model is meant for, in tokens."""
+    heads: int = 1
+    """n: how many future tokens are predicted. Head k predicts token t+k; head 1 is the next-token head."""
+    head_kind: HeadKind = "transformer"
+    """transformer: one block per head; linear: one matrix per head; replicated: one unembedding per head."""
+    wiring: Wiring = "parallel"
+    """Which latent feeds head k: parallel (the trunk's), causal (head k-1's), anticausal (head k+1's)."""
+    extra_layers: int = 0
+    """The paper's "+layers": how many blocks of the heads are added on top instead of taken from the trunk."""
+    tied: bool = False
+    """Whether the unembedding is the embedding matrix."""
+    attention_bias: bool = False
+    """Biases in the attention's linear maps."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary positions."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "layers", "attention_heads", "context", "heads"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.head_dim is None and self.dim % self.attention_heads:
+            raise UsageError(
+                f"model.dim {self.dim} is not divisible by model.attention_heads {self.attention_heads}; "
+                "change one of them or give model.head_dim"
+            )
+        if self.attention_dim // self.attention_heads % 2:
+            raise UsageError("model.head_dim must be even: rotary positions turn pairs of coordinates")
+        if self.attention_heads % self.key_value_heads:
+            raise UsageError(
+                f"model.attention_heads {self.attention_heads} is not a multiple of model.kv_heads {self.kv_heads}"
+            )
+        if self.head_kind not in ("transformer", "linear", "replicated"):
+            raise UsageError(f"model.head_kind {self.head_kind!r} is unknown; take transformer, linear or replicated")
+        if self.wiring not in ("parallel", "causal", "anticausal"):
+            raise UsageError(f"model.wiring {self.wiring!r} is unknown; take parallel, causal or anticausal")
+        if self.head_kind == "replicated" and self.wiring != "parallel":
+            raise UsageError("replicated heads have no latent of their own to chain; set model.wiring to parallel")
+        if not 0 <= self.extra_layers <= self.heads - 1:
+            raise UsageError(f"model.extra_layers is {self.extra_layers}; it must lie between 0 and heads - 1")
+        if self.head_kind != "transformer" and self.extra_layers:
+            raise UsageError(f"model.extra_layers is for transformer heads; {self.head_kind} heads take no trunk layer")
+        if self.trunk_layers < 1:
+            raise UsageError(
+                f"model.heads {self.heads} transformer heads leave no layer of {self.layers} to the trunk; "
+                "take fewer heads, more model.layers, or model.extra_layers"
+            )
+
+    @property
+    def trunk_layers(self) -> int:
+        return self.layers - self.heads + self.extra_layers if self.head_kind == "transformer" else self.layers
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.attention_heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def attention_dim(self) -> int:
+        """Width of all query heads together."""
+        return self.dim if self.head_dim is None else self.head_dim * self.attention_heads
+
+    @property
+    def dim_per_head(self) -> int:
+        return self.attention_dim // self.attention_heads
+
+    @property
+    def hidden(self) -> int:
+        return max(32, round(8 * self.dim / 3 / 32) * 32) if self.hidden_dim is None else self.hidden_dim
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """The tree of heads: entry k-1 is the head that feeds head k, 0 for the trunk (paper section B)."""
+        ks = range(1, self.heads + 1)
+        if self.wiring == "causal":
+            return tuple(k - 1 for k in ks)
+        if self.wiring == "anticausal":
+            return tuple(k + 1 if k < self.heads else 0 for k in ks)
+        return tuple(0 for _ in ks)
+
+    def children(self, k: int) -> tuple[int, ...]:
+        """The heads fed by head k, or by the trunk for k = 0."""
+        return tuple(child for child, parent in enumerate(self.parents, start=1) if parent == k)
+
+    @property
+    def plain_decoder(self) -> bool:
+        """Whether trunk and head 1 together are an ordinary Llama decoder, so that any tool can load them."""
+        return self.head_kind != "linear" or self.wiring != "anticausal"
+
+    def parameters(self) -> dict[str, int]:
+        """Exact parameter counts, without building the model: a row each of what `headstart inspect` prints."""
+        d, kv = self.dim, self.key_value_heads * self.dim_per_head
+        bias = self.attention_dim + 2 * kv + d if self.attention_bias else 0
+        block = d * (self.attention_dim + 2 * kv) + self.attention_dim * d + bias + 3 * d * self.hidden + 2 * d
+        if self.head_kind == "transformer":
+            per_head = [block] * self.heads
+        elif self.head_kind == "linear":
+            # Head 1 reads the trunk as it is, so that trunk + head 1 stays a plain decoder; see heads.py.
+            per_head = [0 if k == 1 and self.plain_decoder else d * d for k in range(1, self.heads + 1)]
+        else:
+            per_head = [0] + [self.vocab_size * d] * (self.heads - 1)
+        counts = {
+            "embedding": self.vocab_size * d,
+            "trunk": self.trunk_layers * block,
+            "heads": sum(per_head),
+            "unembedding": d + (0 if self.tied else self.vocab_size * d),
+        }
+        counts["total"] = sum(counts.values())
+        counts["non_embedding"] = counts["total"] - counts["embedding"] - (0 if self.tied else self.vocab_size * d)
+        # What ordinary decoding with head 1 reads: the heads on the way from the trunk to head 1.
+        path, k = 0, 1
+        while k:
+            path += per_head[k - 1]
+            k = self.parents[k - 1]
+        counts["next_token_path"] = counts["total"] - counts["heads"] + path
+        return counts
+
+
+def _paper(dim: int, layers: int, attention_heads: int, context: int) -> ModelConfig:
+    return ModelConfig(vocab_size=32000, dim=dim, layers=layers, attention_heads=attention_heads, context=context)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # Table S14. The first seven are named by non-embedding parameters, the last six by all parameters. Context: S13.
+    "1M": _paper(128, 5, 4, 2048),
+    "3M": _paper(256, 4, 8, 2048),
+    "10M": _paper(384, 6, 8, 2048),
+    "30M": _paper(512, 10, 8, 2048),
+    "100M": _paper(768, 14, 12, 2048),
+    "300M": _paper(1024, 25, 16, 2048),
+    "1B": _paper(1536, 36, 24, 2048),
+    "0.3B": _paper(1024, 18, 16, 4096),
+    "0.6B": _paper(1280, 27, 20, 4096),
+    "1.3B": _paper(2048, 24, 16, 4096),
+    "3B": _paper(2560, 36, 20, 4096),
+    "6.7B": _paper(4096, 32, 32, 4096),
+    "13B": _paper(5120, 40, 40, 4096),
+}
+
+
+def preset(name: str, **changes: object) -> ModelConfig:
+    """One of the paper's sizes (Table S14), with `changes` to any field: `preset("100M", heads=4)`."""
+    if name not in PRESETS:
+        raise UsageError(f"no size is called {name!r}; there are {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)  # type: ignore[arg-type]

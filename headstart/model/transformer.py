@@ -1,0 +1,113 @@
+"""The model: a trunk and n heads on it. It knows nothing of losses, files or devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from headstart.model.config import ModelConfig
+from headstart.model.heads import Unembedding, make_heads
+from headstart.model.layers import Attend, Block, DocumentAttention, RMSNorm, causal_attention, rotary_tables
+
+
+class Trunk(nn.Module):
+    """Token embedding and the shared transformer blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.trunk_layers))
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Callable[[int], Attend] = lambda layer: causal_attention,
+    ) -> Tensor:
+        """(B, T) int64 -> z (B, T, D). `attend(layer)` gives the attention of that block."""
+        z_BTD = self.embedding(tokens_BT)
+        for layer, block in enumerate(self.blocks):
+            z_BTD = block(z_BTD, rotary, attend(layer))
+        return z_BTD
+
+
+class Transformer(nn.Module):
+    """A decoder with n prediction heads (paper section 2): trunk -> tree of heads -> shared unembedding.
+
+    Calling it gives next-token logits (B, T, V), or with `heads=K` the logits of heads 1..K, (B, T, K, V).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.trunk = Trunk(config)
+        self.heads = make_heads(config)
+        self.unembedding = Unembedding(config, self.trunk.embedding.weight if config.tied else None)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights of deviation 0.02; maps back into the residual stream narrowed by sqrt(2 x blocks), as GPT-2.
+        The paper does not give its initialisation; this is our default."""
+        deviation = 0.02
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=deviation, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=deviation, generator=generator)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, Unembedding):
+                for weight in module.weights:
+                    nn.init.normal_(weight, std=deviation, generator=generator)
+        narrow = 1 / math.sqrt(2 * self.config.layers)
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, Block):
+                    module.attention.out.weight.mul_(narrow)
+                    module.mlp.down.weight.mul_(narrow)
+
+    def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin tables (..., 1, E) for integer positions of any shape."""
+        return rotary_tables(positions, self.config.dim_per_head, self.config.rope_theta, dtype)
+
+    def path(self, k: int) -> list[int]:
+        """The heads between the trunk and head k, in order of computation, head k last."""
+        order = []
+        while k:
+            order.append(k)
+            k = self.config.parents[k - 1]
+        return order[::-1]
+
+    def latents(self, tokens_BT: Tensor, ks: list[int], documents_BT: Tensor | None = None) -> dict[int, Tensor]:
+        """Latents (B, T, D) of the heads `ks` and of what they hang on; entry 0 is the trunk's output z.
+
+        `documents_BT` (int64) keeps attention inside documents.
+        """
+        attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
+        dtype = compute_dtype(self.trunk.embedding.weight)
+        rotary = self.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
+        latents = {0: self.trunk(tokens_BT, rotary, lambda layer: attend)}
+        for k in ks:
+            for step in self.path(k):
+                if step not in latents:
+                    latents[step] = self.heads[step - 1](latents[self.config.parents[step - 1]], rotary, attend)
+        return latents
+
+    def forward(self, tokens_BT: Tensor, heads: int | None = None, documents_BT: Tensor | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, V) next-token logits; with `heads=K`: (B, T, K, V), entry k-1 predicting token t+k."""
+        ks = list(range(1, (heads or 1) + 1))
+        latents = self.latents(tokens_BT, ks, documents_BT)
+        if heads is None:
+            return self.unembedding(latents[1])
+        return torch.stack([self.unembedding(latents[k], k) for k in ks], dim=2)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What products with `weight` run in: the autocast dtype, or the weight's own."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

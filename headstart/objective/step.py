@@ -1,0 +1,137 @@
+"""The training step: one depth-first walk over the tree of heads, and the joint reference tests compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headstart.data.batches import IGNORE
+from headstart.model.layers import Attend, DocumentAttention, causal_attention
+from headstart.model.transformer import Transformer, compute_dtype
+from headstart.objective.cross_entropy import LOGITS_BYTES, Scores, linear_cross_entropy, linear_scores
+
+
+@dataclass
+class HeadLosses:
+    """What a step saw, without any graph: nothing here can be scaled or differentiated by mistake."""
+
+    sums: Tensor
+    """(n,) fp32: summed unweighted cross-entropy of each head, in nats."""
+    counts: Tensor
+    """(n,) int64: valid targets of each head."""
+
+
+def count_targets(targets_BTn: Tensor) -> Tensor:
+    """(B, T, n) int64 -> (n,) int64 valid targets of each head."""
+    return (targets_BTn != IGNORE).sum((0, 1))
+
+
+def walk_step(
+    model: Transformer,
+    tokens_BT: Tensor,
+    targets_BTn: Tensor,
+    counts_n: Tensor,
+    weights: Sequence[float] | None = None,
+    documents_BT: Tensor | None = None,
+    budget: int = LOGITS_BYTES,
+) -> HeadLosses:
+    """Adds to each parameter's gradient that of sum_k weights[k-1] / counts[k-1] * sum_t CE(head k at t, targets[t, k]).
+
+    The paper's memory-efficient forward and backward (section 2), for any tree of heads: each head is entered with a
+    detached alias of its parent's latent, its own loss is differentiated at once and its logits freed, its children
+    are visited, and only then is it differentiated, once, with the sum of their gradients. At any moment one head's
+    chunk of logits exists, on the parallel tree one head's activations: O(V + d) instead of O(nV + d). Gradients equal
+    those of `joint_step` to rounding.
+
+    Args:
+        tokens_BT: (B, T) int64.
+        targets_BTn: (B, T, n) int64, entry k-1 the target of head k, `IGNORE` where there is none.
+        counts_n: (n,) valid targets of each head in the *whole* optimiser step: with accumulation or several processes
+            the sum over all of them, so that 1 x 4 micro-batches equal 4 x 1 whatever they hold.
+        weights: n head weights; None: all 1, as the paper.
+        documents_BT: (B, T) int64, to keep attention inside documents; None: rows are plain.
+        budget: bytes of fp32 logits held at once.
+    """
+    config = model.config
+    attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
+    dtype = compute_dtype(model.trunk.embedding.weight)
+    rotary = model.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
+    # A head without valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
+    scales = torch.as_tensor(weights or [1.0] * config.heads, device=tokens_BT.device) / counts_n.clamp_min(1)
+    sums: list[Tensor] = [torch.empty(0)] * config.heads
+
+    def visit(k: int, parent: Tensor) -> Tensor:
+        """Differentiates head k and all that hangs on it; gives the gradient in its parent's latent (B, T, D)."""
+        alias = parent.detach().requires_grad_()
+        latent = model.heads[k - 1](alias, rotary, attend)
+        leaf = latent.detach().requires_grad_()
+        score = partial(linear_cross_entropy, targets=targets_BTn[..., k - 1], budget=budget)
+        loss = model.unembedding(leaf, k, using=score)
+        sums[k - 1] = loss.detach()
+        (loss * scales[k - 1]).backward()
+        gradient = _sum_gradients(leaf, (visit(child, leaf) for child in config.children(k)))
+        latent.backward(gradient)
+        assert alias.grad is not None
+        return alias.grad
+
+    z_BTD = model.trunk(tokens_BT, rotary, lambda layer: attend)
+    leaf = z_BTD.detach()
+    z_BTD.backward(_sum_gradients(leaf, (visit(k, leaf) for k in config.children(0))))
+    return HeadLosses(torch.stack(sums).float(), count_targets(targets_BTn))
+
+
+def _sum_gradients(leaf: Tensor, others: Iterator[Tensor]) -> Tensor:
+    """The gradient already in `leaf` plus `others`, added in fp32 at least: n heads meet here, bf16 rounds each sum."""
+    total = None if leaf.grad is None else leaf.grad
+    for gradient in others:
+        wide = gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
+        total = wide if total is None else total + wide
+    assert total is not None
+    return total.to(leaf.dtype)
+
+
+def joint_step(
+    model: Transformer,
+    tokens_BT: Tensor,
+    targets_BTn: Tensor,
+    counts_n: Tensor,
+    weights: Sequence[float] | None = None,
+    documents_BT: Tensor | None = None,
+) -> HeadLosses:
+    """The same gradients as `walk_step` by ordinary autograd over all heads' logits at once: slow, large, obvious."""
+    n = model.config.heads
+    logits_BTnV = model(tokens_BT, heads=n, documents_BT=documents_BT)
+    sums = torch.stack(
+        [
+            F.cross_entropy(
+                logits_BTnV[..., k, :].flatten(0, 1),
+                targets_BTn[..., k].flatten(),
+                ignore_index=IGNORE,
+                reduction="sum",
+            )
+            for k in range(n)
+        ]
+    )
+    scales = torch.as_tensor(weights or [1.0] * n, device=tokens_BT.device) / counts_n.clamp_min(1)
+    (sums * scales).sum().backward()
+    return HeadLosses(sums.detach().float(), count_targets(targets_BTn))
+
+
+@torch.no_grad()
+def score_step(
+    model: Transformer, tokens_BT: Tensor, targets_BTn: Tensor, documents_BT: Tensor | None = None
+) -> list[Scores]:
+    """Loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's."""
+    ks = list(range(1, model.config.heads + 1))
+    latents = model.latents(tokens_BT, ks, documents_BT)
+    scores: list[Scores] = []
+    for k in ks:
+        model.unembedding(
+            latents[k], k, using=lambda x, w, k=k: scores.append(linear_scores(x, w, targets_BTn[..., k - 1]))
+        )
+    return scores
