@@ -1,0 +1,174 @@
+"""What `import headstart` offers: load a model, generate, stream, ask for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.engine import Engine, Generation, Request, Stats, generate_all
+from headstart.decoding.packing import pack
+from headstart.decoding.sampling import Sampling
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.model_directory import load_model, load_model_tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Output:
+    """One generated text."""
+
+    text: str
+    """What was generated, the prompt and a stop string excluded; "" for a model without a tokenizer."""
+    tokens: list[int]
+    """Generated token ids, an end token excluded."""
+    finish_reason: str
+    """"end" (end token), "stop" (stop string) or "length"."""
+    origins: list[int]
+    """For each token the head that proposed it: 1, or k for an accepted draft of head k."""
+    stats: Stats
+
+    @classmethod
+    def of(cls, generation: Generation) -> Output:
+        return cls(
+            generation.text,
+            generation.tokens,
+            generation.finish_reason or "",
+            generation.origins,
+            generation.stats,
+        )
+
+
+class LanguageModel:
+    """A model ready to decode, with its tokenizer. Made by `headstart.load`."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None) -> None:
+        self.config: ModelConfig = model.config
+        self._model = pack(model)
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Has `encode(text)` and `decode(tokens)`. Raises UsageError if the model directory holds none."""
+        if self._tokenizer is None:
+            raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
+        return self._tokenizer
+
+    def engine(self, slots: int = 1, context: int | None = None, exact: bool = True) -> Engine:
+        """A decoding engine over this model, for many requests at once."""
+        return Engine(self._model, slots=slots, context=context, tokenizer=self._tokenizer, exact=exact)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        heads: int | None = None,
+        exact: bool = True,
+        stop: Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> Output | list[Output]:
+        """Continues a prompt (text or token ids), or a list of prompts as one ragged batch.
+
+        Args:
+            max_new_tokens: at most this many tokens; fewer where the model's context ends.
+            temperature: 0 is greedy. top_k, top_p, min_p: see `Sampling`.
+            seed: of the sampling noise; with a list of prompts also a list. The same seed gives the same text.
+            heads: K, how many heads decode (None: all). The output does not depend on it.
+            exact: bit-identical output for every `heads`; False: the fastest shapes, equal up to rounding.
+            stop: strings that end the text.
+
+        Returns:
+            An Output, or a list of them for a list of prompts.
+
+        Raises:
+            UsageError: an empty prompt, one longer than the context, unknown tokens, settings out of range.
+        """
+        many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
+        prompts: list[Prompt] = list(prompt) if many else [prompt]  # type: ignore[arg-type, list-item]
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(prompts):
+            raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
+        requests = [
+            Request(
+                prompt=self._ids(text),
+                max_new_tokens=max_new_tokens,
+                sampling=Sampling(temperature, top_k, top_p, min_p, key),
+                heads=heads,
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            )
+            for text, key in zip(prompts, seeds)
+        ]
+        engine = self.engine(len(requests), self._context_for(requests), exact)
+        outputs = [Output.of(generation) for generation in generate_all(engine, requests)]
+        return outputs if many else outputs[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        heads: int | None = None,
+        exact: bool = True,
+        stop: Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> Iterator[str]:
+        """As `generate` for one prompt: yields text as it is committed, whole characters only."""
+        _ = self.tokenizer
+        request = Request(
+            prompt=self._ids(prompt),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+            heads=heads,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        )
+        engine = self.engine(1, self._context_for([request]), exact)
+        engine.submit(request)
+        return (text for _, text in engine.run() if text)
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor | Sequence[Sequence[int]], heads: int | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, K, V) logits of heads 1..K (None: all), entry k-1 predicting t+k; no gradient."""
+        tokens_BT = torch.as_tensor(tokens, device=self._model.trunk.embedding.weight.device)
+        return self._model(tokens_BT, heads=self.config.heads if heads is None else heads)
+
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _context_for(self, requests: Sequence[Request]) -> int:
+        """No more cache than these requests can fill."""
+        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+        return min(self.config.context, longest)
+
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
+
+
+def load(path: str | Path, dtype: str | torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
+    """Opens a model directory: one that `headstart train` wrote, or a plain Hugging Face Llama directory.
+
+    Args:
+        dtype: "bfloat16", "float32", ... (None: as stored).
+        device: "cpu", "cuda", ...
+
+    Raises:
+        UsageError: the directory is missing, foreign, truncated or of an unsupported kind.
+    """
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
+        dtype = _DTYPES[dtype]
+    return LanguageModel(load_model(path, dtype=dtype, device=device), load_model_tokenizer(path))

@@ -1,0 +1,88 @@
+"""Keys and values of every block, trunk and heads alike, one row of the buffers per slot."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headstart.model.config import ModelConfig
+from headstart.model.layers import Attend
+
+
+class KVCache:
+    """Buffers (layers, slots, kv_heads, capacity, E). Rolling back is forgetting: a slot's length lies with its owner,
+    rows beyond it are masked, and the next window overwrites them.
+
+    Head k's block is layer `trunk_layers + k - 1`. A head reads only the trunk (or another head) at positions it has
+    seen, so its keys at position p depend on tokens up to p alone: what was accepted is right and stays.
+    """
+
+    def __init__(
+        self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        heads = config.heads if config.head_kind == "transformer" else 0
+        shape = (config.trunk_layers + heads, slots, config.key_value_heads, capacity, config.dim_per_head)
+        # Zeros, not empty: a masked NaN still poisons a row of attention.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class CachedAttention:
+    """The attention of one pass: writes the new rows' keys and values, then attends to everything up to each row.
+
+    Args:
+        slots: the range of slots in this pass, S of them.
+        positions_SW: (S, W) int64 absolute position of each row, consecutive in each slot.
+        span: how many cached positions are read. Must exceed every position.
+        starts: the first column of `positions_SW` as Python numbers where the host knows it (saves indexed writes).
+    """
+
+    def __init__(
+        self, cache: KVCache, slots: slice, positions_SW: Tensor, span: int, starts: list[int] | None = None
+    ) -> None:
+        self.cache, self.slots, self.positions, self.span, self.starts = cache, slots, positions_SW, span, starts
+        self.mask = (torch.arange(span, device=positions_SW.device) <= positions_SW[..., None])[:, None]  # (S,1,W,span)
+
+    def _write(self, cache_SKTE: Tensor, rows_SKWE: Tensor) -> None:
+        if self.starts is not None and len(self.starts) <= 2:  # slices are cheaper than an indexed write
+            for slot, start in enumerate(self.starts):
+                cache_SKTE[slot, :, start : start + rows_SKWE.shape[2]] = rows_SKWE[slot]
+        else:
+            index = torch.arange(cache_SKTE.shape[0], device=rows_SKWE.device)[:, None]
+            cache_SKTE.transpose(1, 2)[index, self.positions] = rows_SKWE.transpose(1, 2).to(cache_SKTE.dtype)
+
+    def layer(self, layer: int, row_S: Tensor | None = None) -> Attend:
+        """The attention of block `layer`; with `row_S` (S,) only that row of each slot asks, the rest is only kept."""
+        keys, values = self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots]
+
+        def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
+            self._write(keys, k_SKWE)
+            self._write(values, v_SKWE)
+            mask = self.mask
+            if row_S is not None:
+                q_SHWE, mask = pick(q_SHWE, row_S, 2), pick(mask, row_S, 2)
+            y = F.scaled_dot_product_attention(
+                q_SHWE.to(keys.dtype),
+                keys[:, :, : self.span],
+                values[:, :, : self.span],
+                attn_mask=mask,
+                enable_gqa=q_SHWE.shape[1] != k_SKWE.shape[1],
+            )
+            return y.to(v_SKWE.dtype)
+
+        return attend
+
+
+def pick(x: Tensor, row_S: Tensor, dim: int) -> Tensor:
+    """x[s, ..., row_S[s], ...] for each s, the picked axis kept with size 1."""
+    shape = [1] * x.dim()
+    shape[0] = -1
+    sizes = list(x.shape)
+    sizes[dim] = 1
+    return x.gather(dim, row_S.view(shape).expand(sizes))

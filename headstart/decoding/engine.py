@@ -1,0 +1,273 @@
+"""The engine: slots, each at its own length, decoded together pass by pass. Everything that generates runs on it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.step import DecodingState, decode_step, prefill
+from headstart.decoding.stopping import Stopper
+from headstart.errors import UsageError
+from headstart.model.transformer import Transformer
+
+EXACT_SPAN = 512
+"""Exact decoding reads keys and values in multiples of this many positions: the block of torch's CPU attention. With
+spans inside a block the last bits of a row depend on the span, hence on where its window happened to start; whole
+blocks of masked positions add exactly nothing (docs/lab-notes.md)."""
+SPAN = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to generate."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    heads: int | None = None
+    """K: how many heads to use, head 1 included (None: all the model has; 1: plain decoding)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+
+
+@dataclass
+class Stats:
+    """What a generation cost."""
+
+    passes: int = 0
+    """Trunk passes after the prompt."""
+    tokens: int = 0
+    """Tokens generated."""
+    drafted: list[int] = field(default_factory=list)
+    """Entry k-2: passes in which head k had a draft in the window."""
+    accepted: list[int] = field(default_factory=list)
+    """Entry k-2: passes in which the draft of head k was accepted."""
+    seconds: float = 0.0
+    """From the prompt's prefill to the last token, waiting for other slots included."""
+    prefill_seconds: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Entry k-2: the share of head k's drafts that were accepted (with all before them)."""
+        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted)]
+
+
+class Generation:
+    """A request on its way. `tokens`, `text` and `finish_reason` grow as passes commit."""
+
+    def __init__(self, request: Request, heads: int, stopper: Stopper) -> None:
+        self.request = request
+        self.heads = heads
+        self.stats = Stats(drafted=[0] * (heads - 1), accepted=[0] * (heads - 1))
+        self.origins: list[int] = []
+        """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k."""
+        self.slot: int | None = None
+        self._stopper = stopper
+        self._started = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._stopper.tokens
+
+    @property
+    def text(self) -> str:
+        return self._stopper.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._stopper.finish_reason
+
+    @property
+    def finished(self) -> bool:
+        return self._stopper.finish_reason is not None
+
+    def commit(self, tokens: list[int]) -> str:
+        """Takes the tokens of one pass: accepted drafts of heads 2, 3, ... and then head 1's own token."""
+        before = len(self.tokens)
+        released = self._stopper.push(tokens)
+        self.origins += [*range(2, len(tokens) + 1), 1][: len(self.tokens) - before]
+        self.stats.tokens = len(self.tokens)
+        self.stats.seconds = time.perf_counter() - self._started
+        return released
+
+    def cancel(self) -> str:
+        return self._stopper.cancel()
+
+
+class Engine:
+    """Decodes up to `slots` requests at once; more wait in a queue.
+
+    Args:
+        model: in decoding form (`packing.pack`).
+        slots: rows of the caches.
+        context: most positions a request may reach (default: the model's).
+        exact: True fixes the shapes of a pass (all n rows of a window, all slots, whole attention blocks), so that a
+            request's output is bit for bit the same for every number of heads. False makes every pass as small as it
+            can be: faster with few heads, equal up to rounding.
+        deferred: see `decode_step`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        slots: int = 1,
+        context: int | None = None,
+        tokenizer: Tokenizer | None = None,
+        exact: bool = True,
+        deferred: bool = True,
+    ) -> None:
+        if slots < 1:
+            raise UsageError(f"an engine needs at least one slot, not {slots}")
+        self.model, self.tokenizer, self.exact, self.deferred = model, tokenizer, exact, deferred
+        self.context = context or model.config.context
+        self.step_span = EXACT_SPAN if exact else SPAN
+        capacity = _round_up(self.context + model.config.heads, self.step_span)
+        weight = model.trunk.embedding.weight
+        # On a CPU, torch's attention over bf16 keys is up to eight times slower than over fp32 ones.
+        cache_dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        self.state = DecodingState.empty(model, slots, capacity, cache_dtype)
+        self._live: list[Generation | None] = [None] * slots
+        self._lengths = [0] * slots
+        self._waiting: deque[Generation] = deque()
+
+    def submit(self, request: Request) -> Generation:
+        """Queues a request. Raises UsageError if it does not fit this model."""
+        config = self.model.config
+        heads = config.heads if request.heads is None else request.heads
+        if not 1 <= heads <= config.heads:
+            raise UsageError(f"heads is {heads}; this model has {config.heads}, take 1 (plain decoding) to that many")
+        if not request.prompt:
+            raise UsageError("the prompt is empty; give at least one token (to start a document, its end token)")
+        if request.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {request.max_new_tokens}; it must be at least 1")
+        if len(request.prompt) >= self.context:
+            raise UsageError(
+                f"the prompt has {len(request.prompt)} tokens; the context is {self.context}, which must also hold "
+                "what is generated: shorten the prompt"
+            )
+        largest, smallest = max(request.prompt), min(request.prompt)
+        if smallest < 0 or largest >= config.vocab_size:
+            bad = smallest if smallest < 0 else largest
+            raise UsageError(f"the prompt holds token {bad}; this model's vocabulary has {config.vocab_size} tokens")
+        room = self.context - len(request.prompt)
+        end_id = None if self.tokenizer is None else self.tokenizer.end_id
+        stopper = Stopper(min(request.max_new_tokens, room), end_id, request.stop, self.tokenizer)
+        generation = Generation(request, heads, stopper)
+        self._waiting.append(generation)
+        return generation
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting) or any(self._live)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Generation, str]]:
+        """Admits what fits, runs one pass over the live slots, and returns what each committed (its released text)."""
+        self._admit()
+        live = [(slot, g) for slot, g in enumerate(self._live) if g is not None]
+        if not live:
+            return []
+        last = len(self._live) if self.exact else live[-1][0] + 1
+        heads = max(g.heads for _, g in live)
+        rows = self.model.config.heads if self.exact else heads
+        slots = slice(0, last)
+        # Slots between the live ones run along on what they last held; their results are never read.
+        starts = self._lengths[slots]
+        tokens_SW, accepted_S = decode_step(
+            self.model,
+            self.state,
+            slots,
+            rows=rows,
+            heads=heads,
+            span=min(_round_up(max(starts) + rows, self.step_span), self.state.cache.capacity),
+            starts=starts,
+            deferred=self.deferred,
+        )
+        tokens, accepted = tokens_SW.tolist(), accepted_S.tolist()
+        results = []
+        for slot, generation in live:
+            committed = tokens[slot][: accepted[slot] + 1]
+            self._lengths[slot] += len(committed)
+            stats = generation.stats
+            if stats.passes:  # the first window holds no drafts
+                for i in range(min(generation.heads, rows) - 1):
+                    stats.drafted[i] += 1
+                    stats.accepted[i] += i < accepted[slot]
+            stats.passes += 1
+            results.append((generation, generation.commit(committed)))
+        for slot in range(last):
+            generation_or_none = self._live[slot]
+            if generation_or_none is None or generation_or_none.finished:
+                self._free(slot)
+        return results
+
+    def run(self) -> Iterator[tuple[Generation, str]]:
+        """Steps until nothing is left."""
+        while self.busy:
+            yield from self.step()
+
+    def cancel(self, generation: Generation) -> None:
+        """Ends a request now: it leaves the queue, or its slot is free for the next step."""
+        generation.cancel()
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+        elif generation.slot is not None:
+            self._free(generation.slot)
+
+    def _free(self, slot: int) -> None:
+        self._live[slot] = None
+        # An idle slot stands at position 0, so that it never lengthens the span nor runs over its buffer.
+        self._lengths[slot] = 0
+        self.state.length_S[slot] = 0
+        self.state.drafted_S[slot] = 0
+
+    def _admit(self) -> None:
+        for slot, occupant in enumerate(self._live):
+            if occupant is not None or not self._waiting:
+                continue
+            generation = self._waiting.popleft()
+            generation.slot = slot
+            generation._started = time.perf_counter()
+            self._live[slot] = generation
+            self._start(slot, generation.request, generation.heads)
+            generation.stats.prefill_seconds = time.perf_counter() - generation._started
+
+    def _start(self, slot: int, request: Request, heads: int) -> None:
+        """The prompt but its last token goes to the caches; the last one is the root of the first window."""
+        state = self.state
+        prompt = torch.tensor(request.prompt, device=state.length_S.device)
+        prefill(self.model, state, slot, prompt[:-1], heads)
+        state.length_S[slot] = self._lengths[slot] = len(prompt) - 1
+        state.window_SW[slot] = 0
+        state.window_SW[slot, 0] = prompt[-1]
+        state.drafted_S[slot] = 0
+        state.heads_S[slot] = heads
+        state.sampling.set(slot, request.sampling)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def generate_all(engine: Engine, requests: Sequence[Request]) -> list[Generation]:
+    """Runs `requests` to their ends; results in the order given."""
+    generations = [engine.submit(request) for request in requests]
+    for _ in engine.run():
+        pass
+    return generations

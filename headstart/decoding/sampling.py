@@ -1,0 +1,129 @@
+"""Choosing tokens: greedy, or sampled with noise that belongs to the position.
+
+A sampled token is argmax(transformed logits + g), where the Gumbel noise g is a hash of (seed, absolute position, token
+id): drawing the same position again, in another window, batch or slot, with or without drafts, gives the same token.
+Draft and verification share it, so a speculative sample *is* the plain sample of that seed (Daliri et al., 2408.07978).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headstart.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits. The transforms apply in this order: temperature, top_k, top_p, min_p."""
+
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens (0: all). Tokens tied with the k-th are kept too."""
+    top_p: float = 1.0
+    """Keep the most probable tokens that together reach this probability (1: all)."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable relative to the most probable one (0: all)."""
+    seed: int = 0
+    """Key of the noise. The same seed gives the same text."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise UsageError(f"top_k is {self.top_k}; it must be 0 (all) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+
+
+_M1, _M2, _STEP = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # SplitMix64's, as signed integers
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64. Torch shifts arithmetically: the masks make the shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _M1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _M2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def position_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise (..., V) fp32 for int64 `seeds` and `positions` of one shape (...).
+
+    A pure function of (seed, position, token id): integer arithmetic, so the same on every device and for every shape.
+    """
+    key = _mix(_mix(seeds + _STEP) + positions * _STEP)
+    ids = torch.arange(1, vocab_size + 1, device=positions.device) * _STEP
+    bits = _mix(key[..., None] + ids) >> 32 & 0xFFFFFFFF
+    # A 32-bit uniform in (0, 1). Through log1p its smallest values, which decide about improbable tokens, stay exact to
+    # 2^-33; the clamp keeps rounding from making the largest exactly 1.
+    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+class SamplingRows:
+    """The settings of all slots as tensors (S,), and which transforms any of them needs (kept on the host)."""
+
+    def __init__(self, slots: int, device: torch.device | str) -> None:
+        self._of: list[Sampling] = [Sampling()] * slots
+        self.temperature = torch.zeros(slots, device=device)
+        self.top_k = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.top_p = torch.ones(slots, device=device)
+        self.min_p = torch.zeros(slots, device=device)
+        self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def set(self, slot: int, sampling: Sampling) -> None:
+        self._of[slot] = sampling
+        self.temperature[slot] = sampling.temperature
+        self.top_k[slot] = sampling.top_k
+        self.top_p[slot] = sampling.top_p
+        self.min_p[slot] = sampling.min_p
+        # Any Python integer is a seed: it is folded into 64 signed bits.
+        self.seed[slot] = (sampling.seed + 2**63) % 2**64 - 2**63
+
+    def choose(self, logits_SRV: Tensor, positions_SR: Tensor, slots: slice) -> Tensor:
+        """Tokens (S, R) int64 for logits (S, R, V) of the tokens at absolute `positions_SR`."""
+        greedy = logits_SRV.argmax(-1)
+        settings = self._of[slots]
+        if all(s.temperature == 0 for s in settings):
+            return greedy
+        temperature = self.temperature[slots, None, None]
+        x = logits_SRV.float() / torch.where(temperature > 0, temperature, 1)
+        if any(s.top_k for s in settings):
+            x = _keep_top_k(x, self.top_k[slots, None], max(s.top_k for s in settings))
+        if any(s.top_p < 1 for s in settings):
+            x = _keep_top_p(x, self.top_p[slots, None, None])
+        if any(s.min_p for s in settings):
+            floor = x.amax(-1, keepdim=True) + self.min_p[slots, None, None].log()  # log 0 = -inf: nothing is dropped
+            x = x.masked_fill(x < floor, float("-inf"))
+        noise = position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, x.shape[-1])
+        return torch.where(temperature[..., 0] > 0, (x + noise).argmax(-1), greedy)
+
+
+def _keep_top_k(x_SRV: Tensor, k_S1: Tensor, largest: int) -> Tensor:
+    # By threshold, not by index: the result is a function of the row's values alone, ties included.
+    best = x_SRV.topk(min(largest, x_SRV.shape[-1]), dim=-1).values
+    index = (k_S1.clamp(1, best.shape[-1]) - 1).expand(x_SRV.shape[:2]).unsqueeze(-1)
+    floor = best.gather(-1, index).masked_fill((k_S1 == 0)[..., None], float("-inf"))
+    return x_SRV.masked_fill(x_SRV < floor, float("-inf"))
+
+
+def _keep_top_p(x_SRV: Tensor, p_S11: Tensor) -> Tensor:
+    total = x_SRV.logsumexp(-1, keepdim=True)
+    size = min(256, x_SRV.shape[-1])
+    # The head of the distribution nearly always holds the mass; the whole vocabulary is sorted only where it does not.
+    # Both ways give the same values in the same order, hence the same threshold.
+    while True:
+        best = x_SRV.topk(size, dim=-1).values
+        before = (best - total).exp().cumsum(-1).roll(1, -1)
+        before[..., 0] = 0
+        inside = before < p_S11
+        if size == x_SRV.shape[-1] or not bool(inside[..., -1].any()):
+            break
+        size = x_SRV.shape[-1]
+    floor = best.masked_fill(~inside, float("inf")).amin(-1, keepdim=True)
+    return x_SRV.masked_fill((x_SRV < floor) & (p_S11 < 1), float("-inf"))

@@ -1,0 +1,178 @@
+"""The decoding step: feed the window, verify it with head 1, accept, draft the next one. All in one pass.
+
+This is the merged form of blockwise parallel decoding (Stern et al. 2018, section 4; paper section 2, inference). The
+state of a slot is how many positions its caches hold (`length`) and a window whose first token, the root, is decided
+but not yet cached, followed by drafts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from headstart.decoding.cache import CachedAttention, KVCache, pick
+from headstart.decoding.packing import PackedUnembedding
+from headstart.decoding.sampling import SamplingRows
+from headstart.model.heads import PassHead
+from headstart.model.transformer import Transformer
+
+
+@dataclass
+class DecodingState:
+    """Everything that lives on the device between two steps. S slots, W = n rows of a full window."""
+
+    cache: KVCache
+    length_S: Tensor
+    """(S,) int64: positions whose keys and values count, the root's excluded."""
+    window_SW: Tensor
+    """(S, n) int64: root and drafts."""
+    drafted_S: Tensor
+    """(S,) int64: how many of the window's tokens after the root are drafts; the rest is padding, never accepted."""
+    heads_S: Tensor
+    """(S,) int64: how many heads the slot uses, head 1 included."""
+    sampling: SamplingRows
+    rotary: tuple[Tensor, Tensor]
+    """cos and sin (capacity, 1, E) of every position a slot can reach."""
+
+    def rotary_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.rotary[0][positions], self.rotary[1][positions]
+
+    @classmethod
+    def empty(cls, model: Transformer, slots: int, capacity: int, cache_dtype: torch.dtype) -> DecodingState:
+        device = model.trunk.embedding.weight.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        return cls(
+            cache=KVCache(model.config, slots, capacity, cache_dtype, device),
+            length_S=zeros(slots),
+            window_SW=zeros(slots, model.config.heads),
+            drafted_S=zeros(slots),
+            heads_S=zeros(slots) + 1,
+            sampling=SamplingRows(slots, device),
+            rotary=model.rotary(torch.arange(capacity, device=device), model.trunk.embedding.weight.dtype),
+        )
+
+
+def decode_step(
+    model: Transformer,
+    state: DecodingState,
+    slots: slice,
+    *,
+    rows: int,
+    heads: int,
+    span: int,
+    starts: list[int] | None = None,
+    deferred: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """One pass over the windows of `slots`; updates `state` in place, without a value going to the host.
+
+    Args:
+        model: in decoding form (`packing.pack`).
+        rows: W', how many tokens of each window are fed. Floating point gives a row other last bits when this number
+            changes, so exact decoding keeps it at n whatever `heads` is.
+        heads: K, the most heads any of these slots uses; heads 2..K draft.
+        span: cached positions that attention reads; more than every position of the pass.
+        starts: `length_S` as Python numbers, where the host has them.
+        deferred: whether drafting heads run on the accepted row only (their keys and values are made for all rows);
+            False runs them on every row, as tests compare.
+
+    Returns:
+        tokens (S, W') int64 and accepted (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
+    """
+    length = state.length_S[slots]
+    window = state.window_SW[slots, :rows]
+    arange = torch.arange(rows, device=window.device)
+    positions = length[:, None] + arange
+    rotary = state.rotary_at(positions)
+    attention = CachedAttention(state.cache, slots, positions, span, starts)
+
+    latents = {0: model.trunk(window, rotary, attention.layer)}
+    for k in model.path(1):
+        _head(model, k, latents, rotary, attention)
+    logits = model.unembedding(latents[1])  # (S, W', V)
+    tokens = state.sampling.choose(logits, positions + 1, slots)
+
+    # Draft j of the window is right if head 1, having read what is before it, says the same.
+    matches = (window[:, 1:] == tokens[:, :-1]) & (arange[1:] <= state.drafted_S[slots, None])
+    accepted = matches.long().cumprod(1).sum(1)
+
+    state.length_S[slots] = length + accepted + 1
+    state.window_SW[slots, :1] = tokens.gather(1, accepted[:, None])
+    if heads > 1:
+        drafts = _draft(model, latents, rotary, attention, accepted, heads, deferred)  # (S, K-1, V)
+        ahead = (length + accepted)[:, None] + torch.arange(2, heads + 1, device=window.device)
+        state.window_SW[slots, 1:heads] = state.sampling.choose(drafts, ahead, slots)
+    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
+    return tokens, accepted
+
+
+def _head(
+    model: Transformer,
+    k: int,
+    latents: dict[int, Tensor],
+    rotary: tuple[Tensor, Tensor],
+    attention: CachedAttention,
+    row_S: Tensor | None = None,
+) -> None:
+    """Runs head k on its parent's latent, on all rows or only on `row_S`."""
+    parent = latents[model.config.parents[k - 1]]
+    head = model.heads[k - 1]
+    select = None if row_S is None else (lambda x: pick(x, row_S, 1))
+    if isinstance(head, PassHead):
+        latents[k] = parent if select is None else select(parent)
+    else:
+        layer = model.config.trunk_layers + k - 1
+        transformer = model.config.head_kind == "transformer"
+        attend = attention.layer(layer, row_S) if transformer else None
+        latents[k] = head(parent, rotary, attend, select)
+
+
+def _draft(
+    model: Transformer,
+    latents: dict[int, Tensor],
+    rotary: tuple[Tensor, Tensor],
+    attention: CachedAttention,
+    row_S: Tensor,
+    heads: int,
+    deferred: bool,
+) -> Tensor:
+    """Logits (S, K-1, V) of heads 2..K at the last accepted row of each slot."""
+    used = [k for k in range(2, heads + 1) if k not in latents]
+    order: list[int] = []
+    for k in used:
+        order += [step for step in model.path(k) if step not in latents and step not in order]
+    inner = {model.config.parents[k - 1] for k in order}
+    for k in order:
+        # A head that others hang on must be there on every row: its latents are what their keys are made of.
+        _head(model, k, latents, rotary, attention, row_S if deferred and k not in inner else None)
+    rows = [z if z.shape[1] == 1 else pick(z, row_S, 1) for z in (latents[k] for k in range(2, heads + 1))]
+    return cast(PackedUnembedding, model.unembedding).drafts(rows)
+
+
+@torch.no_grad()
+def prefill(model: Transformer, state: DecodingState, slot: int, tokens: Tensor, heads: int, chunk: int = 256) -> None:
+    """Fills the caches of `slot` with `tokens` (T,) int64 and sets its length; no logits are made.
+
+    Heads 2..K get keys and values of the whole prompt: they saw them in training, and draft worse without.
+    """
+    last = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+    slots = slice(slot, slot + 1)
+    for start in range(0, len(tokens), chunk):
+        piece = tokens[None, start : start + chunk]
+        end = start + piece.shape[1]
+        positions = torch.arange(start, end, device=tokens.device)[None]
+        rotary = state.rotary_at(positions)
+        attention = CachedAttention(state.cache, slots, positions, end, [start])
+        latents = {0: model.trunk(piece, rotary, attention.layer)}
+        if model.config.head_kind != "transformer":
+            continue
+        for k in range(1, heads + 1):
+            for step in model.path(k):
+                if step not in latents:
+                    _head(model, step, latents, rotary, attention, None if model.config.children(step) else last)
+    state.length_S[slot] = len(tokens)

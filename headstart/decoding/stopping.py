@@ -1,0 +1,85 @@
+"""Where a generation ends: end token, token limit, stop strings. Exact at every offset inside a burst of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from headstart.data.textstream import TextStream
+from headstart.data.tokenizers import Tokenizer
+from headstart.errors import UsageError
+
+FinishReason = Literal["end", "length", "stop", "cancelled"]
+
+
+class Stopper:
+    """Takes the tokens of one generation as they are committed, keeps those before the end, and releases their text.
+
+    Tokens are judged one by one, so where it ends does not depend on how many came in a burst. Text that may turn out
+    to be the beginning of a stop string is held back until that is decided; the stop string itself is never released.
+    """
+
+    def __init__(
+        self, max_new_tokens: int, end_id: int | None, stop: Sequence[str] = (), tokenizer: Tokenizer | None = None
+    ) -> None:
+        if stop and tokenizer is None:
+            raise UsageError("stop strings need a tokenizer; this model directory has none, stop by tokens instead")
+        if any(not s for s in stop):
+            raise UsageError("a stop string is empty; leave it out")
+        self.remaining = max_new_tokens
+        self.end_id = end_id
+        self.stop = tuple(stop)
+        self.tokens: list[int] = []
+        self.text = ""
+        """Released text so far."""
+        self.finish_reason: FinishReason | None = None
+        self._stream = TextStream(tokenizer) if tokenizer is not None else None
+        self._held = ""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Commits `tokens` as far as the generation goes; returns the text that is released by them."""
+        released = ""
+        for token in tokens:
+            if self.finish_reason is not None:
+                break
+            if token == self.end_id:
+                return released + self._finish("end")
+            self.tokens.append(token)
+            self.remaining -= 1
+            if self._stream is not None:
+                released += self._release(self._stream.push([token]))
+            if self.finish_reason is None and self.remaining == 0:
+                released += self._finish("length")
+        return released
+
+    def cancel(self) -> str:
+        """Ends the generation where it is."""
+        return self._finish("cancelled") if self.finish_reason is None else ""
+
+    def _release(self, text: str) -> str:
+        self._held += text
+        found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.finish_reason = "stop"
+            text, self._held = self._held[: min(found)], ""
+        else:
+            keep = max((_overlap(self._held, s) for s in self.stop), default=0)
+            cut = len(self._held) - keep
+            text, self._held = self._held[:cut], self._held[cut:]
+        self.text += text
+        return text
+
+    def _finish(self, reason: FinishReason) -> str:
+        rest = self._release(self._stream.finish()) if self._stream is not None else ""
+        if self.finish_reason is None:  # the very last text may still complete a stop string
+            self.finish_reason = reason
+            rest, self.text, self._held = rest + self._held, self.text + self._held, ""
+        return rest
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of `text` that is a beginning of `stop`."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
