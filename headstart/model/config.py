@@ -56,6 +56,12 @@ class ModelConfig:
         for name in ("vocab_size", "dim", "layers", "attention_heads", "context", "heads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kv_heads", "head_dim", "hidden_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1, or left out")
+        for name in ("norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be greater than 0")
         if self.head_dim is None and self.dim % self.attention_heads:
             raise UsageError(
                 f"model.dim {self.dim} is not divisible by model.attention_heads {self.attention_heads}; "
@@ -65,7 +71,8 @@ class ModelConfig:
             raise UsageError("model.head_dim must be even: rotary positions turn pairs of coordinates")
         if self.attention_heads % self.key_value_heads:
             raise UsageError(
-                f"model.attention_heads {self.attention_heads} is not a multiple of model.kv_heads {self.kv_heads}"
+                f"model.attention_heads {self.attention_heads} is not a multiple of model.kv_heads {self.kv_heads}; "
+                "change one of them"
             )
         if self.head_kind not in ("transformer", "linear", "replicated"):
             raise UsageError(f"model.head_kind {self.head_kind!r} is unknown; take transformer, linear or replicated")

@@ -1,0 +1,174 @@
+"""Model directories: an ordinary Hugging Face Llama that carries its further heads beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from headstart.data.tokenizers import Tokenizer, load_tokenizer
+from headstart.errors import UsageError
+from headstart.files import replacing_directory
+from headstart.model.transformer import Transformer
+from headstart.storage.config_file import CONFIG_FILE, config_json, load_config
+from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, stored_parts
+from headstart.storage.tensor_files import TensorFiles, model_files
+
+__all__ = ["load_config", "load_model", "load_model_tokenizer", "save_model"]
+
+TOKENIZER_FILE = "tokenizer.json"
+EMBEDDING = "model.embed_tokens.weight"
+UNEMBEDDING = "lm_head.weight"
+
+
+def save_model(
+    model: Transformer, directory: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes `model` as a Hugging Face model directory; heads that head 1 does not need go to `heads/`.
+
+    transformers, vLLM and llama.cpp load trunk and head 1 from it. A model whose head 1 is no plain Llama decoder
+    (linear heads wired anticausally) is marked as our own architecture, and only headstart reads it.
+
+    The directory is written beside and renamed: a kill leaves the previous one. One that exists is replaced as a whole,
+    files of others included, and must hold a model already.
+
+    Args:
+        model: on any device, with whole (unsharded) parameters.
+        tokenizer: saved along, its `end_id` as start, end and padding token; None: a model of bare ids.
+        dtype: what the weights are stored as (None: what they are).
+
+    Raises:
+        UsageError: `directory` is something other than a model, cannot be written, or the tokenizer has more ids than
+            the model.
+    """
+    config = model.config
+    # Resolved, so that "." has a name, and a link stays one.
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; name a new directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
+        raise UsageError(f"{directory}: holds files but no model, and saving would replace them; name a new directory")
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, config.vocab_size, "save the model")
+    files = _stored_tensors(model, dtype)
+    name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
+    end_id = None if tokenizer is None else tokenizer.end_id
+    ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    with replacing_directory(directory) as temporary:
+        _write_json(temporary / CONFIG_FILE, config_json(config, name, end_id))
+        _write_json(temporary / "generation_config.json", {} if end_id is None else ids)
+        for file, tensors in files.items():
+            (temporary / file).parent.mkdir(exist_ok=True)
+            try:
+                save_file(tensors, temporary / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UsageError(f"{directory / file}: cannot be written ({error}); is the disk full?") from error
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+
+
+def load_model(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
+    """The model in `directory`: one that `save_model` wrote, or any unscaled Hugging Face Llama, sharded or not.
+
+    The last layer of an ordinary Llama becomes head 1 of a model with one head.
+
+    Args:
+        dtype: of all parameters (None: that in which the embedding is stored).
+        device: where the parameters are made.
+
+    Raises:
+        UsageError: no model, another architecture, or files that are missing, damaged, or at odds with config.json.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    parts = stored_parts(config)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
+    for pieces in parts.values():
+        for part in pieces:
+            shapes.setdefault(part.file, {})[part.name] = part.shape
+
+    model_tensors = TensorFiles(model_files(directory, MODEL_FILE))
+    # Old Llama files carry rotary tables that can be computed; a tied unembedding may be stored though it need not be.
+    ignored = [name for name in model_tensors.names() if re.fullmatch(r"model\.layers\.\d+\..*inv_freq", name)]
+    model_tensors.check(shapes[MODEL_FILE], directory / MODEL_FILE, [*ignored, *([UNEMBEDDING] if config.tied else [])])
+    stored = {MODEL_FILE: model_tensors}
+    if HEADS_FILE in shapes:
+        if not (directory / HEADS_FILE).is_file():
+            raise UsageError(
+                f"{directory / HEADS_FILE}: is missing, though {CONFIG_FILE} speaks of {config.heads} heads; copy it "
+                'from where the model was saved, or remove the key "headstart" to load head 1 alone'
+            )
+        stored[HEADS_FILE] = TensorFiles([directory / HEADS_FILE])
+        stored[HEADS_FILE].check(shapes[HEADS_FILE], directory / HEADS_FILE)
+    _check_tied(model_tensors, config.tied)
+
+    dtype = model_tensors.dtype(EMBEDDING) if dtype is None else dtype
+    with torch.device("meta"):
+        model = Transformer(config)
+    state: dict[str, Tensor] = {}
+    for name, pieces in parts.items():
+        rows = sum(part.shape[0] for part in pieces)
+        # Copied into memory of its own: the file may change, and mapped tensors lie at odd addresses.
+        parameter = torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device=device)
+        for target, part in zip(parameter.split([part.shape[0] for part in pieces]), pieces):
+            target.copy_(stored[part.file].read(part.name))
+        state[name] = nn.Parameter(parameter)
+    if config.tied:
+        state["unembedding.weights.0"] = state["trunk.embedding.weight"]
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer saved in a model directory, or None where there is none.
+
+    Raises UsageError where it cannot be read or has more ids than the model.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    if not (directory / TOKENIZER_FILE).is_file():
+        return None
+    tokenizer = load_tokenizer(directory)
+    _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise UsageError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}; "
+            f"{action} with the tokenizer it was trained with"
+        )
+
+
+def _stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+    """The content of each file: parts of parameters as views where they need no conversion."""
+    state = model.state_dict()
+    files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
+    for name, pieces in stored_parts(model.config).items():
+        parameter = state[name].to("cpu", dtype).contiguous()
+        for part, tensor in zip(pieces, parameter.split([part.shape[0] for part in pieces])):
+            files.setdefault(part.file, {})[part.name] = tensor
+    return files
+
+
+def _check_tied(tensors: TensorFiles, tied: bool) -> None:
+    if tied and UNEMBEDDING in tensors.names():
+        same = tensors.shape(UNEMBEDDING) == tensors.shape(EMBEDDING)
+        if not same or not torch.equal(tensors.read(UNEMBEDDING), tensors.read(EMBEDDING)):
+            raise UsageError(
+                f"{tensors.path(UNEMBEDDING)}: {UNEMBEDDING} differs from the embedding, though config.json ties them; "
+                "set tie_word_embeddings to false"
+            )
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""Reading safetensors: one file or several, every name, shape and dtype checked before anything is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from headstart.errors import UsageError
+from headstart.storage.config_file import read_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorFiles:
+    """The tensors of safetensors files by name. Nothing is read before it is asked for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._where: dict[str, tuple[Path, Any]] = {}
+        for path in paths:
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                reason = "is missing" if not path.exists() else f"is damaged or cut short ({_first_line(error)})"
+                raise UsageError(f"{path}: {reason}; copy the model directory again") from error
+            for name in handle.keys():  # noqa: SIM118  # not a dict
+                self._where[name] = (path, handle)
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def path(self, name: str) -> Path:
+        return self._where[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name][1].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype; UsageError unless it is one that headstart computes with."""
+        path, handle = self._where[name]
+        stored = handle.get_slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise UsageError(
+                f"{path}: {name} is stored as {stored}, which headstart does not compute with; "
+                f"take the unquantised model ({', '.join(DTYPES)})"
+            )
+        return DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, backed by the mapped file: copy it before the file may change."""
+        return self._where[name][1].get_tensor(name)
+
+    def check(self, expected: dict[str, tuple[int, ...]], path: Path, ignored: Iterable[str] = ()) -> None:
+        """UsageError unless exactly the `expected` names and shapes are there; `path` is named where one is missing."""
+        missing = [name for name in expected if name not in self._where]
+        if missing:
+            raise UsageError(
+                f"{path}: lacks {_some(missing)}, which config.json promises; copy the model directory again"
+            )
+        unexpected = set(self._where) - set(expected) - set(ignored)
+        if unexpected:
+            names = sorted(unexpected)
+            raise UsageError(
+                f"{self.path(names[0])}: holds {_some(names)}, of which config.json says nothing; "
+                "use the config.json that was saved with it"
+            )
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                raise UsageError(
+                    f"{self.path(name)}: {name} has shape {list(self.shape(name))}, not {list(shape)} as config.json "
+                    "says; use the config.json that was saved with it"
+                )
+            self.dtype(name)
+
+
+def model_files(directory: Path, name: str) -> list[Path]:
+    """The files that hold the model: `name`, or the shards that its index lists."""
+    index = directory / f"{name}.index.json"
+    if (directory / name).exists() or not index.exists():
+        if not (directory / name).exists() and list(directory.glob("*.bin")):
+            raise UsageError(
+                f"{directory}: holds weights as pickles only; save it as safetensors with transformers' save_pretrained"
+            )
+        return [directory / name]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UsageError(f"{index}: has no weight_map from tensors to files; copy the model directory again")
+    # An index is data from elsewhere: it may name files of this directory and no others.
+    outside = [shard for shard in shards.values() if Path(shard).name != shard]
+    if outside:
+        raise UsageError(f"{index}: names {outside[0]!r}, which is not a file of this directory; copy the model again")
+    return [directory / shard for shard in sorted(set(shards.values()))]
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

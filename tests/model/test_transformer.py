@@ -1,0 +1,158 @@
+"""Forward passes: shapes, causality, document masks, rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart.model.config import ModelConfig
+from headstart.model.layers import Attention, rotary_tables, rotate
+from headstart.model.transformer import Transformer
+
+SMALL = ModelConfig(vocab_size=61, dim=32, layers=5, attention_heads=4, kv_heads=2, context=64, heads=3)
+WIRINGS = [
+    ("transformer", "parallel"),
+    ("transformer", "causal"),
+    ("transformer", "anticausal"),
+    ("linear", "parallel"),
+    ("linear", "causal"),
+    ("linear", "anticausal"),
+    ("replicated", "parallel"),
+]
+every_wiring = pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
+
+
+def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
+    model = Transformer(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+    return model
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, SMALL.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+@every_wiring
+@pytest.mark.parametrize("n", [1, 3])
+@torch.no_grad()
+def test_shapes(kind: str, wiring: str, n: int) -> None:
+    model = Transformer(replace(SMALL, head_kind=kind, wiring=wiring, heads=n))
+    x = tokens(2, 7)
+    assert model(x).shape == (2, 7, 61)
+    for heads in range(1, n + 1):
+        logits = model(x, heads=heads)
+        assert logits.shape == (2, 7, heads, 61) and logits.isfinite().all()
+        assert torch.equal(logits[:, :, 0], model(x))
+    latents = model.latents(x, list(range(1, n + 1)))
+    assert sorted(latents) == list(range(n + 1))
+    assert all(latent.shape == (2, 7, 32) for latent in latents.values())
+    assert set(model.latents(x, [1])) == {0, *model.path(1)}
+
+
+@every_wiring
+@torch.no_grad()
+def test_no_head_sees_the_future(kind: str, wiring: str) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    x = tokens(1, 10)
+    before = model(x, heads=3)
+    for t in range(10):
+        changed = x.clone()
+        changed[0, t] = (x[0, t] + 1) % SMALL.vocab_size
+        after = model(changed, heads=3)
+        assert torch.equal(after[:, :t], before[:, :t])
+        # And each head sees position t itself.
+        assert ((after[:, t] - before[:, t]).abs().amax(-1) > 1e-6).all()
+
+
+@every_wiring
+@torch.no_grad()
+def test_packed_documents_are_read_as_if_alone(kind: str, wiring: str) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    lengths = [5, 1, 9, 3]
+    row = tokens(1, sum(lengths))
+    documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+    packed = model(row, heads=3, documents_BT=documents)
+    alone = torch.cat([model(piece, heads=3) for piece in row.split(lengths, dim=1)], dim=1)
+    assert (packed - alone).abs().max() < 1e-10
+    assert (model(row, heads=3) - alone).abs().max() > 1e-3  # without the mask they do see one another
+
+
+@torch.no_grad()
+def test_only_differences_of_positions_matter() -> None:
+    attention = lively(SMALL).heads[0].attention
+    assert isinstance(attention, Attention)
+    x = torch.randn(1, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    near, far = (
+        attention(x, rotary_tables(torch.arange(start, start + 8), 8, 10000.0, torch.float64)) for start in (0, 5000)
+    )
+    assert (near - far).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_rotary_positions_are_those_of_llama(theta: float) -> None:
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": theta}
+    )
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(2, 4, 50, 8, generator=generator) for _ in range(2))
+    positions = torch.arange(50)[None].expand(2, -1)
+    cos, sin = llama.LlamaRotaryEmbedding(config)(q, positions)
+    expected = llama.apply_rotary_pos_emb(q, k, cos, sin)
+    tables = rotary_tables(positions, 8, theta, torch.float32)
+    for x, turned in zip((q, k), expected):
+        assert (rotate(x.transpose(1, 2), *tables).transpose(1, 2) - turned).abs().max() < 1e-5
+
+
+def test_far_positions_stay_exact() -> None:
+    """Angles in fp32 are off by 1e-2 at a million; ours are computed in fp64, whatever the tables' dtype."""
+    position = torch.tensor([1_000_003])
+    cos, _ = rotary_tables(position, 8, 10000.0, torch.float32)
+    exact = (1_000_003 * 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)).cos()
+    assert (cos[0, 0, :4] - exact).abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_a_block_gives_the_rows_that_are_asked_for() -> None:
+    """Decoding wants few of many rows: `select` and `attend` pick them, keys and values come from all."""
+    model = lively(SMALL)
+    block = model.heads[1]
+    x = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    rotary = model.rotary(torch.arange(6), torch.float64)
+    from headstart.model.layers import causal_attention
+
+    some = block(x, rotary, lambda q, k, v: causal_attention(q, k, v)[:, :, 4:], lambda rows: rows[:, 4:])
+    assert (some - block(x, rotary)[:, 4:]).abs().max() < 1e-12
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(dim=128, layers=8, attention_heads=4, heads=2, attention_bias=True)
+    model = Transformer(config)
+    for name, parameter in model.named_parameters():
+        expected = 0.02 / 4 if name.endswith(("out.weight", "down.weight")) else 0.02
+        if parameter.ndim == 2:
+            assert abs(parameter.std().item() / expected - 1) < 0.1, name
+        else:
+            assert torch.equal(parameter, torch.full_like(parameter, float("bias" not in name))), name
+    first = [p.clone() for p in model.parameters()]
+    model.reset_parameters(torch.Generator().manual_seed(7))
+    second = [p.clone() for p in model.parameters()]
+    model.reset_parameters(torch.Generator().manual_seed(7))
+    assert all(torch.equal(a, b) for a, b in zip(second, model.parameters()))
+    assert not all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_a_tied_unembedding_is_the_embedding() -> None:
+    model = Transformer(replace(SMALL, tied=True))
+    assert model.unembedding.weights[0] is model.trunk.embedding.weight
+    replicated = Transformer(replace(SMALL, tied=True, head_kind="replicated"))
+    assert [w is replicated.trunk.embedding.weight for w in replicated.unembedding.weights] == [True, False, False]
