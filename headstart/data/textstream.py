@@ -1,0 +1,98 @@
+"""Text as it is committed: token ids in, finished characters out."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headstart.data.tokenizers import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """Incremental `tokenizer.decode`.
+
+    The pieces that `push` returns, joined, plus `finish()`, equal `tokenizer.decode` of all tokens pushed. A piece
+    never holds half a character, nor a U+FFFD that a later token would mend: such tokens wait. The work per token does
+    not grow with the length of the text.
+
+    Where a tokenizer falls back to single bytes (Llama 2, Gemma), a run of byte tokens waits until it ends: one bad
+    byte turns the *whole* run into U+FFFD, so nothing of it is certain before.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._skipped: frozenset[int] = getattr(tokenizer, "skipped", frozenset([tokenizer.end_id]))
+        token_bytes: Callable[[int], bytes] | None = getattr(tokenizer, "token_bytes", None)
+        self._assembly = _Window(tokenizer) if token_bytes is None else _Bytes(token_bytes)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Takes the next tokens and returns the text they complete, "" where they complete none."""
+        # What decoding drops must not look like the end of a run of bytes.
+        return self._assembly.push([token for token in tokens if token not in self._skipped])
+
+    def finish(self) -> str:
+        """Returns what is left (an unfinished character as U+FFFD); the stream is then as new."""
+        return self._assembly.finish()
+
+
+class _Bytes:
+    """Byte-level vocabularies: every token is a fixed string of bytes, and UTF-8 decodes incrementally."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, tokens: Sequence[int]) -> str:
+        return self._decoder.decode(b"".join(self._token_bytes(token) for token in tokens))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _Window:
+    """Any other vocabulary: the text of a token is what it adds behind a few tokens of context.
+
+    The context is the shortest tail of the tokens done with that decodes to some text: whatever the decoder does to the
+    first token of a text (strip its space, say) then happens inside the context, in both decodings that are compared.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._is_partial: Callable[[int], bool] | None = getattr(tokenizer, "is_partial", None)
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, tokens: Sequence[int]) -> str:
+        pieces = []
+        for token in tokens:
+            self._pending.append(token)
+            if self._is_partial is None or not self._is_partial(token):
+                pieces.append(self._release(final=False))
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        text = self._release(final=True)
+        self._context, self._pending = [], []
+        return text
+
+    def _release(self, final: bool) -> str:
+        decode = self._tokenizer.decode
+        tokens = self._context + self._pending
+        before, after = decode(self._context), decode(tokens)
+        if not final:
+            if not after.startswith(before):
+                return ""
+            if self._is_partial is None and after.endswith(REPLACEMENT):
+                return ""
+        self._context = tokens
+        size = 1
+        while size < len(tokens):
+            if decode(tokens[-size:]):
+                self._context = tokens[-size:]
+                break
+            size *= 2
+        self._pending = []
+        return after[len(before) :]

@@ -1,0 +1,289 @@
+"""Tokenizers: raw bytes as in the paper's byte-level models, or any Hugging Face `tokenizer.json`.
+
+Importing this file imports neither `tokenizers` nor `transformers`: a byte-level model decodes without them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from headstart.data.textstream import TextStream
+from headstart.errors import UsageError
+
+__all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+OTHER_FILES = ("special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    name: str
+    vocab_size: int  # one more than the largest id
+    end_id: int  # closes every document; also the start token where a prompt is empty
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without any special token added. Text without a UTF-8 form raises UsageError."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`: special tokens and ids beyond the vocabulary dropped, invalid UTF-8 as U+FFFD."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes the files from which `transformers.AutoTokenizer.from_pretrained(directory)` gives the same ids."""
+        ...
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's 256 visible characters, one per byte value: itself where it prints, else 256 and up, in order."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    characters, spare = [], 256
+    for byte in range(256):
+        if byte in visible:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(spare))
+            spare += 1
+    return characters
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"text: character {error.start} is a lone surrogate, which has no UTF-8 form; "
+            "read the text with errors='replace'"
+        ) from None
+
+
+def _check_ids(tokens: Sequence[int]) -> None:
+    if len(tokens) > 0 and min(tokens) < 0:
+        raise UsageError(f"token id {min(tokens)}: ids are not negative; drop padding and ignored positions first")
+
+
+class ByteTokenizer:
+    """The id of a token is the value of a UTF-8 byte; 256 ids, as in the paper's byte-level models (section 3.3).
+
+    Byte 0xFF occurs in no UTF-8 text, so id 255 is the end of a document. The literal text "<|end|>" is seven plain
+    bytes here; transformers, reading the saved files, makes id 255 of it, as it does for every special token.
+    """
+
+    name = "bytes"
+    vocab_size = 256
+    end_id = 255
+    end_name = "<|end|>"
+
+    def encode(self, text: str) -> list[int]:
+        """The UTF-8 bytes of `text`."""
+        _check_text(text)
+        return list(text.encode("utf-8"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of bytes 0 to 254; other ids are dropped, invalid UTF-8 becomes U+FFFD, negative ids raise."""
+        _check_ids(tokens)
+        return bytes(token for token in tokens if token < self.end_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that `token` stands for: one, or none for the end and for ids beyond the vocabulary."""
+        _check_ids([token])
+        return bytes([token]) if token < self.end_id else b""
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` (byte-pair encoding without merges, so that id == byte) and its configuration."""
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Engine
+
+        alphabet = byte_alphabet()
+        engine = Engine(models.BPE(vocab={alphabet[byte]: byte for byte in range(self.end_id)}, merges=[]))
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        engine.decoder = decoders.ByteLevel()
+        engine.add_special_tokens([AddedToken(self.end_name, special=True, normalized=False)])
+        config = {
+            "headstart_tokenizer": "bytes",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.end_name,
+            "bos_token": self.end_name,
+            "pad_token": self.end_name,
+            "clean_up_tokenization_spaces": False,
+        }
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / TOKENIZER_FILE).write_text(engine.to_str(pretty=True) + "\n", encoding="utf-8")
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class PretrainedTokenizer:
+    """Any Hugging Face `tokenizer.json`, through the `tokenizers` library.
+
+    Special tokens written out in a text become their ids, as in transformers. Raises UsageError where the files cannot
+    be read or name no end token.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        from tokenizers import Tokenizer as Engine
+
+        source = Path(source)
+        self._file = source / TOKENIZER_FILE if source.is_dir() else source
+        self._directory = self._file.parent
+        content = _read_json(self._file)
+        try:
+            self._engine = Engine.from_file(str(self._file))
+        except Exception as error:  # the library raises bare Exception for every fault
+            raise UsageError(
+                f"{self._file}: not a tokenizer that the tokenizers library reads ({_first_line(error)}); name a "
+                f"directory that AutoTokenizer.save_pretrained wrote"
+            ) from error
+        # A tokenizer.json may carry the truncation and padding of whoever saved it; documents must be cut by neither.
+        self._engine.no_truncation()
+        self._engine.no_padding()
+        ids = self._engine.get_vocab(with_added_tokens=True)
+        self.name = self._file.parent.resolve().name
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        self.end_id = self._find_end(ids)
+        special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
+        self.skipped = frozenset(special | {self.end_id})
+
+        steps = _decoder_steps(content.get("decoder"))
+        self._falls_back_to_bytes = "ByteFallback" in steps
+        self._bytes_of_character: dict[str, int] | None = None
+        self._known_bytes: dict[int, bytes] = {}
+        # What TextStream may rely on: the bytes of each token, or else which tokens leave a character open. A decoder
+        # that mixes ByteLevel with other steps gives neither.
+        self.token_bytes = None
+        if "ByteLevel" not in steps:
+            self.is_partial = self._is_partial
+        elif set(steps) <= {"ByteLevel", "Fuse"}:
+            self._bytes_of_character = {character: byte for byte, character in enumerate(byte_alphabet())}
+            self.token_bytes = self._token_bytes
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, no special token added."""
+        _check_text(text)
+        return list(self._engine.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`; special tokens and ids beyond the vocabulary are dropped, negative ids raise."""
+        _check_ids(tokens)
+        kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
+        return str(self._engine.decode(kept, skip_special_tokens=True))
+
+    def save(self, directory: Path) -> None:
+        """Copies the tokenizer files it came from into `directory`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            _copy(self._file, directory / TOKENIZER_FILE)
+            for name in (CONFIG_FILE, *OTHER_FILES):
+                if (self._directory / name).is_file():
+                    _copy(self._directory / name, directory / name)
+        except FileNotFoundError as error:
+            raise UsageError(f"{error.filename}: gone since the tokenizer was loaded; load it again") from error
+        if not (directory / CONFIG_FILE).is_file():
+            # AutoTokenizer refuses a lone tokenizer.json.
+            config = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": self._engine.id_to_token(self.end_id),
+                "clean_up_tokenization_spaces": False,
+            }
+            (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _find_end(self, ids: dict[str, int]) -> int:
+        names: list[Any] = []
+        for file in (CONFIG_FILE, "special_tokens_map.json"):
+            if (self._directory / file).is_file():
+                entry = _read_json(self._directory / file).get("eos_token")
+                names.append(entry.get("content") if isinstance(entry, dict) else entry)
+        for name in (*names, *END_NAMES):
+            if isinstance(name, str) and name in ids:
+                return ids[name]
+        raise UsageError(
+            f"{self._file}: no end-of-document token found; name one of its tokens as eos_token in "
+            f"{self._directory / CONFIG_FILE}"
+        )
+
+    def _token_bytes(self, token: int) -> bytes:
+        _check_ids([token])
+        known = self._known_bytes.get(token)
+        if known is None:
+            assert self._bytes_of_character is not None
+            text = (self._engine.id_to_token(token) if token < self.vocab_size else None) or ""
+            try:
+                known = bytes(self._bytes_of_character[character] for character in text)
+            except KeyError:  # an added token outside the byte alphabet stands for itself, as in the library
+                known = text.encode("utf-8")
+            self._known_bytes[token] = known
+        return known
+
+    def _is_partial(self, token: int) -> bool:
+        """Whether `token` does not end a run of byte tokens: it is one, or an unused id, which decoding drops."""
+        if not self._falls_back_to_bytes:
+            return False
+        text = self._engine.id_to_token(token)
+        return text is None or re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text) is not None
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer that `source` names: "bytes", a `tokenizer.json`, or a directory that holds one.
+
+    A directory that `ByteTokenizer.save` wrote comes back as ByteTokenizer. Anything else raises UsageError.
+    """
+    if source == "bytes":
+        return ByteTokenizer()
+    path = Path(source)
+    if not path.exists():
+        raise UsageError(
+            f'tokenizer "{source}": no such file or directory; give "bytes", a {TOKENIZER_FILE}, or a directory that '
+            f"holds one"
+        )
+    if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
+        raise UsageError(
+            f"{path}: holds no {TOKENIZER_FILE}; write one with transformers: "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    config = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    if config.is_file() and _read_json(config).get("headstart_tokenizer") == "bytes":
+        tokenizer_file = _read_json(path / TOKENIZER_FILE if path.is_dir() else path)
+        # Someone may have added tokens to the saved files: then they are no longer plain bytes, whatever the mark says.
+        if len(tokenizer_file.get("added_tokens") or []) == 1:
+            return ByteTokenizer()
+    return PretrainedTokenizer(path)
+
+
+def _decoder_steps(decoder: Any) -> list[str]:
+    """The types in a tokenizer.json's decoder, sequences flattened; [] where it has none."""
+    if not isinstance(decoder, dict):
+        return []
+    if decoder.get("type") == "Sequence":
+        return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
+    return [str(decoder.get("type"))]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); name a {TOKENIZER_FILE} you may read") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({_first_line(error)}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: not a JSON object; fetch the file again")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)

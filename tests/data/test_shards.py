@@ -1,0 +1,275 @@
+"""What prepare writes, what opens, and what must not."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headstart.data import shards as shards_module
+from headstart.data.shards import TokenShards, prepare
+from headstart.data.tokenizers import ByteTokenizer, load_tokenizer
+from headstart.errors import UsageError
+
+
+def write_corpus(root, count=40):
+    root.mkdir()
+    for index in range(count):
+        (root / f"{index:03d}.txt").write_text(f"document {index} ÿ " + "x" * index, encoding="utf-8")
+    return root
+
+
+def documents_of(shards):
+    tokenizer = ByteTokenizer()
+    for i in range(len(shards.documents)):
+        tokens = shards.document(i)
+        assert tokens[-1] == tokenizer.end_id and tokenizer.end_id not in tokens[:-1]
+    return [tokenizer.decode(shards.document(i).tolist()) for i in range(len(shards.documents))]
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), validation_fraction=0.2)
+    return tmp_path / "out"
+
+
+def test_every_document_lands_in_exactly_one_split(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    calls = []
+    manifest = prepare(
+        [str(corpus)],
+        tmp_path / "out",
+        ByteTokenizer(),
+        validation_fraction=0.2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
+    assert sorted(documents_of(train) + documents_of(validation)) == sorted(texts)
+    assert 2 <= len(validation.documents) <= 16
+    names = json.loads((tmp_path / "out" / "validation.names.json").read_text())
+    assert [(corpus.parent / name).read_text(encoding="utf-8") for name in names] == documents_of(validation)
+
+    for shards in (train, validation):
+        summary = manifest["splits"][shards.split]
+        size = sum(len(text.encode()) for text in documents_of(shards))
+        assert summary["bytes"] == size and summary["tokens"] == len(shards.tokens) == size + len(shards.documents)
+        assert shards.bytes_per_token == size / len(shards.tokens)
+        shards.verify()
+    total = sum(len(text.encode()) for text in texts)
+    assert calls[-1] == (total, total)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert isinstance(load_tokenizer(tmp_path / "out" / "tokenizer"), ByteTokenizer)
+
+
+def test_the_split_of_a_document_depends_on_seed_and_name_alone(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def held_out(name, *sources, seed=0):
+        prepare(list(sources), tmp_path / name, ByteTokenizer(), validation_fraction=0.3, seed=seed)
+        return set(json.loads((tmp_path / name / "validation.names.json").read_text()))
+
+    every = held_out("a", str(corpus))
+    assert every == held_out("b", f"{corpus}/*[5-9].txt", f"{corpus}/*[0-4].txt")
+    odd = {name for name in every if int(name[-5]) % 2}
+    assert odd == held_out("c", f"{corpus}/*[13579].txt")
+    assert every != held_out("d", str(corpus), seed=1)
+    first = (tmp_path / "a" / "train.bin").read_bytes()
+    held_out("a", str(corpus))  # over the older folder
+    assert (tmp_path / "a" / "train.bin").read_bytes() == first
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.999999])
+@pytest.mark.parametrize("count", [2, 5])
+def test_small_corpora_have_both_splits(tmp_path, fraction, count):
+    corpus = write_corpus(tmp_path / "corpus", count)
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), validation_fraction=fraction)
+    train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
+    few = validation if fraction < 0.5 else train
+    assert len(few.documents) == 1
+    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
+    assert sorted(documents_of(train) + documents_of(validation)) == texts
+    for shards in (train, validation):
+        shards.verify()
+    names = json.loads((tmp_path / "out" / "validation.names.json").read_text())
+    assert [(corpus.parent / name).read_text(encoding="utf-8") for name in names] == documents_of(validation)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(f"{split}{end}" for split in ("train", "validation") for end in (".bin", ".documents.npy")),
+        "validation.names.json",
+        "tokenizer",
+        "manifest.json",
+    }
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.999999])
+def test_one_document_is_for_training(tmp_path, fraction):
+    corpus = write_corpus(tmp_path / "corpus", 1)
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), validation_fraction=fraction)
+    assert len(TokenShards.open(tmp_path / "out", "train").documents) == 1
+    with pytest.raises(UsageError, match="validation split is empty"):
+        TokenShards.open(tmp_path / "out", "validation")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")],
+)
+def test_the_dtype_holds_the_vocabulary(tmp_path, vocab_size, dtype):
+    class Shifted(ByteTokenizer):
+        def encode(self, text):
+            return [vocab_size - 256 + token for token in super().encode(text)]
+
+        def save(self, directory):
+            directory.mkdir()
+
+    tokenizer = Shifted()
+    tokenizer.vocab_size, tokenizer.end_id = vocab_size, vocab_size - 1
+    corpus = write_corpus(tmp_path / "corpus", 3)
+    manifest = prepare([str(corpus)], tmp_path / "out", tokenizer, validation_fraction=0)
+    shards = TokenShards.open(tmp_path / "out", "train")
+    assert manifest["dtype"] == dtype == shards.tokens.dtype.name
+    assert isinstance(shards.tokens, np.memmap)
+    expected = tokenizer.encode((corpus / "001.txt").read_text(encoding="utf-8"))
+    assert shards.document(1).tolist() == [*expected, vocab_size - 1]
+
+
+def cut(folder):
+    os.truncate(folder / "train.bin", (folder / "train.bin").stat().st_size - 1)
+
+
+def edit(change):
+    def do(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return do
+
+
+DAMAGES = {
+    "truncated": (cut, "where the manifest says"),
+    "no bin": (lambda folder: (folder / "train.bin").unlink(), "where the manifest says"),
+    "no starts": (lambda folder: (folder / "train.documents.npy").unlink(), "missing or damaged"),
+    "cut starts": (lambda folder: os.truncate(folder / "train.documents.npy", 100), "missing or damaged"),
+    "wrong starts": (lambda folder: np.save(folder / "train.documents.npy", np.arange(3)), "does not fit"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "holds no manifest.json"),
+    "cut manifest": (lambda folder: os.truncate(folder / "manifest.json", 50), "not JSON"),
+    "foreign manifest": (edit(lambda manifest: manifest.pop("format")), "not a manifest"),
+    "later version": (edit(lambda manifest: manifest.update(version=99)), "has version 99"),
+    "no dtype": (edit(lambda manifest: manifest.pop("dtype")), "damaged"),
+    "no split": (edit(lambda manifest: manifest["splits"].pop("train")), 'no split "train"'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_do_not_open(prepared, damage):
+    spoil, expected = DAMAGES[damage]
+    TokenShards.open(prepared, "train")
+    spoil(prepared)
+    with pytest.raises(UsageError, match=expected) as raised:
+        TokenShards.open(prepared, "train")
+    assert str(prepared) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_missing_folders_splits_and_documents(prepared, tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        TokenShards.open(tmp_path / "missing", "train")
+    with pytest.raises(UsageError, match='no split "test"'):
+        TokenShards.open(prepared, "test")
+    shards = TokenShards.open(prepared, "train")
+    for index in (-1, len(shards.documents)):
+        with pytest.raises(UsageError, match=f"document {index}"):
+            shards.document(index)
+
+
+def test_verify_sees_one_changed_byte(prepared):
+    with (prepared / "train.bin").open("r+b") as file:
+        file.seek(5)
+        file.write(b"#")
+    with pytest.raises(UsageError, match="not what prepare wrote"):
+        TokenShards.open(prepared, "train").verify()
+
+
+class Killed(BaseException):
+    pass
+
+
+class FailingTokenizer(ByteTokenizer):
+    def encode(self, text):
+        if "document 7" in text:
+            raise Killed
+        return super().encode(text)
+
+
+def test_a_prepare_that_dies_leaves_nothing(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    with pytest.raises(Killed):
+        prepare([str(corpus)], tmp_path / "out", FailingTokenizer())
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_prepare_that_dies_leaves_the_older_one(prepared, tmp_path):
+    before = (prepared / "manifest.json").read_bytes()
+    with pytest.raises(Killed):
+        prepare([str(tmp_path / "corpus")], prepared, FailingTokenizer())
+    assert (prepared / "manifest.json").read_bytes() == before
+    TokenShards.open(prepared, "train").verify()
+
+
+def test_a_kill_without_cleaning_up_leaves_nothing_that_opens(tmp_path, monkeypatch):
+    """As SIGKILL just before the manifest: the working folder stays, hidden, and no shards folder is seen."""
+    corpus = write_corpus(tmp_path / "corpus")
+    monkeypatch.setattr("headstart.files.shutil.rmtree", lambda *args, **kwargs: None)
+
+    def kill(path, content):
+        if path.name == "manifest.json":
+            raise Killed
+
+    monkeypatch.setattr(shards_module, "_write_json", kill)
+    with pytest.raises(Killed):
+        prepare([str(corpus)], tmp_path / "out", ByteTokenizer())
+    left = [path for path in tmp_path.iterdir() if path.name != "corpus"]
+    assert left and all(path.name.startswith(".") for path in left)
+    for folder in [*left, tmp_path / "out"]:
+        with pytest.raises(UsageError):
+            TokenShards.open(folder, "train")
+
+
+def test_foreign_folders_are_not_replaced(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 3)
+    for target in (corpus, corpus / "001.txt"):
+        with pytest.raises(UsageError, match="is new"):
+            prepare([str(corpus)], target, ByteTokenizer())
+    assert len(list(corpus.iterdir())) == 3
+    (tmp_path / "empty").mkdir()
+    prepare([str(corpus)], tmp_path / "empty", ByteTokenizer())
+
+
+def test_output_below_the_source_is_not_read_again(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", 3)
+    first = prepare([str(corpus)], corpus / "shards", ByteTokenizer())
+    assert prepare([str(corpus)], corpus / "shards", ByteTokenizer()) == first
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_impossible_fractions_are_refused(tmp_path, fraction):
+    with pytest.raises(UsageError, match="validation_fraction"):
+        prepare(["python-stdlib"], tmp_path / "out", ByteTokenizer(), validation_fraction=fraction)
+
+
+def test_a_source_of_bytes_that_are_not_text_is_refused(tmp_path):
+    (tmp_path / "noise").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(UsageError, match="not UTF-8 text"):
+        prepare([str(tmp_path / "noise")], tmp_path / "out", ByteTokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_text_round_trips(tmp_path):
+    file = Path(__file__).parents[2] / "../shared/data/tinyshakespeare/input.txt"
+    if not file.is_file():
+        pytest.skip("no shared data beside the checkout")
+    prepare([str(file)], tmp_path / "out", ByteTokenizer())
+    assert documents_of(TokenShards.open(tmp_path / "out", "train")) == [file.read_bytes().decode()]
