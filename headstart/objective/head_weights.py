@@ -36,6 +36,8 @@ class HeadWeights:
                 raise UsageError(f"head_weights.{name} must be finite and not negative, not {list(weights)}")
         if not 0 <= self.begin <= self.end <= 1:
             raise UsageError("head_weights.begin and head_weights.end must satisfy 0 <= begin <= end <= 1")
+        if self.shape not in ("linear", "cosine"):
+            raise UsageError(f"head_weights.shape {self.shape!r} is unknown; take linear or cosine")
 
     def at(self, fraction: float, heads: int) -> list[float]:
         """The n weights at `fraction` (0 to 1) of training."""

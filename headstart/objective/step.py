@@ -81,7 +81,10 @@ def walk_step(
 
     z_BTD = model.trunk(tokens_BT, rotary, lambda layer: attend)
     leaf = z_BTD.detach()
-    z_BTD.backward(_sum_gradients(leaf, (visit(k, leaf) for k in config.children(0))))
+    gradient = _sum_gradients(leaf, (visit(k, leaf) for k in config.children(0)))
+    # A frozen trunk, under heads that are trained alone, has no graph.
+    if z_BTD.requires_grad:
+        z_BTD.backward(gradient)
     return HeadLosses(torch.stack(sums).float(), count_targets(targets_BTn))
 
 

@@ -1,0 +1,239 @@
+"""The walk's gradients are those of joint autograd, for every tree of heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart.data.batches import IGNORE
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.step import HeadLosses, count_targets, joint_step, score_step, walk_step
+
+SMALL = ModelConfig(vocab_size=61, dim=16, layers=6, attention_heads=4, kv_heads=2, context=64, heads=4)
+WIRINGS = [
+    ("transformer", "parallel"),
+    ("transformer", "causal"),
+    ("transformer", "anticausal"),
+    ("linear", "parallel"),
+    ("linear", "causal"),
+    ("linear", "anticausal"),
+    ("replicated", "parallel"),
+]
+every_wiring = pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
+WEIGHTS = [1.0, 0.3, 0.0, 2.5]
+
+
+def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
+    model = Transformer(config).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
+    return model
+
+
+def batch(rows: int = 4, time: int = 11, n: int = 4) -> tuple[Tensor, Tensor]:
+    """Tokens (B, T) and targets (B, T, n), ragged: each row and head lacks others, the last row nearly all."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, SMALL.vocab_size, (rows, time), generator=generator)
+    targets = torch.randint(0, SMALL.vocab_size, (rows, time, n), generator=generator)
+    rate = torch.linspace(0.1, 0.9, rows)[:, None, None]
+    targets[torch.rand(targets.shape, generator=generator) < rate] = IGNORE
+    return tokens, targets
+
+
+def gradients(model: Transformer) -> dict[str, Tensor]:
+    """And forgets them."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], bound: float = 1e-12) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert (mine[name] - theirs[name]).norm() <= bound * theirs[name].norm(), name
+
+
+def assert_losses_equal(mine: HeadLosses, theirs: HeadLosses) -> None:
+    assert torch.equal(mine.counts, theirs.counts)
+    assert mine.sums.dtype == torch.float32 and not mine.sums.requires_grad
+    assert torch.allclose(mine.sums, theirs.sums, rtol=1e-6, atol=0)
+
+
+@every_wiring
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("budget", [1, 4 * 61 * 17, 2**26])
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+def test_walk_equals_joint(kind: str, wiring: str, tied: bool, budget: int, weights: list[float] | None) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring, tied=tied))
+    tokens, targets = batch()
+    counts = count_targets(targets)
+    assert len(set(counts.tolist())) > 1
+    expected = joint_step(model, tokens, targets, counts, weights)
+    theirs = gradients(model)
+    losses = walk_step(model, tokens, targets, counts, weights, budget=budget)
+    assert_equal(gradients(model), theirs)
+    assert_losses_equal(losses, expected)
+    assert len(theirs) == len(list(model.parameters()))
+
+
+@every_wiring
+def test_walk_equals_joint_inside_documents(kind: str, wiring: str) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    tokens, targets = batch()
+    documents = (torch.arange(11) // torch.tensor([[3], [4], [5], [11]])).long()
+    counts = count_targets(targets)
+    joint_step(model, tokens, targets, counts, documents_BT=documents)
+    theirs = gradients(model)
+    walk_step(model, tokens, targets, counts, documents_BT=documents)
+    mine = gradients(model)
+    assert_equal(mine, theirs)
+    walk_step(model, tokens, targets, counts)
+    name = "trunk.blocks.0.attention.qkv.weight"
+    assert (gradients(model)[name] - mine[name]).norm() > 1e-3 * mine[name].norm()
+
+
+@pytest.mark.parametrize("parents", [(0, 1, 1, 0), (2, 4, 2, 0), (0, 0, 2, 2), (3, 3, 0, 3)], ids=str)
+def test_walk_equals_joint_on_trees_no_wiring_makes(parents: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelConfig, "parents", property(lambda self: parents))
+    for kind in ("transformer", "linear"):
+        model = lively(replace(SMALL, head_kind=kind))
+        tokens, targets = batch()
+        counts = count_targets(targets)
+        expected = joint_step(model, tokens, targets, counts, WEIGHTS)
+        theirs = gradients(model)
+        losses = walk_step(model, tokens, targets, counts, WEIGHTS, budget=1)
+        assert_equal(gradients(model), theirs)
+        assert_losses_equal(losses, expected)
+
+
+@every_wiring
+def test_walk_adds_to_gradients_that_are_there(kind: str, wiring: str) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring, tied=True))
+    tokens, targets = batch()
+    counts = count_targets(targets)
+    walk_step(model, tokens, targets, counts)
+    once = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    for _ in range(2):
+        walk_step(model, tokens, targets, counts)
+    assert_equal(gradients(model), {name: 2 * gradient for name, gradient in once.items()})
+
+
+@every_wiring
+def test_accumulation_is_exact_with_global_counts(kind: str, wiring: str) -> None:
+    """1 x 4 micro-batches equal 4 x 1, whatever each one holds; per-micro-batch counts would not."""
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    tokens, targets = batch()
+    targets[3, :, 1] = IGNORE  # a micro-batch without any target for head 2
+    counts = count_targets(targets)
+    whole = walk_step(model, tokens, targets, counts)
+    at_once = gradients(model)
+    pieces = [walk_step(model, t, y, counts) for t, y in zip(tokens.split(1), targets.split(1))]
+    assert_equal(gradients(model), at_once)
+    assert torch.allclose(sum(piece.sums for piece in pieces), whole.sums, rtol=1e-6)
+    assert torch.equal(sum(piece.counts for piece in pieces), whole.counts)
+
+    for t, y in zip(tokens.split(1), targets.split(1)):
+        walk_step(model, t, y, count_targets(y) * 4)
+    wrong = gradients(model)["trunk.embedding.weight"]
+    right = at_once["trunk.embedding.weight"]
+    assert (wrong - right).norm() > 0.1 * right.norm()
+
+
+@every_wiring
+def test_a_head_without_targets_is_silent(kind: str, wiring: str) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    tokens, targets = batch()
+    targets[..., 2] = IGNORE
+    counts = count_targets(targets)
+    joint_step(model, tokens, targets, counts)
+    theirs = gradients(model)
+    losses = walk_step(model, tokens, targets, counts)
+    mine = gradients(model)
+    assert_equal(mine, theirs)
+    assert losses.sums[2] == 0 and losses.counts[2] == 0
+    walk_step(model, tokens, torch.full_like(targets, IGNORE), torch.zeros_like(counts))
+    assert all((gradient == 0).all() for gradient in gradients(model).values())
+
+
+@every_wiring
+def test_the_trunk_may_be_frozen(kind: str, wiring: str) -> None:
+    """Heads added to an existing model are trained alone: the same gradients, and none below."""
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    tokens, targets = batch()
+    counts = count_targets(targets)
+    walk_step(model, tokens, targets, counts)
+    expected = gradients(model)
+    model.trunk.requires_grad_(False)
+    walk_step(model, tokens, targets, counts)
+    mine = gradients(model)
+    assert mine.keys() == {name for name in expected if not name.startswith("trunk.")}
+    assert_equal(mine, {name: expected[name] for name in mine})
+
+
+@pytest.mark.parametrize("wiring", ["parallel", "causal", "anticausal"])
+def test_bf16_is_near(wiring: str) -> None:
+    """Per parameter within 5 % of fp64 on the same bf16 weights; joint autograd in bf16 fares no better."""
+    model = lively(replace(SMALL, wiring=wiring), torch.bfloat16)
+    wide = lively(replace(SMALL, wiring=wiring))
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    tokens, targets = batch()
+    counts = count_targets(targets)
+    expected = joint_step(wide, tokens, targets, counts)
+    losses = walk_step(model, tokens, targets, counts)
+    assert torch.allclose(losses.sums, expected.sums, rtol=1e-2)
+    theirs, mine = gradients(wide), gradients(model)
+    for name in theirs:
+        assert (mine[name].double() - theirs[name]).norm() < 0.05 * theirs[name].norm(), name
+
+
+def test_autocast_keeps_fp32_gradients() -> None:
+    model = lively(SMALL, torch.float32)
+    tokens, targets = batch()
+    counts = count_targets(targets)
+    walk_step(model, tokens, targets, counts)
+    expected = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        walk_step(model, tokens, targets, counts)
+    mine = gradients(model)
+    for name in expected:
+        assert mine[name].dtype == torch.float32
+        assert (mine[name] - expected[name]).norm() < 0.05 * expected[name].norm(), name
+
+
+@every_wiring
+@torch.no_grad()
+def test_scores_are_losses_and_hits(kind: str, wiring: str) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    tokens, targets = batch()
+    logits = model(tokens, heads=4)
+    # Let a known number of targets be right.
+    targets[0, :5] = logits[0, :5].argmax(-1)
+    scores = score_step(model, tokens, targets)
+    with torch.enable_grad():
+        losses = joint_step(model, tokens, targets, count_targets(targets))
+    for k in range(1, 5):
+        right = (logits[:, :, k - 1].argmax(-1) == targets[..., k - 1]).sum()
+        assert scores[k - 1].correct == right >= 5
+        assert scores[k - 1].count == losses.counts[k - 1]
+        assert torch.allclose(scores[k - 1].loss, losses.sums[k - 1], rtol=1e-5)
+    documents = (torch.arange(11) // 4).expand(4, -1)
+    inside = score_step(model, tokens, targets, documents)
+    with torch.enable_grad():
+        losses = joint_step(model, tokens, targets, count_targets(targets), documents_BT=documents)
+    assert all(torch.allclose(inside[k].loss, losses.sums[k], rtol=1e-5) for k in range(4))
+
+
+def test_no_graph_is_left_behind() -> None:
+    """Losses can neither be scaled nor differentiated by mistake."""
+    model = lively(SMALL)
+    tokens, targets = batch()
+    losses = walk_step(model, tokens, targets, count_targets(targets))
+    assert losses.sums.grad_fn is None and losses.counts.tolist() == count_targets(targets).tolist()
+    with pytest.raises(RuntimeError):
+        losses.sums.sum().backward()
