@@ -12,8 +12,8 @@ from headstart.data.batches import IGNORE
 
 LOGITS_BYTES = 64 * 2**20
 """Budget of one chunk of fp32 logits. Rows of a chunk = budget / (4 V): large vocabularies get few rows at a time,
-small ones are done in one piece. A budget in bytes, not a ratio of shapes: each chunk reads the whole weight three times, so
-chunks must not become thin."""
+small ones are done in one piece. A budget in bytes, not a ratio of shapes: each chunk reads the whole weight three
+times, so chunks must not become thin."""
 
 
 def chunk_rows(vocab_size: int, budget: int = LOGITS_BYTES) -> int:

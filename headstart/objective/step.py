@@ -40,7 +40,7 @@ def walk_step(
     documents_BT: Tensor | None = None,
     budget: int = LOGITS_BYTES,
 ) -> HeadLosses:
-    """Adds to each parameter's gradient that of sum_k weights[k-1] / counts[k-1] * sum_t CE(head k at t, targets[t, k]).
+    """Adds to each parameter's gradient that of sum_k weights[k-1] / counts[k-1] * sum_t CE(head k at t, its target).
 
     The paper's memory-efficient forward and backward (section 2), for any tree of heads: each head is entered with a
     detached alias of its parent's latent, its own loss is differentiated at once and its logits freed, its children
