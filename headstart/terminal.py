@@ -1,0 +1,164 @@
+"""What a person sees while a command works: lines, tables and progress, all on stderr.
+
+Results that are data go to stdout by their command alone, so `--json` output stays clean whatever is said here. On a
+terminal progress is a bar; elsewhere it is a plain line every few seconds, without carriage returns.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+LINE_SECONDS = 10.0
+"""Off a terminal, a line of progress at most this often."""
+
+_bar: RichProgress | None = None
+"""The bar on the screen, if any: lines must be printed above it."""
+
+
+def say(text: str = "") -> None:
+    """Prints a line for the person watching."""
+    if _bar is not None:
+        # A line that wraps must not be broken into two, or paths and commands could not be copied.
+        _bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Plain columns; a column is set to the right if all its cells are numbers."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
+    right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        columns = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)]
+        return "  ".join(columns).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints `format_table` for the person watching."""
+    say(format_table(headers, rows))
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45s", 125 -> "2m05s", 7260 -> "2h01m"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """Progress of one long piece of work.
+
+    with Progress("train", total=60, unit="steps") as progress:
+        progress.advance(1, loss="2.31")
+
+    `total=None` where it is not known yet; `update` may give it later. `start` is what an earlier run has done: it
+    counts for the bar and not for the time left. Only one bar is on the screen: one inside another prints lines.
+    """
+
+    def __init__(self, label: str, total: int | None = None, *, unit: str = "", start: int = 0) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self._start = start
+        self._fields: dict[str, object] = {}
+        self._began = self._last_line = time.monotonic()
+        self._last_done = start
+        self._rich: RichProgress | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        global _bar
+        self._began = self._last_line = time.monotonic()
+        if sys.stderr.isatty() and _bar is None:
+            self._rich = _make_bar()
+            self._task = self._rich.add_task(self.label, total=self.total, completed=self.done, note="", count="")
+            self._rich.start()
+            _bar = self._rich
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _bar
+        if self._rich is not None:
+            self._show()
+            _bar = None
+            self._rich.stop()
+            self._rich = None
+        elif kind is None and self.done != self._last_done:
+            self._print_line()
+
+    def advance(self, n: int = 1, /, **fields: object) -> None:
+        """Counts `n` more units as done; `fields` are shown beside the bar until they are given anew."""
+        self.update(self.done + n, None, **fields)
+
+    def update(self, done: int, total: int | None = None, /, **fields: object) -> None:
+        """Sets how much is done: the shape of a callback such as `prepare(progress=...)`."""
+        self.done = done
+        self.total = self.total if total is None else total
+        self._fields.update(fields)
+        if self._rich is not None:
+            self._show()
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._print_line()
+
+    def say(self, text: str) -> None:
+        """As the function `say`."""
+        say(text)
+
+    def _count(self) -> str:
+        count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
+        return f"{count} {self.unit}".rstrip()
+
+    def _note(self) -> str:
+        return "  ".join(f"{name} {value}" for name, value in self._fields.items())
+
+    def _time_left(self) -> str:
+        done, elapsed = self.done - self._start, time.monotonic() - self._began
+        if self.total is None or done <= 0 or self.done >= self.total:
+            return ""
+        return f"{duration(elapsed / done * (self.total - self.done))} left"
+
+    def _show(self) -> None:
+        assert self._rich is not None
+        note = "  ".join(part for part in (self._note(), self._time_left()) if part)
+        self._rich.update(self._task, completed=self.done, total=self.total, note=note, count=self._count())
+
+    def _print_line(self) -> None:
+        self._last_line, self._last_done = time.monotonic(), self.done
+        say("  ".join(part for part in (f"{self.label}: {self._count()}", self._note(), self._time_left()) if part))
+
+
+def _make_bar() -> RichProgress:
+    # rich is a tenth of a second to import: only where there is a bar to draw.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.replace(",", "").removesuffix("%").removesuffix("x"))
+    except ValueError:
+        return text in ("", "-")
+    return True

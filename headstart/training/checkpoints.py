@@ -1,0 +1,210 @@
+"""Checkpoints: weights, optimiser state and position of a run, from which it goes on bit for bit.
+
+    checkpoints/step-00000500/
+        *.distcp, .metadata    weights and optimiser state (torch.distributed.checkpoint: other layouts can read it)
+        rng.pt                 torch's random state
+        state.json             position of the run, digest of the model's shape, size of every other file
+
+A folder appears under its name only when all of it is on disk, so whatever has the name is complete unless something
+damaged it later; the sizes in state.json tell that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from headstart.errors import UsageError
+from headstart.files import replacing_directory
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.terminal import say
+
+FORMAT = 1
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included."""
+    tokens: int = 0
+    """Positions trained on."""
+    skipped: int = 0
+    """Steps whose loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    """How many of the last steps were skipped without a good one between them."""
+    data: dict[str, int] = field(default_factory=dict)
+    """`BatchStream.state_dict`."""
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def all_steps(root: Path) -> dict[int, Path]:
+    """The checkpoints in `root` by their steps, oldest first."""
+    if not root.is_dir():
+        return {}
+    found = {int(m[1]): path for path in root.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))}
+    return dict(sorted(found.items()))
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    for path in reversed(all_steps(run_dir / "checkpoints").values()):
+        try:
+            _read_state(path)
+            return path
+        except UsageError:
+            continue
+    return None
+
+
+def save(
+    root: Path, model: Transformer, optimizers: list[Optimizer], position: Position, *, keep_last: int = 0
+) -> Path:
+    """Writes `root/step-.../`, then deletes all but the `keep_last` newest (0: deletes none)."""
+    path = root / name_of(position.step)
+    with replacing_directory(path) as folder:
+        with _plain_dcp():
+            dcp.save(_tensors(model, optimizers)[0], checkpoint_id=folder, no_dist=_alone())
+        torch.save(_random_state(), folder / "rng.pt")
+        state = {
+            "format": FORMAT,
+            "position": dataclasses.asdict(position),
+            "model": _digest(model.config),
+            "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    if keep_last:
+        # Those of later steps are left alone: they are there only if the run had to go back behind a damaged one.
+        old = [other for step, other in all_steps(root).items() if step <= position.step]
+        for other in old[:-keep_last]:
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
+def restore(path: Path, model: Transformer, optimizers: list[Optimizer]) -> Position:
+    """Loads weights, optimiser state and random state. Raises UsageError where `path` is damaged or another model's."""
+    state = _read_state(path)
+    if state["model"] != _digest(model.config):
+        raise UsageError(f"{path}: a checkpoint of another model shape; give another --run-dir or move it away")
+    tensors, param_groups = _tensors(model, optimizers)
+    try:
+        with _plain_dcp():
+            dcp.load(tensors, checkpoint_id=path, no_dist=_alone())
+        random = torch.load(path / "rng.pt", weights_only=True)
+        set_model_state_dict(model, tensors["model"])
+        # The groups stay this run's own: a new learning rate or weight decay takes effect.
+        wanted: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
+        set_optimizer_state_dict(model, optimizers, wanted)
+        position = Position(**state["position"])
+    except Exception as error:  # DCP, zip and pickle each have their own kinds of error for a damaged file
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UsageError(
+            f"{path}: a damaged or foreign checkpoint ({reason}); delete it to go on from the one before it"
+        ) from error
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return position
+
+
+def restore_newest(root: Path, model: Transformer, optimizers: list[Optimizer]) -> Position | None:
+    """Goes on from the newest checkpoint in `root` that is sound, None where there is none at all.
+
+    Says a line for each damaged one that it passes; raises UsageError where all are damaged.
+    """
+    paths = list(reversed(all_steps(root).values()))
+    for path in paths:
+        try:
+            position = restore(path, model, optimizers)
+        except UsageError as error:
+            if path == paths[-1]:
+                raise
+            say(f"warning: {error}; taking the one before it")
+            continue
+        say(f"going on from {path}")
+        return position
+    return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json, after a look at what lies beside it."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise UsageError(
+                f"{path}: of format {state['format']}, this Headstart reads {FORMAT}; give another --run-dir"
+            )
+        for name, size in state["files"].items():
+            found = (path / name).stat().st_size
+            if found != size:
+                raise UsageError(
+                    f"{path}: damaged, {name} has {found:,} bytes instead of {size:,}; "
+                    "delete this checkpoint to go on from the one before it"
+                )
+        return {"position": dict(state["position"]), "model": state["model"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: not a whole checkpoint ({error}); delete it to go on from the one before it"
+        ) from error
+
+
+def _tensors(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
+    """What a checkpoint holds, and the optimisers' groups, which it does not: they come from the configuration."""
+    optimizer_state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizers))
+    return {"model": get_model_state_dict(model), "optimizer": optimizer_state["state"]}, optimizer_state[
+        "param_groups"
+    ]
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _digest(config: ModelConfig) -> str:
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _alone() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+@contextmanager
+def _plain_dcp() -> Iterator[None]:
+    """DCP without its remark that one process is one process, and with the error that happened instead of its wrapper,
+    which is no `Exception` and would pass every handler (a full disk, an interrupt)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as wrapper:
+            raise next(iter(wrapper.failures.values()))[0] from wrapper

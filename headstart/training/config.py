@@ -1,0 +1,203 @@
+"""Everything a training run is told: the settings of a YAML file, changed by the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from headstart.data.shards import TokenShards
+from headstart.data.tokenizers import load_tokenizer
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.objective.head_weights import HeadWeights
+from headstart.training.optimizer import OptimizerConfig
+from headstart.training.yaml_settings import build, read_mapping, to_plain, write_mapping
+
+
+def _at_least(least: float, section: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise UsageError(f"{section}{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    sources: tuple[str, ...] = ("python-stdlib",)
+    """Files, folders, globs, or python-stdlib; prepared once into the run folder."""
+    path: Path | None = None
+    """A folder that `headstart prepare` wrote; sources, tokenizer and validation_fraction then say nothing."""
+    tokenizer: str = "bytes"
+    """bytes, a tokenizer.json, or a folder that holds one."""
+    validation_fraction: float = 0.02
+    """Fraction of the documents held out for validation."""
+    attention_within_documents: bool = False
+    """Whether attention stops at document boundaries (the paper does not say; its peers let rows be plain)."""
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.sources:
+            raise UsageError("data.sources is empty; name a file, a folder, or python-stdlib")
+        if not 0 <= self.validation_fraction < 1:
+            raise UsageError(
+                f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1"
+            )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Tokens of one optimiser step: rows x length x accumulate."""
+
+    rows: int = 8
+    """Rows of a micro-batch: what is in memory at once."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are added up for one optimiser step."""
+    length: int | None = None
+    """Tokens of a row (None: model.context)."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "batch.", self, "rows", "accumulate", "length")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Loss, bits per byte and top-1 of every head on held-out documents."""
+
+    every: int = 100
+    """Steps between validations; there is one at the end in any case (0: only that one)."""
+    rows: int = 64
+    """Rows scored, spread over the validation split."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "validation.", self, "every")
+        _at_least(1, "validation.", self, "rows")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a killed run goes on from."""
+
+    every: int = 500
+    """Steps between checkpoints; there is one at the end in any case (0: only that one)."""
+    keep_last: int = 2
+    """How many are kept (0: all)."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, "checkpoints.", self, "every", "keep_last")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A training run."""
+
+    steps: int
+    """Optimiser steps in all."""
+    run_dir: Path = Path("runs/train")
+    """Where everything of the run lies: config.yaml, metrics.jsonl, data/, checkpoints/, model/."""
+    seed: int = 0
+    """Of the first weights, the order of the data and the choice of held-out documents."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What matrix products run in; weights, their gradients and the optimiser stay float32."""
+    compile: bool = False
+    """Whether torch.compile fuses each block: a minute at the start, faster steps after it."""
+    threads: int | None = None
+    """CPU threads (None: as torch chooses)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Sizes, heads, wiring; in YAML also `preset: 100M` (Table S14) with changes beside it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the model reads."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Tokens of one optimiser step."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How weights are updated."""
+    head_weights: HeadWeights = field(default_factory=HeadWeights)
+    """How much each head's loss counts."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """When and how much to validate."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save what a killed run goes on from."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, "", self, "steps", "threads")
+        _at_least(0, "", self, "seed")
+        self.head_weights.check(self.model.heads)
+        if self.length > self.model.context:
+            raise UsageError(
+                f"batch.length {self.length} is above model.context {self.model.context}; lower one or raise the other"
+            )
+
+    @property
+    def length(self) -> int:
+        """Positions of a row."""
+        return self.batch.length or self.model.context
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.rows * self.batch.accumulate * self.length
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and lays command-line settings (`--model.dim 512 --steps 60`) over it.
+
+    `model.vocab_size` follows from the tokenizer where neither gives it. Raises UsageError for unknown keys, wrong
+    types and impossible values; an unknown flag ends the program with status 2, `--help` with 0.
+    """
+    path = Path(path)
+    values = read_mapping(path)
+    config = build(RunConfig, values, path)
+    if overrides:
+        import tyro
+
+        config = tyro.cli(RunConfig, args=list(overrides), default=config, prog=f"headstart train {path}")
+    flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
+    if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
+        config = replace(config, model=replace(config.model, vocab_size=_vocab_size(config.data)))
+    return config
+
+
+def _vocab_size(data: DataConfig) -> int:
+    if data.path is None:
+        return load_tokenizer(data.tokenizer).vocab_size
+    return int(TokenShards.open(data.path, "train").manifest["vocab_size"])
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes all settings, defaults included, as YAML that `load_config` reads back equal."""
+    write_mapping(Path(path), to_plain(config))
+
+
+# What a run cannot change while it goes on: other weights, other data, or another order of the same data.
+FIXED = (
+    "seed",
+    "model",
+    "data.sources",
+    "data.path",
+    "data.tokenizer",
+    "data.validation_fraction",
+    "batch.length",
+    "optimizer.kind",
+)
+# What changes nothing about the result that a reader would want to hear of.
+QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints")
+
+
+def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[object, object]]:
+    """The settings in which two configurations differ: dotted name -> (old, new)."""
+    found: dict[str, tuple[object, object]] = {}
+    for item in dataclasses.fields(old):  # type: ignore[arg-type]
+        a, b, name = getattr(old, item.name), getattr(new, item.name), prefix + item.name
+        if dataclasses.is_dataclass(a):
+            found.update(differences(a, b, f"{name}."))
+        elif a != b:
+            found[name] = (a, b)
+    return found
+
+
+def is_under(name: str, prefixes: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

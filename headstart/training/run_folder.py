@@ -1,0 +1,170 @@
+"""The folder of a run: what lies where, who may write to it, and whether a configuration belongs to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from headstart.data.shards import TokenShards, prepare
+from headstart.data.tokenizers import load_tokenizer
+from headstart.errors import UsageError
+from headstart.files import replacing_file
+from headstart.terminal import Progress, say
+from headstart.training import checkpoints
+from headstart.training.config import FIXED, QUIET, RunConfig, differences, is_under, load_config, save_config
+
+
+class RunFolder:
+    """runs/NAME/ with config.yaml, metrics.jsonl, data/, checkpoints/ and model/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.data = path / "data"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes out of it; removes what a killed one left half-written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise UsageError(
+                f"{self.path}: cannot be written ({error.strerror}); give a --run-dir you may write to"
+            ) from error
+        with lock:
+            if not _lock(lock):
+                raise UsageError(
+                    f"{self.path}: another process is training there; wait for it or give another --run-dir"
+                )
+            for folder in (self.path, self.checkpoints):
+                for left in folder.glob(".*.writing-*"):
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            yield
+
+    def accept(self, config: RunConfig) -> None:
+        """Writes config.yaml. Raises UsageError where the folder holds a run with another model or other data."""
+        if self.config.exists():
+            try:
+                old = load_config(self.config)
+            except UsageError as error:
+                raise UsageError(
+                    f"{error} (the folder is not one of this Headstart's; give another --run-dir)"
+                ) from error
+            changed = differences(old, config)
+            fixed = [name for name in changed if is_under(name, FIXED)]
+            started = bool(checkpoints.all_steps(self.checkpoints)) or self.model.exists()
+            if fixed and started:
+                before, now = changed[fixed[0]]
+                raise UsageError(
+                    f"{self.path}: holds a run with {fixed[0]} {before}, not {now}; give another --run-dir"
+                )
+            if any(is_under(name, ("data", "seed", "model.vocab_size")) for name in fixed):
+                shutil.rmtree(self.data, ignore_errors=True)  # prepared for the other settings, never trained on
+            for name, (before, now) in changed.items():
+                if started and not is_under(name, QUIET):
+                    say(f"changed since the last start: {name} {before} -> {now}")
+        save_config(config, self.config)
+
+    def shards_folder(self, config: RunConfig, progress: Callable[..., Progress]) -> Path:
+        """The prepared data of the run: `data.path`, or data/, prepared once so that a resume reads the same bytes."""
+        if config.data.path is not None:
+            return config.data.path
+        if not (self.data / "manifest.json").exists():
+            say(f"preparing {', '.join(config.data.sources)} -> {self.data}")
+            with progress("prepare", unit="bytes") as bar:
+                prepare(
+                    config.data.sources,
+                    self.data,
+                    load_tokenizer(config.data.tokenizer),
+                    validation_fraction=config.data.validation_fraction,
+                    seed=config.seed,
+                    progress=bar.update,
+                    report=say,
+                )
+        return self.data
+
+    def open_shards(
+        self, config: RunConfig, progress: Callable[..., Progress]
+    ) -> tuple[TokenShards, TokenShards | None]:
+        """Training and validation tokens (None where no document is held out)."""
+        folder = self.shards_folder(config, progress)
+        train = TokenShards.open(folder, "train")
+        needed = int(train.manifest["vocab_size"])
+        if config.model.vocab_size < needed:
+            raise UsageError(
+                f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
+                f"{train.manifest['tokenizer']!r} of {folder}; leave model.vocab_size out, or take {needed}"
+            )
+        if not train.manifest["splits"]["validation"]["tokens"]:
+            say(f"{folder} has no validation documents: nothing is validated")
+            return train, None
+        return train, TokenShards.open(folder, "validation")
+
+
+class RunLog:
+    """metrics.jsonl: a JSON object a line, only ever appended to; what is not finite is null."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Lines past `step` (of a run that was killed after its last checkpoint) are cut off."""
+        self._path = path
+        self._cut(step)
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be written ({error.strerror}); give another --run-dir") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UsageError(
+                f"{self._path}: cannot be written ({error.strerror}); mend that and run the command again"
+            ) from error
+
+    def sync(self) -> None:
+        """Before a checkpoint: it must not be on disk without the lines that lead to it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cut(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        with (
+            replacing_file(self._path) as temporary,
+            temporary.open("w", encoding="utf-8") as kept,
+            self._path.open(encoding="utf-8", errors="replace") as lines,
+        ):
+            for line in lines:
+                try:
+                    keep = line.endswith("\n") and int(json.loads(line)["step"]) <= step
+                except (ValueError, KeyError, TypeError):
+                    keep = False  # torn by a kill
+                if keep:
+                    kept.write(line)
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether `file` is now ours until it is closed. True where the system or the file system knows no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

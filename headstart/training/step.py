@@ -1,0 +1,66 @@
+"""One optimiser step: count the targets, walk the tree of heads for every micro-batch, clip, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from headstart.data.batches import Batch
+from headstart.model.transformer import Transformer
+from headstart.objective.step import count_targets, walk_step
+from headstart.training.config import RunConfig
+from headstart.training.optimizer import set_learning_rate
+
+
+@dataclass
+class StepResult:
+    losses: list[float]
+    """Mean cross-entropy of each head in nats, unweighted; NaN where a head had no target."""
+    gradient_norm: float
+    """Of all parameters together, before clipping."""
+    finite: bool
+    """Whether losses and gradient were finite. If not, the weights are as before."""
+
+
+def train_step(
+    model: Transformer,
+    optimizers: list[Optimizer],
+    batches: Sequence[Batch],
+    weights: Sequence[float],
+    lr: float,
+    config: RunConfig,
+) -> StepResult:
+    """Updates the weights once, from micro-batches that lie on the model's device."""
+    device = batches[0].tokens.device
+    # Counted over all micro-batches before the first backward, so that 1 x 4 rows weigh every target as 4 x 1 rows do.
+    counts = torch.stack([count_targets(batch.targets) for batch in batches]).sum(0)
+    sums = torch.zeros(len(counts), device=device)
+    for batch in batches:
+        documents = batch.documents if config.data.attention_within_documents else None
+        with autocast(config, device):
+            sums += walk_step(model, batch.tokens, batch.targets, counts, weights, documents).sums
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+    *totals, gradient_norm = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # one wait for the device
+    finite = all(map(math.isfinite, [*totals, gradient_norm]))
+    set_learning_rate(optimizers, lr)
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    losses = [total / count if count else math.nan for total, count in zip(totals, counts.tolist())]
+    return StepResult(losses, gradient_norm, finite)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Weights stay float32; matrix products run in `config.dtype`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    return Batch(batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device))

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.training import checkpoints
+from headstart.training.checkpoints import Position, all_steps, latest, restore, restore_newest, save
+from headstart.training.optimizer import OptimizerConfig, build_optimizers
+
+CONFIG = ModelConfig(dim=16, layers=3, attention_heads=2, context=16, heads=2)
+
+
+def make(config: ModelConfig = CONFIG, seed: int = 0, kind: str = "adamw"):
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    optimizers = build_optimizers(model, OptimizerConfig(kind=kind), torch.device("cpu"))
+    model(torch.arange(8)[None], heads=2).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizers
+
+
+def test_everything_comes_back(tmp_path) -> None:
+    model, optimizers = make(kind="muon")
+    position = Position(step=3, tokens=96, skipped=2, skipped_in_a_row=1, data={"epoch": 1, "row": 4})
+    torch.manual_seed(5)
+    path = save(tmp_path, model, optimizers, position)
+    drawn = torch.rand(3)
+    other, other_optimizers = make(seed=1, kind="muon")
+    assert restore(path, other, other_optimizers) == position
+    assert torch.equal(torch.rand(3), drawn)
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+    for old, new in zip(optimizers, other_optimizers):
+        ours, theirs = old.state_dict()["state"], new.state_dict()["state"]
+        assert ours.keys() == theirs.keys() and ours
+        for i in ours:
+            assert all(torch.equal(ours[i][name], theirs[i][name]) for name in ours[i])
+
+
+@pytest.mark.parametrize("keep_last, kept", [(1, [8]), (2, [6, 8]), (0, [2, 4, 6, 8])])
+def test_keep_last(tmp_path, keep_last, kept) -> None:
+    model, optimizers = make()
+    for step in (2, 4, 6, 8):
+        save(tmp_path, model, optimizers, Position(step=step), keep_last=keep_last)
+    assert list(all_steps(tmp_path)) == kept
+
+
+def test_nothing_is_deleted_before_the_new_one_is_whole(tmp_path, monkeypatch) -> None:
+    model, optimizers = make()
+    save(tmp_path, model, optimizers, Position(step=2), keep_last=1)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(checkpoints.torch, "save", fail)
+    with pytest.raises(RuntimeError):
+        save(tmp_path, model, optimizers, Position(step=4), keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_a_damaged_later_one_does_not_push_out_a_sound_one(tmp_path) -> None:
+    model, optimizers = make()
+    (tmp_path / "step-00000009").mkdir()
+    for step in (2, 4):
+        save(tmp_path, model, optimizers, Position(step=step), keep_last=1)
+    assert list(all_steps(tmp_path)) == [4, 9]
+
+
+def truncate(path) -> None:
+    file = path / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def scramble(path) -> None:
+    file = path / ".metadata"
+    file.write_bytes(bytes(len(file.read_bytes())))
+
+
+def empty(path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+
+
+def future(path) -> None:
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "format": 99}))
+
+
+def listed(path) -> None:
+    (path / "state.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [truncate, scramble, empty, future, listed])
+def test_a_damaged_one_is_refused_or_passed(tmp_path, capsys, damage) -> None:
+    run_dir, root = tmp_path, tmp_path / "checkpoints"
+    model, optimizers = make()
+    save(root, model, optimizers, Position(step=2))
+    newest = save(root, model, optimizers, Position(step=4))
+    damage(newest)
+    with pytest.raises(UsageError, match=r"step-00000004: [^\n]*; (delete|give)[^\n]*$") as raised:
+        restore(newest, *make())
+    assert "\n" not in str(raised.value)
+    if damage is not scramble:  # of the same size: seen only when it is read
+        assert latest(run_dir) == root / "step-00000002"
+    position = restore_newest(root, *make(seed=1))
+    assert position == Position(step=2)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"warning: {newest}") and said[1] == f"going on from {root}/step-00000002"
+    damage(root / "step-00000002")
+    with pytest.raises(UsageError, match=r"step-00000002"):
+        restore_newest(root, *make())
+
+
+def test_one_of_another_shape_is_refused(tmp_path) -> None:
+    path = save(tmp_path, *make(), Position(step=2))
+    with pytest.raises(UsageError, match=r"step-00000002: a checkpoint of another model shape"):
+        restore(path, *make(ModelConfig(dim=32, layers=3, attention_heads=2, context=16, heads=2)))
+
+
+def test_none_at_all(tmp_path) -> None:
+    assert latest(tmp_path) is None
+    assert restore_newest(tmp_path / "checkpoints", *make()) is None

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.training.optimizer import (
+    OptimizerConfig,
+    build_optimizers,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
+
+
+def curve(steps: int, **settings) -> list[float]:
+    return [learning_rate(step, steps, OptimizerConfig(**settings)) for step in range(steps)]
+
+
+def test_cosine_at_its_corners() -> None:
+    rates = curve(110, lr=2.0, warmup_steps=10, final_lr_ratio=0.03)
+    assert rates[0] == pytest.approx(0.2)  # never 0
+    assert rates[4] == pytest.approx(1.0)
+    assert rates[9] == 2.0 == max(rates)
+    assert rates[59] == pytest.approx(2.0 * (1 + 0.03) / 2)  # half way down
+    assert rates[34] == pytest.approx(0.06 + 1.94 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[109] == pytest.approx(0.06)
+    assert all(a > b for a, b in pairwise(rates[9:]))
+
+
+def test_warmups_of_no_step_and_of_all_steps() -> None:
+    rates = curve(4, lr=1.0, warmup_steps=0, final_lr_ratio=0.0)
+    assert 0.5 < rates[0] < 1 and rates[-1] == 0
+    assert curve(3, lr=1.0, warmup_steps=100) == pytest.approx([0.01, 0.02, 0.03])  # as SAMSum's in Table S13
+    assert curve(2, lr=1.0, warmup_steps=2) == [0.5, 1.0]
+
+
+def test_wsd_stays_and_falls() -> None:
+    rates = curve(100, lr=1.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, final_lr_ratio=0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[89] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
+
+
+def decay_of(model: Transformer, config: OptimizerConfig) -> dict[str, float]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: dict[str, float] = {}
+    for optimizer in build_optimizers(model, config, torch.device("cpu")):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert names[parameter] not in found, "a parameter in two groups"
+                found[names[parameter]] = group["weight_decay"]
+    assert found.keys() == dict(model.named_parameters()).keys()
+    return found
+
+
+SHAPES = {
+    "untied": ModelConfig(dim=16, layers=4, attention_heads=2, heads=2, attention_bias=True),
+    "tied": ModelConfig(dim=16, layers=4, attention_heads=2, heads=2, tied=True),
+    "linear": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="linear"),
+    "replicated": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="replicated"),
+}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_are_decayed_and_embeddings_norms_and_biases_are_not(kind, shape) -> None:
+    decay = decay_of(Transformer(SHAPES[shape]), OptimizerConfig(kind=kind, weight_decay=0.1))
+    for name, value in decay.items():
+        plain = "norm" in name or "bias" in name or name == "trunk.embedding.weight"
+        assert value == (0.0 if plain else 0.1), name
+    assert ("unembedding.weights.0" in decay) == (shape != "tied")
+    assert decay.get("unembedding.weights.2", 0.1) == 0.1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_muon_takes_the_matrices_inside_blocks_and_heads(shape) -> None:
+    model = Transformer(SHAPES[shape])
+    groups = parameter_groups(model, OptimizerConfig(kind="muon"))
+    assert len({name for group in groups.values() for name in group}) == sum(map(len, groups.values()))
+    assert set().union(*groups.values()) == dict(model.named_parameters()).keys()
+    assert set(groups["muon"]) == {
+        name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(("trunk.blocks", "heads"))
+    }
+    assert all(name.startswith("unembedding.weights") for name in groups["decayed"])
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = Transformer(SHAPES["untied"])
+    model.trunk.requires_grad_(False)
+    groups = parameter_groups(model, OptimizerConfig())
+    assert not any(name.startswith("trunk") for group in groups.values() for name in group)
+
+
+def test_muon_has_its_own_rate() -> None:
+    model = Transformer(SHAPES["untied"])
+    config = OptimizerConfig(kind="muon", lr=1e-3, muon_lr=2e-2)
+    muon, adamw = build_optimizers(model, config, torch.device("cpu"))
+    set_learning_rate([muon, adamw], 5e-4)
+    assert [group["lr"] for group in muon.param_groups] == [pytest.approx(1e-2)]
+    assert [group["lr"] for group in adamw.param_groups] == [5e-4, 5e-4]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": 0.0}, {"lr": math.nan}, {"muon_lr": -1.0}, {"clip": 0.0}, {"warmup_steps": -1}, {"betas": (0.9, 1.0)},
+     {"weight_decay": -0.1}, {"decay_fraction": 0.0}, {"kind": "sgd"}, {"schedule": "step"}, {"momentum": 1.0}],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(settings) -> None:
+    with pytest.raises(UsageError, match=f"^optimizer.{next(iter(settings))} [^\n]*$"):
+        OptimizerConfig(**settings)
