@@ -140,7 +140,8 @@ class Engine:
         capacity = _round_up(self.context + model.config.heads, self.step_span)
         weight = model.trunk.embedding.weight
         # On a CPU, torch's attention over bf16 keys is up to eight times slower than over fp32 ones.
-        cache_dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        narrow = weight.dtype in (torch.bfloat16, torch.float16)
+        cache_dtype = torch.float32 if weight.device.type == "cpu" and narrow else weight.dtype
         self.state = DecodingState.empty(model, slots, capacity, cache_dtype)
         self._live: list[Generation | None] = [None] * slots
         self._lengths = [0] * slots

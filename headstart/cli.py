@@ -1,0 +1,292 @@
+"""The command line: one function per command, each only calls its room."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import Positional
+
+from headstart.errors import UsageError
+
+# torch is imported inside the commands: `headstart --help` answers at once.
+
+
+def _threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+
+
+def _print_json(result: object) -> None:
+    print(json_module.dumps(result, indent=2, default=str))
+
+
+def demo(
+    out: Path = Path("runs/demo"),
+    minutes: float = 3.5,
+    seed: int = 0,
+    threads: int | None = None,
+    json: bool = False,
+) -> None:
+    """Train and decode on an embedded corpus, with a report.
+
+    Args:
+        out: run folder; the report is OUT/report.html. A finished demo is trained anew.
+        minutes: how long to train; decoding takes about one minute more.
+        seed: of weights, data order and sampling.
+        threads: CPU threads (default: all cores).
+        json: print the results as JSON.
+    """
+    from headstart.demo.run import run_demo
+
+    _threads(threads)
+    result = run_demo(out, minutes=minutes, seed=seed)
+    if json:
+        _print_json(result)
+
+
+def prepare(
+    sources: Positional[list[str]],
+    out: Path,
+    tokenizer: str = "bytes",
+    validation_fraction: float = 0.02,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Turn text and code into token shards for training.
+
+    Args:
+        sources: files, folders, globs, or python-stdlib (the sources of the running interpreter).
+        out: folder to write; it must not exist or be an earlier preparation.
+        tokenizer: bytes, a tokenizer.json, or a directory that holds one.
+        validation_fraction: share of the documents held out.
+        seed: chooses the documents held out.
+        json: print the manifest as JSON.
+    """
+    from headstart.data.shards import prepare as prepare_shards
+    from headstart.data.tokenizers import load_tokenizer
+    from headstart.terminal import say
+
+    manifest = prepare_shards(
+        sources, out, load_tokenizer(tokenizer), validation_fraction=validation_fraction, seed=seed, report=say
+    )
+    for split, content in manifest["splits"].items():
+        say(f"{split}: {content['documents']:,} documents, {content['tokens']:,} tokens")
+    say(f"prepared: {out}")
+    if json:
+        _print_json(manifest)
+
+
+def train(arguments: list[str]) -> None:
+    """Train a model from a configuration: headstart train CONFIG.yaml [--run-dir DIR] [--steps N] [--a.b value]."""
+    from headstart.training.config import load_config
+    from headstart.training.loop import train as run
+
+    if not arguments or arguments[0].startswith("-"):
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(train.__doc__)
+            print("\nEvery setting of the file can be given as a flag over it:\n")
+            load_config(None, ["--help"])
+        raise UsageError("train needs a configuration file: headstart train CONFIG.yaml (configs/smoke.yaml is one)")
+    run(load_config(Path(arguments[0]), arguments[1:]))
+
+
+def generate(
+    model: Positional[str],
+    prompt: str,
+    max_new_tokens: int = 200,
+    heads: int | None = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    exact: bool = True,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    stats: bool = False,
+    json: bool = False,
+) -> None:
+    """Continue a prompt with a model directory, streaming the text.
+
+    Args:
+        model: a model directory.
+        prompt: text to continue; - reads it from standard input.
+        max_new_tokens: at most this many tokens.
+        heads: how many heads decode, 1 being plain decoding (default: all). The output does not depend on it.
+        temperature: 0 is greedy.
+        top_k: keep the k most probable tokens (0: all).
+        top_p: keep the most probable tokens that reach this probability together (1: all).
+        min_p: keep tokens at least this probable relative to the best (0: all).
+        seed: of the sampling noise.
+        stop: strings that end the text.
+        exact: bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding.
+        dtype: bfloat16 or float32 (default: as stored).
+        device: cpu, cuda, ...
+        threads: CPU threads (default: torch's choice; `headstart doctor` says which is best).
+        stats: print tokens per pass, acceptance and speed afterwards, to standard error.
+        json: print text, tokens and statistics as JSON instead of streaming.
+    """
+    import headstart
+    from headstart.decoding.engine import Request
+    from headstart.decoding.sampling import Sampling
+    from headstart.terminal import say
+
+    _threads(threads)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = headstart.load(model, dtype=dtype, device=device)
+    request = Request(
+        prompt=tuple(loaded.tokenizer.encode(text)),
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+        heads=heads,
+        stop=stop,
+    )
+    engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact)
+    generation = engine.submit(request)
+    for _, piece in engine.run():
+        if not json:
+            print(piece, end="", flush=True)
+    result = generation.stats
+    summary = {
+        "tokens": result.tokens,
+        "passes": result.passes,
+        "tokens_per_pass": round(result.tokens_per_pass, 3),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "acceptance": [round(share, 3) for share in result.acceptance],
+        "seconds": round(result.seconds, 3),
+        "prefill_seconds": round(result.prefill_seconds, 3),
+        "finish_reason": generation.finish_reason,
+    }
+    if json:
+        _print_json({"text": generation.text, "tokens": generation.tokens, "stats": summary})
+        return
+    print()
+    if stats:
+        shares = "  ".join(f"head {k} {share:.0%}" for k, share in enumerate(result.acceptance, start=2))
+        say(
+            f"{result.tokens} tokens in {result.passes} passes: {result.tokens_per_pass:.2f} tokens per pass, "
+            f"{result.tokens_per_second:.0f} tokens/s ({generation.finish_reason})"
+        )
+        if shares:
+            say(f"accepted drafts: {shares}")
+
+
+def inspect(model: Positional[str], json: bool = False) -> None:
+    """Show what a model directory holds: sizes, heads, wiring, acceptance.
+
+    Args:
+        model: a model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B).
+        json: print it as JSON.
+    """
+    from headstart.inspection import format_inspection
+    from headstart.inspection import inspect as inspect_model
+
+    found = inspect_model(model)
+    _print_json(found) if json else print(format_inspection(found))
+
+
+def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
+    """Look at machine, versions and threads; with a model, check that speculation equals plain decoding.
+
+    Args:
+        model: a model directory.
+        json: print the findings as JSON.
+    """
+    from headstart.doctor import diagnose, format_diagnosis
+
+    found = diagnose(model)
+    _print_json(found) if json else print(format_diagnosis(found))
+    if any(finding["status"] == "fail" for finding in found["findings"]):
+        raise SystemExit(1)
+
+
+def bench(arguments: list[str]) -> None:
+    """Measure what it costs: headstart bench loss|train|decode [--out DIR] [settings]."""
+    from headstart.benchmarks import BENCHMARKS
+
+    if not arguments or arguments[0] not in BENCHMARKS:
+        print(bench.__doc__)
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(BENCHMARKS)}")
+        return
+    benchmark = BENCHMARKS[arguments[0]]
+    settings = tyro.cli(benchmark.Settings, prog=f"headstart bench {arguments[0]}", args=arguments[1:])
+    _print_json(benchmark.run(settings))
+
+
+# These parse their own arguments: what they take depends on the first one.
+RAW = (train, bench)
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (demo, prepare, train, generate, inspect, doctor, bench)
+}
+
+
+def _help() -> str:
+    lines = [
+        "headstart: train language models that predict several tokens at once, decode several tokens per pass",
+        "",
+        "usage: headstart COMMAND [arguments]     headstart COMMAND --help",
+        "",
+    ]
+    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += ["", "  --debug   show the traceback of an error", "  --version"]
+    return "\n".join(lines)
+
+
+def _dispatch(name: str, arguments: list[str]) -> None:
+    command = COMMANDS[name]
+    if command in RAW:
+        command(arguments)
+        return
+    tyro.cli(command, prog=f"headstart {name}", args=arguments)
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] == "--version":
+        from headstart import __version__
+
+        print(__version__)
+        return
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UsageError(f"there is no command {arguments[0]!r}; take one of {', '.join(COMMANDS)}")
+        _dispatch(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("headstart: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except UsageError as error:
+        if debug:
+            raise
+        print(f"headstart: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        # The reader of our output has gone (`headstart ... | head`): that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        if debug:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"headstart: {place}{error.strerror or error} (--debug shows where)", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,75 @@
+"""Small models that have learned something, so that drafts are sometimes right and sometimes wrong."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+
+from headstart.data.batches import targets_of
+from headstart.decoding.packing import pack
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.step import count_targets, walk_step
+
+SHAPES = {
+    "transformer-parallel": {"head_kind": "transformer", "wiring": "parallel"},
+    "transformer-causal": {"head_kind": "transformer", "wiring": "causal"},
+    "transformer-anticausal": {"head_kind": "transformer", "wiring": "anticausal"},
+    "linear-parallel": {"head_kind": "linear", "wiring": "parallel"},
+    "linear-anticausal": {"head_kind": "linear", "wiring": "anticausal"},
+    "replicated": {"head_kind": "replicated", "wiring": "parallel"},
+}
+VOCABULARY = 128  # printable ASCII, so that the byte tokenizer makes text of it
+HEADS = 4
+
+
+def _text_rows(generator: torch.Generator, rows: int, length: int) -> torch.Tensor:
+    """Words repeated with random choices between: partly predictable several tokens ahead, partly not at all."""
+    words = [list(word) for word in (b"the cat ", b"then a dog ", b"that is ", b"end. ")]
+    result = []
+    for _ in range(rows):
+        row: list[int] = []
+        while len(row) < length:
+            row += words[int(torch.randint(len(words), (1,), generator=generator))]
+        result.append(row[:length])
+    return torch.tensor(result)
+
+
+@functools.cache
+def trained(shape: str) -> Transformer:
+    """A model of that shape in fp32, trained for a second; do not change it."""
+    torch.manual_seed(3)
+    config = ModelConfig(
+        vocab_size=VOCABULARY,
+        dim=32,
+        layers=6,
+        attention_heads=4,
+        kv_heads=2,
+        heads=HEADS,
+        context=640,
+        **SHAPES[shape],
+    )
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        rows = _text_rows(generator, 8, 32 + HEADS)
+        targets = targets_of(rows, torch.zeros_like(rows), HEADS)
+        walk_step(model, rows[:, :32], targets, count_targets(targets))
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@functools.cache
+def packed(shape: str, dtype: torch.dtype) -> Transformer:
+    """The trained model in decoding form."""
+    return pack(copy.deepcopy(trained(shape)).to(dtype))
+
+
+@pytest.fixture(params=list(SHAPES))
+def shape(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

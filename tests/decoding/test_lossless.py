@@ -1,0 +1,252 @@
+"""Lossless means token-identical: every number of heads, seed, batch and shape against plain decoding."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from conftest import HEADS, VOCABULARY, packed, trained
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headstart.decoding import sampling as sampling_module
+from headstart.decoding.cache import CachedAttention, KVCache
+from headstart.decoding.engine import EXACT_SPAN, Engine, Request, generate_all
+from headstart.decoding.packing import pack
+from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.step import DecodingState, prefill
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+PROMPT = tuple(b"the cat then")
+SAMPLED = Sampling(temperature=1.0, seed=11)
+SETTINGS = {
+    "greedy": Sampling(),
+    "sampled": SAMPLED,
+    "truncated": Sampling(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, seed=5),
+}
+
+
+def run(model: Transformer, request: Request, exact: bool = True, slots: int = 1, deferred: bool = True):
+    return generate_all(Engine(model, slots=slots, exact=exact, deferred=deferred), [request])[0]
+
+
+def plain_reference(model: Transformer, prompt: tuple[int, ...], new_tokens: int, sampling: Sampling) -> list[int]:
+    """Plain decoding written as directly as possible: no cache, no window, one full forward per token."""
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]))[0, -1]
+        if sampling.temperature == 0:
+            tokens.append(int(logits.argmax()))
+            continue
+        x = (logits / sampling.temperature).double()
+        if sampling.top_k:
+            x[x < x.sort(descending=True).values[sampling.top_k - 1]] = float("-inf")
+        probabilities, order = x.softmax(-1).sort(descending=True)
+        dropped = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+        x[order[dropped]] = float("-inf")
+        x[x < x.max() + torch.tensor(sampling.min_p).log()] = float("-inf")
+        noise = position_noise(torch.tensor(sampling.seed), torch.tensor(len(tokens)), len(x))
+        tokens.append(int((x + noise).argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: str, name: str) -> None:
+    reference = plain_reference(copy.deepcopy(trained(shape)).double(), PROMPT, 60, SETTINGS[name])
+    model = packed(shape, torch.float64)
+    for heads in range(1, HEADS + 1):
+        for exact in (True, False):
+            got = run(model, Request(PROMPT, 60, SETTINGS[name], heads), exact)
+            assert got.tokens == reference, (heads, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
+    shape: str, dtype: torch.dtype, name: str
+) -> None:
+    model = packed(shape, dtype)
+    config = model.config
+    results = []
+    # Crosses a block of attention, where the span changes in another pass for each number of heads.
+    prompt = (PROMPT * 50)[: EXACT_SPAN - 30]
+    length = 60
+    for heads in range(1, HEADS + 1):
+        engine = Engine(model, slots=1)
+        got = generate_all(engine, [Request(prompt, length, SETTINGS[name], heads)])[0]
+        on_path = list(range(config.trunk_layers))
+        if config.head_kind == "transformer":
+            on_path += [config.trunk_layers + k - 1 for k in model.path(1)]
+        cache = engine.state.cache
+        end = len(prompt) + length - 1 - HEADS  # the last pass may have been cut by the limit
+        results.append((got.tokens, cache.keys[on_path, 0, :, :end].clone(), cache.values[on_path, 0, :, :end].clone()))
+    tokens, keys, values = results[0]
+    assert len(tokens) == length
+    for other_tokens, other_keys, other_values in results[1:]:
+        assert other_tokens == tokens
+        assert torch.equal(other_keys, keys) and torch.equal(other_values, values)
+
+
+def test_drafts_are_accepted_at_all_and_save_passes(shape: str) -> None:
+    plain = run(packed(shape, torch.float32), Request(PROMPT, 100, Sampling(), 1))
+    fast = run(packed(shape, torch.float32), Request(PROMPT, 100, Sampling(), HEADS))
+    assert plain.stats.passes == 100
+    assert fast.stats.passes < 80
+    assert fast.stats.tokens_per_pass == pytest.approx(100 / fast.stats.passes)
+    # A draft is only reached through those before it.
+    assert fast.stats.accepted == sorted(fast.stats.accepted, reverse=True)
+    assert fast.stats.drafted == [fast.stats.passes - 1] * (HEADS - 1)
+    assert fast.origins.count(1) in (fast.stats.passes, fast.stats.passes - 1)  # the limit may cut the last one
+    assert len(fast.origins) == 100
+
+
+requests = st.lists(
+    st.builds(
+        Request,
+        prompt=st.lists(st.integers(32, VOCABULARY - 1), min_size=1, max_size=40).map(tuple),
+        max_new_tokens=st.integers(1, 40),
+        sampling=st.builds(
+            Sampling,
+            temperature=st.sampled_from([0.0, 0.7, 1.0]),
+            top_k=st.sampled_from([0, 3, 50]),
+            top_p=st.sampled_from([1.0, 0.8]),
+            min_p=st.sampled_from([0.0, 0.1]),
+            seed=st.integers(-(2**70), 2**70),
+        ),
+        heads=st.integers(1, HEADS),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(
+    requests=requests,
+    slots=st.integers(1, 4),
+    exact=st.booleans(),
+    shape=st.sampled_from(["transformer-parallel", "replicated", "transformer-causal"]),
+)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def test_any_batch_mix_gives_what_each_request_gives_alone(requests, slots, exact, shape) -> None:
+    model = packed(shape, torch.float32)
+    together = generate_all(Engine(model, slots=slots, exact=exact), requests)
+    for request, generation in zip(requests, together):
+        alone = run(model, Request(request.prompt, request.max_new_tokens, request.sampling, heads=1), exact=exact)
+        assert generation.tokens == alone.tokens
+        assert generation.finish_reason == "length"
+
+
+def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
+    model = packed(shape, torch.float64)
+    engine = Engine(model, slots=2)
+    generations = [engine.submit(Request(PROMPT, 200, SAMPLED, HEADS)), engine.submit(Request(PROMPT[:5], 200))]
+    for _ in range(25):
+        engine.step()
+    for slot, generation in enumerate(generations):
+        length = int(engine.state.length_S[slot])
+        committed = list(generation.request.prompt) + generation.tokens
+        assert length == len(committed) - 1  # the root is not cached yet
+        fresh = DecodingState.empty(model, 1, engine.state.cache.capacity, torch.float64)
+        prefill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7)
+        for got, want in ((engine.state.cache.keys, fresh.cache.keys), (engine.state.cache.values, fresh.cache.values)):
+            assert torch.allclose(got[:, slot, :, :length], want[:, 0, :, :length], atol=1e-11)
+
+
+def test_what_lies_in_the_caches_beyond_a_slots_length_does_not_matter(shape: str) -> None:
+    model = packed(shape, torch.bfloat16)
+    clean = run(model, Request(PROMPT, 80, SAMPLED))
+    engine = Engine(model, slots=1)
+    engine.state.cache.keys.fill_(1e4)
+    engine.state.cache.values.fill_(-1e4)
+    assert generate_all(engine, [Request(PROMPT, 80, SAMPLED)])[0].tokens == clean.tokens
+    # And a slot used again by another request.
+    assert generate_all(engine, [Request(PROMPT[:3], 30), Request(PROMPT, 80, SAMPLED)])[1].tokens == clean.tokens
+
+
+def test_deferred_heads_draft_what_fused_heads_draft(shape: str) -> None:
+    model = packed(shape, torch.float64)
+    deferred = run(model, Request(PROMPT, 120, SAMPLED), deferred=True)
+    fused = run(model, Request(PROMPT, 120, SAMPLED), deferred=False)
+    assert deferred.tokens == fused.tokens
+    assert deferred.stats.accepted == fused.stats.accepted and sum(fused.stats.accepted) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_spans_of_whole_attention_blocks_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    """The fact that exact decoding rests on: extra masked blocks of EXACT_SPAN positions add exactly nothing."""
+    generator = torch.Generator().manual_seed(0)
+    cache_dtype = torch.float32
+    for heads, kv_heads, width, rows in itertools.product((4, 8), (2, 4), (32, 64), (1, 4, 8)):
+        config = ModelConfig(
+            dim=heads * width, layers=2, attention_heads=heads, kv_heads=kv_heads, context=3 * EXACT_SPAN
+        )
+        cache = KVCache(config, 1, 3 * EXACT_SPAN, cache_dtype, "cpu")
+        cache.keys.normal_(generator=generator)
+        cache.values.normal_(generator=generator)
+        q = torch.randn(1, heads, rows, width, generator=generator).to(dtype)
+        k = torch.randn(1, kv_heads, rows, width, generator=generator).to(dtype)
+        for start in (3, EXACT_SPAN // 2, EXACT_SPAN - rows):
+            positions = start + torch.arange(rows)[None]
+            results = [
+                CachedAttention(cache, slice(0, 1), positions, blocks * EXACT_SPAN).layer(0)(q, k, k)
+                for blocks in (1, 2, 3)
+            ]
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_speculation_has_the_targets_joint_distribution_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every outcome of a discrete noise is played through: the joint law of 4 tokens equals the chain rule's.
+
+    A finite noise stands for the Gumbel noise: each position draws one of 3 vectors, equally likely. The target law is
+    computed from the model's own logits, token by token, by summing over the noise of each position alone. (reference:
+    companions of the paper, exact verification of lossless sampling.) A wrong acceptance rule must fail the same test.
+    """
+    torch.manual_seed(1)
+    config = ModelConfig(vocab_size=3, dim=16, layers=5, attention_heads=2, heads=3, context=32)
+    raw = Transformer(config).double()
+    with torch.no_grad():
+        for parameter in raw.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    vectors = torch.randn(3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 1.5
+    positions, prompt = range(2, 6), (1, 2)
+
+    law: dict[tuple[int, ...], int] = {(): 1}
+    for _ in positions:
+        extended: dict[tuple[int, ...], int] = {}
+        for tokens, weight in law.items():
+            with torch.no_grad():
+                logits = raw(torch.tensor([prompt + tokens]))[0, -1]
+            for token in (logits + vectors).argmax(-1).tolist():
+                extended[(*tokens, token)] = extended.get((*tokens, token), 0) + weight
+        law = extended
+
+    model = pack(copy.deepcopy(raw))
+
+    def joint(heads: int) -> tuple[dict[tuple[int, ...], int], int]:
+        counts: dict[tuple[int, ...], int] = {}
+        passes = 0
+        for drawn in itertools.product(range(3), repeat=len(positions)):
+
+            def noise(seeds, where, vocabulary, drawn=drawn):
+                table = torch.tensor([drawn[p - 2] if p in positions else 0 for p in range(32)])
+                return vectors[table[where]]
+
+            monkeypatch.setattr(sampling_module, "position_noise", noise)
+            got = run(model, Request(prompt, len(positions), Sampling(temperature=1.0), heads))
+            counts[tuple(got.tokens)] = counts.get(tuple(got.tokens), 0) + 1
+            passes += got.stats.passes
+        return counts, passes
+
+    plain, plain_passes = joint(1)
+    fast, fast_passes = joint(3)
+    assert len(law) > 5 and sum(law.values()) == 3**4
+    assert plain == law and fast == law
+    assert fast_passes < plain_passes
+
+    # Negative control: accepting every draft is not lossless.
+    monkeypatch.setattr(torch.Tensor, "cumprod", lambda self, dim: torch.ones_like(self))
+    assert joint(3)[0] != law

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headstart.decoding.sampling import Sampling, SamplingRows, position_noise
+from headstart.errors import UsageError
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> torch.Tensor:
+    rows = SamplingRows(1, "cpu")
+    rows.set(0, sampling)
+    return rows.choose(logits.expand(1, len(positions), -1), positions[None], slice(0, 1))[0]
+
+
+def test_noise_is_a_function_of_seed_position_and_token_alone() -> None:
+    seeds, positions = torch.tensor([[7, 7], [8, 8]]), torch.tensor([[3, 4], [3, 4]])
+    noise = position_noise(seeds, positions, 50)
+    assert torch.equal(noise[1, 0], position_noise(torch.tensor(8), torch.tensor(3), 50))
+    assert torch.equal(noise[0, 1, :20], position_noise(torch.tensor(7), torch.tensor(4), 20))
+    assert len({tuple(row.tolist()) for row in noise.flatten(0, 1)}) == 4
+
+
+def test_noise_is_standard_gumbel_and_uncorrelated() -> None:
+    noise = position_noise(torch.tensor(1).expand(4000), torch.arange(4000), 64).double()
+    assert noise.isfinite().all()
+    assert noise.mean() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var() == pytest.approx(torch.pi**2 / 6, abs=0.03)
+    centred = noise - noise.mean()
+    for shifted in (centred.roll(1, 0), centred.roll(1, 1)):
+        assert abs((centred * shifted).mean()) < 0.02
+    other_seed = position_noise(torch.tensor(2).expand(4000), torch.arange(4000), 64).double()
+    assert abs((centred * (other_seed - other_seed.mean())).mean()) < 0.02
+
+
+def test_samples_follow_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
+    draws = 200_000
+    tokens = choose(logits, Sampling(temperature=0.8, seed=3), torch.arange(draws))
+    expected = (logits / 0.8).softmax(-1) * draws
+    statistic = ((tokens.bincount(minlength=5) - expected) ** 2 / expected).sum()
+    assert statistic < 23.5  # chi-square, 4 degrees of freedom, p = 1e-4
+
+
+def test_truncation_keeps_what_the_definitions_keep() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625]).log()
+
+    def kept(**settings) -> set[int]:
+        return set(choose(logits, Sampling(temperature=1.0, **settings), torch.arange(3000)).tolist())
+
+    assert kept() == {0, 1, 2, 3, 4}
+    assert kept(top_k=2) == {0, 1}
+    assert kept(top_k=4) == {0, 1, 2, 3, 4}  # tied with the fourth
+    assert kept(top_p=0.5) == {0}
+    assert kept(top_p=0.51) == {0, 1}
+    assert kept(top_p=0.8) == {0, 1, 2}
+    assert kept(min_p=0.2) == {0, 1, 2}
+    assert kept(min_p=0.26) == {0, 1}
+    assert kept(top_k=3, top_p=0.9, min_p=0.3) == {0, 1}
+
+
+def test_top_p_over_a_flat_vocabulary_sorts_all_of_it() -> None:
+    """Past the first 256 candidates the whole row is sorted; the kept set is the same."""
+    logits = torch.linspace(0, 1, 2000)
+    tokens = choose(logits, Sampling(temperature=1.0, top_p=0.9), torch.arange(2_000))
+    order = logits.softmax(-1).sort(descending=True)
+    allowed = set(order.indices[order.values.cumsum(-1) - order.values < 0.9].tolist())
+    assert len(allowed) > 1000 and set(tokens.tolist()) <= allowed
+
+
+def test_each_slot_keeps_its_own_settings() -> None:
+    logits = torch.randn(4, 1, 30, generator=torch.Generator().manual_seed(0))
+    every = [Sampling(), Sampling(1.0, seed=4), Sampling(1.0, top_k=2, seed=4), Sampling(0.5, top_p=0.3, seed=9)]
+    together = SamplingRows(4, "cpu")
+    for slot, sampling in enumerate(every):
+        together.set(slot, sampling)
+    positions = torch.tensor([[5], [6], [7], [8]])
+    got = together.choose(logits, positions, slice(0, 4))[:, 0].tolist()
+    alone = [int(choose(logits[slot, 0], sampling, positions[slot])) for slot, sampling in enumerate(every)]
+    assert got == alone
+    assert got[0] == int(logits[0].argmax())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]

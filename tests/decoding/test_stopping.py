@@ -1,0 +1,110 @@
+"""Ends are exact at every offset inside a burst: what is kept never depends on how many tokens came at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import HEADS, packed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.stopping import Stopper
+from headstart.errors import UsageError
+
+PROMPT = tuple(b"the cat then")
+
+
+class EndsWithDot(ByteTokenizer):
+    end_id = ord(".")
+
+
+def run(request: Request, tokenizer=None):
+    engine = Engine(packed("transformer-parallel", torch.float32), tokenizer=tokenizer or ByteTokenizer())
+    generation = engine.submit(request)
+    pieces = [piece for _, piece in engine.run()]
+    assert "".join(pieces) == generation.text
+    return generation
+
+
+def test_the_token_limit_cuts_a_burst_anywhere() -> None:
+    whole = run(Request(PROMPT, 60, heads=1)).tokens
+    for limit in range(1, 30):
+        got = run(Request(PROMPT, limit, heads=HEADS))
+        assert got.tokens == whole[:limit] and got.finish_reason == "length"
+
+
+def test_the_end_token_cuts_a_burst_and_is_not_text() -> None:
+    for seed in range(12):
+        sampling = Sampling(1.0, seed=seed)
+        plain = run(Request(PROMPT, 150, sampling, heads=1), EndsWithDot())
+        fast = run(Request(PROMPT, 150, sampling, heads=HEADS), EndsWithDot())
+        assert (fast.tokens, fast.text, fast.finish_reason) == (plain.tokens, plain.text, plain.finish_reason)
+        assert ord(".") not in fast.tokens
+    assert plain.finish_reason == "end"
+
+
+def test_a_stop_string_at_every_offset_inside_a_burst() -> None:
+    whole = run(Request(PROMPT, 60, heads=1)).text
+    for start in range(20):
+        for size in (1, 2, 5):
+            stop = whole[start : start + size]
+            want = whole[: whole.index(stop)]
+            for heads in (1, HEADS):
+                got = run(Request(PROMPT, 60, heads=heads, stop=(stop, "never there")))
+                assert got.text == want and got.finish_reason == "stop"
+                # The tokens end with the one that completed the stop string.
+                assert bytes(got.tokens).decode() == want + stop
+
+
+@given(
+    text=st.text(alphabet="abé😀 ", min_size=1, max_size=30),
+    stops=st.lists(st.text(alphabet="abé😀 ", min_size=1, max_size=4), max_size=3),
+    bursts=st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    limit=st.integers(1, 60),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_bursts_of_any_size_give_what_single_tokens_give(text, stops, bursts, limit) -> None:
+    tokenizer = ByteTokenizer()
+    tokens = [*tokenizer.encode(text), tokenizer.end_id, *tokenizer.encode("after")]
+
+    def feed(sizes: list[int]) -> Stopper:
+        stopper = Stopper(limit, tokenizer.end_id, stops, tokenizer)
+        at, i, pieces = 0, 0, []
+        while at < len(tokens) and stopper.finish_reason is None:
+            size = sizes[i % len(sizes)]
+            pieces.append(stopper.push(tokens[at : at + size]))
+            at, i = at + size, i + 1
+        assert "".join(pieces) == stopper.text
+        return stopper
+
+    one, many = feed([1]), feed(bursts)
+    assert (one.tokens, one.text, one.finish_reason) == (many.tokens, many.text, many.finish_reason)
+    found = [text.index(s) for s in stops if s in text]
+    if found and limit >= len(tokens):
+        assert one.finish_reason == "stop" and not any(s in one.text for s in stops)
+    if not found and limit >= len(tokens):
+        assert one.text == text and one.finish_reason == "end"
+
+
+def test_stop_strings_need_text() -> None:
+    with pytest.raises(UsageError, match="tokenizer"):
+        Stopper(5, None, ["x"], None)
+    with pytest.raises(UsageError, match="empty"):
+        Stopper(5, None, [""], ByteTokenizer())
+
+
+def test_cancelling_frees_the_slot_and_leaves_the_neighbour_alone() -> None:
+    model = packed("transformer-parallel", torch.float32)
+    alone = generate_all(Engine(model), [Request(PROMPT, 50)])[0].tokens
+    engine = Engine(model, slots=2)
+    first, second = engine.submit(Request(PROMPT[:4], 200)), engine.submit(Request(PROMPT, 50))
+    third = engine.submit(Request(PROMPT, 50))
+    engine.step()
+    engine.cancel(first)
+    assert first.finish_reason == "cancelled"
+    for _ in engine.run():
+        pass
+    assert second.tokens == third.tokens == alone
