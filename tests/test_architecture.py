@@ -19,6 +19,7 @@ PACKAGE = REPOSITORY / "headstart"
 FLOORS = {
     "errors": 0,
     "files": 0,
+    "machine": 0,
     "terminal": 0,
     "model": 1,
     "data": 1,

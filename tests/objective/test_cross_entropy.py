@@ -77,6 +77,18 @@ def test_bf16_is_as_good_as_its_inputs(budget: int) -> None:
         assert relative(mine, right) < 1e-2
 
 
+def test_the_weight_gradient_does_not_decay_with_the_number_of_chunks() -> None:
+    """Summed in bf16, 375 chunks would lose the small terms; summed in fp32, they cost nothing over one chunk."""
+    x, weight, targets = problem(torch.bfloat16, rows=6000)
+    wide_x, wide_weight = (v.detach().double().requires_grad_() for v in (x, weight))
+    (right,) = torch.autograd.grad(reference(wide_x, wide_weight, targets), wide_weight)
+    one, many = (
+        relative(torch.autograd.grad(linear_cross_entropy(x, weight, targets, budget=budget), weight)[0], right)
+        for budget in (2**26, 1)
+    )
+    assert many < 1.2 * one, (many, one)
+
+
 def test_autocast_sets_the_products_and_keeps_the_rest() -> None:
     x, weight, targets = problem(torch.float32, rows=600)
     expected = torch.autograd.grad(linear_cross_entropy(x, weight, targets), (x, weight))
