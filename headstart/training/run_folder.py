@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -118,14 +119,16 @@ class RunLog:
         self._path = path
         self._cut(step)
         try:
-            self._file = path.open("a", encoding="utf-8")
+            # Unbuffered: what a full disk refused must not come up again when the file is closed.
+            self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise UsageError(f"{path}: cannot be written ({error.strerror}); give another --run-dir") from error
 
     def write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as error:
             raise UsageError(
                 f"{self._path}: cannot be written ({error.strerror}); mend that and run the command again"

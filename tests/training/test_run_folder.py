@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -87,11 +88,10 @@ def test_the_log_is_cut_and_goes_on(tmp_path) -> None:
 def test_a_full_disk_under_the_log_gets_a_line(tmp_path) -> None:
     log = RunLog(tmp_path / "metrics.jsonl", 0)
     log.close()
-    with (
-        open("/dev/full", "w") as log._file,
-        pytest.raises(UsageError, match=r"metrics.jsonl: cannot be written .No space left"),
-    ):
+    log._file = io.FileIO("/dev/full", "w")
+    with pytest.raises(UsageError, match=r"metrics.jsonl: cannot be written .No space left"):
         log.write({"step": 1})
+    log.close()
 
 
 def test_without_file_locks_a_run_still_starts(tiny, monkeypatch) -> None:

