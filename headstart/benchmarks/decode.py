@@ -1,0 +1,290 @@
+"""Decoding: against transformers, against the memory bandwidth, and several tokens per pass against one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from headstart.benchmarks import fresh_process, report, speedup
+from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, ratios
+from headstart.benchmarks.report import Bar, count, measurement
+from headstart.errors import UsageError
+from headstart.model.config import PRESETS, ModelConfig
+from headstart.storage.model_directory import load_config
+from headstart.terminal import say
+
+PEER_BAR = Bar(">=", 1.5)
+BANDWIDTH_BAR = Bar(">=", 0.65)
+WINDOW_BAR = Bar("<=", 1.3)
+
+Part = Literal["plain", "bandwidth", "window", "deferred", "model"]
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """Speed of decoding. The part "model" needs --model; the others use random weights."""
+
+    parts: tuple[Part, ...] = ("plain", "bandwidth", "window", "deferred")
+    """plain: against transformers; bandwidth: share of the memory bandwidth; window: 8 rows against 1; deferred: heads
+    on one row against all rows; model: a trained model for K = 1, 2, 4, 8 (runs whenever --model is given)."""
+    sizes: ModelConfig = field(default_factory=lambda: PRESETS["100M"])
+    """The model with random weights; its heads are set by each part."""
+    threads: tuple[int, ...] = (1, 2)
+    """CPU threads, each number in a process of its own; the part "model" uses the last."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    repetitions: int = 5
+    """Rounds of whole generations (parts plain and model)."""
+    passes: int = 60
+    """Rounds of single passes (parts bandwidth, window and deferred)."""
+    prompt_tokens: int = 64
+    """Length of a prompt."""
+    new_tokens: int = 128
+    """Tokens generated after it."""
+    window: int = 8
+    """Rows of the part "window"."""
+    deferred_heads: tuple[int, ...] = (4, 8)
+    """n = K of the part "deferred"."""
+    deferred_batches: tuple[int, ...] = (1, 4)
+    """Its batch sizes."""
+    stream_mebibytes: int = 512
+    """What is read to measure the memory bandwidth."""
+    model: Path | None = None
+    """Directory of a trained model."""
+    prompts: Path | None = None
+    """Its prompts: a line each, or .jsonl with "prompt" or "text" (None: held-out documents of its run)."""
+    data: Path | None = None
+    """Folder of prepared tokens to take held-out documents from (None: that of the model's run)."""
+    prompt_count: int = 8
+    """How many prompts."""
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    """K, the numbers of heads to decode with; those that the model does not have are left out."""
+    temperatures: tuple[float, ...] = (0.0, 0.8)
+    """0: greedy."""
+    batch: int = 1
+    """Prompts decoded at once."""
+    out: Path = report.RESULTS
+    """Folder of the report."""
+    date: str | None = None
+    """Date of the report (None: today)."""
+
+
+def run(settings: DecodeSettings) -> dict[str, Any]:
+    """Runs the parts asked for; see `report.result` for the shape of what comes back."""
+    if "model" in settings.parts and settings.model is None:
+        raise UsageError('the part "model" needs --model DIR, a trained model')
+    if 1 not in settings.heads:
+        raise UsageError("--heads must hold 1: plain decoding is what the others are compared with")
+    runners = {"plain": _plain, "bandwidth": _bandwidth, "window": _window, "deferred": _deferred}
+    measurements: list[dict[str, Any]] = []
+    tables: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for part, runner in runners.items():
+        if part in settings.parts:
+            rows, note = runner(settings)
+            measurements += rows
+            notes.append(f"{part}: {note}")
+    if settings.model is not None:
+        rows, tables, more = _model(settings)
+        measurements += rows
+        notes += more
+    for row in measurements:
+        say(f"{row['part']}: {row['what']}: {row['median']:.4g} {row['unit']}".rstrip())
+    return report.result("decode", settings, measurements, notes, tables)
+
+
+def _case(settings: DecodeSettings, config: ModelConfig, **more: Any) -> dict[str, Any]:
+    """What every measuring process is told."""
+    return {
+        "config": asdict(config),
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "passes": settings.passes,
+        "repetitions": settings.repetitions,
+        "length": settings.prompt_tokens + settings.new_tokens // 2,
+        **more,
+    }
+
+
+def _plain(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
+    rows: list[dict[str, Any]] = []
+    agreement: list[int] = []
+    config = replace(settings.sizes, heads=1)
+    for threads in settings.threads:
+        case = _case(settings, config, prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens)
+        answer = fresh_process.call("headstart.benchmarks.transformers_peer:case", case, threads=threads)
+        speeds = answer["tokens_per_second"]
+        agreement.append(answer["same_tokens_at_start"])
+        for name, values in speeds.items():
+            rows.append(
+                measurement("plain", f"{name}, {count(threads, 'thread')}", values, "tokens/s", threads=threads)
+            )
+        values = ratios(speeds["headstart"], speeds["transformers"])
+        what = f"headstart / transformers, {count(threads, 'thread')}"
+        rows.append(measurement("plain", what, values, bar=PEER_BAR, threads=threads))
+    return rows, (
+        f"one stream, batch 1, greedy, {config.parameters()['total']:,} parameters with random weights, n = 1, the "
+        "same "
+        f"model directory for both; {settings.prompt_tokens} prompt and {settings.new_tokens} new tokens, timed from "
+        "the "
+        "first new token to the last (the prompt is not counted). transformers: LlamaForCausalLM.generate, use_cache, "
+        "its "
+        f"default attention. The first {' and '.join(map(str, agreement))} tokens were the same (random weights have "
+        "near "
+        "ties, which rounding decides)."
+    )
+
+
+def _bandwidth(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
+    rows: list[dict[str, Any]] = []
+    config = replace(settings.sizes, heads=1)
+    shares: dict[int, list[float]] = {}
+    size = 0
+    for threads in settings.threads:
+        case = _case(settings, config, stream_mebibytes=settings.stream_mebibytes)
+        answer = fresh_process.call("headstart.benchmarks.passes:bandwidth_case", case, threads=threads)
+        size, stream = answer["bytes"], answer["stream_gb_per_second"]
+        milliseconds = [1e3 * s for s in answer["seconds"]]
+        shares[threads] = [size / s / 1e9 / stream for s in answer["seconds"]]
+        rows.append(
+            measurement("bandwidth", f"plain pass, {count(threads, 'thread')}", milliseconds, "ms", threads=threads)
+        )
+        rows.append(
+            measurement("bandwidth", f"stream read, {count(threads, 'thread')}", [stream], "GB/s", threads=threads)
+        )
+        what = f"bytes of a pass / its time / stream read, {count(threads, 'thread')}"
+        rows.append(measurement("bandwidth", what, shares[threads], threads=threads, bytes=size))
+    best = max(rows[2::3], key=lambda row: row["median"])["threads"]
+    what = f"the same at the best setting ({count(best, 'thread')})"
+    rows.append(measurement("bandwidth", what, shares[best], bar=BANDWIDTH_BAR, threads=best))
+    return rows, (
+        f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
+        "values "
+        f"of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 with as many "
+        "threads."
+    )
+
+
+def _window(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
+    rows: list[dict[str, Any]] = []
+    config, window = replace(settings.sizes, heads=1), settings.window
+    for threads in settings.threads:
+        case = _case(settings, config, rows=window)
+        answer = fresh_process.call("headstart.benchmarks.passes:window_case", case, threads=threads)
+        timings = []
+        for name, seconds in answer.items():
+            label = f"{window} rows" if name == "window" else name
+            milliseconds = [1e3 * s for s in seconds]
+            timings.append(
+                measurement("window", f"{label}, {count(threads, 'thread')}", milliseconds, "ms", threads=threads)
+            )
+        faster = min(("one row", "one row, own layout"), key=lambda name: sorted(answer[name])[len(answer[name]) // 2])
+        what = f"{window} rows / {faster}, {count(threads, 'thread')}"
+        values = ratios(answer["window"], answer[faster], PASSES_OF_A_BLOCK)
+        rows += [*timings, measurement("window", what, values, bar=WINDOW_BAR, threads=threads)]
+    return rows, (
+        f"trunk, head 1 and unembedding on {window} rows against one row of the same {config.layers} layers, batch 1, "
+        "at "
+        f"{settings.prompt_tokens + settings.new_tokens // 2} cached positions. The faster of two one-row passes is "
+        "the "
+        f"denominator: weights laid out for {window} rows, and for one (own layout)."
+    )
+
+
+def _deferred(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
+    rows: list[dict[str, Any]] = []
+    for threads in settings.threads:
+        for n in settings.deferred_heads:
+            case = _case(settings, replace(settings.sizes, heads=n), batches=list(settings.deferred_batches))
+            answer = fresh_process.call("headstart.benchmarks.passes:deferred_case", case, threads=threads)
+            for batch in settings.deferred_batches:
+                fast, full = answer[f"deferred {batch}"], answer[f"all {batch}"]
+                where = f"K = n = {n}, batch {batch}, {count(threads, 'thread')}"
+                details: dict[str, Any] = {"threads": threads, "heads": n, "batch": batch}
+                rows += [
+                    measurement("deferred", f"accepted row, {where}", [1e3 * s for s in fast], "ms", **details),
+                    measurement("deferred", f"all rows, {where}", [1e3 * s for s in full], "ms", **details),
+                    measurement(
+                        "deferred",
+                        f"accepted row / all rows, {where}",
+                        ratios(fast, full, PASSES_OF_A_BLOCK),
+                        **details,
+                    ),
+                ]
+    return rows, "a whole pass whose drafting heads (transformer, parallel) run on the accepted row, against all rows."
+
+
+def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    assert settings.model is not None
+    config = load_config(settings.model)
+    threads = settings.threads[-1]
+    prompts = speedup.load_prompts(
+        settings.model,
+        prompts=settings.prompts,
+        data=settings.data,
+        count=settings.prompt_count,
+        tokens=settings.prompt_tokens,
+    )
+    rows: list[dict[str, Any]] = []
+    tables = []
+    ks = sorted(k for k in settings.heads if k <= config.heads)
+    for temperature in settings.temperatures:
+        case = _case(
+            settings,
+            config,
+            model=str(settings.model),
+            prompts=prompts,
+            new_tokens=settings.new_tokens,
+            heads=ks,
+            temperature=temperature,
+            batch=settings.batch,
+        )
+        answer = fresh_process.call("headstart.benchmarks.speedup:case", case, threads=threads)
+        name = "greedy" if temperature == 0 else f"temperature {temperature}"
+        speeds, per_pass = answer["tokens_per_second"], answer["tokens_per_pass"]
+        plain = speeds[speedup.FASTEST_PLAIN]
+        what = f"{name}, plain (K = 1, exact=False)"
+        rows.append(measurement("model", what, plain, "tokens/s", tokens_per_pass=per_pass[speedup.FASTEST_PLAIN]))
+        lines: list[list[object]] = [[what, rows[-1]["median"], 1.0, None, 1.0, 1.0, "", ""]]
+        for k in ks:
+            speed = measurement(
+                "model", f"{name}, K = {k}", speeds[str(k)], "tokens/s", tokens_per_pass=per_pass[str(k)]
+            )
+            over_plain = measurement("model", f"{name}, K = {k} / plain", ratios(speeds[str(k)], plain), heads=k)
+            over_exact = measurement("model", f"{name}, K = {k} / K = 1", ratios(speeds[str(k)], speeds["1"]), heads=k)
+            acceptance = answer["acceptance"][str(k)]
+            rows += [speed | {"acceptance": acceptance}, over_plain, over_exact]
+            gain = over_plain["median"]
+            lines.append(
+                [
+                    f"K = {k}",
+                    speed["median"],
+                    gain,
+                    over_exact["median"],
+                    per_pass[str(k)],
+                    gain / per_pass[str(k)],
+                    " / ".join(f"{x:.2f}" for x in speedup.PAPER[k]) if k in speedup.PAPER else "",
+                    " ".join(f"{share:.2f}" for share in acceptance),
+                ]
+            )
+        differing = [k for k in ks if answer["first_difference"][str(k)] is not None]
+        # A count with a bar, so that a lossy run shows as missed and not as a remark.
+        bar = Bar("<=", 0)
+        what = f"{name}: numbers of heads whose output differs from K = 1"
+        rows.append(measurement("model", what, [len(differing)], bar=bar, differing=differing))
+        headers = ["", "tokens/s", "speed-up over plain", "over K = 1, exact", "tokens per pass", "efficiency"]
+        tables.append(
+            report.table(f"{settings.model}, {name}", [*headers, "paper, n = 8", "acceptance of heads 2..K"], lines)
+        )
+    note = (
+        f"model: n = {config.heads} {config.head_kind} heads, {config.wiring}, {settings.dtype}, "
+        f"{count(threads, 'thread')}; {len(prompts)} prompts of at most {settings.prompt_tokens} tokens, "
+        f"{settings.new_tokens} new tokens, batch "
+        f"{settings.batch}; prompts are not timed, end tokens do not end a text. Efficiency = speed-up over plain / "
+        "tokens "
+        "per pass. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
+    )
+    return rows, tables, [note]

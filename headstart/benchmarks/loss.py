@@ -1,0 +1,279 @@
+"""The loss: is the walk over the heads exact, and does its memory stay flat in the number of heads?"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from headstart import machine
+from headstart.benchmarks import fresh_process, report
+from headstart.benchmarks.measure import ratios
+from headstart.benchmarks.report import Bar, measurement
+from headstart.data.batches import IGNORE
+from headstart.model.config import HeadKind, ModelConfig, Wiring
+from headstart.model.transformer import Transformer
+from headstart.objective.step import HeadLosses, count_targets, joint_step, walk_step
+from headstart.terminal import say
+
+GRADIENT_BAR = Bar("<", 1e-12)
+FLAT_BAR = Bar("<=", 1.05)
+JOINT_BAR = Bar("<=", 0.25)
+
+# glibc keeps freed memory for itself, and keeps more after every large block that was freed. A fixed threshold has
+# each large tensor mapped and unmapped on its own, so resident memory is what is alive.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Exactness and memory of the loss step."""
+
+    parts: tuple[Literal["gradients", "memory"], ...] = ("gradients", "memory")
+    """gradients: the walk against joint autograd in float64; memory: peak of a step for each number of heads."""
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of heads whose memory is measured, at the same number of parameters."""
+    vocab_size: int = 32000
+    """Vocabulary of the memory part."""
+    rows: int = 4
+    """Rows of the batch."""
+    length: int = 512
+    """Positions of a row."""
+    dim: int = 256
+    """Width of the model."""
+    layers: int = 10
+    """Blocks of the model, those of its heads included."""
+    repetitions: int = 3
+    """Steps measured in each process."""
+    threads: int = 1
+    """CPU threads of the memory part."""
+    device: str = "cpu"
+    """cpu or cuda: where memory is measured."""
+    out: Path = report.RESULTS
+    """Folder of the report."""
+    date: str | None = None
+    """Date of the report (None: today)."""
+
+
+def run(settings: LossSettings) -> dict[str, Any]:
+    """Runs the parts asked for; see `report.result` for the shape of what comes back."""
+    measurements: list[dict[str, Any]] = []
+    notes: list[str] = []
+    if "gradients" in settings.parts:
+        measurements += _gradients()
+        notes.append(
+            "gradients: float64; per parameter the largest difference over the largest gradient, the worst parameter "
+            "is "
+            "given. Four heads, ignored targets and unequal head weights included; logits in several chunks."
+        )
+    if "memory" in settings.parts:
+        rows, more = _memory(settings)
+        measurements += rows
+        notes += more
+    return report.result("loss", settings, measurements, notes)
+
+
+def _gradients() -> list[dict[str, Any]]:
+    kinds: list[tuple[HeadKind, Wiring]] = [
+        (kind, wiring) for kind in ("transformer", "linear") for wiring in ("parallel", "causal", "anticausal")
+    ]
+    rows = []
+    for kind, wiring in [*kinds, ("replicated", "parallel")]:
+        for tied in (False, True):
+            error = gradient_error(kind, wiring, tied)
+            what = f"{kind}, {wiring}, {'tied' if tied else 'untied'}: walk against joint autograd"
+            rows.append(measurement("gradients", what, [error], "relative error", GRADIENT_BAR))
+    say(f"gradients: largest relative error {max(row['median'] for row in rows):.1e}")
+    return rows
+
+
+def gradient_error(kind: HeadKind, wiring: Wiring, tied: bool) -> float:
+    """Largest relative difference of any parameter's gradient between `walk_step` and `joint_step`, in float64."""
+    config = ModelConfig(
+        vocab_size=67, dim=32, layers=6, attention_heads=4, heads=4, head_kind=kind, wiring=wiring, tied=tied
+    )
+    torch.manual_seed(0)
+    model = Transformer(config).double()
+    tokens, targets = _batch(config, rows=3, length=19)
+    targets[0, -5:, 1:] = IGNORE
+    weights = [1.0, 0.5, 2.0, 0.25]
+    counts = count_targets(targets)
+    walk_step(model, tokens, targets, counts, weights, budget=1)  # the smallest chunks: 16 rows
+    walked = {name: _take_gradient(parameter) for name, parameter in model.named_parameters()}
+    joint_step(model, tokens, targets, counts, weights)
+    errors = []
+    for name, parameter in model.named_parameters():
+        joint = _take_gradient(parameter)
+        errors.append(float((walked[name] - joint).abs().max() / joint.abs().max()))
+    return max(errors)
+
+
+def _take_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    return gradient
+
+
+def _batch(config: ModelConfig, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    text = torch.randint(config.vocab_size, (rows, length + config.heads))
+    targets = torch.stack([text[:, k : k + length] for k in range(1, config.heads + 1)], -1)
+    return text[:, :length], targets
+
+
+def _memory(settings: LossSettings) -> tuple[list[dict[str, Any]], list[str]]:
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    peaks: dict[tuple[str, int], list[float]] = {}
+    method = ""
+    first, last = min(settings.heads), max(settings.heads)
+    cases: list[tuple[str, int]] = [(step, n) for n in settings.heads for step in ("walk", "joint")]
+    if first < last:
+        cases.append(("walk, same trunk", last))
+    for step, n in cases:
+        if step == "joint" and not _fits(settings, n):
+            notes.append(f"memory: joint step at n = {n} left out, it would not fit into this machine's memory.")
+            continue
+        case = {
+            "step": step.split(",")[0],
+            "config": _config(settings, n, extra_layers=n - 1 if "same" in step else 0).__dict__,
+            "rows": settings.rows,
+            "length": settings.length,
+            "repetitions": settings.repetitions,
+            "device": settings.device,
+        }
+        answer = fresh_process.call(
+            "headstart.benchmarks.loss:memory_case", case, threads=settings.threads, environment=ALLOCATOR
+        )
+        peaks[step, n], method = answer["mebibytes"], answer["method"]
+        rows.append(measurement("memory", f"{step}, n = {n}", peaks[step, n], "MiB", heads=n, step=step))
+        say(f"memory: {step}, n = {n}: {rows[-1]['median']:,.0f} MiB")
+    if first < last:
+        one = peaks["walk", first]
+        bar = FLAT_BAR if (first, last) == (1, 8) else None
+        what = f"walk n = {last} / walk n = {first}"
+        rows.append(measurement("memory", what, ratios(peaks["walk", last], one), bar=bar))
+        if first == 1:
+            same = ratios(peaks["walk, same trunk", last], one)
+            rows.append(measurement("memory", f"{what}, same trunk", same))
+    for n in settings.heads:
+        if n > 1 and ("joint", n) in peaks:
+            values = ratios(peaks["walk", n], peaks["joint", n])
+            bar = JOINT_BAR if n == 4 else None
+            rows.append(measurement("memory", f"walk / joint, n = {n}", values, bar=bar))
+    notes.append(
+        f"memory: {method}, fp32, {settings.rows} x {settings.length} positions, each case in a process of its own. "
+        "Counted above the level after the model was built, all gradients were allocated and one step had run: weights "
+        "and gradients are the same for every n and are left out. Transformer heads are taken from the trunk, so with "
+        "more heads fewer blocks' activations are alive at once; "
+        '"same trunk" adds the heads on top of the trunk of n = 1 instead, so that only the number of heads differs.'
+    )
+    if settings.device == "cpu":
+        notes.append(
+            "memory: " + " ".join(f"`{name}={value}`" for name, value in ALLOCATOR.items()) + " in those processes."
+        )
+    return rows, notes
+
+
+def _config(settings: LossSettings, heads: int, extra_layers: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=settings.vocab_size,
+        dim=settings.dim,
+        layers=settings.layers,
+        context=settings.length,
+        heads=heads,
+        extra_layers=extra_layers,
+    )
+
+
+def _fits(settings: LossSettings, n: int) -> bool:
+    """Whether a joint step should go through: about six copies of all logits are alive at its peak."""
+    available = machine.available_memory()
+    if settings.device != "cpu" or available is None:
+        return True
+    return 6 * 4 * n * settings.rows * settings.length * settings.vocab_size < available
+
+
+def memory_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory in MiB of one step, above the level before it. Runs in a process of its own."""
+    config, device = ModelConfig(**case["config"]), case["device"]
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens, targets = (x.to(device) for x in _batch(config, case["rows"], case["length"]))
+    counts = count_targets(targets)
+    step: Callable[..., HeadLosses] = walk_step if case["step"] == "walk" else joint_step
+    peak = _CudaPeak() if device.startswith("cuda") else _ProcessPeak()
+    step(model, tokens, targets, counts)
+    values = []
+    for _ in range(case["repetitions"]):
+        peak.reset()
+        step(model, tokens, targets, counts)
+        values.append(peak.read() / 2**20)
+    return {"mebibytes": values, "method": peak.method}
+
+
+class _CudaPeak:
+    method = "peak of torch's CUDA allocator"
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        self._level = torch.cuda.memory_allocated()
+
+    def read(self) -> int:
+        return torch.cuda.max_memory_allocated() - self._level
+
+
+class _ProcessPeak:
+    """Peak resident memory of this process: what the user's machine sees."""
+
+    def __init__(self) -> None:
+        self._resets = self._reset_peak()
+        self.method = "peak resident memory (VmHWM)" if self._resets else "peak resident memory (getrusage)"
+
+    def reset(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back, so the level holds live memory only
+        if self._resets:
+            self._reset_peak()
+            self._level = self._status("VmRSS")
+        else:
+            # Without a reset the peak is the highest of the whole life of the process, warm-up included: the same step.
+            self._level = _resident_now()
+
+    def read(self) -> int:
+        if self._resets:
+            return self._status("VmHWM") - self._level
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return (peak if sys.platform == "darwin" else peak * 1024) - self._level
+
+    @staticmethod
+    def _reset_peak() -> bool:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    @staticmethod
+    def _status(name: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def _resident_now() -> int:
+    """Resident bytes by `ps`, where there is no /proc (macOS)."""
+    import os
+    import subprocess
+
+    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())], text=True)) * 1024

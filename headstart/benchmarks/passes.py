@@ -1,0 +1,133 @@
+"""Decoding passes on their own: the same window at the same length, again and again, with nothing around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from headstart import machine
+from headstart.benchmarks.measure import interleave, timed
+from headstart.decoding.engine import SPAN, Engine
+from headstart.decoding.packing import pack
+from headstart.decoding.step import decode_step
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Pass:
+    """A decoding pass of `slots` windows of `rows` tokens at `length` cached positions; call it to run it.
+
+    `rows` may exceed the model's heads: the window is widened, so that the same weights can be timed at any width.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        rows: int,
+        heads: int = 1,
+        slots: int = 1,
+        length: int = 128,
+        deferred: bool = True,
+    ) -> None:
+        self.model, self.rows, self.heads, self.length, self.deferred = model, rows, heads, length, deferred
+        engine = Engine(model, slots=slots, context=length + rows, exact=False)
+        self.state = state = engine.state
+        width = max(rows, model.config.heads)
+        device = state.length_S.device
+        state.window_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
+        state.heads_S[:] = heads
+        self.slots = slice(0, slots)
+        self.starts = [length] * slots
+        self.span = -(-(length + rows) // SPAN) * SPAN
+
+    @torch.no_grad()
+    def __call__(self) -> list[list[int]]:
+        self.state.length_S[:] = self.length
+        tokens, accepted = decode_step(
+            self.model,
+            self.state,
+            self.slots,
+            rows=self.rows,
+            heads=self.heads,
+            span=self.span,
+            starts=self.starts,
+            deferred=self.deferred,
+        )
+        accepted.tolist()
+        return tokens.tolist()  # the engine waits for both, so they belong to the pass
+
+
+def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: int) -> int:
+    """Bytes that a plain pass of one window of one row reads: the weights on head 1's path, one row of the embedding,
+    the unembedding, and the keys and values of `span` positions."""
+    weights = config.parameters()["next_token_path"]
+    if not config.tied:  # the embedding is looked up, not read; tied, it is the unembedding, and is read
+        weights -= config.vocab_size * config.dim
+    k, path = 1, 0
+    while k:
+        path, k = path + 1, config.parents[k - 1]
+    layers = config.trunk_layers + (path if config.head_kind == "transformer" else 0)
+    cache = 2 * layers * config.key_value_heads * config.dim_per_head * span
+    return (weights + config.dim) * weight_bytes + cache * cache_bytes
+
+
+def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:
+    """Random weights; their values do not matter to what a pass costs."""
+    torch.manual_seed(0)
+    return Transformer(config).to(device=device, dtype=DTYPES[dtype])
+
+
+def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of plain passes, the bytes of one, and the stream bandwidth. Runs in a process of its own."""
+    config, device = ModelConfig(**case["config"]), case["device"]
+    threads = torch.get_num_threads()
+    plain = Pass(pack(random_model(config, case["dtype"], device), rows=1), rows=1, length=case["length"])
+    size = case["stream_mebibytes"]
+    # Before and after: the bandwidth is a limit, so the better of two looks at it is the one to be held against.
+    before = machine.stream_bandwidth(threads, device=device, mebibytes=size)
+    seconds = interleave({"plain": timed(plain)}, case["passes"], warmup=5)["plain"]
+    stream = max(before, machine.stream_bandwidth(threads, device=device, mebibytes=size))
+    weight_bytes = plain.model.trunk.embedding.weight.element_size()
+    cache_bytes = plain.state.cache.keys.element_size()
+    return {
+        "seconds": seconds,
+        "bytes": pass_bytes(config, plain.span, weight_bytes, cache_bytes),
+        "stream_gb_per_second": stream,
+    }
+
+
+def window_case(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of passes over `rows` rows and over one row. Runs in a process of its own.
+
+    One row is timed twice: with weights laid out for the window, as a served model has them, and for one row.
+    """
+    config, rows, length = ModelConfig(**case["config"]), case["rows"], case["length"]
+    model = random_model(config, case["dtype"], case["device"])
+    own = random_model(config, case["dtype"], case["device"])
+    model, own = pack(model, rows=rows), pack(own, rows=1)
+    variants = {
+        "window": timed(Pass(model, rows=rows, length=length)),
+        "one row": timed(Pass(model, rows=1, length=length)),
+        "one row, own layout": timed(Pass(own, rows=1, length=length)),
+    }
+    return interleave(variants, case["passes"], warmup=5)
+
+
+def deferred_case(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of passes whose drafting heads run on the accepted row only, and on all rows, for each batch. Runs in a
+    process of its own."""
+    config = ModelConfig(**case["config"])
+    model = pack(random_model(config, case["dtype"], case["device"]))
+    n = config.heads
+    variants = {
+        f"{name} {batch}": timed(
+            Pass(model, rows=n, heads=n, slots=batch, length=case["length"], deferred=name == "deferred")
+        )
+        for batch in case["batches"]
+        for name in ("deferred", "all")
+    }
+    return interleave(variants, case["passes"], warmup=5)
