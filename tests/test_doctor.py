@@ -18,6 +18,15 @@ MACHINE = ["processor", "matrix products", "windows", "threads", "bandwidth"]
 MODEL = ["transformers", "speculation, greedy", "speculation, temperature 0.8"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads beside a busy neighbour are many times slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory):
     torch.manual_seed(0)

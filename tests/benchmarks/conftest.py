@@ -14,6 +14,15 @@ from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads beside a busy neighbour are many times slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Measurements run here, their arguments and answers through JSON as ever: starting Python takes seconds."""
