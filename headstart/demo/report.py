@@ -270,7 +270,8 @@ def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow 
         if fastest:
             line.append(f"{row.tokens_per_second / fastest.tokens_per_second:.2f}×")
         lines.append([*line, "yes" if row.identical else same])
-    note = '<p class="note">Fastest plain feeds one row per pass, so it may round differently; the others share one shape.</p>'
+    note = "Fastest plain feeds one row per pass and may round differently; the others share one shape."
+    note = f'<p class="note">{note}</p>'
     return _table(caption, [*head[: 5 if fastest else 4], "output identical"], lines) + (note if fastest else "")
 
 
