@@ -142,6 +142,8 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, tokens: Tensor | Sequence[Sequence[int]], heads: int | None = None) -> Tensor:
         """(B, T) int64 -> (B, T, K, V) logits of heads 1..K (None: all), entry k-1 predicting t+k; no gradient."""
+        if heads is not None and not 1 <= heads <= self.config.heads:
+            raise UsageError(f"heads is {heads}; it must lie between 1 and the {self.config.heads} of this model")
         tokens_BT = torch.as_tensor(tokens, device=self._model.trunk.embedding.weight.device)
         return self._model(tokens_BT, heads=self.config.heads if heads is None else heads)
 

@@ -1,0 +1,37 @@
+# Every target does all the set-up it needs, and nothing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.headstart-ready
+
+.PHONY: demo test check format bench clean
+
+demo: $(SETUP)
+	$(BIN)/headstart demo
+
+test: $(SETUP)
+	$(BIN)/python -m pytest -n 2
+
+# What CI runs beside the tests: style, types.
+check: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Wants an idle machine; half an hour on two cores.
+bench: $(SETUP)
+	$(BIN)/headstart bench loss
+	$(BIN)/headstart bench train
+	$(BIN)/headstart bench decode
+
+clean:
+	rm -rf .venv
+
+# Built anew when the versions or the dependencies change.
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,report,hf]'
+	touch $@

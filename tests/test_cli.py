@@ -1,0 +1,144 @@
+"""Wrong use gets one line that names the thing and the mend, and exit status 2; nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart import __version__, cli
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.model_directory import save_model
+
+ROOT = Path(__file__).parent.parent
+SMOKE = str(ROOT / "configs" / "smoke.yaml")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "model"
+    config = ModelConfig(dim=32, layers=4, attention_heads=2, heads=3, context=64)
+    save_model(Transformer(config), path, ByteTokenizer())
+    return str(path)
+
+
+def call(*arguments: str) -> int:
+    """Exit status of `headstart ARGUMENTS`, in this process."""
+    before, sys.argv = sys.argv, ["headstart", *arguments]
+    try:
+        cli.main()
+        return 0
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 1
+    finally:
+        sys.argv = before
+
+
+def one_line(captured: str) -> str:
+    lines = captured.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in captured, captured
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "no command 'fly'"),
+        (["train"], "needs a configuration file"),
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["train", SMOKE, "--model.heads", "9", "--run-dir", "RUN"], "leave no layer"),
+        (["train", SMOKE, "--model.attention-heads", "7", "--run-dir", "RUN"], "not divisible"),
+        (["train", SMOKE, "--data.sources", "nowhere", "--run-dir", "RUN"], "nowhere"),
+        (["train", SMOKE, "--data.tokenizer", "nowhere.json", "--run-dir", "RUN"], "nowhere.json"),
+        (["train", SMOKE, "--model.vocab-size", "100", "--run-dir", "RUN"], "vocab"),
+        (["prepare", "nowhere", "--out", "OUT"], "nowhere"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere"),
+        (["generate", "MODEL", "--prompt", ""], "prompt is empty"),
+        (["generate", "MODEL", "--prompt", "x" * 64], "shorten the prompt"),
+        (["generate", "MODEL", "--prompt", "x", "--heads", "4"], "has 3"),
+        (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "MODEL", "--prompt", "x", "--threads", "0"], "--threads"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["doctor", "nowhere"], "nowhere"),
+        (["bench", "everything"], "no benchmark"),
+        (["demo", "--minutes", "0", "--out", "OUT"], "--minutes"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(arguments, message, model, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {"MODEL": model, "RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}
+    assert call(*[named.get(argument, argument) for argument in arguments]) == 2
+    assert message in one_line(capsys.readouterr().err)
+    assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("model"))
+
+
+def test_an_unknown_flag_is_wrong_use(model, capsys) -> None:
+    assert call("generate", model, "--prompt", "x", "--warp", "9") == 2
+    assert "warp" in capsys.readouterr().err
+
+
+def test_debug_shows_where(model) -> None:
+    with pytest.raises(Exception, match="prompt is empty"):
+        sys.argv = ["headstart", "generate", model, "--prompt", "", "--debug"]
+        cli.main()
+
+
+def test_generate_streams_the_same_text_for_every_number_of_heads(model, capsys) -> None:
+    texts = set()
+    for heads in ("1", "2", "3"):
+        assert call("generate", model, "--prompt", "def f", "--max-new-tokens", "30", "--heads", heads, "--stats") == 0
+        captured = capsys.readouterr()
+        texts.add(captured.out)
+        assert "tokens per pass" in captured.err
+    assert len(texts) == 1
+
+
+def test_json_goes_alone_to_standard_output(model, capsys) -> None:
+    assert call("generate", model, "--prompt", "def f", "--max-new-tokens", "9", "--json", "--temperature", "1") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["stats"]["tokens"] == len(result["tokens"]) <= 9
+    assert call("inspect", model, "--json") == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_prepare_then_train_on_it(tmp_path, capsys) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 200)
+    data, run = str(tmp_path / "data"), str(tmp_path / "run")
+    assert call("prepare", str(tmp_path / "*.txt"), "--out", data, "--json", "--validation-fraction", "0.3") == 0
+    assert json.loads(capsys.readouterr().out)["splits"]["train"]["documents"] >= 2
+    small = ["--model.dim", "16", "--batch.rows", "2", "--batch.length", "32", "--validation.rows", "2"]
+    assert call("train", SMOKE, "--data.path", data, "--run-dir", run, "--steps", "2", *small) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
+    assert call("generate", f"{run}/model", "--prompt", "document", "--max-new-tokens", "5") == 0
+
+
+def test_help_and_version_answer_without_torch() -> None:
+    program = (
+        "import sys, headstart.cli as c\n"
+        "for a in (['--help'], ['--version'], []):\n"
+        "    sys.argv = ['headstart', *a]; c.main()\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in cli.COMMANDS) and __version__ in done.stdout
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help(name, capsys) -> None:
+    assert call(name, "--help") == 0
+    out = capsys.readouterr().out
+    assert (cli.COMMANDS[name].__doc__ or "").split()[0] in out
+
+
+def test_a_reader_that_goes_away_is_no_error(model) -> None:
+    command = f"{sys.executable} -m headstart generate {model} --prompt ab --max-new-tokens 60 | head -c 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr

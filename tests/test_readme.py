@@ -1,0 +1,91 @@
+"""The README's commands and programs run as they stand, in order, in a folder of their own; only sizes are cut down."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "configs/smoke.yaml": ["--model.dim", "16", "--batch.length", "32", "--batch.rows", "2", "--validation.rows", "2"],
+    "configs/bytes-8-heads.yaml": [
+        *("--steps", "2", "--model.dim", "16", "--model.layers", "2", "--batch.rows", "2", "--batch.length", "32"),
+        *("--validation.rows", "2"),
+    ],
+}
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(language, text) of the README's fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for language, text in blocks() if not language for line in text.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("headstart ")]
+
+
+def small(command: list[str]) -> list[str]:
+    """The same command, on a model of a few thousand weights."""
+    if command[1] == "train":
+        extra = list(SMALL[command[2]])
+        if "--steps" in command:
+            at = command.index("--steps")
+            command = [*command[:at], "--steps", "6", *command[at + 2 :]]
+        elif command[2] == "configs/smoke.yaml":
+            extra += ["--steps", "3"]
+        return command + extra
+    return command
+
+
+def test_everything_in_the_readme_runs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for folder in ("my-project", "notes/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(4):
+            (tmp_path / folder / f"text{i}.md").write_text(f"# Note {i}\n" + "Words and more words. " * 60)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(arguments: list[str]) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done.stdout + done.stderr
+
+    found = commands()
+    assert len(found) > 10
+    said = {}
+    for command in found:
+        if command[1] == "doctor" and len(command) == 2:
+            continue  # the same as with a model, which comes later
+        said[shlex.join(command)] = run(["-m", "headstart", *small(command)[1:]])
+    pytest.importorskip("transformers")
+    programs = [text for language, text in blocks() if language == "python"]
+    assert len(programs) == 2
+    for text in programs:
+        run(["-c", text])
+    plain = next(text for command, text in said.items() if "--heads 1" in command)
+    assert plain.strip()
+
+
+def test_every_command_named_in_the_readme_exists() -> None:
+    from headstart.cli import COMMANDS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`?headstart (\w+)", text)) - {"headstart"}
+    assert named & set(COMMANDS) == set(COMMANDS) - {"demo"}  # the demo is started through make
+
+
+def test_files_the_readme_points_to_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:docs|benchmarks|configs)/[\w./-]+)`|\]\((?!http)([^)]+)\)", text):
+        path = name[0] or name[1]
+        assert (ROOT / path).exists(), path
