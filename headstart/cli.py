@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -220,25 +220,22 @@ def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
 
 def bench(arguments: list[str]) -> None:
     """Measure what it costs: headstart bench loss|train|decode [--out DIR] [settings]."""
-    names = ("loss", "train", "decode")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(bench.__doc__)
         return
-    if arguments[0] not in names:
-        raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(names)}")
     from headstart.benchmarks import decode, loss, report
     from headstart.benchmarks import train as training
 
-    prog = f"headstart bench {arguments[0]}"
-    if arguments[0] == "loss":
-        settings = tyro.cli(loss.LossSettings, prog=prog, args=arguments[1:])
-        result = loss.run(settings)
-    elif arguments[0] == "train":
-        settings = tyro.cli(training.TrainSettings, prog=prog, args=arguments[1:])
-        result = training.run(settings)
-    else:
-        settings = tyro.cli(decode.DecodeSettings, prog=prog, args=arguments[1:])
-        result = decode.run(settings)
+    benchmarks: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
+        "loss": (loss.LossSettings, loss.run),
+        "train": (training.TrainSettings, training.run),
+        "decode": (decode.DecodeSettings, decode.run),
+    }
+    if arguments[0] not in benchmarks:
+        raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(benchmarks)}")
+    settings_type, run = benchmarks[arguments[0]]
+    settings = tyro.cli(settings_type, prog=f"headstart bench {arguments[0]}", args=arguments[1:])
+    result = run(settings)
     report.write(result, settings.out)
     print(report.format_markdown(result))
 
@@ -272,9 +269,9 @@ def _dispatch(name: str, arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    # Two threads of one product wait for each other by spinning. Where a core is shared, the spinning thread keeps the
-    # other from its core for a whole time slice: products then take 8 ms whatever their size. A short spin costs nothing
-    # on an idle machine. libgomp reads this once, when torch is loaded.
+    # Two threads of one product wait for each other by spinning. Where a core is shared, the spinning thread keeps
+    # the other from its core for a whole time slice: products then take 8 ms whatever their size. A short spin costs
+    # nothing on an idle machine. libgomp reads this once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments

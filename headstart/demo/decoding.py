@@ -46,11 +46,23 @@ class _Total:
         self.accepted = [a + b for a, b in zip(self.accepted + pad, stats.accepted)]
 
 
+def repeated(outputs: Sequence[Sequence[int]], size: int = 8) -> float:
+    """Share of the `size`-grams that stood in the same output before. A loop is easily drafted: beside much of it,
+    tokens per pass say little about the model."""
+    seen = again = 0
+    for output in outputs:
+        grams = [tuple(output[i : i + size]) for i in range(len(output) - size + 1)]
+        seen += len(grams)
+        again += len(grams) - len(set(grams))
+    return again / seen if seen else 0.0
+
+
 def compare(
     model: LanguageModel, prompts: Sequence[tuple[int, ...]], new_tokens: int, temperature: float, heads: Sequence[int]
-) -> tuple[list[DecodingRow], DecodingRow]:
-    """Rows for each number of `heads` (the first of them 1: plain decoding in the same shapes), and the row of plain
-    decoding in the fastest shapes. Variants take turns on every prompt, so that a busy moment meets them all."""
+) -> tuple[list[DecodingRow], DecodingRow, float]:
+    """Rows for each number of `heads` (the first of them 1: plain decoding in the same shapes), the row of plain
+    decoding in the fastest shapes, and how much of the output repeats itself. Variants take turns on every prompt, so
+    that a busy moment meets them all."""
     totals = {k: _Total() for k in heads}
     fastest = _Total()
     exact = model.engine(1, len(prompts[0]) + new_tokens, exact=True)
@@ -73,7 +85,7 @@ def compare(
             acceptance=[a / d if d else 0.0 for a, d in zip(total.accepted, total.drafted)],
         )
 
-    return [row(k, total) for k, total in totals.items()], row(1, fastest)
+    return [row(k, total) for k, total in totals.items()], row(1, fastest), repeated(plain.outputs)
 
 
 def sample(model: LanguageModel, prompt: tuple[int, ...], new_tokens: int, sampling: Sampling) -> Sample:

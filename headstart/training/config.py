@@ -157,7 +157,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = tyro.cli(RunConfig, args=list(overrides), default=config, prog=f"headstart train {path}")
     flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
     if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
-        config = replace(config, model=replace(config.model, vocab_size=_vocab_size(config.data)))
+        return replace(config, model=replace(config.model, vocab_size=_vocab_size(config.data)))
+    if config.data.path is None and config.model.vocab_size < (needed := _vocab_size(config.data)):
+        # Told before anything is prepared; a folder of shards is asked when it is opened.
+        raise UsageError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
+            f"{config.data.tokenizer!r}; leave model.vocab_size out, or take {needed}"
+        )
     return config
 
 
