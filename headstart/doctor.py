@@ -18,6 +18,7 @@ from headstart.benchmarks.passes import Pass, random_model
 from headstart.benchmarks.speedup import Decoded, decode, first_difference
 from headstart.benchmarks.transformers_peer import load_peer
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding import native
 from headstart.decoding.engine import Request
 from headstart.decoding.packing import PackedLinear, can_pack, pack
 from headstart.decoding.sampling import Sampling
@@ -68,7 +69,7 @@ def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None
     sizes = sizes or Sizes()
     config = None if model_path is None else load_config(model_path)  # a wrong path is told before anything is timed
     described = machine.describe()
-    findings = [_processor(described), _dtype(sizes), _window(sizes), _threads(sizes), _bandwidth(sizes)]
+    findings = [_processor(described), _kernels(), _dtype(sizes), _window(sizes), _threads(sizes), _bandwidth(sizes)]
     if torch.cuda.is_available():
         findings.append(_gpu(sizes))
     if model_path is not None and config is not None:
@@ -103,6 +104,17 @@ def _processor(described: dict[str, Any]) -> Finding:
     if busy:
         sentence += f"; load average {load[0]:.1f}: others are at work, so the times below are too high"
     return Finding("processor", "warn" if busy else "ok", sentence + ".", {"load_average": load})
+
+
+def _kernels() -> Finding:
+    """Which products decoding uses in bf16."""
+    if native.library() is not None:
+        return Finding("kernels", "ok", "bf16 decoding uses the compiled kernels (AVX-512 BF16).", {"compiled": True})
+    if not native.wanted():
+        sentence = "bf16 decoding uses oneDNN's packed products, which are the better ones on this processor."
+        return Finding("kernels", "ok", sentence, {"compiled": False})
+    sentence = "the compiled kernels for this processor are not there: install a C compiler (cc) for faster decoding."
+    return Finding("kernels", "warn", sentence, {"compiled": False})
 
 
 def _dtype(sizes: Sizes) -> Finding:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from headstart.decoding import native
 from headstart.model.heads import Unembedding
+from headstart.model.layers import Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer
+
+MakeLinear = Callable[[Tensor, "Tensor | None"], nn.Module]
 
 
 class PackedLinear(nn.Module):
@@ -25,16 +32,74 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
+class NativeLinear(nn.Module):
+    """The same for bf16 through `native`: 8 rows cost little more than one. A row's bits depend on that row alone."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        super().__init__()
+        self.shape = weight_NK.shape
+        self.packed = native.pack_weight(weight_NK.detach())
+        self.bias = None if bias_N is None else bias_N.detach().float()
+        self._linear = _native().linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        N, K = self.shape
+        y = x.new_empty((*x.shape[:-1], N))
+        bias = None if self.bias is None else self.bias.data_ptr()
+        threads = torch.get_num_threads()
+        self._linear(x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), x.numel() // K, N, K, threads)
+        return y
+
+
+class NativeNorm(nn.Module):
+    """`RMSNorm` in one call."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight.detach(), norm.eps
+        self._rms_norm = _native().rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        D = x.shape[-1]
+        self._rms_norm(x.data_ptr(), self.weight.data_ptr(), y.data_ptr(), x.numel() // D, D, self.eps)
+        return y
+
+
+class NativeSwiGLU(nn.Module):
+    """`SwiGLU` with its elementwise part in one call."""
+
+    def __init__(self, mlp: SwiGLU) -> None:
+        super().__init__()
+        self.gate_up, self.down = mlp.gate_up, mlp.down
+        self._silu_times = _native().silu_times
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up(x)
+        hidden = gate_up.shape[-1] // 2
+        y = gate_up.new_empty((*gate_up.shape[:-1], hidden))
+        self._silu_times(gate_up.data_ptr(), y.data_ptr(), y.numel() // hidden, hidden)
+        return self.down(y)
+
+
+def _native() -> ctypes.CDLL:
+    kernels = native.library()
+    assert kernels is not None
+    return kernels
+
+
 class PackedUnembedding(nn.Module):
     """`Unembedding` for decoding: the same norm, each head's matrix packed, those of replicated heads 2..n in one."""
 
-    def __init__(self, unembedding: Unembedding, rows: int, packed: bool) -> None:
+    def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
         super().__init__()
-        self.norm = unembedding.norm
+        self.norm: nn.Module = unembedding.norm
         weights = [w.detach() for w in unembedding.weights]
         self.copies = len(weights)
-        self.first = _linear(weights[0], None, rows, packed)
-        self.others = _linear(torch.cat(weights[1:]), None, rows, packed) if self.copies > 1 else self.first
+        self.first = linear(weights[0], None)
+        self.others = linear(torch.cat(weights[1:]), None) if self.copies > 1 else self.first
         self.vocab_size = weights[0].shape[0]
 
     def forward(self, z: Tensor, k: int = 1) -> Tensor:
@@ -62,10 +127,6 @@ class _PlainLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, rows: int, packed: bool) -> nn.Module:
-    return PackedLinear(weight, bias, rows) if packed else _PlainLinear(weight, bias)
-
-
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this machine's oneDNN takes packed weights of this type."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -75,21 +136,45 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def can_use_native(model: Transformer) -> bool:
+    """Whether the compiled kernels take this model: bf16 on a CPU they are for, in widths they can read."""
+    weight = model.trunk.embedding.weight
+    config = model.config
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return config.dim % 16 == 0 and config.hidden % 2 == 0 and native.library() is not None
+
+
 @torch.no_grad()
-def pack(model: Transformer, rows: int | None = None) -> Transformer:
+def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> Transformer:
     """Turns `model` into its decoding form, in place: linear maps packed where that is possible, no gradients.
 
-    `rows` is the number of rows a pass usually has (default: the number of heads). The model still computes the same
-    function of any shape, but can no longer be trained or saved.
+    `rows` is the number of rows a pass usually has (default: the number of heads); `compiled=False` leaves the compiled
+    kernels out, which tests compare. The model still computes the same function of any shape, but can no longer be
+    trained or saved.
     """
     rows = rows or model.config.heads
-    weight = model.trunk.embedding.weight
-    packed = can_pack(weight.device, weight.dtype)
     model.requires_grad_(False)
-    if packed:
+    fast = compiled and can_use_native(model)
+    linear = _maker(model, rows, fast)
+    model.unembedding = PackedUnembedding(model.unembedding, linear)  # type: ignore[assignment]
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, linear(child.weight, child.bias))
+            elif fast and isinstance(child, RMSNorm):
+                setattr(module, name, NativeNorm(child))
+    if fast:
         for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child.weight, child.bias, rows))
-    model.unembedding = PackedUnembedding(model.unembedding, rows, packed)  # type: ignore[assignment]
+            if isinstance(module, Block):
+                module.mlp = NativeSwiGLU(module.mlp)  # type: ignore[assignment]
     return model.eval()
+
+
+def _maker(model: Transformer, rows: int, fast: bool) -> MakeLinear:
+    weight = model.trunk.embedding.weight
+    if fast:
+        return NativeLinear
+    if can_pack(weight.device, weight.dtype):
+        return lambda weight, bias: PackedLinear(weight, bias, rows)
+    return _PlainLinear

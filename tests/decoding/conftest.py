@@ -65,9 +65,9 @@ def trained(shape: str) -> Transformer:
 
 
 @functools.cache
-def packed(shape: str, dtype: torch.dtype) -> Transformer:
-    """The trained model in decoding form."""
-    return pack(copy.deepcopy(trained(shape)).to(dtype))
+def packed(shape: str, dtype: torch.dtype, compiled: bool = True) -> Transformer:
+    """The trained model in decoding form, with or without the compiled kernels (where this machine has them)."""
+    return pack(copy.deepcopy(trained(shape)).to(dtype), compiled=compiled)
 
 
 @pytest.fixture(params=list(SHAPES))

@@ -64,12 +64,16 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
             assert got.tokens == reference, (heads, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+    ids=["fp32", "bf16", "bf16-onednn"],
+)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
-    shape: str, dtype: torch.dtype, name: str
+    shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
-    model = packed(shape, dtype)
+    model = packed(shape, dtype, compiled)
     config = model.config
     results = []
     # Crosses a block of attention, where the span changes in another pass for each number of heads.

@@ -1,0 +1,88 @@
+"""Compiled kernels for CPUs with AVX-512 BF16 and without AMX; everything works without them, slower.
+
+They are compiled once, on first use, by the C compiler of the machine, and kept in the user's cache folder. Where there
+is no compiler, another processor, or `HEADSTART_NATIVE=0`, `library()` is None and oneDNN's packed products take their
+place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart.files import replacing_file
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+
+
+def wanted() -> bool:
+    """Whether this processor is one the kernels are for: with AMX, oneDNN's products are better."""
+    try:
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        ).split()
+    except (OSError, StopIteration):
+        return False
+    return "avx512_bf16" in flags and "amx_bf16" not in flags
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had."""
+    if os.environ.get("HEADSTART_NATIVE") == "0" or not wanted():
+        return None
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    try:
+        return _load(_compiled(compiler))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    # torch brings its own OpenMP: a second one beside it would keep a second team of threads.
+    runtime = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
+    link = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []
+    key = [SOURCE.read_text(), *FLAGS, compiler, torch.__version__, *link, _processor()]
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headstart"
+    path = cache / f"kernels-{name}.so"
+    if not path.exists():
+        with replacing_file(path) as temporary:
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary), *link, "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return path
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith(("model name", "flags")))[:4000]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    kernels = ctypes.CDLL(str(path))
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    kernels.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int]
+    kernels.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
+    kernels.silu_times.argtypes = [pointer, pointer, long, long]
+    for function in (kernels.linear, kernels.rms_norm, kernels.silu_times):
+        function.restype = None
+    return kernels
+
+
+def pack_weight(weight_NK: Tensor) -> Tensor:
+    """(N, K) bf16, K even -> the layout of `linear`: [ceil(N/32)][K/2][32][2], the last block filled up with zeros."""
+    N, K = weight_NK.shape
+    padded = torch.zeros(-(-N // 32) * 32, K, dtype=torch.bfloat16)
+    padded[:N] = weight_NK
+    return padded.view(-1, 32, K // 2, 2).transpose(1, 2).contiguous()
