@@ -14,7 +14,7 @@ from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
 
 SMALL = Sizes(product=64, stream_mebibytes=1, decoder=ModelConfig(dim=32, layers=2, attention_heads=2), passes=2)
-MACHINE = ["processor", "matrix products", "windows", "threads", "bandwidth"]
+MACHINE = ["processor", "kernels", "matrix products", "windows", "threads", "bandwidth"]
 MODEL = ["transformers", "speculation, greedy", "speculation, temperature 0.8"]
 
 
