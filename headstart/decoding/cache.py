@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headstart.decoding import native
 from headstart.model.config import ModelConfig
 from headstart.model.layers import Attend
 
@@ -19,14 +20,29 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        compiled: bool = False,
     ) -> None:
+        """`compiled`: laid out for `native.attend`, keys in blocks of 16 positions; fp32 on a CPU only."""
         heads = config.heads if config.head_kind == "transformer" else 0
-        shape = (config.trunk_layers + heads, slots, config.key_value_heads, capacity, config.dim_per_head)
+        self.capacity = -(-capacity // 16) * 16 if compiled else capacity
+        E = config.dim_per_head
+        first = (config.trunk_layers + heads, slots, config.key_value_heads)
         # Zeros, not empty: a masked NaN still poisons a row of attention.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self.values = torch.zeros((*first, self.capacity, E), dtype=dtype, device=device)
+        blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
+        self.keys = torch.zeros(blocks, dtype=dtype, device=device)
+        self.compiled = compiled
+
+    def keys_of(self, slot: int) -> Tensor:
+        """The keys of a slot as (layers, kv_heads, capacity, E), whatever the layout."""
+        keys = self.keys[:, slot]
+        return keys.transpose(-1, -2).flatten(2, 3) if self.compiled else keys
 
     @property
     def bytes(self) -> int:
@@ -47,7 +63,9 @@ class CachedAttention:
         self, cache: KVCache, slots: slice, positions_SW: Tensor, span: int, starts: list[int] | None = None
     ) -> None:
         self.cache, self.slots, self.positions, self.span, self.starts = cache, slots, positions_SW, span, starts
-        self.mask = (torch.arange(span, device=positions_SW.device) <= positions_SW[..., None])[:, None]  # (S,1,W,span)
+        if not cache.compiled:
+            columns = torch.arange(span, device=positions_SW.device)
+            self.mask = (columns <= positions_SW[..., None])[:, None]  # (S, 1, W, span)
 
     def _write(self, cache_SKTE: Tensor, rows_SKWE: Tensor) -> None:
         if self.starts is not None and len(self.starts) <= 2:  # slices are cheaper than an indexed write
@@ -60,6 +78,12 @@ class CachedAttention:
     def layer(self, layer: int, row_S: Tensor | None = None) -> Attend:
         """The attention of block `layer`; with `row_S` (S,) only that row of each slot asks, the rest is only kept."""
         keys, values = self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots]
+
+        def attend_compiled(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
+            asked_at = self.positions
+            if row_S is not None:
+                q_SHWE, asked_at = pick(q_SHWE, row_S, 2), pick(asked_at, row_S, 1)
+            return native.attend(q_SHWE, k_SKWE, v_SKWE, keys, values, self.positions, asked_at)
 
         def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
             self._write(keys, k_SKWE)
@@ -76,7 +100,7 @@ class CachedAttention:
             )
             return y.to(v_SKWE.dtype)
 
-        return attend
+        return attend_compiled if self.cache.compiled else attend
 
 
 def pick(x: Tensor, row_S: Tensor, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.packing import is_row_exact
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.step import DecodingState, decode_step, prefill
 from headstart.decoding.stopping import Stopper
@@ -116,9 +117,10 @@ class Engine:
         model: in decoding form (`packing.pack`).
         slots: rows of the caches.
         context: most positions a request may reach (default: the model's).
-        exact: True fixes the shapes of a pass (all n rows of a window, all slots, whole attention blocks), so that a
-            request's output is bit for bit the same for every number of heads. False makes every pass as small as it
-            can be: faster with few heads, equal up to rounding.
+        exact: True: a request's output is bit for bit the same for every number of heads. With the compiled kernels
+            that costs nothing, and holds for every batch too. Elsewhere it fixes the shapes of a pass: all n rows of
+            a window, all slots, whole attention blocks. False makes every pass as small as it can be: faster with few
+            heads, equal up to rounding.
         deferred: see `decode_step`.
     """
 
@@ -136,13 +138,9 @@ class Engine:
             raise UsageError(f"an engine needs at least one slot, not {slots}")
         self.model, self.tokenizer, self.exact, self.deferred = model, tokenizer, exact, deferred
         self.context = context or model.config.context
-        self.step_span = EXACT_SPAN if exact else SPAN
-        capacity = _round_up(self.context + model.config.heads, self.step_span)
-        weight = model.trunk.embedding.weight
-        # On a CPU, torch's attention over bf16 keys is up to eight times slower than over fp32 ones.
-        narrow = weight.dtype in (torch.bfloat16, torch.float16)
-        cache_dtype = torch.float32 if weight.device.type == "cpu" and narrow else weight.dtype
-        self.state = DecodingState.empty(model, slots, capacity, cache_dtype)
+        self.fixed_shapes = exact and not is_row_exact(model)
+        self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
+        self.state = DecodingState.empty(model, slots, _round_up(self.context + model.config.heads, self.step_span))
         self._live: list[Generation | None] = [None] * slots
         self._lengths = [0] * slots
         self._waiting: deque[Generation] = deque()
@@ -184,9 +182,9 @@ class Engine:
         live = [(slot, g) for slot, g in enumerate(self._live) if g is not None]
         if not live:
             return []
-        last = len(self._live) if self.exact else live[-1][0] + 1
+        last = len(self._live) if self.fixed_shapes else live[-1][0] + 1
         heads = max(g.heads for _, g in live)
-        rows = self.model.config.heads if self.exact else heads
+        rows = self.model.config.heads if self.fixed_shapes else heads
         slots = slice(0, last)
         # Slots between the live ones run along on what they last held; their results are never read.
         starts = self._lengths[slots]

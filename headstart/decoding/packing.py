@@ -145,6 +145,13 @@ def can_use_native(model: Transformer) -> bool:
     return config.dim % 16 == 0 and config.hidden % 2 == 0 and native.library() is not None
 
 
+def is_row_exact(model: Transformer) -> bool:
+    """Whether every step of a pass over `model` gives a row's bits from that row and its past alone: all products and
+    the attention are the compiled ones. Shapes then do not matter to exactness."""
+    first = getattr(model.unembedding, "first", None)
+    return isinstance(first, NativeLinear) and model.config.dim_per_head % 16 == 0
+
+
 @torch.no_grad()
 def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> Transformer:
     """Turns `model` into its decoding form, in place: linear maps packed where that is possible, no gradients.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.decoding.cache import CachedAttention, KVCache, pick
-from headstart.decoding.packing import PackedUnembedding
+from headstart.decoding.packing import PackedUnembedding, is_row_exact
 from headstart.decoding.sampling import SamplingRows
 from headstart.model.heads import PassHead
 from headstart.model.transformer import Transformer
@@ -41,20 +41,24 @@ class DecodingState:
         return self.rotary[0][positions], self.rotary[1][positions]
 
     @classmethod
-    def empty(cls, model: Transformer, slots: int, capacity: int, cache_dtype: torch.dtype) -> DecodingState:
-        device = model.trunk.embedding.weight.device
+    def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodingState:
+        weight = model.trunk.embedding.weight
+        device = weight.device
+        # On a CPU, torch's attention over bf16 keys is up to eight times slower than over fp32 ones.
+        narrow = device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        cache_dtype = torch.float32 if narrow else weight.dtype
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         return cls(
-            cache=KVCache(model.config, slots, capacity, cache_dtype, device),
+            cache=KVCache(model.config, slots, capacity, cache_dtype, device, compiled=is_row_exact(model)),
             length_S=zeros(slots),
             window_SW=zeros(slots, model.config.heads),
             drafted_S=zeros(slots),
             heads_S=zeros(slots) + 1,
             sampling=SamplingRows(slots, device),
-            rotary=model.rotary(torch.arange(capacity, device=device), model.trunk.embedding.weight.dtype),
+            rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
         )
 
 

@@ -87,7 +87,8 @@ def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
             on_path += [config.trunk_layers + k - 1 for k in model.path(1)]
         cache = engine.state.cache
         end = len(prompt) + length - 1 - HEADS  # the last pass may have been cut by the limit
-        results.append((got.tokens, cache.keys[on_path, 0, :, :end].clone(), cache.values[on_path, 0, :, :end].clone()))
+        keys, values = cache.keys_of(0)[on_path, :, :end], cache.values[on_path, 0, :, :end]
+        results.append((got.tokens, keys.clone(), values.clone()))
     tokens, keys, values = results[0]
     assert len(tokens) == length
     for other_tokens, other_keys, other_values in results[1:]:
@@ -154,7 +155,7 @@ def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
         length = int(engine.state.length_S[slot])
         committed = list(generation.request.prompt) + generation.tokens
         assert length == len(committed) - 1  # the root is not cached yet
-        fresh = DecodingState.empty(model, 1, engine.state.cache.capacity, torch.float64)
+        fresh = DecodingState.empty(model, 1, engine.state.cache.capacity)
         prefill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7)
         for got, want in ((engine.state.cache.keys, fresh.cache.keys), (engine.state.cache.values, fresh.cache.values)):
             assert torch.allclose(got[:, slot, :, :length], want[:, 0, :, :length], atol=1e-11)
@@ -183,21 +184,20 @@ def test_deferred_heads_draft_what_fused_heads_draft(shape: str) -> None:
 def test_spans_of_whole_attention_blocks_do_not_change_a_bit(dtype: torch.dtype) -> None:
     """The fact that exact decoding rests on: extra masked blocks of EXACT_SPAN positions add exactly nothing."""
     generator = torch.Generator().manual_seed(0)
-    cache_dtype = torch.float32
+    capacity = 4 * 512
     for heads, kv_heads, width, rows in itertools.product((4, 8), (2, 4), (32, 64), (1, 4, 8)):
-        config = ModelConfig(
-            dim=heads * width, layers=2, attention_heads=heads, kv_heads=kv_heads, context=3 * EXACT_SPAN
-        )
-        cache = KVCache(config, 1, 3 * EXACT_SPAN, cache_dtype, "cpu")
+        config = ModelConfig(dim=heads * width, layers=2, attention_heads=heads, kv_heads=kv_heads, context=capacity)
+        cache = KVCache(config, 1, capacity, torch.float32, "cpu")
         cache.keys.normal_(generator=generator)
         cache.values.normal_(generator=generator)
         q = torch.randn(1, heads, rows, width, generator=generator).to(dtype)
         k = torch.randn(1, kv_heads, rows, width, generator=generator).to(dtype)
-        for start in (3, EXACT_SPAN // 2, EXACT_SPAN - rows):
+        for start in (3, 150, 260, 350, 505, 700):
             positions = start + torch.arange(rows)[None]
+            least = -(-(start + rows) // EXACT_SPAN) * EXACT_SPAN
             results = [
-                CachedAttention(cache, slice(0, 1), positions, blocks * EXACT_SPAN).layer(0)(q, k, k)
-                for blocks in (1, 2, 3)
+                CachedAttention(cache, slice(0, 1), positions, span).layer(0)(q, k, k)
+                for span in (least, least + EXACT_SPAN, capacity)
             ]
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 

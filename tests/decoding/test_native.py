@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HEADS, packed, trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from headstart.decoding import native
-from headstart.decoding.packing import NativeLinear, NativeNorm, NativeSwiGLU, can_use_native, pack
+from headstart.decoding.cache import CachedAttention, KVCache
+from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.packing import NativeLinear, NativeNorm, NativeSwiGLU, can_use_native, is_row_exact, pack
+from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.layers import RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer
@@ -72,6 +78,78 @@ def test_swiglu(hidden: int) -> None:
         want, got = mlp(x).float(), NativeSwiGLU(mlp)(x).float()
         assert got.isfinite().all()
         assert (got - want).norm() <= 0.01 * want.norm() + 1e-3
+
+
+def attention(config: ModelConfig, q, k, v, starts: list[int], keys, values) -> torch.Tensor:
+    """One call on a cache that holds `keys` and `values` (S, G, T, E) already."""
+    S, capacity = len(starts), keys.shape[2]
+    cache = KVCache(config, S, capacity, torch.float32, "cpu", compiled=True)
+    cache.keys[0] = keys.unflatten(2, (-1, 16)).transpose(-1, -2)
+    cache.values[0] = values
+    positions = torch.tensor(starts)[:, None] + torch.arange(q.shape[2])
+    y = CachedAttention(cache, slice(0, S), positions, capacity).layer(0)(q, k, v)
+    for slot, start in enumerate(starts):
+        assert torch.equal(cache.keys_of(slot)[0, :, start : start + q.shape[2]], k[slot].float())
+    return y
+
+
+@needs_kernels
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 16), (4, 2, 32), (3, 1, 48), (4, 4, 64)])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_attention_over_the_cache(heads: int, kv_heads: int, width: int, rows: int) -> None:
+    config = ModelConfig(dim=heads * width, layers=2, attention_heads=heads, kv_heads=kv_heads)
+    starts, capacity = [0, 5, 40], 96
+    q, k, v = (random(3, n, rows, width, seed=n + i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    keys, values = (random(3, kv_heads, capacity, width, seed=7 + i).float() for i in range(2))
+    got = attention(config, q, k, v, starts, keys.clone(), values.clone())
+    for slot, start in enumerate(starts):
+        end = start + rows
+        past_k = torch.cat([keys[slot, :, :start], k[slot].float()], 1).double()
+        past_v = torch.cat([values[slot, :, :start], v[slot].float()], 1).double()
+        mask = torch.arange(end) <= (start + torch.arange(rows))[:, None]
+        want = F.scaled_dot_product_attention(
+            q[slot : slot + 1].double(), past_k[None], past_v[None], attn_mask=mask, enable_gqa=True
+        )
+        assert (got[slot].double() - want[0]).norm() / want.norm() < 5e-3
+
+
+@needs_kernels
+def test_attention_of_a_row_depends_on_its_past_alone() -> None:
+    """The bits are the same for any window, neighbour, number of slots, span, and rubbish beyond the position."""
+    config = ModelConfig(dim=128, layers=2, attention_heads=4, kv_heads=2)
+    q, k, v = random(1, 4, 8, 32), random(1, 2, 8, 32, seed=1), random(1, 2, 8, 32, seed=2)
+    keys, values = (random(1, 2, 160, 32, seed=3 + i).float() for i in range(2))
+    for start in (0, 7, 15, 16, 70):
+        whole = attention(config, q, k, v, [start], keys.clone(), values.clone())
+        for row in range(8):
+            spoiled = [x.clone() for x in (keys, values)]
+            for x, new in zip(spoiled, (k, v)):
+                x[:, :, start + row + 1 :] = 1e3
+                x[:, :, start : start + row] = new[:, :, :row].float()
+            cut = [x[:, :, row : row + 1] for x in (q, k, v)]
+            alone = attention(config, *cut, [start + row], *spoiled)
+            assert torch.equal(alone[:, :, 0], whole[:, :, row])
+            doubled = [torch.cat([x, x]) for x in (*cut, *spoiled)]
+            both = attention(config, *doubled[:3], [start + row, 3], *doubled[3:])
+            assert torch.equal(both[:1, :, 0], whole[:, :, row])
+
+
+@needs_kernels
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seeds=st.lists(st.integers(0, 1000), min_size=2, max_size=5), slots=st.integers(1, 5))
+def test_with_kernels_any_batch_is_exact_in_bf16(seeds: list[int], slots: int) -> None:
+    model = packed("transformer-parallel", torch.bfloat16)
+    assert is_row_exact(model)
+    prompts = [tuple(b"the cat then a dog that is"[: 3 + seed % 20]) for seed in seeds]
+    requests = [
+        Request(prompt, 20 + seed % 30, Sampling(seed % 2 * 1.0, seed=seed), heads=1 + seed % HEADS)
+        for prompt, seed in zip(prompts, seeds)
+    ]
+    together = generate_all(Engine(model, slots=slots), requests)
+    for request, generation in zip(requests, together):
+        for exact in (True, False):
+            alone = generate_all(Engine(model, exact=exact), [replace(request, heads=1)])[0]
+            assert alone.tokens == generation.tokens
 
 
 @needs_kernels

@@ -75,9 +75,46 @@ def _load(path: Path) -> ctypes.CDLL:
     kernels.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int]
     kernels.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     kernels.silu_times.argtypes = [pointer, pointer, long, long]
-    for function in (kernels.linear, kernels.rms_norm, kernels.silu_times):
+    kernels.attend.argtypes = [pointer] * 11 + [long] * 7 + [ctypes.c_int]
+    for function in (kernels.linear, kernels.rms_norm, kernels.silu_times, kernels.attend):
         function.restype = None
     return kernels
+
+
+def attend(
+    q_SHQE: Tensor, k_SGWE: Tensor, v_SGWE: Tensor, keys: Tensor, values: Tensor, k_at_SW: Tensor, q_at_SQ: Tensor
+) -> Tensor:
+    """Keeps the new keys and values, and attends: (S, H, Q, E) bf16 at positions `q_at_SQ`, over all up to them.
+
+    Args:
+        keys: (S, G, capacity / 16, E, 16) fp32, contiguous. values: (S, G, capacity, E) fp32, contiguous.
+        k_at_SW, q_at_SQ: positions, int64, contiguous.
+    """
+    kernels = library()
+    assert kernels is not None
+    (S, H, Q, E), (G, W) = q_SHQE.shape, k_SGWE.shape[1:3]
+    y_SQHE = torch.empty((S, Q, H, E), dtype=torch.bfloat16)
+    rows: list[object] = []
+    for x in (q_SHQE, k_SGWE, v_SGWE):
+        x = x if x.stride(3) == 1 else x.contiguous()
+        rows += [x, (ctypes.c_long * 3)(*x.stride()[:3])]
+    q, q_stride, k, k_stride, v, v_stride = rows
+    kernels.attend(
+        q.data_ptr(),  # type: ignore[attr-defined]
+        q_stride,
+        k.data_ptr(),  # type: ignore[attr-defined]
+        k_stride,
+        v.data_ptr(),  # type: ignore[attr-defined]
+        v_stride,
+        y_SQHE.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        k_at_SW.data_ptr(),
+        q_at_SQ.data_ptr(),
+        *(S, H, G, W, Q, E, values.shape[2]),
+        torch.get_num_threads(),
+    )
+    return y_SQHE.transpose(1, 2)
 
 
 def pack_weight(weight_NK: Tensor) -> Tensor:

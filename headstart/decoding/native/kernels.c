@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 typedef uint16_t bf16;
 
@@ -100,6 +101,134 @@ void silu_times(const bf16 *x, bf16 *y, long rows, long H) {
                 value[i] = gate / (1.0f + expf(-gate)) * up;
             }
             store16(y + h, _mm512_loadu_ps(value), n == 16 ? 0xFFFF : (__mmask16)((1u << n) - 1));
+        }
+    }
+}
+
+// exp(x) for x <= 0, to 2 ulp; exactly 0 below -87. The same instructions for every element: no scalar tail.
+static inline __m512 exp16(__m512 x) {
+    const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);  // Cephes' polynomial
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+    return _mm512_maskz_mov_ps((__mmask16)~tiny, _mm512_scalef_ps(p, n));
+}
+
+// Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
+// [position][E], all fp32.
+// Row r sees positions 0 .. last[r]. score: 4 x span floats. Sums run over positions in order, in lanes that depend on the
+// position alone, and what a row does not see adds exactly 0: its bits depend neither on the others nor on the span.
+static inline __attribute__((always_inline)) void attend_rows(const int R, const float *q, const long *last,
+                                                              const float *keys, const float *values, long E, long span,
+                                                              float *score, float *y) {
+    __m512 largest[4], total[4];
+    for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-1e30f);
+    for (long t = 0; t < span; t += 16) {
+        __m512 s[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) s[r] = _mm512_setzero_ps();
+        for (long e = 0; e < E; e++) {
+            const __m512 k = _mm512_loadu_ps(keys + t * E + e * 16);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) s[r] = _mm512_fmadd_ps(_mm512_set1_ps(q[r * E + e]), k, s[r]);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const long seen = last[r] - t + 1;
+            const __mmask16 mask = seen >= 16 ? 0xFFFF : seen <= 0 ? 0 : (__mmask16)((1u << seen) - 1);
+            s[r] = _mm512_mask_mov_ps(_mm512_set1_ps(-1e30f), mask, s[r]);
+            largest[r] = _mm512_max_ps(largest[r], s[r]);
+            _mm512_storeu_ps(score + r * span + t, s[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest[r]));
+        __m512 sum = _mm512_setzero_ps();
+        for (long t = 0; t < span; t += 16) {
+            const __m512 p = exp16(_mm512_sub_ps(_mm512_loadu_ps(score + r * span + t), top));
+            sum = _mm512_add_ps(sum, p);
+            _mm512_storeu_ps(score + r * span + t, p);
+        }
+        total[r] = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    }
+    for (long e = 0; e < E; e += 32) {
+        __m512 mix[4][2];
+        const __mmask16 more = E - e > 16 ? 0xFFFF : 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) mix[r][0] = mix[r][1] = _mm512_setzero_ps();
+        for (long t = 0; t < span; t++) {
+            const __m512 v0 = _mm512_loadu_ps(values + t * E + e), v1 = _mm512_maskz_loadu_ps(more, values + t * E + e + 16);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const __m512 p = _mm512_set1_ps(score[r * span + t]);
+                mix[r][0] = _mm512_fmadd_ps(p, v0, mix[r][0]);
+                mix[r][1] = _mm512_fmadd_ps(p, v1, mix[r][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            _mm512_storeu_ps(y + r * E + e, _mm512_mul_ps(mix[r][0], total[r]));
+            _mm512_mask_storeu_ps(y + r * E + e + 16, more, _mm512_mul_ps(mix[r][1], total[r]));
+        }
+    }
+}
+
+// Writes the new keys and values of W rows per slot at their positions, then attends for Q rows per slot.
+// q (S, H, Q, E), k and v (S, G, W, E): bf16 with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
+// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. k_at (S, W), q_at (S, Q): positions.
+// E and capacity are multiples of 16; every position lies below capacity.
+void attend(const bf16 *q, const long *q_stride, const bf16 *k, const long *k_stride, const bf16 *v, const long *v_stride,
+            bf16 *y, float *keys, float *values, const long *k_at, const long *q_at, long S, long H, long G, long W, long Q,
+            long E, long capacity, int threads) {
+    const long group = H / G;
+    const float scale = 1.0f / sqrtf((float)E);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * q_at[Q - 1] > 1 << 14)
+    for (long s = 0; s < S; s++) {
+        for (long g = 0; g < G; g++) {
+            float *kc = keys + (s * G + g) * E * capacity, *vc = values + (s * G + g) * capacity * E;
+            for (long w = 0; w < W; w++) {
+                const bf16 *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
+                const bf16 *vr = v + s * v_stride[0] + g * v_stride[1] + w * v_stride[2];
+                const long at = k_at[s * W + w];
+                for (long e = 0; e < E; e++) {
+                    kc[at / 16 * 16 * E + e * 16 + at % 16] = to_float(kr[e]);
+                    vc[at * E + e] = to_float(vr[e]);
+                }
+            }
+            const long rows = group * Q;
+            long end = 0;
+            for (long i = 0; i < Q; i++) end = q_at[s * Q + i] > end ? q_at[s * Q + i] : end;
+            const long span = (end + 16) / 16 * 16;
+            float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
+            for (long first = 0; first < rows; first += 4) {
+                const int R = rows - first < 4 ? (int)(rows - first) : 4;
+                long last[4];
+                for (int r = 0; r < R; r++) {
+                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
+                    const bf16 *qr = q + s * q_stride[0] + head * q_stride[1] + row * q_stride[2];
+                    for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
+                    last[r] = q_at[s * Q + row];
+                }
+                switch (R) {
+                    case 1: attend_rows(1, rows_q, last, kc, vc, E, span, score, rows_y); break;
+                    case 2: attend_rows(2, rows_q, last, kc, vc, E, span, score, rows_y); break;
+                    case 3: attend_rows(3, rows_q, last, kc, vc, E, span, score, rows_y); break;
+                    default: attend_rows(4, rows_q, last, kc, vc, E, span, score, rows_y);
+                }
+                for (int r = 0; r < R; r++) {
+                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
+                    bf16 *yr = y + ((s * Q + row) * H + head) * E;
+                    for (long e = 0; e < E; e += 16) store16(yr + e, _mm512_loadu_ps(rows_y + r * E + e), 0xFFFF);
+                }
+            }
+            free(score);
         }
     }
 }
