@@ -67,6 +67,11 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         raise _explain(error, path) from error
+    except RuntimeError as error:
+        # torch's file writer says "unexpected pos" when the disk is full.
+        if shutil.disk_usage(path.parent).free < 2**20:
+            raise _explain(OSError(errno.ENOSPC, "No space left on device"), path) from error
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

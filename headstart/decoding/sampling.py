@@ -94,7 +94,8 @@ class SamplingRows:
         if all(s.temperature == 0 for s in settings):
             return greedy
         temperature = self.temperature[slots, None, None]
-        x = logits_SRV / torch.where(temperature > 0, temperature, 1)
+        # Relative to the largest: however small the temperature, nothing overflows.
+        x = (logits_SRV - logits_SRV.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
         if any(s.top_k for s in settings):
             x = _keep_top_k(x, self.top_k[slots, None], max(s.top_k for s in settings))
         if any(s.top_p < 1 for s in settings):

@@ -68,6 +68,13 @@ def test_top_p_over_a_flat_vocabulary_sorts_all_of_it() -> None:
     assert len(allowed) > 1000 and set(tokens.tolist()) <= allowed
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 10
+    tokens = choose(logits, Sampling(temperature, top_k=9, top_p=0.9, min_p=0.01), torch.arange(100))
+    assert (tokens == logits.argmax()).all()
+
+
 def test_each_slot_keeps_its_own_settings() -> None:
     logits = torch.randn(4, 1, 30, generator=torch.Generator().manual_seed(0))
     every = [Sampling(), Sampling(1.0, seed=4), Sampling(1.0, top_k=2, seed=4), Sampling(0.5, top_p=0.3, seed=9)]
