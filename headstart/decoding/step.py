@@ -88,7 +88,7 @@ def decode_step(
     Returns:
         tokens (S, W') int64 and accepted (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
     """
-    length = state.length_S[slots]
+    length = state.length_S[slots].clone()  # a slice is a view, and the lengths change below
     window = state.window_SW[slots, :rows]
     arange = torch.arange(rows, device=window.device)
     positions = length[:, None] + arange
@@ -99,7 +99,11 @@ def decode_step(
     for k in model.path(1):
         _head(model, k, latents, rotary, attention)
     logits = model.unembedding(latents[1])  # (S, W', V)
-    tokens = state.sampling.choose(logits, positions + 1, slots)
+    # Of every position that this pass decides or drafts: verification and drafts share it, and one hash makes it.
+    noise = state.sampling.noise(
+        length[:, None] + torch.arange(1, rows + heads, device=window.device), logits.shape[-1], slots
+    )
+    tokens = state.sampling.choose(logits, None if noise is None else noise[:, :rows], slots)
 
     # Draft j of the window is right if head 1, having read what is before it, says the same.
     matches = (window[:, 1:] == tokens[:, :-1]) & (arange[1:] <= state.drafted_S[slots, None])
@@ -109,8 +113,10 @@ def decode_step(
     state.window_SW[slots, :1] = tokens.gather(1, accepted[:, None])
     if heads > 1:
         drafts = _draft(model, latents, rotary, attention, accepted, heads, deferred)  # (S, K-1, V)
-        ahead = (length + accepted)[:, None] + torch.arange(2, heads + 1, device=window.device)
-        state.window_SW[slots, 1:heads] = state.sampling.choose(drafts, ahead, slots)
+        if noise is not None:
+            ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
+            noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
+        state.window_SW[slots, 1:heads] = state.sampling.choose(drafts, noise, slots)
     state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
     return tokens, accepted
 
@@ -146,6 +152,8 @@ def _draft(
     deferred: bool,
 ) -> Tensor:
     """Logits (S, K-1, V) of heads 2..K at the last accepted row of each slot."""
+    if model.config.head_kind == "replicated":  # all of them read the trunk's latent
+        return cast(PackedUnembedding, model.unembedding).drafts([pick(latents[0], row_S, 1)] * (heads - 1))
     used = [k for k in range(2, heads + 1) if k not in latents]
     order: list[int] = []
     for k in used:

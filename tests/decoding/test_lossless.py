@@ -161,6 +161,29 @@ def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
             assert torch.allclose(got[:, slot, :, :length], want[:, 0, :, :length], atol=1e-11)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_are_what_the_heads_say_at_the_last_accepted_row_with_the_noise_of_their_position(
+    shape: str, temperature: float
+) -> None:
+    """A draft for a wrong position costs only acceptance, so that no comparison of outputs would ever notice it."""
+    reference = copy.deepcopy(trained(shape)).double()
+    engine = Engine(packed(shape, torch.float64))
+    generation = engine.submit(Request(PROMPT, 200, Sampling(temperature, seed=5)))
+    for _ in range(12):
+        engine.step()
+        length = int(engine.state.length_S[0])
+        committed = [*PROMPT, *generation.tokens]
+        window = engine.state.window_SW[0].tolist()
+        assert window[0] == committed[length] and len(committed) == length + 1
+        with torch.no_grad():
+            logits = reference(torch.tensor([committed[:length]]), heads=HEADS)[0, -1]
+        for k in range(2, HEADS + 1):
+            scores = logits[k - 1]
+            if temperature:
+                scores = scores + position_noise(torch.tensor(5), torch.tensor(length - 1 + k), len(scores))
+            assert window[k - 1] == int(scores.argmax()), k
+
+
 def test_what_lies_in_the_caches_beyond_a_slots_length_does_not_matter(shape: str) -> None:
     model = packed(shape, torch.bfloat16)
     clean = run(model, Request(PROMPT, 80, SAMPLED))

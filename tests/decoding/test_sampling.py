@@ -10,7 +10,8 @@ from headstart.errors import UsageError
 def choose(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> torch.Tensor:
     rows = SamplingRows(1, "cpu")
     rows.set(0, sampling)
-    return rows.choose(logits.expand(1, len(positions), -1), positions[None], slice(0, 1))[0]
+    noise = rows.noise(positions[None], logits.shape[-1], slice(0, 1))
+    return rows.choose(logits.expand(1, len(positions), -1), noise, slice(0, 1))[0]
 
 
 def test_noise_is_a_function_of_seed_position_and_token_alone() -> None:
@@ -82,7 +83,7 @@ def test_each_slot_keeps_its_own_settings() -> None:
     for slot, sampling in enumerate(every):
         together.set(slot, sampling)
     positions = torch.tensor([[5], [6], [7], [8]])
-    got = together.choose(logits, positions, slice(0, 4))[:, 0].tolist()
+    got = together.choose(logits, together.noise(positions, 30, slice(0, 4)), slice(0, 4))[:, 0].tolist()
     alone = [int(choose(logits[slot, 0], sampling, positions[slot])) for slot, sampling in enumerate(every)]
     assert got == alone
     assert got[0] == int(logits[0].argmax())
