@@ -77,8 +77,8 @@ def decode_step(
 
     Args:
         model: in decoding form (`packing.pack`).
-        rows: W', how many tokens of each window are fed. Floating point gives a row other last bits when this number
-            changes, so exact decoding keeps it at n whatever `heads` is.
+        rows: W', how many tokens of each window are fed. Without the compiled kernels a row gets other last bits when
+            this number changes, so exact decoding then keeps it at n whatever `heads` is.
         heads: K, the most heads any of these slots uses; heads 2..K draft.
         span: cached positions that attention reads; more than every position of the pass.
         starts: `length_S` as Python numbers, where the host has them.
