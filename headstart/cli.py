@@ -219,7 +219,8 @@ def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    """Measure what it costs: headstart bench loss|train|decode [--out DIR] [settings]."""
+    """Measure what it costs: headstart bench loss|train|decode [--out DIR] [--json] [settings]."""
+    json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(bench.__doc__)
         return
@@ -237,7 +238,7 @@ def bench(arguments: list[str]) -> None:
     settings = tyro.cli(settings_type, prog=f"headstart bench {arguments[0]}", args=arguments[1:])
     result = run(settings)
     report.write(result, settings.out)
-    print(report.format_markdown(result))
+    _print_json(result) if json else print(report.format_markdown(result))
 
 
 # These parse their own arguments: what they take depends on the first one.

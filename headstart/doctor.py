@@ -108,7 +108,7 @@ def _processor(described: dict[str, Any]) -> Finding:
 
 def _kernels() -> Finding:
     """Which products decoding uses in bf16."""
-    if native.library() is not None:
+    if native.kernels() is not None:
         return Finding("kernels", "ok", "bf16 decoding uses the compiled kernels (AVX-512 BF16).", {"compiled": True})
     if not native.wanted():
         sentence = "bf16 decoding uses oneDNN's packed products, which are the better ones on this processor."

@@ -85,7 +85,7 @@ class NativeSwiGLU(nn.Module):
 
 
 def _native() -> ctypes.CDLL:
-    kernels = native.library()
+    kernels = native.kernels()
     assert kernels is not None
     return kernels
 
@@ -142,7 +142,7 @@ def can_use_native(model: Transformer) -> bool:
     config = model.config
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return False
-    return config.dim % 16 == 0 and config.hidden % 2 == 0 and native.library() is not None
+    return config.dim % 16 == 0 and config.hidden % 2 == 0 and native.kernels() is not None
 
 
 def is_row_exact(model: Transformer) -> bool:

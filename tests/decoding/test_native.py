@@ -23,7 +23,7 @@ from headstart.model.layers import RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer
 
 needs_kernels = pytest.mark.skipif(
-    native.library() is None, reason="no compiled kernels here: another processor, or no C compiler"
+    native.kernels() is None, reason="no compiled kernels here: another processor, or no C compiler"
 )
 
 
@@ -175,7 +175,7 @@ def test_kernels_take_only_what_they_can_read() -> None:
 def test_without_kernels_everything_still_works() -> None:
     program = (
         "from headstart.decoding import native\n"
-        "assert native.library() is None\n"
+        "assert native.kernels() is None\n"
         "import torch\n"
         "from headstart.decoding.packing import pack\n"
         "from headstart.model.transformer import Transformer\n"

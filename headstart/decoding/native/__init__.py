@@ -1,7 +1,7 @@
 """Compiled kernels for CPUs with AVX-512 BF16 and without AMX; everything works without them, slower.
 
 They are compiled once, on first use, by the C compiler of the machine, and kept in the user's cache folder. Where there
-is no compiler, another processor, or `HEADSTART_NATIVE=0`, `library()` is None and oneDNN's packed products take their
+is no compiler, another processor, or `HEADSTART_NATIVE=0`, `kernels()` is None and oneDNN's packed products take their
 place.
 """
 
@@ -36,7 +36,7 @@ def wanted() -> bool:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had."""
     if os.environ.get("HEADSTART_NATIVE") == "0" or not wanted():
         return None
@@ -90,8 +90,8 @@ def attend(
         keys: (S, G, capacity / 16, E, 16) fp32, contiguous. values: (S, G, capacity, E) fp32, contiguous.
         k_at_SW, q_at_SQ: positions, int64, contiguous.
     """
-    kernels = library()
-    assert kernels is not None
+    compiled = kernels()
+    assert compiled is not None
     (S, H, Q, E), (G, W) = q_SHQE.shape, k_SGWE.shape[1:3]
     y_SQHE = torch.empty((S, Q, H, E), dtype=torch.bfloat16)
     rows: list[object] = []
@@ -99,7 +99,7 @@ def attend(
         x = x if x.stride(3) == 1 else x.contiguous()
         rows += [x, (ctypes.c_long * 3)(*x.stride()[:3])]
     q, q_stride, k, k_stride, v, v_stride = rows
-    kernels.attend(
+    compiled.attend(
         q.data_ptr(),  # type: ignore[attr-defined]
         q_stride,
         k.data_ptr(),  # type: ignore[attr-defined]

@@ -1,0 +1,63 @@
+"""The same promises on a GPU. Written without one at hand: not yet run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.packing import pack
+from headstart.decoding.sampling import Sampling
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.step import count_targets, joint_step, walk_step
+from headstart.training.config import load_config
+from headstart.training.loop import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+ROOT = Path(__file__).parent.parent
+
+
+def model(dtype: torch.dtype) -> Transformer:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=64, dim=64, layers=6, attention_heads=4, kv_heads=2, heads=4, context=640)
+    made = Transformer(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(3 if parameter.dim() > 1 else 1)
+    return made.to("cuda", dtype)
+
+
+def test_the_walk_gives_joint_gradients() -> None:
+    made = model(torch.float64)
+    tokens = torch.randint(0, 64, (2, 20), device="cuda")
+    targets = torch.randint(0, 64, (2, 20, 4), device="cuda")
+    joint_step(made, tokens, targets, count_targets(targets))
+    wanted = [parameter.grad.clone() for parameter in made.parameters()]
+    made.zero_grad()
+    walk_step(made, tokens, targets, count_targets(targets), budget=64 * 4 * 7)
+    for want, parameter in zip(wanted, made.parameters()):
+        assert (parameter.grad - want).norm() <= 1e-12 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_exact_decoding_does_not_depend_on_the_number_of_heads(dtype: torch.dtype, temperature: float) -> None:
+    packed = pack(model(dtype))
+    prompt = tuple(range(60)) * 8  # crosses a block of 512 positions
+    outputs = [
+        generate_all(Engine(packed), [Request(prompt, 100, Sampling(temperature, seed=3), heads)])[0].tokens
+        for heads in range(1, 5)
+    ]
+    assert all(output == outputs[0] for output in outputs)
+
+
+def test_training_runs_and_resumes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to learn from " * 400)
+    (tmp_path / "b.txt").write_text("other text to learn from " * 400)
+    flags = ["--run-dir", str(tmp_path / "run"), "--device", "cuda", "--data.sources", str(tmp_path)]
+    for steps in (3, 6):
+        train(load_config(ROOT / "configs" / "smoke.yaml", [*flags, "--steps", str(steps)]))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
