@@ -127,14 +127,10 @@ def _plain(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
         rows.append(measurement("plain", what, values, bar=PEER_BAR, threads=threads))
     return rows, (
         f"one stream, batch 1, greedy, {config.parameters()['total']:,} parameters with random weights, n = 1, the "
-        "same "
-        f"model directory for both; {settings.prompt_tokens} prompt and {settings.new_tokens} new tokens, timed from "
-        "the "
-        "first new token to the last (the prompt is not counted). transformers: LlamaForCausalLM.generate, use_cache, "
-        "its "
-        f"default attention. The first {' and '.join(map(str, agreement))} tokens were the same (random weights have "
-        "near "
-        "ties, which rounding decides)."
+        f"same model directory for both; {settings.prompt_tokens} prompt and {settings.new_tokens} new tokens, timed from "
+        "the first new token to the last (the prompt is not counted). transformers: LlamaForCausalLM.generate, "
+        f"use_cache, its default attention. The first {' and '.join(map(str, agreement))} tokens were the same (random "
+        "weights have near ties, which rounding decides)."
     )
 
 
@@ -162,9 +158,8 @@ def _bandwidth(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
     rows.append(measurement("bandwidth", what, shares[best], bar=BANDWIDTH_BAR, threads=best))
     return rows, (
         f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
-        "values "
-        f"of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 with as many "
-        "threads."
+        f"values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 "
+        "with as many threads."
     )
 
 
@@ -187,10 +182,8 @@ def _window(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
         rows += [*timings, measurement("window", what, values, bar=WINDOW_BAR, threads=threads)]
     return rows, (
         f"trunk, head 1 and unembedding on {window} rows against one row of the same {config.layers} layers, batch 1, "
-        "at "
-        f"{settings.prompt_tokens + settings.new_tokens // 2} cached positions. The faster of two one-row passes is "
-        "the "
-        f"denominator: weights laid out for {window} rows, and for one (own layout)."
+        f"at {settings.prompt_tokens + settings.new_tokens // 2} cached positions. The faster of two one-row passes is "
+        f"the denominator: weights laid out for {window} rows, and for one (own layout)."
     )
 
 
@@ -284,7 +277,6 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         f"{count(threads, 'thread')}; {len(prompts)} prompts of at most {settings.prompt_tokens} tokens, "
         f"{settings.new_tokens} new tokens, batch "
         f"{settings.batch}; prompts are not timed, end tokens do not end a text. Efficiency = speed-up over plain / "
-        "tokens "
-        "per pass. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
+        "tokens per pass. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
     )
     return rows, tables, [note]
