@@ -127,8 +127,8 @@ def _plain(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
         rows.append(measurement("plain", what, values, bar=PEER_BAR, threads=threads))
     return rows, (
         f"one stream, batch 1, greedy, {config.parameters()['total']:,} parameters with random weights, n = 1, the "
-        f"same model directory for both; {settings.prompt_tokens} prompt and {settings.new_tokens} new tokens, timed from "
-        "the first new token to the last (the prompt is not counted). transformers: LlamaForCausalLM.generate, "
+        f"same model directory for both; {settings.prompt_tokens} prompt and {settings.new_tokens} new tokens, timed "
+        "from the first new token to the last (the prompt is not counted). transformers: LlamaForCausalLM.generate, "
         f"use_cache, its default attention. The first {' and '.join(map(str, agreement))} tokens were the same (random "
         "weights have near ties, which rounding decides)."
     )
