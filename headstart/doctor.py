@@ -113,7 +113,10 @@ def _kernels() -> Finding:
     if not native.wanted():
         sentence = "bf16 decoding uses oneDNN's packed products, which are the better ones on this processor."
         return Finding("kernels", "ok", sentence, {"compiled": False})
-    sentence = "the compiled kernels for this processor are not there: install a C compiler (cc) for faster decoding."
+    sentence = (
+        "the compiled kernels for this processor are not there: a C compiler (cc) and a cache folder that can be "
+        "written (XDG_CACHE_HOME) make decoding faster."
+    )
     return Finding("kernels", "warn", sentence, {"compiled": False})
 
 

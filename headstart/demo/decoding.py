@@ -60,8 +60,8 @@ def repeated(outputs: Sequence[Sequence[int]], size: int = 8) -> float:
 def compare(
     model: LanguageModel, prompts: Sequence[tuple[int, ...]], new_tokens: int, temperature: float, heads: Sequence[int]
 ) -> tuple[list[DecodingRow], DecodingRow, float]:
-    """Rows for each number of `heads` (the first of them 1: plain decoding in the same shapes), the row of plain
-    decoding in the fastest shapes, and how much of the output repeats itself. Variants take turns on every prompt, so
+    """Rows for each number of `heads` (the first of them 1: plain exact decoding), the row of plain decoding
+    with exact=False, and how much of the output repeats itself. Variants take turns on every prompt, so
     that a busy moment meets them all."""
     totals = {k: _Total() for k in heads}
     fastest = _Total()

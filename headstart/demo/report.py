@@ -27,7 +27,7 @@ class DecodingRow:
 
     heads: heads used; 1 is plain decoding.
     tokens_per_second: tokens committed per second. tokens_per_pass: and per trunk pass, 1 + accepted drafts.
-    speedup: tokens_per_second over that of plain decoding in the same shapes.
+    speedup: tokens_per_second over that of plain exact decoding.
     identical: whether every output token equals plain decoding.
     acceptance: share of passes in which head k's draft was accepted, at k - 2, for k = 2 .. heads.
     """
@@ -60,8 +60,8 @@ class DemoReport:
     settings: parameters, layers, optimiser, steps, "bytes seen", "minutes", "seed" ..., by name.
     training: lines of metrics.jsonl: step, tokens, "loss/headK" (nats per byte), tokens_per_second.
     validation: lines with step, "validation/bits_per_byte/headK" and "validation/top1/headK" (share).
-    decoding: greedy decoding, by heads used; the first row is plain decoding (heads = 1) in the same shapes.
-    fastest_plain: plain decoding with one row per pass (exact=False), equal up to rounding.
+    decoding: greedy decoding, by heads used; the first row is plain exact decoding (heads = 1).
+    fastest_plain: plain decoding with exact=False, equal at least up to rounding.
     sampled: as `decoding`, at temperature 0.8.
     samples: generated texts.
     """
@@ -248,7 +248,7 @@ def _plots(report: DemoReport) -> str:
     with matplotlib.rc_context(style):
         figures = _loss_plot(report) + _acceptance_plot(report)
         figures += _paper_plot(report, "tokens_per_pass", "Tokens per pass", f"Bytes, greedy. {source}")
-        figures += _paper_plot(report, "speedup", "Speed-up", f"Over plain in the same shapes, greedy. {source}")
+        figures += _paper_plot(report, "speedup", "Speed-up", f"Over exact plain decoding, greedy. {source}")
     return f'<section><h2>Plots</h2><div class="grid">{figures}</div>{_validation_table(report)}</section>'
 
 
@@ -260,7 +260,7 @@ def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
 
 
 def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow | None) -> str:
-    head = ["decoding", "tokens per second", "tokens per pass", "speed-up, same shapes", "speed-up vs fastest plain"]
+    head = ["decoding", "tokens per second", "tokens per pass", "speed-up vs exact plain", "speed-up vs fastest plain"]
     lines = []
     for row in [*rows[:1], *([fastest] if fastest else []), *rows[1:]]:
         name, same = "plain" if row.heads == 1 else _heads(row.heads), '<strong class="alarm">no</strong>'
@@ -270,7 +270,7 @@ def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow 
         if fastest:
             line.append(f"{row.tokens_per_second / fastest.tokens_per_second:.2f}×")
         lines.append([*line, "yes" if row.identical else same])
-    note = "Fastest plain feeds one row per pass and may round differently; the others share one shape."
+    note = "Fastest plain (exact=False) may round differently; all others give the same bits for every number of heads."
     note = f'<p class="note">{note}</p>'
     return _table(caption, [*head[: 5 if fastest else 4], "output identical"], lines) + (note if fastest else "")
 
@@ -305,10 +305,10 @@ def _summary(report: DemoReport) -> str:
         against = f", {'and' if ratio > 1 else 'but only'} {ratio:.2f} times as fast as the fastest plain path"
         words.append(
             f"The fastest, {_heads(best.heads)}, decoded <b>{_value(best.tokens_per_second)} tokens per second, "
-            f"{best.speedup:.2f} times as fast</b> as plain decoding in the same shapes{against if fastest else ''}."
+            f"{best.speedup:.2f} times as fast</b> as plain exact decoding{against if fastest else ''}."
         )
     else:
-        words.append("On this machine, more heads did not decode faster than plain decoding in the same shapes.")
+        words.append("On this machine, more heads did not decode faster than plain exact decoding.")
     if report.sampled:
         row = max(report.sampled, key=lambda row: row.speedup)
         how = f"{row.speedup:.2f} times as fast, with {_heads(row.heads)} and {row.tokens_per_pass:.2f} tokens per pass"

@@ -196,7 +196,7 @@ def _show(report: DemoReport) -> None:
 
     lines = rows("greedy", report.decoding) + rows(f"temperature {TEMPERATURE}", report.sampled)
     if report.fastest_plain is not None:
-        lines += rows("greedy, plain, fastest shapes", [report.fastest_plain], "up to rounding")
+        lines += rows("greedy, plain, exact=False", [report.fastest_plain], "up to rounding")
     table(["decoding", "heads", "tokens/s", "tokens per pass", "speed-up", "output identical"], lines)
     say(
         f"repeated 8-grams: greedy {report.settings['repeated 8-grams, greedy']}, sampled "

@@ -185,7 +185,7 @@ def test_without_kernels_everything_still_works() -> None:
     )
     import os
 
-    for setting in ({"HEADSTART_NATIVE": "0"}, {"CC": "no-such-compiler"}):
+    for setting in ({"HEADSTART_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"XDG_CACHE_HOME": "/proc/nowhere"}):
         environment = {**os.environ, **setting}
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and "[1, 2, 256]" in done.stdout, done.stderr

@@ -1,8 +1,8 @@
 """Compiled kernels for CPUs with AVX-512 BF16 and without AMX; everything works without them, slower.
 
 They are compiled once, on first use, by the C compiler of the machine, and kept in the user's cache folder. Where there
-is no compiler, another processor, or `HEADSTART_NATIVE=0`, `kernels()` is None and oneDNN's packed products take their
-place.
+is no compiler, no folder to write to, another processor, or `HEADSTART_NATIVE=0`, `kernels()` is None and oneDNN's
+packed products take their place.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from headstart.errors import UsageError
 from headstart.files import replacing_file
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -45,8 +46,8 @@ def kernels() -> ctypes.CDLL | None:
         return None
     try:
         return _load(_compiled(compiler))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError, UsageError, RuntimeError):
+        return None  # no cache folder that can be written, no home, or a compiler that cannot: decoding works without
 
 
 def _compiled(compiler: str) -> Path:
