@@ -297,7 +297,8 @@ def main() -> None:
     except UsageError as error:
         if debug:
             raise
-        print(f"headstart: {error}", file=sys.stderr)
+        if not error.said:
+            print(f"headstart: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
         # The reader of our output has gone (`headstart ... | head`): that is no error of ours.

@@ -6,3 +6,8 @@ class UsageError(Exception):
 
     The command line prints it without a traceback and exits with status 2; the Python API lets it rise.
     """
+
+    def __init__(self, message: str, *, said: bool = False) -> None:
+        super().__init__(message)
+        self.said = said
+        """Another process of the run has told it already."""

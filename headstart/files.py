@@ -14,7 +14,7 @@ from headstart.errors import UsageError
 
 def _explain(error: OSError, path: Path) -> UsageError:
     if error.errno == errno.ENOSPC:
-        return UsageError(f"{path}: the disk is full; nothing was replaced. Free some space and run the command again")
+        return UsageError(f"{path}: the disk is full, nothing was replaced; free some space and run the command again")
     return UsageError(f"{path}: cannot be written ({error.strerror}); name a place you may write to")
 
 
@@ -52,19 +52,30 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    try:
+    with becoming_directory(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _sync(path.parent)
+
+
+@contextmanager
+def becoming_directory(path: Path, temporary: Path, *, mine: bool = True) -> Iterator[None]:
+    """On a clean exit the folder `temporary` becomes `path`; else it is removed, and what went wrong is explained.
+
+    Of several processes that fill it together, only one says that it is `mine`.
+    """
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        yield
+        if mine:
+            for file in temporary.rglob("*"):
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _sync(path.parent)
     except OSError as error:
         raise _explain(error, path) from error
     except RuntimeError as error:
@@ -73,8 +84,9 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise _explain(OSError(errno.ENOSPC, "No space left on device"), path) from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if mine:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -20,10 +20,19 @@ LINE_SECONDS = 10.0
 
 _bar: RichProgress | None = None
 """The bar on the screen, if any: lines must be printed above it."""
+_muted = False
+
+
+def mute(muted: bool = True) -> None:
+    """Lets `say` and `Progress` print nothing: of several processes that do the same, one speaks."""
+    global _muted
+    _muted = muted
 
 
 def say(text: str = "") -> None:
     """Prints a line for the person watching."""
+    if _muted:
+        return
     if _bar is not None:
         # A line that wraps must not be broken into two, or paths and commands could not be copied.
         _bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -81,7 +90,7 @@ class Progress:
     def __enter__(self) -> Progress:
         global _bar
         self._began = self._last_line = time.monotonic()
-        if sys.stderr.isatty() and _bar is None:
+        if sys.stderr.isatty() and _bar is None and not _muted:
             self._rich = _make_bar()
             self._task = self._rich.add_task(self.label, total=self.total, completed=self.done, note="", count="")
             self._rich.start()

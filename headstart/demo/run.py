@@ -27,6 +27,7 @@ from headstart.terminal import Progress, duration, say, table
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
 from headstart.training.loop import build_model, train
 from headstart.training.optimizer import OptimizerConfig, build_optimizers
+from headstart.training.processes import Processes
 from headstart.training.run_folder import RunFolder
 from headstart.training.step import train_step
 
@@ -112,17 +113,19 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
     """The configuration with as many steps as fit into `minutes`, judged by a few trial steps."""
     folder = RunFolder(config.run_dir)
     with folder.claimed():
-        shards, _ = folder.open_shards(config, Progress)
-    device = torch.device("cpu")
-    model = build_model(config, device)
-    optimizers = build_optimizers(model, config.optimizer, device)
+        folder.prepare_shards(config, Progress)
+        shards, _ = folder.open_shards(config)
+    alone = Processes(torch.device("cpu"))
+    model, sums = build_model(config, alone)
+    optimizers = build_optimizers(model, config.optimizer, alone.device)
     stream = BatchStream(
         shards, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
     )
     seconds = []
     for _ in range(12):
         began = time.perf_counter()
-        train_step(model, optimizers, list(islice(stream, 1)), [1.0] * config.model.heads, 0.0, config)
+        batches, weights = list(islice(stream, 1)), [1.0] * config.model.heads
+        train_step(model, optimizers, batches, weights, 0.0, config, alone, sums)
         seconds.append(time.perf_counter() - began)
     step = median(seconds[2:])
     steps = max(10, min(MOST_STEPS, int(minutes * 60 / (1.04 * step))))  # 4 %: validation and saving

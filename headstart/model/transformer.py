@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headstart.model.config import ModelConfig
 from headstart.model.heads import Unembedding, make_heads
-from headstart.model.layers import Attend, Block, DocumentAttention, RMSNorm, causal_attention, rotary_tables
+from headstart.model.layers import Attend, Block, DocumentAttention, causal_attention, rotary_tables
 
 
 class Trunk(nn.Module):
@@ -49,27 +49,24 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal weights of deviation 0.02; maps back into the residual stream narrowed by sqrt(2 x blocks), as GPT-2.
-        The paper does not give its initialisation; this is our default."""
-        deviation = 0.02
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=deviation, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=deviation, generator=generator)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, Unembedding):
-                for weight in module.weights:
-                    nn.init.normal_(weight, std=deviation, generator=generator)
-        narrow = 1 / math.sqrt(2 * self.config.layers)
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, Block):
-                    module.attention.out.weight.mul_(narrow)
-                    module.mlp.down.weight.mul_(narrow)
+        """First values of all parameters, see `first_value_`."""
+        for name, parameter in self.named_parameters():
+            self.first_value_(name, parameter, generator)
+
+    @torch.no_grad()
+    def first_value_(self, name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fills `tensor` with a first value of the parameter `name`.
+
+        Normal of deviation 0.02, narrowed by sqrt(2 x blocks) for maps back into the residual stream, as GPT-2; norms
+        1, biases 0. The paper does not give its initialisation; this is our default.
+        """
+        if name.endswith("norm.weight"):
+            tensor.fill_(1)
+        elif name.endswith("bias"):
+            tensor.zero_()
+        else:
+            narrow = name.endswith((".attention.out.weight", ".mlp.down.weight"))
+            tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if narrow else 0.02, generator=generator)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin tables (..., 1, E) for integer positions of any shape."""

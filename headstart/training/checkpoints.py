@@ -6,7 +6,8 @@
         state.json             position of the run, digest of the model's shape, size of every other file
 
 A folder appears under its name only when all of it is on disk, so whatever has the name is complete unless something
-damaged it later; the sizes in state.json tell that.
+damaged it later; the sizes in state.json tell that. `checkpoint_writer.py` writes them. Several processes write and
+read one checkpoint together, each its share; a run may go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -36,10 +35,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from headstart.errors import UsageError
-from headstart.files import replacing_directory
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.terminal import say
+from headstart.training.processes import Processes
 
 FORMAT = 1
 
@@ -83,39 +82,17 @@ def latest(run_dir: Path) -> Path | None:
     return None
 
 
-def save(
-    root: Path, model: Transformer, optimizers: list[Optimizer], position: Position, *, keep_last: int = 0
-) -> Path:
-    """Writes `root/step-.../`, then deletes all but the `keep_last` newest (0: deletes none)."""
-    path = root / name_of(position.step)
-    with replacing_directory(path) as folder:
-        with _plain_dcp():
-            dcp.save(_tensors(model, optimizers)[0], checkpoint_id=folder, no_dist=_alone())
-        torch.save(_random_state(), folder / "rng.pt")
-        state = {
-            "format": FORMAT,
-            "position": dataclasses.asdict(position),
-            "model": _digest(model.config),
-            "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
-        }
-        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    if keep_last:
-        # Those of later steps are left alone: they are there only if the run had to go back behind a damaged one.
-        old = [other for step, other in all_steps(root).items() if step <= position.step]
-        for other in old[:-keep_last]:
-            shutil.rmtree(other, ignore_errors=True)
-    return path
-
-
-def restore(path: Path, model: Transformer, optimizers: list[Optimizer]) -> Position:
+def restore(path: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes) -> Position:
     """Loads weights, optimiser state and random state. Raises UsageError where `path` is damaged or another model's."""
     state = _read_state(path)
-    if state["model"] != _digest(model.config):
+    if state["model"] != digest(model.config):
         raise UsageError(f"{path}: a checkpoint of another model shape; give another --run-dir or move it away")
-    tensors, param_groups = _tensors(model, optimizers)
+    tensors, param_groups = tensors_of(model, optimizers)
     try:
-        with _plain_dcp():
-            dcp.load(tensors, checkpoint_id=path, no_dist=_alone())
+        with plain_dcp():
+            dcp.load(
+                tensors, checkpoint_id=path, process_group=processes.checkpoint_group, no_dist=processes.count == 1
+            )
         random = torch.load(path / "rng.pt", weights_only=True)
         set_model_state_dict(model, tensors["model"])
         # The groups stay this run's own: a new learning rate or weight decay takes effect.
@@ -133,22 +110,29 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer]) -> Posi
     return position
 
 
-def restore_newest(root: Path, model: Transformer, optimizers: list[Optimizer]) -> Position | None:
+def restore_newest(
+    root: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes
+) -> Position | None:
     """Goes on from the newest checkpoint in `root` that is sound, None where there is none at all.
 
-    Says a line for each damaged one that it passes; raises UsageError where all are damaged.
+    Says a line for each damaged one that it passes; raises UsageError where all are damaged. All processes take the
+    same one.
     """
-    paths = list(reversed(all_steps(root).values()))
+    paths = processes.on_main(lambda: list(reversed(all_steps(root).values())))
     for path in paths:
+        failure: UsageError | None = None
         try:
-            position = restore(path, model, optimizers)
+            processes.on_main(lambda path=path: _read_state(path))  # type: ignore[misc]
+            position = restore(path, model, optimizers, processes)
         except UsageError as error:
-            if path == paths[-1]:
-                raise
-            say(f"warning: {error}; taking the one before it")
-            continue
-        say(f"going on from {path}")
-        return position
+            failure = error
+        if processes.all(failure is None):
+            say(f"going on from {path}")
+            return position
+        failure = failure or UsageError(f"{path}: another process could not read its share", said=True)
+        if path == paths[-1]:
+            raise failure
+        say(f"warning: {failure}; taking the one before it")
     return None
 
 
@@ -174,7 +158,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _tensors(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
+def tensors_of(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
     """What a checkpoint holds, and the optimisers' groups, which it does not: they come from the configuration."""
     optimizer_state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizers))
     return {"model": get_model_state_dict(model), "optimizer": optimizer_state["state"]}, optimizer_state[
@@ -182,29 +166,27 @@ def _tensors(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str,
     ]
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def random_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _digest(config: ModelConfig) -> str:
+def digest(config: ModelConfig) -> str:
     text = json.dumps(dataclasses.asdict(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _alone() -> bool:
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
 @contextmanager
-def _plain_dcp() -> Iterator[None]:
-    """DCP without its remark that one process is one process, and with the error that happened instead of its wrapper,
-    which is no `Exception` and would pass every handler (a full disk, an interrupt)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            yield
-        except CheckpointException as wrapper:
-            raise next(iter(wrapper.failures.values()))[0] from wrapper
+def plain_dcp() -> Iterator[None]:
+    """DCP with the error that happened instead of its wrapper, which is no `Exception` and would pass every handler (a
+    full disk, an interrupt)."""
+    try:
+        yield
+    except CheckpointException as wrapper:
+        raise next(iter(wrapper.failures.values()))[0] from wrapper
+
+
+# DCP's remark that one process is one process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")

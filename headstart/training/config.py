@@ -14,6 +14,7 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.optimizer import OptimizerConfig
+from headstart.training.parallel import ParallelConfig
 from headstart.training.yaml_settings import build, read_mapping, to_plain, write_mapping
 
 
@@ -50,12 +51,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Tokens of one optimiser step: rows x length x accumulate."""
+    """Tokens of one optimiser step: rows x accumulate x length, shared out among all processes."""
 
     rows: int = 8
-    """Rows of a micro-batch: what is in memory at once."""
+    """Rows of a micro-batch: at most this many are in a process's memory at once."""
     accumulate: int = 1
-    """Micro-batches whose gradients are added up for one optimiser step."""
+    """Micro-batches whose gradients are added up for one optimiser step, those of all processes together."""
     length: int | None = None
     """Tokens of a row (None: model.context)."""
 
@@ -84,10 +85,12 @@ class CheckpointConfig:
     every: int = 500
     """Steps between checkpoints; there is one at the end in any case (0: only that one)."""
     keep_last: int = 2
-    """How many are kept (0: all)."""
+    """How many of the newest are kept (0: all)."""
+    keep_every: int = 0
+    """Those of steps divisible by this are kept for good (0: none)."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "checkpoints.", self, "every", "keep_last")
+        _at_least(0, "checkpoints.", self, "every", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class RunConfig:
     """When and how much to validate."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save what a killed run goes on from."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model lies on several processes (torchrun)."""
 
     def __post_init__(self) -> None:
         _at_least(1, "", self, "steps", "threads")
@@ -140,6 +145,19 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch.rows * self.batch.accumulate * self.length
+
+    def micro_batches(self, processes: int) -> tuple[int, int]:
+        """(micro-batches, rows of each) of one process in a step: the step's rows are the same for every number of
+        processes. Raises UsageError where they cannot be shared out."""
+        rows = self.batch.rows * self.batch.accumulate
+        if rows % processes:
+            raise UsageError(
+                f"batch.rows {self.batch.rows} x batch.accumulate {self.batch.accumulate} = {rows} rows a step cannot "
+                f"be shared by {processes} processes; take a multiple of {processes} rows or other processes"
+            )
+        mine = rows // processes
+        at_once = max(size for size in range(1, min(mine, self.batch.rows) + 1) if mine % size == 0)
+        return mine // at_once, at_once
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -190,7 +208,7 @@ FIXED = (
     "optimizer.kind",
 )
 # What changes nothing about the result that a reader would want to hear of.
-QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints")
+QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints", "parallel")
 
 
 def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[object, object]]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the current step is finished and saved before the program ends."""
+"""Ctrl-C, SIGTERM and SIGUSR1: the current step is finished and saved before the program ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+REQUEUE = 75
+"""Exit status of a run that was pre-empted: EX_TEMPFAIL of sysexits.h, "try again later". No error of ours has it."""
+
 
 class Interrupted(Exception):
-    """A run was stopped from outside and can go on. The command line prints the message and exits with `status`."""
+    """A run was stopped from outside and can go on. The command line prints the message and exits with `status`: 130
+    after Ctrl-C, 75 after a signal that a scheduler sends."""
 
-    status = 130
-
-    def __init__(self, run_dir: Path, step: int, checkpoint: Path) -> None:
+    def __init__(self, run_dir: Path, step: int, checkpoint: Path, number: int | None) -> None:
+        self.status = 130 if number == signal.SIGINT else REQUEUE
         folder = shlex.quote(str(run_dir))
         config = shlex.quote(str(run_dir / "config.yaml"))
         super().__init__(
@@ -29,11 +32,17 @@ class Interrupted(Exception):
 @dataclass
 class Interruption:
     requested: bool = False
+    signal: int | None = None
+    """The first signal that came to this process."""
 
 
 @contextmanager
-def watching_signals() -> Iterator[Interruption]:
-    """Turns the first SIGINT or SIGTERM into `requested`; the second one interrupts at once."""
+def watching_signals(alone: bool = True) -> Iterator[Interruption]:
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into `requested`; the second one interrupts at once.
+
+    Not so where the process is not `alone`: launcher and scheduler may both send the signal, and only SIGKILL stops
+    at once.
+    """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():  # signals only ever reach the main thread
         yield interruption
@@ -41,12 +50,16 @@ def watching_signals() -> Iterator[Interruption]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if interruption.requested:
-            raise KeyboardInterrupt
-        interruption.requested = True
+            if alone:
+                raise KeyboardInterrupt
+            return
+        interruption.requested, interruption.signal = True, number
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping: this step is finished and saved; once more stops at once, without saving\n")
+        more = b"; once more stops at once, without saving" if alone else b""
+        os.write(2, b"\nstopping: this step is finished and saved" + more + b"\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield interruption
     finally:

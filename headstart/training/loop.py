@@ -16,15 +16,17 @@ from headstart.data.batches import BatchStream, evaluation_batches
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.model.layers import Block
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, duration, say
 from headstart.training import checkpoints
+from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.checkpoints import Position
 from headstart.training.config import RunConfig
-from headstart.training.interruption import Interrupted, watching_signals
+from headstart.training.interruption import Interrupted, Interruption, watching_signals
 from headstart.training.optimizer import build_optimizers, learning_rate
+from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
+from headstart.training.processes import Processes, joined
 from headstart.training.run_folder import RunFolder, RunLog
 from headstart.training.step import StepResult, move, train_step
 from headstart.training.validation import validate
@@ -39,21 +41,20 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     Goes on by itself, bit for bit, where the run folder holds a checkpoint. Raises Interrupted after Ctrl-C or SIGTERM,
     with a checkpoint saved; UsageError for whatever the user can mend.
     """
-    folder = RunFolder(config.run_dir)
-    device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with folder.claimed():
-        folder.accept(config)
-        done = max(checkpoints.all_steps(folder.checkpoints), default=0)
-        if done >= config.steps and folder.model.exists():
+    folder = RunFolder(config.run_dir)
+    with joined(config.device) as processes, folder.claimed(processes.main):
+        processes.on_main(lambda: folder.accept(config))
+        done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))
+        if done >= config.steps and processes.on_main(folder.model.exists):
             say(f"{folder.path}: already trained for {done} steps, the model is in {folder.model}; more with --steps")
             return folder.model
-        run = Run(config, folder, device, progress)
+        run = Run(config, folder, processes, progress)
         try:
             run.loop(progress)
         finally:
-            run.log.close()
+            run.close()
         return folder.model
 
 
@@ -61,24 +62,32 @@ class Run:
     """A run in memory: model, optimisers, data and position."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, device: torch.device, progress: Callable[..., Progress]
+        self, config: RunConfig, folder: RunFolder, processes: Processes, progress: Callable[..., Progress]
     ) -> None:
-        self.config, self.folder, self.device = config, folder, device
-        self.shards, self.validation_shards = folder.open_shards(config, progress)
+        self.config, self.folder, self.processes, self.device = config, folder, processes, processes.device
+        self.micro_batches, rows = config.micro_batches(processes.count)
+        processes.on_main(lambda: folder.prepare_shards(config, progress))
+        self.shards, self.validation_shards = folder.open_shards(config)
         self.stream = BatchStream(
-            self.shards, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
+            self.shards,
+            rows=rows,
+            length=config.length,
+            heads=config.model.heads,
+            seed=config.seed,
+            rank=processes.rank,
+            ranks=processes.count,
         )
         self.validation_shards = _long_enough(self.validation_shards, config)
-        self.model = build_model(config, device)
-        # Here, and only here, goes what spreads the model over devices: after compiling, before the optimiser exists.
-        self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, device)
+        self.model, self.sums = build_model(config, processes)
+        self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device)
         self.position = Position(data=self.stream.state_dict())
-        restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers)
+        restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers, processes)
         if restored is not None:
             self.position = restored
             self.stream.load_state_dict(restored.data)
-        self.saved_step = self.position.step if restored is not None else -1
-        self.log = RunLog(folder.metrics, self.position.step)
+        self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
+        self.writer.saved(self.position.step if restored is not None else -1)
+        self.log = RunLog(folder.metrics, self.position.step) if processes.main else None
         self._say_start()
 
     def loop(self, progress: Callable[..., Progress]) -> None:
@@ -86,38 +95,49 @@ class Run:
         config, position, started = self.config, self.position, time.monotonic()
         first = position.step
         with (
-            watching_signals() as interruption,
+            watching_signals(alone=self.processes.count == 1) as interruption,
             progress("train", config.steps, unit="steps", start=position.step) as bar,
         ):
             while position.step < config.steps:
-                result, seconds = self.step()
+                result, seconds = self.step(interruption)
                 bar.advance(1, **_shown(result, config.tokens_per_step / seconds))
                 last = position.step >= config.steps
                 if last or _due(position.step, config.validation.every):
                     self.validate()
-                if not last and (interruption.requested or _due(position.step, config.checkpoints.every)):
+                if not last and (result.stop or _due(position.step, config.checkpoints.every)):
                     self.save()
-                if not last and interruption.requested:
+                if not last and result.stop:
+                    self.writer.wait(needed=True)
                     checkpoint = self.folder.checkpoints / checkpoints.name_of(position.step)
-                    raise Interrupted(self.folder.path, position.step, checkpoint)
+                    raise Interrupted(self.folder.path, position.step, checkpoint, interruption.signal)
             # The model first: a checkpoint of the last step then means that nothing is left to do.
-            tokenizer = load_tokenizer(self.shards.directory / "tokenizer")
-            save_model(self.model, self.folder.model, tokenizer, dtype=torch.bfloat16)
+            self.save_model()
             self.save()
+            self.writer.wait(needed=True)
         steps, elapsed = position.step - first, time.monotonic() - started
         say(f"done: {steps:,} steps, {steps * config.tokens_per_step:,} tokens in {duration(elapsed)}")
         if position.skipped:
             say(f"{position.skipped} steps were skipped because their loss or gradient was not finite")
         say(f"model in {self.folder.model}, numbers in {self.folder.metrics}")
 
-    def step(self) -> tuple[StepResult, float]:
+    def step(self, interruption: Interruption) -> tuple[StepResult, float]:
         """The next optimiser step, and the seconds it took."""
         config, position = self.config, self.position
         began = time.perf_counter()
-        batches = [move(batch, self.device) for batch in islice(self.stream, config.batch.accumulate)]
+        batches = [move(batch, self.device) for batch in islice(self.stream, self.micro_batches)]
         weights = config.head_weights.at(position.step / config.steps, config.model.heads)
         lr = learning_rate(position.step, config.steps, config.optimizer)
-        result = train_step(self.model, self.optimizers, batches, weights, lr, config)
+        result = train_step(
+            self.model,
+            self.optimizers,
+            batches,
+            weights,
+            lr,
+            config,
+            self.processes,
+            self.sums,
+            lambda: interruption.requested,
+        )
         seconds = time.perf_counter() - began
 
         position.step += 1
@@ -133,7 +153,7 @@ class Run:
         if not result.finite:
             record["skipped"] = position.skipped
             say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
-        self.log.write(record)
+        self.write(record)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise UsageError(
                 f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row without a finite loss and gradient, up to step "
@@ -144,8 +164,9 @@ class Run:
     def validate(self) -> None:
         if self.validation_shards is None:
             return
-        record = validate(self.model, self.validation_shards, self.config, self.device)
-        self.log.write({"step": self.position.step, "tokens": self.position.tokens, **record})
+        record = validate(self.model, self.validation_shards, self.config, self.processes)
+        self.sums.free()
+        self.write({"step": self.position.step, "tokens": self.position.tokens, **record})
         parts = []
         for k in sorted({1, self.config.model.heads}):
             if f"validation/loss/head{k}" in record:
@@ -153,49 +174,65 @@ class Run:
                 parts.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
         say(f"step {self.position.step}: validation, {'; '.join(parts)}")
 
+    def write(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        if self.log is not None:
+            self.log.write(record)
+
     def save(self) -> None:
-        if self.saved_step == self.position.step:
-            return
-        self.log.sync()
-        keep = self.config.checkpoints.keep_last
-        checkpoints.save(self.folder.checkpoints, self.model, self.optimizers, self.position, keep_last=keep)
-        self.saved_step = self.position.step
+        """Starts a checkpoint of this step; it is written while training goes on."""
+        if self.log is not None:
+            self.log.sync()
+        self.writer.save(self.position)
+
+    def save_model(self) -> None:
+        """Writes the model directory, on the first process."""
+        model: Transformer | None = self.model
+        if self.processes.count > 1:
+            model = whole_model(self.model, torch.bfloat16, keep=self.processes.main)
+
+        def write() -> None:
+            assert model is not None
+            tokenizer = load_tokenizer(self.shards.directory / "tokenizer")
+            save_model(model, self.folder.model, tokenizer, dtype=torch.bfloat16)
+
+        self.processes.on_main(write)
+
+    def close(self) -> None:
+        self.writer.close()
+        if self.log is not None:
+            self.log.close()
 
     def _say_start(self) -> None:
         config, counts = self.config, self.config.model.parameters()
         epoch = self.stream.rows_per_epoch * config.length
         say(
             f"{counts['total']:,} parameters ({config.model.heads} {config.model.head_kind} heads), "
-            f"{self.device}, {config.dtype}"
+            f"{self.device.type}, {config.dtype}{self._shape()}"
         )
         say(
             f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
             f"{config.steps * config.tokens_per_step / epoch:.2f} times over {epoch:,} tokens"
         )
 
+    def _shape(self) -> str:
+        """How the model lies on several processes."""
+        if self.processes.count == 1:
+            return ""
+        copies, shared = self.config.parallel.mesh_shape(self.processes.count, self.processes.per_node)
+        held = "each whole" if shared == 1 else f"each shared by {shared}"
+        return f", {self.processes.count} processes, {copies} {'copy' if copies == 1 else 'copies'} {held}"
 
-def build_model(config: RunConfig, device: torch.device) -> Transformer:
-    """First weights from `config.seed`, the same on every device; blocks compiled one by one where asked for."""
+
+def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, GradientSums]:
+    """First weights from `config.seed`, the same for every device and number of processes, spread over them."""
     torch.manual_seed(config.seed)
-    model = Transformer(config.model).to(device)
-    if config.compile:
-        # Block by block, never the step as a whole: its backward passes begin and end inside the walk.
-        for block in (*model.trunk.blocks, *model.heads):
-            if isinstance(block, Block):
-                block.compile()
-    return model
-
-
-def pick_device(name: str) -> torch.device:
-    """auto is a GPU where torch sees one. Raises UsageError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} is not usable here; take auto or cpu") from error
-    return device
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))
+    sums = parallelize(model, mesh, config.parallel, compile=config.compile, dtype=config.dtype)
+    materialize(model, processes.device, config.seed)
+    return model, sums
 
 
 def _long_enough(shards: TokenShards | None, config: RunConfig) -> TokenShards | None:

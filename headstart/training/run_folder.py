@@ -32,8 +32,12 @@ class RunFolder:
         self.model = path / "model"
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Makes the folder and keeps other processes out of it; removes what a killed one left half-written."""
+    def claimed(self, main: bool = True) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it; removes what a killed one left half-written. Of several
+        processes of one run only the `main` one does it."""
+        if not main:
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
@@ -75,11 +79,9 @@ class RunFolder:
                     say(f"changed since the last start: {name} {before} -> {now}")
         save_config(config, self.config)
 
-    def shards_folder(self, config: RunConfig, progress: Callable[..., Progress]) -> Path:
-        """The prepared data of the run: `data.path`, or data/, prepared once so that a resume reads the same bytes."""
-        if config.data.path is not None:
-            return config.data.path
-        if not (self.data / "manifest.json").exists():
+    def prepare_shards(self, config: RunConfig, progress: Callable[..., Progress]) -> None:
+        """Without `data.path`: prepares data/, once, so that a resume reads the same bytes."""
+        if config.data.path is None and not (self.data / "manifest.json").exists():
             say(f"preparing {', '.join(config.data.sources)} -> {self.data}")
             with progress("prepare", unit="bytes") as bar:
                 prepare(
@@ -91,13 +93,10 @@ class RunFolder:
                     progress=bar.update,
                     report=say,
                 )
-        return self.data
 
-    def open_shards(
-        self, config: RunConfig, progress: Callable[..., Progress]
-    ) -> tuple[TokenShards, TokenShards | None]:
-        """Training and validation tokens (None where no document is held out)."""
-        folder = self.shards_folder(config, progress)
+    def open_shards(self, config: RunConfig) -> tuple[TokenShards, TokenShards | None]:
+        """Training and validation tokens (None where no document is held out) of `data.path` or data/."""
+        folder = config.data.path or self.data
         train = TokenShards.open(folder, "train")
         needed = int(train.manifest["vocab_size"])
         if config.model.vocab_size < needed:

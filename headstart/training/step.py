@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from headstart.model.transformer import Transformer
 from headstart.objective.step import count_targets, walk_step
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import set_learning_rate
+from headstart.training.parallel import GradientSums, whole
+from headstart.training.processes import Processes
 
 
 @dataclass
@@ -24,6 +26,8 @@ class StepResult:
     """Of all parameters together, before clipping."""
     finite: bool
     """Whether losses and gradient were finite. If not, the weights are as before."""
+    stop: bool = False
+    """Whether a process of the run was asked to stop."""
 
 
 def train_step(
@@ -33,26 +37,35 @@ def train_step(
     weights: Sequence[float],
     lr: float,
     config: RunConfig,
+    processes: Processes,
+    sums: GradientSums,
+    stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Updates the weights once, from micro-batches that lie on the model's device."""
-    device = batches[0].tokens.device
-    # Counted over all micro-batches before the first backward, so that 1 x 4 rows weigh every target as 4 x 1 rows do.
-    counts = torch.stack([count_targets(batch.targets) for batch in batches]).sum(0)
-    sums = torch.zeros(len(counts), device=device)
-    for batch in batches:
+    """Updates the weights once, from this process's micro-batches, which lie on its device.
+
+    `stop()` is whether this process was asked to stop; the result says whether any was.
+    """
+    # Counted over all micro-batches and processes before the first backward, so that 1 x 4 rows weigh every target as
+    # 4 x 1 rows do.
+    counts = processes.sum(torch.stack([count_targets(batch.targets) for batch in batches]).sum(0))
+    losses = torch.zeros(len(counts), device=processes.device)
+    for i, batch in enumerate(batches):
         documents = batch.documents if config.data.attention_within_documents else None
-        with autocast(config, device):
-            sums += walk_step(model, batch.tokens, batch.targets, counts, weights, documents).sums
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-    *totals, gradient_norm = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # one wait for the device
-    finite = all(map(math.isfinite, [*totals, gradient_norm]))
+        last = i == len(batches) - 1
+        with autocast(config, processes.device), sums.micro_batch(last=last, losses=len(weights)):
+            losses += walk_step(model, batch.tokens, batch.targets, counts, weights, documents).sums
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
+    # One wait for the device, and one for the other processes.
+    totals = processes.sum(torch.cat([losses, losses.new_tensor([float(stop())])]))
+    *head_losses, stops, gradient_norm = torch.cat([totals, norm.reshape(1).to(totals)]).tolist()
+    finite = all(map(math.isfinite, [*head_losses, gradient_norm]))
     set_learning_rate(optimizers, lr)
     for optimizer in optimizers:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    losses = [total / count if count else math.nan for total, count in zip(totals, counts.tolist())]
-    return StepResult(losses, gradient_norm, finite)
+    means = [total / count if count else math.nan for total, count in zip(head_losses, counts.tolist())]
+    return StepResult(means, gradient_norm, finite, stop=stops > 0)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import threading
 
 import pytest
 import torch
@@ -8,10 +10,14 @@ import torch
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.training import checkpoints
-from headstart.training.checkpoints import Position, all_steps, latest, restore, restore_newest, save
+from headstart.training import checkpoint_writer, checkpoints
+from headstart.training.checkpoint_writer import CheckpointWriter
+from headstart.training.checkpoints import Position, all_steps, latest
+from headstart.training.config import CheckpointConfig
 from headstart.training.optimizer import OptimizerConfig, build_optimizers
+from headstart.training.processes import Processes
 
+ALONE = Processes(torch.device("cpu"))
 CONFIG = ModelConfig(dim=16, layers=3, attention_heads=2, context=16, heads=2)
 
 
@@ -24,6 +30,23 @@ def make(config: ModelConfig = CONFIG, seed: int = 0, kind: str = "adamw"):
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizers
+
+
+def save(root, model, optimizers, position, **settings):
+    """Writes one checkpoint and waits for it."""
+    writer = CheckpointWriter(root, model, optimizers, CheckpointConfig(**settings), ALONE)
+    writer.save(position)
+    writer.wait(needed=True)
+    writer.close()
+    return root / checkpoints.name_of(position.step)
+
+
+def restore(path, model, optimizers):
+    return checkpoints.restore(path, model, optimizers, ALONE)
+
+
+def restore_newest(root, model, optimizers):
+    return checkpoints.restore_newest(root, model, optimizers, ALONE)
 
 
 def test_everything_comes_back(tmp_path) -> None:
@@ -52,6 +75,64 @@ def test_keep_last(tmp_path, keep_last, kept) -> None:
     assert list(all_steps(tmp_path)) == kept
 
 
+def test_keep_every(tmp_path) -> None:
+    model, optimizers = make()
+    for step in (2, 4, 6, 8, 10):
+        save(tmp_path, model, optimizers, Position(step=step), keep_last=1, keep_every=4)
+    assert list(all_steps(tmp_path)) == [4, 8, 10]
+
+
+def test_what_is_written_is_what_was_there(tmp_path, monkeypatch) -> None:
+    """Training goes on while the thread writes."""
+    gate = threading.Event()
+    original = checkpoint_writer.dcp.FileSystemWriter.write_data
+
+    def slow(self, *args):
+        assert gate.wait(10)
+        return original(self, *args)
+
+    monkeypatch.setattr(checkpoint_writer.dcp.FileSystemWriter, "write_data", slow)
+    model, optimizers = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    moment = optimizers[0].state[next(model.parameters())]["exp_avg"].clone()
+    writer = CheckpointWriter(tmp_path, model, optimizers, CheckpointConfig(), ALONE)
+    position = Position(step=2)
+    writer.save(position)
+    position.step, position.tokens = 3, 5
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    assert not all_steps(tmp_path)
+    gate.set()
+    writer.close()
+    other, other_optimizers = make(seed=3)
+    assert restore(tmp_path / "step-00000002", other, other_optimizers) == Position(step=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters()))
+    assert torch.equal(other_optimizers[0].state[next(other.parameters())]["exp_avg"], moment)
+
+
+def test_one_that_cannot_be_written_is_told_and_tried_again(tmp_path, monkeypatch, capsys) -> None:
+    model, optimizers = make()
+    save(tmp_path, model, optimizers, Position(step=2))
+    writer = CheckpointWriter(tmp_path, model, optimizers, CheckpointConfig(), ALONE)
+
+    def full(self, *args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.dcp.FileSystemWriter, "write_data", full)
+        writer.save(Position(step=4))
+        writer.wait()
+        assert "warning:" in (said := capsys.readouterr().err) and "the disk is full" in said
+        writer.save(Position(step=4))
+        with pytest.raises(UsageError, match="step-00000004: the disk is full"):
+            writer.wait(needed=True)
+    assert list(all_steps(tmp_path)) == [2] and len(list(tmp_path.iterdir())) == 1
+    writer.save(Position(step=4))
+    writer.close()
+    assert list(all_steps(tmp_path)) == [2, 4]
+
+
 def test_nothing_is_deleted_before_the_new_one_is_whole(tmp_path, monkeypatch) -> None:
     model, optimizers = make()
     save(tmp_path, model, optimizers, Position(step=2), keep_last=1)
@@ -59,7 +140,7 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(tmp_path, monkeypatch) -
     def fail(*args, **kwargs):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(checkpoints.torch, "save", fail)
+    monkeypatch.setattr(checkpoint_writer.torch, "save", fail)
     with pytest.raises(RuntimeError):
         save(tmp_path, model, optimizers, Position(step=4), keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

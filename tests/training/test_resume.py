@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.training import loop
 from headstart.training.config import BatchConfig, save_config
@@ -113,7 +112,7 @@ def test_the_data_order_over_epochs_survives(tiny, metrics, monkeypatch) -> None
     assert not torch.equal(seen["whole"][0], seen["whole"][3])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_names_the_command(tiny, metrics, weights, monkeypatch, number) -> None:
     whole, broken = tiny("whole"), tiny("broken run")
     train(whole)
@@ -121,7 +120,7 @@ def test_a_signal_saves_and_names_the_command(tiny, metrics, weights, monkeypatc
         stop_at(patch, 2, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Interrupted) as stopped:
             train(broken)
-    assert stopped.value.status == 130
+    assert stopped.value.status == {signal.SIGINT: 130}.get(number, 75)
     assert "step 3" in str(stopped.value) and "\n" not in str(stopped.value)
     assert f"headstart train '{broken.run_dir}/config.yaml' --run-dir '{broken.run_dir}'" in str(stopped.value)
     assert (broken.run_dir / "checkpoints" / "step-00000003").is_dir()
@@ -146,7 +145,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from headstart import files
-from headstart.training import checkpoints, loop
+from headstart.training import checkpoint_writer, loop
 from headstart.training.config import load_config
 
 def kill(*args, **kwargs):
@@ -164,7 +163,14 @@ def at_step_4(original, before=False):
 
 moment = sys.argv[2]
 if moment == "tensors written":
-    checkpoints.dcp.save = at_step_4(checkpoints.dcp.save)
+    writer = checkpoint_writer.CheckpointWriter
+    finish = writer._finish
+    def tensors_written(self, tensors, path, *rest):
+        tensors.result()
+        if "step-00000004" in path.name:
+            kill()
+        finish(self, tensors, path, *rest)
+    writer._finish = tensors_written
 elif moment == "before the rename":
     files.os.replace = at_step_4(os.replace, before=True)
 elif moment == "after the rename":
@@ -176,7 +182,7 @@ elif moment == "while the old one is deleted":
             (Path(path) / "state.json").unlink()
             kill()
         original(path, **kwargs)
-    checkpoints.shutil.rmtree = half
+    checkpoint_writer.shutil.rmtree = half
 loop.train(load_config(sys.argv[1]))
 """
 
@@ -245,7 +251,7 @@ def test_a_finished_run_without_its_model_directory_writes_it_again(tiny, tmp_pa
         assert (model / file).read_bytes() == (tmp_path / "moved" / file).read_bytes()
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(tiny, metrics, weights, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before(tiny, metrics, weights, monkeypatch, capsys) -> None:
     import errno
 
     whole, broken = tiny("whole"), tiny("broken")
@@ -259,8 +265,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny, metrics, weights, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.checkpoints.dcp.FileSystemWriter, "write_data", full)
-        with pytest.raises(UsageError, match=r"step-00000004: the disk is full"):
+        stop_at(patch, 5, die)
+        with pytest.raises(Killed):
             train(broken)
+    said = capsys.readouterr().err
+    assert "warning:" in said and "step-00000004: the disk is full" in said
     assert sorted(path.name for path in (broken.run_dir / "checkpoints").iterdir()) == ["step-00000002"]
     train(broken)
     assert_same_run(whole.run_dir, broken.run_dir, metrics, weights)

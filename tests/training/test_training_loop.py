@@ -19,6 +19,7 @@ from headstart.training import loop, step
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, ValidationConfig, load_config
 from headstart.training.loop import build_model, train
 from headstart.training.optimizer import OptimizerConfig, learning_rate
+from headstart.training.processes import Processes
 from headstart.training.validation import validate
 
 
@@ -56,12 +57,15 @@ def test_the_loss_goes_down(tmp_path, metrics, tiny) -> None:
     assert last["loss/head1"] < 1.0 and last["loss/head2"] < 1.0  # from 5.5, that of a guess
 
 
+ALONE = Processes(torch.device("cpu"))
+
+
 def weights_after(config) -> dict[str, torch.Tensor]:
     """Full-precision weights: those of the model directory are rounded to bfloat16."""
     train(config)
-    model = build_model(config, torch.device("cpu"))
+    model = build_model(config, ALONE)[0]
     optimizers = loop.build_optimizers(model, config.optimizer, torch.device("cpu"))
-    loop.checkpoints.restore_newest(config.run_dir / "checkpoints", model, optimizers)
+    loop.checkpoints.restore_newest(config.run_dir / "checkpoints", model, optimizers, ALONE)
     return model.state_dict()
 
 
@@ -75,7 +79,7 @@ def test_one_micro_batch_of_four_rows_is_four_of_one(tiny, metrics, wiring) -> N
     a, b = weights_after(four), weights_after(ones)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=2e-6)
-    start = build_model(four, torch.device("cpu")).state_dict()
+    start = build_model(four, ALONE)[0].state_dict()
     assert max((a[name] - start[name]).abs().max() for name in a) > 1e-3
     for x, y in zip(metrics(four.run_dir), metrics(ones.run_dir)):
         assert x["tokens"] == y["tokens"]
@@ -132,9 +136,11 @@ def test_a_step_that_is_not_finite_is_skipped(tiny, metrics, monkeypatch, capsys
     assert "step 3: loss or gradient not finite, step skipped (1 so far)" in err and "1 steps were skipped" in err
 
     def state(step: int) -> dict[str, torch.Tensor]:
-        model = build_model(config, torch.device("cpu"))
+        model = build_model(config, ALONE)[0]
         optimizers = loop.build_optimizers(model, config.optimizer, torch.device("cpu"))
-        position = loop.checkpoints.restore(config.run_dir / "checkpoints" / f"step-{step:08d}", model, optimizers)
+        position = loop.checkpoints.restore(
+            config.run_dir / "checkpoints" / f"step-{step:08d}", model, optimizers, ALONE
+        )
         assert position.skipped == (step >= 3) and position.skipped_in_a_row == (step == 3)
         return model.state_dict()
 
@@ -153,8 +159,8 @@ def test_twenty_in_a_row_end_the_run(tiny, monkeypatch) -> None:
 def test_validation_equals_the_plain_sum(tiny) -> None:
     config = tiny(batch=BatchConfig(rows=3), validation=ValidationConfig(rows=8))
     shards = TokenShards.open(config.data.path, "validation")
-    model = build_model(config, torch.device("cpu"))
-    record = validate(model, shards, config, torch.device("cpu"))
+    model = build_model(config, ALONE)[0]
+    record = validate(model, shards, config, ALONE)
     (batch,) = loop.evaluation_batches(shards, rows=100, length=24, heads=2, limit_rows=8)
     logits = model(batch.tokens, heads=2)
     for k in (1, 2):

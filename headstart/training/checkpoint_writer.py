@@ -1,0 +1,125 @@
+"""Writing checkpoints beside training: copied to memory at once, written by a thread, visible when whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.optim import Optimizer
+
+from headstart.errors import UsageError
+from headstart.files import becoming_directory
+from headstart.model.transformer import Transformer
+from headstart.terminal import say
+from headstart.training import checkpoints
+from headstart.training.checkpoints import Position
+from headstart.training.config import CheckpointConfig
+from headstart.training.processes import Processes
+
+
+class CheckpointWriter:
+    """Saves a run's checkpoints into `root`; at most one is being written at a time.
+
+    One that cannot be written (a full disk) is told and given up: training goes on, and the checkpoint before it stays.
+    Only `wait(needed=True)`, for the last one, makes an error of it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: Transformer,
+        optimizers: list[Optimizer],
+        config: CheckpointConfig,
+        processes: Processes,
+    ) -> None:
+        self._root, self._model, self._optimizers = root, model, optimizers
+        self._config, self._processes = config, processes
+        # Weights change while they are written: the copy is made before `save` returns.
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[UsageError | None] | None = None
+        self._step = -1
+
+    def saved(self, step: int) -> None:
+        """The checkpoint of `step` is there already."""
+        self._step = step
+
+    def save(self, position: Position) -> None:
+        """Starts to write `root/step-.../`; waits for the one before. Of one step only one is written."""
+        if self._step == position.step:
+            return
+        self.wait()
+        self._step = position.step
+        path = self._root / checkpoints.name_of(position.step)
+        # One name for all processes: each writes its files there.
+        temporary = path.with_name(f".{path.name}.writing-together")
+        self._processes.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        state = {
+            "format": checkpoints.FORMAT,
+            "position": dataclasses.asdict(position),
+            "model": checkpoints.digest(self._model.config),
+        }
+        random = checkpoints.random_state()
+        with checkpoints.plain_dcp():
+            tensors: Any = dcp.async_save(
+                checkpoints.tensors_of(self._model, self._optimizers)[0],
+                storage_writer=dcp.FileSystemWriter(temporary),
+                process_group=self._processes.checkpoint_group,
+                async_stager=self._stager,
+                no_dist=self._processes.count == 1,
+            )
+        self._writing = self._thread.submit(self._finish, tensors, path, temporary, state, random)
+
+    def wait(self, needed: bool = False) -> None:
+        """Until what is being written is on disk. Where it could not be, and it is `needed`, raises UsageError."""
+        if self._writing is None:
+            return
+        failure = self._writing.result()
+        self._writing = None
+        if self._processes.all(failure is None):
+            return
+        self._step = -1  # may be tried again
+        if needed:
+            raise failure or UsageError(f"{self._root}: another process could not write its share", said=True)
+
+    def close(self) -> None:
+        """Whatever is being written is finished."""
+        self._thread.shutdown(wait=True)
+        self._stager.close()
+
+    def _finish(
+        self, tensors: Future[Any], path: Path, temporary: Path, state: dict[str, Any], random: dict[str, torch.Tensor]
+    ) -> UsageError | None:
+        """In the thread: waits for every process's files, makes the checkpoint visible; what went wrong, if it did."""
+        try:
+            with becoming_directory(path, temporary, mine=self._processes.main):
+                with checkpoints.plain_dcp():
+                    tensors.result()
+                if self._processes.main:
+                    torch.save(random, temporary / "rng.pt")
+                    state["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+                    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        except UsageError as error:
+            say(f"warning: {error} (the checkpoint before it is kept)")
+            return error
+        if self._processes.main:
+            self._delete_old(int(state["position"]["step"]))
+        return None
+
+    def _delete_old(self, newest: int) -> None:
+        """All but the `keep_last` newest and every `keep_every`-th. Those of later steps are left alone: they are there
+        only if the run had to go back behind a damaged one."""
+        last, every = self._config.keep_last, self._config.keep_every
+        if not last:
+            return
+        old = {step: path for step, path in checkpoints.all_steps(self._root).items() if step <= newest}
+        for step in list(old)[:-last]:
+            if not every or step % every:
+                shutil.rmtree(old[step], ignore_errors=True)

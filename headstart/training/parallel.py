@@ -1,0 +1,224 @@
+"""Spreading a model over processes: activation checkpointing, compilation, FSDP2 sharding, mixed precision.
+
+`parallelize` is the one place where it happens; the model knows nothing of it. Trunk, each head and the unembedding are
+FSDP roots of their own, because the walk (`objective/step.py`) runs n + 2 backward passes a step and a root takes the
+end of each backward for the end of all: with one root the first head's backward would finish groups that have not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from headstart.errors import UsageError
+from headstart.model.layers import Block
+from headstart.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model lies on several processes (`torchrun`); one process ignores the sharding."""
+
+    sharding: Literal["full", "hybrid", "replicate"] = "full"
+    """full: every process holds a share of the weights; hybrid: groups of processes share a copy; replicate: every
+    process holds all (small models)."""
+    processes_per_copy: int | None = None
+    """hybrid: how many processes share one copy (None: those of one node)."""
+    activation_checkpointing: bool = False
+    """Recompute the trunk's blocks in the backward: a third more arithmetic, a fraction of the memory."""
+    reshard_after_forward: bool = True
+    """full and hybrid: free a block's gathered weights until its backward; false trades memory for communication."""
+    reduce_each_micro_batch: bool = False
+    """With batch.accumulate: sum gradients over processes after every micro-batch instead of once a step, which spares
+    each process a whole fp32 gradient."""
+
+    def __post_init__(self) -> None:
+        if self.sharding not in ("full", "hybrid", "replicate"):
+            raise UsageError(f"parallel.sharding {self.sharding!r} is unknown; take full, hybrid or replicate")
+        if self.processes_per_copy is not None and self.processes_per_copy < 1:
+            raise UsageError(f"parallel.processes_per_copy is {self.processes_per_copy}; it must be at least 1")
+        if self.processes_per_copy is not None and self.sharding != "hybrid":
+            raise UsageError(
+                f"parallel.processes_per_copy is for parallel.sharding hybrid, not {self.sharding}; leave one out"
+            )
+
+    def mesh_shape(self, processes: int, per_node: int) -> tuple[int, int]:
+        """(copies of the model, processes that share one copy)."""
+        shared = {"full": processes, "replicate": 1}.get(self.sharding, self.processes_per_copy or per_node)
+        if processes % shared:
+            raise UsageError(
+                f"parallel.processes_per_copy {shared} does not divide the {processes} processes; "
+                "take a divisor, or start another number of processes"
+            )
+        return processes // shared, shared
+
+
+def parallelize(
+    model: Transformer, mesh: DeviceMesh | None, config: ParallelConfig, *, compile: bool, dtype: str
+) -> GradientSums:
+    """Changes `model`, which may lie on the meta device, in place; optimisers are built after it.
+
+    Args:
+        mesh: (copies, processes that share one), named ("replicate", "shard"); None: one process, no sharding.
+        compile: torch.compile for each block.
+        dtype: what matrix products run in, "bfloat16" or "float32". Sharded weights, optimiser state and the sums of
+            gradients stay float32; weights are gathered in `dtype`.
+
+    Returns:
+        What the training step wraps each micro-batch in.
+    """
+    # 1. Checkpointing first, so that what is compiled contains the recomputation. Heads are not checkpointed: the walk
+    #    holds one head's activations at a time.
+    if config.activation_checkpointing:
+        for block in model.trunk.blocks:
+            # By replacing the bound method and not by a wrapping module: parameter names stay.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    # 2. Block by block, never the step as a whole: its backward passes begin and end inside the walk. Before sharding,
+    #    whose hooks then stay outside the compiled code.
+    if compile:
+        for module in (*model.trunk.blocks, *model.heads):
+            if isinstance(module, Block):
+                module.compile()
+    # 3. Sharding, and with it mixed precision.
+    if mesh is not None:
+        _shard(model, mesh, config, dtype)
+    return GradientSums(model, config.reduce_each_micro_batch)
+
+
+def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: str) -> None:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    # A copy that is whole anyway gains nothing from being gathered twice.
+    reshard = config.reshard_after_forward and mesh["shard"].size() > 1
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if dtype == "bfloat16" else None, reduce_dtype=torch.float32
+    )
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    tied = {model.trunk.embedding.weight} if model.config.tied else set()
+    for block in model.trunk.blocks:
+        shard(block, reshard_after_forward=reshard)
+    shard(model.trunk, reshard_after_forward=reshard, ignored_params=tied)
+    for head in model.heads:
+        if next(head.parameters(), None) is not None:
+            shard(head, reshard_after_forward=False)  # its backward follows its forward at once
+    shard(model.unembedding, reshard_after_forward=False)  # gathered once a step, for n losses and n backward passes
+    cast(FSDPModule, model.unembedding).set_reshard_after_backward(False)
+    if tied:
+        _embed_through_unembedding(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # losses are divided by the counts of all processes already
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def _embed_through_unembedding(model: Transformer) -> None:
+    """A tied matrix belongs to the unembedding's FSDP group alone; looking up a token then goes through its hooks."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    embedding, unembedding = cast(Any, model.trunk.embedding), cast(Any, model.unembedding)
+    # FSDP exchanges whole and sharded parameters in the modules of the group; the embedding lies outside of them.
+    (group,) = unembedding._get_fsdp_state()._fsdp_param_groups
+    parameter = next(p for p in group.fsdp_params if p._module_info.module is unembedding.weights)  # the first of them
+    parameter._module_info.shared_modules.append(embedding)
+    parameter._module_info.shared_param_names.append("weight")
+    embedding.weight = parameter.sharded_param
+
+    unembedding.look_up = embedding.forward
+    register_fsdp_forward_method(unembedding, "look_up")
+    embedding.forward = unembedding.look_up
+
+
+class GradientSums:
+    """Sums gradients over processes once a step, however many backward passes and micro-batches the step has."""
+
+    def __init__(self, model: Transformer, each_micro_batch: bool) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        self._model, self._each = model, each_micro_batch
+        candidates = (model.trunk, *model.heads, model.unembedding)
+        self._roots: list[Any] = [module for module in candidates if isinstance(module, FSDPModule)]
+        self._losses_left = 0
+        self._wanted = True
+        if self._roots:
+            model.unembedding.register_forward_pre_hook(self._before_loss)
+            model.trunk.register_forward_hook(self._after_trunk)
+
+    @contextmanager
+    def micro_batch(self, *, last: bool, losses: int) -> Iterator[None]:
+        """Around a `walk_step` that computes `losses` losses; `last`: of this optimiser step."""
+        self._wanted, self._losses_left = last or self._each, losses
+        for root in self._roots:
+            root.set_requires_gradient_sync(self._wanted and root is not self._model.unembedding)
+        yield
+        if last:
+            self.free()
+
+    def free(self) -> None:
+        """Frees gathered weights: before the optimiser changes them, and after a pass without a backward."""
+        for root in self._roots:
+            root.reshard()
+
+    def _before_loss(self, *_: object) -> None:
+        # The weight's gradient is complete with the last loss; a tied one's only with the trunk's backward.
+        if torch.is_grad_enabled():
+            self._losses_left -= 1
+            if self._losses_left == 0 and not self._model.config.tied:
+                self._roots[-1].set_requires_gradient_sync(self._wanted)
+
+    def _after_trunk(self, module: nn.Module, arguments: object, z_BTD: Tensor) -> None:
+        if z_BTD.requires_grad and self._model.config.tied:
+            z_BTD.register_hook(lambda _: self._roots[-1].set_requires_gradient_sync(self._wanted))
+
+
+def materialize(model: Transformer, device: torch.device, seed: int) -> None:
+    """Gives a model on the meta device its memory and its first weights, the same ones for every device and every
+    number of processes; on no process is more than one parameter whole at a time."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    model.to_empty(device=device)
+    if model.config.tied:
+        model.trunk.embedding.weight = cast(nn.Parameter, model.unembedding.weights[0])
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        value = torch.empty(parameter.shape)
+        model.first_value_(name, value, generator)
+        if isinstance(parameter, DTensor):
+            # Every process has made the whole value: each takes its share, nothing is sent.
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over processes, as a plain one on each of them."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_model(model: Transformer, dtype: torch.dtype, keep: bool) -> Transformer | None:
+    """A copy of a sharded model with whole parameters of `dtype` on the CPU where `keep`, else None. All processes call
+    it together."""
+    parameters: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        value = whole(parameter.detach())
+        if keep:
+            parameters[name] = nn.Parameter(value.to("cpu", dtype))
+    if not keep:
+        return None
+    if model.config.tied:
+        parameters["unembedding.weights.0"] = parameters["trunk.embedding.weight"]
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    copy.load_state_dict(parameters, assign=True)
+    return copy

@@ -1,0 +1,142 @@
+"""The processes of a run: one alone, or those that `torchrun` started, each with its device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from headstart import terminal
+from headstart.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+Result = TypeVar("Result")
+
+WAIT = timedelta(minutes=10)
+"""How long a process waits in a sum for the others: longer than any step, and for all of them to start."""
+WAIT_FOR_MAIN = timedelta(hours=24)
+"""How long the others wait while the first process works alone: it may prepare a corpus."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others of the run."""
+
+    device: torch.device
+    rank: int = 0
+    count: int = 1
+    per_node: int = 1
+    checkpoint_group: ProcessGroup | None = None
+    """For the thread that writes checkpoints beside training (gloo)."""
+    patient_group: ProcessGroup | None = None
+    """For waiting while the first process works alone (gloo)."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """`values`, summed over all processes in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def all(self, good: bool) -> bool:
+        """Whether `good` holds on every process."""
+        return int(self.sum(torch.tensor(int(good), device=self.device)).item()) == self.count
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """What `function` gives on the first process, on all of them; so too for a UsageError that it raises."""
+        if self.count == 1:
+            return function()
+        answer: list[object] = [None, None]
+        failure: BaseException | None = None
+        if self.main:
+            try:
+                answer[0] = function()
+            except UsageError as error:
+                answer[1], failure = str(error), error
+        torch.distributed.broadcast_object_list(answer, src=0, group=self.patient_group)
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise UsageError(str(answer[1]), said=True)
+        return answer[0]  # type: ignore[return-value]
+
+    def mesh(self, shape: tuple[int, int]) -> DeviceMesh | None:
+        """Devices as (copies of the model, processes that share one), for `parallelize`; None for a process alone."""
+        if self.count == 1:
+            return None
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Joins the other processes where `torchrun` started several; only the first one speaks then.
+
+    Raises UsageError where the environment makes no sense or the others do not come.
+    """
+    rank, count = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank, per_node = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    if not 0 <= rank < count:
+        raise UsageError(f"RANK is {rank} of WORLD_SIZE {count}; start the processes with torchrun")
+    if count == 1:
+        yield Processes(pick_device(device))
+        return
+    chosen = pick_device(device, local_rank)
+    import torch.distributed as dist
+
+    on_gpu = chosen.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT, device_id=chosen if on_gpu else None
+        )
+    except (RuntimeError, ValueError) as error:  # DistStoreError and its kin, or a variable that is not set
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"process {rank} of {count}: the others did not come ({reason}); start all of them with torchrun, "
+            "with the same --nnodes and --rdzv-endpoint everywhere"
+        ) from error
+    terminal.mute(rank > 0)
+    groups = [dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN) for _ in range(2)]
+    try:
+        yield Processes(chosen, rank, count, per_node, *groups)
+    finally:
+        terminal.mute(False)
+    # Not after an error: the others may be gone, and taking leave of them would wait.
+    dist.destroy_process_group()
+
+
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """auto is a GPU where torch sees one, number `index` of them. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        name = f"cuda:{index}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} is not usable here; take auto or cpu") from error
+    return device
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name} is {text!r}; torchrun sets it to a number, or leave it out") from None
