@@ -92,6 +92,7 @@ def train(arguments: list[str]) -> None:
     from headstart.training.config import RunConfig, load_config
     from headstart.training.interruption import Interrupted
     from headstart.training.loop import train as run
+    from headstart.training.processes import LostProcesses
 
     if arguments and arguments[0] in ("-h", "--help"):
         print(train.__doc__)
@@ -101,9 +102,9 @@ def train(arguments: list[str]) -> None:
         raise UsageError("train needs a configuration file: headstart train CONFIG.yaml (configs/smoke.yaml is one)")
     try:
         run(load_config(Path(arguments[0]), arguments[1:]))
-    except Interrupted as interrupted:
-        say(f"headstart: {interrupted}")
-        raise SystemExit(interrupted.status) from None
+    except (Interrupted, LostProcesses) as end:
+        say(f"headstart: {end}")
+        raise SystemExit(end.status) from None
 
 
 def generate(

@@ -8,9 +8,11 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from headstart.errors import UsageError
+from headstart.training.sharded_muon import ShardedMuon
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, device: torch.de
         # q, k and v (and gate and up) are stacked in one matrix and orthogonalised together. Apart would need slices of
         # a parameter as parameters of their own, which neither sharding nor checkpoints know; match_rms_adamw gives
         # the stack the same size of update per weight either way.
+        sharded = isinstance(next(iter(groups["muon"].values())), DTensor)
         optimizers.append(
-            torch.optim.Muon(
+            (ShardedMuon if sharded else torch.optim.Muon)(
                 list(groups["muon"].values()),
                 lr=config.lr,
                 momentum=config.momentum,

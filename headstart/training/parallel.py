@@ -100,6 +100,8 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
 
     # A copy that is whole anyway gains nothing from being gathered twice.
     reshard = config.reshard_after_forward and mesh["shard"].size() > 1
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]  # or every sum would go through a group of one as well
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if dtype == "bfloat16" else None, reduce_dtype=torch.float32
     )
@@ -107,7 +109,7 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
     tied = {model.trunk.embedding.weight} if model.config.tied else set()
     for block in model.trunk.blocks:
         shard(block, reshard_after_forward=reshard)
-    shard(model.trunk, reshard_after_forward=reshard, ignored_params=tied)
+    shard(model.trunk, reshard_after_forward=False, ignored_params=tied)  # the embedding alone
     for head in model.heads:
         if next(head.parameters(), None) is not None:
             shard(head, reshard_after_forward=False)  # its backward follows its forward at once

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+
+class LostProcesses(Exception):
+    """Another process of the run has gone, and nothing can be computed without it. Status 1: a launcher may restart."""
+
+    status = 1
+
+
 WAIT = timedelta(minutes=10)
 """How long a process waits in a sum for the others: longer than any step, and for all of them to start."""
 WAIT_FOR_MAIN = timedelta(hours=24)
@@ -105,15 +112,21 @@ def joined(device: str) -> Iterator[Processes]:
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=WAIT, device_id=chosen if on_gpu else None
         )
     except (RuntimeError, ValueError) as error:  # DistStoreError and its kin, or a variable that is not set
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"process {rank} of {count}: the others did not come ({reason}); start all of them with torchrun, "
+            f"process {rank} of {count}: the others did not come ({_first_line(error)}); start all of them with torchrun, "
             "with the same --nnodes and --rdzv-endpoint everywhere"
         ) from error
     terminal.mute(rank > 0)
     groups = [dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN) for _ in range(2)]
     try:
         yield Processes(chosen, rank, count, per_node, *groups)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostProcesses(
+                f"process {rank} of {count}: another process has gone ({_first_line(error)}); "
+                "start all of them again, and the run goes on from its newest checkpoint"
+            ) from error
+        raise
     finally:
         terminal.mute(False)
     # Not after an error: the others may be gone, and taking leave of them would wait.
@@ -132,6 +145,10 @@ def pick_device(name: str, index: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not usable here; take auto or cpu") from error
     return device
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _number(name: str, default: int) -> int:

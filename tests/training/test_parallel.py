@@ -1,0 +1,102 @@
+"""Two processes compute what one computes, and send no more than they must."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import distributed
+from parallel_worker import HEADS, KINDS
+
+from headstart.errors import UsageError
+from headstart.training.parallel import ParallelConfig
+
+WORKER = str(Path(__file__).with_name("parallel_worker.py"))
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    answers = distributed.run([WORKER, "compile"])
+    for status, _, errors in answers:
+        assert status == 0, errors[-3000:]
+    lines = [json.loads(line) for line in answers[0][1].splitlines()]
+    return {line.pop("name"): line for line in lines}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind, wiring", KINDS)
+def test_gradients_and_losses_are_those_of_one_process(results, kind, wiring, tied, accumulate) -> None:
+    result = results[f"{kind}-{wiring}{'-tied' if tied else ''}-{accumulate}"]
+    assert result["error"] < 2e-6
+    assert result["same_first_weights"]
+    # Blocks of the trunk; the heads that have weights; the embedding, which is the unembedding's where they are tied.
+    blocks = 3 if kind == "transformer" else 6
+    heads = {"transformer": HEADS, "replicated": 0}.get(kind, HEADS if wiring == "anticausal" else HEADS - 1)
+    embedding = 0 if tied else 1
+    assert result["collectives"] == {
+        # A block is gathered for the forward and for the backward, the unembedding once a step for all its losses.
+        "_allgather_base_": (2 * blocks + heads + embedding) * accumulate + 1,
+        # Gradients are summed once a step, whatever the number of heads, losses and micro-batches.
+        "_reduce_scatter_base_": blocks + heads + embedding + 1,
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["replicate", "hybrid", "gathered", "checkpointing", "each"])
+def test_every_way_of_spreading_gives_the_same(results, name, tied) -> None:
+    result = results[f"{name}-tied" if tied else name]
+    assert result["error"] < 2e-6
+    groups = 7 if tied else 8
+    if name in ("replicate", "hybrid"):  # one process a copy: nothing to gather, gradients summed over copies
+        assert result["collectives"] == {"allreduce_": groups}
+    else:
+        gathers = {"gathered": groups - 1, "each": groups + 2}.get(name, groups + 2)
+        assert result["collectives"]["_allgather_base_"] == 2 * gathers + 1
+        assert result["collectives"]["_reduce_scatter_base_"] == groups * (2 if name == "each" else 1)
+
+
+def test_bfloat16_is_as_near_as_its_rounding(results) -> None:
+    assert 1e-6 < results["bfloat16"]["error"] < 0.03
+
+
+def test_compiled_blocks_inside_checkpointing_inside_sharding(results) -> None:
+    assert results["compile"]["error"] < 5e-6
+
+
+@pytest.mark.parametrize("name", ["muon-shares", "muon-copies"])
+def test_muon_over_shares_is_torchs_muon(results, name) -> None:
+    assert results[name]["error"] < 1e-3 < 0.1 < results[name]["moved"]
+
+
+@pytest.mark.parametrize(
+    "config, processes, per_node, shape",
+    [
+        (ParallelConfig(), 8, 4, (1, 8)),
+        (ParallelConfig(sharding="replicate"), 8, 4, (8, 1)),
+        (ParallelConfig(sharding="hybrid"), 8, 4, (2, 4)),
+        (ParallelConfig(sharding="hybrid", processes_per_copy=2), 8, 4, (4, 2)),
+    ],
+)
+def test_the_mesh(config, processes, per_node, shape) -> None:
+    assert config.mesh_shape(processes, per_node) == shape
+
+
+def test_a_mesh_that_does_not_divide_is_refused() -> None:
+    config = ParallelConfig(sharding="hybrid", processes_per_copy=3)
+    with pytest.raises(
+        UsageError, match=r"parallel.processes_per_copy 3 does not divide the 8 processes; take a divis"
+    ):
+        config.mesh_shape(8, 4)
+    with pytest.raises(UsageError, match="processes_per_copy is for parallel.sharding hybrid, not full"):
+        ParallelConfig(processes_per_copy=2)
+    with pytest.raises(UsageError, match="processes_per_copy is 0; it must be at least 1"):
+        ParallelConfig(sharding="hybrid", processes_per_copy=0)
+    with pytest.raises(UsageError, match="parallel.sharding 'some' is unknown; take full, hybrid or replicate"):
+        ParallelConfig(sharding="some")
