@@ -113,13 +113,15 @@ def joined(device: str) -> Iterator[Processes]:
         )
     except (RuntimeError, ValueError) as error:  # DistStoreError and its kin, or a variable that is not set
         raise UsageError(
-            f"process {rank} of {count}: the others did not come ({_first_line(error)}); start all of them with torchrun, "
-            "with the same --nnodes and --rdzv-endpoint everywhere"
+            f"process {rank} of {count}: the others did not come ({_first_line(error)}); start all of them with "
+            "torchrun, with the same --nnodes and --rdzv-endpoint everywhere"
         ) from error
     terminal.mute(rank > 0)
     groups = [dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN) for _ in range(2)]
+    clean = False
     try:
         yield Processes(chosen, rank, count, per_node, *groups)
+        clean = True
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostProcesses(
@@ -129,8 +131,9 @@ def joined(device: str) -> Iterator[Processes]:
         raise
     finally:
         terminal.mute(False)
-    # Not after an error: the others may be gone, and taking leave of them would wait.
-    dist.destroy_process_group()
+        # After an error NCCL would wait for the others, who may be gone; gloo would abort without this.
+        if clean or not on_gpu:
+            dist.destroy_process_group()
 
 
 def pick_device(name: str, index: int = 0) -> torch.device:

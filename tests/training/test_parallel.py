@@ -94,9 +94,9 @@ def test_a_mesh_that_does_not_divide_is_refused() -> None:
         UsageError, match=r"parallel.processes_per_copy 3 does not divide the 8 processes; take a divis"
     ):
         config.mesh_shape(8, 4)
-    with pytest.raises(UsageError, match="processes_per_copy is for parallel.sharding hybrid, not full"):
+    with pytest.raises(UsageError, match=r"processes_per_copy is for parallel.sharding hybrid, not full"):
         ParallelConfig(processes_per_copy=2)
     with pytest.raises(UsageError, match="processes_per_copy is 0; it must be at least 1"):
         ParallelConfig(sharding="hybrid", processes_per_copy=0)
-    with pytest.raises(UsageError, match="parallel.sharding 'some' is unknown; take full, hybrid or replicate"):
+    with pytest.raises(UsageError, match=r"parallel.sharding 'some' is unknown; take full, hybrid or replicate"):
         ParallelConfig(sharding="some")

@@ -1,0 +1,216 @@
+"""Runs of two processes: the same losses as one, checkpoints for any number, and nothing lost however they end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import distributed
+
+from headstart.training.config import BatchConfig, CheckpointConfig, RunConfig, save_config
+from headstart.training.loop import train
+from headstart.training.optimizer import OptimizerConfig
+from headstart.training.parallel import ParallelConfig
+
+KILLING = str(Path(__file__).with_name("killing.py"))
+# With Adam's own epsilon a gradient that is rounding error alone becomes a whole step, and other sums other weights.
+SMOOTH = OptimizerConfig(lr=1e-2, warmup_steps=2, eps=1e-3)
+
+
+def launch(config: RunConfig, *arguments: str, count: int = 2) -> list[tuple[int, str, str]]:
+    return distributed.run(command(config, *arguments), count)
+
+
+def command(config: RunConfig, *arguments: str) -> list[str]:
+    file = config.run_dir.with_suffix(".yaml")
+    save_config(config, file)
+    return ["-m", "headstart", "train", str(file), *arguments]
+
+
+def assert_close(a: Path, b: Path, metrics: Any, weights: Any) -> None:
+    first, second = metrics(a), metrics(b)
+    assert [line.keys() for line in first] == [line.keys() for line in second]
+    for one, other in zip(first, second):
+        assert one == pytest.approx(other, rel=1e-4), (one, other)
+    ours, theirs = weights(a), weights(b)
+    assert ours.keys() == theirs.keys() and any("exp_avg" in name for name in ours)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [(1, 2), (2, 1)],
+    ids=["from one process to two", "from two processes to one"],
+)
+def test_a_run_goes_on_with_another_number_of_processes(tiny, metrics, weights, before, after) -> None:
+    tied = replace(tiny().model, tied=True)
+    whole = tiny("whole", optimizer=SMOOTH, model=tied)
+    split = tiny("split", optimizer=SMOOTH, model=tied)
+    train(whole)
+    for count, steps in ((before, 4), (after, 6)):
+        answers = launch(replace(split, steps=steps), "--steps", str(steps), count=count)
+        assert [status for status, _, _ in answers] == [0] * count, answers[0][2][-2000:]
+        if count == 2:
+            assert "2 processes, 1 copy each shared by 2" in answers[0][2]
+            assert answers[1][2] == ""  # one speaks for all
+    # The schedule of the first part was one of 4 steps, so the learning rates differ there: compare with the same.
+    again = tiny("again", optimizer=SMOOTH, model=tied)
+    train(replace(again, steps=4))
+    train(replace(again, steps=6))
+    assert_close(again.run_dir, split.run_dir, metrics, weights)
+    assert (split.run_dir / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> None:
+    changes = {"optimizer": replace(SMOOTH, kind=kind), "batch": BatchConfig(rows=2, accumulate=6)}
+    one, two = tiny("one", **changes), tiny("two", **changes, parallel=ParallelConfig(sharding="hybrid"))
+    train(one)
+    answers = launch(two)
+    assert [status for status, _, _ in answers] == [0, 0], answers[0][2][-2000:]
+    assert_close(one.run_dir, two.run_dir, metrics, weights)
+    names = {path.name for path in (two.run_dir / "checkpoints" / "step-00000006").iterdir()}
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng.pt", "state.json"} <= names
+
+
+def test_a_scheduler_stops_it_through_torchrun_and_it_goes_on(tiny, metrics) -> None:
+    config = tiny("run", steps=4000, checkpoints=CheckpointConfig(every=0))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*launcher, *command(config)], env=distributed.environment(0, 1, 0), stderr=subprocess.PIPE, text=True
+    )
+    file = config.run_dir / "metrics.jsonl"
+    for _ in range(3000):
+        time.sleep(0.01)
+        if file.exists() and file.stat().st_size > 500:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "stopping: this step is finished and saved\n" in said and "Traceback" not in said.split("stopping")[0]
+    (checkpoint,) = (config.run_dir / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert f"stopped after step {step}, saved as {checkpoint}" in said
+    assert metrics(config.run_dir)[-1]["step"] == step
+    answers = launch(replace(config, steps=step + 2), "--steps", str(step + 2))
+    assert [status for status, _, _ in answers] == [0, 0] and f"going on from {checkpoint}" in answers[0][2]
+
+
+def test_a_signal_to_one_process_stops_all_with_the_status_for_a_requeue(tiny) -> None:
+    config = tiny("run", steps=4000, checkpoints=CheckpointConfig(every=0))
+    processes = distributed.start(command(config))
+    file = config.run_dir / "metrics.jsonl"
+    for _ in range(3000):
+        time.sleep(0.01)
+        if file.exists() and file.stat().st_size > 500:
+            break
+    processes[1].send_signal(signal.SIGUSR1)
+    processes[1].send_signal(signal.SIGTERM)  # launcher and scheduler may both send one: the second does not tear it
+    answers = distributed.finish(processes)
+    assert [status for status, _, _ in answers] == [75, 75], answers
+    assert len(list((config.run_dir / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_kill_9_at_random_moments(tiny, metrics, weights, count) -> None:
+    """Any process, at its start, within steps, within checkpoints: lost is only what came after the last checkpoint."""
+    every = 3
+    changes = {
+        "steps": 40 * count,  # one process alone is quicker
+        "batch": BatchConfig(rows=4),
+        "checkpoints": CheckpointConfig(every=every, keep_last=2),
+    }
+    whole, broken = tiny("whole", **changes), tiny("broken", **changes)
+
+    def go(config: RunConfig, kills: int) -> list[dict[str, Any]]:
+        file = config.run_dir.with_suffix(".yaml")
+        save_config(config, file)
+        done = subprocess.run(
+            [sys.executable, KILLING, str(file), str(count), str(kills), "0"],
+            env=distributed.environment(0, 1, 0), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    go(whole, 0)
+    attempts = go(broken, 14)
+    killed = [attempt for attempt in attempts if attempt["killed"] is not None]
+    assert len(killed) >= 3
+    for before, attempt in pairwise(attempts):
+        assert attempt["newest"] >= before["newest"]
+    for attempt in killed:
+        # One checkpoint may have been on its way to the disk beside the steps.
+        assert attempt["newest"] >= attempt["steps"] - 2 * every
+        assert sorted(set(attempt["statuses"])) in ([-9], [-9, 1], [-9, 0], [0])  # the others end by themselves
+    assert metrics(whole.run_dir) == metrics(broken.run_dir)
+    first, second = weights(whole.run_dir), weights(broken.run_dir)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list((broken.run_dir / "checkpoints").glob(".*"))
+
+
+def test_errors_are_told_once_and_end_all(tiny, tmp_path) -> None:
+    answers = launch(tiny("run", batch=BatchConfig(rows=3)))
+    assert [status for status, _, _ in answers] == [2, 2]
+    for _, _, said in answers:
+        assert "3 rows a step cannot be shared by 2 processes; take a multiple of 2 rows" in said
+    config = tiny("other")
+    train(config)
+    answers = launch(replace(config, seed=1))
+    assert [status for status, _, _ in answers] == [2, 2]
+    assert "holds a run with seed 0, not 1" in answers[0][2] and answers[1][2] == ""
+
+
+def test_a_process_that_does_not_come(tiny, monkeypatch) -> None:
+    from headstart.errors import UsageError
+    from headstart.training import processes
+
+    for name, value in distributed.environment(0, 2, distributed.free_port()).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "WAIT", processes.timedelta(seconds=1))
+    with pytest.raises(
+        UsageError, match=r"^process 0 of 2: the others did not come \([^\n]*\); start all of them with"
+    ):
+        train(tiny())
+
+
+@pytest.mark.parametrize(
+    "rank, size, message",
+    [("2", "2", "RANK is 2 of WORLD_SIZE 2"), ("0", "two", "WORLD_SIZE is 'two'"), ("0", "0", "RANK is 0 of WORLD_")],
+)
+def test_an_environment_that_makes_no_sense(tiny, monkeypatch, rank, size, message) -> None:
+    from headstart.errors import UsageError
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match=message):
+        train(tiny())
+
+
+@pytest.mark.parametrize(
+    "rows, accumulate, processes, expected",
+    [
+        (8, 1, 1, (1, 8)),
+        (8, 1, 2, (1, 4)),
+        (2, 1024, 64, (16, 2)),
+        (8, 3, 2, (2, 6)),
+        (3, 2, 2, (1, 3)),
+        (7, 2, 14, (1, 1)),
+    ],
+)
+def test_a_step_is_shared_out(tiny, rows, accumulate, processes, expected) -> None:
+    config = tiny(batch=BatchConfig(rows=rows, accumulate=accumulate))
+    count, at_once = config.micro_batches(processes)
+    assert (count, at_once) == expected and count * at_once * processes == rows * accumulate
