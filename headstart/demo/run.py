@@ -112,12 +112,12 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
     """The configuration with as many steps as fit into `minutes`, judged by a few trial steps."""
     folder = RunFolder(config.run_dir)
     with folder.claimed():
-        shards, _ = folder.open_shards(config, Progress)
+        (source,) = folder.open_sources(config, Progress)
     device = torch.device("cpu")
     model = build_model(config, device)
     optimizers = build_optimizers(model, config.optimizer, device)
     stream = BatchStream(
-        shards, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
+        source.train, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
     )
     seconds = []
     for _ in range(12):

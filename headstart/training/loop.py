@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from headstart.data.batches import BatchStream, evaluation_batches
-from headstart.data.shards import TokenShards
+from headstart.data.batches import BatchStream
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.layers import Block
@@ -27,7 +26,7 @@ from headstart.training.interruption import Interrupted, watching_signals
 from headstart.training.optimizer import build_optimizers, learning_rate
 from headstart.training.run_folder import RunFolder, RunLog
 from headstart.training.step import StepResult, move, train_step
-from headstart.training.validation import validate
+from headstart.training.validation import long_enough, validate_sources
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run is given up."""
@@ -64,11 +63,16 @@ class Run:
         self, config: RunConfig, folder: RunFolder, device: torch.device, progress: Callable[..., Progress]
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
-        self.shards, self.validation_shards = folder.open_shards(config, progress)
+        self.sources = folder.open_sources(config, progress)
         self.stream = BatchStream(
-            self.shards, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
+            [source.train for source in self.sources],
+            weights=[source.weight for source in self.sources],
+            rows=config.batch.rows,
+            length=config.length,
+            heads=config.model.heads,
+            seed=config.seed,
         )
-        self.validation_shards = _long_enough(self.validation_shards, config)
+        self.validated = long_enough(self.sources, config)
         self.model = build_model(config, device)
         # Here, and only here, goes what spreads the model over devices: after compiling, before the optimiser exists.
         self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, device)
@@ -101,7 +105,7 @@ class Run:
                     checkpoint = self.folder.checkpoints / checkpoints.name_of(position.step)
                     raise Interrupted(self.folder.path, position.step, checkpoint)
             # The model first: a checkpoint of the last step then means that nothing is left to do.
-            tokenizer = load_tokenizer(self.shards.directory / "tokenizer")
+            tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
             save_model(self.model, self.folder.model, tokenizer, dtype=torch.bfloat16)
             self.save()
         steps, elapsed = position.step - first, time.monotonic() - started
@@ -142,9 +146,9 @@ class Run:
         return result, seconds
 
     def validate(self) -> None:
-        if self.validation_shards is None:
+        if not self.validated:
             return
-        record = validate(self.model, self.validation_shards, self.config, self.device)
+        record = validate_sources(self.model, self.validated, self.config, self.device)
         self.log.write({"step": self.position.step, "tokens": self.position.tokens, **record})
         parts = []
         for k in sorted({1, self.config.model.heads}):
@@ -163,15 +167,23 @@ class Run:
 
     def _say_start(self) -> None:
         config, counts = self.config, self.config.model.parameters()
-        epoch = self.stream.rows_per_epoch * config.length
         say(
             f"{counts['total']:,} parameters ({config.model.heads} {config.model.head_kind} heads), "
             f"{self.device}, {config.dtype}"
         )
-        say(
-            f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
-            f"{config.steps * config.tokens_per_step / epoch:.2f} times over {epoch:,} tokens"
-        )
+        tokens, total = config.steps * config.tokens_per_step, sum(source.weight for source in self.sources)
+        visits = []
+        for source, rows in zip(self.sources, self.stream.rows_of):
+            epoch = rows * config.length
+            visits.append(f"{tokens * source.weight / total / epoch:.2f} times over {epoch:,} tokens")
+        steps = f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
+        if len(visits) == 1:
+            say(steps + visits[0])
+            return
+        say(f"{steps}{len(visits)} sources mixed")
+        for source, visit in zip(self.sources, visits):
+            share = f"weight {source.weight:g} ({source.weight / total:.1%})"
+            say(f"  {source.name} ({source.train.directory}): {share}, {visit}")
 
 
 def build_model(config: RunConfig, device: torch.device) -> Transformer:
@@ -196,17 +208,6 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not usable here; take auto or cpu") from error
     return device
-
-
-def _long_enough(shards: TokenShards | None, config: RunConfig) -> TokenShards | None:
-    """None, with a line, where the held-out documents do not fill one row: small corpora can still be trained on."""
-    if shards is not None:
-        try:
-            evaluation_batches(shards, rows=1, length=config.length, heads=config.model.heads, limit_rows=1)
-        except UsageError as error:
-            say(f"nothing is validated: {error}")
-            return None
-    return shards
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.mixture import MixturePart, Source, open_sources
+from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import replacing_file
@@ -75,10 +76,8 @@ class RunFolder:
                     say(f"changed since the last start: {name} {before} -> {now}")
         save_config(config, self.config)
 
-    def shards_folder(self, config: RunConfig, progress: Callable[..., Progress]) -> Path:
-        """The prepared data of the run: `data.path`, or data/, prepared once so that a resume reads the same bytes."""
-        if config.data.path is not None:
-            return config.data.path
+    def prepare_own(self, config: RunConfig, progress: Callable[..., Progress]) -> MixturePart:
+        """data/, prepared from `data.sources` once, so that a resume reads the same bytes."""
         if not (self.data / "manifest.json").exists():
             say(f"preparing {', '.join(config.data.sources)} -> {self.data}")
             with progress("prepare", unit="bytes") as bar:
@@ -91,24 +90,19 @@ class RunFolder:
                     progress=bar.update,
                     report=say,
                 )
-        return self.data
+        return MixturePart(self.data)
 
-    def open_shards(
-        self, config: RunConfig, progress: Callable[..., Progress]
-    ) -> tuple[TokenShards, TokenShards | None]:
-        """Training and validation tokens (None where no document is held out)."""
-        folder = self.shards_folder(config, progress)
-        train = TokenShards.open(folder, "train")
+    def open_sources(self, config: RunConfig, progress: Callable[..., Progress]) -> list[Source]:
+        """What the run reads: `data.mixture`, `data.path`, or its own data/. Raises UsageError where it cannot."""
+        sources = open_sources(config.data.prepared or (self.prepare_own(config, progress),))
+        train = sources[0].train
         needed = int(train.manifest["vocab_size"])
         if config.model.vocab_size < needed:
             raise UsageError(
                 f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
-                f"{train.manifest['tokenizer']!r} of {folder}; leave model.vocab_size out, or take {needed}"
+                f"{train.manifest['tokenizer']!r} of {train.directory}; leave model.vocab_size out, or take {needed}"
             )
-        if not train.manifest["splits"]["validation"]["tokens"]:
-            say(f"{folder} has no validation documents: nothing is validated")
-            return train, None
-        return train, TokenShards.open(folder, "validation")
+        return sources
 
 
 class RunLog:

@@ -128,7 +128,7 @@ def equal(a, b):
 
 def test_every_epoch_visits_every_row_once_in_a_fresh_order():
     stream = make_stream()
-    assert stream.rows_per_epoch == 11
+    assert stream.rows_of == [11]
     rows = row_numbers(stream, 33)
     epochs = [rows[:11], rows[11:22], rows[22:33]]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)

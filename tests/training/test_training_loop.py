@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headstart.data.batches import evaluation_batches
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
@@ -155,7 +156,7 @@ def test_validation_equals_the_plain_sum(tiny) -> None:
     shards = TokenShards.open(config.data.path, "validation")
     model = build_model(config, torch.device("cpu"))
     record = validate(model, shards, config, torch.device("cpu"))
-    (batch,) = loop.evaluation_batches(shards, rows=100, length=24, heads=2, limit_rows=8)
+    (batch,) = evaluation_batches(shards, rows=100, length=24, heads=2, limit_rows=8)
     logits = model(batch.tokens, heads=2)
     for k in (1, 2):
         targets = batch.targets[..., k - 1].flatten()
