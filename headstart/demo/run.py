@@ -112,7 +112,8 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
     """The configuration with as many steps as fit into `minutes`, judged by a few trial steps."""
     folder = RunFolder(config.run_dir)
     with folder.claimed():
-        (source,) = folder.open_sources(config, Progress)
+        folder.prepare_shards(config, Progress)
+        (source,) = folder.open_sources(config)
     device = torch.device("cpu")
     model = build_model(config, device)
     optimizers = build_optimizers(model, config.optimizer, device)

@@ -63,7 +63,8 @@ class Run:
         self, config: RunConfig, folder: RunFolder, device: torch.device, progress: Callable[..., Progress]
     ) -> None:
         self.config, self.folder, self.device = config, folder, device
-        self.sources = folder.open_sources(config, progress)
+        folder.prepare_shards(config, progress)
+        self.sources = folder.open_sources(config)
         self.stream = BatchStream(
             [source.train for source in self.sources],
             weights=[source.weight for source in self.sources],

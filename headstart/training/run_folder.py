@@ -76,9 +76,9 @@ class RunFolder:
                     say(f"changed since the last start: {name} {before} -> {now}")
         save_config(config, self.config)
 
-    def prepare_own(self, config: RunConfig, progress: Callable[..., Progress]) -> MixturePart:
-        """data/, prepared from `data.sources` once, so that a resume reads the same bytes."""
-        if not (self.data / "manifest.json").exists():
+    def prepare_shards(self, config: RunConfig, progress: Callable[..., Progress]) -> None:
+        """Without prepared folders in `config`: prepares data/, once, so that a resume reads the same bytes."""
+        if not config.data.prepared and not (self.data / "manifest.json").exists():
             say(f"preparing {', '.join(config.data.sources)} -> {self.data}")
             with progress("prepare", unit="bytes") as bar:
                 prepare(
@@ -90,11 +90,10 @@ class RunFolder:
                     progress=bar.update,
                     report=say,
                 )
-        return MixturePart(self.data)
 
-    def open_sources(self, config: RunConfig, progress: Callable[..., Progress]) -> list[Source]:
+    def open_sources(self, config: RunConfig) -> list[Source]:
         """What the run reads: `data.mixture`, `data.path`, or its own data/. Raises UsageError where it cannot."""
-        sources = open_sources(config.data.prepared or (self.prepare_own(config, progress),))
+        sources = open_sources(config.data.prepared or (MixturePart(self.data),))
         train = sources[0].train
         needed = int(train.manifest["vocab_size"])
         if config.model.vocab_size < needed:
