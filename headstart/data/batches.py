@@ -6,13 +6,14 @@ a target at every position. Neighbouring rows overlap by n, and no target is los
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from headstart.data.mixture import Turns
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
 
@@ -60,24 +61,29 @@ def targets_of(tokens: Array, documents: Array, heads: int) -> Array:
 
 
 class BatchStream:
-    """Batches without end: every epoch visits every row once, in a fresh order given by (seed, epoch) alone.
+    """Batches without end, from one split or from several mixed by weight.
 
-    The stream is one sequence of rows, cut into batches: it is the same sequence whatever `rows` is, and a batch may
-    begin in one epoch and end in the next. With `ranks` processes, each step takes rows * ranks rows of that sequence
-    and process `rank` (from 0) gets its own share; the state is the same on every process. The last, short piece of the
-    split (under T + n tokens) is never visited.
+    The stream is one sequence of rows, cut into batches: it is the same sequence whatever `rows` is. With `ranks`
+    processes, each step takes rows * ranks rows of that sequence and process `rank` (from 0) gets its own share; the
+    state is the same on every process.
 
-    Raises UsageError where the split is shorter than one row.
+    Every source runs through epochs of its own: each visits every row once, in a fresh order given by (seed, source,
+    epoch) alone, and a batch may begin in one epoch and end in the next. The last, short piece of a split (under T + n
+    tokens) is never visited. `weights` say whose row comes next (`Turns`): after N rows, source i has given its share,
+    N * w_i / sum(w) rows of T tokens, to less than one row, so it has been read N * w_i / sum(w) / `rows_of[i]` times.
+
+    Raises UsageError where a split is shorter than one row.
     """
 
     def __init__(
         self,
-        shards: TokenShards,
+        shards: TokenShards | Sequence[TokenShards],
         *,
         rows: int,
         length: int,
         heads: int,
         seed: int,
+        weights: Sequence[float] | None = None,
         shuffle: bool = True,
         rank: int = 0,
         ranks: int = 1,
@@ -88,54 +94,95 @@ class BatchStream:
             raise UsageError(f"rank {rank} of {ranks}: ranks count from 0 to {ranks - 1}")
         if seed < 0:
             raise UsageError(f"seed {seed}: must not be negative")
-        self._cutter = _Cutter(shards, length, heads)
-        self._rows, self._rank, self._ranks = rows, rank, ranks
-        self._seed, self._shuffle = seed, shuffle
-        self._epoch, self._row = 0, 0  # the next row to take
-        self._order, self._order_epoch = self._order_of(0), 0
+        sources = [shards] if isinstance(shards, TokenShards) else list(shards)
+        weights = [1.0] * len(sources) if weights is None else weights
+        if not sources or len(weights) != len(sources):
+            raise UsageError(f"{len(sources)} sources and {len(weights)} weights: both must be at least 1, and equal")
+        self._cutters = [_Cutter(source, length, heads) for source in sources]
+        self._visits = [_Visits(cutter.count, seed, i, shuffle) for i, cutter in enumerate(self._cutters)]
+        self._turns = Turns(weights)
+        self._rows, self._heads, self._rank, self._ranks = rows, heads, rank, ranks
 
     @property
-    def rows_per_epoch(self) -> int:
-        return self._cutter.count
+    def rows_of(self) -> list[int]:
+        """How many rows an epoch of each source has."""
+        return [cutter.count for cutter in self._cutters]
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        rows = self._take(self._rows * self._ranks)
-        return self._cutter.batch(rows[self._rank * self._rows : (self._rank + 1) * self._rows])
+        count, mine = self._rows * self._ranks, slice(self._rank * self._rows, (self._rank + 1) * self._rows)
+        if len(self._visits) == 1:
+            return _batch(*self._cutters[0].cut(self._visits[0].take(count)[mine]), self._heads)
+        turns = np.array(self._turns.take([visits.given for visits in self._visits], count))
+        tokens, documents = np.empty((2, self._rows, self._cutters[0].width), dtype=np.int64)
+        for source, (visits, cutter) in enumerate(zip(self._visits, self._cutters)):
+            # Every process counts all rows of the step, and reads its own.
+            numbers = np.empty(count, dtype=np.int64)
+            numbers[turns == source] = visits.take(int((turns == source).sum()))
+            here = turns[mine] == source
+            tokens[here], documents[here] = cutter.cut(numbers[mine][here])
+        return _batch(tokens, documents, self._heads)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins: {"epoch", "row"}, both from 0, `row` within the epoch's order."""
-        return {"epoch": self._epoch, "row": self._row}
+        """Where the next batch begins, in whole numbers, all from 0.
+
+        One source: {"epoch", "row"}, `row` within the epoch's order. Several: {"row", "source0", "source1", ...}, the
+        rows that the mixture and each of its sources have given.
+        """
+        if len(self._visits) == 1:
+            epoch, row = divmod(self._visits[0].given, self._cutters[0].count)
+            return {"epoch": epoch, "row": row}
+        given = {f"source{i}": visits.given for i, visits in enumerate(self._visits)}
+        return {"row": sum(given.values())} | given
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on exactly behind the batch after which `state` was taken. Raises UsageError where it does not fit."""
-        epoch, row = state.get("epoch", -1), state.get("row", -1)
-        if epoch < 0 or not 0 <= row < self._cutter.count:
+        if len(self._visits) == 1:
+            epoch, row = state.get("epoch", -1), state.get("row", -1)
+            fits = epoch >= 0 and 0 <= row < self._cutters[0].count
+            given = [epoch * self._cutters[0].count + row]
+        else:
+            given = [state.get(f"source{i}", -1) for i in range(len(self._visits))]
+            fits = state == {"row": sum(given)} | {f"source{i}": rows for i, rows in enumerate(given)}
+            fits = fits and self._turns.fits(given)
+        if not fits:
+            counts = " + ".join(map(str, self.rows_of))
             raise UsageError(
-                f"data state {state}: does not fit {self._cutter.count} rows per epoch; go on with the data and the "
+                f"data state {state}: does not fit {counts} rows per epoch; go on with the data, the weights and the "
                 f"length that the checkpoint was made with, or start a new run"
             )
-        self._epoch, self._row = epoch, row
+        for visits, rows in zip(self._visits, given):
+            visits.given = rows
 
-    def _take(self, count: int) -> np.ndarray:
+
+class _Visits:
+    """The rows of one source in the order in which they are visited, epoch after epoch."""
+
+    def __init__(self, count: int, seed: int, source: int, shuffle: bool) -> None:
+        self.given = 0
+        self._count, self._seed, self._source, self._shuffle = count, seed, source, shuffle
+        self._order, self._order_epoch = self._order_of(0), 0
+
+    def take(self, count: int) -> np.ndarray:
+        """The numbers of the next `count` rows, (count,) int64."""
         taken = []
         while count > 0:
-            if self._order_epoch != self._epoch:
-                self._order, self._order_epoch = self._order_of(self._epoch), self._epoch
-            piece = self._order[self._row : self._row + count]
+            epoch, row = divmod(self.given, self._count)
+            if self._order_epoch != epoch:
+                self._order, self._order_epoch = self._order_of(epoch), epoch
+            piece = self._order[row : row + count]
             taken.append(piece)
             count -= len(piece)
-            self._row += len(piece)
-            if self._row == self._cutter.count:
-                self._epoch, self._row = self._epoch + 1, 0
-        return np.concatenate(taken)
+            self.given += len(piece)
+        return np.concatenate(taken) if taken else np.empty(0, dtype=np.int64)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
-            return np.arange(self._cutter.count)
-        return np.random.default_rng([self._seed, epoch]).permutation(self._cutter.count)
+            return np.arange(self._count)
+        # A zero at the end changes nothing for numpy: the first source has the order that it has alone.
+        return np.random.default_rng([self._seed, epoch, self._source]).permutation(self._count)
 
 
 def evaluation_batches(
@@ -150,7 +197,17 @@ def evaluation_batches(
     cutter = _Cutter(shards, length, heads)
     count = cutter.count if limit_rows is None else min(limit_rows, cutter.count)
     chosen = np.arange(count) * cutter.count // count
-    return (cutter.batch(chosen[start : start + rows]) for start in range(0, count, rows))
+    return (_batch(*cutter.cut(chosen[start : start + rows]), heads) for start in range(0, count, rows))
+
+
+def _batch(tokens: np.ndarray, documents: np.ndarray, heads: int) -> Batch:
+    """The batch of rows that a cutter cut."""
+    targets = targets_of(tokens, documents, heads)
+    return Batch(
+        torch.from_numpy(np.ascontiguousarray(tokens[:, :-heads])),
+        torch.from_numpy(targets),
+        torch.from_numpy(np.ascontiguousarray(documents[:, :-heads])),
+    )
 
 
 class _Cutter:
@@ -159,9 +216,11 @@ class _Cutter:
     def __init__(self, shards: TokenShards, length: int, heads: int) -> None:
         if length < 1 or heads < 1:
             raise UsageError(f"length {length}, heads {heads}: both must be 1 or more")
-        self._tokens = np.asarray(shards.tokens)  # the same memory, without np.memmap's cost per slice
+        # The same memory, without np.memmap's cost per slice; a split of several files is only ever sliced.
+        whole = isinstance(shards.tokens, np.ndarray)
+        self._tokens = np.asarray(shards.tokens) if whole else shards.tokens
         self._starts = np.asarray(shards.documents)
-        self._length, self._heads = length, heads
+        self._length, self.width = length, length + heads
         self.count = (len(self._tokens) - heads) // length
         if self.count < 1:
             raise UsageError(
@@ -169,28 +228,20 @@ class _Cutter:
                 f"{length + heads:,} (length {length:,} + {heads} heads); take a shorter length or prepare more text"
             )
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """The batch of the rows with these numbers, in this order."""
-        begins = rows.astype(np.int64) * self._length
-        width = self._length + self._heads
-        tokens = np.empty((len(rows), width), dtype=np.int64)
-        for index, begin in enumerate(begins.tolist()):
-            tokens[index] = self._tokens[begin : begin + width]
-        documents = self._documents(begins, width)
-        targets = targets_of(tokens, documents, self._heads)
-        return Batch(
-            torch.from_numpy(np.ascontiguousarray(tokens[:, : self._length])),
-            torch.from_numpy(targets),
-            torch.from_numpy(np.ascontiguousarray(documents[:, : self._length])),
-        )
+    def cut(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and documents, (B, T+n) int64, of the rows with these numbers, in this order.
 
-    def _documents(self, begins: np.ndarray, width: int) -> np.ndarray:
-        """(B, width) int64: how many documents have started in the row behind its first position."""
+        The document of a position is how many documents have started in its row behind the first position.
+        """
+        begins = numbers * self._length
+        tokens = np.empty((len(begins), self.width), dtype=np.int64)
+        for row, begin in enumerate(begins.tolist()):
+            tokens[row] = self._tokens[begin : begin + self.width]
         first = np.searchsorted(self._starts, begins, side="right")
-        counts = np.searchsorted(self._starts, begins + width, side="left") - first
+        counts = np.searchsorted(self._starts, begins + self.width, side="left") - first
         row_of = np.repeat(np.arange(len(begins)), counts)
         within = np.arange(len(row_of)) - np.repeat(np.cumsum(counts) - counts, counts)
         columns = self._starts[np.repeat(first, counts) + within] - begins[row_of]
-        documents = np.zeros((len(begins), width), dtype=np.int64)
+        documents = np.zeros((len(begins), self.width), dtype=np.int64)
         documents[row_of, columns] = 1
-        return np.cumsum(documents, axis=1, out=documents)
+        return tokens, np.cumsum(documents, axis=1, out=documents)

@@ -114,12 +114,12 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
     folder = RunFolder(config.run_dir)
     with folder.claimed():
         folder.prepare_shards(config, Progress)
-        shards, _ = folder.open_shards(config)
+        (source,) = folder.open_sources(config)
     alone = Processes(torch.device("cpu"))
     model, sums = build_model(config, alone)
     optimizers = build_optimizers(model, config.optimizer, alone.device)
     stream = BatchStream(
-        shards, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
+        source.train, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
     )
     seconds = []
     for _ in range(12):

@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from tyro.conf import Suppress
+
+from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
@@ -32,7 +35,11 @@ class DataConfig:
     sources: tuple[str, ...] = ("python-stdlib",)
     """Files, folders, globs, or python-stdlib; prepared once into the run folder."""
     path: Path | None = None
-    """A folder that `headstart prepare` wrote; sources, tokenizer and validation_fraction then say nothing."""
+    """A folder that `headstart prepare` wrote; sources, tokenizer and validation_fraction then say nothing. Several
+    such folders, each with a weight, are named in the YAML file: `mixture: [{path: data/a, weight: 9}, ...]`."""
+    # Not on the command line: its flags would be subcommands.
+    mixture: Annotated[tuple[MixturePart, ...] | None, Suppress] = None
+    """Several such folders, mixed by weight (docs/mixing.md), in place of `path`."""
     tokenizer: str = "bytes"
     """bytes, a tokenizer.json, or a folder that holds one."""
     validation_fraction: float = 0.02
@@ -41,12 +48,21 @@ class DataConfig:
     """Whether attention stops at document boundaries (the paper does not say; its peers let rows be plain)."""
 
     def __post_init__(self) -> None:
-        if self.path is None and not self.sources:
+        if self.path is not None and self.mixture is not None:
+            raise UsageError(f"data.path {self.path} and data.mixture are both given; leave one of them out")
+        if self.mixture is not None and not self.mixture:
+            raise UsageError("data.mixture is empty; name folders that headstart prepare wrote, or leave it out")
+        if not self.prepared and not self.sources:
             raise UsageError("data.sources is empty; name a file, a folder, or python-stdlib")
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(
                 f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1"
             )
+
+    @property
+    def prepared(self) -> tuple[MixturePart, ...]:
+        """The shards folders that are named, none where the run prepares its own from `sources`."""
+        return self.mixture or (() if self.path is None else (MixturePart(self.path),))
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ class ValidationConfig:
     every: int = 100
     """Steps between validations; there is one at the end in any case (0: only that one)."""
     rows: int = 64
-    """Rows scored, spread over the validation split."""
+    """Rows scored, spread over the validation split (of each source, where several are mixed)."""
 
     def __post_init__(self) -> None:
         _at_least(0, "validation.", self, "every")
@@ -176,7 +192,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
     if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
         return replace(config, model=replace(config.model, vocab_size=_vocab_size(config.data)))
-    if config.data.path is None and config.model.vocab_size < (needed := _vocab_size(config.data)):
+    if not config.data.prepared and config.model.vocab_size < (needed := _vocab_size(config.data)):
         # Told before anything is prepared; a folder of shards is asked when it is opened.
         raise UsageError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
@@ -186,9 +202,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _vocab_size(data: DataConfig) -> int:
-    if data.path is None:
+    if not data.prepared:
         return load_tokenizer(data.tokenizer).vocab_size
-    return int(TokenShards.open(data.path, "train").manifest["vocab_size"])
+    return int(TokenShards.open(data.prepared[0].path, "train").manifest["vocab_size"])
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -202,6 +218,7 @@ FIXED = (
     "model",
     "data.sources",
     "data.path",
+    "data.mixture",
     "data.tokenizer",
     "data.validation_fraction",
     "batch.length",

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from headstart.data.batches import BatchStream, evaluation_batches
-from headstart.data.shards import TokenShards
+from headstart.data.batches import BatchStream
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
@@ -29,7 +28,7 @@ from headstart.training.parallel import GradientSums, materialize, parallelize, 
 from headstart.training.processes import Processes, joined
 from headstart.training.run_folder import RunFolder, RunLog
 from headstart.training.step import StepResult, move, train_step
-from headstart.training.validation import validate
+from headstart.training.validation import long_enough, validate_sources
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run is given up."""
@@ -67,9 +66,10 @@ class Run:
         self.config, self.folder, self.processes, self.device = config, folder, processes, processes.device
         self.micro_batches, rows = config.micro_batches(processes.count)
         processes.on_main(lambda: folder.prepare_shards(config, progress))
-        self.shards, self.validation_shards = folder.open_shards(config)
+        self.sources = folder.open_sources(config)
         self.stream = BatchStream(
-            self.shards,
+            [source.train for source in self.sources],
+            weights=[source.weight for source in self.sources],
             rows=rows,
             length=config.length,
             heads=config.model.heads,
@@ -77,7 +77,7 @@ class Run:
             rank=processes.rank,
             ranks=processes.count,
         )
-        self.validation_shards = _long_enough(self.validation_shards, config)
+        self.validated = long_enough(self.sources, config)
         self.model, self.sums = build_model(config, processes)
         self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device)
         self.position = Position(data=self.stream.state_dict())
@@ -162,9 +162,9 @@ class Run:
         return result, seconds
 
     def validate(self) -> None:
-        if self.validation_shards is None:
+        if not self.validated:
             return
-        record = validate(self.model, self.validation_shards, self.config, self.processes)
+        record = validate_sources(self.model, self.validated, self.config, self.processes)
         self.sums.free()
         self.write({"step": self.position.step, "tokens": self.position.tokens, **record})
         parts = []
@@ -193,7 +193,7 @@ class Run:
 
         def write() -> None:
             assert model is not None
-            tokenizer = load_tokenizer(self.shards.directory / "tokenizer")
+            tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
             save_model(model, self.folder.model, tokenizer, dtype=torch.bfloat16)
 
         self.processes.on_main(write)
@@ -205,15 +205,23 @@ class Run:
 
     def _say_start(self) -> None:
         config, counts = self.config, self.config.model.parameters()
-        epoch = self.stream.rows_per_epoch * config.length
         say(
             f"{counts['total']:,} parameters ({config.model.heads} {config.model.head_kind} heads), "
             f"{self.device.type}, {config.dtype}{self._shape()}"
         )
-        say(
-            f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
-            f"{config.steps * config.tokens_per_step / epoch:.2f} times over {epoch:,} tokens"
-        )
+        tokens, total = config.steps * config.tokens_per_step, sum(source.weight for source in self.sources)
+        visits = []
+        for source, rows in zip(self.sources, self.stream.rows_of):
+            epoch = rows * config.length
+            visits.append(f"{tokens * source.weight / total / epoch:.2f} times over {epoch:,} tokens")
+        steps = f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
+        if len(visits) == 1:
+            say(steps + visits[0])
+            return
+        say(f"{steps}{len(visits)} sources mixed")
+        for source, visit in zip(self.sources, visits):
+            share = f"weight {source.weight:g} ({source.weight / total:.1%})"
+            say(f"  {source.name} ({source.train.directory}): {share}, {visit}")
 
     def _shape(self) -> str:
         """How the model lies on several processes."""
@@ -233,17 +241,6 @@ def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, G
     sums = parallelize(model, mesh, config.parallel, compile=config.compile, dtype=config.dtype)
     materialize(model, processes.device, config.seed)
     return model, sums
-
-
-def _long_enough(shards: TokenShards | None, config: RunConfig) -> TokenShards | None:
-    """None, with a line, where the held-out documents do not fill one row: small corpora can still be trained on."""
-    if shards is not None:
-        try:
-            evaluation_batches(shards, rows=1, length=config.length, heads=config.model.heads, limit_rows=1)
-        except UsageError as error:
-            say(f"nothing is validated: {error}")
-            return None
-    return shards
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.mixture import MixturePart, Source, open_sources
+from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import replacing_file
@@ -80,8 +81,8 @@ class RunFolder:
         save_config(config, self.config)
 
     def prepare_shards(self, config: RunConfig, progress: Callable[..., Progress]) -> None:
-        """Without `data.path`: prepares data/, once, so that a resume reads the same bytes."""
-        if config.data.path is None and not (self.data / "manifest.json").exists():
+        """Without prepared folders in `config`: prepares data/, once, so that a resume reads the same bytes."""
+        if not config.data.prepared and not (self.data / "manifest.json").exists():
             say(f"preparing {', '.join(config.data.sources)} -> {self.data}")
             with progress("prepare", unit="bytes") as bar:
                 prepare(
@@ -94,20 +95,17 @@ class RunFolder:
                     report=say,
                 )
 
-    def open_shards(self, config: RunConfig) -> tuple[TokenShards, TokenShards | None]:
-        """Training and validation tokens (None where no document is held out) of `data.path` or data/."""
-        folder = config.data.path or self.data
-        train = TokenShards.open(folder, "train")
+    def open_sources(self, config: RunConfig) -> list[Source]:
+        """What the run reads: `data.mixture`, `data.path`, or its own data/. Raises UsageError where it cannot."""
+        sources = open_sources(config.data.prepared or (MixturePart(self.data),))
+        train = sources[0].train
         needed = int(train.manifest["vocab_size"])
         if config.model.vocab_size < needed:
             raise UsageError(
                 f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
-                f"{train.manifest['tokenizer']!r} of {folder}; leave model.vocab_size out, or take {needed}"
+                f"{train.manifest['tokenizer']!r} of {train.directory}; leave model.vocab_size out, or take {needed}"
             )
-        if not train.manifest["splits"]["validation"]["tokens"]:
-            say(f"{folder} has no validation documents: nothing is validated")
-            return train, None
-        return train, TokenShards.open(folder, "validation")
+        return sources
 
 
 class RunLog:

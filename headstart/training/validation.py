@@ -3,19 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
 import torch
 
 from headstart.data.batches import IGNORE, Batch, evaluation_batches
+from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
+from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.step import score_step
+from headstart.terminal import say
 from headstart.training.config import RunConfig
 from headstart.training.processes import Processes
 from headstart.training.step import autocast, move
+
+
+def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
+    """The sources whose held-out documents fill one row; a line says which do not: small corpora can be trained on."""
+    kept = []
+    for source in sources:
+        if source.validation is None:
+            say(f"{source.train.directory}: has no validation documents, so it is left out of validation")
+            continue
+        try:
+            evaluation_batches(source.validation, rows=1, length=config.length, heads=config.model.heads, limit_rows=1)
+        except UsageError as error:
+            say(f"left out of validation: {error}")
+            continue
+        kept.append(source)
+    if not kept:
+        say("nothing is validated")
+    return kept
+
+
+def validate_sources(
+    model: Transformer, sources: Sequence[Source], config: RunConfig, processes: Processes
+) -> dict[str, float]:
+    """What `validate` gives for the mixture as a whole; where there are several sources, also validation/NAME/... each.
+
+    Every source is scored on `config.validation.rows` rows of its own, so that a rare one is known as well as the
+    others. The whole is their mean by weight: what rows taken in proportion to weight would give, with less noise.
+    Bits per byte of the whole are all nats over all bytes of such rows.
+    """
+    scores = [
+        (source, source.validation.bytes_per_token, validate(model, source.validation, config, processes))
+        for source in sources
+        if source.validation is not None
+    ]
+    if len(config.data.prepared) <= 1:
+        return scores[0][-1]
+    whole: dict[str, float] = {}
+    for k in range(1, config.model.heads + 1):
+        loss, bits, top1 = (f"validation/{what}/head{k}" for what in ("loss", "bits_per_byte", "top1"))
+        # A head may have no target in documents that are all short.
+        scored = [(source.weight, size, record) for source, size, record in scores if loss in record]
+        if scored:
+            total = sum(weight for weight, _, _ in scored)
+            bytes_per_token = sum(weight * size for weight, size, _ in scored) / total
+            whole[loss] = sum(weight * record[loss] for weight, _, record in scored) / total
+            whole[bits] = whole[loss] / math.log(2) / bytes_per_token
+            whole[top1] = sum(weight * record[top1] for weight, _, record in scored) / total
+    for source, _, record in scores:
+        whole |= {key.replace("validation", f"validation/{source.name}", 1): value for key, value in record.items()}
+    return whole
 
 
 def validate(model: Transformer, shards: TokenShards, config: RunConfig, processes: Processes) -> dict[str, float]:

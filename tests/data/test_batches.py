@@ -128,7 +128,7 @@ def equal(a, b):
 
 def test_every_epoch_visits_every_row_once_in_a_fresh_order():
     stream = make_stream()
-    assert stream.rows_per_epoch == 11
+    assert stream.rows_of == [11]
     rows = row_numbers(stream, 33)
     epochs = [rows[:11], rows[11:22], rows[22:33]]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
@@ -176,6 +176,137 @@ def test_states_of_other_data_are_refused():
             make_stream().load_state_dict(state)
 
 
+def test_the_order_of_a_source_alone_is_that_of_seed_and_epoch():
+    # What runs have been trained on: a change here would make their checkpoints go on with other rows.
+    expected = [row for epoch in range(3) for row in np.random.default_rng([7, epoch]).permutation(11).tolist()]
+    assert row_numbers(make_stream(rows=11), 33) == expected
+
+
+MIXED = ([13, 1, 40, 22, 16], [30, 31], [50, 3, 9])
+"""Documents of three sources, of 11, 7 and 7 rows of 8 tokens."""
+
+
+def make_mixture(rows=4, weights=(3, 2, 1), **options):
+    """Tokens of source i are 1000 * i and up."""
+    shards = [make_shards(lengths, np.arange(sum(lengths)) + 1000 * i) for i, lengths in enumerate(MIXED)]
+    return BatchStream(shards, weights=weights, rows=rows, length=8, heads=3, seed=7, **options)
+
+
+def mixed_rows(stream, steps):
+    """(source, row) of every row of the next steps."""
+    firsts = [int(first) for batch in islice(stream, steps) for first in batch.tokens[:, 0]]
+    return [(first // 1000, first % 1000 // 8) for first in firsts]
+
+
+def test_a_mixture_visits_its_sources_by_weight_each_in_its_own_epochs():
+    stream = make_mixture()
+    assert stream.rows_of == [11, 7, 7]
+    rows = mixed_rows(stream, 33)  # 132 rows: 66, 44 and 22
+    visits = [[row for source, row in rows if source == i] for i in range(3)]
+    assert [len(rows) for rows in visits] == [66, 44, 22]
+    epochs = [[v[k : k + count] for k in range(0, len(v) - count + 1, count)] for v, count in zip(visits, [11, 7, 7])]
+    for own, count in zip(epochs, [11, 7, 7]):
+        assert all(sorted(epoch) == list(range(count)) for epoch in own)
+        assert len({tuple(epoch) for epoch in own}) == len(own)
+    assert epochs[1][:3] != epochs[2][:3]  # as many rows, another order
+    assert visits[0] == row_numbers(make_stream(rows=1), 66)  # that of the first source alone
+    for row in range(1, 133):
+        for i, weight in enumerate((3, 2, 1)):
+            assert abs(sum(source == i for source, _ in rows[:row]) - row * weight / 6) < 1
+
+
+def test_rows_of_a_mixture_are_the_rows_of_its_sources():
+    """Tokens, targets and documents, document borders included."""
+    alone = [
+        list(evaluation_batches(make_shards(lengths), rows=1, length=8, heads=3, limit_rows=None)) for lengths in MIXED
+    ]
+    stream, twin = make_mixture(rows=6), make_mixture(rows=6)
+    for _ in range(10):
+        batch = next(stream)
+        for b, (source, row) in enumerate(mixed_rows(twin, 1)):
+            expected = alone[source][row]
+            shift = 1000 * source
+            assert torch.equal(batch.tokens[b], expected.tokens[0] + shift)
+            targets = torch.where(expected.targets[0] == IGNORE, IGNORE, expected.targets[0] + shift)
+            assert torch.equal(batch.targets[b], targets)
+            assert torch.equal(batch.documents[b], expected.documents[0])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 40])
+def test_a_resumed_mixture_equals_an_uninterrupted_one_at_every_cut(rows):
+    stream = make_mixture(rows=rows)
+    states, batches = [], []
+    for _ in range(20):
+        states.append(stream.state_dict())
+        batches.append(next(stream))
+    resumed = make_mixture(rows=rows)
+    for cut in reversed(range(20)):
+        assert set(states[cut]) == {"row", "source0", "source1", "source2"}
+        assert states[cut]["row"] == cut * rows
+        resumed.load_state_dict(states[cut])
+        assert resumed.state_dict() == states[cut]
+        for batch in batches[cut : cut + 6]:
+            assert equal(next(resumed), batch)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_mixture_is_the_same_sequence_for_any_rows_and_ranks(ranks):
+    whole = make_mixture(rows=8)
+    parts = [make_mixture(rows=8 // ranks, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for _ in range(12):
+        expected, got = next(whole), [next(part) for part in parts]
+        for name in ("tokens", "targets", "documents"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in got]), getattr(expected, name))
+        assert all(part.state_dict() == whole.state_dict() for part in parts)
+    # Another number of processes goes on with the same sequence.
+    other = make_mixture(rows=1)
+    other.load_state_dict(parts[0].state_dict())
+    assert torch.equal(torch.cat([next(other).tokens for _ in range(8)]), next(whole).tokens)
+
+
+def test_states_of_another_mixture_are_refused():
+    state = {"row": 12, "source0": 6, "source1": 4, "source2": 2}
+    make_mixture().load_state_dict(state)
+    for wrong in (
+        {"epoch": 0, "row": 3},
+        state | {"row": 13},
+        state | {"source3": 0},
+        {"row": 12, "source0": 4, "source1": 4, "source2": 4},
+        {"row": 10, "source0": 6, "source1": 4},
+        {},
+    ):
+        with pytest.raises(
+            UsageError, match=r"does not fit 11 \+ 7 \+ 7 rows per epoch; go on with the data, the weights"
+        ):
+            make_mixture().load_state_dict(wrong)
+    with pytest.raises(UsageError, match="does not fit 11 rows"):
+        make_stream().load_state_dict(state)
+
+
+class Files:
+    """Tokens as several files give them: a length and slices, nothing else."""
+
+    def __init__(self, tokens):
+        self._tokens = tokens
+
+    def __len__(self):
+        return len(self._tokens)
+
+    def __getitem__(self, index):
+        assert isinstance(index, slice)
+        return self._tokens[index]
+
+
+def test_tokens_need_a_length_and_slices_only():
+    plain = make_shards(list(MIXED[0]))
+    several = make_shards(list(MIXED[0]), Files(np.asarray(plain.tokens)))
+    for a, b in zip(
+        islice(BatchStream(plain, rows=3, length=8, heads=3, seed=0), 10),
+        BatchStream(several, rows=3, length=8, heads=3, seed=0),
+    ):
+        assert equal(a, b)
+
+
 def test_evaluation_rows_are_spread_evenly():
     shards = make_shards([1003])
 
@@ -205,6 +336,9 @@ def test_impossible_settings_are_refused():
     ):
         with pytest.raises(UsageError):
             BatchStream(shards, **options)
+    for sources, weights in (([], []), ([shards], [1, 1]), ([shards, shards], [1])):
+        with pytest.raises(UsageError, match=f"{len(sources)} sources and {len(weights)} weights"):
+            BatchStream(sources, weights=weights, rows=1, length=4, heads=1, seed=0)
     with pytest.raises(UsageError, match="limit_rows 0"):
         evaluation_batches(shards, rows=1, length=4, heads=1, limit_rows=0)
     with pytest.raises(UsageError, match="heads 0"):

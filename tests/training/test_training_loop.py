@@ -161,7 +161,7 @@ def test_validation_equals_the_plain_sum(tiny) -> None:
     shards = TokenShards.open(config.data.path, "validation")
     model = build_model(config, ALONE)[0]
     record = validate(model, shards, config, ALONE)
-    (batch,) = loop.evaluation_batches(shards, rows=100, length=24, heads=2, limit_rows=8)
+    (batch,) = evaluation_batches(shards, rows=100, length=24, heads=2, limit_rows=8)
     logits = model(batch.tokens, heads=2)
     for k in (1, 2):
         targets = batch.targets[..., k - 1].flatten()
