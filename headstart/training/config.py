@@ -14,6 +14,8 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.optimizer import OptimizerConfig
+from headstart.training.profiling import ProfileConfig
+from headstart.training.trackers import WatchConfig
 from headstart.training.yaml_settings import build, read_mapping, to_plain, write_mapping
 
 
@@ -122,6 +124,10 @@ class RunConfig:
     """When and how much to validate."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save what a killed run goes on from."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Trackers, and the text written at each validation."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Which steps are profiled."""
 
     def __post_init__(self) -> None:
         _at_least(1, "", self, "steps", "threads")
@@ -190,7 +196,7 @@ FIXED = (
     "optimizer.kind",
 )
 # What changes nothing about the result that a reader would want to hear of.
-QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints")
+QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints", "watch", "profile")
 
 
 def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[object, object]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +15,7 @@ from headstart.data.batches import BatchStream, evaluation_batches
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.machine import peak_flops
 from headstart.model.layers import Block
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
@@ -24,10 +24,15 @@ from headstart.training import checkpoints
 from headstart.training.checkpoints import Position
 from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, watching_signals
+from headstart.training.metrics import memory_in_use, step_record
 from headstart.training.optimizer import build_optimizers, learning_rate
+from headstart.training.profiling import StepProfiler
 from headstart.training.run_folder import RunFolder, RunLog
+from headstart.training.sample import decode_sample, prompt_tokens, shown
 from headstart.training.step import StepResult, move, train_step
+from headstart.training.trackers import Trackers, check_packages
 from headstart.training.validation import validate
+from headstart.training.yaml_settings import to_plain
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run is given up."""
@@ -39,6 +44,7 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     Goes on by itself, bit for bit, where the run folder holds a checkpoint. Raises Interrupted after Ctrl-C or SIGTERM,
     with a checkpoint saved; UsageError for whatever the user can mend.
     """
+    check_packages(config.watch)
     folder = RunFolder(config.run_dir)
     device = pick_device(config.device)
     if config.threads is not None:
@@ -51,7 +57,8 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
             return folder.model
         run = Run(config, folder, device, progress)
         try:
-            run.loop(progress)
+            with run.trackers, run.profiler:
+                run.loop(progress)
         finally:
             run.log.close()
         return folder.model
@@ -79,7 +86,15 @@ class Run:
             self.stream.load_state_dict(restored.data)
         self.saved_step = self.position.step if restored is not None else -1
         self.log = RunLog(folder.metrics, self.position.step)
+        self.tokenizer = load_tokenizer(self.shards.directory / "tokenizer")
+        prompt_tokens(self.tokenizer, config)
+        peak, source = peak_flops(config.dtype, str(device), torch.get_num_threads())
+        flops = config.model.flops_per_token(config.length)
+        self.seconds_at_peak = flops / peak
         self._say_start()
+        say(f"{flops / 1e6:,.1f} MFLOP a token, {peak / 1e9:,.0f} GFLOP/s at most ({source})")
+        self.profiler = StepProfiler(config.profile, folder.path / "profile", device, self.position.step)
+        self.trackers = Trackers(config.watch, folder.path, to_plain(config), self.position.step)
 
     def loop(self, progress: Callable[..., Progress]) -> None:
         """Steps, validations and checkpoints until the last step; then the model directory."""
@@ -90,7 +105,8 @@ class Run:
             progress("train", config.steps, unit="steps", start=position.step) as bar,
         ):
             while position.step < config.steps:
-                result, seconds = self.step()
+                with self.profiler.around(position.step + 1):
+                    result, seconds = self.step()
                 bar.advance(1, **_shown(result, config.tokens_per_step / seconds))
                 last = position.step >= config.steps
                 if last or _due(position.step, config.validation.every):
@@ -101,8 +117,7 @@ class Run:
                     checkpoint = self.folder.checkpoints / checkpoints.name_of(position.step)
                     raise Interrupted(self.folder.path, position.step, checkpoint)
             # The model first: a checkpoint of the last step then means that nothing is left to do.
-            tokenizer = load_tokenizer(self.shards.directory / "tokenizer")
-            save_model(self.model, self.folder.model, tokenizer, dtype=torch.bfloat16)
+            save_model(self.model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
             self.save()
         steps, elapsed = position.step - first, time.monotonic() - started
         say(f"done: {steps:,} steps, {steps * config.tokens_per_step:,} tokens in {duration(elapsed)}")
@@ -125,15 +140,22 @@ class Run:
         position.data = self.stream.state_dict()
         position.skipped_in_a_row = 0 if result.finite else position.skipped_in_a_row + 1
         position.skipped += not result.finite
-        record: dict[str, Any] = {"step": position.step, "tokens": position.tokens}
-        for k, loss in enumerate(result.losses, start=1):
-            record[f"loss/head{k}"] = loss
-        record |= {"lr": lr, "grad_norm": result.gradient_norm, "tokens_per_second": config.tokens_per_step / seconds}
-        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        record = step_record(
+            result,
+            step=position.step,
+            tokens=position.tokens,
+            lr=lr,
+            clip=config.optimizer.clip,
+            tokens_per_second=config.tokens_per_step / seconds,
+            seconds_at_peak=self.seconds_at_peak,
+            memory=memory_in_use(self.device),
+            # TODO on merging: result.accuracies, and tokens_per_pass=expected_tokens_per_pass(result.accuracies)
+            accuracies=getattr(result, "accuracies", []),
+        )
         if not result.finite:
             record["skipped"] = position.skipped
             say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
-        self.log.write(record)
+        self.write(record)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise UsageError(
                 f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row without a finite loss and gradient, up to step "
@@ -142,16 +164,26 @@ class Run:
         return result, seconds
 
     def validate(self) -> None:
-        if self.validation_shards is None:
-            return
-        record = validate(self.model, self.validation_shards, self.config, self.device)
-        self.log.write({"step": self.position.step, "tokens": self.position.tokens, **record})
-        parts = []
-        for k in sorted({1, self.config.model.heads}):
-            if f"validation/loss/head{k}" in record:
-                bits, top1 = record[f"validation/bits_per_byte/head{k}"], record[f"validation/top1/head{k}"]
-                parts.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
-        say(f"step {self.position.step}: validation, {'; '.join(parts)}")
+        """Scores held-out documents and writes the sample, whichever of the two this run has."""
+        config, said = self.config, []
+        record: dict[str, Any] = {}
+        if self.validation_shards is not None:
+            record |= validate(self.model, self.validation_shards, config, self.device)
+            for k in sorted({1, config.model.heads}):
+                if f"validation/loss/head{k}" in record:
+                    bits, top1 = record[f"validation/bits_per_byte/head{k}"], record[f"validation/top1/head{k}"]
+                    said.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
+            say(f"step {self.position.step}: validation, {'; '.join(said)}")
+        if config.watch.sample_tokens:
+            record["sample"] = decode_sample(self.model, self.tokenizer, config)
+            say(f"step {self.position.step}: {shown(record['sample'])}")
+        if record:
+            self.write({"step": self.position.step, "tokens": self.position.tokens, **record})
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Into metrics.jsonl, and to the trackers."""
+        self.log.write(record)
+        self.trackers.log(record, record["step"])
 
     def save(self) -> None:
         if self.saved_step == self.position.step:
