@@ -146,7 +146,7 @@ def _page(runs: list[Run]) -> str:
         more = f'<details><summary>The other heads</summary><div class="grid">{more}</div></details>'
     names = [escaped(run.name) for run in runs]
     numbers = _cells([summary(run, drawing.fade) for run in runs])
-    body = f"<h1>{' and '.join(names) if len(names) < 4 else f'{len(names)} runs'}</h1>{_notes(runs, drawing.fade)}"
+    body = f"<h1>{', '.join(names) if len(names) < 4 else f'{len(names)} runs'}</h1>{_notes(runs, drawing.fade)}"
     body += f"<section><h2>Final numbers</h2>{table('', ['', *names], numbers)}{_skips(runs)}</section>"
     body += f'<section><h2>Loss and decoding</h2><div class="grid">{losses}</div>{more}</section>'
     body += f'<section><h2>Course of training</h2><div class="grid">{course}</div></section>'
