@@ -48,7 +48,6 @@ class StepProfiler:
         self._recording: profile | None = None
         if self._steps and step >= self._steps.start:
             say(f"profile.start {config.start} lies behind step {step}, where this run goes on: nothing is profiled")
-            self._steps = range(0)
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:

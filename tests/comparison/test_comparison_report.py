@@ -49,7 +49,9 @@ def test_runs_with_as_many_heads(tmp_path) -> None:
     ]  # fmt: skip
     text = page.read_text()
     assert "<td>optimizer.lr</td><td>0.1</td><td>0.2</td>" in text and "model.heads</td>" not in text
-    assert "a$x$&lt;i&gt;" in text and "&lt;b&gt;wrote&lt;/b&gt;" in text and "<b>wrote" not in text
+    assert (
+        "a$x$&lt;i&gt;" in text and "&lt;b&gt;wrote&lt;/b&gt;" in text and "<b>wrote" not in text and "$<i>" not in text
+    )
     assert "<script" not in text and "#0101" not in text
     assert set(re.findall(r"https?://[^\"' <]+", text)) <= {
         "http://www.w3.org/2000/svg",

@@ -47,6 +47,11 @@ def test_a_run_is_read_whole(tmp_path) -> None:
     assert found["training_seconds"] == pytest.approx(8) and found["expected_tokens_per_pass"] is None
 
 
+def test_time_is_what_the_steps_took(tmp_path) -> None:
+    lines = [step_line(1), step_line(2, tokens=600, tokens_per_second=125.0)]
+    assert read_run(write(tmp_path / "a", lines)).seconds == pytest.approx(100 / 50 + 500 / 125)
+
+
 def test_a_run_that_is_going_on(tmp_path, capsys) -> None:
     folder = write(tmp_path / "a", [step_line(1), step_line(2)])
     with (folder / "metrics.jsonl").open("a") as file:
@@ -65,9 +70,10 @@ def test_lines_that_are_no_records_are_counted(tmp_path, capsys) -> None:
 
 
 def test_values_that_are_no_numbers_are_left_out(tmp_path) -> None:
-    odd = step_line(2, tokens_per_second=None, lr="fast", mfu=[1])
+    odd = step_line(2, tokens_per_second=None, lr="fast", mfu=[1], memory_gib=math.nan)
     run = read_run(write(tmp_path / "a", [step_line(1), odd, step_line(3, **{"loss/head1": None})]))
     assert len(run.curve("loss/head1").values) == 2 and len(run.curve("lr").values) == 2
+    assert len(run.curve("memory_gib").values) == 2
     assert run.seconds == pytest.approx(4.0)  # step 2 took a time that nobody knows
 
 

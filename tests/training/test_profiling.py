@@ -55,8 +55,8 @@ def test_a_run_that_ends_inside_the_window_writes_what_it_has(tiny) -> None:
 def test_a_window_that_lies_behind_is_told(tiny, capsys) -> None:
     config = tiny(steps=4)
     train(config)
-    train(replace(config, steps=6, profile=ProfileConfig(start=2, steps=2)))
-    assert "profile.start 2 lies behind step 4, where this run goes on: nothing is profiled" in capsys.readouterr().err
+    train(replace(config, steps=6, profile=ProfileConfig(start=3, steps=3)))  # the run goes on inside it
+    assert "profile.start 3 lies behind step 4, where this run goes on: nothing is profiled" in capsys.readouterr().err
     assert not (config.run_dir / "profile").exists()
 
 
