@@ -46,6 +46,7 @@ class StepProfiler:
         self._steps = range(config.start, config.start + config.steps)
         self._folder, self._device = folder, device
         self._recording: profile | None = None
+        self._recorded = 0
         if self._steps and step >= self._steps.start:
             say(f"profile.start {config.start} lies behind step {step}, where this run goes on: nothing is profiled")
 
@@ -61,6 +62,7 @@ class StepProfiler:
                 activities.append(ProfilerActivity.CUDA)
             self._recording = profile(activities=activities)
             self._recording.start()
+        self._recorded += 1
         yield
         if step == self._steps[-1]:
             self.close()
@@ -82,7 +84,7 @@ class StepProfiler:
                 shutil.copyfileobj(source, target)
         key = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         write_text(table, recording.key_averages().table(sort_by=key, row_limit=ROWS) + "\n")
-        say(f"profile of {len(self._steps)} steps from step {self._steps.start}: {table}, {trace} (ui.perfetto.dev)")
+        say(f"profile of {self._recorded} steps from step {self._steps.start}: {table}, {trace} (ui.perfetto.dev)")
 
     def __enter__(self) -> StepProfiler:
         return self

@@ -46,10 +46,10 @@ def test_off_it_costs_nothing(tiny, monkeypatch) -> None:
     assert not (config.run_dir / "profile").exists()
 
 
-def test_a_run_that_ends_inside_the_window_writes_what_it_has(tiny) -> None:
+def test_a_run_that_ends_inside_the_window_writes_what_it_has(tiny, capsys) -> None:
     config = tiny(profile=ProfileConfig(start=5, steps=100))
     train(config)
-    assert trace(config)["traceEvents"]
+    assert trace(config)["traceEvents"] and "profile of 2 steps from step 5" in capsys.readouterr().err
 
 
 def test_a_window_that_lies_behind_is_told(tiny, capsys) -> None:
