@@ -12,9 +12,16 @@ from headstart.decoding.engine import Engine, Request, generate_all
 from headstart.decoding.packing import pack
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
-from headstart.training.loop import build_model, train
+from headstart.model.transformer import Transformer
+from headstart.training.config import RunConfig
+from headstart.training.loop import train
 from headstart.training.sample import decode_sample, prompt_tokens, shown
 from headstart.training.trackers import WatchConfig
+
+
+def made(config: RunConfig) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(config.model)
 
 
 def test_training_with_and_without_is_the_same(tiny, metrics, weights) -> None:
@@ -32,7 +39,7 @@ def test_training_with_and_without_is_the_same(tiny, metrics, weights) -> None:
 def test_the_model_is_only_read(tiny, tied) -> None:
     model_config = ModelConfig(dim=16, layers=3, attention_heads=2, context=24, heads=2, tied=tied)
     config = tiny(model=model_config, watch=WatchConfig(sample_tokens=8, sample_prompt="the cat"))
-    model = build_model(config, torch.device("cpu"))
+    model = made(config)
     model.unembedding.weights[0].grad = gradient = torch.ones_like(model.unembedding.weights[0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules, random = list(model.modules()), torch.get_rng_state()
@@ -51,7 +58,7 @@ def test_the_model_is_only_read(tiny, tied) -> None:
 
 def test_bf16_training_decodes_in_bf16(tiny) -> None:
     config = tiny(dtype="bfloat16", watch=WatchConfig(sample_tokens=8))
-    sample = decode_sample(build_model(config, torch.device("cpu")), ByteTokenizer(), config)
+    sample = decode_sample(made(config), ByteTokenizer(), config)
     assert 1 <= sample["tokens"] <= 8 and 1 <= sample["tokens_per_pass"] <= 2
 
 
