@@ -204,6 +204,25 @@ def inspect(model: Positional[str], json: bool = False) -> None:
     _print_json(found) if json else print(format_inspection(found))
 
 
+def compare(runs: Positional[list[Path]], out: Path | None = None, json: bool = False) -> None:
+    """Lay runs over one another: losses, speed, settings that differ, on one HTML page.
+
+    Args:
+        runs: run folders; those still going on too, and one alone.
+        out: the page to write (default: runs/comparison.html; with --json none).
+        json: print final numbers and differing settings as JSON.
+    """
+    from headstart.comparison.report import compare as compare_runs
+    from headstart.comparison.report import format_comparison
+    from headstart.terminal import say
+
+    page = Path("runs/comparison.html") if out is None and not json else out
+    result = compare_runs(runs, page)
+    _print_json(result) if json else print(format_comparison(result))
+    if page is not None:
+        say(f"page: {page}")
+
+
 def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
     """Look at machine, versions and threads; with a model, check that speculation equals plain decoding.
 
@@ -245,7 +264,7 @@ def bench(arguments: list[str]) -> None:
 # These parse their own arguments: what they take depends on the first one.
 RAW = (train, bench)
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (demo, prepare, train, generate, inspect, doctor, bench)
+    command.__name__: command for command in (demo, prepare, train, compare, generate, inspect, doctor, bench)
 }
 
 

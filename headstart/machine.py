@@ -1,15 +1,38 @@
-"""The machine under a measurement: what it is, and how fast it reads memory."""
+"""The machine under a measurement: what it is, how fast it reads memory, how fast it multiplies matrices."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 # Those that decide how fast matrix products are: bf16 is the fast path only where one of the last two is there.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+# TFLOP/s of dense products from the makers' data sheets: bf16 on tensor cores (fp16 where a card has no bf16), and fp32
+# without them. A name is looked for as whole words, longer ones first.
+GPU_TERAFLOPS = {
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H200 NVL": (835, 60),
+    "MI300X": (1307, 163),
+    "RTX 4090": (165, 83),
+    "RTX 3090": (71, 36),
+    "GH200": (989, 67),
+    "B200": (2250, 75),
+    "H200": (989, 67),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "V100": (125, 15.7),
+    "L40S": (362, 91.6),
+    "A10": (125, 31),
+    "L4": (121, 30),
+    "T4": (65, 8.1),
+}
 
 
 def describe() -> dict[str, Any]:
@@ -44,6 +67,59 @@ def available_memory() -> int | None:
     """Bytes that can be allocated without swapping; None where the system does not tell."""
     kib = _field(Path("/proc/meminfo"), "MemAvailable")
     return None if kib is None else int(kib.split()[0]) * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_flops(dtype: str, device: str = "cpu", threads: int = 1) -> tuple[float, str]:
+    """FLOP/s that matrix products in `dtype` ("bfloat16", "float32") can reach on one device, and whose word that is:
+    "data sheet" for the GPUs of `GPU_TERAFLOPS`, "measured" for everything else."""
+    import torch
+
+    if device.startswith("cuda"):
+        teraflops = data_sheet(torch.cuda.get_device_name(device))
+        if teraflops is not None:
+            return teraflops[dtype == "float32"] * 1e12, "data sheet"
+    return matmul_peak(threads, dtype, device), "measured"
+
+
+def data_sheet(gpu: str) -> tuple[float, float] | None:
+    """The entry of `GPU_TERAFLOPS` for a device name; None for one not listed, and for a part of a GPU (MIG)."""
+    if "MIG" in gpu:
+        return None
+    names = sorted(GPU_TERAFLOPS, key=len, reverse=True)
+    return next((GPU_TERAFLOPS[name] for name in names if re.search(rf"\b{name}\b", gpu)), None)
+
+
+@cache
+def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
+    """FLOP/s of the best of the square products that fit into `seconds`; measured once per process.
+
+    The best, because whatever disturbs a product only makes it slower. Another program on the cores lowers it all the
+    same.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        n = 1024 if device == "cpu" else 8192
+        x = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
+        torch.mm(x, x)[0, 0].item()  # wakes the threads; .item() waits for a GPU
+        best, began = float("inf"), time.perf_counter()
+        while (start := time.perf_counter()) < began + seconds:
+            torch.mm(x, x)[0, 0].item()
+            best = min(best, time.perf_counter() - start)
+        return 2 * n**3 / best
+    finally:
+        torch.set_num_threads(before)
 
 
 def stream_bandwidth(threads: int, *, device: str = "cpu", mebibytes: int = 512, repetitions: int = 5) -> float:

@@ -67,6 +67,8 @@ def one_line(captured: str) -> str:
         (["generate", "MODEL", "--prompt", "x", "--heads", "4"], "has 3"),
         (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p"),
         (["generate", "MODEL", "--prompt", "x", "--threads", "0"], "--threads"),
+        (["compare", "nowhere"], "not a run folder"),
+        (["compare", "MODEL"], "not a run folder"),
         (["inspect", "nowhere"], "nowhere"),
         (["doctor", "nowhere"], "nowhere"),
         (["bench", "everything"], "no benchmark"),

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from dataclasses import dataclass, field
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from headstart.errors import UsageError
 from headstart.files import write_text
+from headstart.page import (
+    STAND_IN,
+    axes,
+    document,
+    escaped,
+    figure,
+    figure_style,
+    head_colour,
+    need_matplotlib,
+    number,
+    table,
+)
 
 # arXiv 2404.19737, Table S3, column n = 8: heads used -> (speed-up, bytes per pass). 7B parameters, 314B bytes.
 PAPER_BYTES = {1: (1.00, 1.00), 2: (1.94, 1.98), 4: (3.67, 3.84), 8: (6.39, 7.04)}
@@ -80,23 +89,8 @@ def write_report(path: Path, report: DemoReport) -> None:
     """Writes `report` to `path` as HTML, atomically. Raises UsageError without matplotlib or where it cannot write."""
     if not report.decoding:
         raise ValueError("DemoReport.decoding is empty; its first row is plain decoding")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError("the demo's report needs matplotlib: pip install 'headstart[report]'") from error
+    need_matplotlib("the demo's report")
     write_text(path, _page(report))
-
-
-def _text(text: str) -> str:
-    """Escaped for HTML. A byte model may write anything: control characters are shown as their Unicode pictures."""
-    text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written to the file
-    return escape("".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text))
-
-
-def _value(value: str | int | float) -> str:
-    if isinstance(value, (bool, str)):
-        return _text(str(value))
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4g}"
 
 
 def _heads(count: int) -> str:
@@ -111,44 +105,6 @@ def _series(records: list[dict[str, Any]], key: str, scale: float = 1.0) -> tupl
 
 def _logged_heads(records: list[dict[str, Any]], prefix: str) -> list[int]:
     return sorted({int(m[1]) for r in records for key in r if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", key))})
-
-
-# name: light, dark. ours, sampled, paper: Okabe and Ito's palette, safe for colour-blind readers
-COLOURS = {
-    "page": ("#ffffff", "#15181d"), "ink": ("#1b1f24", "#e6e8eb"), "muted": ("#59616b", "#a2aab4"),
-    "line": ("#d9dde2", "#343a43"), "panel": ("#f6f7f9", "#1d2127"), "alarm": ("#b3001b", "#ff7b85"),
-    "ours": ("#0072b2", "#56b4e9"), "sampled": ("#009e73", "#2fc79a"), "paper": ("#c65102", "#e69f00"),
-}  # fmt: skip
-# Heads 1 .. 8: the plasma colour map from the end that stands out most against the page. Later heads share the last.
-LIGHT = ("#0d0887", "#3f049c", "#6600a7", "#8a09a5", "#aa2395", "#c43e7f", "#da5a6a", "#eb7655")
-DARK = ("#f7e425", "#fdc328", "#fca338", "#f48849", "#e76f5a", "#d8576b", "#c6417d", "#b12a90")
-COLOURS.update({f"h{k}": pair for k, pair in enumerate(zip(LIGHT, DARK), start=1)})
-# Matplotlib knows no CSS variables: it draws in a stand-in colour, and `_figure` puts the variable in its place.
-STAND_IN = {name: f"#0101{i:02x}" for i, name in enumerate(COLOURS)}
-
-
-def _head(k: int) -> str:
-    return f"h{min(k, 8)}"
-
-
-def _axes(xlabel: str, ylabel: str) -> Any:
-    # Figure without pyplot: its canvas is Agg, needs no display, and a caller's own pyplot backend stays as it is.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(5.4, 4.0), layout="constrained").add_subplot(xlabel=xlabel, ylabel=ylabel)
-
-
-def _figure(axes: Any, name: str, title: str, caption: str) -> str:
-    """The axes as inline SVG. Text stays text: it can be searched, and takes the page's font and colours."""
-    axes.figure.savefig(buffer := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>|^.*?(?=<svg )", "", buffer.getvalue(), flags=re.DOTALL)
-    # Ids are the page's, not the figure's: two figures must not both own "axes_1".
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    for colour, stand_in in STAND_IN.items():
-        svg = svg.replace(stand_in, f"var(--{colour})")
-    return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
 
 
 def _smooth(values: list[float]) -> list[float]:
@@ -173,90 +129,74 @@ def _loss_plot(report: DemoReport) -> str:
     curves = {k: c for k in heads if (c := _series(report.training, f"loss/head{k}", 1 / math.log(2)))[0]}
     if not curves:
         return ""
-    axes = _axes("training step", "loss (bits per byte)")
+    plot = axes("training step", "loss (bits per byte)")
     smooth = {k: _smooth(values) for k, (_, values) in curves.items()}
     for k, (steps, values) in curves.items():
-        thin, colour = max(1, len(steps) // 400), STAND_IN[_head(k)]  # all points would be megabytes, and look the same
-        axes.plot(steps[::thin], values[::thin], color=colour, alpha=0.25, linewidth=0.6)
-        axes.plot(steps[::thin] + steps[-1:], smooth[k][::thin] + smooth[k][-1:], color=colour)
-        axes.plot(*_series(report.validation, f"validation/bits_per_byte/head{k}"), "o", color=colour, markersize=4)
+        thin = max(1, len(steps) // 400)  # all points would be megabytes, and look the same
+        colour = STAND_IN[head_colour(k)]
+        plot.plot(steps[::thin], values[::thin], color=colour, alpha=0.25, linewidth=0.6)
+        plot.plot(steps[::thin] + steps[-1:], smooth[k][::thin] + smooth[k][-1:], color=colour)
+        plot.plot(*_series(report.validation, f"validation/bits_per_byte/head{k}"), "o", color=colour, markersize=4)
     # The first steps fall from 8 bits; in full they would press the part that differs between heads flat.
     top = 1.03 * max(max(s[len(s) // 10 :]) for s in smooth.values())
-    axes.set_ylim(low := 0.93 * min(min(s) for s in smooth.values()), top)
+    plot.set_ylim(low := 0.93 * min(min(s) for s in smooth.values()), top)
     for k, y in zip(curves, _spread([smooth[k][-1] for k in curves], (top - low) * 0.052)):
-        label, colour = f"head {k}" if k == min(curves) else str(k), STAND_IN[_head(k)]
-        axes.annotate(
+        label, colour = f"head {k}" if k == min(curves) else str(k), STAND_IN[head_colour(k)]
+        plot.annotate(
             label, (curves[k][0][-1], y), (6, -4), textcoords="offset points", color=colour, annotation_clip=False
         )
     caption = "Line: training, smoothed; faint: as logged." + (" Dots: validation." if report.validation else "")
     if max(values[0] for _, values in curves.values()) > top:
         caption += " The first steps lie above the frame."
     if speeds := _series(report.training, "tokens_per_second")[1]:
-        caption += f" Training ran at {_value(median(speeds))} bytes per second (median)."
-    return _figure(axes, "loss", "Loss of each head", caption)
+        caption += f" Training ran at {number(median(speeds))} bytes per second (median)."
+    return figure(plot, "loss", "Loss of each head", caption)
 
 
 def _acceptance_plot(report: DemoReport) -> str:
-    groups = (("ours", "greedy", report.decoding), ("sampled", "temperature 0.8", report.sampled))
+    groups = (("series1", "greedy", report.decoding), ("series3", "temperature 0.8", report.sampled))
     best = [(name, label, max(rows, key=lambda row: row.heads)) for name, label, rows in groups if rows]
     rows = [(name, label, row.acceptance) for name, label, row in best if row.acceptance]
     if not rows:
         return ""
-    axes = _axes("head", "passes in which its draft was accepted (%)")
+    plot = axes("head", "passes in which its draft was accepted (%)")
     width = 0.84 / len(rows)
     for i, (name, label, shares) in enumerate(rows):
         x = [k + 2 + (i - (len(rows) - 1) / 2) * width for k in range(len(shares))]
-        bars = axes.bar(x, [100 * s for s in shares], width * 0.94, color=STAND_IN[name], label=label)
-        axes.bar_label(bars, [f"{100 * s:.{int(0 < s < 0.0995)}f}" for s in shares], padding=2, fontsize=9.5)
-    axes.set_xticks(range(2, 2 + max(len(shares) for _, _, shares in rows)))
-    axes.legend()
+        bars = plot.bar(x, [100 * s for s in shares], width * 0.94, color=STAND_IN[name], label=label)
+        plot.bar_label(bars, [f"{100 * s:.{int(0 < s < 0.0995)}f}" for s in shares], padding=2, fontsize=9.5)
+    plot.set_xticks(range(2, 2 + max(len(shares) for _, _, shares in rows)))
+    plot.legend()
     caption = "A draft is accepted only with all before it. Tokens per pass: 1 + the sum of the bars, as shares."
-    return _figure(axes, "acceptance", "Drafts accepted, by head", caption)
+    return figure(plot, "acceptance", "Drafts accepted, by head", caption)
 
 
 def _paper_plot(report: DemoReport, name: str, title: str, caption: str) -> str:
     column = ("speedup", "tokens_per_pass").index(name)
     ours = sorted((row.heads, float(getattr(row, name))) for row in report.decoding)
     paper = [(heads, values[column]) for heads, values in PAPER_BYTES.items()]
-    axes = _axes("heads used", {"speedup": "times plain decoding"}.get(name, "tokens (bytes) per pass"))
+    plot = axes("heads used", {"speedup": "times plain decoding"}.get(name, "tokens (bytes) per pass"))
     series = (
-        (paper, STAND_IN["paper"], "s--", "paper: 7B parameters, 314B bytes", (0, 8)),
-        (ours, STAND_IN["ours"], "o-", "this demo", (0, -14)),
+        (paper, STAND_IN["series2"], "s--", "paper: 7B parameters, 314B bytes", (0, 8)),
+        (ours, STAND_IN["series1"], "o-", "this demo", (0, -14)),
     )
     for points, colour, style, label, offset in series:
-        axes.plot(*zip(*points), style, color=colour, markersize=6, label=label)
+        plot.plot(*zip(*points), style, color=colour, markersize=6, label=label)
         for point in points[1:]:  # plain decoding is 1.00 by definition, in both
-            axes.annotate(f"{point[1]:.2f}", point, offset, textcoords="offset points", ha="center", color=colour)
-    axes.set_xticks(sorted({heads for heads, _ in ours + paper}))
-    axes.set_ylim(0, max(value for _, value in ours + paper) * 1.12)
-    axes.legend(loc="upper left")
-    return _figure(axes, name, title, caption)
+            plot.annotate(f"{point[1]:.2f}", point, offset, textcoords="offset points", ha="center", color=colour)
+    plot.set_xticks(sorted({heads for heads, _ in ours + paper}))
+    plot.set_ylim(0, max(value for _, value in ours + paper) * 1.12)
+    plot.legend(loc="upper left")
+    return figure(plot, name, title, caption)
 
 
 def _plots(report: DemoReport) -> str:
-    import matplotlib
-
-    ink, muted, line = (STAND_IN[name] for name in ("ink", "muted", "line"))
-    style: Any = {
-        "font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": muted, "ytick.color": muted,
-        "axes.edgecolor": muted, "grid.color": line, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
-        "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "xtick.major.size": 0,
-        "ytick.major.size": 0, "legend.frameon": False, "legend.labelcolor": ink, "lines.linewidth": 1.8,
-        "svg.fonttype": "none", "svg.hashsalt": "headstart",  # the salt: same data, same file
-    }  # fmt: skip
     source = "Paper: arXiv 2404.19737, Table S3, n = 8."
-    with matplotlib.rc_context(style):
+    with figure_style():
         figures = _loss_plot(report) + _acceptance_plot(report)
         figures += _paper_plot(report, "tokens_per_pass", "Tokens per pass", f"Bytes, greedy. {source}")
         figures += _paper_plot(report, "speedup", "Speed-up", f"Over exact plain decoding, greedy. {source}")
     return f'<section><h2>Plots</h2><div class="grid">{figures}</div>{_validation_table(report)}</section>'
-
-
-def _table(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    table = f"<caption>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody>"
-    return f'<div class="wide"><table>{table}</table></div>'
 
 
 def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow | None) -> str:
@@ -266,13 +206,13 @@ def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow 
         name, same = "plain" if row.heads == 1 else _heads(row.heads), '<strong class="alarm">no</strong>'
         if row is fastest:  # it does not claim to be exact, so a difference here is no fault
             name, same = "fastest plain", "up to rounding"
-        line = [name, _value(row.tokens_per_second), f"{row.tokens_per_pass:.2f}", f"{row.speedup:.2f}×"]
+        line = [name, number(row.tokens_per_second), f"{row.tokens_per_pass:.2f}", f"{row.speedup:.2f}×"]
         if fastest:
             line.append(f"{row.tokens_per_second / fastest.tokens_per_second:.2f}×")
         lines.append([*line, "yes" if row.identical else same])
     note = "Fastest plain (exact=False) may round differently; all others give the same bits for every number of heads."
     note = f'<p class="note">{note}</p>'
-    return _table(caption, [*head[: 5 if fastest else 4], "output identical"], lines) + (note if fastest else "")
+    return table(caption, [*head[: 5 if fastest else 4], "output identical"], lines) + (note if fastest else "")
 
 
 def _validation_table(report: DemoReport) -> str:
@@ -282,7 +222,7 @@ def _validation_table(report: DemoReport) -> str:
     for k in _logged_heads([last], "validation/bits_per_byte/head"):
         top1 = last.get(f"validation/top1/head{k}", math.nan)
         rows.append([f"head {k}", f"{last[f'validation/bits_per_byte/head{k}']:.3f}", f"{top1:.1%}"])
-    return _table(f"Validation at step {last['step']:,}", ["head", "bits per byte", "top-1 right"], rows)
+    return table(f"Validation at step {last['step']:,}", ["head", "bits per byte", "top-1 right"], rows)
 
 
 def _summary(report: DemoReport) -> str:
@@ -304,7 +244,7 @@ def _summary(report: DemoReport) -> str:
         ratio = best.tokens_per_second / (fastest or best).tokens_per_second
         against = f", {'and' if ratio > 1 else 'but only'} {ratio:.2f} times as fast as the fastest plain path"
         words.append(
-            f"The fastest, {_heads(best.heads)}, decoded <b>{_value(best.tokens_per_second)} tokens per second, "
+            f"The fastest, {_heads(best.heads)}, decoded <b>{number(best.tokens_per_second)} tokens per second, "
             f"{best.speedup:.2f} times as fast</b> as plain exact decoding{against if fastest else ''}."
         )
     else:
@@ -320,11 +260,11 @@ def _samples(report: DemoReport) -> str:
     if not report.samples:
         return ""
     used = sorted({head for sample in report.samples for _, head in sample.pieces} | {1})
-    legend, texts = "".join(f'<span class="{_head(k)}">head {k}</span>' for k in used), ""
+    legend, texts = "".join(f'<span class="{head_colour(k)}">head {k}</span>' for k in used), ""
     for sample in report.samples:
-        pieces = "".join(f'<span class="{_head(head)}">{_text(text)}</span>' for text, head in sample.pieces)
+        pieces = "".join(f'<span class="{head_colour(head)}">{escaped(text)}</span>' for text, head in sample.pieces)
         # A div, not a pre: HTML drops a pre's first line break.
-        texts += f'<div class="sample"><span class="prompt">{_text(sample.prompt)}</span>{pieces}</div>'
+        texts += f'<div class="sample"><span class="prompt">{escaped(sample.prompt)}</span>{pieces}</div>'
     legend = f'<p class="legend"><span class="prompt">prompt</span>{legend}</p>'
     words = "Each byte has the colour of the head that proposed it (head 1: none). The stronger, the further ahead."
     return f"<section><h2>What it wrote</h2><p>{words}</p>{legend}{texts}</section>"
@@ -332,8 +272,8 @@ def _samples(report: DemoReport) -> str:
 
 def _honesty(report: DemoReport) -> str:
     minutes, seen = report.settings.get("minutes"), report.settings.get("bytes seen")
-    trained = "for minutes" if minutes is None else f"for {_value(minutes)} minutes"
-    trained += " on a few million bytes" if seen is None else f" on {_value(seen)} bytes"
+    trained = "for minutes" if minutes is None else f"for {number(minutes)} minutes"
+    trained += " on a few million bytes" if seen is None else f" on {number(seen)} bytes"
     row = max(report.decoding, key=lambda row: row.heads)
     papers, measured = PAPER_BYTES.get(row.heads, (1.0, 1.0))[1], ""
     if papers > row.tokens_per_pass:
@@ -348,11 +288,7 @@ def _honesty(report: DemoReport) -> str:
 
 
 def _page(report: DemoReport) -> str:
-    light, dark = (
-        f"color-scheme:{scheme};" + "".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items())
-        for i, scheme in enumerate(("light", "dark"))
-    )
-    css = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{CSS}"
+    css = ""
     for k in range(2, 9):  # a tint that grows with the head, so that the order is seen without telling colours apart
         tint = f"color-mix(in srgb,var(--h{k}) {8 + 6 * k}%,var(--page))"
         css += f".h{k}{{background:{tint};box-shadow:inset 0 -2px var(--h{k})}}"
@@ -362,9 +298,11 @@ def _page(report: DemoReport) -> str:
     facts = ""
     for caption, values in (("Settings", report.settings), ("Machine", report.machine)):
         # A seed is typed back as it stands here, so it gets no thousands separators.
-        rows = [[_text(key), _text(str(value)) if key == "seed" else _value(value)] for key, value in values.items()]
-        facts += _table(caption, ["", ""], rows)
-    seed = f" with seed {_text(str(report.settings['seed']))}" if "seed" in report.settings else ""
+        rows = [
+            [escaped(key), escaped(str(value)) if key == "seed" else number(value)] for key, value in values.items()
+        ]
+        facts += table(caption, ["", ""], rows)
+    seed = f" with seed {escaped(str(report.settings['seed']))}" if "seed" in report.settings else ""
     body = (
         f"<h1>Headstart demo</h1>{_summary(report)}<section><h2>Decoding</h2>{tables}</section>{_plots(report)}"
         f"{_samples(report)}{_honesty(report)}<section><h2>Settings and machine</h2>"
@@ -372,27 +310,4 @@ def _page(report: DemoReport) -> str:
         f"<section><h2>Reproduce</h2><p><code>make demo</code>{seed}. The same seed, steps and threads on the same "
         "machine give the same losses and text; the speeds vary with what else the machine does.</p></section>"
     )
-    head = '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Headstart demo</title>'
-    head = f'<head><meta charset="utf-8">{head}<style>{css}</style></head>'
-    return f'<!DOCTYPE html>\n<html lang="en">{head}\n<body><main>{body}</main></body></html>\n'
-
-
-CSS = """
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:1020px;margin:0 auto;padding:1.5rem 1rem 3rem}p{max-width:46rem;margin:.5rem 0}
-h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}h3{font-size:1rem;margin:0 0 .3rem}
-.alarm{color:var(--alarm)}p.alarm{border-left:4px solid;padding-left:.8rem}.wide{overflow-x:auto;margin:.8rem 0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600}
-th,td{padding:.35rem .9rem .35rem 0;text-align:right;vertical-align:bottom;border-bottom:1px solid var(--line)}
-th{font-weight:400;color:var(--muted);font-size:.88rem;line-height:1.3}th:first-child,td:first-child{text-align:left}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1.8rem 2rem}
-.facts table{width:100%}.facts thead{display:none}.facts td{overflow-wrap:anywhere}.grid+.wide{margin-top:1.8rem}
-figure{margin:0;break-inside:avoid}figure svg{display:block;width:100%;height:auto;overflow:visible}
-figcaption,.note{color:var(--muted);font-size:.88rem;line-height:1.4;margin-top:.3rem}
-.sample{font:.88rem/1.65 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;
-background:var(--panel);border-radius:6px;padding:.8rem 1rem;margin:.8rem 0;break-inside:avoid}
-.prompt{color:var(--muted)}.legend{display:flex;flex-wrap:wrap;gap:.3rem .5rem;font-size:.88rem}
-.legend span{padding:0 .4rem}.sample,.legend span{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-@media(max-width:600px){th,td{padding-right:.6rem;font-size:.85rem}}
-@media print{main{padding:0;max-width:none}body{font-size:11pt}.grid{grid-template-columns:1fr 1fr}}
-"""
+    return document("Headstart demo", body, css)

@@ -30,6 +30,7 @@ from headstart.training.optimizer import OptimizerConfig, build_optimizers
 from headstart.training.processes import Processes
 from headstart.training.run_folder import RunFolder
 from headstart.training.step import train_step
+from headstart.training.trackers import WatchConfig
 
 HEADS = (1, 2, 4, 8)
 PROMPTS, PROMPT_BYTES, NEW_BYTES = 12, 128, 128
@@ -53,6 +54,7 @@ def demo_config(out: Path, steps: int, seed: int) -> RunConfig:
         optimizer=OptimizerConfig(kind="muon", lr=1.5e-2, warmup_steps=min(40, steps // 4), final_lr_ratio=0.05),
         validation=ValidationConfig(every=max(1, steps // 5), rows=64),
         checkpoints=CheckpointConfig(every=max(1, steps // 3), keep_last=1),
+        watch=WatchConfig(sample_tokens=0),  # it writes enough when it has been trained
     )
 
 

@@ -18,6 +18,8 @@ from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
+from headstart.training.profiling import ProfileConfig
+from headstart.training.trackers import WatchConfig
 from headstart.training.yaml_settings import build, read_mapping, to_plain, write_mapping
 
 
@@ -143,6 +145,10 @@ class RunConfig:
     """When to save what a killed run goes on from."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the model lies on several processes (torchrun)."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """Trackers, and the text written at each validation."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Which steps are profiled."""
 
     def __post_init__(self) -> None:
         _at_least(1, "", self, "steps", "threads")
@@ -225,7 +231,7 @@ FIXED = (
     "optimizer.kind",
 )
 # What changes nothing about the result that a reader would want to hear of.
-QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints", "parallel")
+QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints", "parallel", "watch", "profile")
 
 
 def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[object, object]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -15,6 +14,7 @@ from torch.optim import Optimizer
 from headstart.data.batches import BatchStream
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.machine import peak_flops
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, duration, say
@@ -23,12 +23,17 @@ from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.checkpoints import Position
 from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
+from headstart.training.metrics import memory_in_use, step_record
 from headstart.training.optimizer import build_optimizers, learning_rate
 from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined
+from headstart.training.profiling import ProfileConfig, StepProfiler
 from headstart.training.run_folder import RunFolder, RunLog
+from headstart.training.sample import decode_sample, prompt_tokens, shown
 from headstart.training.step import StepResult, move, train_step
+from headstart.training.trackers import Trackers, WatchConfig, check_packages
 from headstart.training.validation import long_enough, validate_sources
+from headstart.training.yaml_settings import to_plain
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run is given up."""
@@ -40,6 +45,7 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     Goes on by itself, bit for bit, where the run folder holds a checkpoint. Raises Interrupted after Ctrl-C or SIGTERM,
     with a checkpoint saved; UsageError for whatever the user can mend.
     """
+    check_packages(config.watch)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = RunFolder(config.run_dir)
@@ -51,7 +57,8 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
             return folder.model
         run = Run(config, folder, processes, progress)
         try:
-            run.loop(progress)
+            with run.trackers, run.profiler:
+                run.loop(progress)
         finally:
             run.close()
         return folder.model
@@ -88,7 +95,22 @@ class Run:
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
         self.log = RunLog(folder.metrics, self.position.step) if processes.main else None
+        self.tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
+        prompt_tokens(self.tokenizer, config)
         self._say_start()
+        # The first process measures for all; on one machine they share its cores or have a GPU each.
+        peak, source = processes.on_main(lambda: peak_flops(config.dtype, str(self.device), torch.get_num_threads()))
+        flops, peak = config.model.flops_per_token(config.length), peak * processes.count
+        self.seconds_at_peak = flops / peak
+        say(f"{flops / 1e6:,.1f} MFLOP a token, {peak / 1e9:,.0f} GFLOP/s at most ({source})")
+        profile = config.profile if processes.main else ProfileConfig()
+        self.profiler = StepProfiler(profile, folder.path / "profile", self.device, self.position.step)
+        self.trackers = Trackers(WatchConfig(), folder.path, {}, 0)  # tells nobody
+
+        def start() -> None:
+            self.trackers = Trackers(config.watch, folder.path, to_plain(config), self.position.step)
+
+        processes.on_main(start)
 
     def loop(self, progress: Callable[..., Progress]) -> None:
         """Steps, validations and checkpoints until the last step; then the model directory."""
@@ -99,7 +121,8 @@ class Run:
             progress("train", config.steps, unit="steps", start=position.step) as bar,
         ):
             while position.step < config.steps:
-                result, seconds = self.step(interruption)
+                with self.profiler.around(position.step + 1):
+                    result, seconds = self.step(interruption)
                 bar.advance(1, **_shown(result, config.tokens_per_step / seconds))
                 last = position.step >= config.steps
                 if last or _due(position.step, config.validation.every):
@@ -145,11 +168,18 @@ class Run:
         position.data = self.stream.state_dict()
         position.skipped_in_a_row = 0 if result.finite else position.skipped_in_a_row + 1
         position.skipped += not result.finite
-        record: dict[str, Any] = {"step": position.step, "tokens": position.tokens}
-        for k, loss in enumerate(result.losses, start=1):
-            record[f"loss/head{k}"] = loss
-        record |= {"lr": lr, "grad_norm": result.gradient_norm, "tokens_per_second": config.tokens_per_step / seconds}
-        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        record = step_record(
+            result,
+            step=position.step,
+            tokens=position.tokens,
+            lr=lr,
+            clip=config.optimizer.clip,
+            tokens_per_second=config.tokens_per_step / seconds,
+            seconds_at_peak=self.seconds_at_peak,
+            memory=memory_in_use(self.device),
+            # TODO on merging: result.accuracies, and tokens_per_pass=expected_tokens_per_pass(result.accuracies)
+            accuracies=getattr(result, "accuracies", []),
+        )
         if not result.finite:
             record["skipped"] = position.skipped
             say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
@@ -162,22 +192,36 @@ class Run:
         return result, seconds
 
     def validate(self) -> None:
-        if not self.validated:
-            return
-        record = validate_sources(self.model, self.validated, self.config, self.processes)
+        """Scores held-out documents and writes the sample, whichever of the two this run has."""
+        config, said = self.config, []
+        record: dict[str, Any] = {}
+        if self.validated:
+            record |= validate_sources(self.model, self.validated, config, self.processes)
+            for k in sorted({1, config.model.heads}):
+                if f"validation/loss/head{k}" in record:
+                    bits, top1 = record[f"validation/bits_per_byte/head{k}"], record[f"validation/top1/head{k}"]
+                    said.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
+            say(f"step {self.position.step}: validation, {'; '.join(said)}")
+        if config.watch.sample_tokens:
+            whole = self.whole_model()
+            if whole is not None:
+                record["sample"] = decode_sample(whole, self.tokenizer, config)
+                say(f"step {self.position.step}: {shown(record['sample'])}")
         self.sums.free()
-        self.write({"step": self.position.step, "tokens": self.position.tokens, **record})
-        parts = []
-        for k in sorted({1, self.config.model.heads}):
-            if f"validation/loss/head{k}" in record:
-                bits, top1 = record[f"validation/bits_per_byte/head{k}"], record[f"validation/top1/head{k}"]
-                parts.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
-        say(f"step {self.position.step}: validation, {'; '.join(parts)}")
+        if record:
+            self.write({"step": self.position.step, "tokens": self.position.tokens, **record})
+
+    def whole_model(self) -> Transformer | None:
+        """The model itself, or with several processes a whole copy of it on the first one; all of them call it."""
+        if self.processes.count == 1:
+            return self.model
+        return whole_model(self.model, torch.bfloat16, keep=self.processes.main)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """A line of metrics.jsonl, which the trackers are told too."""
         if self.log is not None:
             self.log.write(record)
+        self.trackers.log(record, record["step"])
 
     def save(self) -> None:
         """Starts a checkpoint of this step; it is written while training goes on."""
@@ -187,14 +231,11 @@ class Run:
 
     def save_model(self) -> None:
         """Writes the model directory, on the first process."""
-        model: Transformer | None = self.model
-        if self.processes.count > 1:
-            model = whole_model(self.model, torch.bfloat16, keep=self.processes.main)
+        model = self.whole_model()
 
         def write() -> None:
             assert model is not None
-            tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
-            save_model(model, self.folder.model, tokenizer, dtype=torch.bfloat16)
+            save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
 
         self.processes.on_main(write)
 

@@ -1,0 +1,95 @@
+"""A window of profiled steps: a trace to look at, and a table of what took the time."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from headstart.errors import UsageError
+from headstart.files import replacing_file, write_text
+from headstart.terminal import say
+
+ROWS = 40
+"""Operators in the table."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps torch.profiler records."""
+
+    start: int = 10
+    """The first step recorded; the very first steps of a process are not typical."""
+    steps: int = 0
+    """How many are recorded (0: none). A trace grows by megabytes a step."""
+
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise UsageError(f"profile.start is {self.start}; it must be at least 1")
+        if self.steps < 0:
+            raise UsageError(f"profile.steps is {self.steps}; it must be at least 0")
+
+
+class StepProfiler:
+    """Records the steps of the window and writes them into RUN/profile at its end, or where the run ends inside it."""
+
+    def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, step: int) -> None:
+        """`step` is what a resumed run has done already. A window that lies behind it is told of and left out."""
+        self._steps = range(config.start, config.start + config.steps)
+        self._folder, self._device = folder, device
+        self._recording: profile | None = None
+        self._recorded = 0
+        if self._steps and step >= self._steps.start:
+            say(f"profile.start {config.start} lies behind step {step}, where this run goes on: nothing is profiled")
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """To be held around the work of each step; outside the window it does nothing."""
+        if step not in self._steps:
+            yield
+            return
+        if step == self._steps.start:
+            activities = [ProfilerActivity.CPU]
+            if self._device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._recording = profile(activities=activities)
+            self._recording.start()
+        self._recorded += 1
+        yield
+        if step == self._steps[-1]:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was recorded, if anything."""
+        recording, self._recording = self._recording, None
+        if recording is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        recording.stop()
+        name = f"step{self._steps.start}"
+        trace, table = self._folder / f"trace-{name}.json.gz", self._folder / f"{name}.txt"
+        with tempfile.TemporaryDirectory() as temporary:
+            plain = Path(temporary) / "trace.json"
+            recording.export_chrome_trace(str(plain))
+            with replacing_file(trace) as compressed, plain.open("rb") as source, gzip.open(compressed, "wb") as target:
+                shutil.copyfileobj(source, target)
+        key = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        write_text(table, recording.key_averages().table(sort_by=key, row_limit=ROWS) + "\n")
+        say(f"profile of {self._recorded} steps from step {self._steps.start}: {table}, {trace} (ui.perfetto.dev)")
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

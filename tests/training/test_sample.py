@@ -1,0 +1,84 @@
+"""The text written in the middle of training changes nothing about the training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.packing import pack
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.training.config import RunConfig
+from headstart.training.loop import train
+from headstart.training.sample import decode_sample, prompt_tokens, shown
+from headstart.training.trackers import WatchConfig
+
+
+def made(config: RunConfig) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(config.model)
+
+
+def test_training_with_and_without_is_the_same(tiny, metrics, weights) -> None:
+    plain, watched = tiny("plain"), tiny("watched", watch=WatchConfig(sample_tokens=8))
+    train(plain)
+    train(watched)
+    lines = metrics(watched.run_dir)
+    samples = [line.pop("sample") for line in lines if "sample" in line]
+    assert len(samples) == 3 and metrics(plain.run_dir) == lines
+    first, second = weights(plain.run_dir), weights(watched.run_dir)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_is_only_read(tiny, tied) -> None:
+    model_config = ModelConfig(dim=16, layers=3, attention_heads=2, context=24, heads=2, tied=tied)
+    config = tiny(model=model_config, watch=WatchConfig(sample_tokens=8, sample_prompt="the cat"))
+    model = made(config)
+    model.unembedding.weights[0].grad = gradient = torch.ones_like(model.unembedding.weights[0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules, random = list(model.modules()), torch.get_rng_state()
+    sample = decode_sample(model, ByteTokenizer(), config)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(a is b for a, b in zip(modules, model.modules()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert model.unembedding.weights[0].grad is gradient
+    # What it says is what the engine says of the same weights.
+    engine = Engine(pack(model), tokenizer=ByteTokenizer())
+    generation = generate_all(engine, [Request(tuple(b"the cat"), 8)])[0]
+    assert sample["text"] == generation.text and sample["tokens"] == generation.stats.tokens
+    assert sample["passes"] == generation.stats.passes and sample["acceptance"] == generation.stats.acceptance
+
+
+def test_bf16_training_decodes_in_bf16(tiny) -> None:
+    config = tiny(dtype="bfloat16", watch=WatchConfig(sample_tokens=8))
+    sample = decode_sample(made(config), ByteTokenizer(), config)
+    assert 1 <= sample["tokens"] <= 8 and 1 <= sample["tokens_per_pass"] <= 2
+
+
+def test_a_prompt_that_fills_the_context_is_told_before_the_first_step(tiny) -> None:
+    config = tiny(watch=WatchConfig(sample_prompt="x" * 24))
+    with pytest.raises(UsageError, match=r"sample_prompt has 24 tokens, model.context is 24; shorten"):
+        train(config)
+    assert (config.run_dir / "metrics.jsonl").read_text() == ""
+    assert len(prompt_tokens(ByteTokenizer(), replace(config, watch=WatchConfig(sample_prompt="x" * 23)))) == 23
+
+
+def test_without_a_prompt_it_begins_a_document(tiny) -> None:
+    assert prompt_tokens(ByteTokenizer(), tiny(watch=WatchConfig())) == (ByteTokenizer().end_id,)
+
+
+def test_the_line_about_it_is_one_line() -> None:
+    line = shown({"text": "a\nb" + "c" * 200, "tokens_per_pass": 1.256})
+    assert line.startswith(r"sample, 1.26 tokens per pass: a\nbccc") and "\n" not in line and len(line) < 130
+
+
+def test_fewer_than_no_tokens() -> None:
+    with pytest.raises(UsageError, match=r"watch.sample_tokens is -1"):
+        WatchConfig(sample_tokens=-1)
