@@ -159,7 +159,7 @@ class _Cutter:
     def __init__(self, shards: TokenShards, length: int, heads: int) -> None:
         if length < 1 or heads < 1:
             raise UsageError(f"length {length}, heads {heads}: both must be 1 or more")
-        self._tokens = np.asarray(shards.tokens)  # the same memory, without np.memmap's cost per slice
+        self._tokens = shards.tokens
         self._starts = np.asarray(shards.documents)
         self._length, self._heads = length, heads
         self.count = (len(self._tokens) - heads) // length
