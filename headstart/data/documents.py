@@ -92,7 +92,7 @@ def read_compressed_lines(file: SourceFile, field: str) -> Iterator[Document | S
     except OSError as error:
         raise _unreadable(file, error) from error
     except _Damaged as error:
-        raise UsageError(f"{file.path}: damaged behind line {line - 1} ({error}); fetch the file again") from error
+        raise UsageError(f"{file.path}: damaged from line {line} on ({error}); fetch the file again") from error
 
 
 def open_parquet(file: SourceFile) -> Any:
@@ -126,7 +126,7 @@ def read_rows(file: SourceFile, field: str, groups: range, row: int, size: int) 
                 yield text_of(record, field, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
                 row += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{file.path}: damaged behind row {row - 1} ({_first_line(error)}); fetch it again") from error
+        raise UsageError(f"{file.path}: damaged from row {row} on ({_first_line(error)}); fetch it again") from error
 
 
 def text_of(record: Any, field: str, name: str, place: str, read: int) -> Document | Skipped:

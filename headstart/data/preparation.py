@@ -123,11 +123,11 @@ def _working_folder(out: Path, say: Report) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if kept := len(list((work / "units").glob("[!.]*"))):
-                say(f"stopped; {kept} finished pieces of work are kept in {work}: the same command goes on with them")
+            if any((work / "units").glob("[!.]*")):
+                say(f"stopped; finished work is kept in {work}: the same command goes on with it")
             raise
         finally:
-            if not any((work / "units").glob("[!.]*")) and not any(work.glob("vocabulary-*")):
+            if not any((work / "units").glob("[!.]*")) and not any(work.glob("vocabulary-*/[!.]*")):
                 shutil.rmtree(work, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ Advance = Callable[[int], None]
 """Says that so much more is done, from within an item."""
 
 POLL_SECONDS = 0.25
+STOP_SECONDS = 3.0
 
 
 def run_all(
@@ -65,13 +66,18 @@ def run_all(
             "finished work is kept"
         ) from error
     finally:
-        for process in set(multiprocessing.active_children()) - others:
+        ours = set(multiprocessing.active_children()) - others
+        for process in ours:
             process.terminate()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in ours:
+            process.join(STOP_SECONDS)
+            process.kill()  # deep in a library, which does not look at signals
 
 
 _function: Any = None
 _counter: Any = None
+_stopping = False
 
 
 def _begin(function: Any, counter: Any) -> None:
@@ -79,8 +85,16 @@ def _begin(function: Any, counter: Any) -> None:
     global _function, _counter
     _function, _counter = function, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops its workers
+    signal.signal(signal.SIGTERM, _stop)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _stop(*_: object) -> None:
+    """The parent wants no more results: leave what is at hand, cleaning up, and the waiting items too."""
+    global _stopping
+    _stopping = True
+    raise SystemExit(1)
 
 
 def _die_with_parent() -> None:
@@ -96,4 +110,6 @@ def _advance(amount: int) -> None:
 
 
 def _run(item: Any) -> Any:
+    if _stopping:
+        raise SystemExit(1)
     return _function(item, _advance)
