@@ -108,10 +108,16 @@ def test_other_arguments_start_anew(corpus, tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tmp_path / "out", Counting(fatal=79))
     tokenizer = Counting()
+    units_before = set((tmp_path / ".out.preparing" / "units").iterdir())
     if change.pop("tokenizer", None):
         tokenizer.end_id = 254
+    tokenizer.fatal = 79
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(corpus)], tmp_path / "out", tokenizer, **change)
+    assert units_before.isdisjoint((tmp_path / ".out.preparing" / "units").iterdir())  # they would fill the disk
+    tokenizer.fatal = None
     prepare([str(corpus)], tmp_path / "out", tokenizer, **change)
-    assert tokenizer.seen == 20
+    assert tokenizer.seen >= 20
 
 
 def test_only_what_has_changed_is_encoded_again(corpus, tmp_path):
@@ -174,6 +180,7 @@ def test_a_killed_process_leaves_no_worker_and_is_gone_on_with(corpus, tmp_path)
         process.wait()
     assert workers and process.pid not in workers
     wait_until(lambda: not any(map(running, workers)))
+    (tmp_path / ".out.writing-1").mkdir()  # as a kill while packing leaves it
     finished = len(list(work.glob("[!.]*")))
     assert finished >= 2 and not (tmp_path / "out").exists()
 

@@ -162,9 +162,12 @@ DAMAGES = {
     "foreign manifest": (edit(lambda manifest: manifest.pop("format")), "not a manifest"),
     "later version": (edit(lambda manifest: manifest.update(version=99)), "has version 99"),
     "no dtype": (edit(lambda manifest: manifest.pop("dtype")), "damaged"),
-    "no shards": (edit(lambda manifest: manifest["splits"]["train"].pop("shards")), "damaged"),
-    "too few shards": (edit(lambda manifest: manifest["splits"]["train"].update(shards=[])), "damaged"),
-    "a shard elsewhere": (edit(lambda manifest: manifest["splits"]["train"]["starts"].update(file="../x")), "damaged"),
+    "no shards": (edit(lambda manifest: manifest["splits"]["train"].pop("shards")), "no usable 'shards'"),
+    "too few shards": (edit(lambda manifest: manifest["splits"]["train"].update(shards=[])), "no usable shards"),
+    "a shard elsewhere": (
+        edit(lambda manifest: manifest["splits"]["train"]["starts"].update(file="../x")),
+        "no usable shards",
+    ),
     "no split": (edit(lambda manifest: manifest["splits"].pop("train")), 'no split "train"'),
 }
 
