@@ -55,32 +55,72 @@ def demo(
 
 
 def prepare(
-    sources: Positional[list[str]],
+    sources: Positional[tuple[str, ...]] = (),
+    *,
     out: Path,
     tokenizer: str = "bytes",
+    train_bpe: int | None = None,
+    text_field: str = "text",
+    split: str = "train",
+    hf_config: str | None = None,
     validation_fraction: float = 0.02,
     seed: int = 0,
+    workers: int | None = None,
+    verify: bool = False,
     json: bool = False,
 ) -> None:
-    """Turn text and code into token shards for training.
+    """Turn text, code and datasets into token shards for training.
+
+    Stopped or killed, the same command goes on where it was; other arguments start anew.
 
     Args:
-        sources: files, folders, globs, or python-stdlib (the sources of the running interpreter).
+        sources: files, folders, globs, python-stdlib (the sources of the running interpreter), hf:NAME (a dataset of
+            the Hugging Face hub, streamed) or hf:FOLDER. In folders too, .jsonl, .jsonl.gz, .jsonl.zst and
+            .parquet hold a document in each line or row; every other file is one document of text.
         out: folder to write; it must not exist or be an earlier preparation.
-        tokenizer: bytes, a tokenizer.json, or a directory that holds one.
+        tokenizer: bytes, a tokenizer.json, a directory that holds one, or a hub id OWNER/NAME.
+        train_bpe: learn a byte-level BPE vocabulary of this size from the sources, instead of --tokenizer.
+        text_field: the field or column that holds the text; a.b is field b within a.
+        split: the split to take from hf: datasets.
+        hf_config: the configuration to take of hf: datasets.
         validation_fraction: share of the documents held out.
         seed: chooses the documents held out.
+        workers: processes (default: all cores); the output does not depend on it.
+        verify: prepare nothing; read the folder --out and name its damaged files, exit status 1 if there are any.
         json: print the manifest as JSON.
     """
-    from headstart.data.shards import prepare as prepare_shards
+    from headstart.data import shards
+    from headstart.data.bpe import NewBpe
+    from headstart.data.hub_datasets import is_dataset
     from headstart.data.tokenizers import load_tokenizer
-    from headstart.terminal import say
+    from headstart.data.units import Selection
+    from headstart.machine import cores
+    from headstart.terminal import Progress, say
 
-    manifest = prepare_shards(
-        sources, out, load_tokenizer(tokenizer), validation_fraction=validation_fraction, seed=seed, report=say
-    )
-    for split, content in manifest["splits"].items():
-        say(f"{split}: {content['documents']:,} documents, {content['tokens']:,} tokens")
+    if verify:
+        if sources:
+            raise UsageError(f"{sources[0]}: --verify takes no source; it reads the folder --out")
+        faults = shards.verify(out)
+        for fault in faults:
+            say(fault)
+        say(f"{out}: {len(faults)} damaged" if faults else f"{out}: every file is as prepare wrote it")
+        raise SystemExit(1 if faults else 0)
+    if train_bpe is not None and tokenizer != "bytes":
+        raise UsageError("--train-bpe and --tokenizer: give one of the two")
+    with Progress("prepare", unit="documents" if any(map(is_dataset, sources)) else "bytes") as bar:
+        manifest = shards.prepare(
+            sources,
+            out,
+            load_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
+            selection=Selection(text_field, split, hf_config),
+            validation_fraction=validation_fraction,
+            seed=seed,
+            workers=cores() if workers is None else workers,
+            progress=bar.update,
+            report=say,
+        )
+    for name, content in manifest["splits"].items():
+        say(f"{name}: {content['documents']:,} documents, {content['tokens']:,} tokens")
     say(f"prepared: {out}")
     if json:
         _print_json(manifest)

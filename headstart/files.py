@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from headstart.errors import UsageError
 
@@ -93,3 +94,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` (UTF-8) to `path` atomically."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def take_lock(file: IO[str]) -> bool:
+    """Whether `file` is now ours until it is closed. True where the system or the file system knows no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

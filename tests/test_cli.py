@@ -61,6 +61,10 @@ def one_line(captured: str) -> str:
         (["train", SMOKE, "--data.tokenizer", "nowhere.json", "--run-dir", "RUN"], "nowhere.json"),
         (["train", SMOKE, "--model.vocab-size", "100", "--run-dir", "RUN"], "vocab"),
         (["prepare", "nowhere", "--out", "OUT"], "nowhere"),
+        (["prepare", "--out", "OUT"], "no source"),
+        (["prepare", "nowhere", "--out", "OUT", "--train-bpe", "10"], "257"),
+        (["prepare", "nowhere", "--out", "OUT", "--train-bpe", "300", "--tokenizer", "x"], "one of the two"),
+        (["prepare", "--out", "OUT", "--verify"], "no such folder"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
         (["generate", "MODEL", "--prompt", ""], "prompt is empty"),
         (["generate", "MODEL", "--prompt", "x" * 64], "shorten the prompt"),
@@ -122,6 +126,19 @@ def test_prepare_then_train_on_it(tmp_path, capsys) -> None:
     assert call("train", SMOKE, "--data.path", data, "--run-dir", run, "--steps", "2", *small) == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 2
     assert call("generate", f"{run}/model", "--prompt", "document", "--max-new-tokens", "5") == 0
+
+
+def test_verify_names_the_damaged_files(tmp_path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n' * 9)
+    data = tmp_path / "data"
+    assert call("prepare", str(tmp_path / "a.jsonl"), "--out", str(data), "--text-field", "body") == 0
+    assert call("prepare", "--out", str(data), "--verify") == 0
+    with (data / "train-00000.bin").open("r+b") as file:
+        file.write(b"#")
+    capsys.readouterr()
+    assert call("prepare", "--out", str(data), "--verify") == 1
+    assert f"{data}/train-00000.bin: its content is not what prepare wrote" in capsys.readouterr().err
+    assert call("prepare", str(tmp_path), "--out", str(data), "--verify") == 2
 
 
 def test_help_and_version_answer_without_torch() -> None:

@@ -216,9 +216,7 @@ class _Cutter:
     def __init__(self, shards: TokenShards, length: int, heads: int) -> None:
         if length < 1 or heads < 1:
             raise UsageError(f"length {length}, heads {heads}: both must be 1 or more")
-        # The same memory, without np.memmap's cost per slice; a split of several files is only ever sliced.
-        whole = isinstance(shards.tokens, np.ndarray)
-        self._tokens = np.asarray(shards.tokens) if whole else shards.tokens
+        self._tokens = shards.tokens
         self._starts = np.asarray(shards.documents)
         self._length, self.width = length, length + heads
         self.count = (len(self._tokens) - heads) // length

@@ -1,11 +1,11 @@
-"""Corpora: files, folders, globs and Python's own library, read as documents in a fixed order."""
+"""Corpora: files, folders, globs and Python's own library, found in a fixed order."""
 
 from __future__ import annotations
 
 import glob
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,41 +17,23 @@ SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text. `name` is relative to its source, so that it is the same on another machine."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus, not read yet; `size` in bytes."""
+    """A file of a corpus, not read yet; `name` is relative to its source, so that it is the same on another machine."""
 
     source: str
     name: str
     path: Path
-    size: int
-
-
-def read_documents(sources: Sequence[str], report: Callable[[str], None] | None = None) -> Iterator[Document]:
-    """The documents of `sources`, one per file, in an order that depends on the names alone.
-
-    A source is the name `python-stdlib` (the library sources of the running interpreter, without its tests), a file, a
-    folder (all text files in it, hidden ones skipped), or a glob (`**` matches folders). Text is UTF-8 without NUL, by
-    content; line ends stay as they are. A file named twice is read once. Files that are empty or not text are skipped
-    and counted in a line to `report`. A source that is missing, unreadable or without a document raises UsageError: a
-    missing one at once, before anything is read.
-    """
-    return read_files(list_files(sources), report)
+    size: int  # bytes
+    modified: int  # nanoseconds, of the machine's own clock
 
 
 def list_files(sources: Sequence[str]) -> list[SourceFile]:
-    """The files of `sources` in reading order, each real file once. Raises as `read_documents`."""
-    if isinstance(sources, str):
-        sources = [sources]
-    if not sources:
-        raise UsageError(f"no source given; name a file, a folder, a glob, or {STDLIB}")
+    """The files of `sources`, each real file once, in an order that depends on the names alone.
+
+    A source is the name `python-stdlib` (the library sources of the running interpreter, without its tests), a file, a
+    folder (all files in it, hidden ones skipped), or a glob (`**` matches folders). A source that is missing,
+    unreadable or without a file raises UsageError.
+    """
     files: list[SourceFile] = []
     seen: set[str] = set()
     for source in sources:
@@ -64,25 +46,6 @@ def list_files(sources: Sequence[str]) -> list[SourceFile]:
                 seen.add(real)
                 files.append(file)
     return files
-
-
-def read_files(files: Sequence[SourceFile], report: Callable[[str], None] | None = None) -> Iterator[Document]:
-    """Reads what `list_files` found. Raises UsageError at the end of a source none of whose files was text."""
-    for start, stop in _runs([file.source for file in files]):
-        source = files[start].source
-        documents, reasons = 0, {"empty": 0, "not UTF-8 text": 0, "unreadable": 0}
-        for file in files[start:stop]:
-            text, reason = _read_text(file.path)
-            if text is None:
-                reasons[reason] += 1
-                continue
-            documents += 1
-            yield Document(file.name, text)
-        skipped = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
-        if documents == 0:
-            raise UsageError(f"{source}: no document in it (files skipped: {skipped}); name UTF-8 text files")
-        if skipped and report is not None:
-            report(f"{source}: {documents} documents read; files skipped: {skipped}")
 
 
 def _files_of(source: str) -> list[SourceFile]:
@@ -106,7 +69,7 @@ def _files_of(source: str) -> list[SourceFile]:
         raise UsageError(f"{source}: cannot be read ({error.strerror}); name a place you may read") from error
     if glob.has_magic(source):
         return _glob_files(source)
-    raise UsageError(f"{source}: no such file or folder; give a path, a glob, or {STDLIB}")
+    raise UsageError(f"{source}: no such file or folder; give a path, a glob, {STDLIB}, or hf:NAME")
 
 
 def _glob_files(source: str) -> list[SourceFile]:
@@ -160,30 +123,7 @@ def _order(path: Path) -> tuple[str, ...]:
 
 def _source_file(source: str, path: Path, name: str) -> SourceFile:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError:  # gone since it was listed: reading will count it as unreadable
-        size = 0
-    return SourceFile(source, name, path, size)
-
-
-def _read_text(path: Path) -> tuple[str | None, str]:
-    """The text of a file, or None and the reason why it has none."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None, "unreadable"
-    if not content:
-        return None, "empty"
-    try:
-        return (None, "not UTF-8 text") if b"\0" in content else (content.decode("utf-8"), "")
-    except UnicodeDecodeError:
-        return None, "not UTF-8 text"
-
-
-def _runs(values: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of equal neighbours."""
-    start = 0
-    for index in range(1, len(values) + 1):
-        if index == len(values) or values[index] != values[start]:
-            yield start, index
-            start = index
+        return SourceFile(source, name, path, 0, 0)
+    return SourceFile(source, name, path, status.st_size, status.st_mtime_ns)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "l
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 OTHER_FILES = ("special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
 
@@ -233,17 +235,22 @@ class PretrainedTokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer that `source` names: "bytes", a `tokenizer.json`, or a directory that holds one.
+    """The tokenizer that `source` names: "bytes", a `tokenizer.json`, a directory with one, or a hub id OWNER/NAME.
 
-    A directory that `ByteTokenizer.save` wrote comes back as ByteTokenizer. Anything else raises UsageError.
+    What lies on the disk goes before the hub. A directory that `ByteTokenizer.save` wrote comes back as ByteTokenizer.
+    Anything else raises UsageError.
     """
     if source == "bytes":
         return ByteTokenizer()
     path = Path(source)
     if not path.exists():
+        if re.fullmatch(HUB_ID, str(source)):
+            tokenizer = PretrainedTokenizer(_fetch(str(source)))
+            tokenizer.name = str(source)
+            return tokenizer
         raise UsageError(
-            f'tokenizer "{source}": no such file or directory; give "bytes", a {TOKENIZER_FILE}, or a directory that '
-            f"holds one"
+            f'tokenizer "{source}": no such file or directory; give "bytes", a {TOKENIZER_FILE}, a directory that '
+            f"holds one, or a hub id OWNER/NAME"
         )
     if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
         raise UsageError(
@@ -257,6 +264,24 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         if len(tokenizer_file.get("added_tokens") or []) == 1:
             return ByteTokenizer()
     return PretrainedTokenizer(path)
+
+
+def _fetch(repository: str) -> Path:
+    """The folder with a hub model's tokenizer files: fetched, or found in the hub's cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        folder = Path(hf_hub_download(repository, TOKENIZER_FILE)).parent
+        for name in (CONFIG_FILE, "special_tokens_map.json"):
+            with suppress(EntryNotFoundError):
+                hf_hub_download(repository, name)
+    except Exception as error:  # of the hub, of the network, of the disk: many kinds
+        raise UsageError(
+            f'tokenizer "{repository}": no such file or directory here, and the hub gives none ({_first_line(error)}); '
+            f"check the name and the network, or give a {TOKENIZER_FILE}"
+        ) from error
+    return folder
 
 
 def _decoder_steps(decoder: Any) -> list[str]:

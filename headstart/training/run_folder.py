@@ -9,13 +9,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from headstart.data.mixture import MixturePart, Source, open_sources
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.files import replacing_file
+from headstart.files import replacing_file, take_lock
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
 from headstart.training.config import FIXED, QUIET, RunConfig, differences, is_under, load_config, save_config
@@ -47,7 +47,7 @@ class RunFolder:
                 f"{self.path}: cannot be written ({error.strerror}); give a --run-dir you may write to"
             ) from error
         with lock:
-            if not _lock(lock):
+            if not take_lock(lock):
                 raise UsageError(
                     f"{self.path}: another process is training there; wait for it or give another --run-dir"
                 )
@@ -153,18 +153,3 @@ class RunLog:
                     keep = False  # torn by a kill
                 if keep:
                     kept.write(line)
-
-
-def _lock(file: IO[str]) -> bool:
-    """Whether `file` is now ours until it is closed. True where the system or the file system knows no locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -1,5 +1,6 @@
 """What prepare writes, what opens, and what must not."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headstart.data import shards as shards_module
-from headstart.data.shards import TokenShards, prepare
+from headstart.data import packing
+from headstart.data.batches import evaluation_batches
+from headstart.data.shards import SplitTokens, TokenShards, prepare, verify
 from headstart.data.tokenizers import ByteTokenizer, load_tokenizer
 from headstart.errors import UsageError
 
@@ -77,9 +79,9 @@ def test_the_split_of_a_document_depends_on_seed_and_name_alone(tmp_path):
     odd = {name for name in every if int(name[-5]) % 2}
     assert odd == held_out("c", f"{corpus}/*[13579].txt")
     assert every != held_out("d", str(corpus), seed=1)
-    first = (tmp_path / "a" / "train.bin").read_bytes()
+    first = (tmp_path / "a" / "train-00000.bin").read_bytes()
     held_out("a", str(corpus))  # over the older folder
-    assert (tmp_path / "a" / "train.bin").read_bytes() == first
+    assert (tmp_path / "a" / "train-00000.bin").read_bytes() == first
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
@@ -97,7 +99,7 @@ def test_small_corpora_have_both_splits(tmp_path, fraction, count):
     names = json.loads((tmp_path / "out" / "validation.names.json").read_text())
     assert [(corpus.parent / name).read_text(encoding="utf-8") for name in names] == documents_of(validation)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *(f"{split}{end}" for split in ("train", "validation") for end in (".bin", ".documents.npy")),
+        *(f"{split}{end}" for split in ("train", "validation") for end in ("-00000.bin", ".documents.npy")),
         "validation.names.json",
         "tokenizer",
         "manifest.json",
@@ -123,7 +125,7 @@ def test_the_dtype_holds_the_vocabulary(tmp_path, vocab_size, dtype):
             return [vocab_size - 256 + token for token in super().encode(text)]
 
         def save(self, directory):
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)
 
     tokenizer = Shifted()
     tokenizer.vocab_size, tokenizer.end_id = vocab_size, vocab_size - 1
@@ -131,13 +133,13 @@ def test_the_dtype_holds_the_vocabulary(tmp_path, vocab_size, dtype):
     manifest = prepare([str(corpus)], tmp_path / "out", tokenizer, validation_fraction=0)
     shards = TokenShards.open(tmp_path / "out", "train")
     assert manifest["dtype"] == dtype == shards.tokens.dtype.name
-    assert isinstance(shards.tokens, np.memmap)
+    assert isinstance(shards.tokens.base, np.memmap)
     expected = tokenizer.encode((corpus / "001.txt").read_text(encoding="utf-8"))
     assert shards.document(1).tolist() == [*expected, vocab_size - 1]
 
 
 def cut(folder):
-    os.truncate(folder / "train.bin", (folder / "train.bin").stat().st_size - 1)
+    os.truncate(folder / "train-00000.bin", (folder / "train-00000.bin").stat().st_size - 1)
 
 
 def edit(change):
@@ -151,7 +153,7 @@ def edit(change):
 
 DAMAGES = {
     "truncated": (cut, "where the manifest says"),
-    "no bin": (lambda folder: (folder / "train.bin").unlink(), "where the manifest says"),
+    "no bin": (lambda folder: (folder / "train-00000.bin").unlink(), "train-00000.bin: missing"),
     "no starts": (lambda folder: (folder / "train.documents.npy").unlink(), "missing or damaged"),
     "cut starts": (lambda folder: os.truncate(folder / "train.documents.npy", 100), "missing or damaged"),
     "wrong starts": (lambda folder: np.save(folder / "train.documents.npy", np.arange(3)), "does not fit"),
@@ -160,6 +162,12 @@ DAMAGES = {
     "foreign manifest": (edit(lambda manifest: manifest.pop("format")), "not a manifest"),
     "later version": (edit(lambda manifest: manifest.update(version=99)), "has version 99"),
     "no dtype": (edit(lambda manifest: manifest.pop("dtype")), "damaged"),
+    "no shards": (edit(lambda manifest: manifest["splits"]["train"].pop("shards")), "no usable 'shards'"),
+    "too few shards": (edit(lambda manifest: manifest["splits"]["train"].update(shards=[])), "no usable shards"),
+    "a shard elsewhere": (
+        edit(lambda manifest: manifest["splits"]["train"]["starts"].update(file="../x")),
+        "no usable shards",
+    ),
     "no split": (edit(lambda manifest: manifest["splits"].pop("train")), 'no split "train"'),
 }
 
@@ -185,12 +193,103 @@ def test_missing_folders_splits_and_documents(prepared, tmp_path):
             shards.document(index)
 
 
-def test_verify_sees_one_changed_byte(prepared):
-    with (prepared / "train.bin").open("r+b") as file:
-        file.seek(5)
-        file.write(b"#")
-    with pytest.raises(UsageError, match="not what prepare wrote"):
+def spoil(file):
+    with file.open("r+b") as content:
+        content.seek(5)
+        byte = content.read(1)
+        content.seek(5)
+        content.write(bytes([byte[0] ^ 1]))
+
+
+def test_verify_names_the_damaged_files(prepared):
+    assert verify(prepared) == []
+    spoil(prepared / "train-00000.bin")
+    with pytest.raises(UsageError, match=r"train-00000\.bin: its content is not what prepare wrote"):
         TokenShards.open(prepared, "train").verify()
+    TokenShards.open(prepared, "validation").verify()
+    np.save(prepared / "validation.documents.npy", np.load(prepared / "validation.documents.npy") * 2)
+    (prepared / "validation-00000.bin").unlink()
+    assert [line.split(":")[0].split("/")[-1] for line in verify(prepared)] == [
+        "train-00000.bin",
+        "validation-00000.bin",
+        "validation.documents.npy",
+    ]
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """Shards of 100 tokens, and the same corpus in one shard."""
+    corpus = write_corpus(tmp_path / "corpus")
+    whole = prepare([str(corpus)], tmp_path / "whole", ByteTokenizer(), validation_fraction=0.2)
+    monkeypatch.setattr(packing, "SHARD_BYTES", 100)
+    manifest = prepare([str(corpus)], tmp_path / "split", ByteTokenizer(), validation_fraction=0.2)
+    for name, content in manifest["splits"].items():
+        assert [shard["tokens"] for shard in content["shards"][:-1]] == [100] * (len(content["shards"]) - 1)
+        assert {**content, "shards": None} == {**whole["splits"][name], "shards": None}
+    return tmp_path / "split", tmp_path / "whole"
+
+
+def test_several_shards_are_one_sequence(split):
+    several, one = (TokenShards.open(folder, "train") for folder in split)
+    assert isinstance(several.tokens, SplitTokens) and isinstance(one.tokens, np.ndarray)
+    assert len(several.tokens) == len(one.tokens) > 500 and several.tokens.dtype == one.tokens.dtype
+    several.verify()
+    for begin in (0, 1, 99, 100, 101, 250, len(one.tokens) - 1, len(one.tokens)):
+        for width in (0, 1, 99, 100, 101, 230, 10**6):
+            piece = several.tokens[begin : begin + width]
+            assert piece.dtype == one.tokens.dtype and piece.tolist() == one.tokens[begin : begin + width].tolist()
+    assert several.tokens[-5:].tolist() == one.tokens[-5:].tolist()
+    assert documents_of(several) == documents_of(one)
+    with pytest.raises(ValueError, match="step"):
+        several.tokens[::2]
+
+
+def test_rows_cross_from_one_shard_to_the_next(split):
+    several, one = (
+        list(evaluation_batches(TokenShards.open(folder, "train"), rows=3, length=64, heads=4, limit_rows=None))
+        for folder in split
+    )
+    assert len(several) == len(one) > 3
+    for ours, theirs in zip(several, one):
+        assert ours.tokens.equal(theirs.tokens) and ours.targets.equal(theirs.targets)
+        assert ours.documents.equal(theirs.documents)
+
+
+def test_a_missing_shard_is_named(split):
+    (split[0] / "train-00002.bin").rename(split[0] / "elsewhere")
+    with pytest.raises(UsageError, match=r"train-00002\.bin: missing"):
+        TokenShards.open(split[0], "train")
+    (split[0] / "elsewhere").rename(split[0] / "train-00002.bin")
+    spoil(split[0] / "train-00003.bin")
+    with pytest.raises(UsageError, match=r"train-00003\.bin: its content"):
+        TokenShards.open(split[0], "train").verify()
+
+
+def test_a_folder_of_version_1_still_opens(tmp_path):
+    text = b"one\xfftwo and three\xff"
+    (tmp_path / "train.bin").write_bytes(text)
+    (tmp_path / "validation.bin").write_bytes(b"")
+    np.save(tmp_path / "train.documents.npy", np.array([0, 4]))
+    np.save(tmp_path / "validation.documents.npy", np.array([], dtype=np.int64))
+    empty = {"tokens": 0, "documents": 0, "bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    manifest = {
+        **{"format": "headstart-shards", "version": 1, "tokenizer": "bytes", "vocab_size": 256, "end_id": 255},
+        **{"dtype": "uint8", "sources": ["x"], "seed": 0, "validation_fraction": 0.0},
+        "splits": {
+            "train": {"tokens": 18, "documents": 2, "bytes": 16, "sha256": hashlib.sha256(text).hexdigest()},
+            "validation": empty,
+        },
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    shards = TokenShards.open(tmp_path, "train")
+    shards.verify()
+    assert verify(tmp_path) == []
+    assert documents_of(shards) == ["one", "two and three"]
+    with pytest.raises(UsageError, match="validation split is empty"):
+        TokenShards.open(tmp_path, "validation")
+    spoil(tmp_path / "train.bin")
+    with pytest.raises(UsageError, match=r"train\.bin: its content"):
+        shards.verify()
 
 
 class Killed(BaseException):
@@ -217,25 +316,6 @@ def test_a_prepare_that_dies_leaves_the_older_one(prepared, tmp_path):
         prepare([str(tmp_path / "corpus")], prepared, FailingTokenizer())
     assert (prepared / "manifest.json").read_bytes() == before
     TokenShards.open(prepared, "train").verify()
-
-
-def test_a_kill_without_cleaning_up_leaves_nothing_that_opens(tmp_path, monkeypatch):
-    """As SIGKILL just before the manifest: the working folder stays, hidden, and no shards folder is seen."""
-    corpus = write_corpus(tmp_path / "corpus")
-    monkeypatch.setattr("headstart.files.shutil.rmtree", lambda *args, **kwargs: None)
-
-    def kill(path, content):
-        if path.name == "manifest.json":
-            raise Killed
-
-    monkeypatch.setattr(shards_module, "_write_json", kill)
-    with pytest.raises(Killed):
-        prepare([str(corpus)], tmp_path / "out", ByteTokenizer())
-    left = [path for path in tmp_path.iterdir() if path.name != "corpus"]
-    assert left and all(path.name.startswith(".") for path in left)
-    for folder in [*left, tmp_path / "out"]:
-        with pytest.raises(UsageError):
-            TokenShards.open(folder, "train")
 
 
 def test_foreign_folders_are_not_replaced(tmp_path):

@@ -1,6 +1,7 @@
 """Ids and text, round trips, and what transformers makes of the saved files."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,43 @@ def test_importing_stays_cheap():
     )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_hub_id_is_fetched(tokenizers, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    tokenizers["bpe"].save(tmp_path)
+    asked = []
+
+    def fetch(repository, name):
+        asked.append((repository, name))
+        if not (tmp_path / name).exists():
+            raise EntryNotFoundError(name)
+        return str(tmp_path / name)
+
+    def unreachable(repository, name):
+        raise LocalEntryNotFoundError("no connection\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer("owner/some-model")
+    assert tokenizer.name == "owner/some-model" and tokenizer.encode("the then") == tokenizers["bpe"].encode("the then")
+    assert ("owner/some-model", "tokenizer.json") in asked
+    asked.clear()
+    for no_id in ("nowhere", "a/b/c", "./nowhere", "../nowhere", "data/tokenizer.json", "/no/where"):
+        with pytest.raises(UsageError, match="no such file or directory"):
+            load_tokenizer(no_id)
+    assert asked == []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(UsageError, match=r"owner/name.*the hub gives none") as raised:
+        load_tokenizer("owner/name")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "fallback"])
+def test_tokenizers_can_be_given_to_other_processes(tokenizers, name):
+    copy = pickle.loads(pickle.dumps(tokenizers[name]))
+    text = "naïve 日本語 🎉"
+    assert copy.encode(text) == tokenizers[name].encode(text)
+    assert stream(copy, copy.encode(text), [2]) == stream(tokenizers[name], copy.encode(text), [2])

@@ -191,9 +191,9 @@ def test_it_prepares_its_own_data_once(tiny, corpus, tmp_path, metrics) -> None:
     config = tiny(steps=2, data=DataConfig(sources=(str(sources),), validation_fraction=0.2))
     train(config)
     (sources / "00.txt").write_text("something else " * 1000)
-    before = (config.run_dir / "data" / "train.bin").read_bytes()
+    before = (config.run_dir / "data" / "train-00000.bin").read_bytes()
     train(replace(config, steps=4))
-    assert (config.run_dir / "data" / "train.bin").read_bytes() == before
+    assert (config.run_dir / "data" / "train-00000.bin").read_bytes() == before
 
 
 def test_compiled_blocks_train_alike(tiny, metrics, monkeypatch) -> None:

@@ -1,0 +1,225 @@
+"""Documents: the texts in a file, whatever its format, read piece by piece and never a whole collection at once.
+
+A name decides the format: `.jsonl`, also compressed as `.gz` or `.zst` (then `.json` means the same: C4 and Dolma name
+their files so), `.parquet`; any other file is one document of plain text. Lines are counted from 1, rows from 0.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from headstart.data.corpora import SourceFile
+from headstart.errors import UsageError
+
+READ_BYTES = 1 << 18
+PARQUET_ROWS = 1024
+EMPTY, NULL, NOT_TEXT, UNREADABLE = "empty", "null", "not UTF-8 text", "unreadable"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, not empty and with a UTF-8 form. `name` is stable: it decides the split that the document goes to."""
+
+    name: str
+    text: str
+    bytes: int  # of the text in UTF-8
+    read: int  # bytes of the file that it took up, for progress
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or row without a text, and the reason: one of the four above."""
+
+    reason: str
+    read: int
+
+
+def format_of(name: str) -> str:
+    """ "text", "jsonl", "jsonl.gz", "jsonl.zst" or "parquet"."""
+    match = re.search(r"\.(?:jsonl|json(?=\.(?:gz|zst)$))(?:\.(gz|zst))?$|\.(parquet)$", name.lower())
+    if match is None:
+        return "text"
+    return match[2] or ("jsonl" if match[1] is None else f"jsonl.{match[1]}")
+
+
+def read_text(file: SourceFile) -> Document | Skipped:
+    """A plain text file as one document; line ends stay as they are, and a NUL means that it is no text."""
+    try:
+        content = file.path.read_bytes()
+    except OSError:
+        return Skipped(UNREADABLE, file.size)
+    if not content:
+        return Skipped(EMPTY, file.size)
+    try:
+        text = None if b"\0" in content else content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = None
+    return Skipped(NOT_TEXT, file.size) if text is None else Document(file.name, text, len(content), file.size)
+
+
+def read_lines(file: SourceFile, field: str, begin: int, end: int, line: int) -> Iterator[Document | Skipped]:
+    """The documents of a .jsonl file between two line starts, given in bytes; the first line there is number `line`."""
+    try:
+        with file.path.open("rb") as content:
+            content.seek(begin)
+            while begin < end and (raw := content.readline()):
+                begin += len(raw)
+                yield from _parse_line(raw, file, field, line, len(raw))
+                line += 1
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def read_compressed_lines(file: SourceFile, field: str) -> Iterator[Document | Skipped]:
+    """The documents of a .jsonl.gz or .jsonl.zst file. Raises UsageError where the file is cut short or damaged."""
+    line, rest, before = 1, b"", 0
+    try:
+        with file.path.open("rb") as content:
+            blocks = _unzip(content) if format_of(file.name).endswith("gz") else _unzstd(content)
+            for block in blocks:
+                *lines, rest = (rest + block).split(b"\n")
+                for raw in lines:
+                    # What was read of the file belongs to the first line of its block: progress needs no more.
+                    yield from _parse_line(raw, file, field, line, content.tell() - before)
+                    before = content.tell()
+                    line += 1
+            yield from _parse_line(rest, file, field, line, 0)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except _Damaged as error:
+        raise UsageError(f"{file.path}: damaged from line {line} on ({error}); fetch the file again") from error
+
+
+def open_parquet(file: SourceFile) -> Any:
+    """The `pyarrow.parquet.ParquetFile`. Raises UsageError where pyarrow is missing or the file is no Parquet file."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(f"{file.path}: reading Parquet needs pyarrow; pip install 'headstart[data]'") from None
+    try:
+        return parquet.ParquetFile(file.path)
+    except pyarrow.ArrowInvalid as error:
+        raise UsageError(f"{file.path}: not a whole Parquet file ({_first_line(error)}); fetch it again") from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def read_rows(file: SourceFile, field: str, groups: range, row: int, size: int) -> Iterator[Document | Skipped]:
+    """The documents of some row groups of a Parquet file; the first row there is number `row`; `size` in bytes."""
+    import pyarrow
+
+    content = open_parquet(file)
+    known = content.schema_arrow.names
+    column = field if field in known else field.split(".")[0]
+    if column not in known:
+        raise _no_field(str(file.path), field, known)
+    rows = sum(content.metadata.row_group(group).num_rows for group in groups)
+    try:
+        for batch in content.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=[column]):
+            for record in batch.to_pylist():
+                yield text_of(record, field, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{file.path}: damaged from row {row} on ({_first_line(error)}); fetch it again") from error
+
+
+def text_of(record: Any, field: str, name: str, place: str, read: int) -> Document | Skipped:
+    """The document in one row. `field` may be dotted, "a.b" being what `b` holds in what `a` holds; null is skipped.
+
+    Raises UsageError, naming `place`, where the field is missing or holds something else than text.
+    """
+    if not isinstance(record, dict):
+        raise UsageError(f'{place}: not an object with fields; it must be one, such as {{"{field}": "..."}}')
+    value: Any = record
+    for part in [field] if field in record else field.split("."):
+        if value is None:
+            break  # {"a": null} has no text in a.b, as {"a": {"b": null}} has none
+        if not isinstance(value, dict) or part not in value:
+            raise _no_field(place, field, _fields(record))
+        value = value[part]
+    if value is None:
+        return Skipped(NULL, read)
+    if not isinstance(value, str):
+        raise UsageError(
+            f'{place}: field "{field}" holds {type(value).__name__}, not text; name another with --text-field'
+        )
+    try:
+        size = len(value.encode("utf-8"))
+    except UnicodeEncodeError:  # "\ud800" is JSON, and no text
+        return Skipped(NOT_TEXT, read)
+    return Document(name, value, size, read) if size else Skipped(EMPTY, read)
+
+
+class _Damaged(Exception):
+    """What a decompressor says of its input."""
+
+
+def _parse_line(raw: bytes, file: SourceFile, field: str, line: int, read: int) -> Iterator[Document | Skipped]:
+    if raw.isspace() or not raw:
+        return
+    place = f"{file.path}, line {line}"
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise UsageError(f"{place}: not JSON ({_first_line(error)}); mend the line or take it out") from error
+    except RecursionError:
+        raise UsageError(f"{place}: nested too deeply; take the line out") from None
+    yield text_of(record, field, f"{file.name}:{line}", place, read)
+
+
+def _unzip(content: BinaryIO) -> Iterator[bytes]:
+    yield from _decompress(content, lambda: zlib.decompressobj(wbits=31), zlib.error)
+
+
+def _unzstd(content: BinaryIO) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise UsageError("reading .zst files needs zstandard; pip install 'headstart[data]'") from None
+    # Not zstandard's stream reader: it takes a file that is cut short for a whole one. The window is the largest there
+    # is (`zstd --long=31`); memory is only taken where a file needs it.
+    engine = zstandard.ZstdDecompressor(max_window_size=2**31)
+    yield from _decompress(content, engine.decompressobj, zstandard.ZstdError)
+
+
+def _decompress(content: BinaryIO, start: Any, failure: type[Exception]) -> Iterator[bytes]:
+    """The content of all frames, one after the other; `start` gives the decompressor of a frame."""
+    engine: Any = None
+    pending = b""
+    while pending or (pending := content.read(READ_BYTES)):
+        engine = engine or start()
+        try:
+            block = engine.decompress(pending)
+        except failure as error:
+            raise _Damaged(_first_line(error)) from error
+        pending = b""
+        if engine.eof:
+            engine, pending = None, engine.unused_data.lstrip(b"\0")  # gzip allows zeros between and behind
+        yield block
+    if engine is not None:
+        raise _Damaged("cut short")
+
+
+def _fields(record: dict[str, Any]) -> list[str]:
+    """As they can be named: "a", and "a.b" for what lies in an object."""
+    inner = [(key, _fields(value) if isinstance(value, dict) else []) for key, value in record.items()]
+    return [name for key, below in inner for name in ([f"{key}.{each}" for each in below] or [key])]
+
+
+def _no_field(place: str, field: str, known: list[str]) -> UsageError:
+    fields = ", ".join(known[:20]) or "it has none"
+    return UsageError(f'{place}: no field "{field}"; name one of its fields with --text-field: {fields}')
+
+
+def _unreadable(file: SourceFile, error: OSError) -> UsageError:
+    return UsageError(f"{file.path}: cannot be read ({error.strerror or error}); allow reading it")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

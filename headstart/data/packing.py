@@ -1,0 +1,176 @@
+"""Packing: the tokens of all units, in order, as shards of bounded size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from headstart.data.encoding import SPLITS, Summary, nearest_of
+from headstart.data.manifest import COPY_BYTES, sha256_of
+from headstart.data.workers import Advance, run_all
+from headstart.errors import UsageError
+
+SHARD_BYTES = 1 << 28
+"""A shard is full at 256 MiB, wherever in a document that is."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring documents of one split of one unit."""
+
+    source: str
+    folder: Path  # of the unit
+    split: str  # in the unit
+    tokens: int
+    documents: int
+    bytes: int
+    first_token: int = 0
+    first_document: int = 0
+    name: str = ""  # of the document, where it is one that has changed sides
+
+    def lengths(self) -> np.ndarray:
+        """(documents,) int64, in tokens."""
+        file = self.folder / f"{self.split}.lengths"
+        return np.fromfile(file, dtype="<i8", count=self.documents, offset=8 * self.first_document)
+
+    def names(self) -> list[str]:
+        """Of held-out documents."""
+        if self.name:
+            return [self.name]
+        names: list[str] = json.loads((self.folder / "names.json").read_text(encoding="utf-8"))
+        return names[self.first_document : self.first_document + self.documents]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be written: byte ranges (file, begin, end), one behind the other."""
+
+    path: Path
+    ranges: tuple[tuple[Path, int, int], ...]
+
+
+def segments_of(folders: list[Path], summaries: list[Summary], validation_fraction: float) -> dict[str, list[Segment]]:
+    """What each split is made of.
+
+    Small corpora: an empty split gets the document whose hash lies nearest to it, validation from two documents on.
+    """
+    found: dict[str, list[Segment]] = {split: [] for split in SPLITS}
+    for folder, summary in zip(folders, summaries):
+        for split, part in summary.splits.items():
+            found[split].append(Segment(summary.source, folder, split, part.tokens, part.documents, part.bytes))
+    counts = {split: sum(segment.documents for segment in found[split]) for split in SPLITS}
+    if counts["train"] == 0:
+        _move("validation", "train", found, summaries)
+    elif counts["validation"] == 0 and counts["train"] >= 2 and validation_fraction > 0:
+        _move("train", "validation", found, summaries)
+    return {split: [segment for segment in found[split] if segment.documents] for split in SPLITS}
+
+
+def pack(segments: list[Segment], split: str, folder: Path, dtype: str, workers: int) -> dict[str, Any]:
+    """Writes SPLIT-00000.bin, SPLIT-00001.bin ..., SPLIT.documents.npy; returns the split's entry in the manifest."""
+    item = np.dtype(dtype).itemsize
+    shards = list(_shards(segments, split, folder, item))
+    written = dict(run_all(_write_shard, shards, max(1, min(workers, len(shards))), lambda _: None))
+    starts = folder / f"{split}.documents.npy"
+    _write_starts(starts, segments)
+    sources: dict[str, dict[str, int]] = {}
+    for segment in segments:
+        counts = sources.setdefault(segment.source, {"tokens": 0, "documents": 0, "bytes": 0})
+        for key in counts:
+            counts[key] += getattr(segment, key)
+    return {
+        **{key: sum(counts[key] for counts in sources.values()) for key in ("tokens", "documents", "bytes")},
+        "sources": sources,
+        "shards": [
+            {"file": shard.path.name, "tokens": shard.path.stat().st_size // item, "sha256": written[shard.path.name]}
+            for shard in shards
+        ],
+        "starts": {"file": starts.name, "sha256": sha256_of(starts)},
+    }
+
+
+def write_names(path: Path, segments: list[Segment]) -> None:
+    """A JSON list of the names of held-out documents, a line each."""
+    with path.open("w", encoding="utf-8") as file:
+        comma = "["
+        for segment in segments:
+            for name in segment.names():
+                file.write(f"{comma}\n  {json.dumps(name)}")
+                comma = ","
+        file.write("\n]\n" if comma == "," else "[]\n")
+
+
+def _move(giver: str, taker: str, found: dict[str, list[Segment]], summaries: list[Summary]) -> None:
+    nearest = nearest_of(giver, [summary.splits[giver] for summary in summaries])
+    assert nearest is not None
+    unit, document = nearest
+    whole = found[giver][unit]
+    moved = (document.tokens, 1, document.bytes)
+    before_bytes = whole.bytes - document.bytes  # of both rests together: only sums over a source are ever told
+    behind = document.first_token + document.tokens, document.index + 1
+    common = (whole.source, whole.folder, giver)
+    found[taker] = [Segment(*common, *moved, document.first_token, document.index, document.name)]
+    found[giver][unit : unit + 1] = [
+        Segment(*common, document.first_token, document.index, before_bytes),
+        Segment(*common, whole.tokens - behind[0], whole.documents - behind[1], 0, *behind),
+    ]
+
+
+def _shards(segments: list[Segment], split: str, folder: Path, item: int) -> Iterator[Shard]:
+    room = SHARD_BYTES
+    ranges: list[tuple[Path, int, int]] = []
+    number = 0
+    for segment in segments:
+        begin, end = segment.first_token * item, (segment.first_token + segment.tokens) * item
+        while begin < end:
+            stop = min(end, begin + room)
+            ranges.append((segment.folder / f"{segment.split}.bin", begin, stop))
+            room -= stop - begin
+            begin = stop
+            if room == 0:
+                yield Shard(folder / f"{split}-{number:05d}.bin", tuple(ranges))
+                room, ranges, number = SHARD_BYTES, [], number + 1
+    if ranges:
+        yield Shard(folder / f"{split}-{number:05d}.bin", tuple(ranges))
+
+
+def _write_shard(shard: Shard, advance: Advance) -> tuple[str, str]:
+    """Returns its name and its SHA-256."""
+    digest = hashlib.sha256()
+    with shard.path.open("wb") as target:
+        for path, begin, end in shard.ranges:
+            with path.open("rb") as source:
+                source.seek(begin)
+                for content in _blocks(source, end - begin, path):
+                    digest.update(content)
+                    target.write(content)
+    return shard.path.name, digest.hexdigest()
+
+
+def _blocks(source: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
+    while size > 0:
+        content = source.read(min(size, COPY_BYTES))
+        if not content:
+            raise UsageError(
+                f"{path}: shorter than when it was written; remove {path.parent} and run the command again"
+            )
+        yield content
+        size -= len(content)
+
+
+def _write_starts(path: Path, segments: list[Segment]) -> None:
+    """A .npy file, written piece by piece: int64, where each document starts in the split."""
+    shape = (sum(segment.documents for segment in segments),)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        start = 0
+        for segment in segments:
+            lengths = segment.lengths()
+            file.write((start + np.cumsum(lengths) - lengths).data)
+            start += segment.tokens
