@@ -158,6 +158,20 @@ class ModelConfig:
         counts["next_token_path"] = counts["total"] - counts["heads"] + path
         return counts
 
+    def flops_per_token(self, length: int) -> int:
+        """FLOPs of training on one token in rows of `length`: matrix products, forward and backward.
+
+        6 x (weights multiplied, n unembeddings included) + 12 x blocks x attention_dim x length: a multiplication and
+        an addition per weight, once forward and twice backward. Attention is counted in full, as PaLM counts for its
+        model FLOPs utilisation (arXiv 2204.02311, appendix B), though causal attention needs half of it.
+        """
+        d, kv = self.dim, self.key_value_heads * self.dim_per_head
+        block = d * (self.attention_dim + 2 * kv) + self.attention_dim * d + 3 * d * self.hidden
+        blocks = self.trunk_layers + (self.heads if self.head_kind == "transformer" else 0)
+        maps = self.heads - self.plain_decoder if self.head_kind == "linear" else 0
+        weights = blocks * block + maps * d * d + self.heads * self.vocab_size * d
+        return 6 * weights + 12 * blocks * self.attention_dim * length
+
 
 def _paper(dim: int, layers: int, attention_heads: int, context: int) -> ModelConfig:
     return ModelConfig(vocab_size=32000, dim=dim, layers=layers, attention_heads=attention_heads, context=context)
