@@ -67,11 +67,12 @@ def layout(config: RunConfig, processes: int) -> Layout:
             "one node); take a multiple"
         )
     own = rows // processes
+    at_once = max(size for size in range(1, min(own, config.batch.rows) + 1) if own % size == 0)
     return Layout(
         processes=processes,
         sharers=sharers,
-        rows=min(own, config.batch.rows),
-        micro_batches=-(-own // config.batch.rows),
+        rows=at_once,
+        micro_batches=own // at_once,
         reshard_after_forward=getattr(parallel, "reshard_after_forward", True) and sharers > 1,
         reduce_each_micro_batch=getattr(parallel, "reduce_each_micro_batch", False),
         activation_checkpointing=getattr(parallel, "activation_checkpointing", False),
