@@ -147,10 +147,12 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
         unreduced = FLOAT32 * matrix_VD  # the unembedding's, added up over the heads before it is reduced
 
     if spread:
-        trunk_gathered = 0 if layout.reshard_after_forward else trunk_parameters
-        in_heads = compute * (on_path * max(heads) + unembedding + trunk_gathered)
-        # One block is used while the next is fetched; the gradient of one waits beside its float32 form to be reduced.
-        in_trunk = compute * (unembedding + (trunk_gathered or trunk_parameters - _blocks(model) + 2 * largest_block))
+        # The embedding stays gathered through the step, the unembedding through the walk. One block is used while the
+        # next is fetched; the gradient of one waits beside its float32 form to be reduced.
+        blocks = _count(model.trunk.blocks.parameters())
+        always_gathered = unembedding + trunk_parameters - blocks - (matrix_VD if shape.tied else 0)
+        in_heads = compute * (always_gathered + on_path * max(heads) + (0 if layout.reshard_after_forward else blocks))
+        in_trunk = compute * (always_gathered + (2 * largest_block if layout.reshard_after_forward else blocks))
         reduced_head, reduced_block = (compute + FLOAT32) * max(heads), (compute + FLOAT32) * largest_block
     else:
         # Autocast keeps each matrix that it has cast until the micro-batch ends.
@@ -278,10 +280,6 @@ def _depth(config: ModelConfig) -> int:
     for k in reversed(order) if config.wiring == "anticausal" else order:
         depth[k] = depth[config.parents[k - 1]] + 1
     return max(depth)
-
-
-def _blocks(model: Transformer) -> int:
-    return _count(model.trunk.blocks.parameters())
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
