@@ -19,7 +19,7 @@ from headstart.training.memory import estimate, layout
 
 SPARE = {"cpu": 0.5, "gpu": 0.1}
 """How much more than the estimate a device should have, as a fraction of it: on a GPU for torch itself, communication,
-and what its allocator cannot use again; on a CPU the resident set was measured at 1.3 to 1.4 times the estimate
+and what its allocator cannot use again; on a CPU the resident set was measured at 1.3 times the estimate
 (docs/scale-out.md)."""
 GPU_TERAFLOPS = {"A100": 312, "H100": 989, "B200": 2250}
 """Dense bfloat16 products, from NVIDIA's data sheets (SXM)."""

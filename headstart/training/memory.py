@@ -1,9 +1,9 @@
 """How much memory one process of a training run needs, from the settings alone.
 
 Nothing is run: parameters are counted on a model without storage (meta device), activations by what autograd keeps of
-each line of `model/layers.py`, the loss by what `objective/cross_entropy.py` holds at once. A test compares the sums
-with bytes counted in real steps of one process on a CPU. Numbers for several processes and for GPUs follow from the
-same formulas, from FSDP2's documented behaviour and from `training/parallel.py`; they were not compared with a GPU.
+each line of `model/layers.py`, the loss by what `objective/cross_entropy.py` holds at once, sharding by what
+`training/parallel.py` gathers. Compared with bytes counted in real steps of one process and of two (docs/scale-out.md);
+for GPUs, whose kernels keep less than a CPU's, not compared yet.
 """
 
 from __future__ import annotations
