@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from headstart.data.batches import Batch
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig, preset
+from headstart.objective.step import walk_step
+from headstart.training import step
 from headstart.training.config import BatchConfig, DataConfig, RunConfig
 from headstart.training.loop import build_model
 from headstart.training.memory import estimate, layout
@@ -74,12 +76,23 @@ def test_it_is_what_a_step_takes(config: RunConfig) -> None:
     assert estimate(config, layout(config, 1), "cpu").peak == pytest.approx(measured(config), rel=0.1)
 
 
+def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, budget = run(replace(TOKENS, vocab_size=16384)), 4 * 16384 * 64  # 64 of 512 rows at once
+    monkeypatch.setattr(step, "walk_step", partial(walk_step, budget=budget))
+    chunked = estimate(config, layout(config, 1), "cpu", budget).peak
+    assert chunked < 0.7 * estimate(config, layout(config, 1), "cpu").peak
+    assert chunked == pytest.approx(measured(config), rel=0.1)
+
+
 def test_checkpointing_is_what_a_step_takes() -> None:
     config = run(replace(BYTES, layers=8))
     spread = replace(layout(config, 1), activation_checkpointing=True)
-    plain, with_checkpoints = estimate(config, layout(config, 1), "cpu").peak, estimate(config, spread, "cpu").peak
-    assert with_checkpoints < 0.5 * plain
-    assert with_checkpoints == pytest.approx(measured(config, checkpointing=True), rel=0.1)
+    plain, with_checkpoints = estimate(config, layout(config, 1), "cpu"), estimate(config, spread, "cpu")
+    assert with_checkpoints.peak < 0.5 * plain.peak
+    assert with_checkpoints.peak == pytest.approx(measured(config, checkpointing=True), rel=0.1)
+    # One block is computed again, then differentiated: what the last one of a plain backward holds.
+    again = with_checkpoints.moments["the start of the trunk's backward"]["activations computed again"]
+    assert again == plain.moments["the end of the trunk's backward"]["activations of the trunk"]
 
 
 def paper(**changes: object) -> RunConfig:
