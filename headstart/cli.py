@@ -127,7 +127,11 @@ def prepare(
 
 
 def train(arguments: list[str]) -> None:
-    """Train a model from a configuration: headstart train CONFIG.yaml [--run-dir DIR] [--steps N] [--a.b value]."""
+    """Train a model from a configuration: headstart train CONFIG.yaml [--run-dir DIR] [--steps N] [--a.b value].
+
+    With --dry-run nothing is trained: tokens, memory and time are estimated, see headstart train CONFIG.yaml --dry-run
+    --help.
+    """
     from headstart.terminal import say
     from headstart.training.config import RunConfig, load_config
     from headstart.training.interruption import Interrupted
@@ -140,6 +144,13 @@ def train(arguments: list[str]) -> None:
         tyro.cli(RunConfig, prog="headstart train CONFIG.yaml", args=["--help"])
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("train needs a configuration file: headstart train CONFIG.yaml (configs/smoke.yaml is one)")
+    if "--dry-run" in arguments:
+        from headstart.training.dry_run import dry_run, format_dry_run
+
+        rest = [argument for argument in arguments[1:] if argument not in ("--dry-run", "--json")]
+        found = dry_run(Path(arguments[0]), rest)
+        _print_json(found) if "--json" in arguments else print(format_dry_run(found))
+        return
     try:
         run(load_config(Path(arguments[0]), arguments[1:]))
     except (Interrupted, LostProcesses) as end:

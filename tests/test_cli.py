@@ -60,6 +60,8 @@ def one_line(captured: str) -> str:
         (["train", SMOKE, "--data.sources", "nowhere", "--run-dir", "RUN"], "nowhere"),
         (["train", SMOKE, "--data.tokenizer", "nowhere.json", "--run-dir", "RUN"], "nowhere.json"),
         (["train", SMOKE, "--model.vocab-size", "100", "--run-dir", "RUN"], "vocab"),
+        (["train", SMOKE, "--dry-run", "--processes", "0"], "--processes is 0"),
+        (["train", SMOKE, "--dry-run", "--device-memory", "80XB"], "write it as 80GiB"),
         (["prepare", "nowhere", "--out", "OUT"], "nowhere"),
         (["prepare", "--out", "OUT"], "no source"),
         (["prepare", "nowhere", "--out", "OUT", "--train-bpe", "10"], "257"),

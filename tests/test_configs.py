@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from headstart.model.config import PRESETS
+from headstart.model.transformer import Transformer
+from headstart.objective.head_weights import HeadWeights
 from headstart.training.config import DataConfig, RunConfig, load_config, save_config
+from headstart.training.dry_run import dry_run
 from headstart.training.loop import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def train_commands(path: Path) -> list[list[str]]:
+    """The settings behind `headstart train configs/NAME.yaml` in the lines at the top of the file, of each command."""
+    start = f"#   headstart train configs/{path.name}"
+    lines = [line for line in path.read_text().splitlines() if line.startswith(start)]
+    return [shlex.split(line.removeprefix(start), comments=True) for line in lines]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -20,31 +34,122 @@ def test_it_loads_and_loads_back(path: Path, tmp_path: Path) -> None:
     save_config(config, tmp_path / "again.yaml")
     assert load_config(tmp_path / "again.yaml") == config
     assert config.run_dir == Path("runs") / path.stem
-    assert f"configs/{path.name}" in path.read_text()  # the command at its top
+    assert train_commands(path)  # at its top
+    if config.data.path is not None:
+        assert re.search(f"#   headstart prepare .* --out {config.data.path}\n", path.read_text())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_commands_at_its_top_fit_it(path: Path) -> None:
+    for settings in train_commands(path):
+        if "--dry-run" in settings:
+            settings.remove("--dry-run")
+            assert dry_run(path, settings)["peak_bytes"] > 0
+        else:
+            assert isinstance(load_config(path, settings), RunConfig)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_model_has_the_parameters_that_are_told(path: Path) -> None:
+    model = load_config(path).model
+    with torch.device("meta"):
+        built = Transformer(model)
+    assert sum(parameter.numel() for parameter in built.parameters()) == model.parameters()["total"]
 
 
 def test_there_are_the_ones_that_are_written_about() -> None:
     assert {"smoke", "bytes-8-heads", "causal-4-heads", "paper-7b-4-heads"} <= {path.stem for path in CONFIGS}
 
 
+def path_of(name: str) -> Path:
+    return next(path for path in CONFIGS if path.stem == name)
+
+
 def by_name(name: str) -> RunConfig:
-    return load_config(next(path for path in CONFIGS if path.stem == name))
+    return load_config(path_of(name))
 
 
-def test_the_papers_is_table_s13() -> None:
-    config = by_name("paper-7b-4-heads")
-    assert config.tokens_per_step == 8 * 2**20
-    assert config.steps * config.tokens_per_step == pytest.approx(209.7e9, rel=1e-3)
-    o = config.optimizer
-    assert (o.lr, o.warmup_steps, o.final_lr_ratio, o.betas, o.weight_decay, o.clip) == (
-        3e-4, 2000, 0.03, (0.9, 0.95), 0.1, 1.0,
-    )  # fmt: skip
-    assert (config.model.dim, config.model.layers, config.model.attention_heads) == (4096, 32, 32)
-    assert config.model.parameters()["total"] == pytest.approx(6.7e9, rel=0.01)
-    assert (config.model.heads, config.model.trunk_layers) == (4, 28)
+M = 2**20
+FINETUNE = "paper-finetune-7b"
+SIZES = {
+    "0.6B": "--model.dim 1280 --model.layers 27 --model.attention-heads 20",
+    "1.3B": "--model.dim 2048 --model.layers 24 --model.attention-heads 16",
+    "3B": "--model.dim 2560 --model.layers 36 --model.attention-heads 20",
+    "100M": "--model.dim 768 --model.layers 14 --model.attention-heads 12",
+}
+# Table S13: file and settings, size; then batch in tokens, steps, tokens, warm-up, peak rate, context, decay ratio.
+TABLE_S13 = [
+    ("paper-0.3b-4-heads", "", "0.3B", 8 * M, 10850, 91.0e9, 1000, 3e-4, 4096, 0.03),
+    ("paper-0.3b-4-heads", SIZES["0.6B"], "0.6B", 8 * M, 10850, 91.0e9, 1000, 3e-4, 4096, 0.03),
+    ("paper-0.3b-4-heads", SIZES["1.3B"], "1.3B", 8 * M, 10850, 91.0e9, 1000, 3e-4, 4096, 0.03),
+    ("paper-0.3b-4-heads", SIZES["3B"], "3B", 8 * M, 10850, 91.0e9, 1000, 3e-4, 4096, 0.03),
+    ("paper-13b-4-heads", "", "13B", 8 * M, 25000, 209.7e9, 1000, 3e-4, 4096, 0.03),
+    ("paper-7b-4-heads", "", "6.7B", 8 * M, 25000, 209.7e9, 2000, 3e-4, 4096, 0.03),
+    ("paper-7b-4-heads", "--batch.accumulate 896 --steps 68570", "6.7B", 7 * M, 68570, 503.3e9, 2000, 3e-4, 4096, 0.03),
+    (
+        "paper-7b-4-heads", "--batch.accumulate 896 --steps 136240", "6.7B", 7 * M, 136240, 1000.0e9, 2000, 3e-4, 4096,
+        0.03,
+    ),
+    ("paper-bytes-7b-8-heads", "", "6.7B", 12 * M, 25000, 314.6e9, 2000, 3e-4, 8192, 0.03),
+    ("paper-language-7b-2-heads", "", "6.7B", 8 * M, 25000, 209.7e9, 2000, 3e-4, 4096, 0.1),
+    ("paper-language-7b-2-heads", "--steps 60000", "6.7B", 8 * M, 60000, 503.3e9, 2000, 3e-4, 4096, 0.1),
+    ("paper-stories-30m-2-heads", "", "30M", M // 4, 100_000, 26.2e9, 2000, 1e-4, 2048, 0.03),
+    ("paper-stories-books-30m-2-heads", "", "30M", M // 2, 50_000, 26.2e9, 2000, 1e-4, 2048, 0.03),
+    ("paper-arithmetic-30m-4-heads", "", "30M", M // 4, 100_000, 26.2e9, 2000, 1e-4, 1024, 0.03),
+    (
+        "paper-arithmetic-30m-4-heads", f"{SIZES['100M']} --model.context 2048 --batch.accumulate 2", "100M", M // 4,
+        100_000, 26.2e9, 2000, 1e-4, 2048, 0.03,
+    ),
+    (FINETUNE, "", "6.7B", M // 8, 2760, 0.36e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 76680", "6.7B", M // 8, 76680, 10.05e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 7140", "6.7B", M // 8, 7140, 0.936e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 3330", "6.7B", M // 8, 3330, 0.436e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 360", "6.7B", M // 8, 360, 0.047e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 3450", "6.7B", M // 8, 3450, 0.452e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 60", "6.7B", M // 8, 60, 0.008e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 23640", "6.7B", M // 8, 23640, 3.1e9, 100, 3e-5, 4096, 0.03),
+    (FINETUNE, "--steps 2550", "6.7B", M // 8, 2550, 0.334e9, 100, 3e-5, 4096, 0.03),
+    (
+        FINETUNE, "--steps 13000 --batch.accumulate 32 --optimizer.lr 5e-5 --optimizer.warmup-steps 400 "
+        "--optimizer.final-lr-ratio 0.004 --optimizer.clip 0.1", "6.7B", M // 4, 13000, 3.41e9, 400, 5e-5, 4096, 0.004,
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["smoke", "bytes-8-heads", "causal-4-heads"])
+@pytest.mark.parametrize(
+    "row", TABLE_S13, ids=lambda row: f"{row[0]} {row[2]} {row[4]}" if isinstance(row, tuple) else None
+)
+def test_the_papers_are_table_s13(row: tuple) -> None:
+    name, settings, size, batch, steps, tokens, warmup, lr, context, ratio = row
+    assert shlex.split(settings) in train_commands(path_of(name))
+    config = load_config(path_of(name), shlex.split(settings))
+    optimizer, model, shape = config.optimizer, config.model, PRESETS[size]
+    assert (config.tokens_per_step, config.steps, config.length) == (batch, steps, context)
+    assert config.steps * config.tokens_per_step == pytest.approx(tokens, rel=0.03 if tokens < 1e9 else 2e-3)
+    assert (optimizer.warmup_steps, optimizer.lr, optimizer.final_lr_ratio) == (warmup, lr, ratio)
+    assert (optimizer.kind, optimizer.betas, optimizer.weight_decay) == ("adamw", (0.9, 0.95), 0.1)
+    assert optimizer.clip == (0.1 if lr == 5e-5 else 1.0)
+    assert (model.dim, model.layers, model.attention_heads) == (shape.dim, shape.layers, shape.attention_heads)
+    counts = model.parameters()
+    named = "non_embedding" if size in ("30M", "100M") else "total"
+    vocabulary = 2 * (32000 - model.vocab_size) * model.dim if named == "total" else 0  # names count 32,000 entries
+    assert counts[named] + vocabulary == pytest.approx(float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]], rel=0.06)
+    assert model.wiring == "parallel" and config.head_weights == HeadWeights()
+    if model.head_kind == "transformer":
+        assert model.trunk_layers == model.layers - model.heads
+    else:
+        assert (model.head_kind, model.vocab_size) == ("replicated", 256)  # bytes
+
+
+def test_the_presets_that_files_name_in_comments_exist() -> None:
+    named: set[str] = set()
+    for path in CONFIGS:
+        for names in re.findall(r"presets?(?: below)? (?:to )?((?:[\d.]+[MB](?:, | and )?)+)", path.read_text()):
+            named |= set(re.findall(r"[\d.]+[MB]", names))
+    assert {"0.6B", "1B"} <= named <= PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", ["smoke", "bytes-1m-4-heads", "bytes-8-heads", "causal-4-heads"])
 def test_it_trains(name: str, tmp_path: Path) -> None:
     config = by_name(name)
     source = DataConfig(

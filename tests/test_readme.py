@@ -33,8 +33,8 @@ def commands() -> list[list[str]]:
 
 
 def small(command: list[str]) -> list[str]:
-    """The same command, on a model of a few thousand weights."""
-    if command[1] == "train":
+    """The same command, on a model of a few thousand weights. A dry run builds none."""
+    if command[1] == "train" and "--dry-run" not in command:
         extra = list(SMALL[command[2]])
         if "--steps" in command:
             at = command.index("--steps")
