@@ -50,32 +50,17 @@ def layout(config: RunConfig, processes: int) -> Layout:
     """Raises UsageError where the step's rows, or the copies, cannot be shared out evenly."""
     if processes < 1:
         raise UsageError(f"--processes is {processes}; it must be at least 1")
-    rows = config.batch.rows * config.batch.accumulate
-    if rows % processes:
-        raise UsageError(
-            f"a step has {rows} rows (batch.rows x batch.accumulate), which {processes} processes cannot share evenly; "
-            "change one of the three"
-        )
-    parallel = getattr(config, "parallel", None)
-    sharding = getattr(parallel, "sharding", "full")
-    sharers = {"full": processes, "replicate": 1}.get(
-        sharding, getattr(parallel, "processes_per_copy", None) or PROCESSES_PER_NODE
-    )
-    if processes % sharers:
-        raise UsageError(
-            f"--processes {processes} do not make whole copies of {sharers} (parallel.processes_per_copy, or those of "
-            "one node); take a multiple"
-        )
-    own = rows // processes
-    at_once = max(size for size in range(1, min(own, config.batch.rows) + 1) if own % size == 0)
+    micro_batches, rows = config.micro_batches(processes)
+    parallel = config.parallel
+    _, sharers = parallel.mesh_shape(processes, PROCESSES_PER_NODE)
     return Layout(
         processes=processes,
         sharers=sharers,
-        rows=at_once,
-        micro_batches=own // at_once,
-        reshard_after_forward=getattr(parallel, "reshard_after_forward", True) and sharers > 1,
-        reduce_each_micro_batch=getattr(parallel, "reduce_each_micro_batch", False),
-        activation_checkpointing=getattr(parallel, "activation_checkpointing", False),
+        rows=rows,
+        micro_batches=micro_batches,
+        reshard_after_forward=parallel.reshard_after_forward and sharers > 1,
+        reduce_each_micro_batch=parallel.reduce_each_micro_batch,
+        activation_checkpointing=parallel.activation_checkpointing,
     )
 
 

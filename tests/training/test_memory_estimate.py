@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from live_tensors import LiveTensors
-from torch.utils.checkpoint import checkpoint
 
 from headstart.data.batches import Batch
 from headstart.errors import UsageError
@@ -19,9 +18,11 @@ from headstart.training.config import BatchConfig, DataConfig, RunConfig
 from headstart.training.loop import build_model
 from headstart.training.memory import estimate, layout
 from headstart.training.optimizer import OptimizerConfig, build_optimizers
+from headstart.training.parallel import ParallelConfig
+from headstart.training.processes import Processes
 from headstart.training.step import train_step
 
-CPU = torch.device("cpu")
+ALONE = Processes(torch.device("cpu"))
 # Those whose logits or weights or activations, in turn, are the most of it.
 BYTES = ModelConfig(dim=64, layers=4, attention_heads=4, context=128, heads=8, head_kind="replicated")
 TOKENS = ModelConfig(vocab_size=8192, dim=64, layers=6, attention_heads=4, context=128, heads=4)
@@ -33,7 +34,7 @@ def run(model: ModelConfig, rows: int = 4, accumulate: int = 1, **settings: obje
     return RunConfig(steps=2, device="cpu", model=model, batch=batch, **settings)  # type: ignore[arg-type]
 
 
-def measured(config: RunConfig, checkpointing: bool = False) -> int:
+def measured(config: RunConfig) -> int:
     """Peak bytes of the second step: weights, gradients, optimiser state, batches and everything made on the way."""
     shape, rows = config.model, config.batch.rows
     generator = torch.Generator().manual_seed(0)
@@ -47,15 +48,12 @@ def measured(config: RunConfig, checkpointing: bool = False) -> int:
         )
 
     with LiveTensors() as live:
-        model = build_model(config, CPU)
-        if checkpointing:
-            for block in model.trunk.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        optimizers = build_optimizers(model, config.optimizer, CPU)
+        model, sums = build_model(config, ALONE)
+        optimizers = build_optimizers(model, config.optimizer, ALONE.device)
         for _ in range(2):
             live.peak = live.now
             batches = [batch() for _ in range(config.batch.accumulate)]
-            train_step(model, optimizers, batches, [1.0] * shape.heads, 1e-3, config)
+            train_step(model, optimizers, batches, [1.0] * shape.heads, 1e-3, config, ALONE, sums)
     return live.peak
 
 
@@ -86,10 +84,11 @@ def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch)
 
 def test_checkpointing_is_what_a_step_takes() -> None:
     config = run(replace(BYTES, layers=8))
-    spread = replace(layout(config, 1), activation_checkpointing=True)
-    plain, with_checkpoints = estimate(config, layout(config, 1), "cpu"), estimate(config, spread, "cpu")
+    recomputed = replace(config, parallel=ParallelConfig(activation_checkpointing=True))
+    plain = estimate(config, layout(config, 1), "cpu")
+    with_checkpoints = estimate(recomputed, layout(recomputed, 1), "cpu")
     assert with_checkpoints.peak < 0.5 * plain.peak
-    assert with_checkpoints.peak == pytest.approx(measured(config, checkpointing=True), rel=0.1)
+    assert with_checkpoints.peak == pytest.approx(measured(recomputed), rel=0.1)
     # One block is computed again, then differentiated: what the last one of a plain backward holds.
     again = with_checkpoints.moments["the start of the trunk's backward"]["activations computed again"]
     assert again == plain.moments["the end of the trunk's backward"]["activations of the trunk"]
@@ -129,7 +128,7 @@ def test_a_step_is_shared_out_evenly() -> None:
     assert (layout(config, 1).rows, layout(config, 1).micro_batches) == (2, 1024)
     assert (layout(config, 64).rows, layout(config, 64).micro_batches) == (2, 16)
     assert (layout(config, 2048).rows, layout(config, 2048).micro_batches) == (1, 1)
-    with pytest.raises(UsageError, match=r"2048 rows .* which 3 processes cannot share evenly"):
+    with pytest.raises(UsageError, match=r"2048 rows a step cannot be shared by 3 processes"):
         layout(config, 3)
     with pytest.raises(UsageError, match="--processes is 0; it must be at least 1"):
         layout(config, 0)
