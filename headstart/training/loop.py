@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -14,29 +13,29 @@ from torch.optim import Optimizer
 from headstart.data.batches import BatchStream
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.machine import peak_flops
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
-from headstart.terminal import Progress, duration, say
+from headstart.terminal import Progress, say
 from headstart.training import checkpoints
 from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.checkpoints import Position
 from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
-from headstart.training.metrics import memory_in_use, step_record
 from headstart.training.optimizer import build_optimizers, learning_rate
 from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined
-from headstart.training.profiling import ProfileConfig, StepProfiler
-from headstart.training.run_folder import RunFolder, RunLog
-from headstart.training.sample import decode_sample, prompt_tokens, shown
+from headstart.training.run_folder import RunFolder
+from headstart.training.run_report import RunReport, in_short
+from headstart.training.sample import decode_sample, prompt_tokens
 from headstart.training.step import StepResult, move, train_step
-from headstart.training.trackers import Trackers, WatchConfig, check_packages
+from headstart.training.trackers import check_packages
 from headstart.training.validation import long_enough, validate_sources
-from headstart.training.yaml_settings import to_plain
 
 SKIPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run is given up."""
+SAMPLED_TOGETHER = 500_000_000
+"""Several processes: up to this many parameters the model is made whole on one of them to decode a sample. The others
+wait."""
 
 
 def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) -> Path:
@@ -57,10 +56,10 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
             return folder.model
         run = Run(config, folder, processes, progress)
         try:
-            with run.trackers, run.profiler:
+            with run.report:
                 run.loop(progress)
         finally:
-            run.close()
+            run.writer.close()
         return folder.model
 
 
@@ -94,23 +93,10 @@ class Run:
             self.stream.load_state_dict(restored.data)
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
-        self.log = RunLog(folder.metrics, self.position.step) if processes.main else None
         self.tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
         prompt_tokens(self.tokenizer, config)
-        self._say_start()
-        # The first process measures for all; on one machine they share its cores or have a GPU each.
-        peak, source = processes.on_main(lambda: peak_flops(config.dtype, str(self.device), torch.get_num_threads()))
-        flops, peak = config.model.flops_per_token(config.length), peak * processes.count
-        self.seconds_at_peak = flops / peak
-        say(f"{flops / 1e6:,.1f} MFLOP a token, {peak / 1e9:,.0f} GFLOP/s at most ({source})")
-        profile = config.profile if processes.main else ProfileConfig()
-        self.profiler = StepProfiler(profile, folder.path / "profile", self.device, self.position.step)
-        self.trackers = Trackers(WatchConfig(), folder.path, {}, 0)  # tells nobody
-
-        def start() -> None:
-            self.trackers = Trackers(config.watch, folder.path, to_plain(config), self.position.step)
-
-        processes.on_main(start)
+        self.report = RunReport(config, folder, processes, self.position)
+        self.report.say_start(self.sources, self.stream.rows_of)
 
     def loop(self, progress: Callable[..., Progress]) -> None:
         """Steps, validations and checkpoints until the last step; then the model directory."""
@@ -121,9 +107,9 @@ class Run:
             progress("train", config.steps, unit="steps", start=position.step) as bar,
         ):
             while position.step < config.steps:
-                with self.profiler.around(position.step + 1):
+                with self.report.profiler.around(position.step + 1):
                     result, seconds = self.step(interruption)
-                bar.advance(1, **_shown(result, config.tokens_per_step / seconds))
+                bar.advance(1, **in_short(result, config.tokens_per_step / seconds))
                 last = position.step >= config.steps
                 if last or _due(position.step, config.validation.every):
                     self.validate()
@@ -137,11 +123,7 @@ class Run:
             self.save_model()
             self.save()
             self.writer.wait(needed=True)
-        steps, elapsed = position.step - first, time.monotonic() - started
-        say(f"done: {steps:,} steps, {steps * config.tokens_per_step:,} tokens in {duration(elapsed)}")
-        if position.skipped:
-            say(f"{position.skipped} steps were skipped because their loss or gradient was not finite")
-        say(f"model in {self.folder.model}, numbers in {self.folder.metrics}")
+        self.report.say_end(position, position.step - first, time.monotonic() - started)
 
     def step(self, interruption: Interruption) -> tuple[StepResult, float]:
         """The next optimiser step, and the seconds it took."""
@@ -168,22 +150,7 @@ class Run:
         position.data = self.stream.state_dict()
         position.skipped_in_a_row = 0 if result.finite else position.skipped_in_a_row + 1
         position.skipped += not result.finite
-        record = step_record(
-            result,
-            step=position.step,
-            tokens=position.tokens,
-            lr=lr,
-            clip=config.optimizer.clip,
-            tokens_per_second=config.tokens_per_step / seconds,
-            seconds_at_peak=self.seconds_at_peak,
-            memory=memory_in_use(self.device),
-            # TODO on merging: result.accuracies, and tokens_per_pass=expected_tokens_per_pass(result.accuracies)
-            accuracies=getattr(result, "accuracies", []),
-        )
-        if not result.finite:
-            record["skipped"] = position.skipped
-            say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
-        self.write(record)
+        self.report.step(result, position, lr, seconds)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise UsageError(
                 f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row without a finite loss and gradient, up to step "
@@ -192,24 +159,19 @@ class Run:
         return result, seconds
 
     def validate(self) -> None:
-        """Scores held-out documents and writes the sample, whichever of the two this run has."""
-        config, said = self.config, []
-        record: dict[str, Any] = {}
+        """Scores held-out documents and decodes the sample, whichever of the two this run has."""
+        scores: dict[str, float] = {}
         if self.validated:
-            record |= validate_sources(self.model, self.validated, config, self.processes)
-            for k in sorted({1, config.model.heads}):
-                if f"validation/loss/head{k}" in record:
-                    bits, top1 = record[f"validation/bits_per_byte/head{k}"], record[f"validation/top1/head{k}"]
-                    said.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
-            say(f"step {self.position.step}: validation, {'; '.join(said)}")
-        if config.watch.sample_tokens:
+            scores = validate_sources(self.model, self.validated, self.config, self.processes)
+        sample = None
+        if self.config.watch.sample_tokens and (
+            self.processes.count == 1 or self.config.model.parameters()["total"] <= SAMPLED_TOGETHER
+        ):
             whole = self.whole_model()
             if whole is not None:
-                record["sample"] = decode_sample(whole, self.tokenizer, config)
-                say(f"step {self.position.step}: {shown(record['sample'])}")
+                sample = decode_sample(whole, self.tokenizer, self.config)
         self.sums.free()
-        if record:
-            self.write({"step": self.position.step, "tokens": self.position.tokens, **record})
+        self.report.validation(self.position, scores, sample)
 
     def whole_model(self) -> Transformer | None:
         """The model itself, or with several processes a whole copy of it on the first one; all of them call it."""
@@ -217,16 +179,9 @@ class Run:
             return self.model
         return whole_model(self.model, torch.bfloat16, keep=self.processes.main)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, which the trackers are told too."""
-        if self.log is not None:
-            self.log.write(record)
-        self.trackers.log(record, record["step"])
-
     def save(self) -> None:
         """Starts a checkpoint of this step; it is written while training goes on."""
-        if self.log is not None:
-            self.log.sync()
+        self.report.sync()
         self.writer.save(self.position)
 
     def save_model(self) -> None:
@@ -238,39 +193,6 @@ class Run:
             save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
 
         self.processes.on_main(write)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.log is not None:
-            self.log.close()
-
-    def _say_start(self) -> None:
-        config, counts = self.config, self.config.model.parameters()
-        say(
-            f"{counts['total']:,} parameters ({config.model.heads} {config.model.head_kind} heads), "
-            f"{self.device.type}, {config.dtype}{self._shape()}"
-        )
-        tokens, total = config.steps * config.tokens_per_step, sum(source.weight for source in self.sources)
-        visits = []
-        for source, rows in zip(self.sources, self.stream.rows_of):
-            epoch = rows * config.length
-            visits.append(f"{tokens * source.weight / total / epoch:.2f} times over {epoch:,} tokens")
-        steps = f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
-        if len(visits) == 1:
-            say(steps + visits[0])
-            return
-        say(f"{steps}{len(visits)} sources mixed")
-        for source, visit in zip(self.sources, visits):
-            share = f"weight {source.weight:g} ({source.weight / total:.1%})"
-            say(f"  {source.name} ({source.train.directory}): {share}, {visit}")
-
-    def _shape(self) -> str:
-        """How the model lies on several processes."""
-        if self.processes.count == 1:
-            return ""
-        copies, shared = self.config.parallel.mesh_shape(self.processes.count, self.processes.per_node)
-        held = "each whole" if shared == 1 else f"each shared by {shared}"
-        return f", {self.processes.count} processes, {copies} {'copy' if copies == 1 else 'copies'} {held}"
 
 
 def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, GradientSums]:
@@ -286,9 +208,3 @@ def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, G
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _shown(result: StepResult, tokens_per_second: float) -> dict[str, object]:
-    losses = [f"{loss:.3f}" for loss in result.losses]
-    shown = " ".join(losses) if len(losses) <= 4 else f"{losses[0]} .. {losses[-1]}"
-    return {"loss": shown, "tokens/s": f"{tokens_per_second:,.0f}"}

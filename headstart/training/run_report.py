@@ -1,0 +1,146 @@
+"""What a run tells of itself while it goes: lines for the person watching, metrics.jsonl, trackers, a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from headstart.data.mixture import Source
+from headstart.machine import peak_flops
+from headstart.terminal import duration, say
+from headstart.training.checkpoints import Position
+from headstart.training.config import RunConfig
+from headstart.training.metrics import memory_in_use, step_record
+from headstart.training.processes import Processes
+from headstart.training.profiling import ProfileConfig, StepProfiler
+from headstart.training.run_folder import RunFolder, RunLog
+from headstart.training.sample import shown
+from headstart.training.step import StepResult
+from headstart.training.trackers import Trackers, WatchConfig
+from headstart.training.yaml_settings import to_plain
+
+
+class RunReport:
+    """Used as a context. Of several processes each has one, and only the first one's writes."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, processes: Processes, position: Position) -> None:
+        self._config, self._folder, self._processes = config, folder, processes
+        self._log = RunLog(folder.metrics, position.step) if processes.main else None
+        # The first process measures for all; on one machine they share its cores or have a GPU each.
+        peak, self._peak_source = processes.on_main(
+            lambda: peak_flops(config.dtype, str(processes.device), torch.get_num_threads())
+        )
+        self._flops, self._peak = config.model.flops_per_token(config.length), peak * processes.count
+        profile = config.profile if processes.main else ProfileConfig()
+        self.profiler = StepProfiler(profile, folder.path / "profile", processes.device, position.step)
+        self._trackers = Trackers(WatchConfig(), folder.path, {}, 0)  # tells nobody
+
+        def start() -> None:
+            self._trackers = Trackers(config.watch, folder.path, to_plain(config), position.step)
+
+        processes.on_main(start)
+        self._open = ExitStack()
+
+    def __enter__(self) -> RunReport:
+        self._open.enter_context(self._trackers)
+        self._open.enter_context(self.profiler)
+        if self._log is not None:
+            self._open.callback(self._log.close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, which the trackers are told too."""
+        if self._log is not None:
+            self._log.write(record)
+        self._trackers.log(record, record["step"])
+
+    def sync(self) -> None:
+        """Before a checkpoint: it must not be on disk without the lines that lead to it."""
+        if self._log is not None:
+            self._log.sync()
+
+    def say_start(self, sources: Sequence[Source], rows_of: Sequence[int]) -> None:
+        """The model, the machine, and what is read how often; `rows_of` are the rows of an epoch of each source."""
+        config, processes, counts = self._config, self._processes, self._config.model.parameters()
+        spread = ""
+        if processes.count > 1:
+            copies, shared = config.parallel.mesh_shape(processes.count, processes.per_node)
+            held = "each whole" if shared == 1 else f"each shared by {shared}"
+            spread = f", {processes.count} processes, {copies} {'copy' if copies == 1 else 'copies'} {held}"
+        say(
+            f"{counts['total']:,} parameters ({config.model.heads} {config.model.head_kind} heads), "
+            f"{processes.device.type}, {config.dtype}{spread}"
+        )
+        say(f"{self._flops / 1e6:,.1f} MFLOP a token, {self._peak / 1e9:,.0f} GFLOP/s at most ({self._peak_source})")
+        tokens, total = config.steps * config.tokens_per_step, sum(source.weight for source in sources)
+        visits = []
+        for source, rows in zip(sources, rows_of):
+            epoch = rows * config.length
+            visits.append(f"{tokens * source.weight / total / epoch:.2f} times over {epoch:,} tokens")
+        steps = f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
+        if len(visits) == 1:
+            say(steps + visits[0])
+            return
+        say(f"{steps}{len(visits)} sources mixed")
+        for source, visit in zip(sources, visits):
+            share = f"weight {source.weight:g} ({source.weight / total:.1%})"
+            say(f"  {source.name} ({source.train.directory}): {share}, {visit}")
+
+    def step(self, result: StepResult, position: Position, lr: float, seconds: float) -> None:
+        """A step that has just been taken; `seconds` it took."""
+        record = step_record(
+            result,
+            step=position.step,
+            tokens=position.tokens,
+            lr=lr,
+            clip=self._config.optimizer.clip,
+            tokens_per_second=self._config.tokens_per_step / seconds,
+            seconds_at_peak=self._flops / self._peak,
+            memory=memory_in_use(self._processes.device),
+            # TODO on merging: result.accuracies, and tokens_per_pass=expected_tokens_per_pass(result.accuracies)
+            accuracies=getattr(result, "accuracies", []),
+        )
+        if not result.finite:
+            record["skipped"] = position.skipped
+            say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
+        self.write(record)
+
+    def validation(self, position: Position, scores: dict[str, float], sample: dict[str, Any] | None) -> None:
+        """What held-out documents gave, {} where there are none, and the text decoded, if any."""
+        parts = []
+        for k in sorted({1, self._config.model.heads}):
+            if f"validation/loss/head{k}" in scores:
+                bits, top1 = scores[f"validation/bits_per_byte/head{k}"], scores[f"validation/top1/head{k}"]
+                parts.append(f"head {k}: {bits:.3f} bits per byte, top-1 {top1:.1%}")
+        if parts:
+            say(f"step {position.step}: validation, {'; '.join(parts)}")
+        if sample is not None:
+            say(f"step {position.step}: {shown(sample)}")
+        record = scores | ({} if sample is None else {"sample": sample})
+        if record:
+            self.write({"step": position.step, "tokens": position.tokens, **record})
+
+    def say_end(self, position: Position, steps: int, seconds: float) -> None:
+        """`steps` taken since the start, in `seconds`."""
+        say(f"done: {steps:,} steps, {steps * self._config.tokens_per_step:,} tokens in {duration(seconds)}")
+        if position.skipped:
+            say(f"{position.skipped} steps were skipped because their loss or gradient was not finite")
+        say(f"model in {self._folder.model}, numbers in {self._folder.metrics}")
+
+
+def in_short(result: StepResult, tokens_per_second: float) -> dict[str, object]:
+    """What stands beside the progress bar."""
+    losses = [f"{loss:.3f}" for loss in result.losses]
+    return {
+        "loss": " ".join(losses) if len(losses) <= 4 else f"{losses[0]} .. {losses[-1]}",
+        "tokens/s": f"{tokens_per_second:,.0f}",
+    }
