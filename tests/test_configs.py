@@ -35,8 +35,8 @@ def test_it_loads_and_loads_back(path: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "again.yaml") == config
     assert config.run_dir == Path("runs") / path.stem
     assert train_commands(path)  # at its top
-    if config.data.path is not None:
-        assert re.search(f"#   headstart prepare .* --out {config.data.path}\n", path.read_text())
+    for part in config.data.prepared:
+        assert re.search(f"#   headstart prepare .* --out {part.path}\n", path.read_text())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

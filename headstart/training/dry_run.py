@@ -21,8 +21,8 @@ SPARE = {"cpu": 0.5, "gpu": 0.1}
 """How much more than the estimate a device should have, as a fraction of it: on a GPU for torch itself, communication,
 and what its allocator cannot use again; on a CPU the resident set was measured at 1.3 times the estimate
 (docs/scale-out.md)."""
-GPU_TERAFLOPS = {"A100": 312, "H100": 989, "B200": 2250}
-"""Dense bfloat16 products, from NVIDIA's data sheets (SXM)."""
+GPUS = ("A100", "H100", "B200")
+"""Those whose hours are told; their speeds are `machine.GPU_TERAFLOPS`."""
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -63,6 +63,7 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
     device: Literal["cpu", "gpu"] = "cpu" if on_cpu else "gpu"
     needed = estimate(config, spread, device)
     flops = config.model.flops_per_token(config.length)
+    full = config.dtype == "float32"
     total_flops = flops * config.tokens_per_step * config.steps
     return {
         "config": str(path),
@@ -83,8 +84,8 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
         "hours": {}
         if on_cpu
         else {
-            name: total_flops / (teraflops * 1e12 * settings.mfu * settings.processes) / 3600
-            for name, teraflops in GPU_TERAFLOPS.items()
+            name: total_flops / (machine.GPU_TERAFLOPS[name][full] * 1e12 * settings.mfu * settings.processes) / 3600
+            for name in GPUS
         },
         "moments": needed.moments,
         "peak_moment": needed.peak_moment,

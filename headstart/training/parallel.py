@@ -113,7 +113,12 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
     for head in model.heads:
         if next(head.parameters(), None) is not None:
             shard(head, reshard_after_forward=False)  # its backward follows its forward at once
-    shard(model.unembedding, reshard_after_forward=False)  # gathered once a step, for n losses and n backward passes
+    # Gathered once a step, for n losses and n backward passes. Replicated heads are gathered in float32: each loss has a
+    # matrix of its own, so at the last one the others' gradients are sums in float32 already, and one sum over
+    # processes takes one dtype.
+    if model.config.head_kind == "replicated":
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    shard(model.unembedding, reshard_after_forward=False, mp_policy=policy)
     cast(FSDPModule, model.unembedding).set_reshard_after_backward(False)
     if tied:
         _embed_through_unembedding(model)

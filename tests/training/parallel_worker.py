@@ -152,7 +152,11 @@ def main() -> None:
                     f"{name}{'-tied' if tied else ''}",
                     gradients(processes, "transformer", "causal", tied, 2, parallel),
                 )
-        show("bfloat16", gradients(processes, "transformer", "parallel", False, 2, full, dtype="bfloat16"))
+        for kind, wiring in KINDS:
+            for tied in (False, True):
+                for accumulate in (1, 2):
+                    name = f"bfloat16-{kind}-{wiring}{'-tied' if tied else ''}-{accumulate}"
+                    show(name, gradients(processes, kind, wiring, tied, accumulate, full, dtype="bfloat16"))
         show("muon-shares", muon(processes, (1, processes.count)))
         show("muon-copies", muon(processes, (processes.count, 1)))
         if "compile" in sys.argv:

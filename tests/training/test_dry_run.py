@@ -100,7 +100,7 @@ def test_sizes(text: str, size: int) -> None:
     ("arguments", "message"),
     [
         (["--processes", "0"], "--processes is 0; it must be at least 1"),
-        (["--processes", "3"], "a step has 8 rows .* which 3 processes cannot share evenly"),
+        (["--processes", "3"], "= 8 rows a step cannot be shared by 3 processes"),
         (["--device-memory", "80XB"], "--device-memory '80XB' is no size; write it as 80GiB"),
         (["--device-memory", "lots"], "is no size"),
         (["--device-memory", "1.2.3GiB"], "is no size"),

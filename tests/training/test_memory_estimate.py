@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from live_tensors import LiveTensors
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import distributed
 
 from headstart.data.batches import Batch
 from headstart.errors import UsageError
@@ -132,3 +139,12 @@ def test_a_step_is_shared_out_evenly() -> None:
         layout(config, 3)
     with pytest.raises(UsageError, match="--processes is 0; it must be at least 1"):
         layout(config, 0)
+
+
+def test_it_is_what_a_step_of_two_processes_takes() -> None:
+    (status, out, errors), _ = distributed.run([str(Path(__file__).parent / "memory_worker.py")])
+    assert status == 0, errors[-2000:]
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == 5
+    for case in found:
+        assert case["estimate"] == pytest.approx(case["counted"], rel=0.1), case

@@ -62,8 +62,11 @@ def test_every_way_of_spreading_gives_the_same(results, name, tied) -> None:
         assert result["collectives"]["_reduce_scatter_base_"] == groups * (2 if name == "each" else 1)
 
 
-def test_bfloat16_is_as_near_as_its_rounding(results) -> None:
-    assert 1e-6 < results["bfloat16"]["error"] < 0.03
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind, wiring", KINDS)
+def test_bfloat16_is_as_near_as_its_rounding(results, kind, wiring, tied, accumulate) -> None:
+    assert 1e-6 < results[f"bfloat16-{kind}-{wiring}{'-tied' if tied else ''}-{accumulate}"]["error"] < 0.03
 
 
 def test_compiled_blocks_inside_checkpointing_inside_sharding(results) -> None:

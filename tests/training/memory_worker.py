@@ -1,0 +1,74 @@
+"""Peak bytes of a process among several, counted, beside the estimate: JSON lines, read by test_memory_estimate.py."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from headstart.data.batches import Batch
+from headstart.model.config import ModelConfig
+from headstart.training.config import BatchConfig, RunConfig
+from headstart.training.loop import build_model
+from headstart.training.memory import estimate, layout
+from headstart.training.optimizer import build_optimizers
+from headstart.training.parallel import ParallelConfig
+from headstart.training.processes import Processes, joined
+from headstart.training.step import train_step
+
+# Mostly weights, so that an error in what is shared and gathered shows.
+MODEL = ModelConfig(vocab_size=512, dim=256, layers=6, attention_heads=4, context=32, heads=2)
+CASES = {
+    "shared": (1, ParallelConfig()),
+    "shared, accumulated": (3, ParallelConfig()),
+    "shared, reduced each time": (3, ParallelConfig(reduce_each_micro_batch=True)),
+    "kept gathered": (1, ParallelConfig(reshard_after_forward=False)),
+    "replicated": (1, ParallelConfig(sharding="replicate")),
+}
+
+
+class LiveStorages(TorchDispatchMode):
+    """As `LiveTensors`, with every size read anew at each operation: FSDP frees gathered weights by resizing them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, weakref.ref[Any]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((out, args)):
+            tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = weakref.ref(storage)
+        alive = {key: storage for key, reference in self.live.items() if (storage := reference()) is not None}
+        self.live = {key: self.live[key] for key in alive}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))
+        return out
+
+
+def counted(config: RunConfig, processes: Processes) -> int:
+    micro_batches, rows = config.micro_batches(processes.count)
+    text = torch.randint(MODEL.vocab_size, (rows, config.length, MODEL.heads))
+    batch = Batch(text[..., 0], text, torch.zeros(rows, config.length).long())
+    with LiveStorages() as live:
+        model, sums = build_model(config, processes)
+        optimizers = build_optimizers(model, config.optimizer, processes.device)
+        for _ in range(2):
+            live.peak = 0
+            train_step(model, optimizers, [batch] * micro_batches, [1.0] * MODEL.heads, 1e-3, config, processes, sums)
+    return live.peak
+
+
+with joined("cpu") as here:
+    for name, (accumulate, parallel) in CASES.items():
+        config = RunConfig(steps=2, model=MODEL, batch=BatchConfig(rows=4, accumulate=accumulate), parallel=parallel)
+        peak = counted(config, here)
+        if here.main:
+            expected = estimate(config, layout(config, here.count), "cpu").peak
+            print(json.dumps({"case": name, "counted": peak, "estimate": expected}), flush=True)
