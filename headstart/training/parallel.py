@@ -113,8 +113,8 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
     for head in model.heads:
         if next(head.parameters(), None) is not None:
             shard(head, reshard_after_forward=False)  # its backward follows its forward at once
-    # Gathered once a step, for n losses and n backward passes. Replicated heads are gathered in float32: each loss has a
-    # matrix of its own, so at the last one the others' gradients are sums in float32 already, and one sum over
+    # Gathered once a step, for n losses and n backward passes. Replicated heads are gathered in float32: each loss has
+    # a matrix of its own, so at the last one the others' gradients are sums in float32 already, and one sum over
     # processes takes one dtype.
     if model.config.head_kind == "replicated":
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
