@@ -41,6 +41,7 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     """
     folder = RunFolder(config.run_dir)
     device = pick_device(config.device)
+    config.loss.require(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with folder.claimed():

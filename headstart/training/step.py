@@ -19,7 +19,10 @@ from headstart.training.optimizer import set_learning_rate
 @dataclass
 class StepResult:
     losses: list[float]
-    """Mean cross-entropy of each head in nats, unweighted; NaN where a head had no target."""
+    """Mean cross-entropy of each head in nats, unweighted; NaN where a head had no target or no weight."""
+    accuracies: list[float]
+    """Top-1 of each head, ties counted as hits; NaN where a head had no target or no weight, or where the loss backend
+    does not count hits."""
     gradient_norm: float
     """Of all parameters together, before clipping."""
     finite: bool
@@ -38,21 +41,26 @@ def train_step(
     device = batches[0].tokens.device
     # Counted over all micro-batches before the first backward, so that 1 x 4 rows weigh every target as 4 x 1 rows do.
     counts = torch.stack([count_targets(batch.targets) for batch in batches]).sum(0)
-    sums = torch.zeros(len(counts), device=device)
+    sums, hits = torch.zeros(2, len(counts), device=device)
     for batch in batches:
         documents = batch.documents if config.data.attention_within_documents else None
         with autocast(config, device):
-            sums += walk_step(model, batch.tokens, batch.targets, counts, weights, documents).sums
+            seen = walk_step(model, batch.tokens, batch.targets, counts, weights, documents, config.loss)
+        sums += seen.sums
+        hits += math.nan if seen.correct is None else seen.correct
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-    *totals, gradient_norm = torch.cat([sums, norm.reshape(1).to(sums)]).tolist()  # one wait for the device
+    *numbers, gradient_norm = torch.cat([sums, hits, norm.reshape(1).to(sums)]).tolist()  # one wait for the device
+    totals, correct = numbers[: len(sums)], numbers[len(sums) :]
     finite = all(map(math.isfinite, [*totals, gradient_norm]))
     set_learning_rate(optimizers, lr)
     for optimizer in optimizers:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    losses = [total / count if count else math.nan for total, count in zip(totals, counts.tolist())]
-    return StepResult(losses, gradient_norm, finite)
+    asked = [count if weight else 0 for count, weight in zip(counts.tolist(), weights)]
+    losses = [total / count if count else math.nan for total, count in zip(totals, asked)]
+    accuracies = [hit / count if count else math.nan for hit, count in zip(correct, asked)]
+    return StepResult(losses, accuracies, gradient_norm, finite)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
