@@ -54,7 +54,8 @@ class LossConfig:
             )
         if self.backend == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
             raise UsageError(
-                f"loss.backend torch needs torch 2.13 or newer, this is {torch.__version__}; take loss.backend headstart"
+                f"loss.backend torch needs torch 2.13 or newer, this is {torch.__version__}; "
+                "take loss.backend headstart"
             )
         if self.backend == "liger" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise UsageError("loss.backend liger needs a GPU, and the device is cpu; take loss.backend headstart")

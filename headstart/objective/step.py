@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,8 @@ def walk_step(
         latent = model.heads[k - 1](alias, rotary, attend)
         leaf = latent.detach().requires_grad_()
         if weights[k - 1]:
-            out = model.unembedding(leaf, k, using=partial(function, targets=targets_BTn[..., k - 1]))
+            targets = targets_BTn[..., k - 1]
+            out = model.unembedding(leaf, k, using=lambda x, weight: function(x, weight, targets))
             (out.loss * scales[k - 1]).backward()
             seen[k] = out.total, out.correct
         gradient = _sum_gradients(leaf, (visit(child, leaf) for child in needed(k)))

@@ -13,7 +13,6 @@ from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.storage.model_directory import load_model
 from headstart.training import loop, step
@@ -108,49 +107,6 @@ def test_head_weights_follow_their_schedule(tiny, monkeypatch) -> None:
     monkeypatch.setattr(loop, "train_step", spy)
     train(tiny(head_weights=HeadWeights(initial=(1, 1), final=(1, 0), begin=0, end=0.5)))
     assert [w[1] for w in seen] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
-
-
-def test_a_head_without_weight_has_no_loss_and_does_not_move(tiny, metrics) -> None:
-    """Nor is it decayed: it has no gradient, which the optimiser reads as nothing to do."""
-    config = tiny(steps=2, head_weights=HeadWeights(initial=(1, 0)))
-    after = weights_after(config)
-    for line in metrics(config.run_dir)[:1]:
-        assert line["loss/head1"] > 0 and line["loss/head2"] is None
-    start = build_model(config, torch.device("cpu")).state_dict()
-    moved = {name for name in start if not torch.equal(start[name], after[name])}
-    assert moved == {name for name in start if not name.startswith("heads.1.")}
-
-
-def test_top_1_and_z_loss_reach_the_step(tiny, monkeypatch) -> None:
-    results = {}
-    for name, z_loss in (("plain", 0.0), ("z", 0.1)):
-        config = tiny(name, steps=1, loss=LossConfig(z_loss=z_loss))
-        seen = spy_on_steps(monkeypatch)
-        train(config)
-        results[name] = seen[0]
-    plain, z = results["plain"], results["z"]
-    assert plain.losses == z.losses and plain.accuracies == z.accuracies  # at the same first weights
-    assert plain.gradient_norm != z.gradient_norm
-    assert all(0 <= accuracy <= 1 for accuracy in plain.accuracies) and len(plain.accuracies) == 2
-
-
-def test_a_backend_that_counts_no_hits_says_so(tiny, monkeypatch, metrics) -> None:
-    pytest.importorskip("torch", minversion="2.13")
-    seen = spy_on_steps(monkeypatch)
-    ours, theirs = tiny("ours", steps=2), tiny("theirs", steps=2, loss=LossConfig(backend="torch"))
-    train(ours)
-    train(theirs)
-    assert all(math.isnan(accuracy) for accuracy in seen[2].accuracies)
-    for a, b in zip(metrics(ours.run_dir), metrics(theirs.run_dir)):
-        assert a.get("loss/head2") == pytest.approx(b.get("loss/head2"), abs=1e-4)
-
-
-def spy_on_steps(monkeypatch) -> list:
-    """The results of the steps to come."""
-    seen = []
-    original = step.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: seen.append(original(*args)) or seen[-1])
-    return seen
 
 
 def poison(monkeypatch, steps: set[int]) -> None:
