@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headstart.data.batches import IGNORE
+from headstart.model.transformer import compute_dtype
 
 LOGITS_BYTES = 64 * 2**20
 """Budget of one chunk of fp32 logits. Rows of a chunk = budget / (4 V): large vocabularies get few rows at a time,
@@ -20,32 +21,56 @@ def chunk_rows(vocab_size: int, budget: int = LOGITS_BYTES) -> int:
     return max(16, budget // (4 * vocab_size))
 
 
+class CrossEntropy(NamedTuple):
+    """What one head's loss gives. A tuple, because the hooks of sharded modules look for tensors in tuples."""
+
+    loss: Tensor
+    """To be differentiated: the cross-entropy and what regularises it, fp32 scalar."""
+    total: Tensor
+    """Cross-entropy alone, summed over valid targets, in nats; fp32 scalar without a graph."""
+    correct: Tensor | None
+    """How often no logit is above that of the target, int64 scalar; None where a backend does not tell."""
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes both gradients during the forward, chunk by chunk, so that logits never outlive their chunk."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype, rows: int, z_loss: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        loss = x.new_zeros((), dtype=wide)
+        total = x.new_zeros((), dtype=wide)
+        squares = x.new_zeros((), dtype=wide)
+        correct = targets_N.new_zeros(())
         dx = torch.empty_like(x) if need_x else None
         # Summed over chunks in fp32: in bf16 the error grows with the number of chunks.
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         for start in range(0, x.shape[0], rows):
             chunk, targets = x[start : start + rows], targets_N[start : start + rows]
-            valid = targets != IGNORE
+            valid = (targets != IGNORE)[:, None]
             index = targets.clamp_min(0)[:, None]
             logits = (chunk @ weight.T).to(wide)
             largest = logits.amax(-1, keepdim=True)
             picked = logits.gather(1, index) - largest
+            # An argmax would read all logits once more, at five times the price of the maximum on a CPU.
+            correct += ((picked >= 0) & valid).sum()
             logits = logits.sub_(largest).exp_()
-            total = logits.sum(-1, keepdim=True)
-            loss += ((total.log() - picked).squeeze(1) * valid).sum()
+            denominator = logits.sum(-1, keepdim=True)
+            log_denominator = denominator.log()
+            total += ((log_denominator - picked) * valid).sum()
+            share = valid / denominator
+            if z_loss:
+                normaliser = log_denominator + largest
+                squares += (normaliser.square() * valid).sum()
+                share = share * (1 + 2 * z_loss * normaliser)
             if need_x or need_weight:
                 # The gradient of the summed loss in the logits: probabilities minus one at the target, 0 where ignored.
-                logits.mul_(valid[:, None] / total)
-                logits.scatter_add_(1, index, -valid[:, None].to(wide))
+                # That of the squared normaliser is again probabilities, so it only scales them.
+                logits.mul_(share)
+                logits.scatter_add_(1, index, -valid.to(wide))
                 gradient = logits.to(dtype)
                 if dx is not None:
                     torch.mm(gradient, weight, out=dx[start : start + rows])
@@ -56,10 +81,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dweight += gradient.T @ chunk
         ctx.dx, ctx.dweight = dx, dweight
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
-        return loss
+        ctx.mark_non_differentiable(total, correct)
+        return total + z_loss * squares, total, correct
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # The scale of the loss reaches both gradients: a loss multiplied after the fact keeps its meaning. Both buffers
         # are ours alone and used once, so they are scaled where they lie.
         dx, dweight = ctx.dx, ctx.dweight
@@ -70,29 +96,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(x: Tensor, weight_VD: Tensor, targets: Tensor, *, budget: int = LOGITS_BYTES) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight_VD: Tensor, targets: Tensor, *, z_loss: float = 0.0, budget: int = LOGITS_BYTES
+) -> CrossEntropy:
     """Summed cross-entropy of `x @ weight.T` against `targets` (paper section 2, "memory-efficient implementation").
 
     Args:
         x: (..., D), floating.
         weight_VD: (V, D).
         targets: (...) int64; `IGNORE` (-100) counts for nothing.
+        z_loss: what is added to the differentiated loss, times the sum over valid targets of logsumexp(logits)^2. It
+            keeps the logits from drifting away together (PaLM, section 5, with 1e-4; the paper has none).
         budget: bytes of fp32 logits held at once.
 
     Returns:
-        The sum over valid targets in nats, an fp32 scalar (fp64 for fp64 input); 0 with zero gradients when none is
-        valid. Under autocast the products run in the autocast dtype; the softmax and the weight's gradient are fp32.
+        Sums over valid targets, fp32 (fp64 for fp64 input); 0 with zero gradients when none is valid. Under autocast
+        the products run in the autocast dtype; the softmax and the weight's gradient are fp32. `correct` counts ties
+        with the largest logit as hits, which products in bf16 have now and then.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        flat = x.flatten(0, -2)
-        return _LinearCrossEntropy.apply(
-            flat, weight_VD, targets.flatten(), dtype, chunk_rows(weight_VD.shape[0], budget)
-        )
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        flat, rows = x.flatten(0, -2), chunk_rows(weight_VD.shape[0], budget)
+        return CrossEntropy(*_LinearCrossEntropy.apply(flat, weight_VD, targets.flatten(), dtype, rows, z_loss))
 
 
 @dataclass
@@ -110,9 +139,7 @@ class Scores:
 @torch.no_grad()
 def linear_scores(x: Tensor, weight_VD: Tensor, targets: Tensor, *, budget: int = LOGITS_BYTES) -> Scores:
     """As `linear_cross_entropy` without gradients, with top-1 hits: for validation."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    rows = chunk_rows(weight_VD.shape[0], budget)
+    dtype, rows = compute_dtype(x), chunk_rows(weight_VD.shape[0], budget)
     x_ND, weight, targets_N = x.flatten(0, -2).to(dtype), weight_VD.to(dtype), targets.flatten()
     loss = x_ND.new_zeros((), dtype=torch.float32)
     correct = targets_N.new_zeros(())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +12,25 @@ from torch import Tensor
 from headstart.data.batches import IGNORE
 from headstart.model.layers import Attend, DocumentAttention, causal_attention
 from headstart.model.transformer import Transformer, compute_dtype
-from headstart.objective.cross_entropy import LOGITS_BYTES, Scores, linear_cross_entropy, linear_scores
+from headstart.objective.backends import LossConfig
+from headstart.objective.cross_entropy import LOGITS_BYTES, Scores, linear_scores
 
 
 @dataclass
 class HeadLosses:
-    """What a step saw, without any graph: nothing here can be scaled or differentiated by mistake."""
+    """What a step saw, without any graph: nothing here can be scaled or differentiated by mistake. A head of weight 0
+    is not asked: its entries are 0."""
 
     sums: Tensor
-    """(n,) fp32: summed unweighted cross-entropy of each head, in nats."""
+    """(n,) fp32: summed unweighted cross-entropy of each head, in nats; without z-loss."""
     counts: Tensor
     """(n,) int64: valid targets of each head."""
+    correct: Tensor | None
+    """(n,) int64: how often no logit was above that of the target; None where the loss backend does not tell."""
+
+
+Seen = tuple[Tensor, Tensor | None]
+"""Summed cross-entropy and hits of one head."""
 
 
 def count_targets(targets_BTn: Tensor) -> Tensor:
@@ -38,6 +45,7 @@ def walk_step(
     counts_n: Tensor,
     weights: Sequence[float] | None = None,
     documents_BT: Tensor | None = None,
+    loss: LossConfig | None = None,
     budget: int = LOGITS_BYTES,
 ) -> HeadLosses:
     """Adds to each parameter's gradient that of sum_k weights[k-1] / counts[k-1] * sum_t CE(head k at t, its target).
@@ -53,39 +61,61 @@ def walk_step(
         targets_BTn: (B, T, n) int64, entry k-1 the target of head k, `IGNORE` where there is none.
         counts_n: (n,) valid targets of each head in the *whole* optimiser step: with accumulation or several processes
             the sum over all of them, so that 1 x 4 micro-batches equal 4 x 1 whatever they hold.
-        weights: n head weights; None: all 1, as the paper.
+        weights: n head weights; None: all 1, as the paper. A head of weight 0 has no loss computed, and does not run at
+            all unless a head of another weight hangs on it: its parameters then keep the gradients they have.
         documents_BT: (B, T) int64, to keep attention inside documents; None: rows are plain.
+        loss: z-loss and who computes the cross-entropy; None: ours, plain.
         budget: bytes of fp32 logits held at once.
     """
     config = model.config
     attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
     dtype = compute_dtype(model.trunk.embedding.weight)
     rotary = model.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
+    weights = weights or [1.0] * config.heads
     # A head without valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
-    scales = torch.as_tensor(weights or [1.0] * config.heads, device=tokens_BT.device) / counts_n.clamp_min(1)
-    sums: list[Tensor] = [torch.empty(0)] * config.heads
+    scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
+    function = (loss or LossConfig()).function(budget)
+    seen: dict[int, Seen] = {}
+
+    def needed(parent: int) -> list[int]:
+        """The heads on `parent` that have a weight, or carry one that has."""
+        return [k for k in config.children(parent) if weights[k - 1] or needed(k)]
 
     def visit(k: int, parent: Tensor) -> Tensor:
         """Differentiates head k and all that hangs on it; gives the gradient in its parent's latent (B, T, D)."""
         alias = parent.detach().requires_grad_()
         latent = model.heads[k - 1](alias, rotary, attend)
         leaf = latent.detach().requires_grad_()
-        score = partial(linear_cross_entropy, targets=targets_BTn[..., k - 1], budget=budget)
-        loss = model.unembedding(leaf, k, using=score)
-        sums[k - 1] = loss.detach()
-        (loss * scales[k - 1]).backward()
-        gradient = _sum_gradients(leaf, (visit(child, leaf) for child in config.children(k)))
+        if weights[k - 1]:
+            targets = targets_BTn[..., k - 1]
+            out = model.unembedding(leaf, k, using=lambda x, weight: function(x, weight, targets))
+            (out.loss * scales[k - 1]).backward()
+            seen[k] = out.total, out.correct
+        gradient = _sum_gradients(leaf, (visit(child, leaf) for child in needed(k)))
         latent.backward(gradient)
         assert alias.grad is not None
         return alias.grad
 
-    z_BTD = model.trunk(tokens_BT, rotary, lambda layer: attend)
-    leaf = z_BTD.detach()
-    gradient = _sum_gradients(leaf, (visit(k, leaf) for k in config.children(0)))
-    # A frozen trunk, under heads that are trained alone, has no graph.
-    if z_BTD.requires_grad:
-        z_BTD.backward(gradient)
-    return HeadLosses(torch.stack(sums).float(), count_targets(targets_BTn))
+    if needed(0):
+        z_BTD = model.trunk(tokens_BT, rotary, lambda layer: attend)
+        leaf = z_BTD.detach()
+        gradient = _sum_gradients(leaf, (visit(k, leaf) for k in needed(0)))
+        # A frozen trunk, under heads that are trained alone, has no graph.
+        if z_BTD.requires_grad:
+            z_BTD.backward(gradient)
+    return _head_losses(seen, targets_BTn)
+
+
+def _head_losses(seen: dict[int, Seen], targets_BTn: Tensor) -> HeadLosses:
+    """From the summed cross-entropy and the hits of the heads in `seen`; the entries of others are 0."""
+    counts = count_targets(targets_BTn)
+    losses = HeadLosses(counts.new_zeros(len(counts), dtype=torch.float32), torch.zeros_like(counts), None)
+    hits = torch.zeros_like(counts)
+    for k, (total, correct) in seen.items():
+        losses.sums[k - 1], losses.counts[k - 1] = total, counts[k - 1]
+        if correct is not None:
+            hits[k - 1], losses.correct = correct, hits
+    return losses
 
 
 def _sum_gradients(leaf: Tensor, others: Iterator[Tensor]) -> Tensor:
@@ -105,24 +135,28 @@ def joint_step(
     counts_n: Tensor,
     weights: Sequence[float] | None = None,
     documents_BT: Tensor | None = None,
+    z_loss: float = 0.0,
 ) -> HeadLosses:
-    """The same gradients as `walk_step` by ordinary autograd over all heads' logits at once: slow, large, obvious."""
+    """The same gradients as `walk_step` by ordinary autograd over all heads' logits at once: slow, large, obvious.
+
+    Heads of weight 0 get gradients of 0, where the walk leaves them without.
+    """
     n = model.config.heads
+    weights = weights or [1.0] * n
     logits_BTnV = model(tokens_BT, heads=n, documents_BT=documents_BT)
-    sums = torch.stack(
-        [
-            F.cross_entropy(
-                logits_BTnV[..., k, :].flatten(0, 1),
-                targets_BTn[..., k].flatten(),
-                ignore_index=IGNORE,
-                reduction="sum",
-            )
-            for k in range(n)
-        ]
-    )
-    scales = torch.as_tensor(weights or [1.0] * n, device=tokens_BT.device) / counts_n.clamp_min(1)
-    (sums * scales).sum().backward()
-    return HeadLosses(sums.detach().float(), count_targets(targets_BTn))
+    losses: list[Tensor] = []
+    seen: dict[int, Seen] = {}
+    for k in range(1, n + 1):
+        logits, targets = logits_BTnV[..., k - 1, :].flatten(0, 1), targets_BTn[..., k - 1].flatten()
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        valid = targets != IGNORE
+        losses.append(total + z_loss * (logits.logsumexp(-1)[valid] ** 2).sum())
+        if weights[k - 1]:
+            correct = (logits.gather(-1, targets.clamp_min(0)[:, None]) >= logits.amax(-1, keepdim=True))[valid].sum()
+            seen[k] = total.detach(), correct
+    scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
+    (torch.stack(losses) * scales).sum().backward()
+    return _head_losses(seen, targets_BTn)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
+from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
@@ -139,6 +140,8 @@ class RunConfig:
     """How weights are updated."""
     head_weights: HeadWeights = field(default_factory=HeadWeights)
     """How much each head's loss counts."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the loss of a head is computed."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """When and how much to validate."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -48,19 +48,21 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     folder = RunFolder(config.run_dir)
-    with joined(config.device) as processes, folder.claimed(processes.main):
-        processes.on_main(lambda: folder.accept(config))
-        done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))
-        if done >= config.steps and processes.on_main(folder.model.exists):
-            say(f"{folder.path}: already trained for {done} steps, the model is in {folder.model}; more with --steps")
-            return folder.model
-        run = Run(config, folder, processes, progress)
-        try:
-            with run.report:
-                run.loop(progress)
-        finally:
-            run.writer.close()
-        return folder.model
+    with joined(config.device) as processes:
+        config.loss.require(processes.device)
+        with folder.claimed(processes.main):
+            processes.on_main(lambda: folder.accept(config))
+            done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))
+            if done < config.steps or not processes.on_main(folder.model.exists):
+                run = Run(config, folder, processes, progress)
+                try:
+                    with run.report:
+                        run.loop(progress)
+                finally:
+                    run.writer.close()
+            else:
+                say(f"{folder.path}: already trained for {done} steps, model in {folder.model}; more with --steps")
+    return folder.model
 
 
 class Run:

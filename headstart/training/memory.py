@@ -113,7 +113,8 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
         """float32 values of which this process holds its share."""
         return FLOAT32 * -(-count // layout.sharers)
 
-    muon = _count(parameter_groups(model, config.optimizer)["muon"].values())
+    groups = parameter_groups(model, config.optimizer)
+    muon = sum(_count(group.parameters.values()) for group in groups if group.muon)
     always = {
         "weights (float32)": shared(parameters),
         "optimizer state": shared(muon) + 2 * shared(parameters - muon),

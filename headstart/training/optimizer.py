@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from headstart.errors import UsageError
-from headstart.training.sharded_muon import ShardedMuon
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     muon_lr: float | None = None
     """Peak learning rate of muon's matrices (None: `lr`, to whose scale muon's updates are matched)."""
+    head_lr_ratio: float = 1.0
+    """Learning rate of heads 2..n, and of unembeddings of their own, as a multiple of the rest's (Medusa-2 takes 4)."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly to its peak."""
     schedule: Literal["cosine", "wsd"] = "cosine"
@@ -45,7 +46,7 @@ class OptimizerConfig:
     """Largest norm of the gradient of all parameters together (.inf: never clipped)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "eps", "clip"):
+        for name in ("lr", "muon_lr", "head_lr_ratio", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"optimizer.{name} is {value}; it must be above 0")
@@ -70,7 +71,8 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     if done <= config.warmup_steps:
         return config.lr * done / config.warmup_steps
     if config.schedule == "wsd":
-        decay = max(1.0, steps * config.decay_fraction)
+        # A warm-up that reaches into the decay shortens it: the rate never jumps.
+        decay = min(max(1.0, steps * config.decay_fraction), steps - config.warmup_steps)
         fall = min(1.0, max(0.0, (done - (steps - decay)) / decay))
     else:
         fraction = (done - config.warmup_steps) / (steps - config.warmup_steps)
@@ -78,63 +80,97 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     return config.lr * (1 - fall * (1 - config.final_lr_ratio))
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> dict[str, dict[str, nn.Parameter]]:
-    """Every trainable parameter once, by name, under "muon", "decayed" or "plain" (no weight decay).
+@dataclass
+class ParameterGroup:
+    """Parameters that are updated alike."""
 
-    A matrix is decayed unless it is the embedding; a tied unembedding is the embedding.
+    muon: bool
+    """By Muon, not AdamW."""
+    decayed: bool
+    """With weight decay."""
+    lr_scale: float
+    """Learning rate as a multiple of `lr`."""
+    parameters: dict[str, nn.Parameter]
+    """By name."""
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
+    """Every trainable parameter once: those of heads 2..n apart from those of the path to head 1, both in three kinds.
+
+    A matrix is decayed unless it is the embedding; a tied unembedding is the embedding. Groups without parameters are
+    left out.
     """
-    groups: dict[str, dict[str, nn.Parameter]] = {"muon": {}, "decayed": {}, "plain": {}}
+    muon_scale = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
+    groups: list[ParameterGroup] = []
+    for ratio in (1.0, config.head_lr_ratio):
+        groups.append(ParameterGroup(True, True, ratio * muon_scale, {}))
+        groups += [ParameterGroup(False, decayed, ratio, {}) for decayed in (True, False)]
     for name, parameter in model.named_parameters():  # a tied matrix comes once, under the embedding's name
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2 or name == "trunk.embedding.weight":
-            groups["plain"][name] = parameter
+            kind = 2
         elif config.kind == "muon" and name.startswith(("trunk.blocks.", "heads.")):
-            groups["muon"][name] = parameter
+            kind = 0
         else:
-            groups["decayed"][name] = parameter
-    return groups
+            kind = 1
+        groups[kind + 3 * _is_of_a_further_head(name)].parameters[name] = parameter
+    return [group for group in groups if group.parameters]
+
+
+def _is_of_a_further_head(name: str) -> bool:
+    """Whether a parameter belongs to one of the heads 2..n alone."""
+    first, second, third, *_ = [*name.split("."), "", ""]
+    return (first == "heads" and second != "0") or (first == "unembedding" and second == "weights" and third != "0")
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig, device: torch.device) -> list[Optimizer]:
-    """One optimiser, or two for muon; between them they hold every trainable parameter once."""
+    """One optimiser, or two for muon; between them they hold every trainable parameter once.
+
+    `set_learning_rate` gives them their rate before each step; until then it is 0.
+    """
     groups = parameter_groups(model, config)
     optimizers: list[Optimizer] = []
-    if groups["muon"]:
+    if config.kind == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UsageError(f"optimizer.kind muon needs a torch with torch.optim.Muon, this is {torch.__version__}")
+    if muon := [_torch_group(group, config) for group in groups if group.muon]:
         # q, k and v (and gate and up) are stacked in one matrix and orthogonalised together. Apart would need slices of
         # a parameter as parameters of their own, which neither sharding nor checkpoints know; match_rms_adamw gives
         # the stack the same size of update per weight either way.
-        sharded = isinstance(next(iter(groups["muon"].values())), DTensor)
-        optimizers.append(
-            (ShardedMuon if sharded else torch.optim.Muon)(
-                list(groups["muon"].values()),
-                lr=config.lr,
-                momentum=config.momentum,
-                nesterov=True,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-        for group in optimizers[0].param_groups:
-            group["lr_scale"] = 1.0 if config.muon_lr is None else config.muon_lr / config.lr
-    adamw_groups = [
-        {"params": list(groups[kind].values()), "weight_decay": decay}
-        for kind, decay in (("decayed", config.weight_decay), ("plain", 0.0))
-        if groups[kind]
-    ]
-    optimizers.append(
-        torch.optim.AdamW(
-            adamw_groups,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=device.type in ("cpu", "cuda"),
-        )
-    )
+        from headstart.training.sharded_muon import ShardedMuon  # not before torch is known to have Muon
+
+        kind = ShardedMuon if isinstance(muon[0]["params"][0], DTensor) else torch.optim.Muon
+        optimizers.append(kind(muon, lr=0.0, momentum=config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"))
+    if adamw := [_torch_group(group, config) for group in groups if not group.muon]:
+        fused = device.type in ("cpu", "cuda")
+        optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=config.betas, eps=config.eps, fused=fused))
+    for optimizer in optimizers:
+        _make_state(optimizer)
     return optimizers
+
+
+def _torch_group(group: ParameterGroup, config: OptimizerConfig) -> dict[str, Any]:
+    decay = config.weight_decay if group.decayed else 0.0
+    return {"params": list(group.parameters.values()), "weight_decay": decay, "lr_scale": group.lr_scale}
+
+
+def _make_state(optimizer: Optimizer) -> None:
+    """The state that a first step would make, for every parameter.
+
+    Optimisers make it at a parameter's first gradient, which a head of weight 0 has not had; a checkpoint would then
+    lack it, and could not be read back.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # at rate 0
+    for parameter in parameters:
+        parameter.grad = None
+        if "step" in optimizer.state[parameter]:
+            optimizer.state[parameter]["step"].zero_()
 
 
 def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group["lr_scale"]

@@ -11,6 +11,7 @@ import torch
 
 from headstart.data.mixture import Source
 from headstart.machine import peak_flops
+from headstart.objective.acceptance import expected_tokens_per_pass
 from headstart.terminal import duration, say
 from headstart.training.checkpoints import Position
 from headstart.training.config import RunConfig
@@ -106,8 +107,8 @@ class RunReport:
             tokens_per_second=self._config.tokens_per_step / seconds,
             seconds_at_peak=self._flops / self._peak,
             memory=memory_in_use(self._processes.device),
-            # TODO on merging: result.accuracies, and tokens_per_pass=expected_tokens_per_pass(result.accuracies)
-            accuracies=getattr(result, "accuracies", []),
+            accuracies=result.accuracies,
+            tokens_per_pass=expected_tokens_per_pass(result.accuracies),
         )
         if not result.finite:
             record["skipped"] = position.skipped

@@ -21,7 +21,10 @@ from headstart.training.processes import Processes
 @dataclass
 class StepResult:
     losses: list[float]
-    """Mean cross-entropy of each head in nats, unweighted; NaN where a head had no target."""
+    """Mean cross-entropy of each head in nats, unweighted; NaN where a head had no target or no weight."""
+    accuracies: list[float]
+    """Top-1 of each head, ties counted as hits; NaN where a head had no target or no weight, or where the loss backend
+    does not count hits."""
     gradient_norm: float
     """Of all parameters together, before clipping."""
     finite: bool
@@ -48,24 +51,30 @@ def train_step(
     # Counted over all micro-batches and processes before the first backward, so that 1 x 4 rows weigh every target as
     # 4 x 1 rows do.
     counts = processes.sum(torch.stack([count_targets(batch.targets) for batch in batches]).sum(0))
-    losses = torch.zeros(len(counts), device=processes.device)
+    losses, hits = torch.zeros(2, len(counts), device=processes.device)
+    asked = sum(weight != 0 for weight in weights)
     for i, batch in enumerate(batches):
         documents = batch.documents if config.data.attention_within_documents else None
         last = i == len(batches) - 1
-        with autocast(config, processes.device), sums.micro_batch(last=last, losses=len(weights)):
-            losses += walk_step(model, batch.tokens, batch.targets, counts, weights, documents).sums
+        with autocast(config, processes.device), sums.micro_batch(last=last, losses=asked):
+            seen = walk_step(model, batch.tokens, batch.targets, counts, weights, documents, config.loss)
+        losses += seen.sums
+        hits += math.nan if seen.correct is None else seen.correct
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
     # One wait for the device, and one for the other processes.
-    totals = processes.sum(torch.cat([losses, losses.new_tensor([float(stop())])]))
-    *head_losses, stops, gradient_norm = torch.cat([totals, norm.reshape(1).to(totals)]).tolist()
+    totals = processes.sum(torch.cat([losses, hits, losses.new_tensor([float(stop())])]))
+    *numbers, stops, gradient_norm = torch.cat([totals, norm.reshape(1).to(totals)]).tolist()
+    head_losses, head_hits = numbers[: len(weights)], numbers[len(weights) :]
     finite = all(map(math.isfinite, [*head_losses, gradient_norm]))
     set_learning_rate(optimizers, lr)
     for optimizer in optimizers:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    means = [total / count if count else math.nan for total, count in zip(head_losses, counts.tolist())]
-    return StepResult(means, gradient_norm, finite, stop=stops > 0)
+    targets = [count if weight else 0 for count, weight in zip(counts.tolist(), weights)]
+    means = [total / count if count else math.nan for total, count in zip(head_losses, targets)]
+    accuracies = [hit / count if count else math.nan for hit, count in zip(head_hits, targets)]
+    return StepResult(means, accuracies, gradient_norm, finite, stop=stops > 0)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -32,6 +32,9 @@ def test_constant_weights() -> None:
         ("cosine", 0.35, [1.0, 0.8535533905932737]),
         ("cosine", 0.5, [1.0, 0.5]),
         ("cosine", 0.8, [1.0, 0.0]),
+        ("sine", 0.2, [1.0, 1.0]),
+        ("sine", 0.4, [1.0, 0.5]),
+        ("sine", 0.8, [1.0, 0.0]),
     ],
 )
 def test_weights_move_between_begin_and_end(shape: str, fraction: float, expected: list[float]) -> None:
@@ -51,6 +54,40 @@ def test_a_jump() -> None:
     assert weights.at(0.5, 2) == [1.0, 0.0]
 
 
+def test_decay_is_a_factor_from_head_to_head() -> None:
+    assert HeadWeights(decay=0.5).at(0.3, 4) == [1.0, 0.5, 0.25, 0.125]
+    medusa = HeadWeights(initial=(1, 0, 0), final=(1, 0.1, 0.1), decay=0.8, shape="sine")
+    medusa.check(3)
+    assert medusa.at(0.0, 3) == [1.0, 0.0, 0.0]
+    assert medusa.at(1 / 3, 3) == pytest.approx([1.0, 0.04, 0.032])
+    assert medusa.at(1.0, 3) == pytest.approx([1.0, 0.08, 0.064])
+
+
+@pytest.mark.parametrize("steps", [4, 20, 400])
+def test_curricula_have_one_equal_stage_for_each_number_of_heads(steps: int) -> None:
+    forward, reverse = HeadWeights(curriculum="forward"), HeadWeights(curriculum="reverse")
+    stage = steps // 4
+    for step in range(steps):
+        active = step // stage + 1
+        assert forward.at(step / steps, 4) == [1.0] * active + [0.0] * (4 - active)
+        active = 4 - step // stage
+        assert reverse.at(step / steps, 4) == [1.0] * active + [0.0] * (4 - active)
+    assert forward.at(1.0, 4) == [1.0] * 4 and reverse.at(1.0, 4) == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_curriculum_keeps_to_its_part_of_training_and_to_the_weights() -> None:
+    weights = HeadWeights(initial=(1, 0.5), curriculum="forward", begin=0.2, end=0.6)
+    weights.check(2)
+    seen = [weights.at(fraction, 2) for fraction in (0.0, 0.3, 0.41, 0.6, 1.0)]
+    assert seen == [[1, 0], [1, 0], [1, 0.5], [1, 0.5], [1, 0.5]]
+
+
+@pytest.mark.parametrize("curriculum", ["forward", "reverse"])
+def test_one_head_has_no_curriculum(curriculum) -> None:
+    with pytest.raises(UsageError, match=f"^head_weights.curriculum {curriculum} needs 2 heads or more; this model"):
+        HeadWeights(curriculum=curriculum).check(1)
+
+
 @pytest.mark.parametrize(
     ("weights", "word"),
     [
@@ -64,6 +101,13 @@ def test_a_jump() -> None:
         (HeadWeights(end=1.1), "head_weights.end"),
         (HeadWeights(begin=float("nan")), "head_weights.begin"),
         (HeadWeights(shape="step"), "head_weights.shape"),
+        (HeadWeights(decay=0.0), "head_weights.decay"),
+        (HeadWeights(decay=-1.0), "head_weights.decay"),
+        (HeadWeights(decay=float("nan")), "head_weights.decay"),
+        (HeadWeights(curriculum="backward"), "head_weights.curriculum"),
+        (HeadWeights(initial=(0.0, 0.0)), "head_weights.initial"),
+        (HeadWeights(final=(0.0, 0.0)), "head_weights.final"),
+        (HeadWeights(initial=(0.0, 1.0), curriculum="forward"), "head_weights.initial"),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from headstart.data.batches import IGNORE
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from headstart.objective.backends import LossConfig
 from headstart.objective.step import HeadLosses, count_targets, joint_step, score_step, walk_step
 
 SMALL = ModelConfig(vocab_size=61, dim=16, layers=6, attention_heads=4, kv_heads=2, context=64, heads=4)
@@ -54,15 +55,19 @@ def gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], bound: float = 1e-12) -> None:
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert (mine[name] - theirs[name]).norm() <= bound * theirs[name].norm(), name
+    """A parameter that the walk leaves alone has no gradient where the joint step has zeros."""
+    assert mine.keys() <= theirs.keys()
+    for name in theirs:
+        difference = mine[name] - theirs[name] if name in mine else theirs[name]
+        assert difference.norm() <= bound * theirs[name].norm(), name
 
 
 def assert_losses_equal(mine: HeadLosses, theirs: HeadLosses) -> None:
     assert torch.equal(mine.counts, theirs.counts)
     assert mine.sums.dtype == torch.float32 and not mine.sums.requires_grad
     assert torch.allclose(mine.sums, theirs.sums, rtol=1e-6, atol=0)
+    assert mine.correct is not None and theirs.correct is not None
+    assert mine.correct.dtype == torch.int64 and torch.equal(mine.correct, theirs.correct)
 
 
 @every_wiring
@@ -77,9 +82,66 @@ def test_walk_equals_joint(kind: str, wiring: str, tied: bool, budget: int, weig
     expected = joint_step(model, tokens, targets, counts, weights)
     theirs = gradients(model)
     losses = walk_step(model, tokens, targets, counts, weights, budget=budget)
-    assert_equal(gradients(model), theirs)
+    mine = gradients(model)
+    assert_equal(mine, theirs)
     assert_losses_equal(losses, expected)
     assert len(theirs) == len(list(model.parameters()))
+    skipped = "heads.2." if weights and wiring == "parallel" else "none"
+    assert mine.keys() == {name for name in theirs if name != "unembedding.weights.2" or not weights} - {
+        name for name in theirs if name.startswith(skipped)
+    }
+
+
+@every_wiring
+@pytest.mark.parametrize("tied", [False, True])
+def test_z_loss_is_differentiated_and_not_reported(kind: str, wiring: str, tied: bool) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring, tied=tied))
+    tokens, targets = batch()
+    counts = count_targets(targets)
+    plain = joint_step(model, tokens, targets, counts, WEIGHTS)
+    without = gradients(model)
+    expected = joint_step(model, tokens, targets, counts, WEIGHTS, z_loss=0.03)
+    theirs = gradients(model)
+    losses = walk_step(model, tokens, targets, counts, WEIGHTS, loss=LossConfig(z_loss=0.03), budget=1)
+    assert_equal(gradients(model), theirs)
+    assert_losses_equal(losses, expected)
+    assert_losses_equal(losses, plain)
+    name = "trunk.embedding.weight"
+    assert (theirs[name] - without[name]).norm() > 1e-3 * theirs[name].norm()
+
+
+RUN = {  # heads that run with weights 1 0 0 0, 0 0 1 0: those that have a weight, and those they hang on
+    "parallel": ([1], [3]),
+    "causal": ([1], [1, 2, 3]),
+    "anticausal": ([1, 2, 3, 4], [3, 4]),
+}
+
+
+@every_wiring
+@pytest.mark.parametrize("alone", [1, 3])
+def test_heads_of_weight_zero_cost_nothing(kind: str, wiring: str, alone: int) -> None:
+    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    tokens, targets = batch()
+    ran: list[int] = []
+    asked: list[int] = []
+    for k, head in enumerate(model.heads, start=1):
+        head.register_forward_hook(lambda *_, k=k: ran.append(k))
+    model.unembedding.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
+    weights = [float(k == alone) for k in range(1, 5)]
+    losses = walk_step(model, tokens, targets, count_targets(targets), weights)
+    assert sorted(ran) == RUN[wiring][alone == 3] and asked == [alone]
+    others = [k for k in range(4) if k != alone - 1]
+    assert losses.sums[others].tolist() == [0, 0, 0] and losses.sums[alone - 1] > 0
+    assert losses.counts[others].tolist() == [0, 0, 0] and losses.counts[alone - 1] > 0
+    touched = {int(name.split(".")[1]) + 1 for name in gradients(model) if name.startswith("heads.")}
+    assert touched <= set(ran)
+
+
+def test_without_any_weight_nothing_happens() -> None:
+    model = lively(SMALL)
+    tokens, targets = batch()
+    losses = walk_step(model, tokens, targets, count_targets(targets), [0.0] * 4)
+    assert losses.sums.tolist() == [0] * 4 and gradients(model) == {}
 
 
 @every_wiring

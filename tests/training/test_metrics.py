@@ -20,7 +20,9 @@ def record(result: StepResult, **changes):
 
 def test_every_name_of_a_step() -> None:
     made = record(
-        StepResult(losses=[2.0, 3.0], gradient_norm=1.5, finite=True), accuracies=[0.5, 0.25], tokens_per_pass=1.25
+        StepResult(losses=[2.0, 3.0], accuracies=[], gradient_norm=1.5, finite=True),
+        accuracies=[0.5, 0.25],
+        tokens_per_pass=1.25,
     )
     assert made == {
         "step": 3, "tokens": 96, "loss/head1": 2.0, "loss/head2": 3.0, "top1/head1": 0.5, "top1/head2": 0.25,
@@ -31,7 +33,7 @@ def test_every_name_of_a_step() -> None:
 
 
 def test_what_is_not_known_or_not_finite_is_null() -> None:
-    made = record(StepResult(losses=[math.nan, 3.0], gradient_norm=math.inf, finite=False), memory=None)
+    made = record(StepResult(losses=[math.nan, 3.0], accuracies=[], gradient_norm=math.inf, finite=False), memory=None)
     assert made["loss/head1"] is None and made["grad_norm"] is None and made["memory_gib"] is None
     assert made["clipped"] is False  # a step that was skipped
     assert "top1/head1" not in made and "expected_tokens_per_pass" not in made

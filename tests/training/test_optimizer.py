@@ -11,6 +11,7 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.training.optimizer import (
     OptimizerConfig,
+    ParameterGroup,
     build_optimizers,
     learning_rate,
     parameter_groups,
@@ -46,6 +47,15 @@ def test_wsd_stays_and_falls() -> None:
     assert rates[89] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1)
 
 
+def test_wsd_after_a_long_warmup_does_not_jump() -> None:
+    rates = curve(10, lr=1.0, warmup_steps=8, schedule="wsd", decay_fraction=0.5, final_lr_ratio=0.0)
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 0.5, 0.0])
+    assert curve(2, lr=1.0, warmup_steps=5, schedule="wsd") == pytest.approx([0.2, 0.4])
+    assert curve(1, lr=1.0, warmup_steps=0, schedule="wsd", final_lr_ratio=0.1) == pytest.approx([0.1])
+    whole = curve(4, lr=1.0, warmup_steps=0, schedule="wsd", decay_fraction=1.0, final_lr_ratio=0.0)
+    assert whole == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
 def decay_of(model: Transformer, config: OptimizerConfig) -> dict[str, float]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     found: dict[str, float] = {}
@@ -77,38 +87,83 @@ def test_matrices_are_decayed_and_embeddings_norms_and_biases_are_not(kind, shap
     assert decay.get("unembedding.weights.2", 0.1) == 0.1
 
 
+def by_name(groups: list[ParameterGroup], attribute: str) -> dict[str, object]:
+    return {name: getattr(group, attribute) for group in groups for name in group.parameters}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_muon_takes_the_matrices_inside_blocks_and_heads(shape) -> None:
     model = Transformer(SHAPES[shape])
     groups = parameter_groups(model, OptimizerConfig(kind="muon"))
-    assert len({name for group in groups.values() for name in group}) == sum(map(len, groups.values()))
-    assert set().union(*groups.values()) == dict(model.named_parameters()).keys()
-    assert set(groups["muon"]) == {
-        name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(("trunk.blocks", "heads"))
-    }
-    assert all(name.startswith("unembedding.weights") for name in groups["decayed"])
+    muon = by_name(groups, "muon")
+    assert len(muon) == sum(len(group.parameters) for group in groups)
+    assert muon.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert muon[name] == (parameter.ndim == 2 and name.startswith(("trunk.blocks", "heads"))), name
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_further_heads_have_their_own_rate(shape, kind) -> None:
+    """Heads 2..n and what only they read; never head 1 or what the heads share."""
+    model = Transformer(SHAPES[shape])
+    scale = by_name(parameter_groups(model, OptimizerConfig(kind=kind, head_lr_ratio=4.0)), "lr_scale")
+    assert scale.keys() == dict(model.named_parameters()).keys()
+    own = ("heads.1.", "heads.2.", "unembedding.weights.1", "unembedding.weights.2")
+    for name, value in scale.items():
+        assert value == (4.0 if name.startswith(own) else 1.0), name
+    assert {"linear": 2, "replicated": 2}.get(shape, 1) <= list(scale.values()).count(4.0)
+
+
+def test_the_state_is_whole_before_the_first_step() -> None:
+    """A head that has had no gradient has state all the same, and it is that of a first step."""
+    model, other = Transformer(SHAPES["untied"]), Transformer(SHAPES["untied"])
+    other.load_state_dict(model.state_dict())
+    made = build_optimizers(model, OptimizerConfig(kind="muon"), torch.device("cpu"))
+    assert sum(len(optimizer.state) for optimizer in made) == len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    lazy = build_optimizers(other, OptimizerConfig(kind="muon"), torch.device("cpu"))
+    for optimizer in lazy:
+        optimizer.state.clear()
+    for mine, theirs in zip(model.parameters(), other.parameters()):
+        mine.grad = torch.randn_like(mine)
+        theirs.grad = mine.grad.clone()
+    for optimizers in (made, lazy):
+        set_learning_rate(optimizers, 1e-2)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_a_torch_without_muon_is_told(monkeypatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(UsageError, match=r"^optimizer.kind muon needs a torch with torch.optim.Muon, this is [^\n]*$"):
+        build_optimizers(Transformer(SHAPES["tied"]), OptimizerConfig(kind="muon"), torch.device("cpu"))
 
 
 def test_frozen_parameters_are_left_out() -> None:
     model = Transformer(SHAPES["untied"])
     model.trunk.requires_grad_(False)
     groups = parameter_groups(model, OptimizerConfig())
-    assert not any(name.startswith("trunk") for group in groups.values() for name in group)
+    assert not any(name.startswith("trunk") for name in by_name(groups, "lr_scale"))
 
 
 def test_muon_has_its_own_rate() -> None:
     model = Transformer(SHAPES["untied"])
-    config = OptimizerConfig(kind="muon", lr=1e-3, muon_lr=2e-2)
+    config = OptimizerConfig(kind="muon", lr=1e-3, muon_lr=2e-2, head_lr_ratio=2.0)
     muon, adamw = build_optimizers(model, config, torch.device("cpu"))
     set_learning_rate([muon, adamw], 5e-4)
-    assert [group["lr"] for group in muon.param_groups] == [pytest.approx(1e-2)]
-    assert [group["lr"] for group in adamw.param_groups] == [5e-4, 5e-4]
+    assert [group["lr"] for group in muon.param_groups] == pytest.approx([1e-2, 2e-2])
+    assert [group["lr"] for group in adamw.param_groups] == pytest.approx([5e-4, 5e-4, 1e-3])
 
 
 @pytest.mark.parametrize(
     "settings",
     [{"lr": 0.0}, {"lr": math.nan}, {"muon_lr": -1.0}, {"clip": 0.0}, {"warmup_steps": -1}, {"betas": (0.9, 1.0)},
-     {"weight_decay": -0.1}, {"decay_fraction": 0.0}, {"kind": "sgd"}, {"schedule": "step"}, {"momentum": 1.0}],
+     {"weight_decay": -0.1},
+     {"head_lr_ratio": 0.0}, {"head_lr_ratio": -4.0}, {"head_lr_ratio": math.nan},
+     {"decay_fraction": 0.0}, {"kind": "sgd"}, {"schedule": "step"}, {"momentum": 1.0}],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(settings) -> None:
     with pytest.raises(UsageError, match=f"^optimizer.{next(iter(settings))} [^\n]*$"):

@@ -36,7 +36,10 @@ def test_a_run_leaves_what_it_promises(tiny, metrics, capsys) -> None:
     steps = [line for line in lines if "lr" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for i, line in enumerate(steps):
-        assert line.keys() == {"step", "tokens", "loss/head1", "loss/head2", "lr", "grad_norm", "clipped"}
+        assert line.keys() == {
+            *("step", "tokens", "lr", "grad_norm", "clipped", "expected_tokens_per_pass"),
+            *(f"{name}/head{k}" for name in ("loss", "top1") for k in (1, 2)),
+        }
         assert line["tokens"] == (i + 1) * 4 * 24
         assert line["lr"] == learning_rate(i, 6, config.optimizer)
     assert steps[0]["loss/head1"] == pytest.approx(math.log(256), abs=0.1)

@@ -1,0 +1,111 @@
+"""Who computes the loss of a head: our own chunked cross-entropy, torch's, Liger's or Apple's (cut cross-entropy).
+
+Ours is the default, the one that counts top-1 hits and knows z-loss, and the one whose memory is tested. The others
+are there for GPUs, where fused kernels may be faster; what they hold in memory and where they round is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from headstart.data.batches import IGNORE
+from headstart.errors import UsageError
+from headstart.model.transformer import compute_dtype
+from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, linear_cross_entropy
+
+Backend = Literal["headstart", "torch", "liger", "cce"]
+Summed = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x (N, D), weight (V, D) of one dtype, targets (N,)) -> cross-entropy summed over valid targets."""
+PACKAGES = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the loss of a head is computed."""
+
+    z_loss: float = 0.0
+    """Coefficient of logsumexp(logits)^2 in the differentiated loss; the reported loss is without it (0: none)."""
+    backend: Backend = "headstart"
+    """headstart, or torch, liger, cce: other implementations, which count no top-1 in training and have no z-loss."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.z_loss < float("inf"):
+            raise UsageError(f"loss.z_loss is {self.z_loss}; it must be finite and not negative (0: none)")
+        if self.backend not in get_args(Backend):
+            raise UsageError(f"loss.backend {self.backend!r} is unknown; take one of {', '.join(get_args(Backend))}")
+        if self.z_loss and self.backend != "headstart":
+            raise UsageError(f"loss.z_loss needs loss.backend headstart; {self.backend} is used without it")
+
+    def require(self, device: torch.device) -> None:
+        """Raises UsageError unless the backend can run on `device` here."""
+        package = PACKAGES.get(self.backend)
+        if package is not None and find_spec(package) is None:
+            raise UsageError(
+                f"loss.backend {self.backend} needs {package}, which is not installed; "
+                "pip install 'headstart[kernels]', or take loss.backend headstart"
+            )
+        if self.backend == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            raise UsageError(
+                f"loss.backend torch needs torch 2.13 or newer, this is {torch.__version__}; "
+                "take loss.backend headstart"
+            )
+        if self.backend == "liger" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UsageError("loss.backend liger needs a GPU, and the device is cpu; take loss.backend headstart")
+
+    def function(self, budget: int = LOGITS_BYTES) -> Callable[[Tensor, Tensor, Tensor], CrossEntropy]:
+        """(x (..., D), weight (V, D), targets (...)) -> CrossEntropy, as `linear_cross_entropy`; `budget` is ours."""
+        if self.backend == "headstart":
+            return partial(linear_cross_entropy, z_loss=self.z_loss, budget=budget)
+        return partial(_foreign, {"torch": _torch, "liger": _liger, "cce": _cce}[self.backend])
+
+
+def _foreign(summed: Summed, x: Tensor, weight_VD: Tensor, targets: Tensor) -> CrossEntropy:
+    """Casts as our own loss does: products in the autocast dtype, an fp32 sum, gradients in the dtypes that came in."""
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        loss = summed(x.flatten(0, -2).to(dtype), weight_VD.to(dtype), targets.flatten())
+    if loss.dtype != torch.float64:
+        loss = loss.float()
+    return CrossEntropy(loss, loss.detach(), None)
+
+
+def _torch(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    # A sum comes back in the dtype of x, and a bf16 scalar has three digits. So there the rows come one by one, each of
+    # three digits but added in fp32, at the price of computing the logits again in the backward.
+    whole = x_ND.dtype in (torch.float32, torch.float64)
+    rows = torch.nn.functional.linear_cross_entropy(
+        x_ND,
+        weight_VD,
+        targets_N,
+        reduction="sum" if whole else "none",
+        ignore_index=IGNORE,
+        options=torch.nn.LinearCrossEntropyOptions(),
+    )
+    return rows if whole else rows.float().sum()
+
+
+def _liger(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    # Its default sums the weight's gradient over chunks in the weight's own dtype.
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
+    return loss(weight_VD, x_ND, targets_N)
+
+
+def _cce(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    # Its default drops gradients below a threshold. Its kernels are for GPUs; elsewhere it compiles the plain product,
+    # which holds all logits.
+    impl = "cce" if x_ND.is_cuda else "torch_compile"
+    return cut_cross_entropy(
+        x_ND, weight_VD, targets_N, ignore_index=IGNORE, reduction="sum", filter_eps=None, impl=impl
+    )
