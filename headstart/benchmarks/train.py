@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.benchmarks import report
+from headstart.benchmarks import report, training_compile
 from headstart.benchmarks.report import count
 from headstart.benchmarks.training_compile import measure_compile
 from headstart.benchmarks.training_gpu import measure_gpu
@@ -17,6 +17,7 @@ from headstart.benchmarks.training_processes import measure_processes
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.terminal import say
+from headstart.training.processes import pick_device
 
 Part = Literal["bytes", "large-vocabulary", "processes", "compile", "trainer", "memory", "gpu"]
 ON_CPU: tuple[Part, ...] = ("bytes", "large-vocabulary", "processes", "compile", "trainer", "memory")
@@ -89,8 +90,7 @@ def run(settings: TrainSettings) -> dict[str, Any]:
             raise UsageError(
                 f"the part {part} does not run on {settings.device}; give --device {other}, or leave it out"
             )
-    if "trainer" in settings.parts:
-        check_installed()
+    _check(settings)
     notes = [
         f"Each step is `headstart train`'s own, weights float32, {count(settings.threads, 'thread')} unless said, "
         f"{settings.device}{', blocks compiled' if settings.compile else ''}."
@@ -102,6 +102,24 @@ def run(settings: TrainSettings) -> dict[str, Any]:
         measurements += rows
         notes += more
     return report.result("train", settings, measurements, notes)
+
+
+def _check(settings: TrainSettings) -> None:
+    """Raises UsageError for what a later part would fail at, after minutes of measuring."""
+    for name in ("rows", "large_rows", "gpu_rows", "process_rounds", "repetitions", "steps", "threads"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1")
+    if not (settings.heads and settings.compile_sizes and settings.memory_vocabularies):
+        raise UsageError("--heads, --compile-sizes or --memory-vocabularies is empty; give a number, or leave it out")
+    for vocab_size in (settings.large_vocabulary, *settings.memory_vocabularies):
+        replace(settings.model(), vocab_size=vocab_size)
+    for heads in (*settings.heads, training_compile.HEADS):
+        replace(settings.model(), heads=heads)
+    for dim, layers in settings.compile_sizes:
+        replace(settings.model(), dim=dim, layers=layers, heads=training_compile.HEADS)
+    pick_device(settings.device)
+    if "trainer" in settings.parts:
+        check_installed()
 
 
 def _measure(part: Part, settings: TrainSettings) -> tuple[list[dict[str, Any]], list[str]]:
