@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from headstart import machine
 from headstart.benchmarks import fresh_process, report
 from headstart.benchmarks.measure import ratios
+from headstart.benchmarks.peak_memory import ALLOCATOR, joint_step_fits, meter
 from headstart.benchmarks.report import Bar, measurement
 from headstart.data.batches import IGNORE
 from headstart.model.config import HeadKind, ModelConfig, Wiring
@@ -24,10 +22,6 @@ from headstart.terminal import say
 GRADIENT_BAR = Bar("<", 1e-12)
 FLAT_BAR = Bar("<=", 1.05)
 JOINT_BAR = Bar("<=", 0.25)
-
-# glibc keeps freed memory for itself, and keeps more after every large block that was freed. A fixed threshold has
-# each large tensor mapped and unmapped on its own, so resident memory is what is alive.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,8 @@ def _memory(settings: LossSettings) -> tuple[list[dict[str, Any]], list[str]]:
     if first < last:
         cases.append(("walk, same trunk", last))
     for step, n in cases:
-        if step == "joint" and not _fits(settings, n):
+        positions = settings.rows * settings.length
+        if step == "joint" and not joint_step_fits(settings.device, n, positions, settings.vocab_size):
             notes.append(f"memory: joint step at n = {n} left out, it would not fit into this machine's memory.")
             continue
         case = {
@@ -190,14 +185,6 @@ def _config(settings: LossSettings, heads: int, extra_layers: int) -> ModelConfi
     )
 
 
-def _fits(settings: LossSettings, n: int) -> bool:
-    """Whether a joint step should go through: about six copies of all logits are alive at its peak."""
-    available = machine.available_memory()
-    if settings.device != "cpu" or available is None:
-        return True
-    return 6 * 4 * n * settings.rows * settings.length * settings.vocab_size < available
-
-
 def memory_case(case: dict[str, Any]) -> dict[str, Any]:
     """Peak memory in MiB of one step, above the level before it. Runs in a process of its own."""
     config, device = ModelConfig(**case["config"]), case["device"]
@@ -208,7 +195,7 @@ def memory_case(case: dict[str, Any]) -> dict[str, Any]:
     tokens, targets = (x.to(device) for x in _batch(config, case["rows"], case["length"]))
     counts = count_targets(targets)
     step: Callable[..., HeadLosses] = walk_step if case["step"] == "walk" else joint_step
-    peak = _CudaPeak() if device.startswith("cuda") else _ProcessPeak()
+    peak = meter(device)
     step(model, tokens, targets, counts)
     values = []
     for _ in range(case["repetitions"]):
@@ -216,64 +203,3 @@ def memory_case(case: dict[str, Any]) -> dict[str, Any]:
         step(model, tokens, targets, counts)
         values.append(peak.read() / 2**20)
     return {"mebibytes": values, "method": peak.method}
-
-
-class _CudaPeak:
-    method = "peak of torch's CUDA allocator"
-
-    def reset(self) -> None:
-        torch.cuda.reset_peak_memory_stats()
-        self._level = torch.cuda.memory_allocated()
-
-    def read(self) -> int:
-        return torch.cuda.max_memory_allocated() - self._level
-
-
-class _ProcessPeak:
-    """Peak resident memory of this process: what the user's machine sees."""
-
-    def __init__(self) -> None:
-        self._resets = self._reset_peak()
-        self.method = "peak resident memory (VmHWM)" if self._resets else "peak resident memory (getrusage)"
-
-    def reset(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap goes back, so the level holds live memory only
-        if self._resets:
-            self._reset_peak()
-            self._level = self._status("VmRSS")
-        else:
-            # Without a reset the peak is the highest of the whole life of the process, warm-up included: the same step.
-            self._level = _resident_now()
-
-    def read(self) -> int:
-        if self._resets:
-            return self._status("VmHWM") - self._level
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return (peak if sys.platform == "darwin" else peak * 1024) - self._level
-
-    @staticmethod
-    def _reset_peak() -> bool:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return False
-        return True
-
-    @staticmethod
-    def _status(name: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"/proc/self/status has no {name}")
-
-
-def _resident_now() -> int:
-    """Resident bytes by `ps`, where there is no /proc (macOS)."""
-    import os
-    import subprocess
-
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())], text=True)) * 1024

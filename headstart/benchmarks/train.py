@@ -1,37 +1,39 @@
-"""Training: how much slower is a step with more heads, at the same number of parameters?"""
+"""Training: what does a step cost, in time and in memory, beside fewer heads, limits and a peer?"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from headstart.benchmarks import fresh_process, report
-from headstart.benchmarks.measure import interleave, ratios
-from headstart.benchmarks.report import Bar, count, measurement
+from headstart.benchmarks import report, training_compile
+from headstart.benchmarks.report import count
+from headstart.benchmarks.training_compile import measure_compile
+from headstart.benchmarks.training_gpu import measure_gpu
+from headstart.benchmarks.training_heads import measure_heads
+from headstart.benchmarks.training_memory import measure_memory
+from headstart.benchmarks.training_peer import check_installed, measure_trainer
+from headstart.benchmarks.training_processes import measure_processes
+from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
-from headstart.model.layers import Block
-from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, walk_step
 from headstart.terminal import say
+from headstart.training.processes import pick_device
 
-SPEED_BAR = Bar(">=", 0.95)
+Part = Literal["bytes", "large-vocabulary", "processes", "compile", "trainer", "memory", "gpu"]
+ON_CPU: tuple[Part, ...] = ("bytes", "large-vocabulary", "processes", "compile", "trainer", "memory")
+ON_GPU: tuple[Part, ...] = ("bytes", "large-vocabulary", "compile", "trainer", "memory", "gpu")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Tokens per second of the whole training step: forward, walk over the heads, clipping, AdamW."""
+    """The whole training step: forward, walk over the heads, clipping, AdamW."""
 
-    parts: tuple[Literal["bytes", "large-vocabulary"], ...] = ("bytes", "large-vocabulary")
-    """bytes: vocabulary 256, has a bar; large-vocabulary: beside what the products of the unembedding predict."""
-    modes: tuple[Literal["eager", "compiled"], ...] = ("eager",)
-    """compiled: each block through torch.compile."""
+    parts: tuple[Part, ...] = ()
+    """bytes, large-vocabulary: against fewer heads; processes: two of them; compile: torch.compile; trainer: against
+    Hugging Face's Trainer; memory: against joint autograd; gpu: the paper's sizes. None named: all that the device
+    has (processes only on cpu, gpu only on cuda)."""
     heads: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of transformer heads, all models with the same number of parameters."""
+    """bytes, large-vocabulary: numbers of transformer heads, all models with the same number of parameters."""
     dim: int = 256
     """Width of the model."""
     layers: int = 10
@@ -39,19 +41,29 @@ class TrainSettings:
     length: int = 512
     """Positions of a row."""
     rows: int = 8
-    """Rows of a batch of the bytes part."""
+    """Rows of a batch at a vocabulary of 256."""
     large_vocabulary: int = 32000
-    """Vocabulary of the other part."""
+    """Vocabulary of large-vocabulary, and of one of the cases of trainer."""
     large_rows: int = 2
-    """Rows of its batch."""
+    """Rows of their batches."""
+    compile: bool = False
+    """bytes, large-vocabulary, trainer, memory: whether blocks go through torch.compile (in trainer, the peer too)."""
+    compile_sizes: tuple[tuple[int, int], ...] = ((128, 6), (256, 10), (512, 12))
+    """compile: width and blocks of each model."""
+    memory_vocabularies: tuple[int, ...] = (256, 32000, 128000)
+    """memory: vocabularies."""
+    process_rounds: int = 3
+    """processes: how often each case is started."""
+    gpu_rows: int = 4
+    """gpu: rows of a batch, of 4,096 positions each."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What matrix products run in; weights and AdamW are float32."""
     repetitions: int = 5
-    """Rounds; in each round every model takes its turn."""
+    """Rounds; in each round every variant takes its turn."""
     steps: int = 3
     """Steps of one turn."""
     threads: int = 2
-    """CPU threads."""
+    """CPU threads (processes has its own numbers of them)."""
     device: str = "cpu"
     """cpu or cuda."""
     out: Path = report.RESULTS
@@ -59,106 +71,66 @@ class TrainSettings:
     date: str | None = None
     """Date of the report (None: today)."""
 
+    def model(self) -> ModelConfig:
+        """One head, V = 256; parts change what they vary."""
+        return ModelConfig(dim=self.dim, layers=self.layers, context=self.length)
+
+    def run_fields(self) -> dict[str, Any]:
+        """What a RunConfig takes from here."""
+        return {"dtype": self.dtype, "device": self.device, "compile": self.compile}
+
 
 def run(settings: TrainSettings) -> dict[str, Any]:
     """Runs the parts asked for; see `report.result` for the shape of what comes back."""
+    here = ON_GPU if settings.device.startswith("cuda") else ON_CPU
+    settings = replace(settings, parts=settings.parts or here)
+    for part in settings.parts:
+        if part not in here:
+            other = "cpu" if part == "processes" else "cuda"
+            raise UsageError(
+                f"the part {part} does not run on {settings.device}; give --device {other}, or leave it out"
+            )
+    _check(settings)
+    notes = [
+        f"Each step is `headstart train`'s own, weights float32, {count(settings.threads, 'thread')} unless said, "
+        f"{settings.device}{', blocks compiled' if settings.compile else ''}."
+    ]
     measurements: list[dict[str, Any]] = []
     for part in settings.parts:
-        large = part == "large-vocabulary"
-        vocab_size, rows = (settings.large_vocabulary, settings.large_rows) if large else (256, settings.rows)
-        for mode in settings.modes:
-            configs = [
-                ModelConfig(
-                    vocab_size=vocab_size,
-                    dim=settings.dim,
-                    layers=settings.layers,
-                    context=settings.length,
-                    heads=n,
-                )
-                for n in settings.heads
-            ]
-            case = {
-                "configs": [config.__dict__ for config in configs],
-                "compiled": mode == "compiled",
-                "rows": rows,
-                "dtype": settings.dtype,
-                "repetitions": settings.repetitions,
-                "steps": settings.steps,
-                "device": settings.device,
-            }
-            speeds = fresh_process.call("headstart.benchmarks.train:case", case, threads=settings.threads)
-            for config in configs:
-                n, values = config.heads, speeds[str(config.heads)]
-                what = f"V = {vocab_size:,}, {mode}, n = {n}"
-                measurements.append(measurement(part, what, values, "tokens/s", heads=n, mode=mode))
-                say(f"{part}: {what}: {measurements[-1]['median']:,.0f} tokens/s")
-            if 1 not in settings.heads:
-                continue
-            for config in configs:
-                n = config.heads
-                if n == 1:
-                    continue
-                predicted = predicted_speed(config)
-                what = f"V = {vocab_size:,}, {mode}, n = {n} / n = 1 (by products alone: {predicted:.2f})"
-                bar = SPEED_BAR if n == 4 and not large else None
-                values = ratios(speeds[str(n)], speeds["1"])
-                measurements.append(measurement(part, what, values, bar=bar, heads=n, mode=mode, predicted=predicted))
-    notes = [
-        f"{settings.dtype} autocast over float32 weights, {count(settings.threads, 'thread')}, {settings.device}; "
-        f"transformer heads, parallel, taken from the trunk, so every model has the same number of parameters. Batches "
-        "of "
-        f"{settings.rows} x {settings.length} (V = 256) and {settings.large_rows} x {settings.length} "
-        f"(V = {settings.large_vocabulary:,}).",
-        "Prediction: products per token 12 L d^2 + V d + 2 T d L, and (n-1) V d more for n heads; the paper's Table "
-        "S5 follows "
-        "it up to 3B parameters (reference/paper.md section 5). No bar at the large vocabulary.",
-    ]
+        say(f"{part} ...")
+        rows, more = _measure(part, settings)
+        measurements += rows
+        notes += more
     return report.result("train", settings, measurements, notes)
 
 
-def predicted_speed(config: ModelConfig) -> float:
-    """Tokens per second relative to one head, if multiply-accumulates were all that costs (Table S5 explained)."""
-    L, d, V, T = config.layers, config.dim, config.vocab_size, config.context
-    one = 12 * L * d * d + V * d + 2 * T * d * L
-    return one / (one + (config.heads - 1) * V * d)
+def _check(settings: TrainSettings) -> None:
+    """Raises UsageError for what a later part would fail at, after minutes of measuring."""
+    for name in ("rows", "large_rows", "gpu_rows", "process_rounds", "repetitions", "steps", "threads"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1")
+    if not (settings.heads and settings.compile_sizes and settings.memory_vocabularies):
+        raise UsageError("--heads, --compile-sizes or --memory-vocabularies is empty; give a number, or leave it out")
+    for vocab_size in (settings.large_vocabulary, *settings.memory_vocabularies):
+        replace(settings.model(), vocab_size=vocab_size)
+    for heads in (*settings.heads, training_compile.HEADS):
+        replace(settings.model(), heads=heads)
+    for dim, layers in settings.compile_sizes:
+        replace(settings.model(), dim=dim, layers=layers, heads=training_compile.HEADS)
+    pick_device(settings.device)
+    if "trainer" in settings.parts:
+        check_installed()
 
 
-def case(case: dict[str, Any]) -> dict[str, list[float]]:
-    """Tokens per second of each configuration, by its number of heads. Runs in a process of its own."""
-    variants = {}
-    for fields in case["configs"]:
-        config = ModelConfig(**fields)
-        variants[str(config.heads)] = _trainer(config, case)
-    # Two rounds of warm-up: the first compiles and allocates, the second has AdamW's moments in place.
-    return interleave(variants, case["repetitions"], warmup=2)
-
-
-def _trainer(config: ModelConfig, case: dict[str, Any]) -> Callable[[], float]:
-    device, rows, steps = case["device"], case["rows"], case["steps"]
-    torch.manual_seed(0)
-    model = Transformer(config).to(device)
-    if case["compiled"]:
-        for module in model.modules():
-            if isinstance(module, Block):
-                module.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    text = torch.randint(config.vocab_size, (rows, config.context + config.heads), device=device)
-    tokens = text[:, : config.context]
-    targets = torch.stack([text[:, k : k + config.context] for k in range(1, config.heads + 1)], -1)
-
-    def step() -> None:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=case["dtype"] == "bfloat16"):
-            walk_step(model, tokens, targets, count_targets(targets))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # the value is waited for, as in training
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def measure() -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return steps * rows * config.context / (time.perf_counter() - began)
-
-    return measure
+def _measure(part: Part, settings: TrainSettings) -> tuple[list[dict[str, Any]], list[str]]:
+    if part == "processes":
+        return measure_processes(settings)
+    if part == "compile":
+        return measure_compile(settings)
+    if part == "trainer":
+        return measure_trainer(settings)
+    if part == "memory":
+        return measure_memory(settings)
+    if part == "gpu":
+        return measure_gpu(settings)
+    return measure_heads(settings, part)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from headstart import machine
 from headstart.benchmarks import fresh_process, loss
 from headstart.benchmarks.loss import LossSettings
 
@@ -34,7 +35,7 @@ def test_memory_has_a_case_for_each_step_and_number_of_heads(in_process):
 
 
 def test_joint_steps_that_cannot_fit_are_left_out_and_said_so(in_process, monkeypatch):
-    monkeypatch.setattr(loss.machine, "available_memory", lambda: 1)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1)
     result = loss.run(LossSettings(parts=("memory",), heads=(1,), **TINY))
     assert [row["what"] for row in result["measurements"]] == ["walk, n = 1"]
     assert any("joint step at n = 1 left out" in note for note in result["notes"])
