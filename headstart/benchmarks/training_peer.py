@@ -7,6 +7,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,7 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
         config = replace(config, run_dir=folder / "run", data=_random_text(folder, config))
         with RunFolder(config.run_dir).claimed():
             run = Run(config, RunFolder(config.run_dir), processes, Progress)
-            try:
+            with run.report, closing(run.writer):
                 save_model(run.model, folder / "model", dtype=torch.float32)
                 peer = load_peer(folder / "model", torch.float32, config.device)
                 batch = next(copy.deepcopy(run.stream))
@@ -103,8 +104,6 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
 
                 turns = Turns(config, steps, case["repetitions"] + WARMUP, ours)
                 turns.run(peer, batch, folder)
-            finally:
-                run.close()
     tokens = steps * config.tokens_per_step
     return {
         "ours": [tokens / seconds for seconds in turns.ours[WARMUP:]],
