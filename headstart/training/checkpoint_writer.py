@@ -107,7 +107,7 @@ class CheckpointWriter:
                     state["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
                     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         except UsageError as error:
-            say(f"warning: {error} (the checkpoint before it is kept)")
+            say(f"warning: {str(error).split(';')[0]}; training goes on, and the checkpoint before it stays")
             return error
         if self._processes.main:
             self._delete_old(int(state["position"]["step"]))
