@@ -24,7 +24,7 @@ def test_same_weights_and_batch_give_the_same_loss_and_gradient(tmp_path, dtype,
     steps = Steps(run_config(model, 3, device="cpu", dtype=dtype), Processes(torch.device("cpu")))
     with torch.no_grad():
         for parameter in steps.model.parameters():
-            parameter.mul_(6 if parameter.ndim > 1 else 1)  # else every loss is log V, whatever a model does
+            parameter.mul_(10 if parameter.ndim > 1 else 1)  # else every loss is log V, whatever a model does
     save_model(steps.model, tmp_path / "model", dtype=torch.float32)
     peer = load_peer(tmp_path / "model", torch.float32)
     loss, norm = first_step(peer, steps.batches[0], steps.config)
@@ -32,7 +32,7 @@ def test_same_weights_and_batch_give_the_same_loss_and_gradient(tmp_path, dtype,
     result = steps.step()
     assert loss == pytest.approx(result.losses[0], rel=tolerance)
     assert norm == pytest.approx(result.gradient_norm, rel=tolerance)
-    assert abs(loss - torch.tensor(90.0).log().item()) > 0.05
+    assert abs(loss - torch.tensor(90.0).log().item()) > 0.1
 
 
 def test_rows_of_trainer(in_process):
