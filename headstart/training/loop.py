@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -26,11 +27,12 @@ from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, watching_signals
 from headstart.training.optimizer import build_optimizers, learning_rate
 from headstart.training.run_folder import RunFolder, RunLog
+from headstart.training.spikes import LossHistory
 from headstart.training.step import StepResult, move, train_step
 from headstart.training.validation import validate
 
 SKIPS_IN_A_ROW = 20
-"""Steps without a finite gradient after which a run is given up."""
+"""Skipped steps after which a run is given up."""
 
 
 def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) -> Path:
@@ -78,6 +80,7 @@ class Run:
         if restored is not None:
             self.position = restored
             self.stream.load_state_dict(restored.data)
+        self.history = LossHistory(**self.position.history)
         self.saved_step = self.position.step if restored is not None else -1
         self.log = RunLog(folder.metrics, self.position.step)
         self._say_start()
@@ -108,7 +111,7 @@ class Run:
         steps, elapsed = position.step - first, time.monotonic() - started
         say(f"done: {steps:,} steps, {steps * config.tokens_per_step:,} tokens in {duration(elapsed)}")
         if position.skipped:
-            say(f"{position.skipped} steps were skipped because their loss or gradient was not finite")
+            say(f"{position.skipped} steps were skipped: their loss or gradient was not finite, or their loss a spike")
         say(f"model in {self.folder.model}, numbers in {self.folder.metrics}")
 
     def step(self) -> tuple[StepResult, float]:
@@ -118,27 +121,33 @@ class Run:
         batches = [move(batch, self.device) for batch in islice(self.stream, config.batch.accumulate)]
         weights = config.head_weights.at(position.step / config.steps, config.model.heads)
         lr = learning_rate(position.step, config.steps, config.optimizer)
-        result = train_step(self.model, self.optimizers, batches, weights, lr, config)
+        result = train_step(self.model, self.optimizers, batches, weights, lr, config, self.history)
         seconds = time.perf_counter() - began
 
         position.step += 1
         position.tokens += config.tokens_per_step
         position.data = self.stream.state_dict()
-        position.skipped_in_a_row = 0 if result.finite else position.skipped_in_a_row + 1
-        position.skipped += not result.finite
+        position.history = dataclasses.asdict(self.history)
+        position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.skipped else 0
+        position.skipped += bool(result.skipped)
         record: dict[str, Any] = {"step": position.step, "tokens": position.tokens}
         for k, loss in enumerate(result.losses, start=1):
             record[f"loss/head{k}"] = loss
         record |= {"lr": lr, "grad_norm": result.gradient_norm, "tokens_per_second": config.tokens_per_step / seconds}
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        if not result.finite:
+        if result.skipped:
             record["skipped"] = position.skipped
-            say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
+            say(f"step {position.step}: {result.skipped}, step skipped ({position.skipped} so far)")
         self.log.write(record)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise UsageError(
-                f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row without a finite loss and gradient, up to step "
-                f"{position.step}; lower optimizer.lr, raise optimizer.warmup_steps, or take dtype float32"
+                f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row were skipped, up to step {position.step}: "
+                f"{result.skipped}; lower optimizer.lr, raise optimizer.warmup_steps, "
+                + (
+                    "or take dtype float32"
+                    if not result.finite
+                    else "or raise optimizer.spike_threshold (0: skip none)"
+                )
             )
         return result, seconds
 

@@ -14,6 +14,7 @@ from headstart.model.transformer import Transformer
 from headstart.objective.step import count_targets, walk_step
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import set_learning_rate
+from headstart.training.spikes import LossHistory
 
 
 @dataclass
@@ -26,7 +27,9 @@ class StepResult:
     gradient_norm: float
     """Of all parameters together, before clipping."""
     finite: bool
-    """Whether losses and gradient were finite. If not, the weights are as before."""
+    """Whether losses and gradient were finite."""
+    skipped: str
+    """Why the weights are as before: what is wrong with the step; empty where they were updated."""
 
 
 def train_step(
@@ -36,8 +39,12 @@ def train_step(
     weights: Sequence[float],
     lr: float,
     config: RunConfig,
+    history: LossHistory | None = None,
 ) -> StepResult:
-    """Updates the weights once, from micro-batches that lie on the model's device."""
+    """Updates the weights once, from micro-batches that lie on the model's device.
+
+    A step that is not finite, or a spike against `history`, is not applied; `history` takes in the others.
+    """
     device = batches[0].tokens.device
     # Counted over all micro-batches before the first backward, so that 1 x 4 rows weigh every target as 4 x 1 rows do.
     counts = torch.stack([count_targets(batch.targets) for batch in batches]).sum(0)
@@ -52,15 +59,20 @@ def train_step(
     *numbers, gradient_norm = torch.cat([sums, hits, norm.reshape(1).to(sums)]).tolist()  # one wait for the device
     totals, correct = numbers[: len(sums)], numbers[len(sums) :]
     finite = all(map(math.isfinite, [*totals, gradient_norm]))
-    set_learning_rate(optimizers, lr)
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     asked = [count if weight else 0 for count, weight in zip(counts.tolist(), weights)]
     losses = [total / count if count else math.nan for total, count in zip(totals, asked)]
+    skipped = "" if finite else "loss or gradient not finite"
+    if finite and history is not None:
+        skipped = history.spike(losses, config.optimizer.spike_threshold)
+        if not skipped:
+            history.add(losses)
+    set_learning_rate(optimizers, lr)
+    for optimizer in optimizers:
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     accuracies = [hit / count if count else math.nan for hit, count in zip(correct, asked)]
-    return StepResult(losses, accuracies, gradient_norm, finite)
+    return StepResult(losses, accuracies, gradient_norm, finite, skipped)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
