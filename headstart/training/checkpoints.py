@@ -52,11 +52,13 @@ class Position:
     tokens: int = 0
     """Positions trained on."""
     skipped: int = 0
-    """Steps whose loss or gradient was not finite."""
+    """Steps that were not applied: not finite, or a spike."""
     skipped_in_a_row: int = 0
     """How many of the last steps were skipped without a good one between them."""
     data: dict[str, int] = field(default_factory=dict)
     """`BatchStream.state_dict`."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """The fields of `LossHistory`."""
 
 
 def name_of(step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -27,12 +28,13 @@ from headstart.training.processes import Processes, joined
 from headstart.training.run_folder import RunFolder
 from headstart.training.run_report import RunReport, in_short
 from headstart.training.sample import decode_sample, prompt_tokens
+from headstart.training.spikes import LossHistory
 from headstart.training.step import StepResult, move, train_step
 from headstart.training.trackers import check_packages
 from headstart.training.validation import long_enough, validate_sources
 
 SKIPS_IN_A_ROW = 20
-"""Steps without a finite gradient after which a run is given up."""
+"""Skipped steps after which a run is given up."""
 SAMPLED_TOGETHER = 500_000_000
 """Several processes: up to this many parameters the model is made whole on one of them to decode a sample. The others
 wait."""
@@ -93,6 +95,7 @@ class Run:
         if restored is not None:
             self.position = restored
             self.stream.load_state_dict(restored.data)
+        self.history = LossHistory(**self.position.history)
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
         self.tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
@@ -144,19 +147,26 @@ class Run:
             self.processes,
             self.sums,
             lambda: interruption.requested,
+            self.history,
         )
         seconds = time.perf_counter() - began
 
         position.step += 1
         position.tokens += config.tokens_per_step
         position.data = self.stream.state_dict()
-        position.skipped_in_a_row = 0 if result.finite else position.skipped_in_a_row + 1
-        position.skipped += not result.finite
+        position.history = dataclasses.asdict(self.history)
+        position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.skipped else 0
+        position.skipped += bool(result.skipped)
         self.report.step(result, position, lr, seconds)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise UsageError(
-                f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row without a finite loss and gradient, up to step "
-                f"{position.step}; lower optimizer.lr, raise optimizer.warmup_steps, or take dtype float32"
+                f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row were skipped, up to step {position.step}: "
+                f"{result.skipped}; lower optimizer.lr, raise optimizer.warmup_steps, "
+                + (
+                    "or take dtype float32"
+                    if not result.finite
+                    else "or raise optimizer.spike_threshold (0: skip none)"
+                )
             )
         return result, seconds
 

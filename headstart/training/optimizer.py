@@ -44,13 +44,15 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices; embeddings, norms and biases have none."""
     clip: float = 1.0
     """Largest norm of the gradient of all parameters together (.inf: never clipped)."""
+    spike_threshold: float = 10.0
+    """A step whose loss is more than this many standard deviations above its running mean is skipped (0: never)."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "head_lr_ratio", "eps", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"optimizer.{name} is {value}; it must be above 0")
-        for name in ("warmup_steps", "weight_decay", "final_lr_ratio"):
+        for name in ("warmup_steps", "weight_decay", "final_lr_ratio", "spike_threshold"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):

@@ -110,9 +110,9 @@ class RunReport:
             accuracies=result.accuracies,
             tokens_per_pass=expected_tokens_per_pass(result.accuracies),
         )
-        if not result.finite:
+        if result.skipped:
             record["skipped"] = position.skipped
-            say(f"step {position.step}: loss or gradient not finite, step skipped ({position.skipped} so far)")
+            say(f"step {position.step}: {result.skipped}, step skipped ({position.skipped} so far)")
         self.write(record)
 
     def validation(self, position: Position, scores: dict[str, float], sample: dict[str, Any] | None) -> None:
@@ -134,7 +134,7 @@ class RunReport:
         """`steps` taken since the start, in `seconds`."""
         say(f"done: {steps:,} steps, {steps * self._config.tokens_per_step:,} tokens in {duration(seconds)}")
         if position.skipped:
-            say(f"{position.skipped} steps were skipped because their loss or gradient was not finite")
+            say(f"{position.skipped} steps were skipped: their loss or gradient was not finite, or their loss a spike")
         say(f"model in {self._folder.model}, numbers in {self._folder.metrics}")
 
 

@@ -16,6 +16,7 @@ from headstart.training.config import RunConfig
 from headstart.training.optimizer import set_learning_rate
 from headstart.training.parallel import GradientSums, whole
 from headstart.training.processes import Processes
+from headstart.training.spikes import LossHistory
 
 
 @dataclass
@@ -28,7 +29,9 @@ class StepResult:
     gradient_norm: float
     """Of all parameters together, before clipping."""
     finite: bool
-    """Whether losses and gradient were finite. If not, the weights are as before."""
+    """Whether losses and gradient were finite."""
+    skipped: str = ""
+    """Why the weights are as before: what is wrong with the step; empty where they were updated."""
     stop: bool = False
     """Whether a process of the run was asked to stop."""
 
@@ -43,10 +46,12 @@ def train_step(
     processes: Processes,
     sums: GradientSums,
     stop: Callable[[], bool] = lambda: False,
+    history: LossHistory | None = None,
 ) -> StepResult:
     """Updates the weights once, from this process's micro-batches, which lie on its device.
 
-    `stop()` is whether this process was asked to stop; the result says whether any was.
+    A step that is not finite, or a spike against `history`, is not applied; `history` takes in the others. `stop()` is
+    whether this process was asked to stop; the result says whether any was.
     """
     # Counted over all micro-batches and processes before the first backward, so that 1 x 4 rows weigh every target as
     # 4 x 1 rows do.
@@ -66,15 +71,20 @@ def train_step(
     *numbers, stops, gradient_norm = torch.cat([totals, norm.reshape(1).to(totals)]).tolist()
     head_losses, head_hits = numbers[: len(weights)], numbers[len(weights) :]
     finite = all(map(math.isfinite, [*head_losses, gradient_norm]))
-    set_learning_rate(optimizers, lr)
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
     targets = [count if weight else 0 for count, weight in zip(counts.tolist(), weights)]
     means = [total / count if count else math.nan for total, count in zip(head_losses, targets)]
     accuracies = [hit / count if count else math.nan for hit, count in zip(head_hits, targets)]
-    return StepResult(means, accuracies, gradient_norm, finite, stop=stops > 0)
+    skipped = "" if finite else "loss or gradient not finite"
+    if finite and history is not None:
+        skipped = history.spike(means, config.optimizer.spike_threshold)
+        if not skipped:
+            history.add(means)
+    set_learning_rate(optimizers, lr)
+    for optimizer in optimizers:
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return StepResult(means, accuracies, gradient_norm, finite, skipped, stop=stops > 0)
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
