@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,15 @@ def test_training_runs_and_resumes(tmp_path: Path) -> None:
     for steps in (3, 6):
         train(load_config(ROOT / "configs" / "smoke.yaml", [*flags, "--steps", str(steps)]))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs here")
+def test_two_gpus_compute_what_one_does() -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "training"))
+    import distributed
+
+    answers = distributed.run([str(ROOT / "tests" / "training" / "parallel_worker.py"), "cuda", "compile"])
+    assert [status for status, _, _ in answers] == [0, 0], answers[0][2][-3000:]
+    for line in answers[0][1].splitlines():
+        result = json.loads(line)
+        assert result["error"] < (0.03 if "bfloat16" in result["name"] else 1e-3), result

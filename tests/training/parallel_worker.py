@@ -69,15 +69,16 @@ def gradients(
         tokens = text[:, :LENGTH]
         targets = torch.stack([text[:, k : k + LENGTH] for k in range(1, HEADS + 1)], -1)
         targets[torch.rand(targets.shape, generator=generator) < 0.3] = -100  # ragged counts over processes
+        tokens, targets = tokens.to(processes.device), targets.to(processes.device)
         valid = count_targets(targets)
         weights = options.get("weights", [1.0] * HEADS)
         model.zero_grad()
         alone.zero_grad()
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+        autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         with autocast:
             reference = joint_step(alone, tokens, targets, valid, weights).sums
         mine = torch.arange(len(text)).view(accumulate, processes.count, -1)[:, processes.rank]
-        total = torch.zeros(HEADS)
+        total = torch.zeros(HEADS, device=processes.device)
         with Collectives() as collectives:
             for i, rows in enumerate(mine):
                 with autocast, sums.micro_batch(last=i == accumulate - 1, losses=HEADS):
@@ -94,7 +95,7 @@ def gradients(
         worst = max(worst, worst_loss if dtype == "float32" else 0.0)
     copy = whole_model(model, torch.float32, keep=True)
     assert copy is not None
-    same = all(torch.equal(a, b) for a, b in zip(copy.state_dict().values(), alone.state_dict().values()))
+    same = all(torch.equal(a, b.cpu()) for a, b in zip(copy.state_dict().values(), alone.state_dict().values()))
     return {"error": worst, "collectives": counts, "same_first_weights": same}
 
 
@@ -127,12 +128,17 @@ def muon(processes: Processes, shape: tuple[int, int]) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with joined("cpu") as processes:
+    with joined("cuda" if "cuda" in sys.argv else "cpu") as processes:
 
         def show(name: str, result: dict[str, Any]) -> None:
             if processes.main:
                 print(json.dumps({"name": name, **result}), flush=True)
 
+        if processes.count == 4:
+            shared = ParallelConfig(sharding="hybrid", processes_per_copy=2)
+            show("hybrid", gradients(processes, "transformer", "causal", True, 2, shared))
+            show("muon", muon(processes, (2, 2)))
+            return
         full = ParallelConfig()
         for kind, wiring in KINDS:
             for tied in (False, True):

@@ -78,6 +78,16 @@ def test_muon_over_shares_is_torchs_muon(results, name) -> None:
     assert results[name]["error"] < 1e-3 < 0.1 < results[name]["moved"]
 
 
+def test_two_copies_each_shared_by_two() -> None:
+    answers = distributed.run([WORKER], count=4)
+    assert [status for status, _, _ in answers] == [0] * 4, answers[0][2][-3000:]
+    hybrid, muon = map(json.loads, answers[0][1].splitlines())
+    assert hybrid["error"] < 2e-6 and hybrid["same_first_weights"]
+    # As with one copy, and each sum goes over the copies too.
+    assert hybrid["collectives"] == {"_allgather_base_": 19, "_reduce_scatter_base_": 7, "allreduce_": 7}
+    assert muon["error"] < 1e-3 < 0.1 < muon["moved"]
+
+
 @pytest.mark.parametrize(
     "config, processes, per_node, shape",
     [
