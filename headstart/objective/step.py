@@ -150,8 +150,9 @@ def joint_step(
         logits, targets = logits_BTnV[..., k - 1, :].flatten(0, 1), targets_BTn[..., k - 1].flatten()
         total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
         valid = targets != IGNORE
-        losses.append(total + z_loss * (logits.logsumexp(-1)[valid] ** 2).sum())
+        losses.append(total + z_loss * (logits.logsumexp(-1)[valid] ** 2).sum() if z_loss else total)
         if weights[k - 1]:
+            logits = logits.detach()  # counting hits is no part of what is differentiated, nor of its memory
             correct = (logits.gather(-1, targets.clamp_min(0)[:, None]) >= logits.amax(-1, keepdim=True))[valid].sum()
             seen[k] = total.detach(), correct
     scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
