@@ -257,7 +257,7 @@ def _skips(runs: Sequence[Run]) -> str:
         for run in runs
         if run.skipped
     ]
-    return f'<p class="note">{"; ".join(texts)} (loss or gradient not finite).</p>' if texts else ""
+    return f'<p class="note">{"; ".join(texts)} (loss or gradient not finite, or a loss spike).</p>' if texts else ""
 
 
 def _samples(runs: Sequence[Run]) -> str:

@@ -53,7 +53,7 @@ class Run:
     seconds: float = 0.0
     """Spent in training steps; validation, saving and pauses between two starts are not in it."""
     skipped: list[int] = field(default_factory=list)
-    """Steps whose loss or gradient was not finite."""
+    """Steps whose loss or gradient was not finite, or whose loss was a spike."""
     sample: dict[str, Any] | None = None
     """The newest decoded sample, with its `step`."""
 
