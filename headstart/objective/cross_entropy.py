@@ -12,13 +12,19 @@ from headstart.data.batches import IGNORE
 from headstart.model.transformer import compute_dtype
 
 LOGITS_BYTES = 64 * 2**20
-"""Budget of one chunk of fp32 logits. Rows of a chunk = budget / (4 V): large vocabularies get few rows at a time,
-small ones are done in one piece. A budget in bytes, not a ratio of shapes: each chunk reads the whole weight three
-times, so chunks must not become thin."""
+"""Budget of one chunk of logits. Large vocabularies get few rows at a time, small ones are done in one chunk. A budget
+in bytes, not a ratio of shapes: each chunk reads the whole weight three times, so chunks must not become thin."""
 
 
-def chunk_rows(vocab_size: int, budget: int = LOGITS_BYTES) -> int:
-    return max(16, budget // (4 * vocab_size))
+PIECE_BYTES = 2**22
+"""On a CPU the softmax runs over pieces of this many bytes of fp32 logits, which stay in the
+caches; a chunk in fp32 would go to memory and back for every one of a dozen operations."""
+
+
+def chunk_rows(vocab_size: int, budget: int = LOGITS_BYTES, bytes_per_logit: int = 4) -> int:
+    """Rows of a chunk. On a GPU all its logits are held in fp32; on a CPU in the dtype of the products, and only a
+    piece of them in fp32."""
+    return max(16, budget // (bytes_per_logit * vocab_size))
 
 
 class CrossEntropy(NamedTuple):
@@ -46,39 +52,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         squares = x.new_zeros((), dtype=wide)
         correct = targets_N.new_zeros(())
         dx = torch.empty_like(x) if need_x else None
-        # Summed over chunks in fp32: in bf16 the error grows with the number of chunks.
-        dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        dweight: Tensor | None = None
+        piece = rows if x.is_cuda else max(1, PIECE_BYTES // (4 * weight.shape[0]))
         for start in range(0, x.shape[0], rows):
             chunk, targets = x[start : start + rows], targets_N[start : start + rows]
-            valid = (targets != IGNORE)[:, None]
-            index = targets.clamp_min(0)[:, None]
-            logits = (chunk @ weight.T).to(wide)
-            largest = logits.amax(-1, keepdim=True)
-            picked = logits.gather(1, index) - largest
-            # An argmax would read all logits once more, at five times the price of the maximum on a CPU.
-            correct += ((picked >= 0) & valid).sum()
-            logits = logits.sub_(largest).exp_()
-            denominator = logits.sum(-1, keepdim=True)
-            log_denominator = denominator.log()
-            total += ((log_denominator - picked) * valid).sum()
-            share = valid / denominator
-            if z_loss:
-                normaliser = log_denominator + largest
-                squares += (normaliser.square() * valid).sum()
-                share = share * (1 + 2 * z_loss * normaliser)
-            if need_x or need_weight:
-                # The gradient of the summed loss in the logits: probabilities minus one at the target, 0 where ignored.
-                # That of the squared normaliser is again probabilities, so it only scales them.
-                logits.mul_(share)
-                logits.scatter_add_(1, index, -valid.to(wide))
-                gradient = logits.to(dtype)
-                if dx is not None:
-                    torch.mm(gradient, weight, out=dx[start : start + rows])
-                if dweight is not None:
-                    if wide == dtype:
-                        dweight.addmm_(gradient.T, chunk)
-                    else:
-                        dweight += gradient.T @ chunk
+            logits = chunk @ weight.T
+            for first in range(0, len(logits), piece):
+                part, where = logits[first : first + piece], slice(first, first + piece)
+                part_total, part_squares, part_correct = _differentiate_(part, targets[where], wide, z_loss)
+                total += part_total
+                squares += part_squares
+                correct += part_correct
+            if dx is not None:
+                torch.mm(logits, weight, out=dx[start : start + rows])
+            if need_weight and dweight is None:
+                dweight = (logits.T @ chunk).to(wide)
+            elif dweight is not None:
+                # Summed over chunks in fp32: in bf16 the error grows with the number of chunks.
+                dweight = dweight.addmm_(logits.T, chunk) if wide == dtype else dweight.add_(logits.T @ chunk)
         ctx.dx, ctx.dweight = dx, dweight
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(total, correct)
@@ -100,6 +91,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def _differentiate_(
+    logits_RV: Tensor, targets_R: Tensor, wide: torch.dtype, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns logits into the gradient of the summed loss in them, where they lie.
+
+    Returns the summed cross-entropy, the summed squares of the normaliser (0 without z-loss), and the hits.
+    """
+    valid = (targets_R != IGNORE)[:, None]
+    index = targets_R.clamp_min(0)[:, None]
+    values = logits_RV.to(wide)
+    largest = values.amax(-1, keepdim=True)
+    picked = values.gather(1, index) - largest
+    # An argmax would read all logits once more, at five times the price of the maximum on a CPU.
+    correct = ((picked >= 0) & valid).sum()
+    values.sub_(largest).exp_()
+    denominator = values.sum(-1, keepdim=True)
+    log_denominator = denominator.log()
+    total = ((log_denominator - picked) * valid).sum()
+    squares, share = torch.zeros_like(total), valid / denominator
+    if z_loss:
+        normaliser = log_denominator + largest
+        squares = (normaliser.square() * valid).sum()
+        share = share * (1 + 2 * z_loss * normaliser)
+    # Probabilities minus one at the target, 0 where ignored. The gradient of the squared normaliser is probabilities
+    # again, so it only scales them.
+    values.mul_(share)
+    values.scatter_add_(1, index, -valid.to(wide))
+    if values.dtype != logits_RV.dtype:
+        logits_RV.copy_(values)
+    return total, squares, correct
+
+
 def linear_cross_entropy(
     x: Tensor, weight_VD: Tensor, targets: Tensor, *, z_loss: float = 0.0, budget: int = LOGITS_BYTES
 ) -> CrossEntropy:
@@ -111,7 +134,7 @@ def linear_cross_entropy(
         targets: (...) int64; `IGNORE` (-100) counts for nothing.
         z_loss: what is added to the differentiated loss, times the sum over valid targets of logsumexp(logits)^2. It
             keeps the logits from drifting away together (PaLM, section 5, with 1e-4; the paper has none).
-        budget: bytes of fp32 logits held at once.
+        budget: bytes of logits held at once.
 
     Returns:
         Sums over valid targets, fp32 (fp64 for fp64 input); 0 with zero gradients when none is valid. Under autocast
@@ -120,7 +143,8 @@ def linear_cross_entropy(
     """
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        flat, rows = x.flatten(0, -2), chunk_rows(weight_VD.shape[0], budget)
+        flat, bytes_per_logit = x.flatten(0, -2), 4 if x.is_cuda else dtype.itemsize
+        rows = chunk_rows(weight_VD.shape[0], budget, bytes_per_logit)
         return CrossEntropy(*_LinearCrossEntropy.apply(flat, weight_VD, targets.flatten(), dtype, rows, z_loss))
 
 

@@ -65,7 +65,7 @@ def walk_step(
             all unless a head of another weight hangs on it: its parameters then keep the gradients they have.
         documents_BT: (B, T) int64, to keep attention inside documents; None: rows are plain.
         loss: z-loss and who computes the cross-entropy; None: ours, plain.
-        budget: bytes of fp32 logits held at once.
+        budget: bytes of logits held at once.
     """
     config = model.config
     attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)

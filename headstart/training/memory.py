@@ -19,7 +19,7 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.layers import PRODUCT_ATTENTION_LENGTH
 from headstart.model.transformer import Transformer
-from headstart.objective.cross_entropy import LOGITS_BYTES, chunk_rows
+from headstart.objective.cross_entropy import LOGITS_BYTES, PIECE_BYTES, chunk_rows
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import parameter_groups
 
@@ -152,7 +152,12 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     trunk = kept.trunk(shape.trunk_layers, layout.activation_checkpointing) * tokens
     one_block = kept.block() * tokens
     loss = kept.loss() * tokens + _loss_weights(matrix_VD, compute, cast=half and not spread)
-    chunk = min(tokens, chunk_rows(shape.vocab_size, budget)) * shape.vocab_size * (FLOAT32 + (compute if half else 0))
+    if device == "gpu":  # as products give them, and in float32
+        rows, held = chunk_rows(shape.vocab_size, budget), FLOAT32 + (compute if half else 0)
+    else:
+        rows, held = chunk_rows(shape.vocab_size, budget, compute), compute
+    piece = min(tokens * shape.vocab_size * FLOAT32, PIECE_BYTES) if device == "cpu" and half else 0
+    chunk = min(tokens, rows) * shape.vocab_size * held + piece
 
     def moment(gradients: int, gathered: int, unreduced: int = unreduced, **held: int) -> dict[str, int]:
         parts = {
