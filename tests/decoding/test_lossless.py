@@ -96,17 +96,41 @@ def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
         assert torch.equal(other_keys, keys) and torch.equal(other_values, values)
 
 
-def test_drafts_are_accepted_at_all_and_save_passes(shape: str) -> None:
-    plain = run(packed(shape, torch.float32), Request(PROMPT, 100, Sampling(), 1))
-    fast = run(packed(shape, torch.float32), Request(PROMPT, 100, Sampling(), HEADS))
-    assert plain.stats.passes == 100
-    assert fast.stats.passes < 80
-    assert fast.stats.tokens_per_pass == pytest.approx(100 / fast.stats.passes)
-    # A draft is only reached through those before it.
-    assert fast.stats.accepted == sorted(fast.stats.accepted, reverse=True)
-    assert fast.stats.drafted == [fast.stats.passes - 1] * (HEADS - 1)
-    assert fast.origins.count(1) in (fast.stats.passes, fast.stats.passes - 1)  # the limit may cut the last one
-    assert len(fast.origins) == 100
+def accepted_by_a_plain_loop(
+    model: Transformer, prompt: tuple[int, ...], tokens: list[int], count: int
+) -> list[list[int]]:
+    """Greedy blockwise decoding of the first `count` of `tokens` without a cache: for each pass, the heads whose drafts
+    were right."""
+    passes, done = [], 0
+    while done < count:
+        # The pass that decides token `done` verifies what the heads said at the last row that the pass before accepted.
+        drafts: list[int] = []
+        if done:
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *tokens[: done - 1]]]), heads=HEADS)[0, -1]
+            drafts = logits[1:].argmax(-1).tolist()
+        right = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(drafts, tokens[done:])))
+        passes.append(list(range(2, 2 + len(right))))
+        done += 1 + len(right)
+    return passes
+
+
+def test_a_pass_accepts_the_drafts_that_a_loop_without_a_cache_accepts(shape: str) -> None:
+    """How many there are is up to the training of the small model, whose course differs from machine to machine."""
+    reference, model = copy.deepcopy(trained(shape)).double(), packed(shape, torch.float64)
+    saved = 0
+    for prompt in (PROMPT, tuple(b"end. that is "), tuple(b"a dog the ")):
+        plain = run(model, Request(prompt, 100 + HEADS, Sampling(), 1))  # the last pass may accept beyond the limit
+        assert plain.stats.passes == 100 + HEADS
+        fast = run(model, Request(prompt, 100, Sampling(), HEADS))
+        assert fast.tokens == plain.tokens[:100] and len(fast.origins) == 100
+        passes = accepted_by_a_plain_loop(reference, prompt, plain.tokens, 100)
+        assert fast.stats.passes == len(passes)
+        assert fast.stats.drafted == [len(passes) - 1] * (HEADS - 1)
+        assert fast.stats.accepted == [sum(k in heads for heads in passes) for k in range(2, HEADS + 1)]
+        assert fast.stats.tokens_per_pass == pytest.approx(100 / len(passes))
+        saved += 100 - len(passes)
+    assert saved > 0
 
 
 requests = st.lists(
