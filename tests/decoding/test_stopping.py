@@ -37,13 +37,15 @@ def test_the_token_limit_cuts_a_burst_anywhere() -> None:
 
 
 def test_the_end_token_cuts_a_burst_and_is_not_text() -> None:
+    reasons = set()
     for seed in range(12):
         sampling = Sampling(1.0, seed=seed)
         plain = run(Request(PROMPT, 150, sampling, heads=1), EndsWithDot())
         fast = run(Request(PROMPT, 150, sampling, heads=HEADS), EndsWithDot())
         assert (fast.tokens, fast.text, fast.finish_reason) == (plain.tokens, plain.text, plain.finish_reason)
         assert ord(".") not in fast.tokens
-    assert plain.finish_reason == "end"
+        reasons.add(plain.finish_reason)
+    assert "end" in reasons
 
 
 def test_a_stop_string_at_every_offset_inside_a_burst() -> None:
