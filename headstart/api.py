@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine, Generation, Request, Stats, generate_all
-from headstart.decoding.packing import pack
+from headstart.decoding.packing import decoding_dtype, pack
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -163,7 +163,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, device: str =
     """Opens a model directory: one that `headstart train` wrote, or a plain Hugging Face Llama directory.
 
     Args:
-        dtype: "bfloat16", "float32", ... (None: as stored).
+        dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software).
         device: "cpu", "cuda", ...
 
     Raises:
@@ -173,4 +173,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, device: str =
         if dtype not in _DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
-    return LanguageModel(load_model(path, dtype=dtype, device=device), load_model_tokenizer(path))
+    model = load_model(path, dtype=dtype, device=device)
+    if dtype is None:
+        model = model.to(decoding_dtype(model))
+    return LanguageModel(model, load_model_tokenizer(path))

@@ -190,7 +190,7 @@ def generate(
         seed: of the sampling noise.
         stop: strings that end the text.
         exact: bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding.
-        dtype: bfloat16 or float32 (default: as stored).
+        dtype: bfloat16 or float32 (default: as stored; float32 on a CPU without instructions for bfloat16).
         device: cpu, cuda, ...
         threads: CPU threads (default: torch's choice; `headstart doctor` says which is best).
         stats: print tokens per pass, acceptance and speed afterwards, to standard error.

@@ -14,13 +14,13 @@ import torch
 
 from headstart import machine
 from headstart.benchmarks.measure import interleave, timed
-from headstart.benchmarks.passes import Pass, random_model
+from headstart.benchmarks.passes import DTYPES, Pass, random_model
 from headstart.benchmarks.speedup import Decoded, decode, first_difference
 from headstart.benchmarks.transformers_peer import load_peer
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding import native
 from headstart.decoding.engine import Request
-from headstart.decoding.packing import PackedLinear, can_pack, pack
+from headstart.decoding.packing import PackedLinear, can_pack, decoding_dtype, pack
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -40,6 +40,9 @@ class Sizes:
     """What the machine is timed with."""
 
     product: int = 2048
+    """Width of the weights that a window goes through."""
+    product_seconds: float = 0.3
+    """How long products are timed in each dtype."""
     stream_mebibytes: int = 512
     decoder: ModelConfig = field(
         default_factory=lambda: ModelConfig(vocab_size=8192, dim=512, layers=6, attention_heads=8)
@@ -110,6 +113,9 @@ def _kernels() -> Finding:
     """Which products decoding uses in bf16."""
     if native.kernels() is not None:
         return Finding("kernels", "ok", "bf16 decoding uses the compiled kernels (AVX-512 BF16).", {"compiled": True})
+    if machine.dtype_on("cpu") == "float32":
+        sentence = "this processor has no instructions for bf16: decoding runs in fp32, in oneDNN's packed products."
+        return Finding("kernels", "ok", sentence, {"compiled": False})
     if not native.wanted():
         sentence = "bf16 decoding uses oneDNN's packed products, which are the better ones on this processor."
         return Finding("kernels", "ok", sentence, {"compiled": False})
@@ -122,22 +128,18 @@ def _kernels() -> Finding:
 
 def _dtype(sizes: Sizes) -> Finding:
     """Matrix products in fp32 and bf16: training and prompts live on them."""
-    n = sizes.product
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-        # The least time: whatever disturbs a product only makes it slower.
-        seconds = min(interleave({"": timed(partial(torch.mm, a, b))}, 3)[""])
-        rates[str(dtype).removeprefix("torch.")] = 2 * n**3 / seconds / 1e9
-    fast = rates["bfloat16"] / rates["float32"]
-    sentence = (
-        f"{n} x {n} products: {rates['float32']:,.0f} GFLOP/s in fp32, {rates['bfloat16']:,.0f} in bf16 ({fast:.1f}x): "
-    )
-    if fast >= 1:
-        sentence += "bf16 is the fast path here."
+    threads = torch.get_num_threads()
+    rates = {
+        dtype: machine.matmul_peak(threads, dtype, seconds=sizes.product_seconds) / 1e9
+        for dtype in ("float32", "bfloat16")
+    }
+    faster, used = max(rates, key=lambda dtype: rates[dtype]), machine.dtype_on("cpu")
+    sentence = f"{rates['float32']:,.0f} GFLOP/s in fp32, {rates['bfloat16']:,.1f} in bf16: "
+    if faster == used:
+        sentence += f"{faster} is the fast path, and what is taken where nothing is said."
     else:
-        sentence += 'fp32 is the fast path here; train with dtype float32 and load with dtype="float32".'
-    return Finding("matrix products", "ok" if fast >= 1 else "warn", sentence, {"gflops": rates})
+        sentence += f"{faster} is the fast path here, but {used} is taken where nothing is said: give dtype {faster}."
+    return Finding("matrix products", "ok" if faster == used else "warn", sentence, {"gflops": rates})
 
 
 def _window(sizes: Sizes) -> Finding:
@@ -157,14 +159,14 @@ def _window(sizes: Sizes) -> Finding:
         name: {rows: best[f"{name} {rows}"] for rows in (1, 8)} for name in dict.fromkeys(v.split()[0] for v in best)
     }
     costs = {name: times[8] / times[1] for name, times in milliseconds.items()}
-    if "bfloat16" not in costs:
-        sentence = "oneDNN packs no bf16 weights on this machine: decoding runs in plain products, and slower."
+    if machine.dtype_on("cpu") not in costs:
+        sentence = (
+            f"oneDNN packs no {machine.dtype_on('cpu')} weights here: decoding runs in plain products, and slower."
+        )
         return Finding("windows", "warn", sentence, {"cost_of_8_rows": costs, "milliseconds": milliseconds})
     fastest = min(milliseconds, key=lambda name: milliseconds[name][8])
-    sentence = (
-        f"8 rows cost {costs['bfloat16']:.2f} of one row in bf16 and {costs.get('float32', float('nan')):.2f} in fp32 "
-        f"(packed {4 * n} x {n}); the faster for 8 rows is {fastest}."
-    )
+    each = " and ".join(f"{cost:.2f} of one row in {name}" for name, cost in costs.items())
+    sentence = f"8 rows cost {each} (packed {4 * n} x {n}); the faster for 8 rows is {fastest}."
     values = {"cost_of_8_rows": costs, "milliseconds": milliseconds, "fast_path": fastest}
     return Finding("windows", "ok" if costs[fastest] <= 2 else "warn", sentence, values)
 
@@ -178,7 +180,7 @@ def _threads(sizes: Sizes) -> Finding:
     """A small decoding pass with 1, 2 and all threads: more are not always better, and much worse beside neighbours."""
     choices = sorted({1, min(2, machine.cores()), machine.cores()})
     before = torch.get_num_threads()
-    small = Pass(pack(random_model(sizes.decoder, "bfloat16", "cpu")), rows=1)
+    small = Pass(pack(random_model(sizes.decoder, machine.dtype_on("cpu"), "cpu")), rows=1)
     times: dict[int, list[float]] = {}
     try:
         for threads in choices:  # one after the other: changing the number costs more than a pass
@@ -225,10 +227,11 @@ def _bandwidth(sizes: Sizes) -> Finding:
         for threads in sorted({1, machine.cores()})
     }
     text = " and ".join(f"{speed:.0f} GB/s with {threads}" for threads, speed in speeds.items())
-    best = max(speeds.values())
+    best, dtype = max(speeds.values()), machine.dtype_on("cpu")
+    size = 0.1 * DTYPES[dtype].itemsize
     sentence = (
-        f"memory is read at {text} {'thread' if len(speeds) == 1 else 'threads'}: the weights of a 100M model in bf16 "
-        f"(0.2 GB) allow at most {best / 0.2:,.0f} passes a second."
+        f"memory is read at {text} {'thread' if len(speeds) == 1 else 'threads'}: the weights of a 100M model in "
+        f"{dtype} ({size:.1f} GB) allow at most {best / size:,.0f} passes a second."
     )
     return Finding("bandwidth", "ok", sentence, {"gb_per_second": speeds})
 
@@ -246,7 +249,8 @@ def _model(path: Path, config: ModelConfig) -> list[Finding]:
     tokenizer = load_model_tokenizer(path)
     prompts = _prompts(tokenizer, config)
     findings = [_transformers(path, config, prompts[0])]
-    model = pack(load_model(path, device=device))
+    loaded = load_model(path, device=device)
+    model = pack(loaded.to(decoding_dtype(loaded)))
     tokens = _affordable_tokens(model, prompts)
     for temperature in (0.0, 0.8):
         findings.append(_speculation(model, prompts, tokens, temperature))

@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Those that decide how fast matrix products are: bf16 is the fast path only where one of the last two is there.
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+# Those that decide how fast matrix products are.
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16")
+BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
+"""The last one is ARM's."""
 
 # TFLOP/s of dense products from the makers' data sheets: bf16 on tensor cores (fp16 where a card has no bf16), and fp32
 # without them. A name is looked for as whole words, longer ones first.
@@ -54,6 +56,22 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def dtype_on(device: str, wanted: str = "auto") -> Any:
+    """`wanted`, or for "auto" what matrix products are fastest in on "cpu", "cuda", ...: "bfloat16" or "float32".
+
+    A CPU without instructions for bfloat16 does it in software, 20 to 100 times slower than float32.
+    """
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.startswith("cpu") and not BFLOAT16_INSTRUCTIONS.isdisjoint(_processor()[1])
+    return "bfloat16" if fast else "float32"
 
 
 def cores() -> int:
@@ -112,9 +130,14 @@ def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 
     try:
         n = 1024 if device == "cpu" else 8192
         x = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
-        torch.mm(x, x)[0, 0].item()  # wakes the threads; .item() waits for a GPU
+        began = time.perf_counter()
+        torch.mm(x[:128, :128], x[:128, :128])[0, 0].item()  # wakes the threads; .item() waits for a GPU
+        if (time.perf_counter() - began) * (n / 128) ** 3 > 100 * seconds:
+            n = 128  # a dtype that the processor does not have, in software
+            x = x[:n, :n].contiguous()
+        torch.mm(x, x)[0, 0].item()
         best, began = float("inf"), time.perf_counter()
-        while (start := time.perf_counter()) < began + seconds:
+        while (start := time.perf_counter()) < began + seconds or best == float("inf"):
             torch.mm(x, x)[0, 0].item()
             best = min(best, time.perf_counter() - start)
         return 2 * n**3 / best
@@ -159,7 +182,7 @@ def summary(machine: dict[str, Any]) -> str:
 def _processor() -> tuple[str, set[str]]:
     file = Path("/proc/cpuinfo")
     model = _field(file, "model name") or platform.processor() or platform.machine()
-    return model, set((_field(file, "flags") or "").split())
+    return model, set((_field(file, "flags") or _field(file, "Features") or "").split())  # the latter on ARM
 
 
 def _field(file: Path, name: str) -> str | None:

@@ -6,9 +6,10 @@ import torch
 import headstart
 from headstart import UsageError
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding import packing
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.model_directory import save_model
+from headstart.storage.model_directory import load_model, save_model
 
 
 @pytest.fixture(scope="module", params=["transformer", "replicated"])
@@ -79,3 +80,18 @@ def test_a_directory_without_tokenizer_takes_ids(saved, tmp_path) -> None:
         model.generate("text")
     with pytest.raises(UsageError, match="tokenizer"):
         next(model.stream([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("stored", "fast", "decoded"),
+    [("bfloat16", "bfloat16", "bfloat16"), ("bfloat16", "float32", "float32"), ("float16", "bfloat16", "float32"),
+     ("float32", "bfloat16", "float32")],
+)  # fmt: skip
+def test_a_cpu_decodes_in_a_dtype_that_it_multiplies_in_hardware(stored, fast, decoded, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "dtype_on", lambda device: fast)
+    save_model(saved[0], tmp_path / "model", None, dtype=getattr(torch, stored))
+    weight = headstart.load(tmp_path / "model")._model.trunk.embedding.weight
+    assert weight.dtype == getattr(torch, decoded)
+    assert torch.equal(weight, load_model(tmp_path / "model").trunk.embedding.weight.to(weight.dtype))
+    asked = headstart.load(tmp_path / "model", dtype="bfloat16")._model.trunk.embedding.weight
+    assert asked.dtype == torch.bfloat16

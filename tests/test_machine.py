@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from headstart import machine
 from headstart.machine import data_sheet, matmul_peak, peak_flops, resident_memory
 
 
@@ -33,6 +34,34 @@ def test_the_peak_of_a_cpu_is_measured_once_and_leaves_no_trace() -> None:
     assert peak_flops("float32", threads=1) == (peak, source)
     assert matmul_peak.cache_info().misses == 1
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("fma avx2", "float32"), ("avx2 avx512f avx512_vnni", "float32"), ("avx512f avx512_bf16", "bfloat16"),
+     ("avx512f amx_bf16", "bfloat16"), ("asimd i8mm bf16", "bfloat16"), ("", "float32")],
+)  # fmt: skip
+def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(flags, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(machine, "_processor", lambda: ("a processor", set(flags.split())))
+    assert machine.dtype_on("cpu") == dtype
+    assert machine.dtype_on("mps") == "float32"
+    assert machine.dtype_on("cpu", "bfloat16") == "bfloat16" and machine.dtype_on("cpu", "float32") == "float32"
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_says_itself_whether_it_has_bfloat16(supported, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    assert machine.dtype_on("cuda:1") == dtype
+
+
+def test_a_dtype_in_software_is_timed_on_small_products(monkeypatch) -> None:
+    sizes = []
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: sizes.append(len(a)) or real(a, b))
+    matmul_peak.cache_clear()
+    assert matmul_peak(1, "float32", seconds=1e-9) > 0  # nothing is fast enough for that
+    assert max(sizes) == 128
+    matmul_peak.cache_clear()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="the system does not tell")

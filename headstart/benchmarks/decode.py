@@ -10,6 +10,7 @@ from headstart.benchmarks import fresh_process, report, speedup
 from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, ratios
 from headstart.benchmarks.report import Bar, count, measurement
 from headstart.errors import UsageError
+from headstart.machine import dtype_on
 from headstart.model.config import PRESETS, ModelConfig
 from headstart.storage.model_directory import load_config
 from headstart.terminal import say
@@ -32,8 +33,8 @@ class DecodeSettings:
     """The model with random weights; its heads are set by each part."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads, each number in a process of its own; the part "model" uses the last."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the weights (auto: the faster one here)."""
     device: str = "cpu"
     """cpu or cuda."""
     repetitions: int = 5
@@ -78,6 +79,7 @@ def run(settings: DecodeSettings) -> dict[str, Any]:
         raise UsageError('the part "model" needs --model DIR, a trained model')
     if 1 not in settings.heads:
         raise UsageError("--heads must hold 1: plain decoding is what the others are compared with")
+    settings = replace(settings, dtype=dtype_on(settings.device, settings.dtype))
     runners = {"plain": _plain, "bandwidth": _bandwidth, "window": _window, "deferred": _deferred}
     measurements: list[dict[str, Any]] = []
     tables: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from headstart.benchmarks.training_memory import measure_memory
 from headstart.benchmarks.training_peer import check_installed, measure_trainer
 from headstart.benchmarks.training_processes import measure_processes
 from headstart.errors import UsageError
+from headstart.machine import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.terminal import say
 from headstart.training.processes import pick_device
@@ -56,8 +57,8 @@ class TrainSettings:
     """processes: how often each case is started."""
     gpu_rows: int = 4
     """gpu: rows of a batch, of 4,096 positions each."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What matrix products run in; weights and AdamW are float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What matrix products run in; weights and AdamW are float32 (auto: the faster one here)."""
     repetitions: int = 5
     """Rounds; in each round every variant takes its turn."""
     steps: int = 3
@@ -83,7 +84,7 @@ class TrainSettings:
 def run(settings: TrainSettings) -> dict[str, Any]:
     """Runs the parts asked for; see `report.result` for the shape of what comes back."""
     here = ON_GPU if settings.device.startswith("cuda") else ON_CPU
-    settings = replace(settings, parts=settings.parts or here)
+    settings = replace(settings, parts=settings.parts or here, dtype=dtype_on(settings.device, settings.dtype))
     for part in settings.parts:
         if part not in here:
             other = "cpu" if part == "processes" else "cuda"

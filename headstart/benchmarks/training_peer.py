@@ -155,7 +155,7 @@ class Turns:
             per_device_train_batch_size=rows,
             bf16=self._config.dtype == "bfloat16",
             use_cpu=self._config.device == "cpu",
-            torch_compile=self._config.compile,
+            torch_compile=bool(self._config.compile),
             optim="adamw_torch_fused",
             learning_rate=settings.lr,
             adam_beta1=settings.betas[0],

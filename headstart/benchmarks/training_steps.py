@@ -25,7 +25,8 @@ from headstart.training.yaml_settings import build, to_plain
 
 
 def run_config(model: ModelConfig, rows: int, **settings: Any) -> RunConfig:
-    """A run on rows of the model's whole context; `settings` are further fields of RunConfig."""
+    """A run on rows of the model's whole context, not compiled; `settings` are further fields of RunConfig."""
+    settings = {"compile": False} | settings
     return RunConfig(steps=1_000_000, model=model, batch=BatchConfig(rows=rows), **settings)
 
 
@@ -40,7 +41,7 @@ class Steps:
     def __init__(self, config: RunConfig, processes: Processes) -> None:
         self.config, self.processes = config, processes
         self.model, self.sums = build_model(config, processes)
-        self.optimizers = build_optimizers(self.model, config.optimizer, processes.device)
+        self.optimizers = build_optimizers(self.model, config.optimizer, processes.device, config.dtype)
         micro_batches, rows = config.micro_batches(processes.count)
         self.batches = [
             move(random_batch(config, first, rows), processes.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.decoding import native
+from headstart.machine import dtype_on
 from headstart.model.heads import Unembedding
 from headstart.model.layers import Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer
@@ -125,6 +126,14 @@ class _PlainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def decoding_dtype(model: Transformer) -> torch.dtype:
+    """What a model whose weights are stored as they now are decodes in best: that, but float32 on a CPU that would
+    multiply it in software (fp16 on every CPU). Widening changes no weight."""
+    weight = model.trunk.embedding.weight
+    fast = (torch.float32, torch.float64, getattr(torch, dtype_on("cpu")))
+    return weight.dtype if weight.device.type != "cpu" or weight.dtype in fast else torch.float32
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:

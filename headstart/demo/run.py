@@ -21,7 +21,7 @@ from headstart.demo.decoding import compare, held_out_prompts, sample
 from headstart.demo.report import DecodingRow, DemoReport, write_report
 from headstart.errors import UsageError
 from headstart.files import write_text
-from headstart.machine import describe
+from headstart.machine import describe, dtype_on
 from headstart.model.config import ModelConfig
 from headstart.terminal import Progress, duration, say, table
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
@@ -46,6 +46,7 @@ def demo_config(out: Path, steps: int, seed: int) -> RunConfig:
         run_dir=out,
         seed=seed,
         device="cpu",
+        dtype=dtype_on("cpu"),
         model=ModelConfig(
             vocab_size=256, dim=128, layers=4, attention_heads=4, heads=8, head_kind="replicated", context=256
         ),
@@ -119,7 +120,7 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
         (source,) = folder.open_sources(config)
     alone = Processes(torch.device("cpu"))
     model, sums = build_model(config, alone)
-    optimizers = build_optimizers(model, config.optimizer, alone.device)
+    optimizers = build_optimizers(model, config.optimizer, alone.device, config.dtype)
     stream = BatchStream(
         source.train, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
     )
@@ -136,7 +137,7 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
 
 def _decode(config: RunConfig) -> tuple[dict[str, str | int | float], dict[str, Any]]:
     """What to tell beside the settings, and the report's parts."""
-    model = headstart.load(config.run_dir / "model", dtype="bfloat16")
+    model = headstart.load(config.run_dir / "model")
     shards = TokenShards.open(config.run_dir / "data", "validation")
     prompts = held_out_prompts(shards, PROMPTS, PROMPT_BYTES, NEW_BYTES)
     compare(model, prompts[:1], 16, 0.0, HEADS)  # the first passes of a process are slower

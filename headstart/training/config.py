@@ -14,6 +14,7 @@ from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.machine import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
@@ -124,10 +125,12 @@ class RunConfig:
     """Of the first weights, the order of the data and the choice of held-out documents."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What matrix products run in; weights, their gradients and the optimiser stay float32."""
-    compile: bool = False
-    """Whether torch.compile fuses each block: a minute at the start, faster steps after it."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What matrix products run in (auto: bfloat16, but float32 on a CPU without instructions for it); weights, their
+    gradients and the optimiser's state stay float32."""
+    compile: bool | None = None
+    """Whether torch.compile fuses each block: up to a minute at the start, faster steps after it (None: in runs long
+    enough to win by it)."""
     threads: int | None = None
     """CPU threads (None: as torch chooses)."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -170,6 +173,16 @@ class RunConfig:
     @property
     def tokens_per_step(self) -> int:
         return self.batch.rows * self.batch.accumulate * self.length
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether matrix products run in bfloat16, once `on` has decided it."""
+        assert self.dtype != "auto"
+        return self.dtype == "bfloat16"
+
+    def on(self, device: str) -> RunConfig:
+        """With the dtype that "auto" is on "cpu", "cuda", ..."""
+        return replace(self, dtype=dtype_on(device, self.dtype))
 
     def micro_batches(self, processes: int) -> tuple[int, int]:
         """(micro-batches, rows of each) of one process in a step: the step's rows are the same for every number of

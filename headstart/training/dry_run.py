@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,7 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
     if memory is None:
         memory = _memory_here(on_cpu, settings.processes)
     device: Literal["cpu", "gpu"] = "cpu" if on_cpu else "gpu"
+    config = config.on("cpu") if on_cpu or config.dtype != "auto" else replace(config, dtype="bfloat16")
     needed = estimate(config, spread, device)
     flops = config.model.flops_per_token(config.length)
     full = config.dtype == "float32"

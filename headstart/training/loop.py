@@ -20,6 +20,7 @@ from headstart.terminal import Progress, say
 from headstart.training import checkpoints
 from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.checkpoints import Position
+from headstart.training.compilation import blocks_compiled
 from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
 from headstart.training.optimizer import build_optimizers, learning_rate
@@ -51,6 +52,7 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
         torch.set_num_threads(config.threads)
     folder = RunFolder(config.run_dir)
     with joined(config.device) as processes:
+        config = processes.on_main(lambda: config.on(processes.device.type))
         config.loss.require(processes.device)
         with folder.claimed(processes.main):
             processes.on_main(lambda: folder.accept(config))
@@ -89,7 +91,7 @@ class Run:
         )
         self.validated = long_enough(self.sources, config)
         self.model, self.sums = build_model(config, processes)
-        self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device)
+        self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device, config.dtype)
         self.position = Position(data=self.stream.state_dict())
         restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers, processes)
         if restored is not None:
@@ -213,7 +215,8 @@ def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, G
     with torch.device("meta"):
         model = Transformer(config.model)
     mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))
-    sums = parallelize(model, mesh, config.parallel, compile=config.compile, dtype=config.dtype)
+    compile = blocks_compiled(config, processes)
+    sums = parallelize(model, mesh, config.parallel, compile=compile, dtype=config.dtype)
     materialize(model, processes.device, config.seed)
     return model, sums
 

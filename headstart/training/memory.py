@@ -95,7 +95,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     """
     with torch.device("meta"):
         model = Transformer(config.model)
-    shape, half, spread = config.model, config.dtype == "bfloat16", layout.processes > 1
+    shape, half, spread = config.model, config.in_bfloat16, layout.processes > 1
     compute = 2 if half else FLOAT32
     # One process computes under autocast: weights, and so the residual stream, stay float32. Several gather weights in
     # the compute dtype (FSDP2's mixed precision), and the residual stream follows.

@@ -1,24 +1,34 @@
-"""Muon for matrices that lie in shares on several processes."""
+"""Muon for matrices that are whole, or lie in shares on several processes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+TOGETHER = 2**25
+"""Weights that are orthogonalised in one batch where matrices are whole: so many at most, or one matrix. Batches of
+small matrices are faster than one after the other, and memory stays bounded."""
 
-class ShardedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` over DTensor parameters sharded by rows, as FSDP2's are.
 
-    A process holds some rows of every matrix, and orthogonalising a matrix needs all of it. So the updates of all
-    matrices of one shape are stacked and exchanged, some whole matrices for a share of all of them; each process
-    orthogonalises its own in one batch, and the results are exchanged back: two exchanges for each shape, in bf16, and
-    no product computed twice among the processes that share a copy. Equal to torch's, which works in bf16, to rounding.
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, over plain parameters or DTensors sharded by rows, as
+    FSDP2's are; its products run in `dtype`, where torch's run in bf16 whatever the machine.
+
+    Of DTensors a process holds some rows of every matrix, and orthogonalising a matrix needs all of it. So the updates
+    of all matrices of one shape are stacked and exchanged, some whole matrices for a share of all of them; each process
+    orthogonalises its own in one batch, and the results are exchanged back: two exchanges for each shape, in `dtype`,
+    and no product computed twice among the processes that share a copy. Equal to torch's to rounding.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype) -> None:
+        super().__init__(groups, lr=0.0, momentum=momentum, nesterov=True, adjust_lr_fn="match_rms_adamw")
+        self._dtype = dtype
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -31,56 +41,80 @@ class ShardedMuon(torch.optim.Muon):
         """One update. There is no closure here: several backward passes make one gradient."""
         assert closure is None
         for group in self.param_groups:
-            alike: dict[torch.Size, list[DTensor]] = {}
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike.setdefault(parameter.shape, []).append(parameter)
-            for parameters in alike.values():
-                self._update(parameters, group)
+            for shape, parameters in alike.items():
+                sharded = isinstance(parameters[0], DTensor)
+                size = len(parameters) if sharded else max(1, TOGETHER // shape.numel())
+                rest = iter(parameters)
+                while batch := list(islice(rest, size)):
+                    self._update(batch, group)
         return None
 
-    def _update(self, parameters: list[DTensor], group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         lr, momentum = float(group["lr"]), group["momentum"]
         updates = []
         for parameter in parameters:
             state, gradient = self.state[parameter], parameter.grad
-            assert isinstance(gradient, DTensor)
+            assert gradient is not None
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             # Elementwise, so on the shares alone.
-            mine, buffer = gradient.to_local(), state["momentum_buffer"].to_local()
+            mine, buffer = _local(gradient), _local(state["momentum_buffer"])
             buffer.lerp_(mine, 1 - momentum)
-            updates.append((mine.lerp(buffer, momentum) if group["nesterov"] else buffer).bfloat16())
-
-        mesh, rows, columns = parameters[0].device_mesh, *parameters[0].shape
-        shape = torch.Size((len(parameters), rows, columns))
-        copies = [Replicate()] * (mesh.ndim - 1)
-
-        def laid_out(local: Tensor, dimension: int) -> DTensor:
-            return DTensor.from_local(
-                local,
-                mesh,
-                [*copies, Shard(dimension)],
-                run_check=False,
-                shape=shape,
-                stride=(rows * columns, columns, 1),
-            )
-
-        whole = laid_out(torch.stack(updates), 1).redistribute(placements=[*copies, Shard(0)]).to_local()
+            updates.append(mine.lerp(buffer, momentum).to(self._dtype))
+        first = parameters[0]
+        exchange = _Exchange(parameters) if isinstance(first, DTensor) else None
+        stacked = torch.stack(updates)
+        whole = stacked if exchange is None else exchange.some_whole(stacked)
         whole = orthogonalize(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        shares = laid_out(whole, 0).redistribute(placements=[*copies, Shard(1)]).to_local()
-        for parameter, share in zip(parameters, shares):
-            local = parameter.to_local()
+        for parameter, update in zip(parameters, whole if exchange is None else exchange.shares_of_all(whole)):
+            local = _local(parameter)
             local.mul_(1 - lr * group["weight_decay"])
-            local.add_(share, alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
+            local.add_(update, alpha=-lr * 0.2 * math.sqrt(max(first.shape)))
+
+
+class _Exchange:
+    """Rows of all of L matrices (M, N) of one shape, for all rows of some of them, and back."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        first = parameters[0]
+        assert isinstance(first, DTensor)
+        self._mesh, rows, columns = first.device_mesh, *first.shape
+        self._shape = torch.Size((len(parameters), rows, columns))
+        self._copies = [Replicate()] * (self._mesh.ndim - 1)
+
+    def some_whole(self, shares_LMN: Tensor) -> Tensor:
+        return self._relaid(shares_LMN, 1, 0)
+
+    def shares_of_all(self, whole_LMN: Tensor) -> Tensor:
+        return self._relaid(whole_LMN, 0, 1)
+
+    def _relaid(self, local: Tensor, before: int, after: int) -> Tensor:
+        _, rows, columns = self._shape
+        laid_out = DTensor.from_local(
+            local,
+            self._mesh,
+            [*self._copies, Shard(before)],
+            run_check=False,
+            shape=self._shape,
+            stride=(rows * columns, columns, 1),
+        )
+        return laid_out.redistribute(placements=[*self._copies, Shard(after)]).to_local()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalize(x_LMN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest orthogonal matrix, roughly, of each of L matrices (M, N): Newton-Schulz in bf16, as torch's Muon."""
+    """The nearest orthogonal matrix, roughly, of each of L matrices (M, N): Newton-Schulz as in torch's Muon, in the
+    dtype of `x_LMN`."""
     a, b, c = coefficients
-    x = x_LMN.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
+    tall = x_LMN.shape[1] > x_LMN.shape[2]
+    x = x_LMN.mT if tall else x_LMN
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps if len(x) else 0):
         gram = x @ x.mT

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from headstart.errors import UsageError
@@ -126,10 +125,12 @@ def _is_of_a_further_head(name: str) -> bool:
     return (first == "heads" and second != "0") or (first == "unembedding" and second == "weights" and third != "0")
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig, device: torch.device) -> list[Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, device: torch.device, dtype: str = "bfloat16"
+) -> list[Optimizer]:
     """One optimiser, or two for muon; between them they hold every trainable parameter once.
 
-    `set_learning_rate` gives them their rate before each step; until then it is 0.
+    `set_learning_rate` gives them their rate before each step; until then it is 0. Muon's products run in `dtype`.
     """
     groups = parameter_groups(model, config)
     optimizers: list[Optimizer] = []
@@ -139,10 +140,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, device: torch.de
         # q, k and v (and gate and up) are stacked in one matrix and orthogonalised together. Apart would need slices of
         # a parameter as parameters of their own, which neither sharding nor checkpoints know; match_rms_adamw gives
         # the stack the same size of update per weight either way.
-        from headstart.training.sharded_muon import ShardedMuon  # not before torch is known to have Muon
+        from headstart.training.muon import Muon  # not before torch is known to have it
 
-        kind = ShardedMuon if isinstance(muon[0]["params"][0], DTensor) else torch.optim.Muon
-        optimizers.append(kind(muon, lr=0.0, momentum=config.momentum, nesterov=True, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon, config.momentum, getattr(torch, dtype)))
     if adamw := [_torch_group(group, config) for group in groups if not group.muon]:
         fused = device.type in ("cpu", "cuda")
         optimizers.append(torch.optim.AdamW(adamw, lr=0.0, betas=config.betas, eps=config.eps, fused=fused))

@@ -34,7 +34,7 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
 
     Returns text, tokens, passes, tokens_per_pass and acceptance (of heads 2..n), for the key `sample` of metrics.jsonl.
     """
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
     with torch.device("meta"):
         twin = Transformer(model.config)
     weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in model.state_dict().items()}

@@ -88,8 +88,8 @@ def train_step(
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """Weights stay float32; matrix products run in `config.dtype`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    """Weights stay float32; matrix products run in the dtype of the run."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.in_bfloat16)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:

@@ -67,7 +67,8 @@ def counted(config: RunConfig, processes: Processes) -> int:
 
 with joined("cpu") as here:
     for name, (accumulate, parallel) in CASES.items():
-        config = RunConfig(steps=2, model=MODEL, batch=BatchConfig(rows=4, accumulate=accumulate), parallel=parallel)
+        batch = BatchConfig(rows=4, accumulate=accumulate)
+        config = RunConfig(steps=2, dtype="bfloat16", model=MODEL, batch=batch, parallel=parallel)
         peak = counted(config, here)
         if here.main:
             expected = estimate(config, layout(config, here.count), "cpu").peak

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.step import count_targets, joint_step, walk_step
+from headstart.training.muon import Muon
 from headstart.training.parallel import ParallelConfig, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined
-from headstart.training.sharded_muon import ShardedMuon
 
 HEADS, LENGTH, ROWS = 3, 12, 4
 KINDS = [
@@ -111,10 +111,9 @@ def muon(processes: Processes, shape: tuple[int, int]) -> dict[str, Any]:
 
     whole = [torch.nn.Parameter(value.clone()) for value in values]
     shares = [torch.nn.Parameter(spread(value)) for value in values]
-    settings: dict[str, Any] = {
-        "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw",
-    }  # fmt: skip
-    optimizers = torch.optim.Muon(whole, **settings), ShardedMuon(shares, **settings)
+    theirs = torch.optim.Muon(whole, lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours = Muon([{"params": shares, "weight_decay": 0.1, "lr": 0.1}], 0.9, torch.bfloat16)
+    optimizers = theirs, ours
     for _ in range(4):
         for a, b in zip(whole, shares):
             a.grad = torch.randn(a.shape, generator=generator)

@@ -38,6 +38,7 @@ WIDE = ModelConfig(dim=256, layers=6, attention_heads=4, kv_heads=2, context=64,
 
 def run(model: ModelConfig, rows: int = 4, accumulate: int = 1, **settings: object) -> RunConfig:
     batch = BatchConfig(rows=rows, accumulate=accumulate)
+    settings = {"dtype": "bfloat16"} | settings
     return RunConfig(steps=2, device="cpu", model=model, batch=batch, **settings)  # type: ignore[arg-type]
 
 
@@ -103,7 +104,7 @@ def test_checkpointing_is_what_a_step_takes() -> None:
 
 
 def paper(**changes: object) -> RunConfig:
-    return RunConfig(steps=1, model=preset("6.7B", heads=4), batch=BatchConfig(2, 1024), **changes)  # type: ignore[arg-type]
+    return RunConfig(steps=1, dtype="bfloat16", model=preset("6.7B", heads=4), batch=BatchConfig(2, 1024), **changes)  # type: ignore[arg-type]
 
 
 def test_processes_share_weights_gradients_and_state() -> None:

@@ -9,6 +9,8 @@ import torch
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from headstart.training import muon
+from headstart.training.muon import Muon
 from headstart.training.optimizer import (
     OptimizerConfig,
     ParameterGroup,
@@ -134,6 +136,42 @@ def test_the_state_is_whole_before_the_first_step() -> None:
         for optimizer in optimizers:
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def muon_steps(dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """Some matrices after three steps of our Muon, or of torch's where `dtype` is None."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(8, 12), (8, 12), (12, 8), (8, 12), (20, 6), (1, 4)]
+    matrices = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    if dtype is None:
+        optimizer: torch.optim.Optimizer = torch.optim.Muon(
+            matrices, lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        )
+    else:
+        optimizer = Muon([{"params": matrices, "weight_decay": 0.1, "lr": 0.1}], 0.9, dtype)
+    for _ in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        optimizer.step()
+    return [matrix.detach() for matrix in matrices]
+
+
+@pytest.mark.parametrize("together", [10**6, 96, 1])
+def test_muon_on_whole_matrices_is_torchs(together, monkeypatch) -> None:
+    """Three of one shape at once, one after the other, or any number between."""
+    monkeypatch.setattr(muon, "TOGETHER", together)
+    for ours, theirs in zip(muon_steps(torch.bfloat16), muon_steps(None)):
+        assert (ours - theirs).abs().max() < 1e-6
+    narrow, wide = muon_steps(torch.bfloat16), muon_steps(torch.float32)
+    assert all(0 < (a - b).abs().max() < 2e-2 for a, b in zip(narrow, wide))
+
+
+def test_muons_products_run_in_the_dtype_asked_for(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(muon, "orthogonalize", lambda x, *_: seen.append(x.dtype) or x)
+    for dtype in ("bfloat16", "float32"):
+        build_optimizers(Transformer(SHAPES["tied"]), OptimizerConfig(kind="muon"), torch.device("cpu"), dtype)
+    assert list(dict.fromkeys(seen)) == [torch.bfloat16, torch.float32]
 
 
 def test_a_torch_without_muon_is_told(monkeypatch) -> None:

@@ -51,7 +51,7 @@ def test_the_command_line_lies_over_the_yaml(write) -> None:
     config = load_config(
         path,
         ["--steps", "9", "--run-dir", "x/y", "--model.dim", "96", "--optimizer.lr", "3e-4", "--model.heads=2",
-         "--head-weights.initial", "1", "0.5", "--data.sources", "a", "b", "--compile", "--batch.length", "16"],
+         "--head-weights.initial", "1", "0.5", "--data.sources", "a", "b", "--compile", "True", "--batch.length", "16"],
     )  # fmt: skip
     assert (config.steps, config.run_dir, config.compile) == (9, Path("x/y"), True)
     assert (config.model.dim, config.model.layers, config.model.heads) == (96, 3, 2)

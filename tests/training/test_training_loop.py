@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headstart import machine
 from headstart.data.batches import evaluation_batches
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer
@@ -202,6 +203,7 @@ def test_it_prepares_its_own_data_once(tiny, corpus, tmp_path, metrics) -> None:
 def test_compiled_blocks_train_alike(tiny, metrics, monkeypatch) -> None:
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # whether it can
     train(tiny(steps=1, compile=True))
     assert len(compiled) == 3  # one block in the trunk, two heads
 
@@ -247,3 +249,13 @@ def test_metrics_are_json_without_nan(tiny, monkeypatch) -> None:
     train(config)
     for line in Path(config.run_dir / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [({"avx2"}, "float32"), ({"avx512_bf16"}, "bfloat16")])
+def test_the_dtype_is_the_machines_and_written_down(flags, dtype, tiny, metrics, monkeypatch) -> None:
+    monkeypatch.setattr(machine, "_processor", lambda: ("", flags))
+    chosen, given = tiny("chosen", steps=2, dtype="auto"), tiny("given", steps=2, dtype=dtype)
+    train(chosen)
+    train(given)
+    assert load_config(chosen.run_dir / "config.yaml").dtype == dtype
+    assert metrics(chosen.run_dir) == metrics(given.run_dir)
