@@ -39,6 +39,7 @@ class Steps:
     """A model with its optimisers, and the same random batch for every step."""
 
     def __init__(self, config: RunConfig, processes: Processes) -> None:
+        config = config.on(processes.device.type)
         self.config, self.processes = config, processes
         self.model, self.sums = build_model(config, processes)
         self.optimizers = build_optimizers(self.model, config.optimizer, processes.device, config.dtype)

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 
+from headstart import machine
 from headstart.benchmarks import fresh_process, train
 from headstart.benchmarks.train import ON_CPU, ON_GPU, TrainSettings
 from headstart.benchmarks.training_gpu import measure_gpu
@@ -70,7 +71,7 @@ def test_compile_reports_gain_and_the_seconds_of_compiling(monkeypatch):
 
 def test_gpu_rows_and_bars(in_process):
     sizes = {"small": ModelConfig(vocab_size=300, dim=16, layers=5, context=8)}
-    rows, notes = measure_gpu(TrainSettings(**TINY), sizes, compile=False)
+    rows, notes = measure_gpu(TrainSettings(**TINY, dtype="float32"), sizes, compile=False)
     by_name = {row["what"]: row for row in rows}
     assert [row["what"] for row in rows if row["bar"]] == [
         "small, n = 1: MFU", "small, n = 4: MFU", "small, n = 4: step time over its FLOP ratio",
@@ -124,3 +125,11 @@ def test_a_missing_peer_is_told_before_anything_is_measured(monkeypatch):
     with pytest.raises(UsageError, match="pip install accelerate"):
         train.run(TrainSettings(**TINY))
     train.run(TrainSettings(**{**TINY, "parts": ("bytes",)}))
+
+
+def test_the_report_names_the_dtype_that_ran(monkeypatch):
+    monkeypatch.setattr(train, "_measure", lambda part, settings: ([], []))
+    monkeypatch.setattr(machine, "_processor", lambda: ("", {"avx512_bf16"}))
+    assert train.run(TrainSettings(parts=("bytes",), **TINY))["settings"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(machine, "_processor", lambda: ("", {"avx2"}))
+    assert train.run(TrainSettings(parts=("bytes",), **TINY))["settings"]["dtype"] == "float32"
