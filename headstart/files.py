@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from headstart.errors import UsageError
+
+COPY_BYTES = 1 << 22
+"""Files are read and copied in pieces of this size."""
 
 
 def _explain(error: OSError, path: Path) -> UsageError:
@@ -94,6 +98,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes `text` (UTF-8) to `path` atomically."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(COPY_BYTES):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def take_lock(file: IO[str]) -> bool:

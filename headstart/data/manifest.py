@@ -5,7 +5,6 @@ Version 2 lists a split's shards; version 1 had a single SPLIT.bin, and is read 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from headstart.errors import UsageError
 FORMAT, VERSION = "headstart-shards", 2
 MANIFEST = "manifest.json"
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
-COPY_BYTES = 1 << 22
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -75,11 +73,3 @@ def check_target(out: Path) -> None:
             read_manifest(out)
         except UsageError:
             raise UsageError(f"{out}: exists and is no shards folder; name a folder that is new") from None
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while content := file.read(COPY_BYTES):
-            digest.update(content)
-    return digest.hexdigest()

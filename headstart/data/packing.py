@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from headstart.data.encoding import SPLITS, Summary, nearest_of
-from headstart.data.manifest import COPY_BYTES, sha256_of
 from headstart.data.workers import Advance, run_all
 from headstart.errors import UsageError
+from headstart.files import COPY_BYTES, sha256_of
 
 SHARD_BYTES = 1 << 28
 """A shard is full at 256 MiB, wherever in a document that is."""

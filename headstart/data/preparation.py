@@ -16,13 +16,13 @@ from typing import Any
 
 from headstart.data import bpe
 from headstart.data.encoding import SPLITS, Encoder, Summary
-from headstart.data.manifest import DTYPES, FORMAT, MANIFEST, VERSION, check_target, dtype_for, sha256_of
+from headstart.data.manifest import DTYPES, FORMAT, MANIFEST, VERSION, check_target, dtype_for
 from headstart.data.packing import pack, segments_of, write_names
 from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.data.units import Selection, Unit, plan
 from headstart.data.workers import run_all
 from headstart.errors import UsageError
-from headstart.files import replacing_directory, take_lock
+from headstart.files import replacing_directory, sha256_of, take_lock
 
 ALONE_BYTES = 1 << 23
 """Less than this is encoded in this process: others would take longer to start."""

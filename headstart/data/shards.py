@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.manifest import DTYPES, read_manifest, sha256_of
+from headstart.data.manifest import DTYPES, read_manifest
 from headstart.data.preparation import prepare
 from headstart.errors import UsageError
+from headstart.files import sha256_of
 
 __all__ = ["SplitTokens", "TokenShards", "prepare", "verify"]
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
 from headstart.errors import UsageError
-from headstart.files import becoming_directory
+from headstart.files import becoming_directory, sha256_of
 from headstart.model.transformer import Transformer
 from headstart.terminal import say
 from headstart.training import checkpoints
@@ -104,6 +104,8 @@ class CheckpointWriter:
                     tensors.result()
                 if self._processes.main:
                     torch.save(random, temporary / "rng.pt")
+                state["sha256"] = self._digests(temporary)
+                if self._processes.main:
                     state["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
                     (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         except UsageError as error:
@@ -112,6 +114,13 @@ class CheckpointWriter:
         if self._processes.main:
             self._delete_old(int(state["position"]["step"]))
         return None
+
+    def _digests(self, folder: Path) -> dict[str, str]:
+        """SHA-256 of every file by its name; each process reads its own."""
+        files = list(folder.glob(f"__{self._processes.rank}_*"))
+        if self._processes.main:
+            files += [file for file in folder.iterdir() if not file.name.startswith("__")]
+        return self._processes.merged({file.name: sha256_of(file) for file in files})
 
     def _delete_old(self, newest: int) -> None:
         """All but the `keep_last` newest and every `keep_every`-th. Those of later steps are left alone: they are there

@@ -3,10 +3,10 @@
     checkpoints/step-00000500/
         *.distcp, .metadata    weights and optimiser state (torch.distributed.checkpoint: other layouts can read it)
         rng.pt                 torch's random state
-        state.json             position of the run, digest of the model's shape, size of every other file
+        state.json             position of the run, digest of the model's shape, size and SHA-256 of every other file
 
 A folder appears under its name only when all of it is on disk, so whatever has the name is complete unless something
-damaged it later; the sizes in state.json tell that. `checkpoint_writer.py` writes them. Several processes write and
+damaged it later; sizes and SHA-256 tell that. `checkpoint_writer.py` writes them. Several processes write and
 read one checkpoint together, each its share; a run may go on with another number of processes.
 """
 
@@ -35,12 +35,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from headstart.errors import UsageError
+from headstart.files import sha256_of
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.terminal import say
 from headstart.training.processes import Processes
 
 FORMAT = 1
+GO_BACK = "delete it to go on from the one before it"
 
 
 @dataclass
@@ -87,6 +89,7 @@ def latest(run_dir: Path) -> Path | None:
 def restore(path: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes) -> Position:
     """Loads weights, optimiser state and random state. Raises UsageError where `path` is damaged or another model's."""
     state = _read_state(path)
+    _check_contents(path, state["sha256"], processes)
     if state["model"] != digest(model.config):
         raise UsageError(f"{path}: a checkpoint of another model shape; give another --run-dir or move it away")
     tensors, param_groups = tensors_of(model, optimizers)
@@ -103,9 +106,7 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
         position = Position(**state["position"])
     except Exception as error:  # DCP, zip and pickle each have their own kinds of error for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise UsageError(
-            f"{path}: a damaged or foreign checkpoint ({reason}); delete it to go on from the one before it"
-        ) from error
+        raise UsageError(f"{path}: a damaged or foreign checkpoint ({reason}); {GO_BACK}") from error
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
@@ -133,7 +134,8 @@ def restore_newest(
             return position
         failure = failure or UsageError(f"{path}: another process could not read its share", said=True)
         if path == paths[-1]:
-            raise failure
+            anew = f"there is no older one that is sound: move {root} away to start anew"
+            raise UsageError(str(failure).replace(GO_BACK, anew), said=failure.said)
         say(f"warning: {failure}; taking the one before it")
     return None
 
@@ -149,15 +151,27 @@ def _read_state(path: Path) -> dict[str, Any]:
         for name, size in state["files"].items():
             found = (path / name).stat().st_size
             if found != size:
-                raise UsageError(
-                    f"{path}: damaged, {name} has {found:,} bytes instead of {size:,}; "
-                    "delete this checkpoint to go on from the one before it"
-                )
-        return {"position": dict(state["position"]), "model": state["model"]}
+                raise UsageError(f"{path}: damaged, {name} has {found:,} bytes instead of {size:,}; {GO_BACK}")
+        return {
+            "position": dict(state["position"]),
+            "model": state["model"],
+            "sha256": dict(state.get("sha256", {})),  # not in those of the first Headstart
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path}: not a whole checkpoint ({error}); delete it to go on from the one before it"
-        ) from error
+        raise UsageError(f"{path}: not a whole checkpoint ({error}); {GO_BACK}") from error
+
+
+def _check_contents(path: Path, digests: dict[str, str], processes: Processes) -> None:
+    """Raises UsageError, on all processes, where a file differs from what was written; each process reads its share."""
+    wrong = {}
+    for name in sorted(digests)[processes.rank :: processes.count]:
+        try:
+            if sha256_of(path / name) != digests[name]:
+                wrong[name] = "differs from what was written"
+        except OSError as error:
+            wrong[name] = f"cannot be read ({error.strerror})"
+    for name, why in sorted(processes.merged(wrong).items()):
+        raise UsageError(f"{path}: damaged, {name} {why}; {GO_BACK}", said=not processes.main)
 
 
 def tensors_of(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:

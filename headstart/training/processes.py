@@ -79,6 +79,15 @@ class Processes:
             raise UsageError(str(answer[1]), said=True)
         return answer[0]  # type: ignore[return-value]
 
+    def merged(self, mine: dict[str, str]) -> dict[str, str]:
+        """What all processes have, on each of them. Goes through the group of the thread that writes checkpoints: not
+        while it is writing one."""
+        if self.count == 1:
+            return mine
+        everyone: list[dict[str, str]] = [{}] * self.count
+        torch.distributed.all_gather_object(everyone, mine, group=self.checkpoint_group)
+        return {name: value for one in everyone for name, value in one.items()}
+
     def mesh(self, shape: tuple[int, int]) -> DeviceMesh | None:
         """Devices as (copies of the model, processes that share one), for `parallelize`; None for a process alone."""
         if self.count == 1:

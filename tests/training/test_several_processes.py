@@ -161,6 +161,20 @@ def test_kill_9_at_random_moments(tiny, metrics, weights, count) -> None:
     assert not list((broken.run_dir / "checkpoints").glob(".*"))
 
 
+def test_a_damaged_share_is_named_and_all_go_back(tiny) -> None:
+    config = tiny("run")
+    assert [status for status, _, _ in launch(config)] == [0, 0]
+    checkpoint = config.run_dir / "checkpoints" / "step-00000006"
+    file = checkpoint / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    answers = launch(config, "--steps", "8")
+    assert [status for status, _, _ in answers] == [0, 0], answers
+    assert f"warning: {checkpoint}: damaged, {file.name} differs from what was written; delete it" in answers[0][2]
+    assert f"going on from {checkpoint.parent}/step-00000004" in answers[0][2]
+
+
 def test_errors_are_told_once_and_end_all(tiny, tmp_path) -> None:
     answers = launch(tiny("run", batch=BatchConfig(rows=3)))
     assert [status for status, _, _ in answers] == [2, 2]
