@@ -129,6 +129,7 @@ def prepare(
 def train(arguments: list[str]) -> None:
     """Train a model from a configuration: headstart train CONFIG.yaml [--run-dir DIR] [--steps N] [--a.b value].
 
+    --profile records three steps for torch.profiler, see --profile.start and --profile.steps below.
     With --dry-run nothing is trained: tokens, memory and time are estimated, see headstart train CONFIG.yaml --dry-run
     --help.
     """
@@ -151,8 +152,11 @@ def train(arguments: list[str]) -> None:
         found = dry_run(Path(arguments[0]), rest)
         _print_json(found) if "--json" in arguments else print(format_dry_run(found))
         return
+    settings = arguments[1:]
+    if "--profile" in settings:
+        settings = [*(setting for setting in settings if setting != "--profile"), "--profile.steps", "3"]
     try:
-        run(load_config(Path(arguments[0]), arguments[1:]))
+        run(load_config(Path(arguments[0]), settings))
     except (Interrupted, LostProcesses) as end:
         say(f"headstart: {end}")
         raise SystemExit(end.status) from None

@@ -165,3 +165,12 @@ def test_a_reader_that_goes_away_is_no_error(model) -> None:
     command = f"{sys.executable} -m headstart generate {model} --prompt ab --max-new-tokens 60 | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)
     assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
+def test_profile_alone_records_three_steps(monkeypatch) -> None:
+    from headstart.training import loop
+
+    seen = []
+    monkeypatch.setattr(loop, "train", seen.append)
+    assert call("train", SMOKE, "--profile", "--steps", "7") == 0
+    assert (seen[0].profile.steps, seen[0].profile.start, seen[0].steps) == (3, None, 7)

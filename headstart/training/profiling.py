@@ -20,19 +20,21 @@ from headstart.terminal import say
 
 ROWS = 40
 """Operators in the table."""
+SETTLED = 10
+"""Steps of a process before the first one that is typical: those before it allocate and compile."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
     """Which steps torch.profiler records."""
 
-    start: int = 10
-    """The first step recorded; the very first steps of a process are not typical."""
+    start: int | None = None
+    """The first step recorded (None: the tenth that this process takes)."""
     steps: int = 0
-    """How many are recorded (0: none). A trace grows by megabytes a step."""
+    """How many are recorded (0: none). A trace grows by megabytes a step. `--profile` alone means 3."""
 
     def __post_init__(self) -> None:
-        if self.start < 1:
+        if self.start is not None and self.start < 1:
             raise UsageError(f"profile.start is {self.start}; it must be at least 1")
         if self.steps < 0:
             raise UsageError(f"profile.steps is {self.steps}; it must be at least 0")
@@ -43,12 +45,13 @@ class StepProfiler:
 
     def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, step: int) -> None:
         """`step` is what a resumed run has done already. A window that lies behind it is told of and left out."""
-        self._steps = range(config.start, config.start + config.steps)
+        start = step + SETTLED if config.start is None else config.start
+        self._steps = range(start, start + config.steps)
         self._folder, self._device = folder, device
         self._recording: profile | None = None
         self._recorded = 0
         if self._steps and step >= self._steps.start:
-            say(f"profile.start {config.start} lies behind step {step}, where this run goes on: nothing is profiled")
+            say(f"profile.start {start} lies behind step {step}, where this run goes on: nothing is profiled")
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:

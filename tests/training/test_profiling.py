@@ -52,6 +52,14 @@ def test_a_run_that_ends_inside_the_window_writes_what_it_has(tiny, capsys) -> N
     assert trace(config)["traceEvents"] and "profile of 2 steps from step 5" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_is_profiled_once_its_process_has_settled(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "SETTLED", 2)
+    train(tiny(steps=4))
+    config = tiny(steps=9, profile=ProfileConfig(steps=1))
+    train(config)
+    assert sorted(p.name for p in (config.run_dir / "profile").iterdir()) == ["step6.txt", "trace-step6.json.gz"]
+
+
 def test_a_window_that_lies_behind_is_told(tiny, capsys) -> None:
     config = tiny(steps=4)
     train(config)
