@@ -63,7 +63,8 @@ def prepare(
     text_field: str = "text",
     split: str = "train",
     hf_config: str | None = None,
-    validation_fraction: float = 0.02,
+    validation_fraction: float | None = None,
+    validation_sources: tuple[str, ...] = (),
     seed: int = 0,
     workers: int | None = None,
     verify: bool = False,
@@ -83,7 +84,8 @@ def prepare(
         text_field: the field or column that holds the text; a.b is field b within a.
         split: the split to take from hf: datasets.
         hf_config: the configuration to take of hf: datasets.
-        validation_fraction: share of the documents held out.
+        validation_fraction: share of the documents held out (default: 0.02, or none where sources are held out).
+        validation_sources: sources that are held out whole, also where one of SOURCES contains them.
         seed: chooses the documents held out.
         workers: processes (default: all cores); the output does not depend on it.
         verify: prepare nothing; read the folder --out and name its damaged files, exit status 1 if there are any.
@@ -107,13 +109,16 @@ def prepare(
         raise SystemExit(1 if faults else 0)
     if train_bpe is not None and tokenizer != "bytes":
         raise UsageError("--train-bpe and --tokenizer: give one of the two")
-    with Progress("prepare", unit="documents" if any(map(is_dataset, sources)) else "bytes") as bar:
+    fraction = (0.0 if validation_sources else 0.02) if validation_fraction is None else validation_fraction
+    unit = "documents" if any(map(is_dataset, (*sources, *validation_sources))) else "bytes"
+    with Progress("prepare", unit=unit) as bar:
         manifest = shards.prepare(
             sources,
             out,
             load_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
             selection=Selection(text_field, split, hf_config),
-            validation_fraction=validation_fraction,
+            validation_fraction=fraction,
+            validation_sources=validation_sources,
             seed=seed,
             workers=cores() if workers is None else workers,
             progress=bar.update,

@@ -25,7 +25,7 @@ from headstart.data.workers import Advance
 from headstart.errors import UsageError
 from headstart.files import replacing_directory
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever a unit's folder changes its content or form: what an older Headstart left is then encoded anew."""
 
 SPLITS = ("train", "validation")
@@ -129,10 +129,11 @@ class Encoder:
                     continue
                 ids = self._ids(document.text, document.name)
                 place = place_of(self.seed, document.name)
-                split = SPLITS[place < self.validation_fraction]
+                split = SPLITS[unit.held_out or place < self.validation_fraction]
                 part = summary.splits[split]
                 nearest = Nearest(place, part.documents, part.tokens, len(ids), document.bytes, document.name)
-                if part.nearest is None or _nearer(split, place, part.nearest.place):
+                may_move = not unit.held_out
+                if may_move and (part.nearest is None or _nearer(split, place, part.nearest.place)):
                     part.nearest = nearest
                 part.tokens += len(ids)
                 part.documents += 1

@@ -37,6 +37,7 @@ def prepare(
     *,
     selection: Selection | None = None,
     validation_fraction: float = 0.02,
+    validation_sources: Sequence[str] = (),
     seed: int = 0,
     workers: int = 1,
     progress: Callable[[int, int | None], None] | None = None,
@@ -46,8 +47,11 @@ def prepare(
 
     A document goes to validation if a hash of (seed, its name) says so: whatever the order and the other documents.
     Only where that would leave a split empty does one document change sides (validation takes one from two documents
-    on). The output is the same for every number of `workers` (processes). `progress` gets (bytes read, bytes in all),
-    or (documents, None) where a dataset is among the sources.
+    on). All of `validation_sources` goes to validation, and their files to nothing else, even where a source contains
+    them: a split by project, by author, by year.
+
+    The output is the same for every number of `workers` (processes). `progress` gets (bytes read, bytes in all), or
+    (documents, None) where a dataset is among the sources.
 
     `out` appears whole or not at all; an older shards folder there is replaced, anything else there raises UsageError.
     Work lies beside it, in `.NAME.preparing`: after a failure or a kill, the same call goes on with what is done.
@@ -60,12 +64,12 @@ def prepare(
     out = Path(os.path.abspath(out))
     check_target(out)
     sources = [sources] if isinstance(sources, str) else list(sources)
-    units = plan(sources, selection, out)
+    units = plan(sources, selection, out, validation_sources)
     if not units:
         raise UsageError(f"{', '.join(sources)}: no text outside {out}; name UTF-8 text files")
     with _working_folder(out, say) as work:
         if isinstance(tokenizer, bpe.NewBpe):
-            tokenizer = _learn(tokenizer, units, selection, work, say)
+            tokenizer = _learn(tokenizer, [unit for unit in units if not unit.held_out], selection, work, say)
         encoder = Encoder(
             tokenizer=tokenizer,
             fingerprint=_fingerprint(tokenizer, work / "tokenizer"),
@@ -97,6 +101,7 @@ def prepare(
                 "dtype": dtype_for(tokenizer.vocab_size),
                 "splits": splits,
                 "sources": sources,
+                "validation_sources": list(validation_sources),
                 **asdict(selection),
                 "seed": seed,
                 "validation_fraction": validation_fraction,

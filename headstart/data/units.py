@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.data import documents, hub_datasets
@@ -36,23 +36,29 @@ class Unit:
     begin: int = 0
     end: int = 0
     first: int = 0
+    held_out: bool = False  # all of it goes to validation
 
 
-def plan(sources: Sequence[str], selection: Selection, without: Path) -> list[Unit]:
-    """The units of `sources` (see `list_files`; `hf:` names a dataset), leaving out what lies below `without`.
+def plan(sources: Sequence[str], selection: Selection, without: Path, held_out: Sequence[str] = ()) -> list[Unit]:
+    """The units of `sources` (see `list_files`; `hf:` names a dataset), leaving out what lies below `without`; then
+    those of the sources `held_out`, whose files are left out of the former.
 
     Large files are read once, to find and to count their lines. Raises UsageError for what cannot be read.
     """
     if not sources:
         raise UsageError(f"no source given; name a file, a folder, a glob, {STDLIB}, or hf:NAME")
-    # Every missing source is told before the first is read.
-    files = list_files([source for source in sources if not hub_datasets.is_dataset(source)])
-    units = []
-    for source in dict.fromkeys(sources):
+    # Every missing source is told before the first is read, and a file that is held out is found first there.
+    named = dict.fromkeys([*held_out, *sources])
+    files = list_files([source for source in named if not hub_datasets.is_dataset(source)])
+    units: list[Unit] = []
+    for source in dict.fromkeys([*sources, *held_out]):
         if hub_datasets.is_dataset(source):
-            units += _dataset_units(source, selection)
+            found: Iterable[Unit] = _dataset_units(source, selection)
         else:
-            units += _file_units([f for f in files if f.source == source and without not in f.path.absolute().parents])
+            found = _file_units([f for f in files if f.source == source and without not in f.path.absolute().parents])
+        units += (replace(unit, held_out=source in held_out) for unit in found)
+    if held_out and all(unit.held_out for unit in units):
+        raise UsageError(f"{', '.join(held_out)}: held out for validation, which leaves nothing to train on; name more")
     return units
 
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headstart.model.attention import causal_attention
 from headstart.model.config import ModelConfig
-from headstart.model.layers import Attend, Block, RMSNorm, causal_attention
+from headstart.model.layers import Attend, Block, RMSNorm
 
 
 class PassHead(nn.Module):

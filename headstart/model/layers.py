@@ -1,4 +1,4 @@
-"""The parts of a transformer block: norm, rotary positions, attention, SwiGLU.
+"""The parts of a transformer block: norm, rotary positions, attention's projections, SwiGLU.
 
 Shape suffixes: B batch, T time (positions), D dim, H attention heads, K key/value heads, E width of one head.
 """
@@ -11,48 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headstart.model.attention import causal_attention
 from headstart.model.config import ModelConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q (B,H,T,E), k (B,K,T,E), v (B,K,T,E)) -> (B,H,T',E). Decoding passes one that keeps K/V in its cache; it may give
 fewer rows than came in, when only some are wanted."""
-
-
-def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Each position sees itself and what came before."""
-    if q_BHTE.device.type == "cpu" and q_BHTE.dtype == torch.bfloat16 and q_BHTE.shape[2] <= PRODUCT_ATTENTION_LENGTH:
-        return product_attention(q_BHTE, k_BKTE, v_BKTE)
-    grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
-    return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=grouped)
-
-
-PRODUCT_ATTENTION_LENGTH = 512
-"""Up to this many positions, plain products beat torch's fused attention on a CPU in bf16: forward and backward take a
-fifth of the time at 128 positions, six tenths at 512 (docs/lab-notes.md). They hold (B, H, T, T) scores in return."""
-
-
-def product_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Causal attention written out: scores, softmax, mixture. The softmax is computed in fp32 and rounded once."""
-    B, H, T, E = q_BHTE.shape
-    group = H // k_BKTE.shape[1]
-    q = (q_BHTE * E**-0.5).reshape(-1, group * T, E)  # the queries of one key head, one after another
-    k, v = k_BKTE.reshape(-1, T, E), v_BKTE.reshape(-1, T, E)
-    hidden = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
-    scores = torch.baddbmm(hidden.expand(q.shape[0], -1, -1), q, k.transpose(1, 2))
-    return torch.bmm(scores.softmax(-1), v).view(B, H, T, E)
-
-
-class DocumentAttention:
-    """Causal attention that also stops at document boundaries. `documents_BT` holds a document index per position."""
-
-    def __init__(self, documents_BT: Tensor) -> None:
-        T = documents_BT.shape[1]
-        causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-        self.mask = ((documents_BT[:, :, None] == documents_BT[:, None, :]) & causal_TT)[:, None]  # (B, 1, T, T)
-
-    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
-        return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, attn_mask=self.mask, enable_gqa=grouped)
 
 
 class RMSNorm(nn.Module):

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from headstart.model.attention import DocumentAttention, causal_attention
 from headstart.model.config import ModelConfig
 from headstart.model.heads import Unembedding, make_heads
-from headstart.model.layers import Attend, Block, DocumentAttention, causal_attention, rotary_tables
+from headstart.model.layers import Attend, Block, rotary_tables
 
 
 class Trunk(nn.Module):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headstart.data.batches import IGNORE
-from headstart.model.layers import Attend, DocumentAttention, causal_attention
+from headstart.model.attention import DocumentAttention, causal_attention
+from headstart.model.layers import Attend
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.backends import LossConfig
 from headstart.objective.cross_entropy import LOGITS_BYTES, Scores, linear_scores

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from headstart.errors import UsageError
+from headstart.model.attention import BLOCK, WRITTEN_OUT_LENGTH
 from headstart.model.config import ModelConfig
-from headstart.model.layers import PRODUCT_ATTENTION_LENGTH
 from headstart.model.transformer import Transformer
 from headstart.objective.cross_entropy import LOGITS_BYTES, PIECE_BYTES, chunk_rows
 from headstart.training.config import RunConfig
@@ -215,16 +215,20 @@ class _Kept:
         shape, c = self.config.model, self.compute
         q, kv = shape.attention_dim, shape.key_value_heads * shape.dim_per_head
         T = self.config.length
-        if self.products():
+        if self.written_out() and c == FLOAT32:
+            # queries, keys and values copied, probabilities up to each block's end, the mixture, and its copy
+            return c * (q + 2 * kv + shape.attention_heads * (T + BLOCK) // 2 + 2 * q)
+        if self.written_out():
             # scaled queries, keys and values copied, probabilities, the mixture
             return c * (q + 2 * kv + shape.attention_heads * T + q)
         mask = c * T if self.config.data.attention_within_documents else 0
         # rotated queries and keys, all of qkv for the values in it, the mixture, a float32 logarithm for each head
         return c * (q + kv) + c * (q + 2 * kv) + c * q + FLOAT32 * shape.attention_heads + mask
 
-    def products(self) -> bool:
-        """Whether attention is written out, holding its scores (`layers.causal_attention`)."""
-        plain = self.device == "cpu" and self.compute == 2 and self.config.length <= PRODUCT_ATTENTION_LENGTH
+    def written_out(self) -> bool:
+        """Whether attention is written out in products, holding its scores (`attention.causal_attention`)."""
+        shortest = BLOCK + 1 if self.compute == FLOAT32 else 1
+        plain = self.device == "cpu" and shortest <= self.config.length <= WRITTEN_OUT_LENGTH
         return plain and not self.config.data.attention_within_documents
 
     def block(self) -> int:
@@ -255,7 +259,9 @@ class _Kept:
     def backward(self) -> int:
         """What a block's backward needs at its widest, beyond what it frees on the way."""
         shape = self.config.model
-        scores = shape.attention_heads * self.config.length if self.products() else 0
+        # Of one block of rows in float32, of all in bfloat16.
+        seen = BLOCK if self.compute == FLOAT32 else self.config.length
+        scores = shape.attention_heads * seen if self.written_out() else 0
         return self.compute * max(2 * shape.hidden, 2 * scores) + (2 * self.residual + self.compute) * shape.dim
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from headstart import files
 from headstart.data import preparation, units
-from headstart.data.shards import prepare
+from headstart.data.bpe import NewBpe
+from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.data.units import Selection
 from headstart.errors import UsageError
@@ -256,3 +257,68 @@ def test_a_source_without_a_document_is_refused(tmp_path, name, text, expected):
 def test_workers_do_without_torch():
     code = "import sys, headstart.data.shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.fixture
+def projects(tmp_path):
+    """Three folders in one, with files of the same names."""
+    for project in ("ant", "bee", "cow"):
+        (tmp_path / "code" / project).mkdir(parents=True)
+        for i in range(12):
+            (tmp_path / "code" / project / f"{i}.py").write_text(f"{project} {i} " + project * 10)
+    return tmp_path / "code"
+
+
+def texts(folder, split):
+    shards = TokenShards.open(folder, split)
+    return [bytes(shards.document(i)[:-1].tolist()).decode() for i in range(len(shards.documents))]
+
+
+@pytest.mark.parametrize("held_out", ["code/bee", "code/b*/*.py"])
+def test_whole_sources_are_held_out_even_of_a_source_that_contains_them(projects, tmp_path, held_out):
+    held_out = str(tmp_path / held_out)
+    manifest = prepare(
+        [str(projects)], tmp_path / "out", ByteTokenizer(), validation_fraction=0.0, validation_sources=[held_out]
+    )
+    assert manifest["validation_sources"] == [held_out] and manifest["validation_fraction"] == 0
+    train, validation = (texts(tmp_path / "out", split) for split in ("train", "validation"))
+    assert {text[:3] for text in train} == {"ant", "cow"} and len(train) == 24
+    assert {text[:3] for text in validation} == {"bee"} and len(validation) == 12
+
+
+def test_held_out_sources_and_a_fraction_of_the_others(projects, tmp_path):
+    settings = {"validation_fraction": 0.5, "validation_sources": [str(projects / "bee")]}
+    prepare([str(projects / "ant")], tmp_path / "alone", ByteTokenizer(), validation_fraction=0.5)
+    prepare([str(projects / "ant")], tmp_path / "both", ByteTokenizer(), **settings)
+    assert texts(tmp_path / "both", "train") == texts(tmp_path / "alone", "train")
+    assert texts(tmp_path / "both", "validation") == [
+        *texts(tmp_path / "alone", "validation"), *(f"bee {i} " + "bee" * 10 for i in sorted(range(12), key=str))
+    ]  # fmt: skip
+
+
+def test_a_held_out_document_never_goes_to_training(projects, tmp_path):
+    """Where the fraction leaves nothing to train on, a document of the other sources changes sides."""
+    settings = {"validation_fraction": 0.999, "validation_sources": [str(projects / "bee")]}
+    prepare([str(projects / "ant")], tmp_path / "out", ByteTokenizer(), **settings)
+    assert [text[:3] for text in texts(tmp_path / "out", "train")] == ["ant"]
+
+
+def test_a_vocabulary_is_not_learnt_from_what_is_held_out(projects, tmp_path, monkeypatch):
+    seen = []
+    real = preparation.bpe.sample
+
+    def sample(units, selection):
+        seen.extend(file.path.parent.name for unit in units for file in unit.files)
+        return real(units, selection)
+
+    monkeypatch.setattr(preparation.bpe, "sample", sample)
+    prepare([str(projects)], tmp_path / "out", NewBpe(258), validation_sources=[str(projects / "bee")])
+    assert set(seen) == {"ant", "cow"}
+
+
+def test_holding_everything_out_is_told(projects, tmp_path):
+    with pytest.raises(UsageError, match="held out for validation, which leaves nothing to train on"):
+        prepare([str(projects / "bee")], tmp_path / "out", ByteTokenizer(), validation_sources=[str(projects)])
+    with pytest.raises(UsageError, match="nowhere: no such file"):
+        prepare([str(projects)], tmp_path / "out", ByteTokenizer(), validation_sources=["nowhere"])
+    assert not (tmp_path / "out").exists()

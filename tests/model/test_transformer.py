@@ -127,7 +127,7 @@ def test_a_block_gives_the_rows_that_are_asked_for() -> None:
     block = model.heads[1]
     x = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     rotary = model.rotary(torch.arange(6), torch.float64)
-    from headstart.model.layers import causal_attention
+    from headstart.model.attention import causal_attention
 
     some = block(x, rotary, lambda q, k, v: causal_attention(q, k, v)[:, :, 4:], lambda rows: rows[:, 4:])
     assert (some - block(x, rotary)[:, 4:]).abs().max() < 1e-12

@@ -33,6 +33,7 @@ ALONE = Processes(torch.device("cpu"))
 # Those whose logits or weights or activations, in turn, are the most of it.
 BYTES = ModelConfig(dim=64, layers=4, attention_heads=4, context=128, heads=8, head_kind="replicated")
 TOKENS = ModelConfig(vocab_size=8192, dim=64, layers=6, attention_heads=4, context=128, heads=4)
+LONG = ModelConfig(dim=64, layers=6, attention_heads=4, kv_heads=2, context=300, heads=2)
 WIDE = ModelConfig(dim=256, layers=6, attention_heads=4, kv_heads=2, context=64, heads=2)
 
 
@@ -70,6 +71,7 @@ def measured(config: RunConfig) -> int:
     [
         pytest.param(run(BYTES), id="bytes, 8 replicated heads"),
         pytest.param(run(TOKENS, dtype="float32"), id="8k tokens, 4 transformer heads, float32"),
+        pytest.param(run(LONG, dtype="float32"), id="attention in blocks, float32"),
         pytest.param(run(TOKENS, rows=2, accumulate=3), id="accumulation"),
         pytest.param(run(replace(TOKENS, wiring="causal")), id="a chain"),
         pytest.param(run(replace(TOKENS, heads=2, tied=True, head_kind="linear")), id="tied, linear heads"),
