@@ -6,9 +6,10 @@ import copy
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 SPEED_BAR = Bar(">=", 1.2)
 SAME_BAR = Bar("<=", 0.01)
 WARMUP = 2
+EAGER, COMPILED = "headstart", "headstart, compiled"
 
 
 def check_installed() -> None:
@@ -58,58 +60,72 @@ def measure_trainer(settings: TrainSettings) -> tuple[list[dict[str, Any]], list
             {"config": to_plain(config), "repetitions": settings.repetitions, "steps": settings.steps},
             threads=settings.threads,
         )
-        what, ours, theirs = f"V = {vocab_size:,}", answer["ours"], answer["theirs"]
+        what, theirs = f"V = {vocab_size:,}", answer["theirs"]
         difference = max(abs(a / b - 1) for a, b in (answer["loss"], answer["gradient_norm"]))
+        speeds = answer["ours"] | {"transformers Trainer": theirs}
         rows += [
-            measurement("trainer", f"{what}: headstart", ours, "tokens/s", vocab_size=vocab_size),
-            measurement("trainer", f"{what}: transformers Trainer", theirs, "tokens/s", vocab_size=vocab_size),
-            measurement("trainer", f"{what}: headstart / Trainer", ratios(ours, theirs), bar=SPEED_BAR),
+            measurement("trainer", f"{what}: {name}", values, "tokens/s", vocab_size=vocab_size)
+            for name, values in speeds.items()
+        ]
+        rows += [
+            measurement("trainer", f"{what}: {name} / Trainer", ratios(values, theirs), bar=SPEED_BAR)
+            for name, values in answer["ours"].items()
+        ]
+        say(f"trainer: {what}: " + ", ".join(f"{row['median']:.2f}" for row in rows[-len(answer["ours"]) :])
+            + f" of Trainer, loss {answer['loss'][0]:.4f} and {answer['loss'][1]:.4f}")  # fmt: skip
+        rows.append(
             measurement(
                 "trainer", f"{what}: same weights and batch, difference of loss and gradient norm", [difference],
                 bar=SAME_BAR, loss=answer["loss"], gradient_norm=answer["gradient_norm"],
-            ),
-        ]  # fmt: skip
-        say(f"trainer: {what}: {rows[-2]['median']:.2f} of Trainer, loss {answer['loss'][0]:.4f} and "
-            f"{answer['loss'][1]:.4f}")  # fmt: skip
+            )
+        )  # fmt: skip
     sizes = " and ".join(f"{batch_rows} x {settings.length} (V = {v:,})" for v, batch_rows in batches)
     notes = [
         f"trainer: n = 1, batches of {sizes}, {settings.dtype} autocast, clipping at 1, AdamW; turns of "
         f"{settings.steps} steps in one process, the loops of both around them (reading batches, bookkeeping), nothing "
-        "logged or saved by Trainer. Ours writes its line of metrics.jsonl each step. Trainer has "
-        "`optim=adamw_torch_fused`, its fastest; else its defaults.",
+        "logged or saved by Trainer. Ours writes its line of metrics.jsonl each step. Compiled: as `headstart train` "
+        "does by default in runs long enough to win by it. Trainer has `optim=adamw_torch_fused`, its fastest; else its "
+        "defaults, and so is not compiled" + (", but for this report it is." if settings.compile else "."),
         "trainer: the difference is relative, of the first step, the larger one of the two.",
     ]
     return rows, notes
 
 
 def case(case: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s of turns of our loop and of Trainer's, and what both say of the first step: (ours, theirs). Runs in a
-    process of its own."""
+    """Tokens/s of turns of our loop, not compiled and compiled, and of Trainer's, and what both say of the first step:
+    (ours, theirs). Runs in a process of its own."""
     config, steps = from_plain(case["config"]), case["steps"]
-    with tempfile.TemporaryDirectory() as name, joined(config.device) as processes:
+    compiled = {True: (COMPILED,), False: (EAGER, COMPILED)}[bool(config.compile)]
+    with tempfile.TemporaryDirectory() as name, joined(config.device) as processes, ExitStack() as stack:
         folder = Path(name)
-        config = replace(config, run_dir=folder / "run", data=_random_text(folder, config))
-        with RunFolder(config.run_dir).claimed():
-            run = Run(config, RunFolder(config.run_dir), processes, Progress)
-            with run.report, closing(run.writer):
-                save_model(run.model, folder / "model", dtype=torch.float32)
-                peer = load_peer(folder / "model", torch.float32, config.device)
-                batch = next(copy.deepcopy(run.stream))
-                theirs = first_step(peer, batch, config)
-                result, _ = run.step(Interruption())
+        data = _random_text(folder, config)
+        runs: dict[str, Run] = {}
+        for variant in compiled:
+            own = replace(config, run_dir=folder / variant, data=data, compile=variant == COMPILED)
+            stack.enter_context(RunFolder(own.run_dir).claimed())
+            run = runs[variant] = Run(own, RunFolder(own.run_dir), processes, Progress)
+            stack.enter_context(run.report)
+            stack.enter_context(closing(run.writer))
+        first = runs[compiled[0]]
+        save_model(first.model, folder / "model", dtype=torch.float32)
+        peer = load_peer(folder / "model", torch.float32, config.device)
+        batch = next(copy.deepcopy(first.stream))
+        theirs = first_step(peer, batch, config)
+        results = [run.step(Interruption())[0] for run in runs.values()]
 
-                def ours() -> None:
-                    for _ in range(steps):
-                        run.step(Interruption())
+        def turn(run: Run) -> None:
+            for _ in range(steps):
+                run.step(Interruption())
 
-                turns = Turns(config, steps, case["repetitions"] + WARMUP, ours)
-                turns.run(peer, batch, folder)
+        ours = {variant: partial(turn, run) for variant, run in runs.items()}
+        turns = Turns(config, steps, case["repetitions"] + WARMUP, ours)
+        turns.run(peer, batch, folder)
     tokens = steps * config.tokens_per_step
     return {
-        "ours": [tokens / seconds for seconds in turns.ours[WARMUP:]],
+        "ours": {name: [tokens / seconds for seconds in values[WARMUP:]] for name, values in turns.ours.items()},
         "theirs": [tokens / seconds for seconds in turns.theirs[WARMUP:]],
-        "loss": (result.losses[0], theirs[0]),
-        "gradient_norm": (result.gradient_norm, theirs[1]),
+        "loss": (results[0].losses[0], theirs[0]),
+        "gradient_norm": (results[0].gradient_norm, theirs[1]),
     }
 
 
@@ -126,13 +142,13 @@ def first_step(peer: Any, batch: Batch, config: RunConfig) -> tuple[float, float
 
 
 class Turns:
-    """One `Trainer.train()` in which after each turn of its steps comes one of ours; seconds of each."""
+    """One `Trainer.train()` in which after each turn of its steps comes one of each of ours; seconds of each."""
 
-    def __init__(self, config: RunConfig, steps: int, count: int, ours: Callable[[], None]) -> None:
-        self.ours: list[float] = []
+    def __init__(self, config: RunConfig, steps: int, count: int, ours: Mapping[str, Callable[[], None]]) -> None:
+        self.ours: dict[str, list[float]] = {name: [] for name in ours}
         self.theirs: list[float] = []
         self._began = 0.0
-        self._config, self._steps, self._count, self._take_our_turn = config, steps, count, ours
+        self._config, self._steps, self._count, self._our_turns = config, steps, count, ours
 
     def run(self, peer: Any, batch: Batch, folder: Path) -> None:
         from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -172,11 +188,14 @@ class Turns:
         Trainer(peer, arguments, train_dataset=examples * total, callbacks=[Clock()]).train()
 
     def _change(self) -> None:
-        ended = _now(self._config.device)
-        self.theirs.append(ended - self._began)
-        self._take_our_turn()
-        self._began = _now(self._config.device)
-        self.ours.append(self._began - ended)
+        began = _now(self._config.device)
+        self.theirs.append(began - self._began)
+        for name, take in self._our_turns.items():
+            take()
+            ended = _now(self._config.device)
+            self.ours[name].append(ended - began)
+            began = ended
+        self._began = began
 
 
 def _now(device: str) -> float:

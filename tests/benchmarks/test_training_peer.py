@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from headstart.benchmarks import train
+from headstart.benchmarks import train, training_peer
 from headstart.benchmarks.train import TrainSettings
-from headstart.benchmarks.training_peer import first_step
+from headstart.benchmarks.training_peer import Turns, first_step
 from headstart.benchmarks.training_steps import Steps, run_config
 from headstart.benchmarks.transformers_peer import load_peer
 from headstart.model.config import ModelConfig
@@ -35,16 +35,31 @@ def test_same_weights_and_batch_give_the_same_loss_and_gradient(tmp_path, dtype,
     assert abs(loss - torch.tensor(90.0).log().item()) > 0.1
 
 
-def test_rows_of_trainer(in_process):
+@pytest.mark.parametrize("compile", [False, True])
+def test_rows_of_trainer(in_process, monkeypatch, compile):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     settings = TrainSettings(
         parts=("trainer",), dim=16, layers=9, length=8, rows=2, large_vocabulary=300, large_rows=1, repetitions=2,
-        steps=2, threads=1,
+        steps=2, threads=1, compile=compile,
     )  # fmt: skip
     rows = train.run(settings)["measurements"]
-    assert len(rows) == 8 and all(row["median"] > 0 for row in rows if row["unit"])
-    for vocab_size, four in (("256", rows[:4]), ("300", rows[4:])):
-        ours, theirs, ratio, same = four
-        assert [row["what"].split(":")[0] for row in four] == [f"V = {vocab_size}"] * 4
-        assert ours["repetitions"] == theirs["repetitions"] == 2
-        assert ratio["bar"] == {"sign": ">=", "value": 1.2}
+    assert all(row["median"] > 0 for row in rows if row["unit"])
+    variants = ["headstart, compiled"] if compile else ["headstart", "headstart, compiled"]
+    count = 2 * len(variants) + 2
+    for vocab_size, part in (("256", rows[:count]), ("300", rows[count:])):
+        names = [*variants, "transformers Trainer", *(f"{name} / Trainer" for name in variants)]
+        assert [row["what"] for row in part[:-1]] == [f"V = {vocab_size}: {name}" for name in names]
+        assert all(row["repetitions"] == 2 for row in part[:-1])
+        assert all(row["bar"] == {"sign": ">=", "value": 1.2} for row in part[len(variants) + 1 : -1])
+        same = part[-1]
         assert same["met"] and same["loss"][0] == pytest.approx(same["loss"][1], rel=1e-3)
+
+
+def test_each_of_ours_has_its_own_seconds(monkeypatch):
+    times = iter([1.0, 1.5, 3.5])  # Trainer ended, our first, our second
+    monkeypatch.setattr(training_peer, "_now", lambda device: next(times))
+    taken = []
+    turns = Turns(run_config(ModelConfig(dim=16, layers=2), 2), 1, 1, {n: lambda n=n: taken.append(n) for n in "ab"})
+    turns._change()
+    assert taken == ["a", "b"] and turns.theirs == [1.0] and turns.ours == {"a": [0.5], "b": [2.0]}
