@@ -84,8 +84,8 @@ def measure_trainer(settings: TrainSettings) -> tuple[list[dict[str, Any]], list
         f"trainer: n = 1, batches of {sizes}, {settings.dtype} autocast, clipping at 1, AdamW; turns of "
         f"{settings.steps} steps in one process, the loops of both around them (reading batches, bookkeeping), nothing "
         "logged or saved by Trainer. Ours writes its line of metrics.jsonl each step. Compiled: as `headstart train` "
-        "does by default in runs long enough to win by it. Trainer has `optim=adamw_torch_fused`, its fastest; else its "
-        "defaults, and so is not compiled" + (", but for this report it is." if settings.compile else "."),
+        "does by default in runs long enough to win by it. Trainer has `optim=adamw_torch_fused`, its fastest; else "
+        "its defaults, and so is not compiled" + (", but for this report it is." if settings.compile else "."),
         "trainer: the difference is relative, of the first step, the larger one of the two.",
     ]
     return rows, notes
