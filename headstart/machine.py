@@ -130,12 +130,16 @@ def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 
     try:
         n = 1024 if device == "cpu" else 8192
         x = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
-        began = time.perf_counter()
-        torch.mm(x[:128, :128], x[:128, :128])[0, 0].item()  # wakes the threads; .item() waits for a GPU
-        if (time.perf_counter() - began) * (n / 128) ** 3 > 100 * seconds:
-            n = 128  # a dtype that the processor does not have, in software
-            x = x[:n, :n].contiguous()
-        torch.mm(x, x)[0, 0].item()
+        if device == "cpu":
+            small = x[:128, :128].contiguous()
+            once = []
+            for _ in range(4):  # the first one wakes the threads
+                start = time.perf_counter()
+                torch.mm(small, small)
+                once.append(time.perf_counter() - start)
+            if min(once) * (n / 128) ** 3 > 3 * seconds:
+                n, x = 128, small  # a dtype that the processor does not have, in software
+        torch.mm(x, x)[0, 0].item()  # wakes the threads; .item() waits for a GPU
         best, began = float("inf"), time.perf_counter()
         while (start := time.perf_counter()) < began + seconds or best == float("inf"):
             torch.mm(x, x)[0, 0].item()

@@ -95,18 +95,18 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
     """Tokens/s of turns of our loop, not compiled and compiled, and of Trainer's, and what both say of the first step:
     (ours, theirs). Runs in a process of its own."""
     config, steps = from_plain(case["config"]), case["steps"]
-    compiled = {True: (COMPILED,), False: (EAGER, COMPILED)}[bool(config.compile)]
+    variants = (COMPILED,) if config.compile else (EAGER, COMPILED)
     with tempfile.TemporaryDirectory() as name, joined(config.device) as processes, ExitStack() as stack:
         folder = Path(name)
         data = _random_text(folder, config)
         runs: dict[str, Run] = {}
-        for variant in compiled:
+        for variant in variants:
             own = replace(config, run_dir=folder / variant, data=data, compile=variant == COMPILED)
             stack.enter_context(RunFolder(own.run_dir).claimed())
             run = runs[variant] = Run(own, RunFolder(own.run_dir), processes, Progress)
             stack.enter_context(run.report)
             stack.enter_context(closing(run.writer))
-        first = runs[compiled[0]]
+        first = runs[variants[0]]
         save_model(first.model, folder / "model", dtype=torch.float32)
         peer = load_peer(folder / "model", torch.float32, config.device)
         batch = next(copy.deepcopy(first.stream))

@@ -47,6 +47,7 @@ def demo_config(out: Path, steps: int, seed: int) -> RunConfig:
         seed=seed,
         device="cpu",
         dtype=dtype_on("cpu"),
+        compile=False,  # its steps are timed before it is known how many there will be
         model=ModelConfig(
             vocab_size=256, dim=128, layers=4, attention_heads=4, heads=8, head_kind="replicated", context=256
         ),
