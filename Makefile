@@ -9,7 +9,7 @@ demo: $(SETUP)
 	$(BIN)/headstart demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What CI runs beside the tests: style, types.
 check: $(SETUP)

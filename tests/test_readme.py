@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FORKED = Path(__file__).with_name("forked.py")
 SMALL = {
     "configs/smoke.yaml": ["--model.dim", "16", "--batch.length", "32", "--batch.rows", "2", "--validation.rows", "2"],
     "configs/bytes-8-heads.yaml": [
@@ -53,12 +55,18 @@ def test_everything_in_the_readme_runs(tmp_path: Path) -> None:
             (tmp_path / folder / f"text{i}.md").write_text(f"# Note {i}\n" + "Words and more words. " * 60)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def run(arguments: list[str]) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        return done.stdout + done.stderr
+    server = subprocess.Popen(
+        [sys.executable, str(FORKED)],
+        cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdin is not None and server.stdout is not None
+    output = tmp_path.parent / "output.txt"
+
+    def run(**request: object) -> str:
+        print(json.dumps({**request, "output": str(output)}), file=server.stdin, flush=True)
+        status = server.stdout.readline().strip()
+        assert status == "0", f"{request}\n{output.read_text()[-3000:]}"
+        return output.read_text()
 
     found = commands()
     assert len(found) > 10
@@ -66,12 +74,14 @@ def test_everything_in_the_readme_runs(tmp_path: Path) -> None:
     for command in found:
         if command[1] == "doctor" and len(command) == 2:
             continue  # the same as with a model, which comes later
-        said[shlex.join(command)] = run(["-m", "headstart", *small(command)[1:]])
+        said[shlex.join(command)] = run(headstart=small(command)[1:])
     pytest.importorskip("transformers")
     programs = [text for language, text in blocks() if language == "python"]
     assert len(programs) == 2
     for text in programs:
-        run(["-c", text])
+        run(program=text)
+    server.stdin.close()
+    assert server.wait(60) == 0
     plain = next(text for command, text in said.items() if "--heads 1" in command)
     assert plain.strip()
 

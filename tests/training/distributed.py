@@ -46,7 +46,7 @@ def start(arguments: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
     ]
 
 
-def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
     """(status, output, errors) of each."""
     try:
         said = [process.communicate(timeout=timeout) for process in processes]

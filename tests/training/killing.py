@@ -23,6 +23,9 @@ from headstart.training import checkpoints, loop
 from headstart.training.config import load_config
 from headstart.training.processes import LostProcesses
 
+TIMED_OUT = 124
+"""Status of a process that should have ended by itself, and did not."""
+
 
 def child(path: str, rank: int, count: int, port: int) -> int:
     os.environ.update(distributed.environment(rank, count, port))
@@ -57,6 +60,19 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
 
 
+def ended(pid: int, patience: float) -> int:
+    """The status of a process, which is killed if it has not ended after `patience` seconds."""
+    began = time.monotonic()
+    while time.monotonic() < began + patience:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -signal.SIGKILL if patience < 60 else TIMED_OUT
+
+
 def main() -> None:
     path, count, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     config, chance = load_config(path), random.Random(seed)
@@ -76,7 +92,10 @@ def main() -> None:
             time.sleep(chance.uniform(0.0, 0.5))
             killed = chance.randrange(count)
             os.kill(children[killed], signal.SIGKILL)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+        # Who is killed before the processes have met leaves the others waiting for it: minutes, unless a launcher ends
+        # them, as torchrun does. Once they have met, the others must end by themselves.
+        patience = 5.0 if killed is not None and attempt % 4 == 0 else 300.0
+        statuses = [ended(pid, patience) for pid in children]
         print(
             json.dumps(
                 {

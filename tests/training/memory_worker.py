@@ -21,7 +21,7 @@ from headstart.training.processes import Processes, joined
 from headstart.training.step import train_step
 
 # Mostly weights, so that an error in what is shared and gathered shows.
-MODEL = ModelConfig(vocab_size=512, dim=256, layers=6, attention_heads=4, context=32, heads=2)
+MODEL = ModelConfig(vocab_size=256, dim=160, layers=5, attention_heads=4, context=32, heads=2)
 CASES = {
     "shared": (1, ParallelConfig()),
     "shared, accumulated": (3, ParallelConfig()),

@@ -58,7 +58,7 @@ def measured(config: RunConfig) -> int:
 
     with LiveTensors() as live:
         model, sums = build_model(config, ALONE)
-        optimizers = build_optimizers(model, config.optimizer, ALONE.device)
+        optimizers = build_optimizers(model, config.optimizer, ALONE.device, config.dtype)
         for _ in range(2):
             live.peak = live.now
             batches = [batch() for _ in range(config.batch.accumulate)]
@@ -76,7 +76,9 @@ def measured(config: RunConfig) -> int:
         pytest.param(run(replace(TOKENS, wiring="causal")), id="a chain"),
         pytest.param(run(replace(TOKENS, heads=2, tied=True, head_kind="linear")), id="tied, linear heads"),
         pytest.param(run(WIDE, rows=1), id="mostly weights"),
-        pytest.param(run(WIDE, rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"),
+        pytest.param(
+            run(replace(WIDE, dim=128), rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"
+        ),
         pytest.param(run(WIDE, data=DataConfig(attention_within_documents=True)), id="documents"),
     ],
 )
@@ -85,8 +87,8 @@ def test_it_is_what_a_step_takes(config: RunConfig) -> None:
 
 
 def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run(replace(TOKENS, vocab_size=16384), rows=16)
-    budget = 2 * 16384 * 64  # 64 of 2,048 rows at once
+    config = run(replace(TOKENS, vocab_size=16384, dim=32), rows=6)
+    budget = 2 * 16384 * 64  # 64 of 768 rows at once
     monkeypatch.setattr(step, "walk_step", partial(walk_step, budget=budget))
     chunked = estimate(config, layout(config, 1), "cpu", budget).peak
     assert chunked < 0.7 * estimate(config, layout(config, 1), "cpu").peak
