@@ -1,7 +1,7 @@
 """Headstart: language models that predict several tokens at once, and decode several tokens per pass losslessly.
 
 import headstart
-model = headstart.load("runs/demo/model")
+model = headstart.load()  # the model in the box; or load("runs/demo/model")
 model.generate("def fibonacci(", max_new_tokens=200).text
 """
 

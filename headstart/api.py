@@ -16,6 +16,7 @@ from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from headstart.storage.boxed import boxed_model
 from headstart.storage.model_directory import load_model, load_model_tokenizer
 
 Prompt = str | Sequence[int]
@@ -159,10 +160,11 @@ class LanguageModel:
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 
 
-def load(path: str | Path, dtype: str | torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
+def load(path: str | Path | None = None, dtype: str | torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
     """Opens a model directory: one that `headstart train` wrote, or a plain Hugging Face Llama directory.
 
     Args:
+        path: None: the model in the box, a small byte-level model of Python code (models/README.md).
         dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software).
         device: "cpu", "cuda", ...
 
@@ -173,6 +175,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None, device: str =
         if dtype not in _DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
+    path = boxed_model() if path is None else path
     model = load_model(path, dtype=dtype, device=device)
     if dtype is None:
         model = model.to(decoding_dtype(model))

@@ -168,7 +168,8 @@ def train(arguments: list[str]) -> None:
 
 
 def generate(
-    model: Positional[str],
+    model: Positional[str | None] = None,
+    *,
     prompt: str,
     max_new_tokens: int = 200,
     heads: int | None = None,
@@ -188,7 +189,7 @@ def generate(
     """Continue a prompt with a model directory, streaming the text.
 
     Args:
-        model: a model directory.
+        model: a model directory (default: the model in the box).
         prompt: text to continue; - reads it from standard input.
         max_new_tokens: at most this many tokens.
         heads: how many heads decode, 1 being plain decoding (default: all). The output does not depend on it.
@@ -208,11 +209,12 @@ def generate(
     import headstart
     from headstart.decoding.engine import Request
     from headstart.decoding.sampling import Sampling
+    from headstart.storage.boxed import model_directory
     from headstart.terminal import say
 
     _threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = headstart.load(model, dtype=dtype, device=device)
+    loaded = headstart.load(model_directory(model), dtype=dtype, device=device)
     request = Request(
         prompt=tuple(loaded.tokenizer.encode(text)),
         max_new_tokens=max_new_tokens,
@@ -226,17 +228,8 @@ def generate(
         if not json:
             print(piece, end="", flush=True)
     result = generation.stats
-    summary = {
-        "tokens": result.tokens,
-        "passes": result.passes,
-        "tokens_per_pass": round(result.tokens_per_pass, 3),
-        "tokens_per_second": round(result.tokens_per_second, 1),
-        "acceptance": [round(share, 3) for share in result.acceptance],
-        "seconds": round(result.seconds, 3),
-        "prefill_seconds": round(result.prefill_seconds, 3),
-        "finish_reason": generation.finish_reason,
-    }
     if json:
+        summary = result.summary() | {"finish_reason": generation.finish_reason}
         _print_json({"text": generation.text, "tokens": generation.tokens, "stats": summary})
         return
     print()
@@ -248,6 +241,17 @@ def generate(
         )
         if shares:
             say(f"accepted drafts: {shares}")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
+    from headstart.evaluation import run
+
+    json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
+    settings = tyro.cli(run.EvaluateSettings, prog="headstart evaluate", args=arguments)
+    _threads(settings.threads)
+    found = run.run(settings)
+    _print_json(found) if json else print(run.format_evaluation(found))
 
 
 def inspect(model: Positional[str], json: bool = False) -> None:
@@ -322,9 +326,9 @@ def bench(arguments: list[str]) -> None:
 
 
 # These parse their own arguments: what they take depends on the first one.
-RAW = (train, bench)
+RAW = (train, evaluate, bench)
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (demo, prepare, train, compare, generate, inspect, doctor, bench)
+    command.__name__: command for command in (demo, prepare, train, compare, generate, evaluate, inspect, doctor, bench)
 }
 
 

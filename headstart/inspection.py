@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
+from headstart.evaluation.run import ACCEPTANCE_FILE
 from headstart.model.config import PRESETS, ModelConfig, preset
 from headstart.storage.config_file import read_json
 from headstart.storage.llama_names import MODEL_FILE
@@ -15,7 +16,6 @@ from headstart.storage.model_directory import EMBEDDING, load_config, load_model
 from headstart.storage.tensor_files import TensorFiles, model_files
 from headstart.terminal import format_table
 
-ACCEPTANCE_FILE = "acceptance.json"
 PRESET_HEADS = (1, 2, 4)
 PARTS = ("embedding", "trunk", "heads", "unembedding", "total", "non_embedding", "next_token_path")
 

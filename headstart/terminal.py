@@ -171,3 +171,29 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return text in ("", "-")
     return True
+
+
+HEAD_COLOURS = ("default", "cyan", "blue", "magenta", "red", "yellow", "green", "bright_black")
+"""Of the text that heads 1, 2, ... 8 proposed; further heads have the last one."""
+
+
+def show_pieces(title: str, prompt: str, pieces: Iterable[tuple[str, int]]) -> None:
+    """Prints a generated text, each piece (text, head) in the colour of the head that proposed it. Where colours do not
+    show, nothing is printed."""
+    if _muted or not sys.stderr.isatty():
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    if console.no_color:
+        return
+    legend = Text(f"{title}; drafted by: ")
+    for k, colour in enumerate(HEAD_COLOURS[1:], start=2):
+        legend.append(f"head {k} ", style=f"{colour} underline")
+    text = Text(prompt, style="dim")
+    for piece, head in pieces:
+        colour = HEAD_COLOURS[min(head, len(HEAD_COLOURS)) - 1]
+        text.append(piece, style="bold" if head == 1 else f"{colour} underline")
+    console.print(legend, soft_wrap=True)
+    console.print(text, soft_wrap=True)

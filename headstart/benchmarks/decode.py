@@ -12,6 +12,7 @@ from headstart.benchmarks.report import Bar, count, measurement
 from headstart.errors import UsageError
 from headstart.machine import dtype_on
 from headstart.model.config import PRESETS, ModelConfig
+from headstart.storage.boxed import boxed_model
 from headstart.storage.model_directory import load_config
 from headstart.terminal import say
 
@@ -24,7 +25,7 @@ Part = Literal["plain", "bandwidth", "window", "deferred", "model"]
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """Speed of decoding. The part "model" needs --model; the others use random weights."""
+    """Speed of decoding. The part "model" takes a trained model; the others use random weights."""
 
     parts: tuple[Part, ...] = ("plain", "bandwidth", "window", "deferred")
     """plain: against transformers; bandwidth: share of the memory bandwidth; window: 8 rows against 1; deferred: heads
@@ -54,9 +55,10 @@ class DecodeSettings:
     stream_mebibytes: int = 512
     """What is read to measure the memory bandwidth."""
     model: Path | None = None
-    """Directory of a trained model."""
+    """Directory of a trained model (None: with the part "model", the model in the box)."""
     prompts: Path | None = None
-    """Its prompts: a line each, or .jsonl with "prompt" or "text" (None: held-out documents of its run)."""
+    """Its prompts: a line each, or .jsonl with "prompt" or "text" (None: those in its directory, or pieces of held-out
+    documents of its run)."""
     data: Path | None = None
     """Folder of prepared tokens to take held-out documents from (None: that of the model's run)."""
     prompt_count: int = 8
@@ -76,7 +78,7 @@ class DecodeSettings:
 def run(settings: DecodeSettings) -> dict[str, Any]:
     """Runs the parts asked for; see `report.result` for the shape of what comes back."""
     if "model" in settings.parts and settings.model is None:
-        raise UsageError('the part "model" needs --model DIR, a trained model')
+        settings = replace(settings, model=boxed_model())
     if 1 not in settings.heads:
         raise UsageError("--heads must hold 1: plain decoding is what the others are compared with")
     settings = replace(settings, dtype=dtype_on(settings.device, settings.dtype))
@@ -222,6 +224,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         data=settings.data,
         count=settings.prompt_count,
         tokens=settings.prompt_tokens,
+        room=settings.new_tokens,
     )
     rows: list[dict[str, Any]] = []
     tables = []
@@ -272,7 +275,11 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         rows.append(measurement("model", what, [len(differing)], bar=bar, differing=differing))
         headers = ["", "tokens/s", "speed-up over plain", "over K = 1, exact", "tokens per pass", "efficiency"]
         tables.append(
-            report.table(f"{settings.model}, {name}", [*headers, "paper, n = 8", "acceptance of heads 2..K"], lines)
+            report.table(
+                f"{settings.model}, {name}; {answer['repeated_8_grams']:.0%} of the 8-grams repeat themselves",
+                [*headers, "paper, n = 8", "acceptance of heads 2..K"],
+                lines,
+            )
         )
     note = (
         f"model: n = {config.heads} {config.head_kind} heads, {config.wiring}, {settings.dtype}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from typing import Any
 from headstart.benchmarks.measure import interleave
 from headstart.benchmarks.passes import DTYPES
 from headstart.data.shards import TokenShards
-from headstart.decoding.engine import Engine, Generation, Request
+from headstart.decoding.engine import Engine, Generation, Request, Stats
 from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
+from headstart.evaluation.repetition import repeated
+from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer
 
@@ -36,19 +37,12 @@ class Decoded:
     """Of passes alone: prompts are read before."""
 
     @property
+    def stats(self) -> Stats:
+        return Stats.summed([g.stats for g in self.generations])
+
+    @property
     def tokens_per_second(self) -> float:
-        return sum(g.stats.tokens for g in self.generations) / self.seconds
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return sum(g.stats.tokens for g in self.generations) / sum(g.stats.passes for g in self.generations)
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Entry k-2: the share of head k's drafts that were accepted."""
-        drafted = [sum(column) for column in zip(*(g.stats.drafted for g in self.generations))]
-        accepted = [sum(column) for column in zip(*(g.stats.accepted for g in self.generations))]
-        return [a / d if d else 0.0 for a, d in zip(accepted, drafted)]
+        return self.stats.tokens / self.seconds
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -102,23 +96,32 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
     reference = last[str(ks[0])].tokens
     return {
         "tokens_per_second": speeds,
-        "tokens_per_pass": {name: d.tokens_per_pass for name, d in last.items()},
-        "acceptance": {name: d.acceptance for name, d in last.items()},
+        "tokens_per_pass": {name: d.stats.tokens_per_pass for name, d in last.items()},
+        "acceptance": {name: d.stats.acceptance for name, d in last.items()},
+        "repeated_8_grams": repeated(reference),
         # What exact=False gives is only equal up to rounding, so it is reported and not required.
         "first_difference": {name: first_difference(reference, d.tokens) for name, d in last.items()},
     }
 
 
-def load_prompts(model: Path, *, prompts: Path | None, data: Path | None, count: int, tokens: int) -> list[list[int]]:
-    """`count` prompts of at most `tokens` tokens: from a file, or the beginnings of held-out documents.
+def load_prompts(
+    model: Path, *, prompts: Path | None, data: Path | None, count: int, tokens: int, room: int
+) -> list[tuple[int, ...]]:
+    """`count` prompts of `tokens` tokens: of a file (`read_prompts`), of the model directory's own, or pieces of
+    held-out documents that go on for `room` tokens more.
 
-    The file is text with one prompt a line, or .jsonl with "prompt" or "text". Without a file, documents come from the
-    shards folder `data`, or that of the run in which the model lies (RUN/model).
+    Documents come from the shards folder `data`, or that of the run in which the model lies (RUN/model).
     """
+    tokenizer = load_model_tokenizer(model)
+    if prompts is None and data is None and (model / PROMPTS_FILE).is_file():
+        prompts = model / PROMPTS_FILE
     if prompts is not None:
-        found = _from_file(model, prompts, tokens)
+        if tokenizer is None:
+            raise UsageError(f"{model}: has no tokenizer to read {prompts} with; give --data, prepared tokens")
+        found = read_prompts(prompts, tokenizer, tokens)
     else:
-        found = _from_shards(data or _data_of_run(model), count, tokens)
+        shards = TokenShards.open(data or _data_of_run(model), "validation")
+        found = cut_prompts([shards.document(i) for i in range(len(shards.documents))], count, tokens, room)
     vocab_size = load_config(model).vocab_size
     largest = max((max(p) for p in found), default=0)
     if largest >= vocab_size:
@@ -126,31 +129,6 @@ def load_prompts(model: Path, *, prompts: Path | None, data: Path | None, count:
             f"the prompts hold token {largest}, the vocabulary of {model} has {vocab_size}; give data of that model"
         )
     return found[:count]
-
-
-def _from_file(model: Path, prompts: Path, tokens: int) -> list[list[int]]:
-    tokenizer = load_model_tokenizer(model)
-    if tokenizer is None:
-        raise UsageError(f"{model}: has no tokenizer to read {prompts} with; give --data, a folder of prepared tokens")
-    try:
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{prompts}: cannot be read ({error}); give a UTF-8 text file, a prompt a line") from error
-    texts = lines
-    if prompts.suffix == ".jsonl":
-        texts = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                texts.append(str(record["prompt"] if "prompt" in record else record["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(
-                    f'{prompts}, prompt {number}: no JSON object with "prompt" or "text"; mend that line'
-                ) from error
-    found = [ids for ids in (tokenizer.encode(text)[:tokens] for text in texts) if ids]
-    if not found:
-        raise UsageError(f"{prompts}: holds no prompt; write one a line")
-    return found
 
 
 def _data_of_run(model: Path) -> Path:
@@ -164,14 +142,3 @@ def _data_of_run(model: Path) -> Path:
         if path is not None:
             return path
     raise UsageError(f"{model}: lies in no run with data; give --prompts FILE, or --data FOLDER of prepared tokens")
-
-
-def _from_shards(folder: Path, count: int, tokens: int) -> list[list[int]]:
-    shards = TokenShards.open(folder, "validation")
-    documents = [i for i in range(len(shards.documents)) if len(shards.document(i)) > tokens]
-    if not documents:
-        raise UsageError(f"{folder}: no held-out document has more than {tokens} tokens; lower --prompt-tokens")
-    # Spread over the split: neighbouring documents are alike.
-    count = min(count, len(documents))
-    chosen = [documents[i * len(documents) // count] for i in range(count)]
-    return [shards.document(i)[:tokens].tolist() for i in chosen]

@@ -67,6 +67,30 @@ class Stats:
         """Entry k-2: the share of head k's drafts that were accepted (with all before them)."""
         return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted)]
 
+    @classmethod
+    def summed(cls, parts: Sequence[Stats]) -> Stats:
+        """Of several generations with the same number of heads."""
+        return cls(
+            passes=sum(part.passes for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            drafted=[sum(column) for column in zip(*(part.drafted for part in parts))],
+            accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
+            seconds=sum(part.seconds for part in parts),
+            prefill_seconds=sum(part.prefill_seconds for part in parts),
+        )
+
+    def summary(self) -> dict[str, int | float | list[float]]:
+        """Rounded, for people and for JSON."""
+        return {
+            "tokens": self.tokens,
+            "passes": self.passes,
+            "tokens_per_pass": round(self.tokens_per_pass, 3),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "acceptance": [round(share, 3) for share in self.acceptance],
+            "seconds": round(self.seconds, 3),
+            "prefill_seconds": round(self.prefill_seconds, 3),
+        }
+
 
 class Generation:
     """A request on its way. `tokens`, `text` and `finish_reason` grow as passes commit."""

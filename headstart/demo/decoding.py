@@ -6,24 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from headstart.api import LanguageModel
-from headstart.data.shards import TokenShards
 from headstart.data.textstream import TextStream
 from headstart.decoding.engine import Generation, Request, generate_all
 from headstart.decoding.sampling import Sampling
 from headstart.demo.report import DecodingRow, Sample
-
-
-def held_out_prompts(shards: TokenShards, count: int, length: int, room: int) -> list[tuple[int, ...]]:
-    """`count` prompts of `length` tokens from the middles of held-out documents that go on for `room` tokens more,
-    spread evenly over the split."""
-    long_enough = [d for d in range(len(shards.documents)) if len(shards.document(d)) >= length + room]
-    chosen = [long_enough[i * len(long_enough) // count] for i in range(min(count, len(long_enough)))]
-    prompts = []
-    for d in chosen:
-        tokens = shards.document(d)
-        start = (len(tokens) - length - room) // 2
-        prompts.append(tuple(int(token) for token in tokens[start : start + length]))
-    return prompts
+from headstart.evaluation.repetition import repeated
 
 
 @dataclass
@@ -44,17 +31,6 @@ class _Total:
         pad = [0] * (len(stats.drafted) - len(self.drafted))
         self.drafted = [a + b for a, b in zip(self.drafted + pad, stats.drafted)]
         self.accepted = [a + b for a, b in zip(self.accepted + pad, stats.accepted)]
-
-
-def repeated(outputs: Sequence[Sequence[int]], size: int = 8) -> float:
-    """Share of the `size`-grams that stood in the same output before. A loop is easily drafted: beside much of it,
-    tokens per pass say little about the model."""
-    seen = again = 0
-    for output in outputs:
-        grams = [tuple(output[i : i + size]) for i in range(len(output) - size + 1)]
-        seen += len(grams)
-        again += len(grams) - len(set(grams))
-    return again / seen if seen else 0.0
 
 
 def compare(

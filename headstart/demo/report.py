@@ -27,6 +27,7 @@ from headstart.page import (
 # arXiv 2404.19737, Table S3, column n = 8: heads used -> (speed-up, bytes per pass). 7B parameters, 314B bytes.
 PAPER_BYTES = {1: (1.00, 1.00), 2: (1.94, 1.98), 4: (3.67, 3.84), 8: (6.39, 7.04)}
 
+BOXED = "model in the box"
 Settings = dict[str, "str | int | float"]
 
 
@@ -62,27 +63,39 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoReport:
-    """What the demo measured. A part whose data are empty or None is left out of the report.
+class Decoded:
+    """What one model decoded. A part that is empty or None is left out of the report.
+
+    decoding: greedy decoding, by heads used; the first row is plain exact decoding (heads = 1).
+    fastest_plain: plain decoding with exact=False, equal at least up to rounding.
+    sampled: as `decoding`, at temperature 0.8.
+    samples: generated texts.
+    repeated: share of 8-grams that stood in the same text before, by "greedy" and "sampled".
+    """
+
+    decoding: list[DecodingRow]
+    fastest_plain: DecodingRow | None = None
+    sampled: list[DecodingRow] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    repeated: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport(Decoded):
+    """What the demo measured: what the model just trained decoded, and beside it the model in the box.
 
     machine: CPU, cores, threads, versions, by name.
     settings: parameters, layers, optimiser, steps, "bytes seen", "minutes", "seed" ..., by name.
     training: lines of metrics.jsonl: step, tokens, "loss/headK" (nats per byte), tokens_per_second.
     validation: lines with step, "validation/bits_per_byte/headK" and "validation/top1/headK" (share).
-    decoding: greedy decoding, by heads used; the first row is plain exact decoding (heads = 1).
-    fastest_plain: plain decoding with exact=False, equal at least up to rounding.
-    sampled: as `decoding`, at temperature 0.8.
-    samples: generated texts.
+    boxed: what the model in the box made of the same prompts; None where it is not there.
     """
 
     machine: Settings
     settings: Settings
     training: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
-    decoding: list[DecodingRow]
-    fastest_plain: DecodingRow | None = None
-    sampled: list[DecodingRow] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    boxed: Decoded | None = None
 
 
 def write_report(path: Path, report: DemoReport) -> None:
@@ -154,7 +167,9 @@ def _loss_plot(report: DemoReport) -> str:
 
 
 def _acceptance_plot(report: DemoReport) -> str:
-    groups = (("series1", "greedy", report.decoding), ("series3", "temperature 0.8", report.sampled))
+    groups = [("series1", "greedy", report.decoding), ("series3", "temperature 0.8", report.sampled)]
+    if report.boxed:
+        groups += [("series4", f"{BOXED}, greedy", report.boxed.decoding)]
     best = [(name, label, max(rows, key=lambda row: row.heads)) for name, label, rows in groups if rows]
     rows = [(name, label, row.acceptance) for name, label, row in best if row.acceptance]
     if not rows:
@@ -174,18 +189,19 @@ def _acceptance_plot(report: DemoReport) -> str:
 def _paper_plot(report: DemoReport, name: str, title: str, caption: str) -> str:
     column = ("speedup", "tokens_per_pass").index(name)
     ours = sorted((row.heads, float(getattr(row, name))) for row in report.decoding)
+    boxed = sorted((row.heads, float(getattr(row, name))) for row in (report.boxed.decoding if report.boxed else []))
     paper = [(heads, values[column]) for heads, values in PAPER_BYTES.items()]
     plot = axes("heads used", {"speedup": "times plain decoding"}.get(name, "tokens (bytes) per pass"))
-    series = (
-        (paper, STAND_IN["series2"], "s--", "paper: 7B parameters, 314B bytes", (0, 8)),
-        (ours, STAND_IN["series1"], "o-", "this demo", (0, -14)),
-    )
+    series = [(paper, STAND_IN["series2"], "s--", "paper: 7B parameters, 314B bytes", (0, 8))]
+    if boxed:
+        series.append((boxed, STAND_IN["series4"], "^-", BOXED, (0, 7)))
+    series.append((ours, STAND_IN["series1"], "o-", "just trained", (0, -14)))
     for points, colour, style, label, offset in series:
         plot.plot(*zip(*points), style, color=colour, markersize=6, label=label)
         for point in points[1:]:  # plain decoding is 1.00 by definition, in both
             plot.annotate(f"{point[1]:.2f}", point, offset, textcoords="offset points", ha="center", color=colour)
-    plot.set_xticks(sorted({heads for heads, _ in ours + paper}))
-    plot.set_ylim(0, max(value for _, value in ours + paper) * 1.12)
+    plot.set_xticks(sorted({heads for heads, _ in ours + boxed + paper}))
+    plot.set_ylim(0, max(value for _, value in ours + boxed + paper) * 1.12)
     plot.legend(loc="upper left")
     return figure(plot, name, title, caption)
 
@@ -227,7 +243,9 @@ def _validation_table(report: DemoReport) -> str:
 
 def _summary(report: DemoReport) -> str:
     greedy, fastest = report.decoding, report.fastest_plain
-    both = (("greedy", greedy), ("temperature 0.8", report.sampled))
+    both = [("greedy", greedy), ("temperature 0.8", report.sampled)]
+    if report.boxed:
+        both += [(f"{BOXED}, greedy", report.boxed.decoding), (f"{BOXED}, temperature 0.8", report.boxed.sampled)]
     wrong = [f"{_heads(row.heads)} ({how})" for how, rows in both for row in rows if not row.identical]
     alarm = (
         f'<p class="alarm" role="alert"><strong>Output not identical:</strong> {", ".join(wrong)} differed from plain '
@@ -253,18 +271,33 @@ def _summary(report: DemoReport) -> str:
         row = max(report.sampled, key=lambda row: row.speedup)
         how = f"{row.speedup:.2f} times as fast, with {_heads(row.heads)} and {row.tokens_per_pass:.2f} tokens per pass"
         words.append(f"Sampled at temperature 0.8, the best was {how}.")
+    if report.boxed:
+        row = max(report.boxed.decoding, key=lambda row: row.speedup)
+        words.append(
+            f"The {BOXED}, trained longer, takes the same prompts {row.speedup:.2f} times as fast, with "
+            f"<b>{row.tokens_per_pass:.2f} bytes per pass</b>."
+        )
     return f"<section><h2>Summary</h2>{alarm if wrong else ''}<p>{' '.join(words)}</p></section>"
 
 
 def _samples(report: DemoReport) -> str:
-    if not report.samples:
+    groups = [
+        ("Model just trained", report.samples),
+        (BOXED.capitalize(), report.boxed.samples if report.boxed else []),
+    ]
+    samples = [sample for _, group in groups for sample in group]
+    if not samples:
         return ""
-    used = sorted({head for sample in report.samples for _, head in sample.pieces} | {1})
+    used = sorted({head for sample in samples for _, head in sample.pieces} | {1})
     legend, texts = "".join(f'<span class="{head_colour(k)}">head {k}</span>' for k in used), ""
-    for sample in report.samples:
-        pieces = "".join(f'<span class="{head_colour(head)}">{escaped(text)}</span>' for text, head in sample.pieces)
-        # A div, not a pre: HTML drops a pre's first line break.
-        texts += f'<div class="sample"><span class="prompt">{escaped(sample.prompt)}</span>{pieces}</div>'
+    for name, group in groups:
+        texts += f"<h3>{name}</h3>" if group and report.boxed else ""
+        for sample in group:
+            pieces = "".join(
+                f'<span class="{head_colour(head)}">{escaped(text)}</span>' for text, head in sample.pieces
+            )
+            # A div, not a pre: HTML drops a pre's first line break.
+            texts += f'<div class="sample"><span class="prompt">{escaped(sample.prompt)}</span>{pieces}</div>'
     legend = f'<p class="legend"><span class="prompt">prompt</span>{legend}</p>'
     words = "Each byte has the colour of the head that proposed it (head 1: none). The stronger, the further ahead."
     return f"<section><h2>What it wrote</h2><p>{words}</p>{legend}{texts}</section>"
@@ -292,9 +325,16 @@ def _page(report: DemoReport) -> str:
     for k in range(2, 9):  # a tint that grows with the head, so that the order is seen without telling colours apart
         tint = f"color-mix(in srgb,var(--h{k}) {8 + 6 * k}%,var(--page))"
         css += f".h{k}{{background:{tint};box-shadow:inset 0 -2px var(--h{k})}}"
-    tables = _decoding_table("Greedy", report.decoding, report.fastest_plain)
-    if report.sampled:
-        tables += _decoding_table("Sampled, temperature 0.8", report.sampled, None)
+    tables = ""
+    for name, decoded in (("Model just trained", report), (BOXED.capitalize(), report.boxed)):
+        if decoded is None:
+            continue
+        loops = {how: f"; {share:.0%} of the 8-grams repeat themselves" for how, share in decoded.repeated.items()}
+        tables += _decoding_table(f"{name}, greedy{loops.get('greedy', '')}", decoded.decoding, decoded.fastest_plain)
+        if decoded.sampled:
+            tables += _decoding_table(
+                f"{name}, sampled at temperature 0.8{loops.get('sampled', '')}", decoded.sampled, None
+            )
     facts = ""
     for caption, values in (("Settings", report.settings), ("Machine", report.machine)):
         # A seed is typed back as it stands here, so it gets no thousands separators.

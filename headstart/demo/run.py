@@ -14,16 +14,19 @@ from typing import Any
 import torch
 
 import headstart
+from headstart.api import LanguageModel
 from headstart.data.batches import BatchStream
 from headstart.data.shards import TokenShards
 from headstart.decoding.sampling import Sampling
-from headstart.demo.decoding import compare, held_out_prompts, sample
-from headstart.demo.report import DecodingRow, DemoReport, write_report
+from headstart.demo.decoding import compare, sample
+from headstart.demo.report import BOXED, Decoded, DecodingRow, DemoReport, write_report
 from headstart.errors import UsageError
+from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
 from headstart.files import write_text
 from headstart.machine import describe, dtype_on
 from headstart.model.config import ModelConfig
-from headstart.terminal import Progress, duration, say, table
+from headstart.storage.boxed import boxed_model
+from headstart.terminal import Progress, duration, say, show_pieces, table
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
 from headstart.training.loop import build_model, train
 from headstart.training.optimizer import OptimizerConfig, build_optimizers
@@ -76,13 +79,13 @@ def run_demo(out: Path, *, minutes: float = 3.5, seed: int = 0) -> dict[str, Any
     # A model this small gains nothing from a second thread, and suffers where the other core is busy.
     torch.set_num_threads(1)
     try:
-        repeats, decoded = _decode(config)
+        decoded = _decode(config)
     finally:
         torch.set_num_threads(threads)
     training, validation = _metrics(config.run_dir)
     report = DemoReport(
         machine=_machine(threads),
-        settings=_settings(config, minutes) | repeats,
+        settings=_settings(config, minutes),
         training=training,
         validation=validation,
         **decoded,
@@ -92,7 +95,8 @@ def run_demo(out: Path, *, minutes: float = 3.5, seed: int = 0) -> dict[str, Any
     write_report(out / "report.html", report)
     say(f"done in {duration(time.monotonic() - began)}; the model is in {out / 'model'}")
     say(f"report: {out / 'report.html'}")
-    if not all(row.identical for row in [*report.decoding, *report.sampled]):
+    models = [report, *([report.boxed] if report.boxed else [])]
+    if not all(row.identical for model in models for row in [*model.decoding, *model.sampled]):
         raise SystemExit("headstart: outputs were NOT identical; please report this with results.json")
     return asdict(report)
 
@@ -136,24 +140,45 @@ def _fit_to_time(config: RunConfig, minutes: float) -> tuple[RunConfig, float]:
     return demo_config(config.run_dir, steps, config.seed), step
 
 
-def _decode(config: RunConfig) -> tuple[dict[str, str | int | float], dict[str, Any]]:
-    """What to tell beside the settings, and the report's parts."""
+def _decode(config: RunConfig) -> dict[str, Any]:
+    """The report's parts about decoding: the model just trained and the model in the box, with the same prompts."""
     model = headstart.load(config.run_dir / "model")
-    shards = TokenShards.open(config.run_dir / "data", "validation")
-    prompts = held_out_prompts(shards, PROMPTS, PROMPT_BYTES, NEW_BYTES)
+    box = _boxed()
+    if box is None:
+        shards = TokenShards.open(config.run_dir / "data", "validation")
+        documents = [shards.document(d) for d in range(len(shards.documents))]
+        prompts = cut_prompts(documents, PROMPTS, PROMPT_BYTES, NEW_BYTES)
+    else:
+        # The model in the box has read all of the demo's corpus: its own prompts are new to both.
+        prompts = read_prompts(box / PROMPTS_FILE, model.tokenizer, PROMPT_BYTES)
+        prompts = [prompts[i * len(prompts) // PROMPTS] for i in range(PROMPTS)]
+    boxed = None if box is None else _decode_with(headstart.load(box), prompts)
+    return {**vars(_decode_with(model, prompts)), "boxed": boxed}
+
+
+def _boxed() -> Path | None:
+    try:
+        return boxed_model()
+    except UsageError as error:
+        say(f"   {error}; left out")
+        return None
+
+
+def _decode_with(model: LanguageModel, prompts: list[tuple[int, ...]]) -> Decoded:
     compare(model, prompts[:1], 16, 0.0, HEADS)  # the first passes of a process are slower
     greedy, fastest, greedy_repeated = compare(model, prompts, NEW_BYTES, 0.0, HEADS)
     sampled, _, sampled_repeated = compare(model, prompts, NEW_BYTES, TEMPERATURE, HEADS)
     middle = prompts[len(prompts) // 2]
-    samples = [
-        sample(model, middle, NEW_BYTES, Sampling()),
-        sample(model, middle, NEW_BYTES, Sampling(temperature=TEMPERATURE, seed=1)),
-    ]
-    settings: dict[str, str | int | float] = {
-        "repeated 8-grams, greedy": f"{greedy_repeated:.0%}",
-        "repeated 8-grams, sampled": f"{sampled_repeated:.0%}",
-    }
-    return settings, {"decoding": greedy, "fastest_plain": fastest, "sampled": sampled, "samples": samples}
+    return Decoded(
+        decoding=greedy,
+        fastest_plain=fastest,
+        sampled=sampled,
+        samples=[
+            sample(model, middle, NEW_BYTES, Sampling()),
+            sample(model, middle, NEW_BYTES, Sampling(temperature=TEMPERATURE, seed=1)),
+        ],
+        repeated={"greedy": greedy_repeated, "sampled": sampled_repeated},
+    )
 
 
 def _metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -201,18 +226,30 @@ def _show(report: DemoReport) -> None:
             for row in decoded
         ]
 
-    lines = rows("greedy", report.decoding) + rows(f"temperature {TEMPERATURE}", report.sampled)
-    if report.fastest_plain is not None:
-        lines += rows("greedy, plain, exact=False", [report.fastest_plain], "up to rounding")
+    lines: list[list[str]] = []
+    loops = []
+    for name, decoded in (("just trained", report), (BOXED, report.boxed)):
+        if decoded is None:
+            continue
+        lines += rows(f"{name}, greedy", decoded.decoding) + rows(f"{name}, sampled", decoded.sampled)
+        if decoded.fastest_plain is not None:
+            lines += rows(f"{name}, greedy, exact=False", [decoded.fastest_plain], "up to rounding")
+        loops.append(f"{name} {decoded.repeated['greedy']:.0%} greedy, {decoded.repeated['sampled']:.0%} sampled")
     table(["decoding", "heads", "tokens/s", "tokens per pass", "speed-up", "output identical"], lines)
-    say(
-        f"repeated 8-grams: greedy {report.settings['repeated 8-grams, greedy']}, sampled "
-        f"{report.settings['repeated 8-grams, sampled']}. Loops are easily drafted: where there are many, tokens per "
-        "pass flatter the model."
-    )
+    say(f"sampled: at temperature {TEMPERATURE}. Repeated 8-grams: {'; '.join(loops)}. Loops are easily drafted: where")
+    say("there are many, tokens per pass flatter the model.")
+    _show_sample(report)
     last = report.validation[-1] if report.validation else {}
     if last:
         say(
             f"held-out code: {last['validation/bits_per_byte/head1']:.2f} bits per byte with head 1. So small a model "
             "accepts few drafts; the paper's 7B byte model reaches 7.04 bytes per pass and 6.39 times the speed."
         )
+
+
+def _show_sample(report: DemoReport) -> None:
+    """A text of the best model there is, each byte in the colour of the head that drafted it, where colours show."""
+    sample = (report.boxed or report).samples[0]
+    show_pieces(
+        f"written by the {BOXED if report.boxed else 'model just trained'}, greedily", sample.prompt, sample.pieces
+    )

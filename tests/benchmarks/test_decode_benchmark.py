@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -118,8 +119,8 @@ def test_counts_of_a_decoded_group(model_directory):
     decoded = speedup.decode(model, [Request((1, 2, 3), 10, heads=4), Request((5,), 10, heads=4)], batch=1)
     assert [len(tokens) for tokens in decoded.tokens] == [10, 10]
     passes = sum(g.stats.passes for g in decoded.generations)
-    assert decoded.tokens_per_pass == 20 / passes and decoded.seconds > 0
-    assert all(0 <= share <= 1 for share in decoded.acceptance) and len(decoded.acceptance) == 3
+    assert decoded.stats.tokens_per_pass == 20 / passes and decoded.seconds > 0
+    assert all(0 <= share <= 1 for share in decoded.stats.acceptance) and len(decoded.stats.acceptance) == 3
 
 
 def test_first_difference():
@@ -131,30 +132,34 @@ def test_first_difference():
 def test_prompts_from_jsonl_and_from_the_data_of_the_run(model_directory, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc"}\n{"text": "de"}\n')
-    found = speedup.load_prompts(model_directory, prompts=file, data=None, count=8, tokens=2)
-    assert found == [[97, 98], [100, 101]]
+    found = speedup.load_prompts(model_directory, prompts=file, data=None, count=8, tokens=2, room=4)
+    assert found == [(97, 98), (100, 101)]
 
     (tmp_path / "texts").mkdir()
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} " * 5)
     data = tmp_path / "shards"
     prepare([str(tmp_path / "texts")], data, ByteTokenizer(), validation_fraction=0.5, seed=0)
-    found = speedup.load_prompts(model_directory, prompts=None, data=data, count=3, tokens=11)
-    assert [len(prompt) for prompt in found] == [11, 11, 11] and len({tuple(p) for p in found}) > 1
-    assert all(bytes(prompt).startswith(b"document") for prompt in found)
+    found = speedup.load_prompts(model_directory, prompts=None, data=data, count=3, tokens=11, room=8)
+    assert [len(prompt) for prompt in found] == [11, 11, 11] and len(set(found)) > 1
+    assert set(sum(found, ())) <= set(b"document 0123456789")
+    (model_directory / "prompts.jsonl").write_text('{"prompt": "its own"}\n')
+    found = speedup.load_prompts(model_directory, prompts=None, data=None, count=3, tokens=3, room=8)
+    assert found == [tuple(b"its")]
+    (model_directory / "prompts.jsonl").unlink()
 
 
 def test_wrong_use_is_one_line(model_directory, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("not json\n")
     (tmp_path / "empty.txt").write_text("\n")
+    prompts_of = partial(speedup.load_prompts, model_directory, data=None, count=1, tokens=2, room=1)
     cases = [
-        lambda: decode.run(settings(parts=("model",))),
         lambda: decode.run(settings(heads=(2,))),
-        lambda: speedup.load_prompts(model_directory, prompts=file, data=None, count=1, tokens=2),
-        lambda: speedup.load_prompts(model_directory, prompts=tmp_path / "empty.txt", data=None, count=1, tokens=2),
-        lambda: speedup.load_prompts(model_directory, prompts=tmp_path / "gone", data=None, count=1, tokens=2),
-        lambda: speedup.load_prompts(model_directory, prompts=None, data=None, count=1, tokens=2),
+        lambda: prompts_of(prompts=file),
+        lambda: prompts_of(prompts=tmp_path / "empty.txt"),
+        lambda: prompts_of(prompts=tmp_path / "gone"),
+        lambda: prompts_of(prompts=None),
     ]
     for case in cases:
         with pytest.raises(UsageError) as error:

@@ -5,15 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from headstart.demo.decoding import repeated
+from headstart.data.tokenizers import ByteTokenizer
 from headstart.demo.run import run_demo
 from headstart.errors import UsageError
-
-
-def test_repeated_grams_are_counted_within_an_output() -> None:
-    assert repeated([list(range(20))]) == 0
-    assert repeated([[1, 2] * 8], size=2) == pytest.approx(13 / 15)  # 15 pairs, 2 of them new
-    assert repeated([list(range(9)), list(range(9))]) == 0
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.model_directory import save_model
 
 
 def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -35,14 +32,32 @@ def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(demo_run, "demo_config", small)
     monkeypatch.setattr(demo_run, "PROMPTS", 2)
     monkeypatch.setattr(demo_run, "NEW_BYTES", 24)
+    box = tmp_path / "box"
+    shape = ModelConfig(dim=16, layers=2, attention_heads=2, context=256, heads=8, head_kind="replicated")
+    save_model(Transformer(shape), box, ByteTokenizer())
+    (box / "prompts.jsonl").write_text(
+        '{"prompt": "def f(x):\\n    "}\n{"prompt": "import os\\n"}\n{"prompt": "x = "}\n'
+    )
+    monkeypatch.setattr(demo_run, "boxed_model", lambda: box)
     out = tmp_path / "demo"
-    for _ in range(2):  # the second time replaces the first
-        result = run_demo(out, minutes=0.01)
-        assert all(row["identical"] for row in [*result["decoding"], *result["sampled"]])
-        assert [row["heads"] for row in result["decoding"]] == [1, 2, 4, 8]
-        assert json.loads((out / "results.json").read_text())["decoding"] == result["decoding"]
-        assert "</html>" in (out / "report.html").read_text()
-        assert (out / "model" / "model.safetensors").exists()
+    result = run_demo(out, minutes=0.01)
+    assert all(row["identical"] for row in [*result["decoding"], *result["sampled"]])
+    assert [row["heads"] for row in result["decoding"]] == [1, 2, 4, 8]
+    assert all(row["identical"] for row in [*result["boxed"]["decoding"], *result["boxed"]["sampled"]])
+    # Both models were given the box's prompts, which the demo's corpus does not hold.
+    assert {s["prompt"] for model in (result, result["boxed"]) for s in model["samples"]} == {"import os\n"}
+    assert json.loads((out / "results.json").read_text())["decoding"] == result["decoding"]
+    assert "</html>" in (out / "report.html").read_text()
+    assert (out / "model" / "model.safetensors").exists()
+    said = capsys.readouterr().err
+    assert "model in the box, greedy" in said and "just trained, sampled" in said
+
+    def no_box() -> Path:
+        raise UsageError("the model in the box is not here; name a model directory")
+
+    monkeypatch.setattr(demo_run, "boxed_model", no_box)
+    monkeypatch.setattr(demo_run, "HEADS", (1, 8))
+    assert run_demo(out, minutes=0.01)["boxed"] is None
     assert "earlier demo, which is replaced" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart.demo.report import PAPER_BYTES, DecodingRow, DemoReport, Sample, write_report
+from headstart.demo.report import PAPER_BYTES, Decoded, DecodingRow, DemoReport, Sample, write_report
 from headstart.errors import UsageError
 
 pytest.importorskip("matplotlib")
@@ -55,6 +55,12 @@ def made_report() -> DemoReport:
         decoding=decoding_rows(),
         fastest_plain=DecodingRow(1, 1342.2, 1.0, 1.47, False, []),
         sampled=decoding_rows(0.8),
+        repeated={"greedy": 0.25, "sampled": 0.0625},
+        boxed=Decoded(
+            decoding=decoding_rows(1.2), sampled=decoding_rows(1.1),
+            fastest_plain=DecodingRow(1, 999.0, 1.0, 1.1, True, []),
+            samples=[Sample("import ", [("os", 1), ("\nimport sys", 6)])], repeated={"greedy": 0.5},
+        ),
         samples=[Sample("\nKING HENRY:\n", pieces), Sample("To be ", [("or not", 1), (" to be", 5)])],
     )  # fmt: skip
 
@@ -147,6 +153,22 @@ def test_output_that_differs_is_said_first_and_in_red(tmp_path: Path) -> None:
     assert '<h2>Summary</h2><p class="alarm"' in page
     assert "4 heads (temperature 0.8) differed" in page
     assert "identical to plain decoding: no" in "".join(parser.text)
+
+
+def test_the_model_in_the_box_stands_beside_it(tmp_path: Path) -> None:
+    report = made_report()
+    write_report(tmp_path / "r.html", report)
+    page, parser = parsed(tmp_path / "r.html")
+    text = "".join(parser.text)
+    assert "Model in the box, greedy; 50% of the 8-grams repeat themselves" in text
+    assert "Model just trained, greedy; 25% of the 8-grams repeat themselves" in text
+    assert "<h3>Model in the box</h3>" in page and '<span class="h6">\nimport sys</span>' in page
+    rows = [dataclasses.replace(row, identical=row.heads != 2) for row in report.boxed.sampled]
+    wrong = dataclasses.replace(report, boxed=dataclasses.replace(report.boxed, sampled=rows))
+    write_report(tmp_path / "r.html", wrong)
+    assert "2 heads (model in the box, temperature 0.8) differed" in parsed(tmp_path / "r.html")[0]
+    write_report(tmp_path / "r.html", dataclasses.replace(report, boxed=None))
+    assert "odel in the box" not in parsed(tmp_path / "r.html")[0]
 
 
 def test_missing_parts_are_left_out(tmp_path: Path) -> None:

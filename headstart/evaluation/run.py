@@ -1,0 +1,190 @@
+"""`headstart evaluate`: what a model knows of a text, and how many of its drafts are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from headstart.decoding.engine import Engine
+from headstart.decoding.packing import decoding_dtype, pack
+from headstart.errors import UsageError
+from headstart.evaluation.free_running import run_freely
+from headstart.evaluation.heads import score_documents
+from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_documents, read_prompts
+from headstart.files import write_text
+from headstart.storage.boxed import model_directory
+from headstart.storage.model_directory import load_model, load_model_tokenizer
+from headstart.terminal import Progress, format_table, say
+
+TASKS = ("heads", "acceptance")
+ACCEPTANCE_FILE = "acceptance.json"
+"""What `headstart inspect` shows of a model directory."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What a model knows of a text, head by head, and how many of its drafts are right."""
+
+    model: Positional[str | None] = None
+    """A model directory (None: the model in the box)."""
+    tasks: tuple[str, ...] = TASKS
+    """heads: bits per byte, top-1 and right drafts of every head on the text, read with teacher forcing; acceptance:
+    drafts accepted where the model goes on by itself, greedily and sampled."""
+    text: tuple[str, ...] = ()
+    """Files, folders, globs or hf:NAME, as `headstart prepare` takes. Give text that the model was not trained on."""
+    prompts: Path | None = None
+    """.jsonl with "prompt" or "text", or text with a prompt a line, for the task acceptance (None: the prompts in the
+    model directory, or pieces of the text)."""
+    prompt_count: int = 200
+    """At most this many prompts."""
+    prompt_tokens: int = 256
+    """At most this many tokens of each."""
+    new_tokens: int = 256
+    """Written after each."""
+    temperature: float = 0.8
+    """Of the sampled half of the task acceptance."""
+    batch: int = 8
+    """Prompts that are decoded at once."""
+    length: int | None = None
+    """Tokens of a window of the task heads (None: the model's context)."""
+    device: str = "cpu"
+    """cpu, cuda, ..."""
+    threads: int | None = None
+    """CPU threads (None: as torch chooses)."""
+    out: Path | None = None
+    """Folder for results.json and results.md."""
+    record: bool = False
+    """Whether to put the acceptance into the model directory, for `headstart inspect`."""
+
+
+def run(settings: EvaluateSettings) -> dict[str, Any]:
+    """Evaluates, and writes what `settings` asks for."""
+    path = model_directory(settings.model)
+    found = evaluate(path, settings)
+    if settings.out is not None:
+        write(found, settings.out)
+    if settings.record:
+        record(found, path)
+    return found
+
+
+def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
+    """Runs the tasks asked for on the model directory `path`. Raises UsageError for what cannot be evaluated."""
+    for task in settings.tasks:
+        if task not in TASKS:
+            raise UsageError(f"there is no task {task!r}; take {' or '.join(TASKS)}")
+    for name in ("prompt_count", "prompt_tokens", "new_tokens", "batch"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1")
+    tokenizer = load_model_tokenizer(path)
+    if tokenizer is None:
+        raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
+    prompts = settings.prompts
+    if prompts is None and (path / PROMPTS_FILE).is_file():
+        prompts = path / PROMPTS_FILE
+    if not settings.text and ("heads" in settings.tasks or prompts is None):
+        raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
+    model = load_model(path, device=settings.device)
+    model = model.to(decoding_dtype(model)).eval()
+    found: dict[str, Any] = {"model": str(path), "heads_of_model": model.config.heads}
+    documents = read_documents(settings.text, tokenizer) if settings.text else []
+    if "heads" in settings.tasks:
+        total = sum(map(len, documents))
+        with Progress("heads", total, unit="tokens") as bar:
+            scores = score_documents(
+                model,
+                documents,
+                lambda tokens: sum(len(tokenizer.token_bytes(token)) for token in tokens),
+                length=settings.length,
+                end_id=tokenizer.end_id,
+                progress=bar.advance,
+            )
+        found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}
+    if "acceptance" in settings.tasks:
+        room = model.config.context - 1
+        length, new = min(settings.prompt_tokens, room), settings.new_tokens
+        if prompts is not None:
+            texts = read_prompts(prompts, tokenizer, length)[: settings.prompt_count]
+        else:
+            texts = cut_prompts(documents, settings.prompt_count, length, new)
+        # Without its tokenizer the engine writes past end tokens.
+        engine = Engine(pack(model), slots=min(settings.batch, len(texts)))
+        found["acceptance"] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new}
+        for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
+            with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
+                found["acceptance"][name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))
+    return found
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """`found` as OUT/results.json and, for people, OUT/results.md."""
+    write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
+    write_text(out / "results.md", format_evaluation(found) + "\n")
+    say(f"results: {out / 'results.json'}, {out / 'results.md'}")
+
+
+def record(found: dict[str, Any], path: Path) -> None:
+    """Puts the acceptance into the model directory, where `headstart inspect` shows it."""
+    write_text(path / ACCEPTANCE_FILE, json.dumps(acceptance_of(found), indent=2) + "\n")
+    say(f"recorded: {path / ACCEPTANCE_FILE}")
+
+
+def acceptance_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Of each way of running, tokens per pass and the share of drafts accepted, head 2 first."""
+    ways: dict[str, Any] = {}
+    if "heads" in found:
+        heads = found["heads"]
+        ways["on text, teacher-forced"] = {
+            "tokens_per_pass": heads["tokens_per_pass"][-1],
+            "acceptance": heads["prefix"],
+        }
+    for name, way in found.get("acceptance", {}).items():
+        if isinstance(way, dict):
+            ways[f"free-running, {name}"] = {
+                key: way[key] for key in ("tokens_per_pass", "acceptance", "repeated_8_grams")
+            }
+    return ways
+
+
+def format_evaluation(found: dict[str, Any]) -> str:
+    """`evaluate`'s result as tables for people."""
+    parts = [found["model"]]
+    if "heads" in found:
+        heads = found["heads"]
+        parts.append(
+            f"{heads['documents']:,} documents, {heads['bytes']:,} bytes, {heads['tokens']:,} tokens, read with "
+            "teacher forcing"
+        )
+        rows = [
+            [
+                str(k),
+                f"{heads['bits_per_byte'][k - 1]:.3f}",
+                f"{heads['top1'][k - 1]:.1%}",
+                "" if k == 1 else f"{heads['prefix'][k - 2]:.1%}",
+                f"{heads['tokens_per_pass'][k - 1]:.2f}",
+            ]
+            for k in range(1, found["heads_of_model"] + 1)
+        ]
+        columns = ["head k", "bits per byte", "top-1 right", "heads 2..k right", "tokens per pass with k heads"]
+        parts.append(format_table(columns, rows))
+    if "acceptance" in found:
+        ways = {name: way for name, way in found["acceptance"].items() if isinstance(way, dict)}
+        parts.append(
+            f"{found['acceptance']['prompts']} prompts of at most {found['acceptance']['prompt_tokens']} tokens, "
+            f"{found['acceptance']['new_tokens']} tokens written after each"
+        )
+        columns = ["free running", "tokens per pass", "repeated 8-grams"]
+        columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
+        parts.append(format_table(columns, [_row(name, way) for name, way in ways.items()]))
+        parts.append("A loop is easily drafted: where many 8-grams repeat, tokens per pass flatter the model.")
+    return "\n\n".join(parts)
+
+
+def _row(name: str, way: dict[str, Any]) -> Sequence[str]:
+    shares = [f"{share:.1%}" for share in way["acceptance"]]
+    return [name, f"{way['tokens_per_pass']:.2f}", f"{way['repeated_8_grams']:.1%}", *shares]

@@ -1,0 +1,73 @@
+"""Texts to evaluate on: documents of any source as token ids, and prompts out of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from headstart.data.documents import Document
+from headstart.data.hub_datasets import is_dataset
+from headstart.data.tokenizers import Tokenizer
+from headstart.data.units import Selection, plan, read
+from headstart.errors import UsageError
+
+PROMPTS_FILE = "prompts.jsonl"
+"""Prompts that a model directory carries: texts that it was not trained on."""
+
+
+def read_documents(sources: Sequence[str], tokenizer: Tokenizer, text_field: str = "text") -> list[list[int]]:
+    """Token ids of every document of `sources`, which are what `headstart prepare` takes. Raises UsageError for what
+    cannot be read, and where there is no document."""
+    selection = Selection(text_field, split="test" if any(map(is_dataset, sources)) else "train")
+    documents = []
+    for unit in plan(sources, selection, Path("\0")):
+        for document in read(unit, selection):
+            if isinstance(document, Document):
+                documents.append(tokenizer.encode(document.text))
+    if not documents:
+        raise UsageError(f"{', '.join(sources)}: hold no text; name files or folders of text")
+    return documents
+
+
+def cut_prompts(documents: Sequence[Sequence[int]], count: int, length: int, room: int) -> list[tuple[int, ...]]:
+    """`count` prompts of `length` tokens that go on for `room` tokens more, spread evenly over `documents`.
+
+    Documents are cut into pieces of length + room, from the middle of what is left over; fewer pieces give fewer
+    prompts. Raises UsageError where no document is long enough.
+    """
+    size = length + room
+    places = []
+    for number, document in enumerate(documents):
+        pieces = len(document) // size
+        first = (len(document) - pieces * size) // 2
+        places += [(number, first + piece * size) for piece in range(pieces)]
+    if not places:
+        raise UsageError(f"no document has {size} tokens ({length} to read and {room} to go on for); ask for fewer")
+    count = min(count, len(places))
+    chosen = [places[i * len(places) // count] for i in range(count)]
+    return [tuple(int(t) for t in documents[number][start : start + length]) for number, start in chosen]
+
+
+def read_prompts(file: Path, tokenizer: Tokenizer, length: int | None = None) -> list[tuple[int, ...]]:
+    """Prompts of a file, cut to their first `length` tokens: .jsonl with "prompt" or "text" in each line, or text, a
+    prompt a line. Raises UsageError, naming the line, for what is not that."""
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read ({error}); give a UTF-8 text file, a prompt a line") from error
+    texts = lines
+    if file.suffix == ".jsonl":
+        texts = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                texts.append(str(record["prompt"] if "prompt" in record else record["text"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f'{file}, prompt {number}: no JSON object with "prompt" or "text"; mend that line'
+                ) from error
+    found = [tuple(ids) for ids in (tokenizer.encode(text)[:length] for text in texts) if ids]
+    if not found:
+        raise UsageError(f"{file}: holds no prompt; write one a line")
+    return found

@@ -1,0 +1,96 @@
+"""`headstart evaluate` from end to end, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from headstart import cli
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.packing import pack
+from headstart.decoding.sampling import Sampling
+from headstart.evaluation.free_running import run_freely
+from headstart.evaluation.run import EvaluateSettings, evaluate
+from headstart.inspection import format_inspection, inspect
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.model_directory import load_model, save_model
+
+
+@pytest.fixture
+def directory(tmp_path):
+    torch.manual_seed(0)
+    config = ModelConfig(dim=16, layers=2, attention_heads=2, context=64, heads=3, head_kind="replicated")
+    save_model(Transformer(config), tmp_path / "model", ByteTokenizer())
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 8)
+    return tmp_path / "model"
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["headstart", "evaluate", *map(str, arguments)])
+    cli.main()
+
+
+def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:
+    text = tmp_path / "text"
+    sizes = ("--prompt-tokens", 12, "--new-tokens", 20, "--prompt-count", 5, "--batch", 2)
+    run(monkeypatch, directory, "--text", text, *sizes, "--out", tmp_path / "out", "--record", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["heads"]["documents"] == 3
+    assert found["heads"]["bytes"] == sum(file.stat().st_size for file in text.iterdir())
+    assert found["heads"]["tokens"] == found["heads"]["bytes"]  # a byte a token, and the first one is predicted too
+    assert all(6 < bits < 10 for bits in found["heads"]["bits_per_byte"])  # it was not trained
+    greedy = found["acceptance"]["greedy"]
+    assert (found["acceptance"]["prompts"], greedy["tokens"]) == (5, 5 * 20)
+    assert greedy["tokens_per_pass"] == pytest.approx(greedy["tokens"] / greedy["passes"])
+    assert found["acceptance"]["temperature 0.8"]["tokens"] == 5 * 20
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "bits per byte" in page and "repeated 8-grams" in page and "heads 2..k right" in page
+    shown = format_inspection(inspect(directory))
+    assert "free-running, greedy" in shown and f"{greedy['tokens_per_pass']:.3f}" in shown
+
+
+def test_free_running_counts_what_the_engine_counts(directory) -> None:
+    model = pack(load_model(directory))
+    prompts = [(1, 2, 3), (100, 32)]
+    found = run_freely(Engine(model, slots=1), prompts, 16, 0.0)
+    alone = generate_all(Engine(model, slots=1), [Request(p, 16, Sampling(0.0, seed=i)) for i, p in enumerate(prompts)])
+    assert found.passes == sum(g.stats.passes for g in alone)
+    assert found.acceptance == [
+        sum(g.stats.accepted[i] for g in alone) / sum(g.stats.drafted[i] for g in alone) for i in range(2)
+    ]
+
+
+def test_its_own_prompts_come_first(directory, tmp_path) -> None:
+    (directory / "prompts.jsonl").write_text('{"prompt": "abcdef"}\n')
+    settings = EvaluateSettings(tasks=("acceptance",), prompt_tokens=4, new_tokens=5)
+    assert evaluate(directory, settings)["acceptance"]["prompts"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), "name what to evaluate on"),
+        (("--text", "gone"), "no such file or folder"),
+        (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads or acceptance"),
+        (("--text", "text", "--batch", 0), "--batch is 0"),
+        (("--text", "text", "--prompt-tokens", 900), "context 64|shorten|ask for fewer"),
+        (("--text", "text", "--length", 65), "between 2 and the model's context 64"),
+        (("--tasks", "acceptance", "--prompts", "gone.txt"), "cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_line_and_2(directory, tmp_path, monkeypatch, capsys, arguments, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, directory, *arguments)
+    assert end.value.code == 2
+    import re
+
+    assert re.search(words, capsys.readouterr().err)
