@@ -292,8 +292,8 @@ def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens:
         "identical": difference is None,
         "first_difference": difference,
         "tokens": tokens,
-        "tokens_per_pass": full.tokens_per_pass,
-        "acceptance": full.acceptance,
+        "tokens_per_pass": full.stats.tokens_per_pass,
+        "acceptance": full.stats.acceptance,
     }
     if difference is not None:
         text, at = difference
@@ -304,10 +304,10 @@ def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens:
         return Finding(name, "fail", sentence, values)
     if n == 1:
         return Finding(name, "ok", "the model has one head, so decoding is plain.", values)
-    shares = " ".join(f"{share:.2f}" for share in full.acceptance)
+    shares = " ".join(f"{share:.2f}" for share in full.stats.acceptance)
     sentence = (
         f"{len(prompts)} x {tokens} tokens with {n} heads are those of plain decoding; "
-        f"{full.tokens_per_pass:.2f} tokens per pass, acceptance of heads 2..{n}: {shares}."
+        f"{full.stats.tokens_per_pass:.2f} tokens per pass, acceptance of heads 2..{n}: {shares}."
     )
     return Finding(name, "ok", sentence, values)
 

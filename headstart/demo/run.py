@@ -95,7 +95,7 @@ def run_demo(out: Path, *, minutes: float = 3.5, seed: int = 0) -> dict[str, Any
     write_report(out / "report.html", report)
     say(f"done in {duration(time.monotonic() - began)}; the model is in {out / 'model'}")
     say(f"report: {out / 'report.html'}")
-    models = [report, *([report.boxed] if report.boxed else [])]
+    models: list[Decoded] = [report, *([report.boxed] if report.boxed else [])]
     if not all(row.identical for model in models for row in [*model.decoding, *model.sampled]):
         raise SystemExit("headstart: outputs were NOT identical; please report this with results.json")
     return asdict(report)

@@ -41,7 +41,7 @@ class HeadScores:
 def score_documents(
     model: Transformer,
     documents: Sequence[Sequence[int]],
-    bytes_of: Callable[[Sequence[int]], int],
+    bytes: int,
     *,
     length: int | None = None,
     end_id: int | None = None,
@@ -53,7 +53,7 @@ def score_documents(
     every token but a document's first ones is predicted from `length` / 2 tokens at least; each is counted once.
 
     Args:
-        bytes_of: UTF-8 bytes of token ids.
+        bytes: of UTF-8 in all documents.
         end_id: put before each document, so that its first token is predicted too, and the state of the model is the
             one that it was trained in; None: the first token of each document is only read.
         progress: told how many tokens were read.
@@ -68,12 +68,10 @@ def score_documents(
     nats, hits, counts = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     prefixes, prefix_counts = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     passes, committed = [0] * n, [0] * n
-    size = 0
     for document in documents:
         tokens = np.asarray(([] if end_id is None else [end_id]) + list(document), dtype=np.int64)
         if len(tokens) < 2:
             continue
-        size += bytes_of(document if end_id is not None else document[1:])
         right_Tn = np.zeros((len(tokens), n), dtype=bool)
         known_Tn = np.arange(len(tokens))[:, None] + np.arange(1, n + 1) < len(tokens)
         for start, first, stop in _windows(len(tokens), length):
@@ -95,10 +93,10 @@ def score_documents(
             committed[k - 1] += written
     if not counts[0]:
         raise UsageError("no document has two tokens; there is nothing to predict")
-    per_byte = float(counts[0]) / size / math.log(2)
+    per_byte = sum(map(len, documents)) / bytes / math.log(2)  # tokens of a byte, bits of a nat
     return HeadScores(
         tokens=int(counts[0]),
-        bytes=size,
+        bytes=bytes,
         bits_per_byte=[_ratio(a, b) * per_byte for a, b in zip(nats.tolist(), counts.tolist())],
         top1=[_ratio(a, b) for a, b in zip(hits.tolist(), counts.tolist())],
         prefix=[_ratio(a, b) for a, b in zip(prefixes.tolist()[1:], prefix_counts.tolist()[1:])],

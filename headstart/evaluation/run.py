@@ -92,14 +92,14 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     model = load_model(path, device=settings.device)
     model = model.to(decoding_dtype(model)).eval()
     found: dict[str, Any] = {"model": str(path), "heads_of_model": model.config.heads}
-    documents = read_documents(settings.text, tokenizer) if settings.text else []
+    documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
     if "heads" in settings.tasks:
         total = sum(map(len, documents))
         with Progress("heads", total, unit="tokens") as bar:
             scores = score_documents(
                 model,
                 documents,
-                lambda tokens: sum(len(tokenizer.token_bytes(token)) for token in tokens),
+                size,
                 length=settings.length,
                 end_id=tokenizer.end_id,
                 progress=bar.advance,

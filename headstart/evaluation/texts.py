@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from headstart.data.documents import Document
 from headstart.data.hub_datasets import is_dataset
 from headstart.data.tokenizers import Tokenizer
@@ -16,21 +18,26 @@ PROMPTS_FILE = "prompts.jsonl"
 """Prompts that a model directory carries: texts that it was not trained on."""
 
 
-def read_documents(sources: Sequence[str], tokenizer: Tokenizer, text_field: str = "text") -> list[list[int]]:
-    """Token ids of every document of `sources`, which are what `headstart prepare` takes. Raises UsageError for what
-    cannot be read, and where there is no document."""
+def read_documents(
+    sources: Sequence[str], tokenizer: Tokenizer, text_field: str = "text"
+) -> tuple[list[list[int]], int]:
+    """Token ids of every document of `sources`, which are what `headstart prepare` takes, and the UTF-8 bytes of all.
+    Raises UsageError for what cannot be read, and where there is no document."""
     selection = Selection(text_field, split="test" if any(map(is_dataset, sources)) else "train")
-    documents = []
+    documents, size = [], 0
     for unit in plan(sources, selection, Path("\0")):
         for document in read(unit, selection):
             if isinstance(document, Document):
                 documents.append(tokenizer.encode(document.text))
+                size += document.bytes
     if not documents:
         raise UsageError(f"{', '.join(sources)}: hold no text; name files or folders of text")
-    return documents
+    return documents, size
 
 
-def cut_prompts(documents: Sequence[Sequence[int]], count: int, length: int, room: int) -> list[tuple[int, ...]]:
+def cut_prompts(
+    documents: Sequence[Sequence[int] | np.ndarray], count: int, length: int, room: int
+) -> list[tuple[int, ...]]:
     """`count` prompts of `length` tokens that go on for `room` tokens more, spread evenly over `documents`.
 
     Documents are cut into pieces of length + room, from the middle of what is left over; fewer pieces give fewer

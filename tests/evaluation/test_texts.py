@@ -13,7 +13,7 @@ BYTES = ByteTokenizer()
 def test_documents_of_folders_and_json_lines(tmp_path) -> None:
     (tmp_path / "a.py").write_text("x = 1\n")
     (tmp_path / "b.jsonl").write_text('{"text": "é"}\n{"text": ""}\n')
-    assert read_documents([str(tmp_path)], BYTES) == [list(b"x = 1\n"), list("é".encode())]
+    assert read_documents([str(tmp_path)], BYTES) == ([list(b"x = 1\n"), list("é".encode())], 8)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "nothing.txt").write_text("")
     with pytest.raises(UsageError, match="hold no text"):
