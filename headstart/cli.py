@@ -254,17 +254,18 @@ def evaluate(arguments: list[str]) -> None:
     _print_json(found) if json else print(run.format_evaluation(found))
 
 
-def inspect(model: Positional[str], json: bool = False) -> None:
+def inspect(model: Positional[str | None] = None, json: bool = False) -> None:
     """Show what a model directory holds: sizes, heads, wiring, acceptance.
 
     Args:
-        model: a model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B).
+        model: a model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (default: the model in the box).
         json: print it as JSON.
     """
     from headstart.inspection import format_inspection
     from headstart.inspection import inspect as inspect_model
+    from headstart.storage.boxed import model_directory
 
-    found = inspect_model(model)
+    found = inspect_model(model_directory(None) if model is None else model)
     _print_json(found) if json else print(format_inspection(found))
 
 

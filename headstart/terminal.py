@@ -191,7 +191,7 @@ def show_pieces(title: str, prompt: str, pieces: Iterable[tuple[str, int]]) -> N
     legend = Text(f"{title}; drafted by: ")
     for k, colour in enumerate(HEAD_COLOURS[1:], start=2):
         legend.append(f"head {k} ", style=f"{colour} underline")
-    text = Text(prompt, style="dim")
+    text = Text().append(prompt, style="dim")
     for piece, head in pieces:
         colour = HEAD_COLOURS[min(head, len(HEAD_COLOURS)) - 1]
         text.append(piece, style="bold" if head == 1 else f"{colour} underline")

@@ -100,6 +100,19 @@ def test_debug_shows_where(model) -> None:
         cli.main()
 
 
+def test_where_no_model_is_named_it_is_the_one_in_the_box(model, capsys, monkeypatch) -> None:
+    from headstart.storage import boxed
+
+    monkeypatch.setattr(boxed, "boxed_model", lambda: Path(model))
+    for arguments in (["generate", "--prompt", "def f", "--max-new-tokens", "3"], ["inspect"]):
+        assert call(*arguments) == 0
+        said = capsys.readouterr()
+        assert said.err.startswith(f"model in the box: {model}\n") and said.out
+    assert call("evaluate", "--text", SMOKE, "--tasks", "heads") == 0
+    said = capsys.readouterr()
+    assert f"model in the box: {model}\n" in said.err and "bits per byte" in said.out
+
+
 def test_generate_streams_the_same_text_for_every_number_of_heads(model, capsys) -> None:
     texts = set()
     for heads in ("1", "2", "3"):

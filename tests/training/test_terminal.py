@@ -79,3 +79,24 @@ def test_tables_set_numbers_to_the_right() -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 59, 60, 125, 3600, 7265)] == ["0s", "59s", "1m00s", "2m05s", "1h00m", "2h01m"]
+
+
+def test_pieces_have_the_colour_of_the_head_that_drafted_them(monkeypatch) -> None:
+    pieces = [("[b]def", 1), (" f(x)", 2), (":\n", 8), ("y", 30)]
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    terminal.show_pieces("written", "prompt ", pieces)
+    assert screen.getvalue() == ""  # colours do not show there
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal.show_pieces("written", "prompt ", pieces)
+    text = screen.getvalue()
+    assert "written; drafted by: " in text and "\x1b[1m[b]def\x1b[0m" in text
+    colours = [text.split(part)[0].rsplit("\x1b[", 1)[1] for part in (" f(x)", ":\n", "y\x1b")]
+    assert colours == ["4;36m", "4;90m", "4;90m"]
+    screen.truncate(0)
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.show_pieces("written", "prompt ", pieces)
+    assert "\x1b[" not in screen.getvalue()
