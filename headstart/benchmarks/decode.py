@@ -19,6 +19,7 @@ from headstart.terminal import say
 PEER_BAR = Bar(">=", 1.5)
 BANDWIDTH_BAR = Bar(">=", 0.65)
 WINDOW_BAR = Bar("<=", 1.3)
+EFFICIENCY_BAR = Bar(">=", 0.88)
 
 Part = Literal["plain", "bandwidth", "window", "deferred", "model"]
 
@@ -268,6 +269,10 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
                     " ".join(f"{share:.2f}" for share in acceptance),
                 ]
             )
+        if temperature == 0 and ks[-1] > 1:
+            kept = [gain / per_pass[str(ks[-1])] for gain in ratios(speeds[str(ks[-1])], speeds["1"])]
+            what = f"{name}, K = {ks[-1]} / K = 1 over its tokens per pass"
+            rows.append(measurement("model", what, kept, bar=EFFICIENCY_BAR))
         differing = [k for k in ks if answer["first_difference"][str(k)] is not None]
         # A count with a bar, so that a lossy run shows as missed and not as a remark.
         bar = Bar("<=", 0)

@@ -94,7 +94,7 @@ def test_pieces_have_the_colour_of_the_head_that_drafted_them(monkeypatch) -> No
     terminal.show_pieces("written", "prompt ", pieces)
     text = screen.getvalue()
     assert "written; drafted by: " in text and "\x1b[1m[b]def\x1b[0m" in text
-    colours = [text.split(part)[0].rsplit("\x1b[", 1)[1] for part in (" f(x)", ":\n", "y\x1b")]
+    colours = [text.split(part)[0].rsplit("\x1b[", 1)[1] for part in (" f(x)", ":\x1b", "y\x1b")]
     assert colours == ["4;36m", "4;90m", "4;90m"]
     screen.truncate(0)
     monkeypatch.setenv("NO_COLOR", "1")
