@@ -18,7 +18,8 @@ def boxed_model() -> Path:
     installed = Path(sysconfig.get_path("data")) / "share" / "headstart" / "models" / NAME
     for place in (clone, installed):
         if (place / CONFIG_FILE).is_file():
-            return place
+            # Results name it as a person would, whose home is nobody's business.
+            return place.relative_to(Path.cwd()) if Path.cwd() in place.parents else place
     raise UsageError(f"the model in the box ({NAME}) is not here ({clone}, {installed}); name a model directory")
 
 

@@ -14,7 +14,10 @@ from headstart.storage import boxed
 ROOT = Path(__file__).parents[2]
 
 
-def test_it_is_found_in_a_clone_and_said(capsys) -> None:
+def test_it_is_found_in_a_clone_and_said(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert boxed.model_directory(None) == Path("models", boxed.NAME)
+    monkeypatch.chdir(tmp_path)
     assert boxed.model_directory(None) == ROOT / "models" / boxed.NAME
     assert "model in the box" in capsys.readouterr().err
     assert boxed.model_directory("elsewhere") == Path("elsewhere")
