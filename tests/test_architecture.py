@@ -259,6 +259,16 @@ def test_each_rule_catches_what_it_forbids(name: str, tmp_path: Path) -> None:
     assert len(rule(root)) >= 1
 
 
+def test_loading_a_model_does_not_import_the_compiler() -> None:
+    """torch._dynamo takes two seconds, and filling a tensor on the meta device imports it."""
+    program = (
+        "import sys, headstart; headstart.load().generate('x', max_new_tokens=1); print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("module", ["headstart", "headstart.cli"])
 def test_importing_does_not_cost_a_second(module: str) -> None:
     """`headstart --help` must not wait for torch."""

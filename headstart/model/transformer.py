@@ -19,7 +19,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        # Filling a tensor without storage makes torch import its compiler: two seconds of every loading.
+        weight = torch.empty(config.vocab_size, config.dim)
+        self.embedding = nn.Embedding(*weight.shape, _weight=weight if weight.is_meta else None)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.trunk_layers))
 
     def forward(
@@ -52,7 +54,8 @@ class Transformer(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """First values of all parameters, see `first_value_`."""
         for name, parameter in self.named_parameters():
-            self.first_value_(name, parameter, generator)
+            if not parameter.is_meta:  # see Trunk
+                self.first_value_(name, parameter, generator)
 
     @torch.no_grad()
     def first_value_(self, name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
