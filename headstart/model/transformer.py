@@ -21,7 +21,7 @@ class Trunk(nn.Module):
         super().__init__()
         # Filling a tensor without storage makes torch import its compiler: two seconds of every loading.
         weight = torch.empty(config.vocab_size, config.dim)
-        self.embedding = nn.Embedding(*weight.shape, _weight=weight if weight.is_meta else None)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=weight if weight.is_meta else None)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.trunk_layers))
 
     def forward(
