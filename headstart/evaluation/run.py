@@ -28,7 +28,7 @@ ACCEPTANCE_FILE = "acceptance.json"
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What a model knows of a text, head by head, and how many of its drafts are right."""
+    """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
