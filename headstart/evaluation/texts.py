@@ -18,12 +18,10 @@ PROMPTS_FILE = "prompts.jsonl"
 """Prompts that a model directory carries: texts that it was not trained on."""
 
 
-def read_documents(
-    sources: Sequence[str], tokenizer: Tokenizer, text_field: str = "text"
-) -> tuple[list[list[int]], int]:
+def read_documents(sources: Sequence[str], tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
     """Token ids of every document of `sources`, which are what `headstart prepare` takes, and the UTF-8 bytes of all.
     Raises UsageError for what cannot be read, and where there is no document."""
-    selection = Selection(text_field, split="test" if any(map(is_dataset, sources)) else "train")
+    selection = Selection(split="test" if any(map(is_dataset, sources)) else "train")
     documents, size = [], 0
     for unit in plan(sources, selection, Path("\0")):
         for document in read(unit, selection):
