@@ -17,6 +17,7 @@ from headstart.data.mixture import Turns
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
 
+SPARE = 32  # an epoch has the same rows for every number of heads up to this: see `_Cutter`
 IGNORE = -100  # the target of a position that has none; what torch's cross-entropy ignores by default
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -68,9 +69,11 @@ class BatchStream:
     state is the same on every process.
 
     Every source runs through epochs of its own: each visits every row once, in a fresh order given by (seed, source,
-    epoch) alone, and a batch may begin in one epoch and end in the next. The last, short piece of a split (under T + n
-    tokens) is never visited. `weights` say whose row comes next (`Turns`): after N rows, source i has given its share,
-    N * w_i / sum(w) rows of T tokens, to less than one row, so it has been read N * w_i / sum(w) / `rows_of[i]` times.
+    epoch) alone, and a batch may begin in one epoch and end in the next. The last, short piece of a split is never
+    visited: under T + n tokens, and under T + 32 where T and the split are that long, so that runs that differ in
+    nothing but heads (up to 32) read the same batches in the same order. `weights` say whose row comes next (`Turns`):
+    after N rows, source i has given its share, N * w_i / sum(w) rows of T tokens, to less than one row, so it has been
+    read N * w_i / sum(w) / `rows_of[i]` times.
 
     Raises UsageError where a split is shorter than one row.
     """
@@ -219,7 +222,10 @@ class _Cutter:
         self._tokens = shards.tokens
         self._starts = np.asarray(shards.documents)
         self._length, self.width = length, length + heads
-        self.count = (len(self._tokens) - heads) // length
+        # The order of an epoch depends on how many rows it has. Had a split one row less for 8 heads than for 1, the
+        # two runs would read other batches from the first step on, and their comparison would not be one of heads.
+        spare = SPARE if length >= SPARE and len(self._tokens) >= length + SPARE else 0
+        self.count = (len(self._tokens) - max(heads, spare)) // length
         if self.count < 1:
             raise UsageError(
                 f"{shards.directory}: its {shards.split} split has {len(self._tokens):,} tokens and one row needs "
