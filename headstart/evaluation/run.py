@@ -42,10 +42,10 @@ class EvaluateSettings:
     model directory, or pieces of the text)."""
     prompt_count: int = 200
     """At most this many prompts."""
-    prompt_tokens: int = 256
-    """At most this many tokens of each."""
-    new_tokens: int = 256
-    """Written after each."""
+    prompt_tokens: int | None = None
+    """At most this many tokens of each (None: 256, or half the model's context)."""
+    new_tokens: int | None = None
+    """Written after each (None: 256, or what the prompt leaves of the context)."""
     temperature: float = 0.8
     """Of the sampled half of the task acceptance."""
     batch: int = 8
@@ -79,8 +79,9 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         if task not in TASKS:
             raise UsageError(f"there is no task {task!r}; take {' or '.join(TASKS)}")
     for name in ("prompt_count", "prompt_tokens", "new_tokens", "batch"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1")
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     tokenizer = load_model_tokenizer(path)
     if tokenizer is None:
         raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
@@ -91,6 +92,7 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
     model = load_model(path, device=settings.device)
     model = model.to(decoding_dtype(model)).eval()
+    length, new = _sizes(settings, model.config.context)
     found: dict[str, Any] = {"model": str(path), "heads_of_model": model.config.heads}
     documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
     if "heads" in settings.tasks:
@@ -106,8 +108,6 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
             )
         found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}
     if "acceptance" in settings.tasks:
-        room = model.config.context - 1
-        length, new = min(settings.prompt_tokens, room), settings.new_tokens
         if prompts is not None:
             texts = read_prompts(prompts, tokenizer, length)[: settings.prompt_count]
         else:
@@ -119,6 +119,17 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
             with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
                 found["acceptance"][name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))
     return found
+
+
+def _sizes(settings: EvaluateSettings, context: int) -> tuple[int, int]:
+    """Tokens of a prompt and tokens written after it."""
+    length = min(256, max(1, context // 2)) if settings.prompt_tokens is None else settings.prompt_tokens
+    new = min(256, max(1, context - length)) if settings.new_tokens is None else settings.new_tokens
+    if "acceptance" in settings.tasks and length + new > context:
+        raise UsageError(
+            f"--prompt-tokens {length} + --new-tokens {new}: more than the model's context {context}; ask for fewer"
+        )
+    return length, new
 
 
 def write(found: dict[str, Any], out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -74,6 +75,12 @@ def test_its_own_prompts_come_first(directory, tmp_path) -> None:
     assert evaluate(directory, settings)["acceptance"]["prompts"] == 1
 
 
+def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
+    settings = EvaluateSettings(text=(str(tmp_path / "text"),), tasks=("acceptance",), prompt_count=2)
+    found = evaluate(directory, settings)["acceptance"]
+    assert (found["prompt_tokens"], found["new_tokens"], found["greedy"]["tokens"]) == (32, 32, 64)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -81,7 +88,8 @@ def test_its_own_prompts_come_first(directory, tmp_path) -> None:
         (("--text", "gone"), "no such file or folder"),
         (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads or acceptance"),
         (("--text", "text", "--batch", 0), "--batch is 0"),
-        (("--text", "text", "--prompt-tokens", 900), "context 64|shorten|ask for fewer"),
+        (("--text", "text", "--prompt-tokens", 900), "900 .* more than the model's context 64; ask for fewer"),
+        (("--text", "text", "--prompt-tokens", 40, "--new-tokens", 25), "40 .* 25: more than the model's context 64"),
         (("--text", "text", "--length", 65), "between 2 and the model's context 64"),
         (("--tasks", "acceptance", "--prompts", "gone.txt"), "cannot be read"),
     ],
@@ -91,6 +99,4 @@ def test_wrong_use_is_one_line_and_2(directory, tmp_path, monkeypatch, capsys, a
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, directory, *arguments)
     assert end.value.code == 2
-    import re
-
     assert re.search(words, capsys.readouterr().err)
