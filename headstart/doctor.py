@@ -110,14 +110,14 @@ def _processor(described: dict[str, Any]) -> Finding:
 
 
 def _kernels() -> Finding:
-    """Which products decoding uses in bf16."""
-    if native.kernels() is not None:
-        return Finding("kernels", "ok", "bf16 decoding uses the compiled kernels (AVX-512 BF16).", {"compiled": True})
-    if machine.dtype_on("cpu") == "float32":
-        sentence = "this processor has no instructions for bf16: decoding runs in fp32, in oneDNN's packed products."
-        return Finding("kernels", "ok", sentence, {"compiled": False})
-    if not native.wanted():
-        sentence = "bf16 decoding uses oneDNN's packed products, which are the better ones on this processor."
+    """Which products decoding uses, in the type that this processor decodes best in."""
+    name = machine.dtype_on("cpu")
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    if native.kernels(dtype) is not None:
+        needs = "AVX-512 BF16" if dtype == torch.bfloat16 else "AVX2"
+        return Finding("kernels", "ok", f"{name} decoding uses the compiled kernels ({needs}).", {"compiled": True})
+    if not native.wanted(dtype):
+        sentence = f"{name} decoding uses oneDNN's packed products; there are no compiled kernels for this processor."
         return Finding("kernels", "ok", sentence, {"compiled": False})
     sentence = (
         "the compiled kernels for this processor are not there: a C compiler (cc) and a cache folder that can be "

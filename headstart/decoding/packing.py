@@ -34,22 +34,26 @@ class PackedLinear(nn.Module):
 
 
 class NativeLinear(nn.Module):
-    """The same for bf16 through `native`: 8 rows cost little more than one. A row's bits depend on that row alone."""
+    """The same through `native`: a row's bits depend on that row alone, and 8 rows cost little more than one.
+
+    fp32 weights that bf16 holds exactly are kept and read in bf16.
+    """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
         self.shape = weight_NK.shape
         self.packed = native.pack_weight(weight_NK.detach())
         self.bias = None if bias_N is None else bias_N.detach().float()
-        self._linear = _native().linear
+        self._linear = _native(weight_NK.dtype).linear
+        self._options = () if weight_NK.dtype == torch.bfloat16 else (int(self.packed.dtype == torch.bfloat16),)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         N, K = self.shape
         y = x.new_empty((*x.shape[:-1], N))
         bias = None if self.bias is None else self.bias.data_ptr()
-        threads = torch.get_num_threads()
-        self._linear(x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), x.numel() // K, N, K, threads)
+        sizes = (x.numel() // K, N, K, torch.get_num_threads())
+        self._linear(x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), *sizes, *self._options)
         return y
 
 
@@ -59,7 +63,7 @@ class NativeNorm(nn.Module):
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight.detach(), norm.eps
-        self._rms_norm = _native().rms_norm
+        self._rms_norm = _native(norm.weight.dtype).rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -72,10 +76,10 @@ class NativeNorm(nn.Module):
 class NativeSwiGLU(nn.Module):
     """`SwiGLU` with its elementwise part in one call."""
 
-    def __init__(self, mlp: SwiGLU) -> None:
+    def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_up, self.down = mlp.gate_up, mlp.down
-        self._silu_times = _native().silu_times
+        self._silu_times = _native(dtype).silu_times
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
@@ -85,8 +89,8 @@ class NativeSwiGLU(nn.Module):
         return self.down(y)
 
 
-def _native() -> ctypes.CDLL:
-    kernels = native.kernels()
+def _native(dtype: torch.dtype) -> ctypes.CDLL:
+    kernels = native.kernels(dtype)
     assert kernels is not None
     return kernels
 
@@ -146,12 +150,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def can_use_native(model: Transformer) -> bool:
-    """Whether the compiled kernels take this model: bf16 on a CPU they are for, in widths they can read."""
+    """Whether the compiled kernels take this model: on a CPU they are for, in widths they can read."""
     weight = model.trunk.embedding.weight
     config = model.config
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    if weight.device.type != "cpu" or weight.dtype not in native.SOURCES:
         return False
-    return config.dim % 16 == 0 and config.hidden % 2 == 0 and native.kernels() is not None
+    return config.dim % 16 == 0 and config.hidden % 2 == 0 and native.kernels(weight.dtype) is not None
 
 
 def is_row_exact(model: Transformer) -> bool:
@@ -170,6 +174,7 @@ def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> 
     trained or saved.
     """
     rows = rows or model.config.heads
+    weight = model.trunk.embedding.weight
     model.requires_grad_(False)
     fast = compiled and can_use_native(model)
     linear = _maker(model, rows, fast)
@@ -183,7 +188,7 @@ def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> 
     if fast:
         for module in list(model.modules()):
             if isinstance(module, Block):
-                module.mlp = NativeSwiGLU(module.mlp)  # type: ignore[assignment]
+                module.mlp = NativeSwiGLU(module.mlp, weight.dtype)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -1,8 +1,8 @@
-"""Compiled kernels for CPUs with AVX-512 BF16 and without AMX; everything works without them, slower.
+"""Compiled kernels for CPUs: bf16 where there is AVX-512 BF16 and no AMX, fp32 where there are AVX2 and FMA.
 
-They are compiled once, on first use, by the C compiler of the machine, and kept in the user's cache folder. Where there
-is no compiler, no folder to write to, another processor, or `HEADSTART_NATIVE=0`, `kernels()` is None and oneDNN's
-packed products take their place.
+Everything works without them, slower. They are compiled once, on first use, by the C compiler of the machine, and kept
+in the user's cache folder. Where there is no compiler, no folder to write to, another processor, or
+`HEADSTART_NATIVE=0`, `kernels()` is None and oneDNN's packed products take their place.
 """
 
 from __future__ import annotations
@@ -21,46 +21,50 @@ from torch import Tensor
 from headstart.errors import UsageError
 from headstart.files import replacing_file
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
+COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
+"""Of a block of packed weights."""
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 
 
-def wanted() -> bool:
-    """Whether this processor is one the kernels are for: with AMX, oneDNN's products are better."""
+def wanted(dtype: torch.dtype) -> bool:
+    """Whether this processor is one the kernels are for: with AMX, oneDNN's products of bf16 are better."""
     try:
         flags = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
         ).split()
     except (OSError, StopIteration):
         return False
-    return "avx512_bf16" in flags and "amx_bf16" not in flags
+    if dtype == torch.float32:
+        return "avx2" in flags and "fma" in flags
+    return dtype == torch.bfloat16 and "avx512_bf16" in flags and "amx_bf16" not in flags
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had."""
-    if os.environ.get("HEADSTART_NATIVE") == "0" or not wanted():
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels for activations of this type, or None where they cannot be had."""
+    if os.environ.get("HEADSTART_NATIVE") == "0" or not wanted(dtype):
         return None
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
     try:
-        return _load(_compiled(compiler))
+        return _load(_compiled(compiler, Path(__file__).with_name(SOURCES[dtype])), dtype)
     except (OSError, subprocess.SubprocessError, UsageError, RuntimeError):
         return None  # no cache folder that can be written, no home, or a compiler that cannot: decoding works without
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: str, source: Path) -> Path:
     # torch brings its own OpenMP: a second one beside it would keep a second team of threads.
     runtime = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
     link = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []
-    key = [SOURCE.read_text(), *FLAGS, compiler, torch.__version__, *link, _processor()]
+    key = [source.read_text(), *FLAGS, compiler, torch.__version__, *link, _processor()]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headstart"
     path = cache / f"kernels-{name}.so"
     if not path.exists():
         with replacing_file(path) as temporary:
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary), *link, "-lm"]
+            command = [compiler, *FLAGS, str(source), "-o", str(temporary), *link, "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
     return path
 
@@ -70,10 +74,12 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags")))[:4000]
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def _load(path: Path, dtype: torch.dtype) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(path))
     pointer, long = ctypes.c_void_p, ctypes.c_long
     kernels.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int]
+    if dtype == torch.float32:
+        kernels.linear.argtypes = [*kernels.linear.argtypes, ctypes.c_int]
     kernels.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     kernels.silu_times.argtypes = [pointer, pointer, long, long]
     kernels.attend.argtypes = [pointer] * 11 + [long] * 7 + [ctypes.c_int]
@@ -85,16 +91,17 @@ def _load(path: Path) -> ctypes.CDLL:
 def attend(
     q_SHQE: Tensor, k_SGWE: Tensor, v_SGWE: Tensor, keys: Tensor, values: Tensor, k_at_SW: Tensor, q_at_SQ: Tensor
 ) -> Tensor:
-    """Keeps the new keys and values, and attends: (S, H, Q, E) bf16 at positions `q_at_SQ`, over all up to them.
+    """Keeps the new keys and values, and attends: (S, H, Q, E) at positions `q_at_SQ`, over all up to them.
 
     Args:
+        q, k, v: bf16 or fp32, the type of the result.
         keys: (S, G, capacity / 16, E, 16) fp32, contiguous. values: (S, G, capacity, E) fp32, contiguous.
         k_at_SW, q_at_SQ: positions, int64, contiguous.
     """
-    compiled = kernels()
+    compiled = kernels(q_SHQE.dtype)
     assert compiled is not None
     (S, H, Q, E), (G, W) = q_SHQE.shape, k_SGWE.shape[1:3]
-    y_SQHE = torch.empty((S, Q, H, E), dtype=torch.bfloat16)
+    y_SQHE = torch.empty((S, Q, H, E), dtype=q_SHQE.dtype)
     rows: list[object] = []
     for x in (q_SHQE, k_SGWE, v_SGWE):
         x = x if x.stride(3) == 1 else x.contiguous()
@@ -119,8 +126,17 @@ def attend(
 
 
 def pack_weight(weight_NK: Tensor) -> Tensor:
-    """(N, K) bf16, K even -> the layout of `linear`: [ceil(N/32)][K/2][32][2], the last block filled up with zeros."""
+    """The layout of `linear`, the last block filled up with zeros.
+
+    (N, K) bf16, K even -> [ceil(N/32)][K/2][32][2] bf16. (N, K) fp32 -> [ceil(N/16)][K][16]: bf16 where that holds
+    every weight exactly, else fp32.
+    """
     N, K = weight_NK.shape
-    padded = torch.zeros(-(-N // 32) * 32, K, dtype=torch.bfloat16)
+    columns = COLUMNS[weight_NK.dtype]
+    padded = torch.zeros(-(-N // columns) * columns, K, dtype=weight_NK.dtype)
     padded[:N] = weight_NK
-    return padded.view(-1, 32, K // 2, 2).transpose(1, 2).contiguous()
+    if weight_NK.dtype == torch.bfloat16:
+        return padded.view(-1, columns, K // 2, 2).transpose(1, 2).contiguous()
+    narrow = padded.bfloat16()
+    kept = narrow if torch.equal(narrow.float(), padded) else padded
+    return kept.view(-1, columns, K).transpose(1, 2).contiguous()

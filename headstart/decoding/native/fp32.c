@@ -1,0 +1,268 @@
+// The inner loops of a decoding pass in fp32, for CPUs with AVX2 and FMA: what bf16.c is for those with AVX-512 BF16.
+//
+// Small models are bound by the number of operators in a pass, large ones by reading the weights, which may lie in bf16
+// where that holds them exactly: half the bytes, and the same bits after widening. Every output is one chain of additions
+// over K in the same order, whatever the number of rows, threads or neighbours: a row's bits depend on that row and the
+// weights alone.
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+static inline __attribute__((always_inline)) __m256 load_weight(const int narrow, const void *w, long i) {
+    if (!narrow) return _mm256_loadu_ps((const float *)w + i);
+    const __m128i bits = _mm_loadu_si128((const __m128i *)((const uint16_t *)w + i));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// y[m][16 block .. ) for M rows and B blocks of 16 columns, M * B <= 4. x: [M][K]; w: packed weights [.][K][16].
+static inline __attribute__((always_inline)) void tile(const int M, const int B, const int narrow, const float *x, long K,
+                                                       const void *w, const float *bias, float *y, long N, long block) {
+    __m256 sum[4][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < M * B; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    const long begin = block * K * 16;
+    for (long k = 0; k < K; k++) {
+#pragma GCC unroll 4
+        for (int b = 0; b < B; b++) {
+            const long at = begin + (b * K + k) * 16;
+            const __m256 w0 = load_weight(narrow, w, at), w1 = load_weight(narrow, w, at + 8);
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) {
+                const __m256 a = _mm256_broadcast_ss(x + m * K + k);
+                sum[m * B + b][0] = _mm256_fmadd_ps(a, w0, sum[m * B + b][0]);
+                sum[m * B + b][1] = _mm256_fmadd_ps(a, w1, sum[m * B + b][1]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) {
+        const long first = (block + b) * 16, count = N - first < 16 ? N - first : 16;
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+            float line[16];
+            _mm256_storeu_ps(line, sum[m * B + b][0]);
+            _mm256_storeu_ps(line + 8, sum[m * B + b][1]);
+            for (long i = 0; i < count; i++) y[m * N + first + i] = bias ? line[i] + bias[first + i] : line[i];
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void product(const int narrow, const float *x, const void *w, const float *bias,
+                                                          float *y, long rows, long N, long K, int threads) {
+    const long blocks = (N + 15) / 16;
+    // Waking a second thread costs some microseconds: small products are done before it is there.
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
+    for (long four = 0; four < (blocks + 3) / 4; four++) {
+        const long end = 4 * four + 4 < blocks ? 4 * four + 4 : blocks;
+        for (long m = 0; m < rows; m += 4) {  // the blocks stay in cache for the next rows
+            const float *xm = x + m * K;
+            float *ym = y + m * N;
+            long block = 4 * four;
+            // A chain of additions waits for itself: few rows go through several blocks at once.
+            if (rows - m == 1 && end - block == 4) {
+                tile(1, 4, narrow, xm, K, w, bias, ym, N, block);
+                continue;
+            }
+            if (rows - m == 2)
+                for (; end - block >= 2; block += 2) tile(2, 2, narrow, xm, K, w, bias, ym, N, block);
+            for (; block < end; block++) {
+                switch (rows - m) {
+                    case 1: tile(1, 1, narrow, xm, K, w, bias, ym, N, block); break;
+                    case 2: tile(2, 1, narrow, xm, K, w, bias, ym, N, block); break;
+                    case 3: tile(3, 1, narrow, xm, K, w, bias, ym, N, block); break;
+                    default: tile(4, 1, narrow, xm, K, w, bias, ym, N, block);
+                }
+            }
+        }
+    }
+}
+
+// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16], fp32, or bf16 if `narrow`.
+void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int narrow) {
+    if (narrow) product(1, x, w, bias, y, rows, N, K, threads);
+    else product(0, x, w, bias, y, rows, N, K, threads);
+}
+
+static inline float sum8(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline float max8(__m256 v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+// exp(x) to 2 ulp for x <= 88; exactly 0 below -87. The same instructions for every element: no scalar tail.
+static inline __m256 exp8(__m256 x) {
+    const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.9875691500e-4f);  // Cephes' polynomial
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
+    p = _mm256_add_ps(_mm256_fmadd_ps(p, _mm256_mul_ps(r, r), r), _mm256_set1_ps(1.0f));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
+}
+
+// y = x / rms(x) * weight over rows of D, D a multiple of 8.
+void rms_norm(const float *x, const float *weight, float *y, long rows, long D, float eps) {
+    for (long r = 0; r < rows; r++, x += D, y += D) {
+        __m256 squares = _mm256_setzero_ps();
+        for (long d = 0; d < D; d += 8) {
+            const __m256 v = _mm256_loadu_ps(x + d);
+            squares = _mm256_fmadd_ps(v, v, squares);
+        }
+        const __m256 scale = _mm256_set1_ps(1.0f / sqrtf(sum8(squares) / (float)D + eps));
+        for (long d = 0; d < D; d += 8) {
+            const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + d), scale);
+            _mm256_storeu_ps(y + d, _mm256_mul_ps(v, _mm256_loadu_ps(weight + d)));
+        }
+    }
+}
+
+static inline __m256 silu8(__m256 gate, __m256 up) {
+    const __m256 minus = _mm256_min_ps(_mm256_sub_ps(_mm256_setzero_ps(), gate), _mm256_set1_ps(88.0f));
+    const __m256 one = _mm256_set1_ps(1.0f);
+    return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(one, exp8(minus))), up);
+}
+
+// y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first.
+void silu_times(const float *x, float *y, long rows, long H) {
+    for (long r = 0; r < rows; r++, x += 2 * H, y += H) {
+        long h = 0;
+        for (; h + 8 <= H; h += 8) _mm256_storeu_ps(y + h, silu8(_mm256_loadu_ps(x + h), _mm256_loadu_ps(x + H + h)));
+        if (h < H) {
+            float gate[8] = {0}, up[8] = {0}, value[8];
+            for (long i = h; i < H; i++) gate[i - h] = x[i], up[i - h] = x[H + i];
+            _mm256_storeu_ps(value, silu8(_mm256_loadu_ps(gate), _mm256_loadu_ps(up)));
+            for (long i = h; i < H; i++) y[i] = value[i - h];
+        }
+    }
+}
+
+// Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
+// [position][E]. Row r sees positions 0 .. last[r]. score: 4 x span floats. Sums run over positions in order, in lanes
+// that depend on the position alone, and what a row does not see adds exactly 0: its bits depend neither on the others
+// nor on the span.
+static inline __attribute__((always_inline)) void attend_rows(const int R, const float *q, const long *last,
+                                                              const float *keys, const float *values, long E, long span,
+                                                              float *score, float *y) {
+    const __m256 unseen = _mm256_set1_ps(-1e30f), lanes = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256 largest[4], total[4];
+    for (int r = 0; r < R; r++) largest[r] = unseen;
+    for (long t = 0; t < span; t += 16) {
+        __m256 s[4][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_ps();
+        for (long e = 0; e < E; e++) {
+            const __m256 k0 = _mm256_loadu_ps(keys + t * E + e * 16), k1 = _mm256_loadu_ps(keys + t * E + e * 16 + 8);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const __m256 a = _mm256_broadcast_ss(q + r * E + e);
+                s[r][0] = _mm256_fmadd_ps(a, k0, s[r][0]);
+                s[r][1] = _mm256_fmadd_ps(a, k1, s[r][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            for (int half = 0; half < 2; half++) {
+                const __m256 seen = _mm256_set1_ps((float)(last[r] - t - 8 * half));
+                const __m256 v = _mm256_blendv_ps(unseen, s[r][half], _mm256_cmp_ps(lanes, seen, _CMP_LE_OQ));
+                largest[r] = _mm256_max_ps(largest[r], v);
+                _mm256_storeu_ps(score + r * span + t + 8 * half, v);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        const __m256 top = _mm256_set1_ps(max8(largest[r]));
+        __m256 sum = _mm256_setzero_ps();
+        for (long t = 0; t < span; t += 8) {
+            const __m256 p = exp8(_mm256_sub_ps(_mm256_loadu_ps(score + r * span + t), top));
+            sum = _mm256_add_ps(sum, p);
+            _mm256_storeu_ps(score + r * span + t, p);
+        }
+        total[r] = _mm256_set1_ps(1.0f / sum8(sum));
+    }
+    for (long e = 0; e < E; e += 16) {
+        __m256 mix[4][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) mix[r][0] = mix[r][1] = _mm256_setzero_ps();
+        for (long t = 0; t < span; t++) {
+            const __m256 v0 = _mm256_loadu_ps(values + t * E + e), v1 = _mm256_loadu_ps(values + t * E + e + 8);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const __m256 p = _mm256_broadcast_ss(score + r * span + t);
+                mix[r][0] = _mm256_fmadd_ps(p, v0, mix[r][0]);
+                mix[r][1] = _mm256_fmadd_ps(p, v1, mix[r][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            _mm256_storeu_ps(y + r * E + e, _mm256_mul_ps(mix[r][0], total[r]));
+            _mm256_storeu_ps(y + r * E + e + 8, _mm256_mul_ps(mix[r][1], total[r]));
+        }
+    }
+}
+
+// Writes the new keys and values of W rows per slot at their positions, then attends for Q rows per slot.
+// q (S, H, Q, E), k and v (S, G, W, E): fp32 with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
+// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. k_at (S, W), q_at (S, Q): positions.
+// E and capacity are multiples of 16; every position lies below capacity.
+void attend(const float *q, const long *q_stride, const float *k, const long *k_stride, const float *v, const long *v_stride,
+            float *y, float *keys, float *values, const long *k_at, const long *q_at, long S, long H, long G, long W, long Q,
+            long E, long capacity, int threads) {
+    const long group = H / G;
+    const float scale = 1.0f / sqrtf((float)E);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * q_at[Q - 1] > 1 << 14)
+    for (long s = 0; s < S; s++) {
+        for (long g = 0; g < G; g++) {
+            float *kc = keys + (s * G + g) * E * capacity, *vc = values + (s * G + g) * capacity * E;
+            for (long w = 0; w < W; w++) {
+                const float *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
+                const float *vr = v + s * v_stride[0] + g * v_stride[1] + w * v_stride[2];
+                const long at = k_at[s * W + w];
+                for (long e = 0; e < E; e++) {
+                    kc[at / 16 * 16 * E + e * 16 + at % 16] = kr[e];
+                    vc[at * E + e] = vr[e];
+                }
+            }
+            const long rows = group * Q;
+            long end = 0;
+            for (long i = 0; i < Q; i++) end = q_at[s * Q + i] > end ? q_at[s * Q + i] : end;
+            const long span = (end + 16) / 16 * 16;
+            float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
+            for (long first = 0; first < rows; first += 4) {
+                const int R = rows - first < 4 ? (int)(rows - first) : 4;
+                long last[4];
+                for (int r = 0; r < R; r++) {
+                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
+                    const float *qr = q + s * q_stride[0] + head * q_stride[1] + row * q_stride[2];
+                    for (long e = 0; e < E; e++) rows_q[r * E + e] = qr[e] * scale;
+                    last[r] = q_at[s * Q + row];
+                }
+                switch (R) {
+                    case 1: attend_rows(1, rows_q, last, kc, vc, E, span, score, rows_y); break;
+                    case 2: attend_rows(2, rows_q, last, kc, vc, E, span, score, rows_y); break;
+                    case 3: attend_rows(3, rows_q, last, kc, vc, E, span, score, rows_y); break;
+                    default: attend_rows(4, rows_q, last, kc, vc, E, span, score, rows_y);
+                }
+                for (int r = 0; r < R; r++) {
+                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
+                    float *yr = y + ((s * Q + row) * H + head) * E;
+                    for (long e = 0; e < E; e++) yr[e] = rows_y[r * E + e];
+                }
+            }
+            free(score);
+        }
+    }
+}
