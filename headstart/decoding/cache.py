@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,12 +80,8 @@ class CachedAttention:
     def layer(self, layer: int, row_S: Tensor | None = None) -> Attend:
         """The attention of block `layer`; with `row_S` (S,) only that row of each slot asks, the rest is only kept."""
         keys, values = self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots]
-
-        def attend_compiled(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
-            asked_at = self.positions
-            if row_S is not None:
-                q_SHWE, asked_at = pick(q_SHWE, row_S, 2), pick(asked_at, row_S, 1)
-            return native.attend(q_SHWE, k_SKWE, v_SKWE, keys, values, self.positions, asked_at)
+        if self.cache.compiled:
+            return CompiledAttention(keys, values, self.positions, row_S)
 
         def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
             self._write(keys, k_SKWE)
@@ -100,7 +98,26 @@ class CachedAttention:
             )
             return y.to(v_SKWE.dtype)
 
-        return attend_compiled if self.cache.compiled else attend
+        return attend
+
+
+@dataclass
+class CompiledAttention:
+    """The attention of one block through `native`: an `Attend`, and what a compiled block needs to do it itself."""
+
+    keys: Tensor
+    """(S, K, capacity / 16, E, 16) fp32."""
+    values: Tensor
+    """(S, K, capacity, E) fp32."""
+    positions_SW: Tensor
+    row_S: Tensor | None
+    """The one row of each slot that asks (None: all of them)."""
+
+    def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
+        asked_at = self.positions_SW
+        if self.row_S is not None:
+            q_SHWE, asked_at = pick(q_SHWE, self.row_S, 2), pick(asked_at, self.row_S, 1)
+        return native.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, self.positions_SW, asked_at)
 
 
 def pick(x: Tensor, row_S: Tensor, dim: int) -> Tensor:

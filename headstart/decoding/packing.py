@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from headstart.decoding import native
+from headstart.decoding.cache import CompiledAttention
 from headstart.machine import dtype_on
+from headstart.model.attention import causal_attention
 from headstart.model.heads import Unembedding
-from headstart.model.layers import Block, RMSNorm, SwiGLU
+from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer
 
 MakeLinear = Callable[[Tensor, "Tensor | None"], nn.Module]
@@ -87,6 +90,58 @@ class NativeSwiGLU(nn.Module):
         y = gate_up.new_empty((*gate_up.shape[:-1], hidden))
         self._silu_times(gate_up.data_ptr(), y.data_ptr(), y.numel() // hidden, hidden)
         return self.down(y)
+
+
+class NativeBlock(nn.Module):
+    """`Block` in one call where the attention is that of a compiled cache; elsewhere the block that it is made of.
+
+    Of some twenty operators each costs a small model more than its arithmetic.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        attention, mlp = block.attention, block.mlp
+        linears = [cast(NativeLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+        biases = [None if x.bias is None else x.bias.data_ptr() for x in linears[:2]]
+        norms = [cast(NativeNorm, x) for x in (block.attention_norm, block.mlp_norm)]
+        self._weights = native.Block(
+            *(x.packed.data_ptr() for x in linears),
+            *biases,
+            *(x.weight.data_ptr() for x in norms),
+            *(linears[0].shape[1], attention.heads, attention.kv_heads, attention.dim_per_head, linears[3].shape[1]),
+            narrow=(ctypes.c_int * 4)(*(x.packed.dtype == torch.bfloat16 for x in linears)),
+            eps=norms[0].eps,
+        )
+        self._call = _native(torch.float32).block
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend = causal_attention,
+        select: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        if not isinstance(attend, CompiledAttention):
+            return cast(Tensor, self.block(x_BTD, rotary, attend, select))
+        x_SWD, cos, sin = x_BTD.contiguous(), rotary[0].contiguous(), rotary[1].contiguous()
+        S, W, D = x_SWD.shape
+        row_S = attend.row_S
+        y_SQD = x_SWD.new_empty(S, W if row_S is None else 1, D)
+        self._call(
+            self._weights,
+            x_SWD.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            y_SQD.data_ptr(),
+            attend.keys.data_ptr(),
+            attend.values.data_ptr(),
+            attend.positions_SW.data_ptr(),
+            None if row_S is None else row_S.data_ptr(),
+            *(S, W, attend.values.shape[2]),
+            torch.get_num_threads(),
+        )
+        return y_SQD
 
 
 def _native(dtype: torch.dtype) -> ctypes.CDLL:
@@ -189,6 +244,11 @@ def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> 
         for module in list(model.modules()):
             if isinstance(module, Block):
                 module.mlp = NativeSwiGLU(module.mlp, weight.dtype)  # type: ignore[assignment]
+    if fast and weight.dtype == torch.float32:
+        for blocks in (model.trunk.blocks, model.heads):
+            for i, block in enumerate(blocks):
+                if isinstance(block, Block):
+                    blocks[i] = NativeBlock(block)
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from headstart.decoding import native
 from headstart.decoding.cache import CachedAttention, KVCache
 from headstart.decoding.engine import Engine, Request, generate_all
-from headstart.decoding.packing import NativeLinear, NativeNorm, NativeSwiGLU, can_use_native, is_row_exact, pack
+from headstart.decoding.packing import (
+    NativeBlock,
+    NativeLinear,
+    NativeNorm,
+    NativeSwiGLU,
+    can_use_native,
+    is_row_exact,
+    pack,
+)
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.layers import RMSNorm, SwiGLU
@@ -148,6 +157,44 @@ def test_attention_of_a_row_depends_on_its_past_alone(dtype: torch.dtype) -> Non
             assert torch.equal(both[:1, :, 0], whole[:, :, row])
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "bias"), [(2, 2, False), (4, 2, True), (5, 1, False)])
+@pytest.mark.parametrize("chosen", [None, (2, 0, 3)])
+def test_a_block_in_one_call_is_the_block(
+    heads: int, kv_heads: int, bias: bool, chosen: tuple[int, ...] | None
+) -> None:
+    if native.kernels(torch.float32) is None:
+        pytest.skip("no compiled kernels for fp32 here: another processor, or no C compiler")
+    sizes = {"dim": heads * 32, "attention_heads": heads, "kv_heads": kv_heads, "layers": 2, "hidden_dim": 70}
+    torch.manual_seed(0)
+    plain = Transformer(ModelConfig(**sizes, attention_bias=bias, vocab_size=40))
+    for parameter in plain.parameters():
+        parameter.data = torch.randn(parameter.shape) / 6  # biases and norms too
+    model = pack(copy.deepcopy(plain))
+    block = model.trunk.blocks[0]
+    assert isinstance(block, NativeBlock)
+    starts, rows, capacity = [0, 17, 40], 4, 64
+    positions = torch.tensor(starts)[:, None] + torch.arange(rows)
+    cos, sin = model.rotary(positions, torch.float32)
+    row_S = None if chosen is None else torch.tensor(chosen)
+    whole = torch.randn(3, capacity, sizes["dim"])  # of which `rows` from each start are new
+    cache = KVCache(model.config, 3, capacity, torch.float32, "cpu", compiled=True)
+    past = CachedAttention(cache, slice(0, 3), torch.arange(capacity).repeat(3, 1), capacity).layer(0)
+    with torch.no_grad():
+        everywhere = model.rotary(torch.arange(capacity).repeat(3, 1), torch.float32)
+        block(whole, everywhere, past)
+        for slot, start in enumerate(starts):  # what a pass writes it writes itself, and what is beyond it never sees
+            cache.values[:, slot, :, start:] = 9.0
+            for t in range(start, capacity):
+                cache.keys[:, slot, :, t // 16, :, t % 16] = 9.0
+        x = torch.stack([whole[slot, start : start + rows] for slot, start in enumerate(starts)])
+        attend = CachedAttention(cache, slice(0, 3), positions, capacity).layer(0, row_S)
+        got = block(x, (cos, sin), attend)
+        want = plain.trunk.blocks[0](whole, everywhere)
+    for slot, start in enumerate(starts):
+        asked = range(rows) if chosen is None else [chosen[slot]]
+        assert torch.allclose(got[slot], want[slot, [start + i for i in asked]], rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(seeds=st.lists(st.integers(0, 1000), min_size=2, max_size=5), slots=st.integers(1, 5))
 def test_with_kernels_any_batch_is_exact(dtype: torch.dtype, seeds: list[int], slots: int) -> None:
@@ -174,8 +221,6 @@ def test_a_model_with_kernels_is_the_model(shape: str, dtype: torch.dtype, error
 
 
 def test_kernels_take_only_what_they_can_read() -> None:
-    import copy
-
     assert not can_use_native(copy.deepcopy(trained("replicated")).double())
     odd = Transformer(ModelConfig(dim=40, layers=2, attention_heads=2)).bfloat16()
     assert not can_use_native(odd)

@@ -58,7 +58,15 @@ def _compiled(compiler: str, source: Path) -> Path:
     # torch brings its own OpenMP: a second one beside it would keep a second team of threads.
     runtime = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
     link = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []
-    key = [source.read_text(), *FLAGS, compiler, torch.__version__, *link, _processor()]
+    key = [
+        source.read_text(),
+        source.with_name("block.h").read_text(),
+        *FLAGS,
+        compiler,
+        torch.__version__,
+        *link,
+        _processor(),
+    ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headstart"
     path = cache / f"kernels-{name}.so"
@@ -67,6 +75,18 @@ def _compiled(compiler: str, source: Path) -> Path:
             command = [compiler, *FLAGS, str(source), "-o", str(temporary), *link, "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
     return path
+
+
+class Block(ctypes.Structure):
+    """The weights of a transformer block, as block.h has them."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "attention_norm", "mlp_norm")),
+        *((name, ctypes.c_long) for name in ("dim", "heads", "kv_heads", "width", "hidden")),
+        ("narrow", ctypes.c_int * 4),
+        ("eps", ctypes.c_float),
+    ]
 
 
 def _processor() -> str:
@@ -80,6 +100,8 @@ def _load(path: Path, dtype: torch.dtype) -> ctypes.CDLL:
     kernels.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int]
     if dtype == torch.float32:
         kernels.linear.argtypes = [*kernels.linear.argtypes, ctypes.c_int]
+        kernels.block.argtypes = [ctypes.POINTER(Block), *[pointer] * 8, long, long, long, ctypes.c_int]
+        kernels.block.restype = None
     kernels.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     kernels.silu_times.argtypes = [pointer, pointer, long, long]
     kernels.attend.argtypes = [pointer] * 11 + [long] * 7 + [ctypes.c_int]

@@ -10,6 +10,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+typedef float real;
+
+static inline float to_float(float x) { return x; }
+static inline float from_float(float x) { return x; }
+
 static inline __attribute__((always_inline)) __m256 load_weight(const int narrow, const void *w, long i) {
     if (!narrow) return _mm256_loadu_ps((const float *)w + i);
     const __m128i bits = _mm_loadu_si128((const __m128i *)((const uint16_t *)w + i));
@@ -55,26 +60,22 @@ static inline __attribute__((always_inline)) void product(const int narrow, cons
     // Waking a second thread costs some microseconds: small products are done before it is there.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
     for (long four = 0; four < (blocks + 3) / 4; four++) {
-        const long end = 4 * four + 4 < blocks ? 4 * four + 4 : blocks;
-        for (long m = 0; m < rows; m += 4) {  // the blocks stay in cache for the next rows
-            const float *xm = x + m * K;
-            float *ym = y + m * N;
-            long block = 4 * four;
-            // A chain of additions waits for itself: few rows go through several blocks at once.
-            if (rows - m == 1 && end - block == 4) {
-                tile(1, 4, narrow, xm, K, w, bias, ym, N, block);
-                continue;
-            }
-            if (rows - m == 2)
-                for (; end - block >= 2; block += 2) tile(2, 2, narrow, xm, K, w, bias, ym, N, block);
-            for (; block < end; block++) {
-                switch (rows - m) {
-                    case 1: tile(1, 1, narrow, xm, K, w, bias, ym, N, block); break;
-                    case 2: tile(2, 1, narrow, xm, K, w, bias, ym, N, block); break;
-                    case 3: tile(3, 1, narrow, xm, K, w, bias, ym, N, block); break;
-                    default: tile(4, 1, narrow, xm, K, w, bias, ym, N, block);
-                }
-            }
+        const long begin = 4 * four, end = begin + 4 < blocks ? begin + 4 : blocks, left = rows % 4, m = rows - left;
+        for (long block = begin; block < end; block++)  // stays in cache for the next rows
+            for (long first = 0; first < m; first += 4)
+                tile(4, 1, narrow, x + first * K, K, w, bias, y + first * N, N, block);
+        const float *xm = x + m * K;
+        float *ym = y + m * N;
+        // A chain of additions waits for itself: few rows go through several blocks at once.
+        if (left == 1 && end - begin == 4) {
+            tile(1, 4, narrow, xm, K, w, bias, ym, N, begin);
+            continue;
+        }
+        for (long block = begin; left && block < end;) {
+            if (left == 2 && end - block >= 2) tile(2, 2, narrow, xm, K, w, bias, ym, N, block), block += 2;
+            else if (left == 3) tile(3, 1, narrow, xm, K, w, bias, ym, N, block), block++;
+            else if (left == 2) tile(2, 1, narrow, xm, K, w, bias, ym, N, block), block++;
+            else tile(1, 1, narrow, xm, K, w, bias, ym, N, block), block++;
         }
     }
 }
@@ -266,3 +267,5 @@ void attend(const float *q, const long *q_stride, const float *k, const long *k_
         }
     }
 }
+
+#include "block.h"

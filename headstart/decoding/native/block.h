@@ -1,0 +1,70 @@
+// A whole transformer block over cached keys and values, made of the functions of the file that includes this: one call
+// instead of some twenty operators, of which each costs a small model more than its arithmetic.
+
+#include <string.h>
+
+typedef struct {
+    const void *qkv, *out, *gate_up, *down;  // packed for `linear`
+    const float *qkv_bias, *out_bias;        // NULL: none
+    const real *attention_norm, *mlp_norm;
+    long dim, heads, kv_heads, width, hidden;
+    int narrow[4];  // of the four products
+    float eps;
+} Block;
+
+// Turns the first `heads` of each row, (rows, stride), to their positions. cosine, sine (rows, E), the sine signed.
+// Written with fmaf, so that it rounds alike however the compiler lays the loop out.
+static void rotate(real *x, const real *cosine, const real *sine, long rows, long heads, long E, long stride) {
+    const long half = E / 2;
+    for (long r = 0; r < rows; r++, cosine += E, sine += E) {
+        for (long h = 0; h < heads; h++) {
+            real *at = x + r * stride + h * E;
+            for (long e = 0; e < half; e++) {
+                const float a = to_float(at[e]), b = to_float(at[e + half]);
+                at[e] = from_float(fmaf(b, to_float(sine[e]), a * to_float(cosine[e])));
+                at[e + half] = from_float(fmaf(a, to_float(sine[e + half]), b * to_float(cosine[e + half])));
+            }
+        }
+    }
+}
+
+static void add(real *y, const real *x, long count) {
+    for (long i = 0; i < count; i++) y[i] = from_float(to_float(y[i]) + to_float(x[i]));
+}
+
+// x (S, W, dim) at positions at (S, W) -> y (S, Q, dim): all W rows, or with row (S,) that one of each slot, for which
+// keys and values of all rows are kept nevertheless. cosine, sine (S, W, E). keys, values: as `attend` takes them.
+void block(const Block *b, const real *x, const real *cosine, const real *sine, real *y, float *keys, float *values,
+           const long *at, const long *row, long S, long W, long capacity, int threads) {
+    const long D = b->dim, H = b->heads, G = b->kv_heads, E = b->width, F = b->hidden, HE = H * E;
+    const long wide = (H + 2 * G) * E, Q = row ? 1 : W, asked = S * Q;
+    real *normed = malloc(sizeof(real) * (S * W * (D + wide) + asked * (2 * HE + D + 3 * F)));
+    real *qkv = normed + S * W * D, *q = qkv + S * W * wide, *mixed = q + asked * HE, *change = mixed + asked * HE;
+    real *gates = change + asked * D, *inner = gates + asked * 2 * F;
+    long *q_at = malloc(sizeof(long) * asked);
+
+    rms_norm(x, b->attention_norm, normed, S * W, D, b->eps);
+    linear(normed, b->qkv, b->qkv_bias, qkv, S * W, wide, D, threads, b->narrow[0]);
+    rotate(qkv, cosine, sine, S * W, H + G, E, wide);
+    for (long s = 0; s < S; s++) {
+        for (long i = 0; i < Q; i++) {
+            const long from = s * W + (row ? row[s] : i), to = s * Q + i;
+            memcpy(q + to * HE, qkv + from * wide, sizeof(real) * HE);
+            memcpy(y + to * D, x + from * D, sizeof(real) * D);
+            q_at[to] = at[from];
+        }
+    }
+    const long q_stride[3] = {Q * HE, E, HE}, kv_stride[3] = {W * wide, E, wide};
+    attend(q, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, q_at, S, H, G, W, Q, E,
+           capacity, threads);
+    linear(mixed, b->out, b->out_bias, change, asked, D, HE, threads, b->narrow[1]);
+    add(y, change, asked * D);
+
+    rms_norm(y, b->mlp_norm, normed, asked, D, b->eps);
+    linear(normed, b->gate_up, NULL, gates, asked, 2 * F, D, threads, b->narrow[2]);
+    silu_times(gates, inner, asked, F);
+    linear(inner, b->down, NULL, change, asked, D, F, threads, b->narrow[3]);
+    add(y, change, asked * D);
+    free(q_at);
+    free(normed);
+}
