@@ -134,7 +134,7 @@ def test_attention_over_the_cache(
         want = F.scaled_dot_product_attention(
             q[slot : slot + 1].double(), past_k[None], past_v[None], attn_mask=mask, enable_gqa=True
         )
-        assert (got[slot].double() - want[0]).norm() / want.norm() < error
+        assert (got[slot].double() - want[0]).norm() / want.norm() < error / 2
 
 
 def test_attention_of_a_row_depends_on_its_past_alone(dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-typedef uint16_t bf16;
+typedef uint16_t bf16, real;
 
 static inline float to_float(bf16 x) {
     union { uint32_t i; float f; } u = { (uint32_t)x << 16 };
@@ -90,7 +90,8 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long D, flo
     }
 }
 
-// y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first.
+// y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first. The exponent is bounded: -ffast-math divides by way of a
+// reciprocal, and by infinity to a NaN.
 void silu_times(const bf16 *x, bf16 *y, long rows, long H) {
     for (long r = 0; r < rows; r++, x += 2 * H, y += H) {
         for (long h = 0; h < H; h += 16) {
@@ -98,7 +99,7 @@ void silu_times(const bf16 *x, bf16 *y, long rows, long H) {
             const long n = H - h < 16 ? H - h : 16;
             for (long i = 0; i < 16; i++) {
                 const float gate = i < n ? to_float(x[h + i]) : 0.0f, up = i < n ? to_float(x[H + h + i]) : 0.0f;
-                value[i] = gate / (1.0f + expf(-gate)) * up;
+                value[i] = gate / (1.0f + expf(fminf(-gate, 80.0f))) * up;
             }
             store16(y + h, _mm512_loadu_ps(value), n == 16 ? 0xFFFF : (__mmask16)((1u << n) - 1));
         }
@@ -180,55 +181,8 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
     }
 }
 
-// Writes the new keys and values of W rows per slot at their positions, then attends for Q rows per slot.
-// q (S, H, Q, E), k and v (S, G, W, E): bf16 with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
-// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. k_at (S, W), q_at (S, Q): positions.
-// E and capacity are multiples of 16; every position lies below capacity.
-void attend(const bf16 *q, const long *q_stride, const bf16 *k, const long *k_stride, const bf16 *v, const long *v_stride,
-            bf16 *y, float *keys, float *values, const long *k_at, const long *q_at, long S, long H, long G, long W, long Q,
-            long E, long capacity, int threads) {
-    const long group = H / G;
-    const float scale = 1.0f / sqrtf((float)E);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * q_at[Q - 1] > 1 << 14)
-    for (long s = 0; s < S; s++) {
-        for (long g = 0; g < G; g++) {
-            float *kc = keys + (s * G + g) * E * capacity, *vc = values + (s * G + g) * capacity * E;
-            for (long w = 0; w < W; w++) {
-                const bf16 *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
-                const bf16 *vr = v + s * v_stride[0] + g * v_stride[1] + w * v_stride[2];
-                const long at = k_at[s * W + w];
-                for (long e = 0; e < E; e++) {
-                    kc[at / 16 * 16 * E + e * 16 + at % 16] = to_float(kr[e]);
-                    vc[at * E + e] = to_float(vr[e]);
-                }
-            }
-            const long rows = group * Q;
-            long end = 0;
-            for (long i = 0; i < Q; i++) end = q_at[s * Q + i] > end ? q_at[s * Q + i] : end;
-            const long span = (end + 16) / 16 * 16;
-            float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
-            for (long first = 0; first < rows; first += 4) {
-                const int R = rows - first < 4 ? (int)(rows - first) : 4;
-                long last[4];
-                for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
-                    const bf16 *qr = q + s * q_stride[0] + head * q_stride[1] + row * q_stride[2];
-                    for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
-                    last[r] = q_at[s * Q + row];
-                }
-                switch (R) {
-                    case 1: attend_rows(1, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    case 2: attend_rows(2, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    case 3: attend_rows(3, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    default: attend_rows(4, rows_q, last, kc, vc, E, span, score, rows_y);
-                }
-                for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
-                    bf16 *yr = y + ((s * Q + row) * H + head) * E;
-                    for (long e = 0; e < E; e += 16) store16(yr + e, _mm512_loadu_ps(rows_y + r * E + e), 0xFFFF);
-                }
-            }
-            free(score);
-        }
-    }
+static inline void store_row(bf16 *y, const float *x, long E) {
+    for (long e = 0; e < E; e += 16) store16(y + e, _mm512_loadu_ps(x + e), 0xFFFF);
 }
+
+#include "attend.h"

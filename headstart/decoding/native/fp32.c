@@ -215,57 +215,9 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
     }
 }
 
-// Writes the new keys and values of W rows per slot at their positions, then attends for Q rows per slot.
-// q (S, H, Q, E), k and v (S, G, W, E): fp32 with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
-// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. k_at (S, W), q_at (S, Q): positions.
-// E and capacity are multiples of 16; every position lies below capacity.
-void attend(const float *q, const long *q_stride, const float *k, const long *k_stride, const float *v, const long *v_stride,
-            float *y, float *keys, float *values, const long *k_at, const long *q_at, long S, long H, long G, long W, long Q,
-            long E, long capacity, int threads) {
-    const long group = H / G;
-    const float scale = 1.0f / sqrtf((float)E);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * q_at[Q - 1] > 1 << 14)
-    for (long s = 0; s < S; s++) {
-        for (long g = 0; g < G; g++) {
-            float *kc = keys + (s * G + g) * E * capacity, *vc = values + (s * G + g) * capacity * E;
-            for (long w = 0; w < W; w++) {
-                const float *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
-                const float *vr = v + s * v_stride[0] + g * v_stride[1] + w * v_stride[2];
-                const long at = k_at[s * W + w];
-                for (long e = 0; e < E; e++) {
-                    kc[at / 16 * 16 * E + e * 16 + at % 16] = kr[e];
-                    vc[at * E + e] = vr[e];
-                }
-            }
-            const long rows = group * Q;
-            long end = 0;
-            for (long i = 0; i < Q; i++) end = q_at[s * Q + i] > end ? q_at[s * Q + i] : end;
-            const long span = (end + 16) / 16 * 16;
-            float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
-            for (long first = 0; first < rows; first += 4) {
-                const int R = rows - first < 4 ? (int)(rows - first) : 4;
-                long last[4];
-                for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
-                    const float *qr = q + s * q_stride[0] + head * q_stride[1] + row * q_stride[2];
-                    for (long e = 0; e < E; e++) rows_q[r * E + e] = qr[e] * scale;
-                    last[r] = q_at[s * Q + row];
-                }
-                switch (R) {
-                    case 1: attend_rows(1, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    case 2: attend_rows(2, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    case 3: attend_rows(3, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    default: attend_rows(4, rows_q, last, kc, vc, E, span, score, rows_y);
-                }
-                for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
-                    float *yr = y + ((s * Q + row) * H + head) * E;
-                    for (long e = 0; e < E; e++) yr[e] = rows_y[r * E + e];
-                }
-            }
-            free(score);
-        }
-    }
+static inline void store_row(float *y, const float *x, long E) {
+    for (long e = 0; e < E; e++) y[e] = x[e];
 }
 
+#include "attend.h"
 #include "block.h"
