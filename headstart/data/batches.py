@@ -193,7 +193,7 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every row once, in order, the last batch perhaps smaller; `limit_rows` takes that many, spread evenly.
 
-    The short piece at the end that `BatchStream` never visits is left out. Raises UsageError, at the call, as `BatchStream`.
+    The short piece at the end that `BatchStream` never visits is left out. Raises UsageError, at the call, as it does.
     """
     if rows < 1 or (limit_rows is not None and limit_rows < 1):
         raise UsageError(f"rows {rows}, limit_rows {limit_rows}: both must be 1 or more (no limit: None)")
