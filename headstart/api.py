@@ -12,12 +12,14 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine, Generation, Request, Stats, generate_all
 from headstart.decoding.packing import decoding_dtype, pack
+from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.boxed import boxed_model
 from headstart.storage.model_directory import load_model, load_model_tokenizer
+from headstart.storage.tuning_file import read_tuning
 
 Prompt = str | Sequence[int]
 
@@ -50,10 +52,13 @@ class Output:
 class LanguageModel:
     """A model ready to decode, with its tokenizer. Made by `headstart.load`."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, directory: Path | None = None) -> None:
         self.config: ModelConfig = model.config
-        self._model = pack(model)
+        self.transformer = pack(model)
+        """The model itself, in decoding form."""
         self._tokenizer = tokenizer
+        self._directory = directory
+        self._tunings: dict[int, Tuning | None] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -64,7 +69,19 @@ class LanguageModel:
 
     def engine(self, slots: int = 1, context: int | None = None, exact: bool = True) -> Engine:
         """A decoding engine over this model, for many requests at once."""
-        return Engine(self._model, slots=slots, context=context, tokenizer=self._tokenizer, exact=exact)
+        tuning = self._tuning()
+        policy = None if tuning is None else DraftPolicy(tuning)
+        return Engine(
+            self.transformer, slots=slots, context=context, tokenizer=self._tokenizer, exact=exact, policy=policy
+        )
+
+    def _tuning(self) -> Tuning | None:
+        """What `headstart tune` measured for as many threads as there are now."""
+        threads = torch.get_num_threads()
+        if threads not in self._tunings:
+            directory = self._directory
+            self._tunings[threads] = None if directory is None else read_tuning(directory, self.transformer)
+        return self._tunings[threads]
 
     def generate(
         self,
@@ -85,7 +102,8 @@ class LanguageModel:
             max_new_tokens: at most this many tokens; fewer where the model's context ends.
             temperature: 0 is greedy. top_k, top_p, min_p: see `Sampling`.
             seed: of the sampling noise; with a list of prompts also a list. The same seed gives the same text.
-            heads: K, how many heads decode (None: all). The output does not depend on it.
+            heads: K, how many heads decode (None: as many as are worth it, by what `headstart tune` measured; without
+                that all). The output does not depend on it.
             exact: bit-identical output for every `heads`; False: the fastest shapes, equal up to rounding.
             stop: strings that end the text.
 
@@ -145,8 +163,8 @@ class LanguageModel:
         """(B, T) int64 -> (B, T, K, V) logits of heads 1..K (None: all), entry k-1 predicting t+k; no gradient."""
         if heads is not None and not 1 <= heads <= self.config.heads:
             raise UsageError(f"heads is {heads}; it must lie between 1 and the {self.config.heads} of this model")
-        tokens_BT = torch.as_tensor(tokens, device=self._model.trunk.embedding.weight.device)
-        return self._model(tokens_BT, heads=self.config.heads if heads is None else heads)
+        tokens_BT = torch.as_tensor(tokens, device=self.transformer.trunk.embedding.weight.device)
+        return self.transformer(tokens_BT, heads=self.config.heads if heads is None else heads)
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
@@ -179,4 +197,4 @@ def load(path: str | Path | None = None, dtype: str | torch.dtype | None = None,
     model = load_model(path, dtype=dtype, device=device)
     if dtype is None:
         model = model.to(decoding_dtype(model))
-    return LanguageModel(model, load_model_tokenizer(path))
+    return LanguageModel(model, load_model_tokenizer(path), Path(path))

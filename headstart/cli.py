@@ -1,9 +1,8 @@
-"""The command line: one function per command, each only calls its room."""
+"""The commands: one function each, which only calls its room. What is around them is in `entry.py`."""
 
 from __future__ import annotations
 
 import json as json_module
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -192,7 +191,8 @@ def generate(
         model: a model directory (default: the model in the box).
         prompt: text to continue; - reads it from standard input.
         max_new_tokens: at most this many tokens.
-        heads: how many heads decode, 1 being plain decoding (default: all). The output does not depend on it.
+        heads: how many heads decode, 1 being plain decoding (default: those worth it by what `headstart tune` measured;
+            without that all). The output does not depend on it.
         temperature: 0 is greedy.
         top_k: keep the k most probable tokens (0: all).
         top_p: keep the most probable tokens that reach this probability together (1: all).
@@ -236,22 +236,37 @@ def generate(
     if stats:
         shares = "  ".join(f"head {k} {share:.0%}" for k, share in enumerate(result.acceptance, start=2))
         say(
-            f"{result.tokens} tokens in {result.passes} passes: {result.tokens_per_pass:.2f} tokens per pass, "
-            f"{result.tokens_per_second:.0f} tokens/s ({generation.finish_reason})"
+            f"{result.tokens} tokens in {result.passes} passes of {result.rows_per_pass:.1f} rows: "
+            f"{result.tokens_per_pass:.2f} tokens per pass, {result.tokens_per_second:.0f} tokens/s "
+            f"({generation.finish_reason})"
         )
         if shares:
             say(f"accepted drafts: {shares}")
+
+
+def _measure(
+    command: str, arguments: list[str], settings_type: Any, run: Callable[[Any], Any], text: Callable[[Any], str]
+) -> None:
+    """A command that parses `arguments` into its settings, and prints what it finds (--json: as JSON)."""
+    json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
+    settings = tyro.cli(settings_type, prog=f"headstart {command}", args=arguments)
+    _threads(settings.threads)
+    found = run(settings)
+    _print_json(found) if json else print(text(found))
 
 
 def evaluate(arguments: list[str]) -> None:
     """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
     from headstart.evaluation import run
 
-    json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
-    settings = tyro.cli(run.EvaluateSettings, prog="headstart evaluate", args=arguments)
-    _threads(settings.threads)
-    found = run.run(settings)
-    _print_json(found) if json else print(run.format_evaluation(found))
+    _measure("evaluate", arguments, run.EvaluateSettings, run.run, run.format_evaluation)
+
+
+def tune(arguments: list[str]) -> None:
+    """Measure what drafts are worth and what a pass costs here, for decoding to choose by."""
+    from headstart import tuning
+
+    _measure("tune", arguments, tuning.TuneSettings, tuning.tune, tuning.format_tuning)
 
 
 def inspect(model: Positional[str | None] = None, json: bool = False) -> None:
@@ -327,71 +342,8 @@ def bench(arguments: list[str]) -> None:
 
 
 # These parse their own arguments: what they take depends on the first one.
-RAW = (train, evaluate, bench)
+RAW = (train, evaluate, tune, bench)
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (demo, prepare, train, compare, generate, evaluate, inspect, doctor, bench)
+    command.__name__: command
+    for command in (demo, prepare, train, compare, generate, evaluate, tune, inspect, doctor, bench)
 }
-
-
-def _help() -> str:
-    lines = [
-        "headstart: train language models that predict several tokens at once, decode several tokens per pass",
-        "",
-        "usage: headstart COMMAND [arguments]     headstart COMMAND --help",
-        "",
-    ]
-    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    lines += ["", "  --debug   show the traceback of an error", "  --version"]
-    return "\n".join(lines)
-
-
-def _dispatch(name: str, arguments: list[str]) -> None:
-    command = COMMANDS[name]
-    if command in RAW:
-        command(arguments)
-        return
-    tyro.cli(command, prog=f"headstart {name}", args=arguments)
-
-
-def main() -> None:
-    """Entry point. Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    # Two threads of one product wait for each other by spinning. Where a core is shared, the spinning thread keeps
-    # the other from its core for a whole time slice: products then take 8 ms whatever their size. A short spin costs
-    # nothing on an idle machine. libgomp reads this once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return
-    if arguments[0] == "--version":
-        from headstart import __version__
-
-        print(__version__)
-        return
-    try:
-        if arguments[0] not in COMMANDS:
-            raise UsageError(f"there is no command {arguments[0]!r}; take one of {', '.join(COMMANDS)}")
-        _dispatch(arguments[0], arguments[1:])
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("headstart: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except UsageError as error:
-        if debug:
-            raise
-        if not error.said:
-            print(f"headstart: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except BrokenPipeError:
-        # The reader of our output has gone (`headstart ... | head`): that is no error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except OSError as error:
-        if debug:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"headstart: {place}{error.strerror or error} (--debug shows where)", file=sys.stderr)
-        raise SystemExit(1) from None

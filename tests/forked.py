@@ -17,7 +17,7 @@ import headstart.comparison.report
 import headstart.doctor
 import headstart.training.dry_run
 import headstart.training.loop  # noqa: F401
-from headstart import cli
+from headstart import entry
 
 
 def run(request: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def run(request: dict[str, Any]) -> None:
         exec(compile(request["program"], "<program>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = ["headstart", *request["headstart"]]
-        cli.main()
+        entry.main()
 
 
 def child(request: dict[str, Any]) -> int:

@@ -90,8 +90,8 @@ def test_a_directory_without_tokenizer_takes_ids(saved, tmp_path) -> None:
 def test_a_cpu_decodes_in_a_dtype_that_it_multiplies_in_hardware(stored, fast, decoded, saved, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "dtype_on", lambda device: fast)
     save_model(saved[0], tmp_path / "model", None, dtype=getattr(torch, stored))
-    weight = headstart.load(tmp_path / "model")._model.trunk.embedding.weight
+    weight = headstart.load(tmp_path / "model").transformer.trunk.embedding.weight
     assert weight.dtype == getattr(torch, decoded)
     assert torch.equal(weight, load_model(tmp_path / "model").trunk.embedding.weight.to(weight.dtype))
-    asked = headstart.load(tmp_path / "model", dtype="bfloat16")._model.trunk.embedding.weight
+    asked = headstart.load(tmp_path / "model", dtype="bfloat16").transformer.trunk.embedding.weight
     assert asked.dtype == torch.bfloat16

@@ -37,7 +37,9 @@ FLOORS = {
     "comparison": 4,
     "doctor": 4,
     "inspection": 4,
+    "tuning": 4,
     "cli": 5,
+    "entry": 5,
     "__main__": 5,
 }
 """Floor of each room (a folder) and of each file beside them. `demo` stands for every demo*.py."""
@@ -269,7 +271,7 @@ def test_loading_a_model_does_not_import_the_compiler() -> None:
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["headstart", "headstart.cli"])
+@pytest.mark.parametrize("module", ["headstart", "headstart.entry"])
 def test_importing_does_not_cost_a_second(module: str) -> None:
     """`headstart --help` must not wait for torch."""
     heavy = "{'torch', 'numpy', 'transformers', 'tokenizers', 'safetensors', 'matplotlib'}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart import __version__, cli
+from headstart import __version__, cli, entry
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -33,7 +33,7 @@ def call(*arguments: str) -> int:
     """Exit status of `headstart ARGUMENTS`, in this process."""
     before, sys.argv = sys.argv, ["headstart", *arguments]
     try:
-        cli.main()
+        entry.main()
         return 0
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 1
@@ -97,7 +97,7 @@ def test_an_unknown_flag_is_wrong_use(model, capsys) -> None:
 def test_debug_shows_where(model) -> None:
     with pytest.raises(Exception, match="prompt is empty"):
         sys.argv = ["headstart", "generate", model, "--prompt", "", "--debug"]
-        cli.main()
+        entry.main()
 
 
 def test_where_no_model_is_named_it_is_the_one_in_the_box(model, capsys, monkeypatch) -> None:
@@ -158,7 +158,7 @@ def test_verify_names_the_damaged_files(tmp_path, capsys) -> None:
 
 def test_help_and_version_answer_without_torch() -> None:
     program = (
-        "import sys, headstart.cli as c\n"
+        "import sys, headstart.entry as c\n"
         "for a in (['--help'], ['--version'], []):\n"
         "    sys.argv = ['headstart', *a]; c.main()\n"
         "assert 'torch' not in sys.modules"

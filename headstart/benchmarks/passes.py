@@ -32,8 +32,10 @@ class Pass:
         slots: int = 1,
         length: int = 128,
         deferred: bool = True,
+        confident: bool = False,
     ) -> None:
         self.model, self.rows, self.heads, self.length, self.deferred = model, rows, heads, length, deferred
+        self.confident = confident
         engine = Engine(model, slots=slots, context=length + rows, exact=False)
         self.state = state = engine.state
         width = max(rows, model.config.heads)
@@ -56,8 +58,11 @@ class Pass:
             span=self.span,
             starts=self.starts,
             deferred=self.deferred,
+            confident=self.confident,
         )
         accepted.tolist()
+        if self.confident:
+            self.state.confidence_SK.tolist()
         return tokens.tolist()  # the engine waits for both, so they belong to the pass
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.packing import is_row_exact
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.step import DecodingState, decode_step, prefill
 from headstart.decoding.stopping import Stopper
@@ -33,7 +34,8 @@ class Request:
     max_new_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
     heads: int | None = None
-    """K: how many heads to use, head 1 included (None: all the model has; 1: plain decoding)."""
+    """K: how many heads to use, head 1 included (None: as many as the engine's policy finds worth it, without a policy
+    all the model has; 1: plain decoding)."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
 
@@ -57,6 +59,11 @@ class Stats:
     @property
     def tokens_per_pass(self) -> float:
         return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def rows_per_pass(self) -> float:
+        """Rows fed on average: the root and drafts."""
+        return 1 + sum(self.drafted) / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,6 +92,7 @@ class Stats:
             "tokens": self.tokens,
             "passes": self.passes,
             "tokens_per_pass": round(self.tokens_per_pass, 3),
+            "rows_per_pass": round(self.rows_per_pass, 3),
             "tokens_per_second": round(self.tokens_per_second, 1),
             "acceptance": [round(share, 3) for share in self.acceptance],
             "seconds": round(self.seconds, 3),
@@ -102,6 +110,9 @@ class Generation:
         self.origins: list[int] = []
         """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k."""
         self.slot: int | None = None
+        self.confidences: list[float] = []
+        """Of the drafts in its window; empty where there are none, or where the engine has no policy."""
+        self._drafts = 0  # in its window
         self._stopper = stopper
         self._started = 0.0
 
@@ -146,6 +157,11 @@ class Engine:
             a window, all slots, whole attention blocks. False makes every pass as small as it can be: faster with few
             heads, equal up to rounding.
         deferred: see `decode_step`.
+        policy: chooses the rows of each pass for requests that do not name a number of heads. Where `exact` fixes the
+            shapes it has nothing to choose, and is left out.
+        watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
+            fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
+            ask for confidences without a policy too.
     """
 
     def __init__(
@@ -157,12 +173,16 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         exact: bool = True,
         deferred: bool = True,
+        policy: DraftPolicy | None = None,
+        watch: Callable[[Generation, int, int], None] | None = None,
     ) -> None:
         if slots < 1:
             raise UsageError(f"an engine needs at least one slot, not {slots}")
         self.model, self.tokenizer, self.exact, self.deferred = model, tokenizer, exact, deferred
         self.context = context or model.config.context
         self.fixed_shapes = exact and not is_row_exact(model)
+        self.policy = None if self.fixed_shapes or model.config.heads == 1 else policy
+        self.watch = watch
         self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
         self.state = DecodingState.empty(model, slots, _round_up(self.context + model.config.heads, self.step_span))
         self._live: list[Generation | None] = [None] * slots
@@ -207,11 +227,11 @@ class Engine:
         if not live:
             return []
         last = len(self._live) if self.fixed_shapes else live[-1][0] + 1
-        heads = max(g.heads for _, g in live)
-        rows = self.model.config.heads if self.fixed_shapes else heads
+        rows, heads = self._shape([g for _, g in live], last)
         slots = slice(0, last)
         # Slots between the live ones run along on what they last held; their results are never read.
         starts = self._lengths[slots]
+        confident = heads > 1 and (self.policy is not None or self.watch is not None)
         tokens_SW, accepted_S = decode_step(
             self.model,
             self.state,
@@ -221,24 +241,50 @@ class Engine:
             span=min(_round_up(max(starts) + rows, self.step_span), self.state.cache.capacity),
             starts=starts,
             deferred=self.deferred,
+            confident=confident,
         )
         tokens, accepted = tokens_SW.tolist(), accepted_S.tolist()
-        results = []
+        confidences = self.state.confidence_SK[slots].tolist() if confident else []
+        results, total = [], 0
         for slot, generation in live:
             committed = tokens[slot][: accepted[slot] + 1]
             self._lengths[slot] += len(committed)
+            total += len(committed)
+            fed = min(generation._drafts, rows - 1)
+            if self.watch is not None and generation.confidences and fed:
+                self.watch(generation, fed, accepted[slot])
             stats = generation.stats
-            if stats.passes:  # the first window holds no drafts
-                for i in range(min(generation.heads, rows) - 1):
-                    stats.drafted[i] += 1
-                    stats.accepted[i] += i < accepted[slot]
+            for i in range(fed):
+                stats.drafted[i] += 1
+                stats.accepted[i] += i < accepted[slot]
             stats.passes += 1
+            generation._drafts = min(generation.heads, heads) - 1
+            generation.confidences = confidences[slot][: generation._drafts] if confident else []
+            if heads < generation.heads and self.model.config.head_kind == "transformer":
+                # Its drafting heads have missed these positions, and would draft from caches with holes.
+                generation.heads = heads
+                self.state.heads_S[slot] = heads
             results.append((generation, generation.commit(committed)))
+        if self.policy is not None:
+            self.policy.saw(last, len(live), rows, heads > 1, total)
         for slot in range(last):
             generation_or_none = self._live[slot]
             if generation_or_none is None or generation_or_none.finished:
                 self._free(slot)
         return results
+
+    def _shape(self, live: list[Generation], slots: int) -> tuple[int, int]:
+        """Rows and heads of the next pass."""
+        n = self.model.config.heads
+        fixed = max((g.heads for g in live if self.policy is None or g.request.heads is not None), default=1)
+        if self.fixed_shapes:
+            return n, fixed
+        free = [g for g in live if self.policy is not None and g.request.heads is None and g.heads > 1]
+        if self.policy is None or not free:
+            return fixed, fixed
+        windows = [(g.request.sampling.temperature > 0, g.confidences) for g in free]
+        rows, drafting = self.policy.plan(slots, windows)
+        return max(rows, fixed), max(fixed, *(g.heads for g in free)) if drafting else fixed
 
     def run(self) -> Iterator[tuple[Generation, str]]:
         """Steps until nothing is left."""

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from headstart.decoding import native
-from headstart.decoding.cache import CompiledAttention
+from headstart.decoding.cache import CachedAttention, CompiledAttention
 from headstart.machine import dtype_on
 from headstart.model.attention import causal_attention
 from headstart.model.heads import Unembedding
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
-from headstart.model.transformer import Transformer
+from headstart.model.transformer import Transformer, Trunk
 
 MakeLinear = Callable[[Tensor, "Tensor | None"], nn.Module]
 
@@ -105,7 +105,7 @@ class NativeBlock(nn.Module):
         linears = [cast(NativeLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
         biases = [None if x.bias is None else x.bias.data_ptr() for x in linears[:2]]
         norms = [cast(NativeNorm, x) for x in (block.attention_norm, block.mlp_norm)]
-        self._weights = native.Block(
+        self.weights = native.Block(
             *(x.packed.data_ptr() for x in linears),
             *biases,
             *(x.weight.data_ptr() for x in norms),
@@ -129,7 +129,7 @@ class NativeBlock(nn.Module):
         row_S = attend.row_S
         y_SQD = x_SWD.new_empty(S, W if row_S is None else 1, D)
         self._call(
-            self._weights,
+            self.weights,
             x_SWD.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -142,6 +142,40 @@ class NativeBlock(nn.Module):
             torch.get_num_threads(),
         )
         return y_SQD
+
+
+class NativeTrunk(nn.Module):
+    """`Trunk` with its blocks in one call where the cache is a compiled one; elsewhere block by block."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.embedding, self.blocks = trunk.embedding, trunk.blocks
+        pointers = [ctypes.pointer(cast(NativeBlock, block).weights) for block in self.blocks]
+        self._addresses = (ctypes.POINTER(native.Block) * len(pointers))(*pointers)
+        self._call = _native(torch.float32).blocks
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Callable[[int], Attend] = lambda layer: causal_attention,
+    ) -> Tensor:
+        attention = getattr(attend, "__self__", None)
+        if not isinstance(attention, CachedAttention) or not attention.cache.compiled:
+            return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend)
+        z_SWD = self.embedding(tokens_BT)
+        y_SWD = torch.empty_like(z_SWD)
+        cache, first = attention.cache, attention.slots.start
+        cos, sin = rotary[0].contiguous(), rotary[1].contiguous()
+        tensors = (z_SWD, cos, sin, y_SWD, cache.keys[0, first], cache.values[0, first])
+        self._call(
+            *(self._addresses, len(self.blocks)),
+            *(x.data_ptr() for x in tensors),
+            *(cache.keys.stride(0), attention.positions.data_ptr()),
+            *(*z_SWD.shape[:2], cache.capacity),
+            torch.get_num_threads(),
+        )
+        return y_SWD
 
 
 def _native(dtype: torch.dtype) -> ctypes.CDLL:
@@ -249,6 +283,7 @@ def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> 
             for i, block in enumerate(blocks):
                 if isinstance(block, Block):
                     blocks[i] = NativeBlock(block)
+        model.trunk = NativeTrunk(model.trunk)  # type: ignore[assignment]
     return model.eval()
 
 

@@ -7,11 +7,13 @@ Draft and verification share it, so a speculative sample *is* the plain sample o
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from headstart.decoding import native
 from headstart.errors import UsageError
 
 
@@ -54,8 +56,20 @@ def _mix(x: Tensor) -> Tensor:
 def position_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise (..., V) fp32 for int64 `seeds` and `positions` of one shape (...).
 
-    A pure function of (seed, position, token id): integer arithmetic, so the same on every device and for every shape.
+    A pure function of (seed, position, token id), whatever the shape. It is hashed by integer arithmetic, the same on
+    every device; the last bit of its two logarithms is that of the device's library.
     """
+    compiled = native.chooser() if seeds.device.type == "cpu" else None
+    if compiled is None:
+        return _reference_noise(seeds, positions, vocab_size)
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    noise = torch.empty((*positions.shape, vocab_size))
+    sizes = (positions.numel(), vocab_size, torch.get_num_threads())
+    compiled.noise(seeds.data_ptr(), positions.data_ptr(), noise.data_ptr(), *sizes)
+    return noise
+
+
+def _reference_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     key = _mix(_mix(seeds + _STEP) + positions * _STEP)
     ids = torch.arange(1, vocab_size + 1, device=positions.device) * _STEP
     bits = _mix(key[..., None] + ids) >> 32 & 0xFFFFFFFF
@@ -85,20 +99,38 @@ class SamplingRows:
         # Any Python integer is a seed: it is folded into 64 signed bits.
         self.seed[slot] = (sampling.seed + 2**63) % 2**64 - 2**63
 
-    def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor | None:
-        """The noise (S, R, V) of these positions, None where every slot is greedy."""
-        if all(s.temperature == 0 for s in self._of[slots]):
-            return None
+    def any_sampled(self, slots: slice) -> bool:
+        """Whether any of these slots needs noise."""
+        return any(s.temperature > 0 for s in self._of[slots])
+
+    def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
+        """The noise (S, R, V) of these positions."""
         return position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
 
     def choose(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice) -> Tensor:
         """Tokens (S, R) int64 for logits (S, R, V); `noise` is that of the positions which the tokens will have."""
         # Torch finds the largest of 32,000 in 20 us in fp32 and in 113 us in bf16; widening changes no comparison.
         logits_SRV = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
+        settings = self._of[slots]
+        truncated = noise_SRV is not None and any(s.top_k or s.top_p < 1 or s.min_p for s in settings)
+        compiled = None if truncated else _compiled_for(logits_SRV)
+        if compiled is not None:
+            logits_SRV = logits_SRV.contiguous()
+            (S, R), V = logits_SRV.shape[:2], logits_SRV.shape[2]
+            tokens, scratch = torch.empty((S, R), dtype=torch.int64), torch.empty(V)
+            noise = None if noise_SRV is None else noise_SRV.contiguous()
+            compiled.choose(
+                logits_SRV.data_ptr(),
+                self.temperature[slots].data_ptr(),
+                None if noise is None else noise.data_ptr(),
+                tokens.data_ptr(),
+                scratch.data_ptr(),
+                *(S * R, R, V),
+            )
+            return tokens
         greedy = logits_SRV.argmax(-1)
         if noise_SRV is None:
             return greedy
-        settings = self._of[slots]
         temperature = self.temperature[slots, None, None]
         # Relative to the largest: however small the temperature, nothing overflows.
         x = (logits_SRV - logits_SRV.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
@@ -110,6 +142,25 @@ class SamplingRows:
             floor = x.amax(-1, keepdim=True) + self.min_p[slots, None, None].log()  # log 0 = -inf: nothing is dropped
             x = x.masked_fill(x < floor, float("-inf"))
         return torch.where(temperature[..., 0] > 0, (x + noise_SRV).argmax(-1), greedy)
+
+    def confidence(self, logits_SRV: Tensor, tokens_SR: Tensor, slots: slice) -> Tensor:
+        """(S, R) fp32: the probability of `tokens` under `logits` at each slot's temperature (greedy: 1), before top-k,
+        top-p and min-p."""
+        compiled = _compiled_for(logits_SRV.float())
+        if compiled is not None:
+            logits_SRV, tokens_SR = logits_SRV.float().contiguous(), tokens_SR.contiguous()
+            (S, R), V = tokens_SR.shape, logits_SRV.shape[2]
+            confidence = torch.empty(S, R)
+            pointers = [x.data_ptr() for x in (logits_SRV, self.temperature[slots], tokens_SR, confidence)]
+            compiled.confidence(*pointers, S * R, R, V)
+            return confidence
+        temperature = self.temperature[slots, None, None]
+        x = logits_SRV.float() / torch.where(temperature > 0, temperature, 1)
+        return (x.gather(-1, tokens_SR[..., None])[..., 0] - x.logsumexp(-1)).exp()
+
+
+def _compiled_for(logits: Tensor) -> ctypes.CDLL | None:
+    return native.chooser() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
 
 
 def _keep_top_k(x_SRV: Tensor, k_S1: Tensor, largest: int) -> Tensor:

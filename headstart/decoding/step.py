@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from headstart.decoding import native
 from headstart.decoding.cache import CachedAttention, KVCache, pick
 from headstart.decoding.packing import PackedUnembedding, is_row_exact
 from headstart.decoding.sampling import SamplingRows
@@ -33,12 +34,19 @@ class DecodingState:
     """(S,) int64: how many of the window's tokens after the root are drafts; the rest is padding, never accepted."""
     heads_S: Tensor
     """(S,) int64: how many heads the slot uses, head 1 included."""
+    confidence_SK: Tensor
+    """(S, n-1) fp32: the probability that each draft's head gave it, where a pass was asked for it."""
     sampling: SamplingRows
     rotary: tuple[Tensor, Tensor]
     """cos and sin (capacity, 1, E) of every position a slot can reach."""
 
-    def rotary_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rotary[0][positions], self.rotary[1][positions]
+    def rotary_at(self, positions: Tensor, starts: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """(S, W, 1, E) for positions (S, W); `starts`, their first column, where the host knows it."""
+        cos, sin = self.rotary
+        if starts is not None and len(starts) == 1:  # slices are cheaper than an index
+            rows = slice(starts[0], starts[0] + positions.shape[1])
+            return cos[None, rows], sin[None, rows]
+        return cos[positions], sin[positions]
 
     @classmethod
     def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodingState:
@@ -57,6 +65,7 @@ class DecodingState:
             window_SW=zeros(slots, model.config.heads),
             drafted_S=zeros(slots),
             heads_S=zeros(slots) + 1,
+            confidence_SK=torch.zeros(slots, model.config.heads - 1, device=device),
             sampling=SamplingRows(slots, device),
             rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
         )
@@ -72,6 +81,7 @@ def decode_step(
     span: int,
     starts: list[int] | None = None,
     deferred: bool = True,
+    confident: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One pass over the windows of `slots`; updates `state` in place, without a value going to the host.
 
@@ -84,41 +94,59 @@ def decode_step(
         starts: `length_S` as Python numbers, where the host has them.
         deferred: whether drafting heads run on the accepted row only (their keys and values are made for all rows);
             False runs them on every row, as tests compare.
+        confident: whether to keep the confidence of the drafts made, in `state.confidence_SK`.
 
     Returns:
         tokens (S, W') int64 and accepted (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
     """
-    length = state.length_S[slots].clone()  # a slice is a view, and the lengths change below
+    length = state.length_S[slots].clone()  # a slice is a view, and settling changes it
     window = state.window_SW[slots, :rows]
-    arange = torch.arange(rows, device=window.device)
-    positions = length[:, None] + arange
-    rotary = state.rotary_at(positions)
+    positions = length[:, None] + torch.arange(rows, device=window.device)
+    rotary = state.rotary_at(positions, starts)
     attention = CachedAttention(state.cache, slots, positions, span, starts)
 
     latents = {0: model.trunk(window, rotary, attention.layer)}
     for k in model.path(1):
         _head(model, k, latents, rotary, attention)
     logits = model.unembedding(latents[1])  # (S, W', V)
-    # Of every position that this pass decides or drafts: verification and drafts share it, and one hash makes it.
-    noise = state.sampling.noise(
-        length[:, None] + torch.arange(1, rows + heads, device=window.device), logits.shape[-1], slots
-    )
+    noise = None
+    if state.sampling.any_sampled(slots):
+        # Of every position that this pass decides or drafts: verification and drafts share it, and one hash makes it.
+        decided = length[:, None] + torch.arange(1, rows + heads, device=window.device)
+        noise = state.sampling.noise(decided, logits.shape[-1], slots)
     tokens = state.sampling.choose(logits, None if noise is None else noise[:, :rows], slots)
 
-    # Draft j of the window is right if head 1, having read what is before it, says the same.
-    matches = (window[:, 1:] == tokens[:, :-1]) & (arange[1:] <= state.drafted_S[slots, None])
-    accepted = matches.long().cumprod(1).sum(1)
-
-    state.length_S[slots] = length + accepted + 1
-    state.window_SW[slots, :1] = tokens.gather(1, accepted[:, None])
+    accepted = _settle(state, slots, tokens, heads)
     if heads > 1:
         drafts = _draft(model, latents, rotary, attention, accepted, heads, deferred)  # (S, K-1, V)
         if noise is not None:
             ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
             noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
-        state.window_SW[slots, 1:heads] = state.sampling.choose(drafts, noise, slots)
-    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
+        chosen = state.sampling.choose(drafts, noise, slots)
+        state.window_SW[slots, 1:heads] = chosen
+        if confident:
+            state.confidence_SK[slots, : heads - 1] = state.sampling.confidence(drafts, chosen, slots)
     return tokens, accepted
+
+
+def _settle(state: DecodingState, slots: slice, tokens_SR: Tensor, heads: int) -> Tensor:
+    """How many drafts (S,) of each window were right, given what head 1 says after each of the R tokens fed; the slots'
+    lengths move on, and their windows begin with their new roots, of whose drafts there will be those of `heads`."""
+    length, window, drafted = state.length_S[slots], state.window_SW[slots], state.drafted_S[slots]
+    compiled = native.chooser() if tokens_SR.device.type == "cpu" else None
+    if compiled is not None:
+        accepted, tokens_SR = torch.empty_like(length), tokens_SR.contiguous()
+        pointers = [x.data_ptr() for x in (tokens_SR, window, drafted, length, state.heads_S[slots], accepted)]
+        compiled.settle(*pointers, *tokens_SR.shape, window.shape[1], heads - 1)
+        return accepted
+    # Draft j of the window is right if head 1, having read what is before it, says the same.
+    rows = tokens_SR.shape[1]
+    fed = torch.arange(1, rows, device=window.device) <= drafted[:, None]
+    accepted = ((window[:, 1:rows] == tokens_SR[:, :-1]) & fed).long().cumprod(1).sum(1)
+    length += accepted + 1
+    window[:, :1] = tokens_SR.gather(1, accepted[:, None])
+    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
+    return accepted
 
 
 def _head(

@@ -15,7 +15,7 @@ from headstart.decoding.packing import decoding_dtype, pack
 from headstart.errors import UsageError
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.heads import score_documents
-from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_documents, read_prompts
+from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_documents, read_prompts, sizes
 from headstart.files import write_text
 from headstart.storage.boxed import model_directory
 from headstart.storage.model_directory import load_model, load_model_tokenizer
@@ -92,7 +92,8 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
     model = load_model(path, device=settings.device)
     model = model.to(decoding_dtype(model)).eval()
-    length, new = _sizes(settings, model.config.context)
+    free = "acceptance" in settings.tasks
+    length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
     found: dict[str, Any] = {"model": str(path), "heads_of_model": model.config.heads}
     documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
     if "heads" in settings.tasks:
@@ -119,17 +120,6 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
             with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
                 found["acceptance"][name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))
     return found
-
-
-def _sizes(settings: EvaluateSettings, context: int) -> tuple[int, int]:
-    """Tokens of a prompt and tokens written after it."""
-    length = min(256, max(1, context // 2)) if settings.prompt_tokens is None else settings.prompt_tokens
-    new = min(256, max(1, context - length)) if settings.new_tokens is None else settings.new_tokens
-    if "acceptance" in settings.tasks and length + new > context:
-        raise UsageError(
-            f"--prompt-tokens {length} + --new-tokens {new}: more than the model's context {context}; ask for fewer"
-        )
-    return length, new
 
 
 def write(found: dict[str, Any], out: Path) -> None:

@@ -18,6 +18,18 @@ PROMPTS_FILE = "prompts.jsonl"
 """Prompts that a model directory carries: texts that it was not trained on."""
 
 
+def sizes(prompt: int | None, new: int | None, context: int | None, most: int = 256) -> tuple[int, int]:
+    """Tokens of a prompt and tokens written after it: as asked for, else `most` of each or what the context has room
+    for. Raises UsageError for more than the context (None: any)."""
+    length = min(most, max(1, context // 2) if context else most) if prompt is None else prompt
+    after = min(most, max(1, context - length) if context else most) if new is None else new
+    if context is not None and length + after > context:
+        raise UsageError(
+            f"--prompt-tokens {length} + --new-tokens {after}: more than the model's context {context}; ask for fewer"
+        )
+    return length, after
+
+
 def read_documents(sources: Sequence[str], tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
     """Token ids of every document of `sources`, which are what `headstart prepare` takes, and the UTF-8 bytes of all.
     Raises UsageError for what cannot be read, and where there is no document."""

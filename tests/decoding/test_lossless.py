@@ -10,8 +10,10 @@ import torch
 from conftest import HEADS, VOCABULARY, packed, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from headstart.decoding import sampling as sampling_module
+from headstart.decoding import step as step_module
 from headstart.decoding.cache import CachedAttention, KVCache
 from headstart.decoding.engine import EXACT_SPAN, Engine, Request, generate_all
 from headstart.decoding.packing import pack
@@ -299,5 +301,12 @@ def test_speculation_has_the_targets_joint_distribution_by_enumeration(monkeypat
     assert fast_passes < plain_passes
 
     # Negative control: accepting every draft is not lossless.
-    monkeypatch.setattr(torch.Tensor, "cumprod", lambda self, dim: torch.ones_like(self))
+    def credulous(state: DecodingState, slots: slice, tokens: Tensor, heads: int) -> Tensor:
+        accepted = state.drafted_S[slots].clamp_max(tokens.shape[1] - 1)
+        state.length_S[slots] += accepted + 1
+        state.window_SW[slots, :1] = tokens.gather(1, accepted[:, None])
+        state.drafted_S[slots] = heads - 1
+        return accepted
+
+    monkeypatch.setattr(step_module, "_settle", credulous)
     assert joint(3)[0] != law

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headstart.decoding import native
 from headstart.decoding.sampling import Sampling, SamplingRows, position_noise
 from headstart.errors import UsageError
 
@@ -103,3 +104,46 @@ def test_each_slot_keeps_its_own_settings() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch):
+    """Calls with the compiled choosing left out."""
+    if native.chooser() is None:
+        pytest.skip("no C compiler here: there is only torch's way")
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "chooser", lambda: None)
+            return function(*arguments)
+
+    return call
+
+
+def test_compiled_noise_is_torchs(reference) -> None:
+    seeds = torch.tensor([[0, -1, 2**62, 5]]).expand(6, 4)
+    positions = torch.arange(24).view(6, 4) * 1000
+    ours, torchs = position_noise(seeds, positions, 999), reference(position_noise, seeds, positions, 999)
+    assert ours.shape == torchs.shape
+    assert torch.allclose(ours, torchs, rtol=1e-6, atol=1e-6)  # one hash, two libraries' logarithms
+    assert torch.equal(ours[2, 1], position_noise(seeds[2, 1], positions[2, 1], 999))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 3, 256, 1001])
+def test_compiled_choosing_is_torchs(reference, vocabulary: int) -> None:
+    rows = SamplingRows(3, "cpu")
+    for slot, temperature in enumerate((0.0, 0.8, 1.3)):
+        rows.set(slot, Sampling(temperature, seed=slot))
+    logits = torch.randn(3, 5, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 3
+    logits[:, 1] = logits[:, 1].round()  # ties: the first of equals
+    noise = rows.noise(torch.arange(15).view(3, 5), vocabulary, slice(0, 3))
+    for given in (noise, None):
+        tokens = rows.choose(logits, given, slice(0, 3))
+        assert torch.equal(tokens, reference(rows.choose, logits, given, slice(0, 3)))
+    sure = rows.confidence(logits, tokens, slice(0, 3))
+    assert torch.allclose(sure, reference(rows.confidence, logits, tokens, slice(0, 3)), rtol=1e-5)
+    assert torch.allclose(sure[0], logits[0].softmax(-1).gather(-1, tokens[0, :, None])[:, 0], rtol=1e-5)
+    # A part of the slots, whose rows are not laid out one after another.
+    some = slice(1, 3)
+    wide = torch.randn(2, 7, vocabulary)[:, 1:6]
+    assert torch.equal(rows.choose(wide, noise[1:, :5], some), reference(rows.choose, wide, noise[1:, :5], some))

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from headstart import cli
+from headstart import entry
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, Request, generate_all
 from headstart.decoding.packing import pack
@@ -35,7 +35,7 @@ def directory(tmp_path):
 
 def run(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["headstart", "evaluate", *map(str, arguments)])
-    cli.main()
+    entry.main()
 
 
 def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:

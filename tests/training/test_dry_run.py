@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart import cli, machine
+from headstart import entry, machine
 from headstart.errors import UsageError
 from headstart.training import dry_run as module
 from headstart.training.dry_run import dry_run, format_dry_run, parse_bytes
@@ -20,7 +20,7 @@ SMOKE, PAPER = CONFIGS / "smoke.yaml", CONFIGS / "paper-7b-4-heads.yaml"
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["headstart", "train", *arguments])
-    cli.main()
+    entry.main()
 
 
 def test_the_command_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys) -> None:

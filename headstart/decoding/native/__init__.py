@@ -1,8 +1,9 @@
-"""Compiled kernels for CPUs: bf16 where there is AVX-512 BF16 and no AMX, fp32 where there are AVX2 and FMA.
+"""Compiled kernels for CPUs: bf16 where there is AVX-512 BF16 and no AMX, fp32 where there are AVX2 and FMA; and the
+choosing of tokens, for all.
 
 Everything works without them, slower. They are compiled once, on first use, by the C compiler of the machine, and kept
 in the user's cache folder. Where there is no compiler, no folder to write to, another processor, or
-`HEADSTART_NATIVE=0`, `kernels()` is None and oneDNN's packed products take their place.
+`HEADSTART_NATIVE=0`, `kernels()` and `chooser()` are None, and torch's operators take their place.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from headstart.files import replacing_file
 SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
 COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
 """Of a block of packed weights."""
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+FAST = ("-ffast-math",)
+STRICT = ("-fno-math-errno", "-ffinite-math-only", "-fno-signed-zeros", "-ffp-contract=off")
+"""Nothing that changes a rounding."""
 
 
 def wanted(dtype: torch.dtype) -> bool:
@@ -43,25 +47,45 @@ def wanted(dtype: torch.dtype) -> bool:
 @functools.cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels for activations of this type, or None where they cannot be had."""
-    if os.environ.get("HEADSTART_NATIVE") == "0" or not wanted(dtype):
+    library = _library(SOURCES[dtype], FAST) if wanted(dtype) else None
+    return None if library is None else _declared(library, dtype)
+
+
+@functools.cache
+def chooser() -> ctypes.CDLL | None:
+    """The compiled choosing of tokens (choose.c), or None where it cannot be had."""
+    library = _library("choose.c", STRICT)
+    if library is not None:
+        pointer, long = ctypes.c_void_p, ctypes.c_long
+        library.noise.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_int]
+        library.choose.argtypes = [pointer] * 5 + [long] * 3
+        library.confidence.argtypes = [pointer] * 4 + [long] * 3
+        library.settle.argtypes = [pointer] * 6 + [long] * 4
+        for function in (library.noise, library.choose, library.confidence, library.settle):
+            function.restype = None
+    return library
+
+
+def _library(source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    if os.environ.get("HEADSTART_NATIVE") == "0":
         return None
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
     try:
-        return _load(_compiled(compiler, Path(__file__).with_name(SOURCES[dtype])), dtype)
+        return ctypes.CDLL(str(_compiled(compiler, Path(__file__).with_name(source), (*FLAGS, *flags))))
     except (OSError, subprocess.SubprocessError, UsageError, RuntimeError):
         return None  # no cache folder that can be written, no home, or a compiler that cannot: decoding works without
 
 
-def _compiled(compiler: str, source: Path) -> Path:
+def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     # torch brings its own OpenMP: a second one beside it would keep a second team of threads.
     runtime = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
     link = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []
     key = [
         source.read_text(),
-        source.with_name("block.h").read_text(),
-        *FLAGS,
+        *(header.read_text() for header in sorted(source.parent.glob("*.h"))),
+        *flags,
         compiler,
         torch.__version__,
         *link,
@@ -72,7 +96,7 @@ def _compiled(compiler: str, source: Path) -> Path:
     path = cache / f"kernels-{name}.so"
     if not path.exists():
         with replacing_file(path) as temporary:
-            command = [compiler, *FLAGS, str(source), "-o", str(temporary), *link, "-lm"]
+            command = [compiler, *flags, str(source), "-o", str(temporary), *link, "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
     return path
 
@@ -94,14 +118,22 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags")))[:4000]
 
 
-def _load(path: Path, dtype: torch.dtype) -> ctypes.CDLL:
-    kernels = ctypes.CDLL(str(path))
+def _declared(kernels: ctypes.CDLL, dtype: torch.dtype) -> ctypes.CDLL:
     pointer, long = ctypes.c_void_p, ctypes.c_long
     kernels.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int]
     if dtype == torch.float32:
         kernels.linear.argtypes = [*kernels.linear.argtypes, ctypes.c_int]
         kernels.block.argtypes = [ctypes.POINTER(Block), *[pointer] * 8, long, long, long, ctypes.c_int]
         kernels.block.restype = None
+        addresses = ctypes.POINTER(ctypes.POINTER(Block))
+        kernels.blocks.argtypes = [
+            *(addresses, long),
+            *[pointer] * 6,
+            *(long, pointer),
+            *(long, long, long),
+            ctypes.c_int,
+        ]
+        kernels.blocks.restype = None
     kernels.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     kernels.silu_times.argtypes = [pointer, pointer, long, long]
     kernels.attend.argtypes = [pointer] * 11 + [long] * 7 + [ctypes.c_int]

@@ -68,3 +68,18 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
     free(q_at);
     free(normed);
 }
+
+// `count` blocks one after another on all rows: x (S, W, dim) -> y (S, W, dim). keys, values: those of the first block, the
+// next block's `layer` floats further.
+void blocks(const Block *const *b, long count, const real *x, const real *cosine, const real *sine, real *y, float *keys,
+            float *values, long layer, const long *at, long S, long W, long capacity, int threads) {
+    const long size = S * W * b[0]->dim;
+    real *between = malloc(sizeof(real) * size);
+    // Ends in y, whether their number is even or odd.
+    for (long i = 0; i < count; i++) {
+        real *to = (count - i) % 2 ? y : between;
+        block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, S, W, capacity, threads);
+        x = to;
+    }
+    free(between);
+}

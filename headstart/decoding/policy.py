@@ -1,0 +1,234 @@
+"""How many drafts to feed: expected tokens against the measured cost of a pass, step by step.
+
+A window of more rows costs more and commits more. What a draft is worth is known before it is fed: the probability that
+its head gave it, through a table measured of this model (`Acceptance`). What a row costs is measured of this machine
+(`PassCosts`). `headstart tune` measures both; which rows are fed changes no output.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from headstart import machine
+from headstart.decoding.packing import is_row_exact
+from headstart.errors import UsageError
+from headstart.model.transformer import Transformer
+
+EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""Between the bins of confidence."""
+PRIOR = 4.0
+"""Observations that a bin starts with, at the mean of its head."""
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How often the draft of head k is right where those of heads 2..k-1 are; entry k-2."""
+
+    mean: tuple[float, ...]
+    by_confidence: tuple[tuple[float, ...], ...]
+    """[k-2][bin]: by the probability that head k gave its draft, bins between `EDGES`."""
+
+    @classmethod
+    def of(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> Acceptance:
+        """Of passes that fed all drafts: the confidence of each and how many were accepted."""
+        means, tables = [], []
+        for i in range(heads - 1):
+            reached = [(confidences[i], accepted > i) for confidences, accepted in observed if accepted >= i]
+            mean = (sum(right for _, right in reached) + 0.5) / (len(reached) + 1)
+            right_in, all_in = [PRIOR * mean] * (len(EDGES) + 1), [PRIOR] * (len(EDGES) + 1)
+            for confidence, right in reached:
+                at = bisect_right(EDGES, confidence)
+                right_in[at] += right
+                all_in[at] += 1
+            means.append(mean)
+            tables.append(tuple(a / b for a, b in zip(right_in, all_in)))
+        return cls(tuple(means), tuple(tables))
+
+    def prefixes(self, confidences: Sequence[float]) -> list[float]:
+        """Entry j-1: the probability that the first j drafts are all right."""
+        shares = (table[bisect_right(EDGES, c)] for table, c in zip(self.by_confidence, confidences))
+        return list(itertools.accumulate(shares, lambda a, b: a * b))
+
+
+@dataclass(frozen=True)
+class PassCosts:
+    """Milliseconds of a pass on one machine, by slots and rows."""
+
+    slots: tuple[int, ...]
+    """Batch sizes measured, ascending."""
+    plain: tuple[float, ...]
+    """[slots]: one row a slot, no drafting."""
+    drafting: tuple[tuple[float, ...], ...]
+    """[slots][W-1]: W rows a slot, and all heads draft."""
+
+    def at(self, slots: int) -> tuple[float, tuple[float, ...]]:
+        """(plain, drafting by rows) for any number of slots, by the straight line through the nearest two measured."""
+        if len(self.slots) == 1:
+            return self.plain[0], self.drafting[0]
+        high = min(max(bisect_right(self.slots, slots), 1), len(self.slots) - 1)
+        low = high - 1
+        share = (slots - self.slots[low]) / (self.slots[high] - self.slots[low])
+
+        def between(a: float, b: float) -> float:
+            return max(a + share * (b - a), 1e-6)
+
+        rows = tuple(between(a, b) for a, b in zip(self.drafting[low], self.drafting[high]))
+        # More rows are never cheaper: where they were measured so, that was noise.
+        return between(self.plain[low], self.plain[high]), tuple(itertools.accumulate(rows, max))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `headstart tune` measured of a model on a machine."""
+
+    greedy: Acceptance
+    sampled: Acceptance
+    costs: PassCosts
+
+    def expected(self, slots: int, rows: int) -> float:
+        """Tokens per second of greedy windows of `rows` rows, over those of plain decoding."""
+        plain, drafting = self.costs.at(slots)
+        tokens = 1 + sum(itertools.accumulate(self.greedy.mean[: rows - 1], lambda a, b: a * b))
+        return tokens * plain / drafting[rows - 1]
+
+    def best(self, slots: int) -> float:
+        """The highest of `expected` for any number of rows."""
+        return max(self.expected(slots, rows) for rows in range(1, len(self.greedy.mean) + 2))
+
+
+class DraftPolicy:
+    """Chooses the rows of each pass of an engine, and whether heads draft at all.
+
+    The rate of tokens per cost is highest where every row is fed whose expected tokens are worth more than its cost at
+    that very rate; so the rate achieved lately is the price of a row. Where it falls below that of plain decoding, the
+    heads rest, for longer each time.
+    """
+
+    MEMORY = 0.97
+    """What a pass weighs, against the one after it, in the rate achieved."""
+    PROBE = 24
+    """Passes before the rate achieved is believed."""
+    REST = (64, 2048)
+    """Plain passes between two looks: at first, and at most."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self.tuning = tuning
+        self._costs: dict[int, tuple[float, ...]] = {}
+        self._rest = self.REST[0]
+        self._resting = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        # As if some passes at the expected rate had been seen.
+        self._tokens, self._cost, self._passes = 8 * self.tuning.best(1), 8.0, 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per cost of late, in those of plain decoding."""
+        return self._tokens / self._cost
+
+    def plan(self, slots: int, windows: Sequence[tuple[bool, Sequence[float]]]) -> tuple[int, bool]:
+        """The rows of the next pass, and whether heads draft in it.
+
+        Args:
+            slots: windows that the pass computes.
+            windows: of each live slot whether it is sampled, and the confidence of the drafts in its window (none after
+                a pass without drafting).
+        """
+        costs = self._costs_of(slots)
+        if self._resting or not costs:
+            return 1, False
+        prefixes = [(self.tuning.sampled if s else self.tuning.greedy).prefixes(c) for s, c in windows]
+        rate, live = self.rate, len(windows)
+        best, best_worth, tokens = 1, 1 - rate * costs[0], 1.0
+        for rows in range(2, max(map(len, prefixes)) + 2):
+            tokens += sum(p[rows - 2] for p in prefixes if len(p) > rows - 2) / live
+            worth = tokens - rate * costs[rows - 1]
+            if worth > best_worth:
+                best, best_worth = rows, worth
+        return best, True
+
+    def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
+        """What became of a pass: `tokens` committed by `live` slots."""
+        costs = self._costs_of(slots)
+        if not drafted or not costs:
+            self._resting = max(0, self._resting - 1)
+            return
+        self._tokens = self.MEMORY * self._tokens + tokens / live
+        self._cost = self.MEMORY * self._cost + costs[rows - 1]
+        self._passes += 1
+        if self._passes >= self.PROBE:
+            if self.rate < 1:
+                self._resting, self._rest = self._rest, min(2 * self._rest, self.REST[1])
+                self._begin()
+            else:
+                self._rest = self.REST[0]
+
+    def _costs_of(self, slots: int) -> tuple[float, ...]:
+        """Of a drafting pass by rows, in plain passes; none where drafting cannot pay at this batch size. (Feeding only
+        likely drafts gains something over the best fixed number of rows, but not a fifth.)"""
+        if slots not in self._costs:
+            plain, drafting = self.tuning.costs.at(slots)
+            hopeless = self.tuning.best(slots) < 0.8
+            self._costs[slots] = () if hopeless else tuple(cost / plain for cost in drafting)
+        return self._costs[slots]
+
+
+def setting(model: Transformer) -> dict[str, Any]:
+    """What costs depend on, beside the model: an entry of costs holds where this is equal."""
+    weight = model.trunk.embedding.weight
+    here = machine.describe()
+    return {
+        "processor": here["gpus"][0]["name"] if weight.device.type == "cuda" and here["gpus"] else here["cpu"],
+        "instruction_sets": here["instruction_sets"],
+        "threads": torch.get_num_threads(),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "compiled": is_row_exact(model),
+    }
+
+
+def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
+    """The tuning of `model` as it runs here, out of a file's content; None where this setting was not measured.
+
+    Raises UsageError for content that does not fit the model.
+    """
+    here = setting(model)
+    entry = next((e for e in content["costs"] if e["setting"] == here), None)
+    if entry is None:
+        return None
+    greedy, sampled = (
+        Acceptance(tuple(a["mean"]), tuple(map(tuple, a["by_confidence"])))
+        for a in (content["acceptance"]["greedy"], content["acceptance"]["sampled"])
+    )
+    tuning = Tuning(
+        greedy,
+        sampled,
+        PassCosts(tuple(entry["slots"]), tuple(entry["plain"]), tuple(map(tuple, entry["drafting"]))),
+    )
+    n = model.config.heads
+    tables = [*tuning.greedy.by_confidence, *tuning.sampled.by_confidence]
+    if (
+        any(len(a.mean) != n - 1 for a in (tuning.greedy, tuning.sampled))
+        or any(len(table) != len(EDGES) + 1 for table in tables)
+        or any(len(rows) != n for rows in tuning.costs.drafting)
+    ):
+        raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
+    return tuning
+
+
+def content_with(
+    content: dict[str, Any] | None, here: dict[str, Any], tuning: Tuning, more: dict[str, Any]
+) -> dict[str, Any]:
+    """`content` with this tuning in it; costs measured under other settings stay. `more` says how it was measured."""
+    entry = {"setting": here, **asdict(tuning.costs), **more}
+    others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
+    return {
+        "acceptance": {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)},
+        "costs": [*others, entry],
+    }

@@ -1,0 +1,192 @@
+"""How many drafts are fed is a matter of speed alone, and is chosen by what it is worth."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import HEADS, packed
+
+from headstart.decoding.engine import Engine, Generation, Request, generate_all
+from headstart.decoding.packing import is_row_exact
+from headstart.decoding.policy import EDGES, PRIOR, Acceptance, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.sampling import Sampling
+
+PROMPT = tuple(b"the cat then")
+SURE, UNSURE = 0.99, 0.05
+
+
+def acceptance(sure: float = 0.95, unsure: float = 0.05) -> Acceptance:
+    """Drafts are right with probability `sure` where their heads are, else with `unsure`."""
+    table = tuple(sure if i == len(EDGES) else unsure for i in range(len(EDGES) + 1))
+    return Acceptance(((sure + unsure) / 2,) * (HEADS - 1), (table,) * (HEADS - 1))
+
+
+def tuning(first: float, row: float, plain: float = 1.0, table: Acceptance | None = None) -> Tuning:
+    """A drafting pass costs `first` and `row` more for each row after it."""
+    costs = tuple(first + row * i for i in range(HEADS))
+    table = table or acceptance()
+    return Tuning(table, table, PassCosts((1,), (plain,), (costs,)))
+
+
+def test_acceptance_is_conditional_and_sorted_by_confidence() -> None:
+    # Head 2 is right where it is sure; head 3 is judged only where head 2 was right.
+    observed = [([SURE, 0.55], 2)] * 30 + [([SURE, 0.55], 1)] * 10 + [([UNSURE, 0.55], 0)] * 60
+    found = Acceptance.of(observed, 3)
+    assert found.mean == (pytest.approx(40.5 / 101), pytest.approx(30.5 / 41))
+    sure, unsure = found.by_confidence[0][-1], found.by_confidence[0][0]
+    assert sure == pytest.approx((40 + PRIOR * found.mean[0]) / (40 + PRIOR))
+    assert unsure == pytest.approx((PRIOR * found.mean[0]) / (60 + PRIOR))
+    assert found.by_confidence[1][5] == pytest.approx((30 + PRIOR * found.mean[1]) / (40 + PRIOR))
+    assert found.by_confidence[1][0] == found.mean[1]  # never seen
+    assert found.prefixes([SURE, 0.55]) == [sure, pytest.approx(sure * found.by_confidence[1][5])]
+    assert found.prefixes([]) == []
+
+
+def test_costs_between_and_beyond_the_batch_sizes_measured() -> None:
+    costs = PassCosts((1, 4), (1.0, 2.5), ((1.2, 1.4, 1.3), (3.0, 4.0, 5.0)))
+    assert costs.at(1) == (1.0, (1.2, 1.4, 1.4))  # more rows are never cheaper
+    plain, rows = costs.at(2)
+    assert plain == pytest.approx(1.5) and rows == pytest.approx((1.8, 2.2667, 2.5333), abs=1e-3)
+    plain, rows = costs.at(8)
+    assert plain == pytest.approx(4.5) and rows == pytest.approx((5.4, 7.4667, 9.9333), abs=1e-3)
+
+
+def test_it_feeds_the_drafts_that_are_worth_their_rows() -> None:
+    policy = DraftPolicy(tuning(first=1.05, row=0.1))
+    assert policy.plan(1, [(False, [SURE] * 3)]) == (4, True)
+    assert policy.plan(1, [(False, [UNSURE] * 3)]) == (1, True)
+    assert policy.plan(1, [(False, [SURE, UNSURE, SURE])]) == (2, True)
+    assert policy.plan(1, [(False, [])]) == (1, True)  # no drafts yet: they are made
+    dear = DraftPolicy(tuning(first=1.05, row=1.1))
+    assert dear.plan(1, [(False, [SURE] * 3)]) == (1, True)
+    # In a batch all windows are as long: what counts is what they gain together.
+    assert policy.plan(1, [(False, [SURE] * 3), (False, [UNSURE] * 3)]) == (4, True)
+    assert policy.plan(1, [(False, [SURE] * 3), *[(False, [UNSURE] * 3)] * 19]) == (1, True)
+
+
+def test_sampled_requests_have_their_own_table() -> None:
+    costs = tuning(first=1.05, row=0.1).costs
+    policy = DraftPolicy(Tuning(acceptance(), acceptance(sure=0.05), costs))
+    assert policy.plan(1, [(False, [SURE] * 3)])[0] == 4
+    assert policy.plan(1, [(True, [SURE] * 3)])[0] == 1
+
+
+def test_where_drafting_cannot_pay_heads_never_draft() -> None:
+    policy = DraftPolicy(tuning(first=3.0, row=2.0))
+    for _ in range(1000):
+        assert policy.plan(1, [(False, [])]) == (1, False)
+        policy.saw(1, 1, 1, False, 1)
+
+
+def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely() -> None:
+    """Never much slower than plain, whatever the text: of 20,000 passes of hopeless text few are drafting ones."""
+    policy = DraftPolicy(tuning(first=1.2, row=0.05))
+    drafting = 0
+    for _ in range(20_000):
+        rows, drafts = policy.plan(1, [(False, [SURE] * 3)])
+        drafting += drafts
+        policy.saw(1, 1, rows, drafts, 1)  # nothing is ever accepted
+    assert 0 < drafting < 600
+    for _ in range(5_000):  # the text turns
+        rows, drafts = policy.plan(1, [(False, [SURE] * 3)])
+        policy.saw(1, 1, rows, drafts, rows)
+    assert drafts and rows == 4 and policy.rate > 2
+
+
+class Whim(DraftPolicy):
+    """Chooses at random: what it chooses must not matter to the output."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(tuning(1.0, 0.1))
+        self.random, self.chosen = random.Random(seed), set()
+
+    def plan(self, slots, windows):
+        drafts = self.random.random() < 0.8
+        longest = max((len(confidences) for _, confidences in windows), default=0)
+        rows = self.random.randint(1, longest + 1) if drafts else 1
+        self.chosen.add((rows, drafts))
+        return rows, drafts
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_output_does_not_depend_on_the_policy(shape: str, compiled: bool) -> None:
+    model = packed(shape, torch.float32, compiled)
+    requests = [
+        Request(PROMPT, 60),
+        Request(PROMPT[:5], 50, Sampling(1.0, seed=3)),
+        Request(PROMPT[2:], 40, Sampling(0.7, seed=4, top_k=9), heads=2),
+        Request(PROMPT * 3, 30, heads=HEADS),
+    ]
+    plain = [
+        generate_all(Engine(model, exact=False), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)])[0].tokens
+        for r in requests
+    ]
+    for seed, slots in enumerate((1, 2, 3)):
+        policy = Whim(seed)
+        got = generate_all(Engine(model, slots=slots, policy=policy, exact=is_row_exact(model)), requests)
+        assert [g.tokens for g in got] == plain
+        assert len(policy.chosen) >= 3 and sum(got[0].stats.accepted) >= 0
+
+
+def test_fixed_shapes_leave_a_policy_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed("replicated", torch.float32, False)
+    engine = Engine(model, policy=Whim(0), exact=True)
+    assert engine.fixed_shapes and engine.policy is None
+    assert generate_all(engine, [Request(PROMPT, 40)])[0].stats.passes < 40
+
+
+def test_a_request_may_name_its_heads() -> None:
+    model = packed("replicated", torch.float32)
+    policy = DraftPolicy(tuning(first=3.0, row=2.0))  # would never draft
+    engine = Engine(model, exact=False, policy=policy)
+    free, named = generate_all(engine, [Request(PROMPT, 60), Request(PROMPT, 60, heads=HEADS)])
+    assert free.tokens == named.tokens
+    assert free.stats.passes == 60 and sum(free.stats.drafted) == 0 and free.stats.rows_per_pass == 1
+    assert named.stats.passes < 60 and named.stats.drafted[0] == named.stats.drafted[-1] == named.stats.passes - 1
+
+
+class Resting(DraftPolicy):
+    """Drafts in every pass but the tenth."""
+
+    def __init__(self) -> None:
+        super().__init__(tuning(1.0, 0.01))
+        self.passes = 0
+
+    def plan(self, slots, windows):
+        self.passes += 1
+        return (1, False) if self.passes == 10 else (1 + max(len(c) for _, c in windows), True)
+
+
+@pytest.mark.parametrize("shape", ["transformer-parallel", "replicated"])
+def test_heads_whose_caches_have_holes_draft_no_more(shape: str) -> None:
+    """Transformer heads miss the keys of positions that they did not run on; the others keep none."""
+    engine = Engine(packed(shape, torch.float32), exact=False, policy=Resting())
+    generation = engine.submit(Request(PROMPT, 200))
+    drafted = []
+    while engine.busy:
+        engine.step()
+        drafted.append(sum(generation.stats.drafted))
+    assert drafted[9] > 0
+    goes_on = shape == "replicated"
+    assert (drafted[-1] > drafted[12]) == goes_on
+    assert generation.heads == (HEADS if goes_on else 1)
+
+
+def test_watching_sees_every_draft_with_its_confidence() -> None:
+    seen: list[tuple[float, int]] = []
+
+    def watch(generation: Generation, fed: int, accepted: int) -> None:
+        assert fed == HEADS - 1 == len(generation.confidences)
+        seen.append((generation.confidences[0], accepted))
+
+    model = packed("replicated", torch.float32)
+    generation = generate_all(Engine(model, watch=watch), [Request(PROMPT, 200)])[0]
+    assert len(seen) == generation.stats.passes - 1
+    assert sum(accepted > 0 for _, accepted in seen) == generation.stats.accepted[0]
+    # The confidence is what head 2 gave its draft; after training it is worth something.
+    assert all(0 < confidence <= 1 for confidence, _ in seen)
+    right = [confidence for confidence, accepted in seen if accepted]
+    wrong = [confidence for confidence, accepted in seen if not accepted]
+    assert sum(right) / len(right) > sum(wrong) / len(wrong)
