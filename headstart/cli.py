@@ -183,6 +183,7 @@ def generate(
     device: str = "cpu",
     threads: int | None = None,
     stats: bool = False,
+    show: bool = False,
     json: bool = False,
 ) -> None:
     """Continue a prompt with a model directory, streaming the text.
@@ -204,13 +205,15 @@ def generate(
         device: cpu, cuda, ...
         threads: CPU threads (default: torch's choice; `headstart doctor` says which is best).
         stats: print tokens per pass, acceptance and speed afterwards, to standard error.
+        show: print the prompt too, and each token in the colour of the head that drafted it.
         json: print text, tokens and statistics as JSON instead of streaming.
     """
     import headstart
     from headstart.decoding.engine import Request
+    from headstart.decoding.origins import OriginStream
     from headstart.decoding.sampling import Sampling
     from headstart.storage.boxed import model_directory
-    from headstart.terminal import say
+    from headstart.terminal import ColouredText, say
 
     _threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -224,7 +227,14 @@ def generate(
     )
     engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact)
     generation = engine.submit(request)
-    for _, piece in engine.run():
+    if show and not json:
+        coloured, origins = ColouredText(), OriginStream(generation, loaded.tokenizer)
+        coloured.legend("drafted by", loaded.config.heads)
+        coloured.prompt(text)
+        for _ in engine.run():
+            for piece, head in origins.new():
+                coloured.piece(piece, head)
+    for _, piece in engine.run():  # nothing is left of what was shown
         if not json:
             print(piece, end="", flush=True)
     result = generation.stats

@@ -177,23 +177,52 @@ HEAD_COLOURS = ("default", "cyan", "blue", "magenta", "red", "yellow", "green", 
 """Of the text that heads 1, 2, ... 8 proposed; further heads have the last one."""
 
 
+class ColouredText:
+    """Text on stdout or stderr, each piece in the colour of the head that proposed it, if colours show there."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=stderr, highlight=False)
+        self.coloured = self._console.is_terminal and not self._console.no_color
+
+    def legend(self, title: str, heads: int = len(HEAD_COLOURS)) -> None:
+        """A line that says which colour is whose."""
+        if not self.coloured:
+            return
+        from rich.text import Text
+
+        legend = Text(f"{title}: ")
+        for k, colour in enumerate(HEAD_COLOURS[1:heads], start=2):
+            legend.append(f"head {k} ", style=f"{colour} underline")
+        self._console.print(legend, soft_wrap=True)
+
+    def prompt(self, text: str) -> None:
+        """What the text goes on from."""
+        self._print(text, "dim")
+
+    def piece(self, text: str, head: int) -> None:
+        """A piece that `head` proposed."""
+        colour = HEAD_COLOURS[min(head, len(HEAD_COLOURS)) - 1]
+        self._print(text, "bold" if head == 1 else f"{colour} underline")
+
+    def _print(self, text: str, style: str) -> None:
+        if not self.coloured:
+            print(text, end="", flush=True, file=self._console.file)  # rich leaves control characters out
+            return
+        self._console.print(text, style=style, end="", soft_wrap=True, markup=False, emoji=False)
+
+
 def show_pieces(title: str, prompt: str, pieces: Iterable[tuple[str, int]]) -> None:
     """Prints a generated text, each piece (text, head) in the colour of the head that proposed it. Where colours do not
     show, nothing is printed."""
     if _muted or not sys.stderr.isatty():
         return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True, highlight=False)
-    if console.no_color:
+    text = ColouredText(stderr=True)
+    if not text.coloured:
         return
-    legend = Text(f"{title}; drafted by: ")
-    for k, colour in enumerate(HEAD_COLOURS[1:], start=2):
-        legend.append(f"head {k} ", style=f"{colour} underline")
-    text = Text().append(prompt, style="dim")
+    text.legend(f"{title}; drafted by")
+    text.prompt(prompt)
     for piece, head in pieces:
-        colour = HEAD_COLOURS[min(head, len(HEAD_COLOURS)) - 1]
-        text.append(piece, style="bold" if head == 1 else f"{colour} underline")
-    console.print(legend, soft_wrap=True)
-    console.print(text, soft_wrap=True)
+        text.piece(piece, head)
+    say()

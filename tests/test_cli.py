@@ -174,6 +174,19 @@ def test_every_command_has_help(name, capsys) -> None:
     assert (cli.COMMANDS[name].__doc__ or "").split()[0] in out
 
 
+def test_show_prints_prompt_and_text_with_colours_where_they_show(model, capsys, monkeypatch) -> None:
+    generate = ("generate", model, "--prompt", "ab", "--max-new-tokens", "20")
+    assert call(*generate) == 0
+    text = capsys.readouterr().out
+    assert call(*generate, "--show") == 0
+    assert capsys.readouterr().out == "ab" + text
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert call(*generate, "--show") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("drafted by: ") and "head 3" in shown and "\x1b[2mab\x1b[0m" in shown
+
+
 def test_a_reader_that_goes_away_is_no_error(model) -> None:
     command = f"{sys.executable} -m headstart generate {model} --prompt ab --max-new-tokens 60 | head -c 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)

@@ -247,33 +247,36 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         plain = speeds[speedup.FASTEST_PLAIN]
         what = f"{name}, plain (K = 1, exact=False)"
         rows.append(measurement("model", what, plain, "tokens/s", tokens_per_pass=per_pass[speedup.FASTEST_PLAIN]))
-        lines: list[list[object]] = [[what, rows[-1]["median"], 1.0, None, 1.0, 1.0, "", ""]]
-        for k in ks:
-            speed = measurement(
-                "model", f"{name}, K = {k}", speeds[str(k)], "tokens/s", tokens_per_pass=per_pass[str(k)]
-            )
-            over_plain = measurement("model", f"{name}, K = {k} / plain", ratios(speeds[str(k)], plain), heads=k)
-            over_exact = measurement("model", f"{name}, K = {k} / K = 1", ratios(speeds[str(k)], speeds["1"]), heads=k)
-            acceptance = answer["acceptance"][str(k)]
-            rows += [speed | {"acceptance": acceptance}, over_plain, over_exact]
+        lines: list[list[object]] = [[what, rows[-1]["median"], 1.0, None, 1.0, 1.0, "1.00", "", ""]]
+        names = [str(k) for k in ks] + [speedup.POLICY] * (speedup.POLICY in speeds)
+        for k in names:
+            label = k if k == speedup.POLICY else f"K = {k}"
+            speed = measurement("model", f"{name}, {label}", speeds[k], "tokens/s", tokens_per_pass=per_pass[k])
+            over_plain = measurement("model", f"{name}, {label} / plain", ratios(speeds[k], plain))
+            over_exact = measurement("model", f"{name}, {label} / K = 1", ratios(speeds[k], speeds["1"]))
+            acceptance, fed = answer["acceptance"][k], answer["rows_per_pass"][k]
+            rows += [speed | {"acceptance": acceptance, "rows_per_pass": fed}, over_plain, over_exact]
             gain = over_plain["median"]
             lines.append(
                 [
-                    f"K = {k}",
+                    label,
                     speed["median"],
                     gain,
                     over_exact["median"],
-                    per_pass[str(k)],
-                    gain / per_pass[str(k)],
-                    " / ".join(f"{x:.2f}" for x in speedup.PAPER[k]) if k in speedup.PAPER else "",
+                    per_pass[k],
+                    gain / per_pass[k],
+                    f"{fed:.2f}",
+                    " / ".join(f"{x:.2f}" for x in speedup.PAPER.get(int(k) if k.isdigit() else 0, ())),
                     " ".join(f"{share:.2f}" for share in acceptance),
                 ]
             )
         if temperature == 0 and ks[-1] > 1:
-            kept = [gain / per_pass[str(ks[-1])] for gain in ratios(speeds[str(ks[-1])], speeds["1"])]
-            what = f"{name}, K = {ks[-1]} / K = 1 over its tokens per pass"
-            rows.append(measurement("model", what, kept, bar=EFFICIENCY_BAR))
-        differing = [k for k in ks if answer["first_difference"][str(k)] is not None]
+            for k in [str(ks[-1]), *names[len(ks) :]]:
+                kept = [gain / per_pass[k] for gain in ratios(speeds[k], speeds["1"])]
+                label = k if k == speedup.POLICY else f"K = {k}"
+                what = f"{name}, {label} / K = 1 over its tokens per pass"
+                rows.append(measurement("model", what, kept, bar=EFFICIENCY_BAR))
+        differing = [k for k in names if answer["first_difference"][k] is not None]
         # A count with a bar, so that a lossy run shows as missed and not as a remark.
         bar = Bar("<=", 0)
         what = f"{name}: numbers of heads whose output differs from K = 1"
@@ -282,7 +285,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         tables.append(
             report.table(
                 f"{settings.model}, {name}; {answer['repeated_8_grams']:.0%} of the 8-grams repeat themselves",
-                [*headers, "paper, n = 8", "acceptance of heads 2..K"],
+                [*headers, "rows fed", "paper, n = 8", "acceptance of heads 2..K"],
                 lines,
             )
         )
@@ -291,6 +294,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         f"{count(threads, 'thread')}; {len(prompts)} prompts of at most {settings.prompt_tokens} tokens, "
         f"{settings.new_tokens} new tokens, batch "
         f"{settings.batch}; prompts are not timed, end tokens do not end a text. Efficiency = speed-up over plain / "
-        "tokens per pass. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
+        "tokens per pass. Policy: the rows of each pass chosen by what `headstart tune` measured. Paper, n = 8: Table "
+        "S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
     )
     return rows, tables, [note]

@@ -13,17 +13,21 @@ from headstart.benchmarks.measure import interleave
 from headstart.benchmarks.passes import DTYPES
 from headstart.data.shards import TokenShards
 from headstart.decoding.engine import Engine, Generation, Request, Stats
-from headstart.decoding.packing import pack
+from headstart.decoding.packing import is_row_exact, pack
+from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.repetition import repeated
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer
+from headstart.storage.tuning_file import read_tuning
 
 PAPER = {1: (1.00, 1.00), 2: (1.94, 1.98), 4: (3.67, 3.84), 8: (6.39, 7.04)}
 """Table S3, byte-level code model with n = 8: k -> (relative speed-up, bytes per forward)."""
 
+POLICY = "policy"
+"""The variant whose rows are chosen pass by pass, where `headstart tune` has measured this model on this machine."""
 FASTEST_PLAIN = "plain"
 """The variant K = 1, exact=False: the fastest ordinary decoding there is here, what a speed-up is measured against."""
 
@@ -49,13 +53,20 @@ class Decoded:
         return [g.tokens for g in self.generations]
 
 
-def decode(model: Transformer, requests: Sequence[Request], batch: int = 1, exact: bool = True) -> Decoded:
+def decode(
+    model: Transformer,
+    requests: Sequence[Request],
+    batch: int = 1,
+    exact: bool = True,
+    tuning: Tuning | None = None,
+) -> Decoded:
     """Decodes `requests`, `batch` at a time. End tokens do not end a text, so that all variants do the same work."""
     done = Decoded([], 0.0)
     context = max(len(r.prompt) + r.max_new_tokens for r in requests)
     for start in range(0, len(requests), batch):
         group = requests[start : start + batch]
-        engine = Engine(model, slots=len(group), context=context, exact=exact)
+        policy = None if tuning is None else DraftPolicy(tuning)
+        engine = Engine(model, slots=len(group), context=context, exact=exact, policy=policy)
         generations = [engine.submit(request) for request in group]
         began = time.perf_counter()
         while engine.busy:
@@ -79,24 +90,28 @@ def first_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> 
 def case(case: dict[str, Any]) -> dict[str, Any]:
     """All variants of one temperature, taking turns. Runs in a process of its own."""
     model = pack(load_model(case["model"], dtype=DTYPES[case["dtype"]], device=case["device"]))
+    tuning = read_tuning(case["model"], model)
     last: dict[str, Decoded] = {}
 
-    def measure(name: str, heads: int, exact: bool) -> float:
+    def measure(name: str, heads: int | None, exact: bool) -> float:
         requests = [
             Request(tuple(p), case["new_tokens"], Sampling(case["temperature"], seed=seed), heads)
             for seed, p in enumerate(case["prompts"])
         ]
-        last[name] = decode(model, requests, case["batch"], exact)
+        last[name] = decode(model, requests, case["batch"], exact, tuning if heads is None else None)
         return last[name].tokens_per_second
 
     ks = [k for k in case["heads"] if k <= model.config.heads]
     variants: dict[str, Callable[[], float]] = {FASTEST_PLAIN: partial(measure, FASTEST_PLAIN, 1, False)}
     variants |= {str(k): partial(measure, str(k), k, True) for k in ks}
+    if tuning is not None and is_row_exact(model):
+        variants[POLICY] = partial(measure, POLICY, None, True)
     speeds = interleave(variants, case["repetitions"])
     reference = last[str(ks[0])].tokens
     return {
         "tokens_per_second": speeds,
         "tokens_per_pass": {name: d.stats.tokens_per_pass for name, d in last.items()},
+        "rows_per_pass": {name: d.stats.rows_per_pass for name, d in last.items()},
         "acceptance": {name: d.stats.acceptance for name, d in last.items()},
         "repeated_8_grams": repeated(reference),
         # What exact=False gives is only equal up to rounding, so it is reported and not required.

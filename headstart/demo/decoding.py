@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headstart.api import LanguageModel
-from headstart.data.textstream import TextStream
 from headstart.decoding.engine import Generation, Request, Stats, generate_all
+from headstart.decoding.origins import OriginStream
 from headstart.decoding.sampling import Sampling
 from headstart.demo.report import DecodingRow, Sample
 from headstart.evaluation.repetition import repeated
@@ -52,9 +52,7 @@ def _speed(generations: Sequence[Generation]) -> float:
 
 
 def sample(model: LanguageModel, prompt: tuple[int, ...], new_tokens: int, sampling: Sampling) -> Sample:
-    """A continuation as pieces of text, each with the head that proposed its last token."""
-    generation = generate_all(model.engine(1, len(prompt) + new_tokens), [Request(prompt, new_tokens, sampling)])[0]
-    stream = TextStream(model.tokenizer)
-    pieces = [(stream.push([token]), origin) for token, origin in zip(generation.tokens, generation.origins)]
-    pieces.append((stream.finish(), 1))
-    return Sample(model.tokenizer.decode(prompt), [(text, origin) for text, origin in pieces if text])
+    """A continuation with all heads, as pieces of text, each with the head that proposed it."""
+    request = Request(prompt, new_tokens, sampling, heads=model.config.heads)
+    generation = generate_all(model.engine(1, len(prompt) + new_tokens), [request])[0]
+    return Sample(model.tokenizer.decode(prompt), OriginStream(generation, model.tokenizer).new())
