@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, Generation, Request, Stats, generate_all
 from headstart.decoding.packing import decoding_dtype, pack
 from headstart.decoding.policy import DraftPolicy, Tuning
@@ -95,6 +96,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        acceptance: str = "match",
     ) -> Output | list[Output]:
         """Continues a prompt (text or token ids), or a list of prompts as one ragged batch.
 
@@ -106,6 +108,8 @@ class LanguageModel:
                 that all). The output does not depend on it.
             exact: bit-identical output for every `heads`; False: the fastest shapes, equal up to rounding.
             stop: strings that end the text.
+            acceptance: which drafts are kept, see `Rule`: "match" gives the tokens of plain decoding; "rejection" and
+                "block" are lossless in distribution, at a temperature; "lossy-..." are not.
 
         Returns:
             An Output, or a list of them for a list of prompts.
@@ -124,6 +128,7 @@ class LanguageModel:
                 max_new_tokens=max_new_tokens,
                 sampling=Sampling(temperature, top_k, top_p, min_p, key),
                 heads=heads,
+                acceptance=Rule.parse(acceptance),
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
             )
             for text, key in zip(prompts, seeds)
@@ -144,6 +149,7 @@ class LanguageModel:
         stop: Sequence[str] = (),
         top_k: int = 0,
         min_p: float = 0.0,
+        acceptance: str = "match",
     ) -> Iterator[str]:
         """As `generate` for one prompt: yields text as it is committed, whole characters only."""
         _ = self.tokenizer
@@ -152,6 +158,7 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature, top_k, top_p, min_p, seed),
             heads=heads,
+            acceptance=Rule.parse(acceptance),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
         engine = self.engine(1, self._context_for([request]), exact)

@@ -178,6 +178,7 @@ def generate(
     min_p: float = 0.0,
     seed: int = 0,
     stop: tuple[str, ...] = (),
+    acceptance: str = "match",
     exact: bool = True,
     dtype: Literal["bfloat16", "float32"] | None = None,
     device: str = "cpu",
@@ -200,6 +201,8 @@ def generate(
         min_p: keep tokens at least this probable relative to the best (0: all).
         seed: of the sampling noise.
         stop: strings that end the text.
+        acceptance: which drafts are kept: match (the text of plain decoding), rejection or block (lossless in
+            distribution, more are kept), or lossy-typical, lossy-top-k:3, lossy-distance, lossy-minimum.
         exact: bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding.
         dtype: bfloat16 or float32 (default: as stored; float32 on a CPU without instructions for bfloat16).
         device: cpu, cuda, ...
@@ -209,6 +212,7 @@ def generate(
         json: print text, tokens and statistics as JSON instead of streaming.
     """
     import headstart
+    from headstart.decoding.acceptance import Rule
     from headstart.decoding.engine import Request
     from headstart.decoding.origins import OriginStream
     from headstart.decoding.sampling import Sampling
@@ -223,6 +227,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p, seed),
         heads=heads,
+        acceptance=Rule.parse(acceptance),
         stop=stop,
     )
     engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact)

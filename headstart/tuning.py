@@ -16,7 +16,7 @@ from headstart.benchmarks.measure import interleave, timed
 from headstart.benchmarks.passes import Pass
 from headstart.benchmarks.speedup import load_prompts
 from headstart.decoding.engine import Engine, Generation, Request
-from headstart.decoding.policy import Acceptance, PassCosts, Tuning
+from headstart.decoding.policy import AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.texts import sizes
@@ -96,7 +96,9 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     return _found(path, tuning)
 
 
-def _acceptance(model: Transformer, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float) -> Acceptance:
+def _acceptance(
+    model: Transformer, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float
+) -> AcceptanceTable:
     """Of texts that the model writes with all heads, without end."""
     observed: list[tuple[list[float], int]] = []
 
@@ -109,7 +111,7 @@ def _acceptance(model: Transformer, prompts: list[tuple[int, ...]], new_tokens: 
     with Progress("drafts, sampled" if temperature else "drafts, greedy", len(prompts), unit="prompts") as bar:
         while engine.busy:
             bar.advance(sum(generation.finished for generation, _ in engine.step()))
-    return Acceptance.of(observed, model.config.heads)
+    return AcceptanceTable.of(observed, model.config.heads)
 
 
 def _costs(model: Transformer, batches: tuple[int, ...], length: int, rounds: int) -> PassCosts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.acceptance import Rule
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
@@ -36,6 +37,8 @@ class Request:
     heads: int | None = None
     """K: how many heads to use, head 1 included (None: as many as the engine's policy finds worth it, without a policy
     all the model has; 1: plain decoding)."""
+    acceptance: Rule = field(default_factory=Rule)
+    """Which drafts are kept."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
 
@@ -327,7 +330,7 @@ class Engine:
         state.window_SW[slot, 0] = prompt[-1]
         state.drafted_S[slot] = 0
         state.heads_S[slot] = heads
-        state.sampling.set(slot, request.sampling)
+        state.sampling.set(slot, request.sampling, request.acceptance)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,8 +1,8 @@
 """How many drafts to feed: expected tokens against the measured cost of a pass, step by step.
 
 A window of more rows costs more and commits more. What a draft is worth is known before it is fed: the probability that
-its head gave it, through a table measured of this model (`Acceptance`). What a row costs is measured of this machine
-(`PassCosts`). `headstart tune` measures both; which rows are fed changes no output.
+its head gave it, through a table measured of this model (`AcceptanceTable`). What a row costs is measured of this
+machine (`PassCosts`). `headstart tune` measures both; which rows are fed changes no output.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PRIOR = 4.0
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class AcceptanceTable:
     """How often the draft of head k is right where those of heads 2..k-1 are; entry k-2."""
 
     mean: tuple[float, ...]
@@ -35,7 +35,7 @@ class Acceptance:
     """[k-2][bin]: by the probability that head k gave its draft, bins between `EDGES`."""
 
     @classmethod
-    def of(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> Acceptance:
+    def of(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
         """Of passes that fed all drafts: the confidence of each and how many were accepted."""
         means, tables = [], []
         for i in range(heads - 1):
@@ -87,8 +87,8 @@ class PassCosts:
 class Tuning:
     """What `headstart tune` measured of a model on a machine."""
 
-    greedy: Acceptance
-    sampled: Acceptance
+    greedy: AcceptanceTable
+    sampled: AcceptanceTable
     costs: PassCosts
 
     def expected(self, slots: int, rows: int) -> float:
@@ -203,7 +203,7 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
     if entry is None:
         return None
     greedy, sampled = (
-        Acceptance(tuple(a["mean"]), tuple(map(tuple, a["by_confidence"])))
+        AcceptanceTable(tuple(a["mean"]), tuple(map(tuple, a["by_confidence"])))
         for a in (content["acceptance"]["greedy"], content["acceptance"]["sampled"])
     )
     tuning = Tuning(

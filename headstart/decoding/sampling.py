@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.decoding import native
+from headstart.decoding.acceptance import Rule
 from headstart.errors import UsageError
 
 
@@ -41,6 +42,16 @@ class Sampling:
             raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+
+
+def _folded(seed: int) -> int:
+    """Any Python integer is a seed: it is folded into 64 signed bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _stream(seed: int, number: int) -> int:
+    """The seed of another stream of noise."""
+    return (_folded(seed) ^ 0x5851F42D4C957F2D) * 6364136223846793005 + number
 
 
 _M1, _M2, _STEP = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB  # SplitMix64's, as signed integers
@@ -84,20 +95,31 @@ class SamplingRows:
 
     def __init__(self, slots: int, device: torch.device | str) -> None:
         self._of: list[Sampling] = [Sampling()] * slots
+        self.rules: list[Rule] = [Rule()] * slots
         self.temperature = torch.zeros(slots, device=device)
         self.top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self.top_p = torch.ones(slots, device=device)
         self.min_p = torch.zeros(slots, device=device)
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.draft_seed = torch.zeros(slots, dtype=torch.int64, device=device)
+        """Of the noise that drafts are drawn with: `seed`, or another where a rule weighs the draft against the target,
+        for which it must be independent of what the target is drawn with."""
+        self.weighs = torch.zeros(slots, dtype=torch.bool, device=device)
+        """Whether the slot's rule weighs probabilities: not where it is greedy, whatever the rule."""
+        self.block = torch.zeros(slots, dtype=torch.bool, device=device)
 
-    def set(self, slot: int, sampling: Sampling) -> None:
-        self._of[slot] = sampling
+    def set(self, slot: int, sampling: Sampling, rule: Rule | None = None) -> None:
+        rule = rule or Rule()
+        if sampling.temperature == 0 and rule.kind in ("rejection", "block", "lossy-typical"):
+            rule = Rule()  # what these come to where one token has all the probability
+        self._of[slot], self.rules[slot] = sampling, rule
+        self.weighs[slot], self.block[slot] = rule.weighs, rule.kind == "block"
         self.temperature[slot] = sampling.temperature
         self.top_k[slot] = sampling.top_k
         self.top_p[slot] = sampling.top_p
         self.min_p[slot] = sampling.min_p
-        # Any Python integer is a seed: it is folded into 64 signed bits.
-        self.seed[slot] = (sampling.seed + 2**63) % 2**64 - 2**63
+        self.seed[slot] = _folded(sampling.seed)
+        self.draft_seed[slot] = _folded(_stream(sampling.seed, 1) if rule.weighs else sampling.seed)
 
     def any_sampled(self, slots: slice) -> bool:
         """Whether any of these slots needs noise."""
@@ -106,6 +128,23 @@ class SamplingRows:
     def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
         """The noise (S, R, V) of these positions."""
         return position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
+
+    def draft_noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
+        """The noise (S, R, V) that drafts for these positions are drawn with."""
+        return position_noise(self.draft_seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
+
+    def uniform(self, positions_SR: Tensor, slots: slice) -> Tensor:
+        """Draws (S, R) in (0, 1), one for each seed and position, independent of the noise."""
+        key = _mix(_mix(self.draft_seed[slots, None] ^ _M1) + positions_SR * _STEP)
+        return (key >> 40 & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+
+    def plain_rules(self, slots: slice) -> bool:
+        """Whether all these slots keep the drafts that plain decoding would write."""
+        return all(rule.kind == "match" for rule in self.rules[slots])
+
+    def probabilities(self, logits_SRV: Tensor, slots: slice) -> Tensor:
+        """The distributions (S, R, V) that tokens are drawn from; of greedy slots, those of temperature 1."""
+        return self._transformed(logits_SRV.float(), slots).softmax(-1)
 
     def choose(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice) -> Tensor:
         """Tokens (S, R) int64 for logits (S, R, V); `noise` is that of the positions which the tokens will have."""
@@ -131,6 +170,11 @@ class SamplingRows:
         greedy = logits_SRV.argmax(-1)
         if noise_SRV is None:
             return greedy
+        x = self._transformed(logits_SRV, slots)
+        return torch.where(self.temperature[slots, None] > 0, (x + noise_SRV).argmax(-1), greedy)
+
+    def _transformed(self, logits_SRV: Tensor, slots: slice) -> Tensor:
+        settings = self._of[slots]
         temperature = self.temperature[slots, None, None]
         # Relative to the largest: however small the temperature, nothing overflows.
         x = (logits_SRV - logits_SRV.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
@@ -141,7 +185,7 @@ class SamplingRows:
         if any(s.min_p for s in settings):
             floor = x.amax(-1, keepdim=True) + self.min_p[slots, None, None].log()  # log 0 = -inf: nothing is dropped
             x = x.masked_fill(x < floor, float("-inf"))
-        return torch.where(temperature[..., 0] > 0, (x + noise_SRV).argmax(-1), greedy)
+        return x
 
     def confidence(self, logits_SRV: Tensor, tokens_SR: Tensor, slots: slice) -> Tensor:
         """(S, R) fp32: the probability of `tokens` under `logits` at each slot's temperature (greedy: 1), before top-k,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.decoding import native
+from headstart.decoding.acceptance import lossy, weighed
 from headstart.decoding.cache import CachedAttention, KVCache, pick
 from headstart.decoding.packing import PackedUnembedding, is_row_exact
 from headstart.decoding.sampling import SamplingRows
@@ -34,6 +35,8 @@ class DecodingState:
     """(S,) int64: how many of the window's tokens after the root are drafts; the rest is padding, never accepted."""
     heads_S: Tensor
     """(S,) int64: how many heads the slot uses, head 1 included."""
+    draft_q_SKV: Tensor | None
+    """(S, n-1, V) fp32: the distribution that each draft was drawn from; None until a slot's rule weighs them."""
     confidence_SK: Tensor
     """(S, n-1) fp32: the probability that each draft's head gave it, where a pass was asked for it."""
     sampling: SamplingRows
@@ -47,6 +50,12 @@ class DecodingState:
             rows = slice(starts[0], starts[0] + positions.shape[1])
             return cos[None, rows], sin[None, rows]
         return cos[positions], sin[positions]
+
+    def draft_q(self, vocab_size: int) -> Tensor:
+        """`draft_q_SKV`, made where it is not there yet."""
+        if self.draft_q_SKV is None:
+            self.draft_q_SKV = self.confidence_SK.new_zeros((*self.confidence_SK.shape, vocab_size))
+        return self.draft_q_SKV
 
     @classmethod
     def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodingState:
@@ -65,6 +74,7 @@ class DecodingState:
             window_SW=zeros(slots, model.config.heads),
             drafted_S=zeros(slots),
             heads_S=zeros(slots) + 1,
+            draft_q_SKV=None,
             confidence_SK=torch.zeros(slots, model.config.heads - 1, device=device),
             sampling=SamplingRows(slots, device),
             rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
@@ -116,16 +126,24 @@ def decode_step(
         noise = state.sampling.noise(decided, logits.shape[-1], slots)
     tokens = state.sampling.choose(logits, None if noise is None else noise[:, :rows], slots)
 
-    accepted = _settle(state, slots, tokens, heads)
+    if plain := state.sampling.plain_rules(slots):
+        accepted = _settle(state, slots, tokens, heads)
+    else:
+        tokens, accepted = _judge(state, slots, tokens, logits, noise, length, heads)
     if heads > 1:
         drafts = _draft(model, latents, rotary, attention, accepted, heads, deferred)  # (S, K-1, V)
         if noise is not None:
             ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
-            noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
+            if plain:
+                noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
+            else:
+                noise = state.sampling.draft_noise(length[:, None] + ahead + 1, logits.shape[-1], slots)
         chosen = state.sampling.choose(drafts, noise, slots)
         state.window_SW[slots, 1:heads] = chosen
         if confident:
             state.confidence_SK[slots, : heads - 1] = state.sampling.confidence(drafts, chosen, slots)
+        if not plain:
+            state.draft_q(drafts.shape[-1])[slots, : heads - 1] = state.sampling.probabilities(drafts, slots)
     return tokens, accepted
 
 
@@ -147,6 +165,45 @@ def _settle(state: DecodingState, slots: slice, tokens_SR: Tensor, heads: int) -
     window[:, :1] = tokens_SR.gather(1, accepted[:, None])
     state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
     return accepted
+
+
+def _judge(
+    state: DecodingState,
+    slots: slice,
+    tokens_SR: Tensor,
+    logits_SRV: Tensor,
+    noise_SRV: Tensor | None,
+    length_S: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """`_settle` where slots have other rules (`acceptance`). Returns the tokens (S, R) that the pass commits, as far as
+    they count, and accepted (S,)."""
+    sampling, R = state.sampling, tokens_SR.shape[1]
+    window, G = state.window_SW[slots], R - 1
+    drafts_SG, fed_S = window[:, 1:R], state.drafted_S[slots].clamp_max(G)
+    p_SRV = sampling.probabilities(logits_SRV, slots)
+    kept = drafts_SG == tokens_SR[:, :-1]
+    for s, rule in enumerate(sampling.rules[slots]):
+        if not rule.lossless:
+            kept[s] = lossy(rule, p_SRV[s], drafts_SG[s], tokens_SR[s])
+    number = torch.arange(1, R, device=kept.device)
+    accepted = (kept & (number <= fed_S[:, None])).long().cumprod(1).sum(1)
+    last = tokens_SR.gather(1, accepted[:, None])[:, 0]
+    weighs = sampling.weighs[slots]
+    if noise_SRV is not None:
+        q_SGV = state.draft_q(logits_SRV.shape[-1])[slots, :G]
+        uniform = sampling.uniform(length_S[:, None] + number, slots)
+        weighed_accepted, rest_SV = weighed(p_SRV, q_SGV, drafts_SG, fed_S, sampling.block[slots], uniform)
+        # The noise of the position after the last draft kept: nothing was drawn with it yet.
+        weighed_last = (rest_SV.log() + pick(noise_SRV, weighed_accepted, 1)[:, 0]).argmax(-1)
+        accepted = torch.where(weighs, weighed_accepted, accepted)
+        last = torch.where(weighs, weighed_last, last)
+    committed = torch.cat([drafts_SG, tokens_SR[:, :1]], 1)
+    committed = torch.where(torch.arange(R, device=kept.device) == accepted[:, None], last[:, None], committed)
+    state.length_S[slots] = length_S + accepted + 1
+    state.window_SW[slots, 0] = last
+    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
+    return committed, accepted
 
 
 def _head(

@@ -10,20 +10,20 @@ from conftest import HEADS, packed
 
 from headstart.decoding.engine import Engine, Generation, Request, generate_all
 from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import EDGES, PRIOR, Acceptance, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.policy import EDGES, PRIOR, AcceptanceTable, DraftPolicy, PassCosts, Tuning
 from headstart.decoding.sampling import Sampling
 
 PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05
 
 
-def acceptance(sure: float = 0.95, unsure: float = 0.05) -> Acceptance:
+def acceptance(sure: float = 0.95, unsure: float = 0.05) -> AcceptanceTable:
     """Drafts are right with probability `sure` where their heads are, else with `unsure`."""
     table = tuple(sure if i == len(EDGES) else unsure for i in range(len(EDGES) + 1))
-    return Acceptance(((sure + unsure) / 2,) * (HEADS - 1), (table,) * (HEADS - 1))
+    return AcceptanceTable(((sure + unsure) / 2,) * (HEADS - 1), (table,) * (HEADS - 1))
 
 
-def tuning(first: float, row: float, plain: float = 1.0, table: Acceptance | None = None) -> Tuning:
+def tuning(first: float, row: float, plain: float = 1.0, table: AcceptanceTable | None = None) -> Tuning:
     """A drafting pass costs `first` and `row` more for each row after it."""
     costs = tuple(first + row * i for i in range(HEADS))
     table = table or acceptance()
@@ -33,7 +33,7 @@ def tuning(first: float, row: float, plain: float = 1.0, table: Acceptance | Non
 def test_acceptance_is_conditional_and_sorted_by_confidence() -> None:
     # Head 2 is right where it is sure; head 3 is judged only where head 2 was right.
     observed = [([SURE, 0.55], 2)] * 30 + [([SURE, 0.55], 1)] * 10 + [([UNSURE, 0.55], 0)] * 60
-    found = Acceptance.of(observed, 3)
+    found = AcceptanceTable.of(observed, 3)
     assert found.mean == (pytest.approx(40.5 / 101), pytest.approx(30.5 / 41))
     sure, unsure = found.by_confidence[0][-1], found.by_confidence[0][0]
     assert sure == pytest.approx((40 + PRIOR * found.mean[0]) / (40 + PRIOR))

@@ -1,0 +1,158 @@
+"""Which drafts are kept: rules other than "the draft is what plain decoding would say".
+
+The default rule compares a draft with the token that plain decoding chooses there, greedily or with the position's
+noise, so the output is plain decoding's token for token. The rules here weigh probabilities instead. `rejection` and
+`block` are lossless in distribution: other tokens for a seed, the same law. Rules called lossy are just that.
+
+Target p and draft q are the distributions after temperature, top-k, top-p and min-p. Head 1's rows give p; q is kept
+from the pass that drafted. Drafts of heads 2..n are independent given the past (product drafts), which is all that the
+proofs need (Leviathan et al. 2211.17192; block verification: Sun et al. 2403.10444).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headstart.errors import UsageError
+
+DEFAULTS: dict[str, tuple[float, ...]] = {
+    "match": (),
+    "rejection": (),
+    "block": (),
+    "lossy-typical": (0.09, 0.3),
+    "lossy-top-k": (2,),
+    "lossy-distance": (2,),
+    "lossy-minimum": (2,),
+}
+"""Each kind's numbers where none are given."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a draft is kept.
+
+    match: it is the token of plain decoding (lossless: the same tokens). rejection: with probability min(1, p / q),
+    else a token of the residual (lossless in distribution). block: the same for the drafts of a window together
+    (lossless in distribution, never fewer kept). lossy-typical: p > min(epsilon, delta exp(-entropy of p)), Medusa's.
+    lossy-top-k: it is among the k best of p. lossy-distance: its id is within d of the best one's, Stern's, for tokens
+    that are intensities. lossy-minimum: as match, but at least m tokens a pass, Stern's minimum block size.
+    """
+
+    kind: str = "match"
+    numbers: tuple[float, ...] = ()
+    """typical: epsilon, delta; top-k: k; distance: d; minimum: m."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in DEFAULTS:
+            raise UsageError(f"there is no acceptance {self.kind!r}; take one of {', '.join(DEFAULTS)}")
+        wanted = len(DEFAULTS[self.kind])
+        if self.numbers and len(self.numbers) != wanted:
+            raise UsageError(f"acceptance {self.kind} takes {wanted} numbers after it, not {len(self.numbers)}")
+        if any(not 0 <= x < float("inf") for x in self.numbers):
+            raise UsageError(f"acceptance {self.kind}: {self.numbers} must be numbers of at least 0")
+        object.__setattr__(self, "numbers", self.numbers or DEFAULTS[self.kind])
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """ "block", "lossy-top-k:3", "lossy-typical:0.09:0.3"; raises UsageError for anything else."""
+        kind, *numbers = text.split(":")
+        try:
+            return cls(kind, tuple(map(float, numbers)))
+        except ValueError as error:
+            raise UsageError(f"acceptance {text!r}: {error}; write it as {kind}:NUMBER") from error
+
+    @property
+    def lossless(self) -> bool:
+        return not self.kind.startswith("lossy")
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it needs the distribution that drafts were drawn from."""
+        return self.kind in ("rejection", "block")
+
+
+def chain_probabilities(p_SGV: Tensor, q_SGV: Tensor, drafts_SG: Tensor) -> Tensor:
+    """h (S, G): draft i is kept, given that those before it are, with probability h_i = min(1, p_i(x_i) / q_i(x_i))."""
+    return _ratios(p_SGV, q_SGV, drafts_SG).clamp_max(1)
+
+
+def _ratios(p_SGV: Tensor, q_SGV: Tensor, drafts_SG: Tensor) -> Tensor:
+    index = drafts_SG[..., None]
+    return (p_SGV.gather(-1, index) / q_SGV.gather(-1, index).clamp_min(1e-30))[..., 0]
+
+
+def block_probabilities(p_SGV: Tensor, q_SGV: Tensor, drafts_SG: Tensor, fed_S: Tensor) -> tuple[Tensor, Tensor]:
+    """h (S, G) and weights w (S, G + 1): the drafts kept are the first i, for the largest i whose draw is below h_i.
+
+    w_0 = 1, w_i = min(1, w_{i-1} p_i(x_i) / q_i(x_i)). With g drafts fed, h_g = w_g; for i < g it is S_i / (S_i + 1 -
+    w_i), S_i the mass of (w_i p_{i+1} - q_{i+1})+. Of drafts beyond `fed_S` (S,) h is 0.
+    """
+    ratios = _ratios(p_SGV, q_SGV, drafts_SG)
+    weights = [torch.ones_like(fed_S, dtype=p_SGV.dtype)]
+    kept = []
+    G = drafts_SG.shape[1]
+    for i in range(1, G + 1):
+        w = (weights[-1] * ratios[:, i - 1]).clamp_max(1)
+        weights.append(w)
+        if i < G:
+            mass = (w[:, None] * p_SGV[:, i] - q_SGV[:, i]).clamp_min(0).sum(-1)
+            inside = mass / (mass + 1 - w).clamp_min(1e-30)
+        else:
+            inside = torch.zeros_like(w)
+        kept.append(torch.where(fed_S == i, w, torch.where(fed_S > i, inside, 0)))
+    return torch.stack(kept, 1), torch.stack(weights, 1)
+
+
+def residual(p_SV: Tensor, q_SV: Tensor, weight_S: Tensor, whole_S: Tensor) -> Tensor:
+    """The distribution (S, V), up to its sum, of the token after the last draft kept: (w p - q)+, or p where all drafts
+    fed were kept (`whole_S`), or where rounding has left nothing of it."""
+    rest = (weight_S[:, None] * p_SV - q_SV).clamp_min(0)
+    return torch.where((whole_S | (rest.sum(-1) <= 1e-12))[:, None], p_SV, rest)
+
+
+def weighed(
+    p_SRV: Tensor, q_SGV: Tensor, drafts_SG: Tensor, fed_S: Tensor, block_S: Tensor, uniform_SG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rejection, or where `block_S` block verification, of G drafts of which `fed_S` (S,) count.
+
+    Args:
+        p_SRV: target distributions, R = G + 1; row i-1 is that of draft i.
+        q_SGV: draft distributions. uniform_SG: independent draws in (0, 1).
+
+    Returns:
+        accepted (S,), and the distribution (S, V), up to its sum, of the token after them.
+    """
+    G = drafts_SG.shape[1]
+    if G == 0:
+        return torch.zeros_like(fed_S), p_SRV[:, 0]
+    number = torch.arange(1, G + 1, device=drafts_SG.device)
+    fed = number <= fed_S[:, None]
+    p = p_SRV[:, :G]
+    in_chain = ((uniform_SG < chain_probabilities(p, q_SGV, drafts_SG)) & fed).long().cumprod(1).sum(1)
+    kept, weights = block_probabilities(p, q_SGV, drafts_SG, fed_S)
+    in_block = ((uniform_SG < kept) & fed).long().mul(number).amax(1)
+    accepted = torch.where(block_S, in_block, in_chain)
+    at = accepted[:, None, None].expand(-1, 1, p_SRV.shape[-1])
+    weight = torch.where(block_S, weights.gather(1, accepted[:, None])[:, 0], 1)
+    q = q_SGV.gather(1, at.clamp_max(G - 1))[:, 0]
+    return accepted, residual(p_SRV.gather(1, at)[:, 0], q, weight, accepted == fed_S)
+
+
+def lossy(rule: Rule, p_RV: Tensor, drafts_G: Tensor, tokens_R: Tensor) -> Tensor:
+    """Which drafts (G,) of one slot a lossy rule keeps, each judged alone. p (R, V) of the rows; tokens (R,) of head
+    1."""
+    G = len(drafts_G)
+    p = p_RV[:G]
+    mine = p.gather(-1, drafts_G[:, None])[:, 0]
+    if rule.kind == "lossy-typical":
+        epsilon, delta = rule.numbers
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
+        return mine > torch.minimum(torch.full_like(entropy, epsilon), delta * (-entropy).exp())
+    if rule.kind == "lossy-top-k":
+        return (p > mine[:, None]).sum(-1) < rule.numbers[0]
+    if rule.kind == "lossy-distance":
+        return (drafts_G - p.argmax(-1)).abs() <= rule.numbers[0]
+    return (drafts_G == tokens_R[:G]) | (torch.arange(1, G + 1, device=p.device) < rule.numbers[0])
