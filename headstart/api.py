@@ -11,8 +11,10 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
-from headstart.decoding.engine import Engine, Generation, Request, Stats, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.packing import decoding_dtype, pack
+from headstart.decoding.penalties import Penalties
 from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
@@ -38,6 +40,10 @@ class Output:
     origins: list[int]
     """For each token the head that proposed it: 1, or k for an accepted draft of head k."""
     stats: Stats
+    logprobs: list[float]
+    """For each token its log-probability under the model (before penalties and temperature), if they were asked for."""
+    top_logprobs: list[list[tuple[int, float]]]
+    """For each token the most probable (token, log-probability), best first."""
 
     @classmethod
     def of(cls, generation: Generation) -> Output:
@@ -47,6 +53,8 @@ class Output:
             generation.finish_reason or "",
             generation.origins,
             generation.stats,
+            generation.logprobs,
+            generation.top_logprobs,
         )
 
 
@@ -97,6 +105,8 @@ class LanguageModel:
         top_k: int = 0,
         min_p: float = 0.0,
         acceptance: str = "match",
+        penalties: Penalties | None = None,
+        logprobs: int | None = None,
     ) -> Output | list[Output]:
         """Continues a prompt (text or token ids), or a list of prompts as one ragged batch.
 
@@ -110,6 +120,8 @@ class LanguageModel:
             stop: strings that end the text.
             acceptance: which drafts are kept, see `Rule`: "match" gives the tokens of plain decoding; "rejection" and
                 "block" are lossless in distribution, at a temperature; "lossy-..." are not.
+            penalties: on tokens already written, and biases; see `Penalties`.
+            logprobs: keep the log-probability of every token, and of this many most probable ones beside it.
 
         Returns:
             An Output, or a list of them for a list of prompts.
@@ -129,6 +141,8 @@ class LanguageModel:
                 sampling=Sampling(temperature, top_k, top_p, min_p, key),
                 heads=heads,
                 acceptance=Rule.parse(acceptance),
+                penalties=penalties or Penalties(),
+                logprobs=logprobs,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
             )
             for text, key in zip(prompts, seeds)
@@ -150,6 +164,7 @@ class LanguageModel:
         top_k: int = 0,
         min_p: float = 0.0,
         acceptance: str = "match",
+        penalties: Penalties | None = None,
     ) -> Iterator[str]:
         """As `generate` for one prompt: yields text as it is committed, whole characters only."""
         _ = self.tokenizer
@@ -159,6 +174,7 @@ class LanguageModel:
             sampling=Sampling(temperature, top_k, top_p, min_p, seed),
             heads=heads,
             acceptance=Rule.parse(acceptance),
+            penalties=penalties or Penalties(),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
         engine = self.engine(1, self._context_for([request]), exact)

@@ -179,6 +179,10 @@ def generate(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     acceptance: str = "match",
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logprobs: int | None = None,
     exact: bool = True,
     dtype: Literal["bfloat16", "float32"] | None = None,
     device: str = "cpu",
@@ -203,6 +207,10 @@ def generate(
         stop: strings that end the text.
         acceptance: which drafts are kept: match (the text of plain decoding), rejection or block (lossless in
             distribution, more are kept), or lossy-typical, lossy-top-k:3, lossy-distance, lossy-minimum.
+        repetition_penalty: divides positive logits of tokens in prompt and text, multiplies negative ones (1: none).
+        presence_penalty: taken once from the logits of tokens in the text.
+        frequency_penalty: taken from the logit of a token as often as the text holds it.
+        logprobs: with --json, the log-probability of each token and of this many most probable ones.
         exact: bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding.
         dtype: bfloat16 or float32 (default: as stored; float32 on a CPU without instructions for bfloat16).
         device: cpu, cuda, ...
@@ -213,8 +221,9 @@ def generate(
     """
     import headstart
     from headstart.decoding.acceptance import Rule
-    from headstart.decoding.engine import Request
+    from headstart.decoding.generation import Request
     from headstart.decoding.origins import OriginStream
+    from headstart.decoding.penalties import Penalties
     from headstart.decoding.sampling import Sampling
     from headstart.storage.boxed import model_directory
     from headstart.terminal import ColouredText, say
@@ -228,6 +237,8 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p, min_p, seed),
         heads=heads,
         acceptance=Rule.parse(acceptance),
+        penalties=Penalties(repetition_penalty, presence_penalty, frequency_penalty),
+        logprobs=logprobs,
         stop=stop,
     )
     engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact)
@@ -245,7 +256,10 @@ def generate(
     result = generation.stats
     if json:
         summary = result.summary() | {"finish_reason": generation.finish_reason}
-        _print_json({"text": generation.text, "tokens": generation.tokens, "stats": summary})
+        shown = {"text": generation.text, "tokens": generation.tokens, "stats": summary}
+        if logprobs is not None:
+            shown |= {"logprobs": generation.logprobs, "top_logprobs": generation.top_logprobs}
+        _print_json(shown)
         return
     print()
     if stats:

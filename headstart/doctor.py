@@ -19,7 +19,7 @@ from headstart.benchmarks.speedup import Decoded, decode, first_difference
 from headstart.benchmarks.transformers_peer import load_peer
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding import native
-from headstart.decoding.engine import Request
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import PackedLinear, can_pack, decoding_dtype, pack
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError

@@ -15,7 +15,8 @@ import headstart
 from headstart.benchmarks.measure import interleave, timed
 from headstart.benchmarks.passes import Pass
 from headstart.benchmarks.speedup import load_prompts
-from headstart.decoding.engine import Engine, Generation, Request
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation, Request
 from headstart.decoding.policy import AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError

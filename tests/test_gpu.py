@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig

@@ -12,7 +12,8 @@ from typing import Any
 from headstart.benchmarks.measure import interleave
 from headstart.benchmarks.passes import DTYPES
 from headstart.data.shards import TokenShards
-from headstart.decoding.engine import Engine, Generation, Request, Stats
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.packing import is_row_exact, pack
 from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling

@@ -12,7 +12,8 @@ import torch
 
 from headstart.benchmarks.measure import interleave
 from headstart.benchmarks.passes import DTYPES, random_model
-from headstart.decoding.engine import Engine, Request
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig

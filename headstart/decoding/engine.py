@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.acceptance import Rule
+from headstart.decoding.generation import Generation, Request
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
-from headstart.decoding.sampling import Sampling
 from headstart.decoding.step import DecodingState, decode_step, prefill
 from headstart.decoding.stopping import Stopper
 from headstart.errors import UsageError
@@ -24,128 +24,6 @@ EXACT_SPAN = 512
 spans inside a block the last bits of a row depend on the span, hence on where its window happened to start; whole
 blocks of masked positions add exactly nothing (docs/lab-notes.md)."""
 SPAN = 64
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to generate."""
-
-    prompt: tuple[int, ...]
-    """Token ids, at least one."""
-    max_new_tokens: int = 256
-    sampling: Sampling = field(default_factory=Sampling)
-    heads: int | None = None
-    """K: how many heads to use, head 1 included (None: as many as the engine's policy finds worth it, without a policy
-    all the model has; 1: plain decoding)."""
-    acceptance: Rule = field(default_factory=Rule)
-    """Which drafts are kept."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
-
-
-@dataclass
-class Stats:
-    """What a generation cost."""
-
-    passes: int = 0
-    """Trunk passes after the prompt."""
-    tokens: int = 0
-    """Tokens generated."""
-    drafted: list[int] = field(default_factory=list)
-    """Entry k-2: passes in which head k had a draft in the window."""
-    accepted: list[int] = field(default_factory=list)
-    """Entry k-2: passes in which the draft of head k was accepted."""
-    seconds: float = 0.0
-    """From the prompt's prefill to the last token, waiting for other slots included."""
-    prefill_seconds: float = 0.0
-
-    @property
-    def tokens_per_pass(self) -> float:
-        return self.tokens / self.passes if self.passes else 0.0
-
-    @property
-    def rows_per_pass(self) -> float:
-        """Rows fed on average: the root and drafts."""
-        return 1 + sum(self.drafted) / self.passes if self.passes else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Entry k-2: the share of head k's drafts that were accepted (with all before them)."""
-        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted)]
-
-    @classmethod
-    def summed(cls, parts: Sequence[Stats]) -> Stats:
-        """Of several generations with the same number of heads."""
-        return cls(
-            passes=sum(part.passes for part in parts),
-            tokens=sum(part.tokens for part in parts),
-            drafted=[sum(column) for column in zip(*(part.drafted for part in parts))],
-            accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
-            seconds=sum(part.seconds for part in parts),
-            prefill_seconds=sum(part.prefill_seconds for part in parts),
-        )
-
-    def summary(self) -> dict[str, int | float | list[float]]:
-        """Rounded, for people and for JSON."""
-        return {
-            "tokens": self.tokens,
-            "passes": self.passes,
-            "tokens_per_pass": round(self.tokens_per_pass, 3),
-            "rows_per_pass": round(self.rows_per_pass, 3),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "acceptance": [round(share, 3) for share in self.acceptance],
-            "seconds": round(self.seconds, 3),
-            "prefill_seconds": round(self.prefill_seconds, 3),
-        }
-
-
-class Generation:
-    """A request on its way. `tokens`, `text` and `finish_reason` grow as passes commit."""
-
-    def __init__(self, request: Request, heads: int, stopper: Stopper) -> None:
-        self.request = request
-        self.heads = heads
-        self.stats = Stats(drafted=[0] * (heads - 1), accepted=[0] * (heads - 1))
-        self.origins: list[int] = []
-        """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k."""
-        self.slot: int | None = None
-        self.confidences: list[float] = []
-        """Of the drafts in its window; empty where there are none, or where the engine has no policy."""
-        self._drafts = 0  # in its window
-        self._stopper = stopper
-        self._started = 0.0
-
-    @property
-    def tokens(self) -> list[int]:
-        return self._stopper.tokens
-
-    @property
-    def text(self) -> str:
-        return self._stopper.text
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self._stopper.finish_reason
-
-    @property
-    def finished(self) -> bool:
-        return self._stopper.finish_reason is not None
-
-    def commit(self, tokens: list[int]) -> str:
-        """Takes the tokens of one pass: accepted drafts of heads 2, 3, ... and then head 1's own token."""
-        before = len(self.tokens)
-        released = self._stopper.push(tokens)
-        self.origins += [*range(2, len(tokens) + 1), 1][: len(self.tokens) - before]
-        self.stats.tokens = len(self.tokens)
-        self.stats.seconds = time.perf_counter() - self._started
-        return released
-
-    def cancel(self) -> str:
-        return self._stopper.cancel()
 
 
 class Engine:
@@ -207,6 +85,11 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens; the context is {self.context}, which must also hold "
                 "what is generated: shorten the prompt"
             )
+        if request.logprobs is not None and not 0 <= request.logprobs <= config.vocab_size:
+            raise UsageError(f"logprobs is {request.logprobs}; ask for 0 to {config.vocab_size} alternatives")
+        beyond = next((token for token, _ in request.penalties.bias if token >= config.vocab_size), None)
+        if beyond is not None:
+            raise UsageError(f"logit bias names token {beyond}; the vocabulary has {config.vocab_size} tokens")
         largest, smallest = max(request.prompt), min(request.prompt)
         if smallest < 0 or largest >= config.vocab_size:
             bad = smallest if smallest < 0 else largest
@@ -234,6 +117,7 @@ class Engine:
         slots = slice(0, last)
         # Slots between the live ones run along on what they last held; their results are never read.
         starts = self._lengths[slots]
+        wanted = max((-1 if g.request.logprobs is None else g.request.logprobs for _, g in live), default=-1)
         confident = heads > 1 and (self.policy is not None or self.watch is not None)
         tokens_SW, accepted_S = decode_step(
             self.model,
@@ -245,7 +129,9 @@ class Engine:
             starts=starts,
             deferred=self.deferred,
             confident=confident,
+            keep_logits=wanted >= 0,
         )
+        logprobs = self._logprobs(tokens_SW, wanted) if wanted >= 0 else None
         tokens, accepted = tokens_SW.tolist(), accepted_S.tolist()
         confidences = self.state.confidence_SK[slots].tolist() if confident else []
         results, total = [], 0
@@ -267,7 +153,10 @@ class Engine:
                 # Its drafting heads have missed these positions, and would draft from caches with holes.
                 generation.heads = heads
                 self.state.heads_S[slot] = heads
+            before = len(generation.tokens)
             results.append((generation, generation.commit(committed)))
+            if logprobs is not None and generation.request.logprobs is not None:
+                generation.keep_logprobs(len(generation.tokens) - before, *(part[slot] for part in logprobs))
         if self.policy is not None:
             self.policy.saw(last, len(live), rows, heads > 1, total)
         for slot in range(last):
@@ -275,6 +164,15 @@ class Engine:
             if generation_or_none is None or generation_or_none.finished:
                 self._free(slot)
         return results
+
+    def _logprobs(self, tokens_SW: Tensor, alternatives: int) -> tuple[list[Any], list[Any], list[Any]]:
+        """Of each slot and row the log-probability of its token, and the best `alternatives` tokens with theirs."""
+        assert self.state.logits_SRV is not None
+        logits = self.state.logits_SRV
+        logs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        best = logs.topk(alternatives, dim=-1)
+        own = logs.gather(-1, tokens_SW[..., None])[..., 0]
+        return own.tolist(), best.indices.tolist(), best.values.tolist()
 
     def _shape(self, live: list[Generation], slots: int) -> tuple[int, int]:
         """Rows and heads of the next pass."""
@@ -308,6 +206,7 @@ class Engine:
         self._lengths[slot] = 0
         self.state.length_S[slot] = 0
         self.state.drafted_S[slot] = 0
+        self.state.penalties.clear(slot)
 
     def _admit(self) -> None:
         for slot, occupant in enumerate(self._live):
@@ -331,6 +230,7 @@ class Engine:
         state.drafted_S[slot] = 0
         state.heads_S[slot] = heads
         state.sampling.set(slot, request.sampling, request.acceptance)
+        state.penalties.set(slot, request.penalties, prompt)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -6,7 +6,7 @@ import itertools
 
 from headstart.data.textstream import TextStream
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.engine import Generation
+from headstart.decoding.generation import Generation
 
 
 class OriginStream:

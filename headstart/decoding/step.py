@@ -17,6 +17,7 @@ from headstart.decoding import native
 from headstart.decoding.acceptance import lossy, weighed
 from headstart.decoding.cache import CachedAttention, KVCache, pick
 from headstart.decoding.packing import PackedUnembedding, is_row_exact
+from headstart.decoding.penalties import PenaltyRows
 from headstart.decoding.sampling import SamplingRows
 from headstart.model.heads import PassHead
 from headstart.model.transformer import Transformer
@@ -40,6 +41,9 @@ class DecodingState:
     confidence_SK: Tensor
     """(S, n-1) fp32: the probability that each draft's head gave it, where a pass was asked for it."""
     sampling: SamplingRows
+    penalties: PenaltyRows
+    logits_SRV: Tensor | None
+    """(S, R, V): head 1's logits of the last pass that was asked to keep them, before penalties."""
     rotary: tuple[Tensor, Tensor]
     """cos and sin (capacity, 1, E) of every position a slot can reach."""
 
@@ -77,6 +81,8 @@ class DecodingState:
             draft_q_SKV=None,
             confidence_SK=torch.zeros(slots, model.config.heads - 1, device=device),
             sampling=SamplingRows(slots, device),
+            penalties=PenaltyRows(slots, model.config.vocab_size, device),
+            logits_SRV=None,
             rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
         )
 
@@ -92,6 +98,7 @@ def decode_step(
     starts: list[int] | None = None,
     deferred: bool = True,
     confident: bool = False,
+    keep_logits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One pass over the windows of `slots`; updates `state` in place, without a value going to the host.
 
@@ -105,6 +112,7 @@ def decode_step(
         deferred: whether drafting heads run on the accepted row only (their keys and values are made for all rows);
             False runs them on every row, as tests compare.
         confident: whether to keep the confidence of the drafts made, in `state.confidence_SK`.
+        keep_logits: whether to keep head 1's logits, in `state.logits_SRV`.
 
     Returns:
         tokens (S, W') int64 and accepted (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
@@ -119,6 +127,9 @@ def decode_step(
     for k in model.path(1):
         _head(model, k, latents, rotary, attention)
     logits = model.unembedding(latents[1])  # (S, W', V)
+    if keep_logits:
+        state.logits_SRV = logits
+    logits = state.penalties.apply(logits, window[:, 1:], slots)
     noise = None
     if state.sampling.any_sampled(slots):
         # Of every position that this pass decides or drafts: verification and drafts share it, and one hash makes it.
@@ -130,8 +141,10 @@ def decode_step(
         accepted = _settle(state, slots, tokens, heads)
     else:
         tokens, accepted = _judge(state, slots, tokens, logits, noise, length, heads)
+    state.penalties.wrote(tokens, accepted, slots)
     if heads > 1:
         drafts = _draft(model, latents, rotary, attention, accepted, heads, deferred)  # (S, K-1, V)
+        drafts = state.penalties.apply(drafts, None, slots)
         if noise is not None:
             ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
             if plain:

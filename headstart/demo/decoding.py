@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from headstart.api import LanguageModel
-from headstart.decoding.engine import Generation, Request, Stats, generate_all
+from headstart.decoding.engine import generate_all
+from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.origins import OriginStream
 from headstart.decoding.sampling import Sampling
 from headstart.demo.report import DecodingRow, Sample

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from headstart.decoding.engine import Engine, Request, Stats
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Request, Stats
 from headstart.decoding.sampling import Sampling
 from headstart.evaluation.repetition import repeated
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer

@@ -10,7 +10,7 @@ from headstart.benchmarks.decode import DecodeSettings
 from headstart.benchmarks.passes import Pass, pass_bytes, random_model
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.engine import Request
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import NativeLinear, PackedLinear, PackedUnembedding, pack
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig

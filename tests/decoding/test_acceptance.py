@@ -12,7 +12,8 @@ from conftest import HEADS, packed
 
 from headstart.decoding import acceptance as acceptance_module
 from headstart.decoding.acceptance import Rule, block_probabilities, chain_probabilities, lossy, weighed
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling, SamplingRows
 from headstart.errors import UsageError

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import HEADS, packed, trained
 
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import PackedLinear, can_pack, pack
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError

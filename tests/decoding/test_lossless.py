@@ -15,7 +15,8 @@ from torch import Tensor
 from headstart.decoding import sampling as sampling_module
 from headstart.decoding import step as step_module
 from headstart.decoding.cache import CachedAttention, KVCache
-from headstart.decoding.engine import EXACT_SPAN, Engine, Request, generate_all
+from headstart.decoding.engine import EXACT_SPAN, Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling, position_noise
 from headstart.decoding.step import DecodingState, prefill

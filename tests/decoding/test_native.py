@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from headstart.decoding import native
 from headstart.decoding.cache import CachedAttention, KVCache
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import (
     NativeBlock,
     NativeLinear,

@@ -5,7 +5,8 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.engine import Engine, Request
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Request
 from headstart.decoding.origins import OriginStream
 from headstart.decoding.sampling import Sampling
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
-from headstart.decoding.engine import Engine, Generation, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation, Request
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import EDGES, PRIOR, AcceptanceTable, DraftPolicy, PassCosts, Tuning
 from headstart.decoding.sampling import Sampling

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
 from headstart.errors import UsageError

@@ -11,7 +11,8 @@ import torch
 
 from headstart import entry
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.engine import Engine, Request, generate_all
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling
 from headstart.evaluation.free_running import run_freely

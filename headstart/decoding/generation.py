@@ -1,0 +1,149 @@
+"""A request, the generation that it becomes, and what that cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headstart.decoding.acceptance import Rule
+from headstart.decoding.penalties import Penalties
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.stopping import Stopper
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to generate."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_new_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+    heads: int | None = None
+    """K: how many heads to use, head 1 included (None: as many as the engine's policy finds worth it, without a policy
+    all the model has; 1: plain decoding)."""
+    acceptance: Rule = field(default_factory=Rule)
+    """Which drafts are kept."""
+    penalties: Penalties = field(default_factory=Penalties)
+    """On tokens already written, and biases."""
+    logprobs: int | None = None
+    """Keep the log-probability of every token, and of this many most probable ones beside it (None: none)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+
+
+@dataclass
+class Stats:
+    """What a generation cost."""
+
+    passes: int = 0
+    """Trunk passes after the prompt."""
+    tokens: int = 0
+    """Tokens generated."""
+    drafted: list[int] = field(default_factory=list)
+    """Entry k-2: passes in which head k had a draft in the window."""
+    accepted: list[int] = field(default_factory=list)
+    """Entry k-2: passes in which the draft of head k was accepted."""
+    seconds: float = 0.0
+    """From the prompt's prefill to the last token, waiting for other slots included."""
+    prefill_seconds: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def rows_per_pass(self) -> float:
+        """Rows fed on average: the root and drafts."""
+        return 1 + sum(self.drafted) / self.passes if self.passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Entry k-2: the share of head k's drafts that were accepted (with all before them)."""
+        return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted)]
+
+    @classmethod
+    def summed(cls, parts: Sequence[Stats]) -> Stats:
+        """Of several generations with the same number of heads."""
+        return cls(
+            passes=sum(part.passes for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            drafted=[sum(column) for column in zip(*(part.drafted for part in parts))],
+            accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
+            seconds=sum(part.seconds for part in parts),
+            prefill_seconds=sum(part.prefill_seconds for part in parts),
+        )
+
+    def summary(self) -> dict[str, int | float | list[float]]:
+        """Rounded, for people and for JSON."""
+        return {
+            "tokens": self.tokens,
+            "passes": self.passes,
+            "tokens_per_pass": round(self.tokens_per_pass, 3),
+            "rows_per_pass": round(self.rows_per_pass, 3),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "acceptance": [round(share, 3) for share in self.acceptance],
+            "seconds": round(self.seconds, 3),
+            "prefill_seconds": round(self.prefill_seconds, 3),
+        }
+
+
+class Generation:
+    """A request on its way. `tokens`, `text` and `finish_reason` grow as passes commit."""
+
+    def __init__(self, request: Request, heads: int, stopper: Stopper) -> None:
+        self.request = request
+        self.heads = heads
+        self.stats = Stats(drafted=[0] * (heads - 1), accepted=[0] * (heads - 1))
+        self.origins: list[int] = []
+        """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k."""
+        self.logprobs: list[float] = []
+        """For each token its log-probability under the model, before penalties, temperature and truncation; where the
+        request asks for them."""
+        self.top_logprobs: list[list[tuple[int, float]]] = []
+        """For each token the (token, log-probability) of the most probable ones, best first."""
+        self.slot: int | None = None
+        self.confidences: list[float] = []
+        """Of the drafts in its window; empty where there are none, or where the engine has no policy."""
+        self._drafts = 0  # in its window
+        self._stopper = stopper
+        self._started = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._stopper.tokens
+
+    @property
+    def text(self) -> str:
+        return self._stopper.text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._stopper.finish_reason
+
+    @property
+    def finished(self) -> bool:
+        return self._stopper.finish_reason is not None
+
+    def commit(self, tokens: list[int]) -> str:
+        """Takes the tokens of one pass: accepted drafts of heads 2, 3, ... and then head 1's own token."""
+        before = len(self.tokens)
+        released = self._stopper.push(tokens)
+        self.origins += [*range(2, len(tokens) + 1), 1][: len(self.tokens) - before]
+        self.stats.tokens = len(self.tokens)
+        self.stats.seconds = time.perf_counter() - self._started
+        return released
+
+    def keep_logprobs(self, count: int, own: list[float], best: list[list[int]], of_best: list[list[float]]) -> None:
+        """Keeps the log-probabilities of the first `count` tokens of a pass."""
+        alternatives = self.request.logprobs or 0
+        self.logprobs += own[:count]
+        self.top_logprobs += [list(zip(*pair))[:alternatives] for pair in zip(best[:count], of_best[:count])]
+
+    def cancel(self) -> str:
+        return self._stopper.cancel()

@@ -1,0 +1,107 @@
+"""Penalties on tokens that were already written, and biases: changes of the logits that depend on the text so far.
+
+Along a window the text so far grows row by row: row j is judged with the drafts before it counted, for it matters only
+if they are kept. So penalised decoding with drafts is penalised plain decoding, token for token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headstart.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What is taken from logits before temperature. The defaults change nothing."""
+
+    repetition: float = 1.0
+    """Logits of tokens in prompt or text are divided by it where positive, else multiplied (Keskar et al.
+    1909.05858)."""
+    presence: float = 0.0
+    """Taken once from tokens that the text holds (the prompt does not count), as OpenAI's API has it."""
+    frequency: float = 0.0
+    """Taken from a token as often as the text holds it."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its logit)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.repetition < math.inf:
+            raise UsageError(f"repetition penalty is {self.repetition}; it must be a positive number, 1 for none")
+        for name in ("presence", "frequency"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} penalty is {getattr(self, name)}; it must be a number, 0 for none")
+        for token, value in self.bias:
+            if token < 0 or math.isnan(value) or value == math.inf:
+                raise UsageError(f"logit bias {token}: {value}: name a token, and a number or -inf (never)")
+
+    @property
+    def none(self) -> bool:
+        return self == Penalties()
+
+
+class PenaltyRows:
+    """The penalties of all slots, and what each has written. Nothing is allocated before a slot has any."""
+
+    def __init__(self, slots: int, vocab_size: int, device: torch.device | str) -> None:
+        self._of = [Penalties()] * slots
+        self._shape, self._device = (slots, vocab_size), device
+        self._written: Tensor | None = None
+
+    def set(self, slot: int, penalties: Penalties, prompt: Tensor) -> None:
+        """A request with this prompt (T,) int64 begins in `slot`. Raises UsageError for a bias of no token."""
+        self._of[slot] = penalties
+        if penalties.none:
+            return
+        if self._written is None:
+            slots, vocab_size = self._shape
+            self._written = torch.zeros((slots, vocab_size), dtype=torch.int32, device=self._device)
+            self._prompt = torch.zeros((slots, vocab_size), dtype=torch.bool, device=self._device)
+            self._bias = torch.zeros((slots, vocab_size), device=self._device)
+            self._numbers = torch.zeros((3, slots, 1, 1), device=self._device)
+        self._written[slot] = 0
+        self._prompt[slot] = False
+        self._prompt[slot, prompt] = True
+        self._bias[slot] = 0
+        for token, value in penalties.bias:
+            self._bias[slot, token] = max(value, -1e30)  # never, and yet finite
+        numbers = (penalties.repetition, penalties.presence, penalties.frequency)
+        self._numbers[:, slot, 0, 0] = torch.tensor(numbers, device=self._device)
+
+    def clear(self, slot: int) -> None:
+        """The request in `slot` has ended."""
+        self._of[slot] = Penalties()
+
+    def any(self, slots: slice) -> bool:
+        """Whether any of these slots has penalties."""
+        return any(not penalties.none for penalties in self._of[slots])
+
+    def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice) -> Tensor:
+        """Logits (S, R, V) of rows of which row j comes after the first j drafts (None: all after none), penalised."""
+        if self._written is None or not self.any(slots):
+            return logits_SRV
+        logits = logits_SRV.float() if logits_SRV.dtype != torch.float64 else logits_SRV
+        counts = self._written[slots, None].expand_as(logits)
+        if drafts_SG is not None and drafts_SG.shape[1]:
+            drafts = torch.zeros_like(logits, dtype=torch.int32)
+            drafts[:, 1:].scatter_(2, drafts_SG[..., None], 1)
+            counts = counts + drafts.cumsum(1, dtype=torch.int32)
+        repetition, presence, frequency = self._numbers[:, slots].to(logits.dtype)
+        seen = (counts > 0) | self._prompt[slots, None]
+        penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+        result = torch.where(seen, penalised, logits)
+        result = result - presence * (counts > 0) - frequency * counts + self._bias[slots, None].to(logits.dtype)
+        # A slot without penalties keeps its logits as they are: adding zeros could turn -0.0 and is work besides.
+        has = torch.tensor([not p.none for p in self._of[slots]], device=logits.device)
+        return torch.where(has[:, None, None], result, logits)
+
+    def wrote(self, tokens_SR: Tensor, accepted_S: Tensor, slots: slice) -> None:
+        """Counts the tokens[s, : accepted[s] + 1] that a pass has committed."""
+        if self._written is None or not self.any(slots):
+            return
+        committed = torch.arange(tokens_SR.shape[1], device=tokens_SR.device) <= accepted_S[:, None]
+        self._written[slots].scatter_add_(1, tokens_SR, committed.to(torch.int32))
