@@ -76,12 +76,18 @@ class LanguageModel:
             raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
         return self._tokenizer
 
-    def engine(self, slots: int = 1, context: int | None = None, exact: bool = True) -> Engine:
+    def engine(self, slots: int = 1, context: int | None = None, exact: bool = True, lookup: int = 0) -> Engine:
         """A decoding engine over this model, for many requests at once."""
         tuning = self._tuning()
         policy = None if tuning is None else DraftPolicy(tuning)
         return Engine(
-            self.transformer, slots=slots, context=context, tokenizer=self._tokenizer, exact=exact, policy=policy
+            self.transformer,
+            slots=slots,
+            context=context,
+            tokenizer=self._tokenizer,
+            exact=exact,
+            policy=policy,
+            lookup=lookup,
         )
 
     def _tuning(self) -> Tuning | None:
@@ -107,6 +113,7 @@ class LanguageModel:
         acceptance: str = "match",
         penalties: Penalties | None = None,
         logprobs: int | None = None,
+        lookup: int = 0,
     ) -> Output | list[Output]:
         """Continues a prompt (text or token ids), or a list of prompts as one ragged batch.
 
@@ -121,6 +128,9 @@ class LanguageModel:
             acceptance: which drafts are kept, see `Rule`: "match" gives the tokens of plain decoding; "rejection" and
                 "block" are lossless in distribution, at a temperature; "lossy-..." are not.
             penalties: on tokens already written, and biases; see `Penalties`.
+            lookup: at most this many drafts of a pass are looked up in the text itself, for models without drafting
+            heads
+                and texts that repeat long pieces; the output does not depend on it.
             logprobs: keep the log-probability of every token, and of this many most probable ones beside it.
 
         Returns:
@@ -147,7 +157,7 @@ class LanguageModel:
             )
             for text, key in zip(prompts, seeds)
         ]
-        engine = self.engine(len(requests), self._context_for(requests), exact)
+        engine = self.engine(len(requests), self._context_for(requests), exact, lookup)
         outputs = [Output.of(generation) for generation in generate_all(engine, requests)]
         return outputs if many else outputs[0]
 
@@ -165,6 +175,7 @@ class LanguageModel:
         min_p: float = 0.0,
         acceptance: str = "match",
         penalties: Penalties | None = None,
+        lookup: int = 0,
     ) -> Iterator[str]:
         """As `generate` for one prompt: yields text as it is committed, whole characters only."""
         _ = self.tokenizer
@@ -177,7 +188,7 @@ class LanguageModel:
             penalties=penalties or Penalties(),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
-        engine = self.engine(1, self._context_for([request]), exact)
+        engine = self.engine(1, self._context_for([request]), exact, lookup)
         engine.submit(request)
         return (text for _, text in engine.run() if text)
 

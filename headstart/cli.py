@@ -183,6 +183,7 @@ def generate(
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     logprobs: int | None = None,
+    lookup: int = 0,
     exact: bool = True,
     dtype: Literal["bfloat16", "float32"] | None = None,
     device: str = "cpu",
@@ -211,6 +212,7 @@ def generate(
         presence_penalty: taken once from the logits of tokens in the text.
         frequency_penalty: taken from the logit of a token as often as the text holds it.
         logprobs: with --json, the log-probability of each token and of this many most probable ones.
+        lookup: at most this many drafts of a pass are looked up in the text itself.
         exact: bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding.
         dtype: bfloat16 or float32 (default: as stored; float32 on a CPU without instructions for bfloat16).
         device: cpu, cuda, ...
@@ -241,7 +243,7 @@ def generate(
         logprobs=logprobs,
         stop=stop,
     )
-    engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact)
+    engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact, lookup)
     generation = engine.submit(request)
     if show and not json:
         coloured, origins = ColouredText(), OriginStream(generation, loaded.tokenizer)

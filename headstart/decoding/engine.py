@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.generation import Generation, Request
+from headstart.decoding.lookup import Lookup, Odds
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.step import DecodingState, decode_step, prefill
@@ -40,6 +41,8 @@ class Engine:
         deferred: see `decode_step`.
         policy: chooses the rows of each pass for requests that do not name a number of heads. Where `exact` fixes the
             shapes it has nothing to choose, and is left out.
+        lookup: at most this many drafts of a window are looked up in the text itself, after those of the heads or in
+            their place.
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
             fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
             ask for confidences without a policy too.
@@ -55,6 +58,7 @@ class Engine:
         exact: bool = True,
         deferred: bool = True,
         policy: DraftPolicy | None = None,
+        lookup: int = 0,
         watch: Callable[[Generation, int, int], None] | None = None,
     ) -> None:
         if slots < 1:
@@ -62,10 +66,15 @@ class Engine:
         self.model, self.tokenizer, self.exact, self.deferred = model, tokenizer, exact, deferred
         self.context = context or model.config.context
         self.fixed_shapes = exact and not is_row_exact(model)
-        self.policy = None if self.fixed_shapes or model.config.heads == 1 else policy
+        if lookup < 0:
+            raise UsageError(f"lookup is {lookup}; it must be 0 (no drafts looked up) or more")
+        self.lookup, self.odds = lookup, Odds()
+        self.width = model.config.heads + lookup
+        self.policy = None if self.fixed_shapes or self.width == 1 else policy
         self.watch = watch
         self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
-        self.state = DecodingState.empty(model, slots, _round_up(self.context + model.config.heads, self.step_span))
+        capacity = _round_up(self.context + self.width, self.step_span)
+        self.state = DecodingState.empty(model, slots, capacity, self.width)
         self._live: list[Generation | None] = [None] * slots
         self._lengths = [0] * slots
         self._waiting: deque[Generation] = deque()
@@ -134,29 +143,31 @@ class Engine:
         logprobs = self._logprobs(tokens_SW, wanted) if wanted >= 0 else None
         tokens, accepted = tokens_SW.tolist(), accepted_S.tolist()
         confidences = self.state.confidence_SK[slots].tolist() if confident else []
+        windows = self.state.window_SW[slots].tolist() if self.lookup else []
         results, total = [], 0
         for slot, generation in live:
             committed = tokens[slot][: accepted[slot] + 1]
             self._lengths[slot] += len(committed)
             total += len(committed)
-            fed = min(generation._drafts, rows - 1)
+            fed = min(len(generation.sources), rows - 1)
             if self.watch is not None and generation.confidences and fed:
                 self.watch(generation, fed, accepted[slot])
-            stats = generation.stats
-            for i in range(fed):
-                stats.drafted[i] += 1
-                stats.accepted[i] += i < accepted[slot]
-            stats.passes += 1
-            generation._drafts = min(generation.heads, heads) - 1
-            generation.confidences = confidences[slot][: generation._drafts] if confident else []
+            self._learn(generation, fed, accepted[slot])
+            before = len(generation.tokens)
+            results.append((generation, generation.commit(committed, fed)))
+            if logprobs is not None and generation.request.logprobs is not None:
+                generation.keep_logprobs(len(generation.tokens) - before, *(part[slot] for part in logprobs))
             if heads < generation.heads and self.model.config.head_kind == "transformer":
                 # Its drafting heads have missed these positions, and would draft from caches with holes.
                 generation.heads = heads
                 self.state.heads_S[slot] = heads
-            before = len(generation.tokens)
-            results.append((generation, generation.commit(committed)))
-            if logprobs is not None and generation.request.logprobs is not None:
-                generation.keep_logprobs(len(generation.tokens) - before, *(part[slot] for part in logprobs))
+            generation.sources = list(range(2, min(generation.heads, heads) + 1))
+            generation.confidences = confidences[slot][: len(generation.sources)] if confident else []
+            if self.policy is not None:
+                sampled = generation.request.sampling.temperature > 0
+                generation.prefixes = self.policy.prefixes(sampled, generation.confidences)
+            if generation.lookup is not None and not generation.finished:
+                self._look_up(slot, generation, committed, windows[slot])
         if self.policy is not None:
             self.policy.saw(last, len(live), rows, heads > 1, total)
         for slot in range(last):
@@ -176,16 +187,48 @@ class Engine:
 
     def _shape(self, live: list[Generation], slots: int) -> tuple[int, int]:
         """Rows and heads of the next pass."""
-        n = self.model.config.heads
-        fixed = max((g.heads for g in live if self.policy is None or g.request.heads is not None), default=1)
+        named = [g for g in live if self.policy is None or g.request.heads is not None]
+        fixed = max((g.heads for g in named), default=1)
         if self.fixed_shapes:
-            return n, fixed
-        free = [g for g in live if self.policy is not None and g.request.heads is None and g.heads > 1]
+            return self.width, fixed
+        rows = 1 + max((len(g.sources) for g in named), default=0)
+        free = [g for g in live if g not in named]
         if self.policy is None or not free:
-            return fixed, fixed
-        windows = [(g.request.sampling.temperature > 0, g.confidences) for g in free]
-        rows, drafting = self.policy.plan(slots, windows)
-        return max(rows, fixed), max(fixed, *(g.heads for g in free)) if drafting else fixed
+            return rows, fixed
+        most, drafting = self.policy.plan(slots, [g.prefixes for g in free])
+        return max(rows, most), max(fixed, *(g.heads for g in free)) if drafting else fixed
+
+    def _learn(self, generation: Generation, fed: int, accepted: int) -> None:
+        """How the looked up drafts of a pass fared."""
+        heads = sum(source > 0 for source in generation.sources)
+        if generation.match and fed > heads and accepted >= heads:
+            self.odds.saw(generation.match, fed - heads, accepted - heads)
+
+    def _look_up(self, slot: int, generation: Generation, committed: list[int], window: list[int]) -> None:
+        """Looked up drafts into the window of a slot: in place of those of its heads, or after them, whichever can be
+        expected to bring more."""
+        lookup, heads = generation.lookup, len(generation.sources)
+        assert lookup is not None
+        lookup.push(committed)
+        stats = generation.stats
+        ahead = generation.prefixes or [
+            (a + 0.5) / (d + 1) for a, d in zip(stats.accepted[:heads], stats.drafted[:heads])
+        ]
+        # Where drafts are weighed, what is fed must not depend on which drafts were drawn, so nothing follows those.
+        weighs = generation.request.acceptance.weighs
+        options = []
+        for own in sorted({0, heads}):
+            most = 0 if weighs and own else min(self.lookup, self.width - 1 - own)
+            drafts, size = lookup.drafts(window[1 : 1 + own], most)
+            chance = self.odds.of(size) if size else 0.0
+            reached = ahead[own - 1] if own else 1.0
+            prefixes = ahead[:own] + [reached * chance**j for j in range(1, len(drafts) + 1)]
+            options.append((sum(prefixes), own, drafts, size, prefixes))
+        _, own, drafts, generation.match, generation.prefixes = max(options, key=lambda option: option[0])
+        generation.sources = generation.sources[:own] + [0] * len(drafts)
+        generation.confidences = generation.confidences[:own]
+        if drafts:
+            self.state.propose(slot, own, drafts)
 
     def run(self) -> Iterator[tuple[Generation, str]]:
         """Steps until nothing is left."""
@@ -216,6 +259,8 @@ class Engine:
             generation.slot = slot
             generation._started = time.perf_counter()
             self._live[slot] = generation
+            if self.lookup:
+                generation.lookup = Lookup(generation.request.prompt)
             self._start(slot, generation.request, generation.heads)
             generation.stats.prefill_seconds = time.perf_counter() - generation._started
 

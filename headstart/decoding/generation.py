@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headstart.decoding.acceptance import Rule
+from headstart.decoding.lookup import Lookup
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
@@ -45,6 +46,9 @@ class Stats:
     """Entry k-2: passes in which head k had a draft in the window."""
     accepted: list[int] = field(default_factory=list)
     """Entry k-2: passes in which the draft of head k was accepted."""
+    looked_up: int = 0
+    """Drafts that were looked up in the text itself and fed."""
+    looked_up_accepted: int = 0
     seconds: float = 0.0
     """From the prompt's prefill to the last token, waiting for other slots included."""
     prefill_seconds: float = 0.0
@@ -56,7 +60,7 @@ class Stats:
     @property
     def rows_per_pass(self) -> float:
         """Rows fed on average: the root and drafts."""
-        return 1 + sum(self.drafted) / self.passes if self.passes else 0.0
+        return 1 + (sum(self.drafted) + self.looked_up) / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +79,8 @@ class Stats:
             tokens=sum(part.tokens for part in parts),
             drafted=[sum(column) for column in zip(*(part.drafted for part in parts))],
             accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
+            looked_up=sum(part.looked_up for part in parts),
+            looked_up_accepted=sum(part.looked_up_accepted for part in parts),
             seconds=sum(part.seconds for part in parts),
             prefill_seconds=sum(part.prefill_seconds for part in parts),
         )
@@ -87,6 +93,8 @@ class Stats:
             "tokens_per_pass": round(self.tokens_per_pass, 3),
             "rows_per_pass": round(self.rows_per_pass, 3),
             "tokens_per_second": round(self.tokens_per_second, 1),
+            "looked_up": self.looked_up,
+            "looked_up_accepted": self.looked_up_accepted,
             "acceptance": [round(share, 3) for share in self.acceptance],
             "seconds": round(self.seconds, 3),
             "prefill_seconds": round(self.prefill_seconds, 3),
@@ -101,16 +109,23 @@ class Generation:
         self.heads = heads
         self.stats = Stats(drafted=[0] * (heads - 1), accepted=[0] * (heads - 1))
         self.origins: list[int] = []
-        """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k."""
+        """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k, 0 for one that was
+        looked up in the text."""
         self.logprobs: list[float] = []
         """For each token its log-probability under the model, before penalties, temperature and truncation; where the
         request asks for them."""
         self.top_logprobs: list[list[tuple[int, float]]] = []
         """For each token the (token, log-probability) of the most probable ones, best first."""
         self.slot: int | None = None
+        self.sources: list[int] = []
+        """For each draft in its window the head that proposed it, 0 where it was looked up."""
         self.confidences: list[float] = []
-        """Of the drafts in its window; empty where there are none, or where the engine has no policy."""
-        self._drafts = 0  # in its window
+        """Of the drafts in its window; empty where there are none, or where nothing asks for them."""
+        self.prefixes: list[float] = []
+        """Entry j-1: the probability that the first j drafts in its window are right, where something estimates it."""
+        self.lookup: Lookup | None = None
+        self.match = 0
+        """Length of the match that the looked up drafts in its window are from."""
         self._stopper = stopper
         self._started = 0.0
 
@@ -130,11 +145,19 @@ class Generation:
     def finished(self) -> bool:
         return self._stopper.finish_reason is not None
 
-    def commit(self, tokens: list[int]) -> str:
-        """Takes the tokens of one pass: accepted drafts of heads 2, 3, ... and then head 1's own token."""
-        before = len(self.tokens)
+    def commit(self, tokens: list[int], fed: int) -> str:
+        """Takes the tokens of one pass that was fed the first `fed` drafts: those accepted, then head 1's own token."""
+        before, accepted = len(self.tokens), len(tokens) - 1
+        for i, head in enumerate(self.sources[:fed]):
+            if head:
+                self.stats.drafted[head - 2] += 1
+                self.stats.accepted[head - 2] += i < accepted
+            else:
+                self.stats.looked_up += 1
+                self.stats.looked_up_accepted += i < accepted
+        self.stats.passes += 1
         released = self._stopper.push(tokens)
-        self.origins += [*range(2, len(tokens) + 1), 1][: len(self.tokens) - before]
+        self.origins += [*self.sources[:accepted], 1][: len(self.tokens) - before]
         self.stats.tokens = len(self.tokens)
         self.stats.seconds = time.perf_counter() - self._started
         return released

@@ -119,7 +119,7 @@ class DraftPolicy:
 
     def __init__(self, tuning: Tuning) -> None:
         self.tuning = tuning
-        self._costs: dict[int, tuple[float, ...]] = {}
+        self._costs: dict[int, tuple[tuple[float, ...], bool]] = {}
         self._rest = self.REST[0]
         self._resting = 0
         self._begin()
@@ -133,35 +133,39 @@ class DraftPolicy:
         """Tokens per cost of late, in those of plain decoding."""
         return self._tokens / self._cost
 
-    def plan(self, slots: int, windows: Sequence[tuple[bool, Sequence[float]]]) -> tuple[int, bool]:
+    def prefixes(self, sampled: bool, confidences: Sequence[float]) -> list[float]:
+        """Entry j-1: the probability that the first j drafts of a window are all right."""
+        return (self.tuning.sampled if sampled else self.tuning.greedy).prefixes(confidences)
+
+    def plan(self, slots: int, prefixes: Sequence[Sequence[float]]) -> tuple[int, bool]:
         """The rows of the next pass, and whether heads draft in it.
 
         Args:
             slots: windows that the pass computes.
-            windows: of each live slot whether it is sampled, and the confidence of the drafts in its window (none after
-                a pass without drafting).
+            prefixes: of each live slot the probabilities that the first j drafts in its window are right (none after a
+                pass without drafting).
         """
-        costs = self._costs_of(slots)
-        if self._resting or not costs:
-            return 1, False
-        prefixes = [(self.tuning.sampled if s else self.tuning.greedy).prefixes(c) for s, c in windows]
-        rate, live = self.rate, len(windows)
-        best, best_worth, tokens = 1, 1 - rate * costs[0], 1.0
-        for rows in range(2, max(map(len, prefixes)) + 2):
+        costs, hopeless = self._costs_of(slots)
+        drafting = not (self._resting or hopeless)
+        # Without drafting by heads there may still be drafts that were looked up.
+        saved = 0.0 if drafting else costs[0] - 1
+        rate, live = max(self.rate, 1.0) if not drafting else self.rate, len(prefixes)
+        best, best_worth, tokens = 1, 1 - rate * (costs[0] - saved), 1.0
+        for rows in range(2, max(map(len, prefixes), default=0) + 2):
             tokens += sum(p[rows - 2] for p in prefixes if len(p) > rows - 2) / live
-            worth = tokens - rate * costs[rows - 1]
+            worth = tokens - rate * (_of_rows(costs, rows) - saved)
             if worth > best_worth:
                 best, best_worth = rows, worth
-        return best, True
+        return best, drafting
 
     def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
         """What became of a pass: `tokens` committed by `live` slots."""
-        costs = self._costs_of(slots)
-        if not drafted or not costs:
+        costs, _ = self._costs_of(slots)
+        if not drafted:
             self._resting = max(0, self._resting - 1)
             return
         self._tokens = self.MEMORY * self._tokens + tokens / live
-        self._cost = self.MEMORY * self._cost + costs[rows - 1]
+        self._cost = self.MEMORY * self._cost + _of_rows(costs, rows)
         self._passes += 1
         if self._passes >= self.PROBE:
             if self.rate < 1:
@@ -170,14 +174,21 @@ class DraftPolicy:
             else:
                 self._rest = self.REST[0]
 
-    def _costs_of(self, slots: int) -> tuple[float, ...]:
-        """Of a drafting pass by rows, in plain passes; none where drafting cannot pay at this batch size. (Feeding only
-        likely drafts gains something over the best fixed number of rows, but not a fifth.)"""
+    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
+        """Of a drafting pass by rows, in plain passes; and whether drafting cannot pay at this batch size. (Feeding
+        only likely drafts gains something over the best fixed number of rows, but not a fifth.)"""
         if slots not in self._costs:
             plain, drafting = self.tuning.costs.at(slots)
-            hopeless = self.tuning.best(slots) < 0.8
-            self._costs[slots] = () if hopeless else tuple(cost / plain for cost in drafting)
+            self._costs[slots] = tuple(cost / plain for cost in drafting), self.tuning.best(slots) < 0.8
         return self._costs[slots]
+
+
+def _of_rows(costs: Sequence[float], rows: int) -> float:
+    """The cost of this many rows; beyond those measured, by the average row."""
+    beyond = rows - len(costs)
+    if beyond <= 0:
+        return costs[rows - 1]
+    return costs[-1] + beyond * ((costs[-1] - costs[0]) / (len(costs) - 1) if len(costs) > 1 else costs[0])
 
 
 def setting(model: Transformer) -> dict[str, Any]:

@@ -25,25 +25,27 @@ from headstart.model.transformer import Transformer
 
 @dataclass
 class DecodingState:
-    """Everything that lives on the device between two steps. S slots, W = n rows of a full window."""
+    """Everything that lives on the device between two steps. S slots, W >= n rows of a full window."""
 
     cache: KVCache
     length_S: Tensor
     """(S,) int64: positions whose keys and values count, the root's excluded."""
     window_SW: Tensor
-    """(S, n) int64: root and drafts."""
+    """(S, W) int64: root and drafts: those of the heads, and where W > n others."""
     drafted_S: Tensor
     """(S,) int64: how many of the window's tokens after the root are drafts; the rest is padding, never accepted."""
     heads_S: Tensor
     """(S,) int64: how many heads the slot uses, head 1 included."""
     draft_q_SKV: Tensor | None
-    """(S, n-1, V) fp32: the distribution that each draft was drawn from; None until a slot's rule weighs them."""
+    """(S, W-1, V) fp32: the distribution that each draft was drawn from; None until a slot's rule weighs them."""
     confidence_SK: Tensor
-    """(S, n-1) fp32: the probability that each draft's head gave it, where a pass was asked for it."""
+    """(S, n-1) fp32: the probability that each draft's head gave it, where a pass was asked for it; where a rule weighs
+    drafts, the expectation of that."""
     sampling: SamplingRows
     penalties: PenaltyRows
     logits_SRV: Tensor | None
     """(S, R, V): head 1's logits of the last pass that was asked to keep them, before penalties."""
+    vocab_size: int
     rotary: tuple[Tensor, Tensor]
     """cos and sin (capacity, 1, E) of every position a slot can reach."""
 
@@ -55,14 +57,25 @@ class DecodingState:
             return cos[None, rows], sin[None, rows]
         return cos[positions], sin[positions]
 
-    def draft_q(self, vocab_size: int) -> Tensor:
+    def draft_q(self) -> Tensor:
         """`draft_q_SKV`, made where it is not there yet."""
         if self.draft_q_SKV is None:
-            self.draft_q_SKV = self.confidence_SK.new_zeros((*self.confidence_SK.shape, vocab_size))
+            slots, width = self.window_SW.shape
+            self.draft_q_SKV = self.confidence_SK.new_zeros((slots, width - 1, self.vocab_size))
         return self.draft_q_SKV
 
+    def propose(self, slot: int, own: int, drafts: list[int]) -> None:
+        """`drafts` go into the window of `slot` after the first `own` of its heads' drafts, in place of the others."""
+        places = slice(1 + own, 1 + own + len(drafts))
+        self.window_SW[slot, places] = torch.tensor(drafts, device=self.window_SW.device)
+        self.drafted_S[slot] = own + len(drafts)
+        if not self.sampling.plain_rules(slice(slot, slot + 1)):  # a draft that was not drawn has all the probability
+            rows = self.draft_q()[slot, own : own + len(drafts)].zero_()
+            rows[torch.arange(len(drafts)), drafts] = 1
+
     @classmethod
-    def empty(cls, model: Transformer, slots: int, capacity: int) -> DecodingState:
+    def empty(cls, model: Transformer, slots: int, capacity: int, width: int | None = None) -> DecodingState:
+        """`width`: rows of a full window (None: n)."""
         weight = model.trunk.embedding.weight
         device = weight.device
         # On a CPU, torch's attention over bf16 keys is up to eight times slower than over fp32 ones.
@@ -75,7 +88,7 @@ class DecodingState:
         return cls(
             cache=KVCache(model.config, slots, capacity, cache_dtype, device, compiled=is_row_exact(model)),
             length_S=zeros(slots),
-            window_SW=zeros(slots, model.config.heads),
+            window_SW=zeros(slots, width or model.config.heads),
             drafted_S=zeros(slots),
             heads_S=zeros(slots) + 1,
             draft_q_SKV=None,
@@ -83,6 +96,7 @@ class DecodingState:
             sampling=SamplingRows(slots, device),
             penalties=PenaltyRows(slots, model.config.vocab_size, device),
             logits_SRV=None,
+            vocab_size=model.config.vocab_size,
             rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
         )
 
@@ -153,11 +167,24 @@ def decode_step(
                 noise = state.sampling.draft_noise(length[:, None] + ahead + 1, logits.shape[-1], slots)
         chosen = state.sampling.choose(drafts, noise, slots)
         state.window_SW[slots, 1:heads] = chosen
-        if confident:
-            state.confidence_SK[slots, : heads - 1] = state.sampling.confidence(drafts, chosen, slots)
+        q_SKV = None
         if not plain:
-            state.draft_q(drafts.shape[-1])[slots, : heads - 1] = state.sampling.probabilities(drafts, slots)
+            q_SKV = state.sampling.probabilities(drafts, slots)
+            state.draft_q()[slots, : heads - 1] = q_SKV
+        if confident:
+            state.confidence_SK[slots, : heads - 1] = _confidence(state, drafts, chosen, q_SKV, slots)
     return tokens, accepted
+
+
+def _confidence(
+    state: DecodingState, logits_SKV: Tensor, drafts_SK: Tensor, q_SKV: Tensor | None, slots: slice
+) -> Tensor:
+    """How probable each draft is by its head, (S, K-1). Where drafts are weighed, whether one is fed must not depend on
+    which one was drawn: that would bend the distribution. There it is what that probability can be expected to be."""
+    confidence = state.sampling.confidence(logits_SKV, drafts_SK, slots)
+    if q_SKV is None:
+        return confidence
+    return torch.where(state.sampling.weighs[slots, None], q_SKV.square().sum(-1), confidence)
 
 
 def _settle(state: DecodingState, slots: slice, tokens_SR: Tensor, heads: int) -> Tensor:
@@ -204,7 +231,7 @@ def _judge(
     last = tokens_SR.gather(1, accepted[:, None])[:, 0]
     weighs = sampling.weighs[slots]
     if noise_SRV is not None:
-        q_SGV = state.draft_q(logits_SRV.shape[-1])[slots, :G]
+        q_SGV = state.draft_q()[slots, :G]
         uniform = sampling.uniform(length_S[:, None] + number, slots)
         weighed_accepted, rest_SV = weighed(p_SRV, q_SGV, drafts_SG, fed_S, sampling.block[slots], uniform)
         # The noise of the position after the last draft kept: nothing was drawn with it yet.

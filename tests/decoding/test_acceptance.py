@@ -11,10 +11,12 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.decoding import acceptance as acceptance_module
+from headstart.decoding import step as step_module
 from headstart.decoding.acceptance import Rule, block_probabilities, chain_probabilities, lossy, weighed
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
+from headstart.decoding.policy import EDGES, AcceptanceTable, DraftPolicy, PassCosts, Tuning
 from headstart.decoding.sampling import Sampling, SamplingRows
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -181,6 +183,35 @@ def test_lossy_rules_do_not_follow_the_models_law() -> None:
     for text in ("lossy-top-k:2", "lossy-minimum:3"):
         assert not Rule.parse(text).lossless
         assert _distance(model, raw, Rule.parse(text), Sampling(1.0)) > 3, text
+
+
+class Sure(DraftPolicy):
+    """Feeds the drafts of which their heads are sure."""
+
+    def __init__(self) -> None:
+        costs = PassCosts((1,), (1.0,), ((1.0, 1.1, 1.2),))
+        table = AcceptanceTable((0.5, 0.5), ((0.5,) * (len(EDGES) + 1),) * 2)
+        super().__init__(Tuning(table, table, costs))
+
+    def prefixes(self, sampled, confidences):
+        return confidences
+
+    def plan(self, slots, prefixes):
+        return 1 + max(sum(c > 0.4 for c in p) for p in prefixes), True
+
+
+def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft that was drawn with a high probability must not be fed rather than one drawn with a low one."""
+    raw, model = _small()
+    original = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, a[0], exact=False, policy=Sure()))
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 800) < 1.8
+
+    def of_the_draft_drawn(state, logits, drafts, q, slots):  # the negative control
+        return state.sampling.confidence(logits, drafts, slots)
+
+    monkeypatch.setattr(step_module, "_confidence", of_the_draft_drawn)
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 800) > 3
 
 
 def test_rules_side_by_side_do_not_change_one_another() -> None:

@@ -56,28 +56,32 @@ def test_costs_between_and_beyond_the_batch_sizes_measured() -> None:
 
 def test_it_feeds_the_drafts_that_are_worth_their_rows() -> None:
     policy = DraftPolicy(tuning(first=1.05, row=0.1))
-    assert policy.plan(1, [(False, [SURE] * 3)]) == (4, True)
-    assert policy.plan(1, [(False, [UNSURE] * 3)]) == (1, True)
-    assert policy.plan(1, [(False, [SURE, UNSURE, SURE])]) == (2, True)
-    assert policy.plan(1, [(False, [])]) == (1, True)  # no drafts yet: they are made
+    sure, unsure = policy.prefixes(False, [SURE] * 3), policy.prefixes(False, [UNSURE] * 3)
+    assert policy.plan(1, [sure]) == (4, True)
+    assert policy.plan(1, [unsure]) == (1, True)
+    assert policy.plan(1, [policy.prefixes(False, [SURE, UNSURE, SURE])]) == (2, True)
+    assert policy.plan(1, [[]]) == (1, True)  # no drafts yet: they are made
     dear = DraftPolicy(tuning(first=1.05, row=1.1))
-    assert dear.plan(1, [(False, [SURE] * 3)]) == (1, True)
+    assert dear.plan(1, [sure]) == (1, True)
     # In a batch all windows are as long: what counts is what they gain together.
-    assert policy.plan(1, [(False, [SURE] * 3), (False, [UNSURE] * 3)]) == (4, True)
-    assert policy.plan(1, [(False, [SURE] * 3), *[(False, [UNSURE] * 3)] * 19]) == (1, True)
+    assert policy.plan(1, [sure, unsure]) == (4, True)
+    assert policy.plan(1, [sure, *[unsure] * 19]) == (1, True)
+    # Drafts that were looked up may be more than the rows measured; a row costs what the others do on average.
+    assert policy.plan(1, [[0.9] * 10]) == (11, True)
+    assert policy.plan(1, [[0.9] * 5 + [0.01] * 5]) == (6, True)
 
 
 def test_sampled_requests_have_their_own_table() -> None:
     costs = tuning(first=1.05, row=0.1).costs
     policy = DraftPolicy(Tuning(acceptance(), acceptance(sure=0.05), costs))
-    assert policy.plan(1, [(False, [SURE] * 3)])[0] == 4
-    assert policy.plan(1, [(True, [SURE] * 3)])[0] == 1
+    assert policy.plan(1, [policy.prefixes(False, [SURE] * 3)])[0] == 4
+    assert policy.plan(1, [policy.prefixes(True, [SURE] * 3)])[0] == 1
 
 
 def test_where_drafting_cannot_pay_heads_never_draft() -> None:
     policy = DraftPolicy(tuning(first=3.0, row=2.0))
     for _ in range(1000):
-        assert policy.plan(1, [(False, [])]) == (1, False)
+        assert policy.plan(1, [[]]) == (1, False)
         policy.saw(1, 1, 1, False, 1)
 
 
@@ -86,12 +90,12 @@ def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely(
     policy = DraftPolicy(tuning(first=1.2, row=0.05))
     drafting = 0
     for _ in range(20_000):
-        rows, drafts = policy.plan(1, [(False, [SURE] * 3)])
+        rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
         drafting += drafts
         policy.saw(1, 1, rows, drafts, 1)  # nothing is ever accepted
     assert 0 < drafting < 600
     for _ in range(5_000):  # the text turns
-        rows, drafts = policy.plan(1, [(False, [SURE] * 3)])
+        rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
         policy.saw(1, 1, rows, drafts, rows)
     assert drafts and rows == 4 and policy.rate > 2
 
@@ -103,10 +107,9 @@ class Whim(DraftPolicy):
         super().__init__(tuning(1.0, 0.1))
         self.random, self.chosen = random.Random(seed), set()
 
-    def plan(self, slots, windows):
+    def plan(self, slots, prefixes):
         drafts = self.random.random() < 0.8
-        longest = max((len(confidences) for _, confidences in windows), default=0)
-        rows = self.random.randint(1, longest + 1) if drafts else 1
+        rows = self.random.randint(1, max(map(len, prefixes)) + 1) if drafts else 1
         self.chosen.add((rows, drafts))
         return rows, drafts
 
@@ -155,9 +158,9 @@ class Resting(DraftPolicy):
         super().__init__(tuning(1.0, 0.01))
         self.passes = 0
 
-    def plan(self, slots, windows):
+    def plan(self, slots, prefixes):
         self.passes += 1
-        return (1, False) if self.passes == 10 else (1 + max(len(c) for _, c in windows), True)
+        return (1, False) if self.passes == 10 else (1 + max(map(len, prefixes)), True)
 
 
 @pytest.mark.parametrize("shape", ["transformer-parallel", "replicated"])
