@@ -155,7 +155,8 @@ def _distance(model: Transformer, raw: Transformer, rule: Rule, sampling: Sampli
 @pytest.mark.parametrize(("kind", "top_k"), [("match", 0), ("rejection", 0), ("block", 0), ("block", 2)])
 def test_texts_drawn_with_lossless_rules_follow_the_models_law(kind: str, top_k: int) -> None:
     raw, model = _small()
-    assert _distance(model, raw, Rule(kind), Sampling(1.0, top_k)) < 1.8  # far beyond p = 1e-3 for 20 cells and more
+    # 1.8 is far beyond p = 1e-3 for 20 cells and more.
+    assert _distance(model, raw, Rule(kind), Sampling(1.0, top_k), 512) < 1.8
 
 
 def test_a_wrong_rule_does_not_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +206,13 @@ def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: py
     raw, model = _small()
     original = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, a[0], exact=False, policy=Sure()))
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 800) < 1.8
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 500) < 1.8
 
     def of_the_draft_drawn(state, logits, drafts, q, slots):  # the negative control
         return state.sampling.confidence(logits, drafts, slots)
 
     monkeypatch.setattr(step_module, "_confidence", of_the_draft_drawn)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 800) > 3
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 2.5
 
 
 def test_rules_side_by_side_do_not_change_one_another() -> None:

@@ -114,6 +114,7 @@ class Whim(DraftPolicy):
         return rows, drafts
 
 
+@pytest.mark.parametrize("shape", ["transformer-parallel", "transformer-anticausal", "replicated"])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_output_does_not_depend_on_the_policy(shape: str, compiled: bool) -> None:
     model = packed(shape, torch.float32, compiled)
