@@ -247,7 +247,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         plain = speeds[speedup.FASTEST_PLAIN]
         what = f"{name}, plain (K = 1, exact=False)"
         rows.append(measurement("model", what, plain, "tokens/s", tokens_per_pass=per_pass[speedup.FASTEST_PLAIN]))
-        lines: list[list[object]] = [[what, rows[-1]["median"], 1.0, None, 1.0, 1.0, "1.00", "", ""]]
+        lines: list[list[object]] = [[what, rows[-1]["median"], 1.0, None, 1.0, 1.0, "", "", "1.00"]]
         names = [str(k) for k in ks] + [speedup.POLICY] * (speedup.POLICY in speeds)
         for k in names:
             label = k if k == speedup.POLICY else f"K = {k}"
@@ -265,9 +265,9 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
                     over_exact["median"],
                     per_pass[k],
                     gain / per_pass[k],
-                    f"{fed:.2f}",
                     " / ".join(f"{x:.2f}" for x in speedup.PAPER.get(int(k) if k.isdigit() else 0, ())),
                     " ".join(f"{share:.2f}" for share in acceptance),
+                    f"{fed:.2f}",
                 ]
             )
         if temperature == 0 and ks[-1] > 1:
@@ -285,7 +285,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         tables.append(
             report.table(
                 f"{settings.model}, {name}; {answer['repeated_8_grams']:.0%} of the 8-grams repeat themselves",
-                [*headers, "rows fed", "paper, n = 8", "acceptance of heads 2..K"],
+                [*headers, "paper, n = 8", "acceptance of heads 2..K", "rows fed"],
                 lines,
             )
         )
