@@ -17,6 +17,7 @@ from headstart.benchmarks.passes import Pass
 from headstart.benchmarks.speedup import load_prompts
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
+from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
@@ -94,7 +95,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     }
     file = write_tuning(path, model, tuning, more)
     say(f"tuning: {file}")
-    return _found(path, tuning)
+    return {**_found(path, tuning), "exact": is_row_exact(model)}
 
 
 def _acceptance(
@@ -167,5 +168,8 @@ def format_tuning(found: dict[str, Any]) -> str:
         costs.append([f"batch {batch['batch']}, ms", *milliseconds])
         costs.append(["    times plain", "1.00", *(f"{speedup:.2f}" for speedup in batch["expected_speedup"])])
     parts.append(format_table(["", "plain", *(f"{w} rows" for w in range(1, n + 1))], costs))
-    parts.append("Decoding without --heads now chooses the rows of each pass by this, and by how sure each draft is.")
+    where = "" if found["exact"] else " with --no-exact (exact decoding fixes the rows of a pass here)"
+    parts.append(
+        f"Decoding without --heads{where} now chooses the rows of each pass by this, and by how sure drafts are."
+    )
     return "\n\n".join(parts)

@@ -249,6 +249,7 @@ class Engine:
         self._lengths[slot] = 0
         self.state.length_S[slot] = 0
         self.state.drafted_S[slot] = 0
+        self.state.sampling.clear(slot)
         self.state.penalties.clear(slot)
 
     def _admit(self) -> None:

@@ -121,6 +121,10 @@ class SamplingRows:
         self.seed[slot] = _folded(sampling.seed)
         self.draft_seed[slot] = _folded(_stream(sampling.seed, 1) if rule.weighs else sampling.seed)
 
+    def clear(self, slot: int) -> None:
+        """The request in `slot` has ended: it asks the others for no noise, transform or rule of its own any more."""
+        self._of[slot], self.rules[slot] = Sampling(), Rule()
+
     def any_sampled(self, slots: slice) -> bool:
         """Whether any of these slots needs noise."""
         return any(s.temperature > 0 for s in self._of[slots])

@@ -232,6 +232,12 @@ def test_rules_side_by_side_do_not_change_one_another() -> None:
         assert together[i].tokens == plain.tokens
 
 
+def test_a_rule_ends_with_its_request() -> None:
+    engine = Engine(packed("replicated", torch.float32), slots=2)
+    generate_all(engine, [Request(PROMPT, 5, Sampling(1.0), acceptance=Rule("block"))])
+    assert engine.state.sampling.plain_rules(slice(0, 2)) and not engine.state.sampling.any_sampled(slice(0, 2))
+
+
 def test_greedily_lossless_rules_write_what_plain_decoding_writes(shape: str) -> None:
     model = packed(shape, torch.float32)
     plain = generate_all(Engine(model), [Request(PROMPT, 60, heads=1)])[0].tokens
