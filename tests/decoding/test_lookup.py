@@ -9,8 +9,8 @@ import torch
 from conftest import HEADS, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_acceptance import _distance, _small
 from test_policy import Whim
+from test_rules import _distance, _small
 
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, generate_all
