@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from tyro.conf import Positional
 
 import headstart
-from headstart.benchmarks.measure import interleave, timed
+from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
 from headstart.benchmarks.passes import Pass
 from headstart.benchmarks.speedup import load_prompts
 from headstart.decoding.engine import Engine
@@ -49,8 +50,8 @@ class TuneSettings:
     """Of the sampled half."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Batch sizes to time passes at; others are judged by the nearest two."""
-    rounds: int = 40
-    """Passes timed of each kind; the median counts."""
+    seconds: float = 4.0
+    """Spent on timing passes at each batch size."""
     dtype: str | None = None
     """bfloat16 or float32 (None: as `headstart generate` would take)."""
     device: str = "cpu"
@@ -62,10 +63,12 @@ class TuneSettings:
 def tune(settings: TuneSettings) -> dict[str, Any]:
     """Measures, writes `tuning.json`, and tells what was found."""
     path = model_directory(settings.model)
-    for name in ("prompt_count", "prompt_tokens", "new_tokens", "rounds"):
+    for name in ("prompt_count", "prompt_tokens", "new_tokens"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if settings.seconds <= 0:
+        raise UsageError(f"--seconds is {settings.seconds}; passes need some time to be timed in, more than 0")
     batches = tuple(sorted(set(settings.batches)))
     if not batches or batches[0] < 1:
         raise UsageError(f"--batches {' '.join(map(str, batches))}: name batch sizes of at least 1")
@@ -85,7 +88,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         room=new,
     )
     greedy, sampled = (_acceptance(model, prompts, new, temperature) for temperature in (0.0, settings.temperature))
-    costs = _costs(model, batches, length + new // 2, settings.rounds)
+    costs = _costs(model, batches, length + new // 2, settings.seconds)
     tuning = Tuning(greedy, sampled, costs)
     more = {
         "date": date.today().isoformat(),
@@ -116,7 +119,9 @@ def _acceptance(
     return AcceptanceTable.of(observed, model.config.heads)
 
 
-def _costs(model: Transformer, batches: tuple[int, ...], length: int, rounds: int) -> PassCosts:
+def _costs(model: Transformer, batches: tuple[int, ...], length: int, seconds: float) -> PassCosts:
+    """Of `seconds` at each batch size. Only the ratios to plain passes matter to the policy, so those are what is taken
+    with care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go."""
     n = model.config.heads
     plain, drafting = [], []
     with Progress("passes", len(batches), unit="batch sizes") as bar:
@@ -127,10 +132,16 @@ def _costs(model: Transformer, batches: tuple[int, ...], length: int, rounds: in
                 rows: Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
                 for rows in range(1, n + 1)
             }
-            seconds = interleave({str(w): timed(p) for w, p in passes.items()}, rounds, warmup=3)
-            medians = [1e3 * statistics.median(seconds[str(w)]) for w in passes]
-            plain.append(medians[0])
-            drafting.append(tuple(medians[1:]))
+            variants = {str(w): timed(p) for w, p in passes.items()}
+            interleave(variants, 0, warmup=3)
+            seen: dict[str, list[float]] = {w: [] for w in variants}
+            began = time.perf_counter()
+            while not seen["0"] or time.perf_counter() - began < seconds:
+                for w, values in interleave(variants, PASSES_OF_A_BLOCK, warmup=0).items():
+                    seen[w] += values
+            plain.append(1e3 * statistics.median(seen["0"]))
+            over = [statistics.median(ratios(seen[str(w)], seen["0"], PASSES_OF_A_BLOCK)) for w in range(1, n + 1)]
+            drafting.append(tuple(plain[-1] * ratio for ratio in over))
             bar.advance(1)
     return PassCosts(batches, tuple(plain), tuple(drafting))
 

@@ -18,7 +18,7 @@ from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
 from headstart.storage.tuning_file import TUNING_FILE, read_tuning
 
-SMALL = ("--prompt-tokens", 8, "--new-tokens", 24, "--batches", 2, 1, "--rounds", 2, "--threads", 1)
+SMALL = ("--prompt-tokens", 8, "--new-tokens", 24, "--batches", 2, 1, "--seconds", 0.01, "--threads", 1)
 
 
 def directory_of(path, heads: int):
@@ -111,7 +111,7 @@ def test_a_tuning_of_another_model_is_refused(directory, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rounds", 0), "--rounds is 0"),
+        (("--seconds", 0), "--seconds is 0"),
         (("--batches", 0), "--batches 0"),
         (("--temperature", 0), "--temperature is 0"),
         (("--prompt-tokens", 60, "--new-tokens", 60), "context 64"),
