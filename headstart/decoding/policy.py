@@ -52,8 +52,11 @@ class AcceptanceTable:
 
     def prefixes(self, confidences: Sequence[float]) -> list[float]:
         """Entry j-1: the probability that the first j drafts are all right."""
-        shares = (table[bisect_right(EDGES, c)] for table, c in zip(self.by_confidence, confidences))
-        return list(itertools.accumulate(shares, lambda a, b: a * b))
+        reached, prefixes = 1.0, []  # a plain loop: this runs in every pass
+        for table, confidence in zip(self.by_confidence, confidences):
+            reached *= table[bisect_right(EDGES, confidence)]
+            prefixes.append(reached)
+        return prefixes
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,16 @@ class DraftPolicy:
         # Without drafting by heads there may still be drafts that were looked up.
         saved = 0.0 if drafting else costs[0] - 1
         rate, live = max(self.rate, 1.0) if not drafting else self.rate, len(prefixes)
-        best, best_worth, tokens = 1, 1 - rate * (costs[0] - saved), 1.0
-        for rows in range(2, max(map(len, prefixes), default=0) + 2):
-            tokens += sum(p[rows - 2] for p in prefixes if len(p) > rows - 2) / live
-            worth = tokens - rate * (_of_rows(costs, rows) - saved)
+        price = live * rate
+        best, best_worth, tokens = 1, live - price * (costs[0] - saved), float(live)
+        for drafts in range(1, max(map(len, prefixes), default=0) + 1):
+            for ahead in prefixes:
+                if len(ahead) >= drafts:
+                    tokens += ahead[drafts - 1]
+            cost = costs[drafts] if drafts < len(costs) else _of_rows(costs, drafts + 1)
+            worth = tokens - price * (cost - saved)
             if worth > best_worth:
-                best, best_worth = rows, worth
+                best, best_worth = drafts + 1, worth
         return best, drafting
 
     def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
