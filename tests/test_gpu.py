@@ -57,6 +57,18 @@ def test_exact_decoding_does_not_depend_on_the_number_of_heads(dtype: torch.dtyp
     assert all(output == outputs[0] for output in outputs)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("exact", [True, False])
+def test_graphs_change_neither_output_nor_acceptance(temperature: float, exact: bool) -> None:
+    packed = pack(model(torch.bfloat16))
+    requests = [Request(tuple(range(20 + i)), 60, Sampling(temperature, seed=i)) for i in range(5)]
+    eager, graphed = (
+        generate_all(Engine(packed, slots=3, exact=exact, graphs=graphs), requests) for graphs in (False, True)
+    )
+    assert [g.tokens for g in graphed] == [g.tokens for g in eager]
+    assert [g.stats.accepted for g in graphed] == [g.stats.accepted for g in eager]
+
+
 def test_training_runs_and_resumes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text to learn from " * 400)
     (tmp_path / "b.txt").write_text("other text to learn from " * 400)

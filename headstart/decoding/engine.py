@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.generation import Generation, Request
+from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.lookup import Lookup, Odds
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
@@ -46,6 +48,7 @@ class Engine:
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
             fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
             ask for confidences without a policy too.
+        graphs: whether passes run through CUDA graphs, see `GraphedStep` (None: on a CUDA device).
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Engine:
         policy: DraftPolicy | None = None,
         lookup: int = 0,
         watch: Callable[[Generation, int, int], None] | None = None,
+        graphs: bool | None = None,
     ) -> None:
         if slots < 1:
             raise UsageError(f"an engine needs at least one slot, not {slots}")
@@ -75,6 +79,12 @@ class Engine:
         self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
         capacity = _round_up(self.context + self.width, self.step_span)
         self.state = DecodingState.empty(model, slots, capacity, self.width)
+        on_gpu = self.state.length_S.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise UsageError("graphs are for CUDA devices; leave graphs out, or load the model with device='cuda'")
+        self._decode: Callable[..., tuple[Tensor, Tensor]] = partial(decode_step, model, self.state)
+        if graphs or (graphs is None and on_gpu):
+            self._decode = GraphedStep(model, self.state, cuda_capture())
         self._live: list[Generation | None] = [None] * slots
         self._lengths = [0] * slots
         self._waiting: deque[Generation] = deque()
@@ -128,9 +138,7 @@ class Engine:
         starts = self._lengths[slots]
         wanted = max((-1 if g.request.logprobs is None else g.request.logprobs for _, g in live), default=-1)
         confident = heads > 1 and (self.policy is not None or self.watch is not None)
-        tokens_SW, accepted_S = decode_step(
-            self.model,
-            self.state,
+        tokens_SW, accepted_S = self._decode(
             slots,
             rows=rows,
             heads=heads,

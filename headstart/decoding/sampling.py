@@ -129,6 +129,14 @@ class SamplingRows:
         """Whether any of these slots needs noise."""
         return any(s.temperature > 0 for s in self._of[slots])
 
+    def transforms(self, slots: slice) -> tuple[bool, int, bool] | None:
+        """Which kernels choosing runs, as far as the host decides it: whether any of these slots is sampled, the
+        largest top-k, whether any has a min-p; None where it looks at values on the host (top-p)."""
+        settings = self._of[slots]
+        if any(s.top_p < 1 for s in settings):
+            return None
+        return self.any_sampled(slots), max((s.top_k for s in settings), default=0), any(s.min_p for s in settings)
+
     def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
         """The noise (S, R, V) of these positions."""
         return position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
