@@ -179,6 +179,11 @@ class PretrainedTokenizer:
         kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
         return str(self._engine.decode(kept, skip_special_tokens=True))
 
+    def definition(self) -> dict[str, Any]:
+        """What its `tokenizer.json` says, for those who write it in another format."""
+        content: dict[str, Any] = json.loads(self._engine.to_str())
+        return content
+
     def save(self, directory: Path) -> None:
         """Copies the tokenizer files it came from into `directory`."""
         directory = Path(directory)

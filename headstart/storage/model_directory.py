@@ -56,7 +56,7 @@ def save_model(
         raise UsageError(f"{directory}: holds files but no model, and saving would replace them; name a new directory")
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config.vocab_size, "save the model")
-    files = _stored_tensors(model, dtype)
+    files = stored_tensors(model, dtype)
     name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
     end_id = None if tokenizer is None else tokenizer.end_id
     ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
@@ -149,7 +149,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> Non
         )
 
 
-def _stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
     """The content of each file: parts of parameters as views where they need no conversion."""
     state = model.state_dict()
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
