@@ -44,7 +44,7 @@ def save_gguf(
     gguf = _gguf()
     config, path = model.config, Path(path)
     if not config.plain_decoder:
-        raise UsageError("linear heads wired anticausally: head 1 is no plain Llama decoder, which is all GGUF can hold")
+        raise UsageError("linear heads wired anticausally: head 1 is no plain Llama decoder, and GGUF holds no other")
     dtype = model.trunk.embedding.weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype}: a GGUF file is written in float32, float16 or bfloat16")
@@ -157,8 +157,8 @@ def _vocabulary(tokenizer: Tokenizer, size: int) -> _Vocabulary:
         tokens[:256] = [*byte_alphabet()[:255], tokenizer.end_name]
         return _Vocabulary(tokens, {tokenizer.end_id}, set(), [], tokenizer.end_id)
     refused = UsageError(
-        f"tokenizer {tokenizer.name}: only bytes, and byte-level BPE that splits text as GPT-2 does, can be written into "
-        "a GGUF file; write it without a tokenizer"
+        f"tokenizer {tokenizer.name}: a GGUF file takes bytes, or byte-level BPE that splits text as GPT-2 does; "
+        "write the model without a tokenizer"
     )
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise refused
