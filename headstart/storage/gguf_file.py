@@ -169,7 +169,8 @@ def _vocabulary(tokenizer: Tokenizer, size: int) -> _Vocabulary:
         raise refused
     for token, i in model["vocab"].items():
         tokens[i] = token
-    control, added = {tokenizer.end_id}, set()
+    control: set[int] = {tokenizer.end_id}
+    added: set[int] = set()
     for entry in definition.get("added_tokens") or []:
         tokens[entry["id"]] = entry["content"]
         (control if entry.get("special") else added).add(entry["id"])

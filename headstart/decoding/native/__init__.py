@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import UsageError
-from headstart.files import replacing_file
+from headstart.files import cache_folder, replacing_file
 
 SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
 COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
@@ -92,7 +92,7 @@ def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
         _processor(),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headstart"
+    cache = cache_folder()
     path = cache / f"kernels-{name}.so"
     if not path.exists():
         with replacing_file(path) as temporary:

@@ -1,0 +1,79 @@
+"""llama.cpp through the C functions that llama-cpp-python binds: its class `Llama` copies logits about in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+PIECE = 512
+"""Most tokens of a prompt that are read at once: llama.cpp's own default."""
+
+
+class Peer:
+    def __init__(self, case: dict[str, Any]) -> None:
+        self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
+        self.rows, self.new_tokens, self.threads = case["rows"], case["new_tokens"], case["threads"]
+        self.length = case["prompt_tokens"] + self.new_tokens
+        self.model = llama_cpp.llama_model_load_from_file(case["gguf"].encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {case['gguf']}")
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
+            "greedy": partial(self.decode, self.context(llama_cpp.GGML_TYPE_F16)),
+        }
+        if case["dtype"] == "float32":
+            self.variants["greedy, fp32 cache"] = partial(self.decode, self.context(llama_cpp.GGML_TYPE_F32))
+
+    def context(self, cache_type: int) -> Any:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_seq_max = self.rows
+        parameters.n_ctx = self.rows * -(-self.length // 256) * 256
+        parameters.n_batch = parameters.n_ubatch = max(PIECE, self.rows)
+        parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.type_k = parameters.type_v = cache_type
+        context = llama_cpp.llama_init_from_model(self.model, parameters)
+        if not context:
+            raise RuntimeError("llama.cpp made no context")
+        return context
+
+    def decode(self, context: Any, prompts: list[list[int]]) -> dict[str, Any]:
+        rows = len(prompts)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(max(PIECE, rows), 0, rows)
+        for row, prompt in enumerate(prompts):
+            for start in range(0, len(prompt) - 1, PIECE):
+                piece = prompt[:-1][start : start + PIECE]
+                self._feed(context, batch, [(t, start + i, row) for i, t in enumerate(piece)], wanted=False)
+        last = [prompt[-1] for prompt in prompts]
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        stamps = []
+        for step in range(self.new_tokens):
+            fed = [(last[row], len(prompts[row]) - 1 + step, row) for row in range(rows)]
+            self._feed(context, batch, fed, wanted=True)
+            for row in range(rows):
+                logits = llama_cpp.llama_get_logits_ith(context, row)
+                last[row] = int(np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax())
+                tokens[row].append(last[row])
+            stamps.append((time.perf_counter(), [1] * rows))
+        llama_cpp.llama_batch_free(batch)
+        return {"stamps": stamps, "tokens": tokens}
+
+    def _feed(self, context: Any, batch: Any, tokens: list[tuple[int, int, int]], wanted: bool) -> None:
+        """`tokens`: (token, position, row) each."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, row) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+        status = llama_cpp.llama_decode(context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
