@@ -88,7 +88,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         room=new,
     )
     greedy, sampled = (_acceptance(model, prompts, new, temperature) for temperature in (0.0, settings.temperature))
-    costs = _costs(model, batches, length + new // 2, settings.seconds)
+    costs = pass_costs(model, batches, length + new // 2, settings.seconds)
     tuning = Tuning(greedy, sampled, costs)
     more = {
         "date": date.today().isoformat(),
@@ -119,8 +119,9 @@ def _acceptance(
     return AcceptanceTable.of(observed, model.config.heads)
 
 
-def _costs(model: Transformer, batches: tuple[int, ...], length: int, seconds: float) -> PassCosts:
-    """Of `seconds` at each batch size. Only the ratios to plain passes matter to the policy, so those are what is taken
+def pass_costs(model: Transformer, batches: tuple[int, ...], length: int, seconds: float) -> PassCosts:
+    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, timed for `seconds` at each batch
+    size, ascending. Only the ratios to plain passes matter to the policy, so those are what is taken
     with care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go."""
     n = model.config.heads
     plain, drafting = [], []

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.benchmarks import fresh_process, report, speedup
+from headstart.benchmarks import fresh_process, peer_speed, report, speedup, sweep
 from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, ratios
 from headstart.benchmarks.report import Bar, count, measurement
+from headstart.benchmarks.sizes import Size
 from headstart.errors import UsageError
 from headstart.machine import dtype_on
 from headstart.model.config import PRESETS, ModelConfig
@@ -17,24 +18,47 @@ from headstart.storage.model_directory import load_config
 from headstart.terminal import say
 
 PEER_BAR = Bar(">=", 1.5)
-BANDWIDTH_BAR = Bar(">=", 0.65)
+BANDWIDTH_BARS = {0: Bar(">=", 0.65), 100_000_000: Bar(">=", 0.75)}
+"""By how many parameters a model has at least: a small one does not wait for its weights alone."""
 WINDOW_BAR = Bar("<=", 1.3)
 EFFICIENCY_BAR = Bar(">=", 0.88)
 
-Part = Literal["plain", "bandwidth", "window", "deferred", "model"]
+Part = Literal["plain", "bandwidth", "window", "deferred", "sweep", "peers", "model"]
+Peer = Literal["transformers", "llama.cpp", "vllm"]
+QUICK: dict[str, Any] = {
+    "sizes": PRESETS["1M"],
+    "model_sizes": ("12M",),
+    "sweep_sizes": ("12M",),
+    "sweep_batches": (1, 4),
+    "sweep_lengths": ((16, 32),),
+    "sweep_tune_seconds": 0.5,
+    "peer_batches": (1,),
+    "compile_peers": False,
+    "repetitions": 2,
+    "passes": 6,
+    "prompt_tokens": 16,
+    "new_tokens": 32,
+    "deferred_heads": (4,),
+    "stream_mebibytes": 64,
+    "prompt_count": 2,
+}
+"""What `quick` makes of the settings."""
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
     """Speed of decoding. The part "model" takes a trained model; the others use random weights."""
 
-    parts: tuple[Part, ...] = ("plain", "bandwidth", "window", "deferred")
+    parts: tuple[Part, ...] = ("plain", "bandwidth", "window", "deferred", "sweep", "peers")
     """plain: against transformers; bandwidth: share of the memory bandwidth; window: 8 rows against 1; deferred: heads
-    on one row against all rows; model: a trained model for K = 1, 2, 4, 8 (runs whenever --model is given)."""
+    on one row against all rows; sweep: heads, batch, lengths, temperature at the paper's acceptance; peers: against
+    transformers, llama.cpp and vLLM; model: a trained model for K = 1, 2, 4, 8 (runs whenever --model is given)."""
+    quick: bool = False
+    """Small models, few and short rounds, whatever else is asked for: to see in minutes that all of it runs."""
     sizes: ModelConfig = field(default_factory=lambda: PRESETS["100M"])
     """The model with random weights; its heads are set by each part."""
     threads: tuple[int, ...] = (1, 2)
-    """CPU threads, each number in a process of its own; the part "model" uses the last."""
+    """CPU threads, each number in a process of its own; the parts "model", "sweep" and "peers" use the last."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the weights (auto: the faster one here)."""
     device: str = "cpu"
@@ -53,6 +77,25 @@ class DecodeSettings:
     """n = K of the part "deferred"."""
     deferred_batches: tuple[int, ...] = (1, 4)
     """Its batch sizes."""
+    model_sizes: tuple[Size, ...] = ("12M", "105M", "235M")
+    """Models with random weights of the part "peers"; a trained one that --model names comes beside them."""
+    peers: tuple[Peer, ...] = ("transformers", "llama.cpp", "vllm")
+    """Whom to compare with. One that is not installed is told in the table."""
+    install_peers: bool = False
+    """Make environments for peers that are not installed here, in the user's cache folder: llama.cpp is compiled, vLLM
+    takes 2.5 GB."""
+    compile_peers: bool = True
+    """Also transformers compiled over a static cache, and vLLM compiled: minutes each."""
+    peer_batches: tuple[int, ...] = (1, 8)
+    """Batch sizes of the part "peers"."""
+    sweep_sizes: tuple[Size, ...] = ("105M",)
+    """Models with random weights of the part "sweep"."""
+    sweep_batches: tuple[int, ...] = (1, 4, 16, 64)
+    """Its batch sizes. Of each of its settings the first is kept while another one changes."""
+    sweep_lengths: tuple[tuple[int, int], ...] = ((64, 128), (512, 128), (64, 512))
+    """Its lengths: of the prompt, and of what is written."""
+    sweep_tune_seconds: float = 5.0
+    """How long its policy measures what passes cost, at each batch size."""
     stream_mebibytes: int = 512
     """What is read to measure the memory bandwidth."""
     model: Path | None = None
@@ -67,7 +110,7 @@ class DecodeSettings:
     heads: tuple[int, ...] = (1, 2, 4, 8)
     """K, the numbers of heads to decode with; those that the model does not have are left out."""
     temperatures: tuple[float, ...] = (0.0, 0.8)
-    """0: greedy."""
+    """Of the parts "model" and "sweep"; 0: greedy."""
     batch: int = 1
     """Prompts decoded at once."""
     out: Path = report.RESULTS
@@ -82,6 +125,11 @@ def run(settings: DecodeSettings) -> dict[str, Any]:
         settings = replace(settings, model=boxed_model())
     if 1 not in settings.heads:
         raise UsageError("--heads must hold 1: plain decoding is what the others are compared with")
+    if settings.quick:
+        settings = replace(settings, **QUICK)
+    for name in ("peer_batches", "sweep_batches", "sweep_lengths", "temperatures"):
+        if not getattr(settings, name):
+            raise UsageError(f"--{name.replace('_', '-')} names nothing; name one or more")
     settings = replace(settings, dtype=dtype_on(settings.device, settings.dtype))
     runners = {"plain": _plain, "bandwidth": _bandwidth, "window": _window, "deferred": _deferred}
     measurements: list[dict[str, Any]] = []
@@ -92,10 +140,13 @@ def run(settings: DecodeSettings) -> dict[str, Any]:
             rows, note = runner(settings)
             measurements += rows
             notes.append(f"{part}: {note}")
-    if settings.model is not None:
-        rows, tables, more = _model(settings)
+    whole = {"sweep": _sweep, "peers": _peers}
+    runs = [runner for part, runner in whole.items() if part in settings.parts]
+    for runner_with_tables in [*runs, *([_model] if settings.model is not None else [])]:
+        rows, more_tables, more_notes = runner_with_tables(settings)
         measurements += rows
-        notes += more
+        tables += more_tables
+        notes += more_notes
     for row in measurements:
         say(f"{row['part']}: {row['what']}: {row['median']:.4g} {row['unit']}".rstrip())
     return report.result("decode", settings, measurements, notes, tables)
@@ -160,7 +211,9 @@ def _bandwidth(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
         rows.append(measurement("bandwidth", what, shares[threads], threads=threads, bytes=size))
     best = max(rows[2::3], key=lambda row: row["median"])["threads"]
     what = f"the same at the best setting ({count(best, 'thread')})"
-    rows.append(measurement("bandwidth", what, shares[best], bar=BANDWIDTH_BAR, threads=best))
+    parameters = config.parameters()["total"]
+    bar = BANDWIDTH_BARS[max(least for least in BANDWIDTH_BARS if parameters >= least)]
+    rows.append(measurement("bandwidth", what, shares[best], bar=bar, threads=best))
     return rows, (
         f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
         f"values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 "
@@ -215,11 +268,42 @@ def _deferred(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
     return rows, "a whole pass whose drafting heads (transformer, parallel) run on the accepted row, against all rows."
 
 
-def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+def _sweep(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    return sweep.run(
+        settings.sweep_sizes,
+        at=sweep.points(settings.sweep_batches, settings.sweep_lengths, settings.temperatures),
+        threads=settings.threads[-1],
+        dtype=settings.dtype,
+        device=settings.device,
+        repetitions=settings.repetitions,
+        tune_seconds=settings.sweep_tune_seconds,
+    )
+
+
+def _peers(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    if settings.device != "cpu":
+        raise UsageError(f'--device {settings.device}: the part "peers" runs on a CPU; name the other --parts')
+    trained = None
+    if settings.model is not None:
+        trained = settings.model, [list(prompt) for prompt in _prompts(settings)]
+    return peer_speed.run(
+        settings.model_sizes,
+        trained,
+        peers=settings.peers,
+        install=settings.install_peers,
+        batches=settings.peer_batches,
+        threads=settings.threads[-1],
+        dtype=settings.dtype,
+        repetitions=settings.repetitions,
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        compiled=settings.compile_peers,
+    )
+
+
+def _prompts(settings: DecodeSettings) -> list[tuple[int, ...]]:
     assert settings.model is not None
-    config = load_config(settings.model)
-    threads = settings.threads[-1]
-    prompts = speedup.load_prompts(
+    return speedup.load_prompts(
         settings.model,
         prompts=settings.prompts,
         data=settings.data,
@@ -227,6 +311,13 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
         tokens=settings.prompt_tokens,
         room=settings.new_tokens,
     )
+
+
+def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    assert settings.model is not None
+    config = load_config(settings.model)
+    threads = settings.threads[-1]
+    prompts = _prompts(settings)
     rows: list[dict[str, Any]] = []
     tables = []
     ks = sorted(k for k in settings.heads if k <= config.heads)

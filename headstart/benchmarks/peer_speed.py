@@ -198,8 +198,8 @@ def _measurements(found: list[Runs], where: str, batch: int) -> list[dict[str, A
     rows = []
     for runs in found:
         if runs.failure is None:
-            more = {"tokens_per_pass": runs.tokens_per_pass}
-            rows.append(measurement("peers", f"{where}: {runs.name}", runs.rates, "tokens/s", **more))
+            what, per_pass = f"{where}: {runs.name}", runs.tokens_per_pass
+            rows.append(measurement("peers", what, runs.rates, "tokens/s", tokens_per_pass=per_pass))
     ours = [runs for runs in found if runs.peer == "headstart" and runs.failure is None]
     for mine in (runs for runs in ours if runs.variant != "K = 1"):
         for other in (runs for runs in found if runs.peer != "headstart" and runs.failure is None):
@@ -236,10 +236,10 @@ def _same(a: list[int], b: list[int]) -> int:
 
 def _notes(versions: dict[str, str], new_tokens: int) -> list[str]:
     return [
-        f"peers: {'; '.join(versions.values())}. The same weights, prompts and threads for all, greedy, {new_tokens} new "
-        "tokens, each peer in a process of its own, variants taking turns. Prompts are not timed. 12M, 105M, 235M: random "
-        "weights with four heads; their drafts are made right at the rate that the paper's have in code (synthetic "
-        "acceptance), and what such weights write repeats itself, so prompt lookup and assistants are not judged by it. "
-        "llama.cpp: a GGUF file of the same type, through its C functions. Tokens of one pass are streamed at once, so "
-        "most gaps between tokens are 0 there."
+        f"peers: {'; '.join(versions.values())}. The same weights, prompts and threads for all, greedy, {new_tokens} "
+        "new tokens, each peer in a process of its own, variants taking turns. Prompts are not timed. 12M, 105M, 235M: "
+        "random weights with four heads; their drafts are made right at the rate that the paper's have in code "
+        "(synthetic acceptance). What such weights write is no text, so prompt lookup and assistants are not judged by "
+        "it. llama.cpp: a GGUF file of the same type, through its C functions. The tokens of one pass are streamed at "
+        "once, so most gaps between tokens are 0 where there are several."
     ]

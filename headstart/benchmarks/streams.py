@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from headstart.benchmarks.synthetic_acceptance import SyntheticAcceptance
 from headstart.decoding.engine import Engine, generate_all
@@ -66,7 +67,7 @@ def decode(
 
 
 def plain_texts(model: Transformer, requests: Sequence[Request]) -> list[list[int]]:
-    """What `requests` write, decoded plainly and exactly, and as many tokens more as a window is long: they are drafts too."""
+    """What `requests` write, decoded plainly and exactly, and what follows as far as a window reaches past the end."""
     more = model.config.heads
     plain = [replace(r, heads=1, max_new_tokens=r.max_new_tokens + more) for r in requests]
     context = max(len(r.prompt) + r.max_new_tokens for r in plain)
@@ -76,12 +77,10 @@ def plain_texts(model: Transformer, requests: Sequence[Request]) -> list[list[in
 def full(stamps: Sequence[Stamp]) -> Sequence[Stamp]:
     """The stamps during which every row writes: from the first one at which all have begun to the last one before some
     row has ended. So a batch whose rows accept more or less is not judged by its last row's tail."""
-    begun = [0] * len(stamps[0][1])
-    first = 0
-    for first, (_, counts) in enumerate(stamps):
-        begun = [a + b for a, b in zip(begun, counts)]
-        if all(begun):
-            break
+    begun, first = list(stamps[0][1]), 0
+    while not all(begun):
+        first += 1
+        begun = [a + b for a, b in zip(begun, stamps[first][1])]
     last = first
     while last + 1 < len(stamps) and all(stamps[last + 1][1]):
         last += 1
@@ -104,7 +103,7 @@ def gaps(stamps: Sequence[Stamp]) -> tuple[list[float], list[float]]:
     """Seconds between passes, and between the tokens of each row as they are streamed: those of one pass arrive at
     once, so all but its first have a gap of 0."""
     kept = full(stamps)
-    passes = [after[0] - before[0] for before, after in zip(kept, kept[1:])]
+    passes = [after[0] - before[0] for before, after in pairwise(kept)]
     tokens: list[float] = []
     for gap, (_, counts) in zip(passes, kept[1:]):
         for count in counts:

@@ -1,8 +1,8 @@
 """Drafts that are right at a given rate: what several tokens per pass bring, without a model that was trained for it.
 
-For benchmarks alone. The text is decoded plainly first; then, before each pass, the drafts in the windows are replaced by
-what comes next in that text, up to the first that is to be wrong. Passes, rows and caches are those of any decoding, and
-the output is that of plain decoding. Nothing in `decoding` knows of it.
+For benchmarks alone. The text is decoded plainly first; then, before each pass, the drafts in the windows are replaced
+by what comes next in that text, up to the first that is to be wrong. Passes, rows and caches are those of any decoding,
+and the output is that of plain decoding. Nothing in `decoding` knows of it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One peer in a process of its own: `python run.py with_NAME`.
 
 It speaks JSON lines. In: the case, what to load and for how much; then {"variant": NAME, "prompts": lists of as many
-tokens} again and again. Out: {"version", "variants"}; then for each question {"stamps", "tokens"}, or {"error": a line}. A
-stamp is [seconds, tokens that the pass committed, of each row]; at the first one the prompts are read and the first
-tokens are there.
+tokens} again and again. Out: {"version", "variants"}; then for each question {"stamps", "tokens"}, or {"error": a
+line}. A stamp is [seconds, tokens that the pass committed, of each row]; at the first one the prompts are read and the
+first tokens are there.
 
 This folder is all that a peer's environment needs beside its own packages: nothing here but with_headstart imports
 headstart.

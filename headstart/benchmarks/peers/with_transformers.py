@@ -18,7 +18,7 @@ class Stamps(BaseStreamer):
 
     def __init__(self) -> None:
         self.stamps: list[tuple[float, list[int]]] = []
-        self.prompt_seen = False
+        self.prompt_seen = self.single = False
 
     def put(self, value: torch.Tensor) -> None:
         if self.prompt_seen:
@@ -48,7 +48,8 @@ class Peer:
                 assistant = AutoModelForCausalLM.from_pretrained(case["assistant"], dtype=dtype).eval()
                 self.variants["assisted"] = partial(self.decode, assistant_model=assistant)
         if case["compile"]:
-            compiled = CompileConfig(_compile_all_devices=True, mode="default")
+            compiled = CompileConfig(mode="default")
+            compiled._compile_all_devices = True  # type: ignore[assignment]  # else it compiles on GPUs alone
             self.variants["compiled, static cache"] = partial(
                 self.decode, cache_implementation="static", compile_config=compiled
             )

@@ -46,7 +46,8 @@ class Peer:
         names = [f"{self.runs}-{row}" for row in range(len(prompts))]
         for name, prompt in zip(names, prompts):
             self.engine.add_request(name, {"prompt_token_ids": prompt}, parameters)
-        stamps, tokens = [], {name: [] for name in names}
+        stamps: list[tuple[float, list[int]]] = []
+        tokens: dict[str, list[int]] = {name: [] for name in names}
         while self.engine.has_unfinished_requests():
             outputs = self.engine.step()
             now, counts = time.perf_counter(), dict.fromkeys(names, 0)
