@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.headstart-ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench bench-quick clean
 
 demo: $(SETUP)
 	$(BIN)/headstart demo
@@ -21,11 +21,15 @@ format: $(SETUP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Wants an idle machine; half an hour on two cores.
+# Wants an idle machine, for two hours on two cores.
 bench: $(SETUP)
 	$(BIN)/headstart bench loss
 	$(BIN)/headstart bench train
 	$(BIN)/headstart bench decode
+
+# Whether it runs, not what it costs: a few minutes.
+bench-quick: $(SETUP)
+	$(BIN)/headstart bench decode --quick --out .venv/bench-quick
 
 clean:
 	rm -rf .venv

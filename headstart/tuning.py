@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -13,13 +11,12 @@ import torch
 from tyro.conf import Positional
 
 import headstart
-from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
-from headstart.benchmarks.passes import Pass
+from headstart.benchmarks.passes import pass_costs
 from headstart.benchmarks.speedup import load_prompts
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import AcceptanceTable, PassCosts, Tuning
+from headstart.decoding.policy import AcceptanceTable, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.texts import sizes
@@ -117,34 +114,6 @@ def _acceptance(
         while engine.busy:
             bar.advance(sum(generation.finished for generation, _ in engine.step()))
     return AcceptanceTable.of(observed, model.config.heads)
-
-
-def pass_costs(model: Transformer, batches: tuple[int, ...], length: int, seconds: float) -> PassCosts:
-    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, timed for `seconds` at each batch
-    size, ascending. Only the ratios to plain passes matter to the policy, so those are what is taken
-    with care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go."""
-    n = model.config.heads
-    plain, drafting = [], []
-    with Progress("passes", len(batches), unit="batch sizes") as bar:
-        for slots in batches:
-            passes = {0: Pass(model, rows=1, heads=1, slots=slots, length=length)}
-            # As the engine runs them under a policy: with the confidence of the drafts.
-            passes |= {
-                rows: Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
-                for rows in range(1, n + 1)
-            }
-            variants = {str(w): timed(p) for w, p in passes.items()}
-            interleave(variants, 0, warmup=3)
-            seen: dict[str, list[float]] = {w: [] for w in variants}
-            began = time.perf_counter()
-            while not seen["0"] or time.perf_counter() - began < seconds:
-                for w, values in interleave(variants, PASSES_OF_A_BLOCK, warmup=0).items():
-                    seen[w] += values
-            plain.append(1e3 * statistics.median(seen["0"]))
-            over = [statistics.median(ratios(seen[str(w)], seen["0"], PASSES_OF_A_BLOCK)) for w in range(1, n + 1)]
-            drafting.append(tuple(plain[-1] * ratio for ratio in over))
-            bar.advance(1)
-    return PassCosts(batches, tuple(plain), tuple(drafting))
 
 
 def _found(path: Path, tuning: Tuning) -> dict[str, Any]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import torch
 
 from headstart import machine
-from headstart.benchmarks.measure import interleave, timed
+from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
 from headstart.decoding.engine import SPAN, Engine
 from headstart.decoding.packing import pack
+from headstart.decoding.policy import PassCosts
 from headstart.decoding.step import decode_step
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from headstart.terminal import Progress
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -78,6 +82,34 @@ def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: i
     layers = config.trunk_layers + (path if config.head_kind == "transformer" else 0)
     cache = 2 * layers * config.key_value_heads * config.dim_per_head * span
     return (weights + config.dim) * weight_bytes + cache * cache_bytes
+
+
+def pass_costs(model: Transformer, batches: tuple[int, ...], length: int, seconds: float) -> PassCosts:
+    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, timed for `seconds` at each of
+    the batch sizes, ascending. Only the ratios to plain passes matter to the policy, so those are what is taken with
+    care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go."""
+    n = model.config.heads
+    plain, drafting = [], []
+    with Progress("passes", len(batches), unit="batch sizes") as bar:
+        for slots in batches:
+            passes = {0: Pass(model, rows=1, heads=1, slots=slots, length=length)}
+            # As the engine runs them under a policy: with the confidence of the drafts.
+            passes |= {
+                rows: Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
+                for rows in range(1, n + 1)
+            }
+            variants = {str(w): timed(p) for w, p in passes.items()}
+            interleave(variants, 0, warmup=3)
+            seen: dict[str, list[float]] = {w: [] for w in variants}
+            began = time.perf_counter()
+            while not seen["0"] or time.perf_counter() - began < seconds:
+                for w, values in interleave(variants, PASSES_OF_A_BLOCK, warmup=0).items():
+                    seen[w] += values
+            plain.append(1e3 * statistics.median(seen["0"]))
+            over = [statistics.median(ratios(seen[str(w)], seen["0"], PASSES_OF_A_BLOCK)) for w in range(1, n + 1)]
+            drafting.append(tuple(plain[-1] * ratio for ratio in over))
+            bar.advance(1)
+    return PassCosts(batches, tuple(plain), tuple(drafting))
 
 
 def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:

@@ -14,7 +14,7 @@ from typing import Any
 
 from headstart.benchmarks import fresh_process, report, streams
 from headstart.benchmarks.measure import interleave, ratios
-from headstart.benchmarks.passes import random_model
+from headstart.benchmarks.passes import pass_costs, random_model
 from headstart.benchmarks.report import Bar, count, measurement
 from headstart.benchmarks.sizes import SIZES, byte_heads, four_heads
 from headstart.benchmarks.streams import Stream, Synthetic
@@ -24,7 +24,6 @@ from headstart.decoding.packing import is_row_exact, pack
 from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
-from headstart.tuning import pass_costs
 
 POLICY_BAR = Bar(">=", 0.97)
 RAGGED_BAR = Bar(">=", 0.9)
