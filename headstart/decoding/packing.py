@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from headstart.decoding import native
 from headstart.decoding.cache import CachedAttention, CompiledAttention
+from headstart.decoding.int8 import Int8Linear, Quantize, quantize_weight
+from headstart.errors import UsageError
 from headstart.machine import dtype_on
 from headstart.model.attention import causal_attention
 from headstart.model.heads import Unembedding
@@ -39,16 +41,16 @@ class PackedLinear(nn.Module):
 class NativeLinear(nn.Module):
     """The same through `native`: a row's bits depend on that row alone, and 8 rows cost little more than one.
 
-    fp32 weights that bf16 holds exactly are kept and read in bf16.
+    fp32 weights that bf16 holds exactly are kept and read in bf16; with `quantize` (fp32 only) it is `Int8Linear`.
     """
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, quantize: Quantize | None = None) -> None:
         super().__init__()
-        self.shape = weight_NK.shape
-        self.packed = native.pack_weight(weight_NK.detach())
+        self.shape, weight_NK = weight_NK.shape, weight_NK.detach()
+        self.packed = native.pack_int8(*quantize_weight(weight_NK)) if quantize else native.pack_weight(weight_NK)
         self.bias = None if bias_N is None else bias_N.detach().float()
         self._linear = _native(weight_NK.dtype).linear
-        self._options = () if weight_NK.dtype == torch.bfloat16 else (int(self.packed.dtype == torch.bfloat16),)
+        self._options = () if weight_NK.dtype == torch.bfloat16 else (native.STORED[self.packed.dtype],)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -110,7 +112,7 @@ class NativeBlock(nn.Module):
             *biases,
             *(x.weight.data_ptr() for x in norms),
             *(linears[0].shape[1], attention.heads, attention.kv_heads, attention.dim_per_head, linears[3].shape[1]),
-            narrow=(ctypes.c_int * 4)(*(x.packed.dtype == torch.bfloat16 for x in linears)),
+            stored=(ctypes.c_int * 4)(*(native.STORED[x.packed.dtype] for x in linears)),
             eps=norms[0].eps,
         )
         self._call = _native(torch.float32).block
@@ -221,10 +223,12 @@ class _PlainLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def decoding_dtype(model: Transformer) -> torch.dtype:
+def decoding_dtype(model: Transformer, quantize: Quantize | None = None) -> torch.dtype:
     """What a model whose weights are stored as they now are decodes in best: that, but float32 on a CPU that would
-    multiply it in software (fp16 on every CPU). Widening changes no weight."""
+    multiply it in software (fp16 on every CPU), and around int8 products. Widening changes no weight."""
     weight = model.trunk.embedding.weight
+    if quantize:
+        return torch.float32
     fast = (torch.float32, torch.float64, getattr(torch, dtype_on("cpu")))
     return weight.dtype if weight.device.type != "cpu" or weight.dtype in fast else torch.float32
 
@@ -254,19 +258,35 @@ def is_row_exact(model: Transformer) -> bool:
     return isinstance(first, NativeLinear) and model.config.dim_per_head % 16 == 0
 
 
+def is_quantized(model: Transformer) -> bool:
+    """Whether the products of `model` (in decoding form) are of int8."""
+    first = getattr(model.unembedding, "first", None)
+    return isinstance(first, Int8Linear) or (isinstance(first, NativeLinear) and first.packed.dtype == torch.int8)
+
+
 @torch.no_grad()
-def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> Transformer:
+def pack(
+    model: Transformer, rows: int | None = None, compiled: bool = True, quantize: Quantize | None = None
+) -> Transformer:
     """Turns `model` into its decoding form, in place: linear maps packed where that is possible, no gradients.
 
     `rows` is the number of rows a pass usually has (default: the number of heads); `compiled=False` leaves the compiled
-    kernels out, which tests compare. The model still computes the same function of any shape, but can no longer be
-    trained or saved.
+    kernels out, which tests compare. `quantize="int8"` makes all linear maps and unembeddings products of int8
+    (`decoding/int8.py`), for float32 models on a CPU; the model is then another one, close to it. Without it the model
+    still computes the same function of any shape. It can no longer be trained or saved.
+
+    Raises UsageError for a model that cannot be quantized.
     """
     rows = rows or model.config.heads
     weight = model.trunk.embedding.weight
+    if quantize and (weight.device.type != "cpu" or weight.dtype != torch.float32):
+        raise UsageError(
+            f"quantize {quantize} is for CPUs, with all else in float32; here is {weight.dtype} on {weight.device}: "
+            "leave the dtype out, or decode without quantize"
+        )
     model.requires_grad_(False)
     fast = compiled and can_use_native(model)
-    linear = _maker(model, rows, fast)
+    linear = _maker(model, rows, fast, quantize)
     model.unembedding = PackedUnembedding(model.unembedding, linear)  # type: ignore[assignment]
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -287,10 +307,12 @@ def pack(model: Transformer, rows: int | None = None, compiled: bool = True) -> 
     return model.eval()
 
 
-def _maker(model: Transformer, rows: int, fast: bool) -> MakeLinear:
+def _maker(model: Transformer, rows: int, fast: bool, quantize: Quantize | None) -> MakeLinear:
     weight = model.trunk.embedding.weight
     if fast:
-        return NativeLinear
+        return lambda weight, bias: NativeLinear(weight, bias, quantize)
+    if quantize:
+        return Int8Linear
     if can_pack(weight.device, weight.dtype):
         return lambda weight, bias: PackedLinear(weight, bias, rows)
     return _PlainLinear

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from headstart import machine
-from headstart.decoding.packing import is_row_exact
+from headstart.decoding.packing import is_quantized, is_row_exact
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
@@ -206,7 +206,7 @@ def setting(model: Transformer) -> dict[str, Any]:
         "processor": here["gpus"][0]["name"] if weight.device.type == "cuda" and here["gpus"] else here["cpu"],
         "instruction_sets": here["instruction_sets"],
         "threads": torch.get_num_threads(),
-        "dtype": str(weight.dtype).removeprefix("torch."),
+        "dtype": "int8" if is_quantized(model) else str(weight.dtype).removeprefix("torch."),
         "compiled": is_row_exact(model),
     }
 

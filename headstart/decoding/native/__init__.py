@@ -25,6 +25,8 @@ from headstart.files import cache_folder, replacing_file
 SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
 COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
 """Of a block of packed weights."""
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""How fp32.c tells what packed weights are made of."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
 FAST = ("-ffast-math",)
 STRICT = ("-fno-math-errno", "-ffinite-math-only", "-fno-signed-zeros", "-ffp-contract=off")
@@ -108,7 +110,7 @@ class Block(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "attention_norm", "mlp_norm")),
         *((name, ctypes.c_long) for name in ("dim", "heads", "kv_heads", "width", "hidden")),
-        ("narrow", ctypes.c_int * 4),
+        ("stored", ctypes.c_int * 4),
         ("eps", ctypes.c_float),
     ]
 
@@ -194,3 +196,16 @@ def pack_weight(weight_NK: Tensor) -> Tensor:
     narrow = padded.bfloat16()
     kept = narrow if torch.equal(narrow.float(), padded) else padded
     return kept.view(-1, columns, K).transpose(1, 2).contiguous()
+
+
+def pack_int8(whole_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """The layout of int8.h for weights of `int8.quantize_weight`: (ceil(N/16), 128 + 64 ceil(K/4)) int8."""
+    N, K = whole_NK.shape
+    blocks = -(-N // 16)
+    padded = torch.zeros(16 * blocks, -(-K // 4) * 4, dtype=torch.int8)
+    padded[:N, :K] = whole_NK
+    scale = torch.zeros(16 * blocks)
+    scale[:N] = scale_N
+    shift = 128 * padded.sum(1, dtype=torch.int32)
+    weights = padded.view(blocks, 16, -1, 4).transpose(1, 2).reshape(blocks, -1)
+    return torch.cat([shift.view(blocks, 16).view(torch.int8), scale.view(blocks, 16).view(torch.int8), weights], dim=1)

@@ -8,7 +8,7 @@ typedef struct {
     const float *qkv_bias, *out_bias;        // NULL: none
     const real *attention_norm, *mlp_norm;
     long dim, heads, kv_heads, width, hidden;
-    int narrow[4];  // of the four products
+    int stored[4];  // how the weights of the four products lie
     float eps;
 } Block;
 
@@ -44,7 +44,7 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
     long *q_at = malloc(sizeof(long) * asked);
 
     rms_norm(x, b->attention_norm, normed, S * W, D, b->eps);
-    linear(normed, b->qkv, b->qkv_bias, qkv, S * W, wide, D, threads, b->narrow[0]);
+    linear(normed, b->qkv, b->qkv_bias, qkv, S * W, wide, D, threads, b->stored[0]);
     rotate(qkv, cosine, sine, S * W, H + G, E, wide);
     for (long s = 0; s < S; s++) {
         for (long i = 0; i < Q; i++) {
@@ -57,13 +57,13 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
     const long q_stride[3] = {Q * HE, E, HE}, kv_stride[3] = {W * wide, E, wide};
     attend(q, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, q_at, S, H, G, W, Q, E,
            capacity, threads);
-    linear(mixed, b->out, b->out_bias, change, asked, D, HE, threads, b->narrow[1]);
+    linear(mixed, b->out, b->out_bias, change, asked, D, HE, threads, b->stored[1]);
     add(y, change, asked * D);
 
     rms_norm(y, b->mlp_norm, normed, asked, D, b->eps);
-    linear(normed, b->gate_up, NULL, gates, asked, 2 * F, D, threads, b->narrow[2]);
+    linear(normed, b->gate_up, NULL, gates, asked, 2 * F, D, threads, b->stored[2]);
     silu_times(gates, inner, asked, F);
-    linear(inner, b->down, NULL, change, asked, D, F, threads, b->narrow[3]);
+    linear(inner, b->down, NULL, change, asked, D, F, threads, b->stored[3]);
     add(y, change, asked * D);
     free(q_at);
     free(normed);

@@ -9,6 +9,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 typedef float real;
 
@@ -80,12 +81,6 @@ static inline __attribute__((always_inline)) void product(const int narrow, cons
     }
 }
 
-// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16], fp32, or bf16 if `narrow`.
-void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int narrow) {
-    if (narrow) product(1, x, w, bias, y, rows, N, K, threads);
-    else product(0, x, w, bias, y, rows, N, K, threads);
-}
-
 static inline float sum8(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -96,6 +91,17 @@ static inline float max8(__m256 v) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+#include "int8.h"
+
+enum { FP32, BF16, INT8 };
+
+// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16], fp32 or bf16 by `stored`, or as int8.h has it.
+void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int stored) {
+    if (stored == INT8) product8(x, w, bias, y, rows, N, K, threads);
+    else if (stored == BF16) product(1, x, w, bias, y, rows, N, K, threads);
+    else product(0, x, w, bias, y, rows, N, K, threads);
 }
 
 // exp(x) to 2 ulp for x <= 88; exactly 0 below -87. The same instructions for every element: no scalar tail.
