@@ -13,6 +13,7 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Request, Stats
+from headstart.decoding.int8 import Quantize, known
 from headstart.decoding.packing import decoding_dtype, pack
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.policy import DraftPolicy, Tuning
@@ -61,9 +62,15 @@ class Output:
 class LanguageModel:
     """A model ready to decode, with its tokenizer. Made by `headstart.load`."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None,
+        directory: Path | None = None,
+        quantize: Quantize | None = None,
+    ) -> None:
         self.config: ModelConfig = model.config
-        self.transformer = pack(model)
+        self.transformer = pack(model, quantize=quantize)
         """The model itself, in decoding form."""
         self._tokenizer = tokenizer
         self._directory = directory
@@ -212,23 +219,32 @@ class LanguageModel:
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 
 
-def load(path: str | Path | None = None, dtype: str | torch.dtype | None = None, device: str = "cpu") -> LanguageModel:
+def load(
+    path: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str = "cpu",
+    quantize: Quantize | None = None,
+) -> LanguageModel:
     """Opens a model directory: one that `headstart train` wrote, or a plain Hugging Face Llama directory.
 
     Args:
         path: None: the model in the box, a small byte-level model of Python code (models/README.md).
         dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software).
         device: "cpu", "cuda", ...
+        quantize: "int8": weights and activations of all products in int8, the rest in float32; for CPUs. Another model,
+            close to it (docs/decoding.md).
 
     Raises:
-        UsageError: the directory is missing, foreign, truncated or of an unsupported kind.
+        UsageError: the directory is missing, foreign, truncated or of an unsupported kind; `quantize` with another
+            dtype or device.
     """
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
+    quantize = known(quantize)
     path = boxed_model() if path is None else path
     model = load_model(path, dtype=dtype, device=device)
     if dtype is None:
-        model = model.to(decoding_dtype(model))
-    return LanguageModel(model, load_model_tokenizer(path), Path(path))
+        model = model.to(decoding_dtype(model, quantize))
+    return LanguageModel(model, load_model_tokenizer(path), Path(path), quantize)

@@ -15,6 +15,7 @@ from headstart.benchmarks.passes import pass_costs
 from headstart.benchmarks.speedup import load_prompts
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
+from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import AcceptanceTable, Tuning
 from headstart.decoding.sampling import Sampling
@@ -51,6 +52,8 @@ class TuneSettings:
     """Spent on timing passes at each batch size."""
     dtype: str | None = None
     """bfloat16 or float32 (None: as `headstart generate` would take)."""
+    quantize: Quantize | None = None
+    """int8: of the model as `headstart generate --quantize int8` decodes it; its costs are kept beside the others."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
@@ -71,7 +74,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         raise UsageError(f"--batches {' '.join(map(str, batches))}: name batch sizes of at least 1")
     if settings.temperature <= 0:
         raise UsageError(f"--temperature is {settings.temperature}; the greedy half is measured anyway, take above 0")
-    language_model = headstart.load(path, dtype=settings.dtype, device=settings.device)
+    language_model = headstart.load(path, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
     model = language_model.transformer
     if model.config.heads == 1:
         raise UsageError(f"{path}: has one head, so there are no drafts to tune")

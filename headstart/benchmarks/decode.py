@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.benchmarks import fresh_process, peer_speed, report, speedup, sweep
+from headstart.benchmarks import fresh_process, peer_speed, report, row_speed, speedup, sweep
 from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, ratios
 from headstart.benchmarks.report import Bar, count, measurement
 from headstart.benchmarks.sizes import Size
+from headstart.decoding.int8 import Quantize
 from headstart.errors import UsageError
 from headstart.machine import dtype_on
 from headstart.model.config import PRESETS, ModelConfig
@@ -23,7 +24,7 @@ BANDWIDTH_BARS = {0: Bar(">=", 0.65), 100_000_000: Bar(">=", 0.75)}
 WINDOW_BAR = Bar("<=", 1.3)
 EFFICIENCY_BAR = Bar(">=", 0.88)
 
-Part = Literal["plain", "bandwidth", "window", "deferred", "sweep", "peers", "model"]
+Part = Literal["plain", "bandwidth", "window", "deferred", "sweep", "peers", "rows", "model"]
 Peer = Literal["transformers", "llama.cpp", "vllm"]
 QUICK: dict[str, Any] = {
     "sizes": PRESETS["1M"],
@@ -52,7 +53,8 @@ class DecodeSettings:
     parts: tuple[Part, ...] = ("plain", "bandwidth", "window", "deferred", "sweep", "peers")
     """plain: against transformers; bandwidth: share of the memory bandwidth; window: 8 rows against 1; deferred: heads
     on one row against all rows; sweep: heads, batch, lengths, temperature at the paper's acceptance; peers: against
-    transformers, llama.cpp and vLLM; model: a trained model for K = 1, 2, 4, 8 (runs whenever --model is given)."""
+    transformers, llama.cpp and vLLM; rows: passes by rows, also in int8, of --model if given; model: a trained model
+    for K = 1, 2, 4, 8 (runs whenever --model is given)."""
     quick: bool = False
     """Small models, few and short rounds, whatever else is asked for: to see in minutes that all of it runs."""
     sizes: ModelConfig = field(default_factory=lambda: PRESETS["100M"])
@@ -61,12 +63,14 @@ class DecodeSettings:
     """CPU threads, each number in a process of its own; the parts "model", "sweep" and "peers" use the last."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the weights (auto: the faster one here)."""
+    quantize: Quantize | None = None
+    """int8: the part "model" decodes in int8, whatever the dtype."""
     device: str = "cpu"
     """cpu or cuda."""
     repetitions: int = 5
     """Rounds of whole generations (parts plain and model)."""
     passes: int = 60
-    """Rounds of single passes (parts bandwidth, window and deferred)."""
+    """Rounds of single passes (parts bandwidth, window, deferred and rows)."""
     prompt_tokens: int = 64
     """Length of a prompt."""
     new_tokens: int = 128
@@ -140,7 +144,7 @@ def run(settings: DecodeSettings) -> dict[str, Any]:
             rows, note = runner(settings)
             measurements += rows
             notes.append(f"{part}: {note}")
-    whole = {"sweep": _sweep, "peers": _peers}
+    whole = {"sweep": _sweep, "peers": _peers, "rows": _rows}
     runs = [runner for part, runner in whole.items() if part in settings.parts]
     for runner_with_tables in [*runs, *([_model] if settings.model is not None else [])]:
         rows, more_tables, more_notes = runner_with_tables(settings)
@@ -280,6 +284,11 @@ def _sweep(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
     )
 
 
+def _rows(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    at = settings.prompt_tokens + settings.new_tokens // 2
+    return row_speed.run(settings.model, settings.sizes, settings.threads, settings.dtype, settings.passes, at)
+
+
 def _peers(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     if settings.device != "cpu":
         raise UsageError(f'--device {settings.device}: the part "peers" runs on a CPU; name the other --parts')
@@ -331,6 +340,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
             heads=ks,
             temperature=temperature,
             batch=settings.batch,
+            quantize=settings.quantize,
         )
         answer = fresh_process.call("headstart.benchmarks.speedup:case", case, threads=threads)
         name = "greedy" if temperature == 0 else f"temperature {temperature}"
@@ -381,11 +391,10 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
             )
         )
     note = (
-        f"model: n = {config.heads} {config.head_kind} heads, {config.wiring}, {settings.dtype}, "
+        f"model: n = {config.heads} {config.head_kind} heads, {config.wiring}, {settings.quantize or settings.dtype}, "
         f"{count(threads, 'thread')}; {len(prompts)} prompts of at most {settings.prompt_tokens} tokens, "
-        f"{settings.new_tokens} new tokens, batch "
-        f"{settings.batch}; prompts are not timed, end tokens do not end a text. Efficiency = speed-up over plain / "
-        "tokens per pass. Policy: the rows of each pass chosen by what `headstart tune` measured. Paper, n = 8: Table "
-        "S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
+        f"{settings.new_tokens} new tokens, batch {settings.batch}; prompts are not timed, end tokens end no text. "
+        "Efficiency = speed-up over plain / tokens per pass. Policy: rows of each pass chosen by what `headstart tune` "
+        "measured. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
     )
     return rows, tables, [note]

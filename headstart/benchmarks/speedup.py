@@ -90,7 +90,9 @@ def first_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> 
 
 def case(case: dict[str, Any]) -> dict[str, Any]:
     """All variants of one temperature, taking turns. Runs in a process of its own."""
-    model = pack(load_model(case["model"], dtype=DTYPES[case["dtype"]], device=case["device"]))
+    dtype = "float32" if case["quantize"] else case["dtype"]
+    model = load_model(case["model"], dtype=DTYPES[dtype], device=case["device"])
+    pack(model, quantize=case["quantize"])
     tuning = read_tuning(case["model"], model)
     last: dict[str, Decoded] = {}
 

@@ -1,8 +1,8 @@
 """int8 weights with int8 activations: what is computed, in torch's operators. `native/int8.h` computes the same faster.
 
-Weights are symmetric with a scale for each output, and use 7 of the 8 bits (-63 to 63): then no 16-bit sum of the AVX2
-instructions overflows, and the model in the box does not tell (docs/lab-notes.md). Activations are symmetric too, with a
-scale for each row that is found as it comes: a row's result depends on that row and the weights alone. Sums are exact.
+Weights are symmetric with a scale for each output, and use 7 of the 8 bits (-63 to 63): then no 16-bit sum of AVX2's
+instructions overflows, and it costs no quality (docs/lab-notes.md). Activations are symmetric too, with a scale for
+each row that is found as it comes: a row's result depends on that row and the weights alone. Sums are exact.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ _MOST = 1 << 17
 """So many products of 255 * 63 add up below 2^31."""
 _EXACT = 1 << 11
 """So many products of 127 * 63 add up below 2^24: exactly, and in any order, in fp32."""
+
+
+def known(name: str | None) -> Quantize | None:
+    """`name`, if it is a way to quantize there is. Raises UsageError."""
+    if name not in (None, "int8"):
+        raise UsageError(f"quantize {name!r} is unknown; take int8, or leave it out")
+    return "int8" if name else None
 
 
 def quantize_weight(weight_NK: Tensor) -> tuple[Tensor, Tensor]:

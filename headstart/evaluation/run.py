@@ -11,6 +11,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from headstart.decoding.engine import Engine
+from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import decoding_dtype, pack
 from headstart.errors import UsageError
 from headstart.evaluation.free_running import run_freely
@@ -52,6 +53,8 @@ class EvaluateSettings:
     """Prompts that are decoded at once."""
     length: int | None = None
     """Tokens of a window of the task heads (None: the model's context)."""
+    quantize: Quantize | None = None
+    """int8: evaluate the model as `headstart generate --quantize int8` decodes it."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
@@ -82,6 +85,8 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if settings.quantize and settings.record:
+        raise UsageError("--record keeps the acceptance of the model as it is stored; leave --quantize out")
     tokenizer = load_model_tokenizer(path)
     if tokenizer is None:
         raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
@@ -91,10 +96,14 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     if not settings.text and ("heads" in settings.tasks or prompts is None):
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
     model = load_model(path, device=settings.device)
-    model = model.to(decoding_dtype(model)).eval()
+    model = model.to(decoding_dtype(model, settings.quantize)).eval()
+    if settings.quantize:  # what is read is then the decoding form too
+        model = pack(model, quantize=settings.quantize)
     free = "acceptance" in settings.tasks
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
     found: dict[str, Any] = {"model": str(path), "heads_of_model": model.config.heads}
+    if settings.quantize:
+        found["quantize"] = settings.quantize
     documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
     if "heads" in settings.tasks:
         total = sum(map(len, documents))
@@ -114,7 +123,7 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         else:
             texts = cut_prompts(documents, settings.prompt_count, length, new)
         # Without its tokenizer the engine writes past end tokens.
-        engine = Engine(pack(model), slots=min(settings.batch, len(texts)))
+        engine = Engine(model if settings.quantize else pack(model), slots=min(settings.batch, len(texts)))
         found["acceptance"] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new}
         for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
             with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
@@ -154,7 +163,7 @@ def acceptance_of(found: dict[str, Any]) -> dict[str, Any]:
 
 def format_evaluation(found: dict[str, Any]) -> str:
     """`evaluate`'s result as tables for people."""
-    parts = [found["model"]]
+    parts = [found["model"] + (f", {found['quantize']}" if "quantize" in found else "")]
     if "heads" in found:
         heads = found["heads"]
         parts.append(
