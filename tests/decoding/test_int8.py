@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import HEADS, trained
-from test_native import random
 
 import headstart
 from headstart.decoding import native
@@ -21,6 +20,10 @@ from headstart.decoding.policy import setting
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
