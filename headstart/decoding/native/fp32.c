@@ -13,6 +13,9 @@
 
 typedef float real;
 
+// Holds v in its register: gcc would rather load it again for each product it goes into, and loads are then the bound.
+#define KEEP(v) __asm__("" : "+x"(v))
+
 static inline float to_float(float x) { return x; }
 static inline float from_float(float x) { return x; }
 
@@ -33,7 +36,9 @@ static inline __attribute__((always_inline)) void tile(const int M, const int B,
 #pragma GCC unroll 4
         for (int b = 0; b < B; b++) {
             const long at = begin + (b * K + k) * 16;
-            const __m256 w0 = load_weight(narrow, w, at), w1 = load_weight(narrow, w, at + 8);
+            __m256 w0 = load_weight(narrow, w, at), w1 = load_weight(narrow, w, at + 8);
+            KEEP(w0);
+            KEEP(w1);
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) {
                 const __m256 a = _mm256_broadcast_ss(x + m * K + k);
@@ -172,7 +177,9 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_ps();
         for (long e = 0; e < E; e++) {
-            const __m256 k0 = _mm256_loadu_ps(keys + t * E + e * 16), k1 = _mm256_loadu_ps(keys + t * E + e * 16 + 8);
+            __m256 k0 = _mm256_loadu_ps(keys + t * E + e * 16), k1 = _mm256_loadu_ps(keys + t * E + e * 16 + 8);
+            KEEP(k0);
+            KEEP(k1);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const __m256 a = _mm256_broadcast_ss(q + r * E + e);
@@ -205,7 +212,9 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) mix[r][0] = mix[r][1] = _mm256_setzero_ps();
         for (long t = 0; t < span; t++) {
-            const __m256 v0 = _mm256_loadu_ps(values + t * E + e), v1 = _mm256_loadu_ps(values + t * E + e + 8);
+            __m256 v0 = _mm256_loadu_ps(values + t * E + e), v1 = _mm256_loadu_ps(values + t * E + e + 8);
+            KEEP(v0);
+            KEEP(v1);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const __m256 p = _mm256_broadcast_ss(score + r * span + t);
