@@ -165,7 +165,7 @@ class NativeTrunk(nn.Module):
         attention = getattr(attend, "__self__", None)
         if not isinstance(attention, CachedAttention) or not attention.cache.compiled:
             return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend)
-        z_SWD = self.embedding(tokens_BT)
+        z_SWD = torch.embedding(self.embedding.weight, tokens_BT)  # without what nn.Embedding does around it
         y_SWD = torch.empty_like(z_SWD)
         cache, first = attention.cache, attention.slots.start
         cos, sin = rotary[0].contiguous(), rotary[1].contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from headstart.errors import UsageError
@@ -111,7 +112,7 @@ class ModelConfig:
     def hidden(self) -> int:
         return max(32, round(8 * self.dim / 3 / 32) * 32) if self.hidden_dim is None else self.hidden_dim
 
-    @property
+    @cached_property
     def parents(self) -> tuple[int, ...]:
         """The tree of heads: entry k-1 is the head that feeds head k, 0 for the trunk (paper section B)."""
         ks = range(1, self.heads + 1)
