@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:
     assert "free-running, greedy" in shown and f"{greedy['tokens_per_pass']:.3f}" in shown
 
 
+def test_in_int8_it_is_nearly_the_same(directory, tmp_path) -> None:
+    settings = EvaluateSettings(text=(str(tmp_path / "text"),), prompt_count=2, prompt_tokens=8, new_tokens=8)
+    plain, int8 = (evaluate(directory, replace(settings, quantize=quantize)) for quantize in (None, "int8"))
+    assert int8["quantize"] == "int8" and "quantize" not in plain
+    bits = [found["heads"]["bits_per_byte"] for found in (plain, int8)]
+    assert bits[0] != bits[1] and bits[1] == pytest.approx(bits[0], rel=0.01)
+    assert int8["acceptance"]["greedy"]["tokens"] == 16
+
+
 def test_free_running_counts_what_the_engine_counts(directory) -> None:
     model = pack(load_model(directory))
     prompts = [(1, 2, 3), (100, 32)]
@@ -89,6 +99,7 @@ def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
         (("--text", "gone"), "no such file or folder"),
         (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads or acceptance"),
         (("--text", "text", "--batch", 0), "--batch is 0"),
+        (("--text", "text", "--quantize", "int8", "--record"), "leave --quantize out"),
         (("--text", "text", "--prompt-tokens", 900), "900 .* more than the model's context 64; ask for fewer"),
         (("--text", "text", "--prompt-tokens", 40, "--new-tokens", 25), "40 .* 25: more than the model's context 64"),
         (("--text", "text", "--length", 65), "between 2 and the model's context 64"),
