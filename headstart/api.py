@@ -83,8 +83,19 @@ class LanguageModel:
             raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
         return self._tokenizer
 
-    def engine(self, slots: int = 1, context: int | None = None, exact: bool = True, lookup: int = 0) -> Engine:
-        """A decoding engine over this model, for many requests at once."""
+    def engine(
+        self,
+        slots: int = 1,
+        context: int | None = None,
+        exact: bool = True,
+        lookup: int = 0,
+        prefill_budget: int | None = 256,
+        prefix_reuse: bool = True,
+    ) -> Engine:
+        """A decoding engine over this model, for many requests at once (docs/decoding.md).
+
+        Raises UsageError where its caches do not fit into memory.
+        """
         tuning = self._tuning()
         policy = None if tuning is None else DraftPolicy(tuning)
         return Engine(
@@ -95,6 +106,8 @@ class LanguageModel:
             exact=exact,
             policy=policy,
             lookup=lookup,
+            prefill_budget=prefill_budget,
+            prefix_reuse=prefix_reuse,
         )
 
     def _tuning(self) -> Tuning | None:
@@ -164,7 +177,7 @@ class LanguageModel:
             )
             for text, key in zip(prompts, seeds)
         ]
-        engine = self.engine(len(requests), self._context_for(requests), exact, lookup)
+        engine = self.engine(len(requests), self._context_for(requests), exact, lookup, prefill_budget=None)
         outputs = [Output.of(generation) for generation in generate_all(engine, requests)]
         return outputs if many else outputs[0]
 
@@ -195,7 +208,7 @@ class LanguageModel:
             penalties=penalties or Penalties(),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
-        engine = self.engine(1, self._context_for([request]), exact, lookup)
+        engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None)
         engine.submit(request)
         return (text for _, text in engine.run() if text)
 

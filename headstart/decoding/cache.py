@@ -46,6 +46,28 @@ class KVCache:
         keys = self.keys[:, slot]
         return keys.transpose(-1, -2).flatten(2, 3) if self.compiled else keys
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """The first `count` positions of a slot into another one."""
+        for buffer, rows in self._leading(count):
+            buffer[:, target, :, :rows] = buffer[:, source, :, :rows]
+
+    def swap(self, a: int, b: int, count_a: int, count_b: int) -> None:
+        """The first `count_a` positions of slot a change places with the first `count_b` of slot b."""
+        for (buffer, rows_a), (_, rows_b) in zip(self._leading(count_a), self._leading(count_b)):
+            kept = buffer[:, a, :, :rows_a].clone()
+            buffer[:, a, :, :rows_b] = buffer[:, b, :, :rows_b]
+            buffer[:, b, :, :rows_a] = kept
+
+    def clear(self, slot: int, start: int, end: int) -> None:
+        """Zeros at positions start .. end - 1; where the kernels mask whatever a key holds, keys stay as they are."""
+        self.values[:, slot, :, start:end] = 0
+        if not self.compiled:
+            self.keys[:, slot, :, start:end] = 0
+
+    def _leading(self, count: int) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """Each buffer, and how many of its rows hold the first `count` positions."""
+        return (self.keys, -(-count // 16) if self.compiled else count), (self.values, count)
+
     @property
     def bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
@@ -56,7 +78,9 @@ class CachedAttention:
 
     Args:
         slots: the range of slots in this pass, S of them.
-        positions_SW: (S, W) int64 absolute position of each row, consecutive in each slot.
+        positions_SW: (S, W) int64 absolute position of each row, consecutive in each slot. Negative in a slot that takes
+            no part: what it computes is finite and means nothing, and only the last W positions of its buffers, which
+            no text reaches, may change.
         span: how many cached positions are read. Must exceed every position.
         starts: the first column of `positions_SW` as Python numbers where the host knows it (saves indexed writes).
     """
@@ -67,11 +91,14 @@ class CachedAttention:
         self.cache, self.slots, self.positions, self.span, self.starts = cache, slots, positions_SW, span, starts
         if not cache.compiled:
             columns = torch.arange(span, device=positions_SW.device)
-            self.mask = (columns <= positions_SW[..., None])[:, None]  # (S, 1, W, span)
+            # A row that sees nothing would be NaN.
+            self.mask = (columns <= positions_SW[..., None].clamp_min(0))[:, None]  # (S, 1, W, span)
 
     def _write(self, cache_SKTE: Tensor, rows_SKWE: Tensor) -> None:
         if self.starts is not None and len(self.starts) <= 2:  # slices are cheaper than an indexed write
             for slot, start in enumerate(self.starts):
+                if start < 0:
+                    continue
                 cache_SKTE[slot, :, start : start + rows_SKWE.shape[2]] = rows_SKWE[slot]
         else:
             index = torch.arange(cache_SKTE.shape[0], device=rows_SKWE.device)[:, None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -12,12 +10,13 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.admission import Admission
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.lookup import Lookup, Odds
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
-from headstart.decoding.step import DecodingState, decode_step, prefill
+from headstart.decoding.step import DecodingState, decode_step
 from headstart.decoding.stopping import Stopper
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
@@ -45,6 +44,10 @@ class Engine:
             shapes it has nothing to choose, and is left out.
         lookup: at most this many drafts of a window are looked up in the text itself, after those of the heads or in
             their place.
+        prefill_budget: most prompt tokens that a step reads before its pass, so that a long prompt does not keep the others
+            waiting (None: no limit, for batches in which nobody waits).
+        prefix_reuse: whether a prompt goes on from the keys and values of a text that begins like it, in any slot. The
+            output does not depend on it.
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
             fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
             ask for confidences without a policy too.
@@ -62,6 +65,8 @@ class Engine:
         deferred: bool = True,
         policy: DraftPolicy | None = None,
         lookup: int = 0,
+        prefill_budget: int | None = 256,
+        prefix_reuse: bool = True,
         watch: Callable[[Generation, int, int], None] | None = None,
         graphs: bool | None = None,
     ) -> None:
@@ -85,9 +90,13 @@ class Engine:
         self._decode: Callable[..., tuple[Tensor, Tensor]] = partial(decode_step, model, self.state)
         if graphs or (graphs is None and on_gpu):
             self._decode = GraphedStep(model, self.state, cuda_capture())
+        self.admission = Admission(
+            model, self.state, budget=prefill_budget, reuse=prefix_reuse, fixed_shapes=self.fixed_shapes
+        )
         self._live: list[Generation | None] = [None] * slots
-        self._lengths = [0] * slots
-        self._waiting: deque[Generation] = deque()
+        """The requests that are being decoded; those whose prompts are read, and those who wait, are with `admission`."""
+        self._lengths = [self.state.parked] * slots
+        self.state.length_S.fill_(self.state.parked)
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. Raises UsageError if it does not fit this model."""
@@ -117,24 +126,27 @@ class Engine:
         end_id = None if self.tokenizer is None else self.tokenizer.end_id
         stopper = Stopper(min(request.max_new_tokens, room), end_id, request.stop, self.tokenizer)
         generation = Generation(request, heads, stopper)
-        self._waiting.append(generation)
+        self.admission.waiting.append(generation)
         return generation
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting) or any(self._live)
+        return self.admission.busy or any(self._live)
 
     @torch.no_grad()
     def step(self) -> list[tuple[Generation, str]]:
-        """Admits what fits, runs one pass over the live slots, and returns what each committed (its released text)."""
-        self._admit()
+        """Admits what fits, reads prompts, runs one pass over the live slots, and returns what each committed (its
+        released text)."""
+        self.admission.admit([slot for slot, g in enumerate(self._live) if g is not None])
+        for slot, generation in self.admission.fill():
+            self._start(slot, generation)
         live = [(slot, g) for slot, g in enumerate(self._live) if g is not None]
         if not live:
             return []
-        last = len(self._live) if self.fixed_shapes else live[-1][0] + 1
-        rows, heads = self._shape([g for _, g in live], last)
-        slots = slice(0, last)
-        # Slots between the live ones run along on what they last held; their results are never read.
+        first, last = (0, len(self._live)) if self.fixed_shapes else (live[0][0], live[-1][0] + 1)
+        rows, heads = self._shape([g for _, g in live], last - first)
+        slots = slice(first, last)
+        # Slots between the live ones run along, parked; their results are never read.
         starts = self._lengths[slots]
         wanted = max((-1 if g.request.logprobs is None else g.request.logprobs for _, g in live), default=-1)
         confident = heads > 1 and (self.policy is not None or self.watch is not None)
@@ -154,34 +166,37 @@ class Engine:
         windows = self.state.window_SW[slots].tolist() if self.lookup else []
         results, total = [], 0
         for slot, generation in live:
-            committed = tokens[slot][: accepted[slot] + 1]
+            at = slot - first
+            committed = tokens[at][: accepted[at] + 1]
             self._lengths[slot] += len(committed)
+            self.admission.slots.wrote(slot, committed, heads)
             total += len(committed)
             fed = min(len(generation.sources), rows - 1)
             if self.watch is not None and generation.confidences and fed:
-                self.watch(generation, fed, accepted[slot])
-            self._learn(generation, fed, accepted[slot])
+                self.watch(generation, fed, accepted[at])
+            self._learn(generation, fed, accepted[at])
             before = len(generation.tokens)
             results.append((generation, generation.commit(committed, fed)))
             if logprobs is not None and generation.request.logprobs is not None:
-                generation.keep_logprobs(len(generation.tokens) - before, *(part[slot] for part in logprobs))
+                generation.keep_logprobs(len(generation.tokens) - before, *(part[at] for part in logprobs))
             if heads < generation.heads and self.model.config.head_kind == "transformer":
                 # Its drafting heads have missed these positions, and would draft from caches with holes.
                 generation.heads = heads
                 self.state.heads_S[slot] = heads
             generation.sources = list(range(2, min(generation.heads, heads) + 1))
-            generation.confidences = confidences[slot][: len(generation.sources)] if confident else []
+            generation.confidences = confidences[at][: len(generation.sources)] if confident else []
             if self.policy is not None:
                 sampled = generation.request.sampling.temperature > 0
                 generation.prefixes = self.policy.prefixes(sampled, generation.confidences)
             if generation.lookup is not None and not generation.finished:
-                self._look_up(slot, generation, committed, windows[slot])
+                self._look_up(slot, generation, committed, windows[at])
         if self.policy is not None:
-            self.policy.saw(last, len(live), rows, heads > 1, total)
-        for slot in range(last):
-            generation_or_none = self._live[slot]
-            if generation_or_none is None or generation_or_none.finished:
+            self.policy.saw(last - first, len(live), rows, heads > 1, total)
+        for slot, generation in live:
+            if generation.finished:
                 self._free(slot)
+        if len(live) < last - first:  # the pass has moved those that are parked
+            self.state.length_S[slots] = torch.tensor(self._lengths[slots], device=self.state.length_S.device)
         return results
 
     def _logprobs(self, tokens_SW: Tensor, alternatives: int) -> tuple[list[Any], list[Any], list[Any]]:
@@ -246,43 +261,31 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """Ends a request now: it leaves the queue, or its slot is free for the next step."""
         generation.cancel()
-        if generation in self._waiting:
-            self._waiting.remove(generation)
-        elif generation.slot is not None:
-            self._free(generation.slot)
+        if not self.admission.remove(generation) and generation in self._live:
+            self._free(self._live.index(generation))
 
     def _free(self, slot: int) -> None:
         self._live[slot] = None
-        # An idle slot stands at position 0, so that it never lengthens the span nor runs over its buffer.
-        self._lengths[slot] = 0
-        self.state.length_S[slot] = 0
-        self.state.drafted_S[slot] = 0
-        self.state.sampling.clear(slot)
-        self.state.penalties.clear(slot)
-
-    def _admit(self) -> None:
-        for slot, occupant in enumerate(self._live):
-            if occupant is not None or not self._waiting:
-                continue
-            generation = self._waiting.popleft()
-            generation.slot = slot
-            generation._started = time.perf_counter()
-            self._live[slot] = generation
-            if self.lookup:
-                generation.lookup = Lookup(generation.request.prompt)
-            self._start(slot, generation.request, generation.heads)
-            generation.stats.prefill_seconds = time.perf_counter() - generation._started
-
-    def _start(self, slot: int, request: Request, heads: int) -> None:
-        """The prompt but its last token goes to the caches; the last one is the root of the first window."""
+        self.admission.left(slot)
         state = self.state
+        state.length_S[slot] = self._lengths[slot] = state.parked
+        state.drafted_S[slot] = 0
+        state.heads_S[slot] = 1
+        state.sampling.clear(slot)
+        state.penalties.clear(slot)
+
+    def _start(self, slot: int, generation: Generation) -> None:
+        """The prompt but its last token is in the caches; the last one is the root of the first window."""
+        state, request = self.state, generation.request
         prompt = torch.tensor(request.prompt, device=state.length_S.device)
-        prefill(self.model, state, slot, prompt[:-1], heads)
+        self._live[slot] = generation
+        if self.lookup:
+            generation.lookup = Lookup(request.prompt)
         state.length_S[slot] = self._lengths[slot] = len(prompt) - 1
         state.window_SW[slot] = 0
         state.window_SW[slot, 0] = prompt[-1]
         state.drafted_S[slot] = 0
-        state.heads_S[slot] = heads
+        state.heads_S[slot] = generation.heads
         state.sampling.set(slot, request.sampling, request.acceptance)
         state.penalties.set(slot, request.penalties, prompt)
 

@@ -52,6 +52,9 @@ class Stats:
     seconds: float = 0.0
     """From the prompt's prefill to the last token, waiting for other slots included."""
     prefill_seconds: float = 0.0
+    """Of these, those in which this prompt was read."""
+    prompt_tokens_reused: int = 0
+    """Tokens of the prompt whose keys and values were there already, of another text in a slot."""
 
     @property
     def tokens_per_pass(self) -> float:
@@ -83,6 +86,7 @@ class Stats:
             looked_up_accepted=sum(part.looked_up_accepted for part in parts),
             seconds=sum(part.seconds for part in parts),
             prefill_seconds=sum(part.prefill_seconds for part in parts),
+            prompt_tokens_reused=sum(part.prompt_tokens_reused for part in parts),
         )
 
     def summary(self) -> dict[str, int | float | list[float]]:
@@ -98,6 +102,7 @@ class Stats:
             "acceptance": [round(share, 3) for share in self.acceptance],
             "seconds": round(self.seconds, 3),
             "prefill_seconds": round(self.prefill_seconds, 3),
+            "prompt_tokens_reused": self.prompt_tokens_reused,
         }
 
 

@@ -29,7 +29,7 @@ class DecodingState:
 
     cache: KVCache
     length_S: Tensor
-    """(S,) int64: positions whose keys and values count, the root's excluded."""
+    """(S,) int64: positions whose keys and values count, the root's excluded; `parked` in a slot without a request."""
     window_SW: Tensor
     """(S, W) int64: root and drafts: those of the heads, and where W > n others."""
     drafted_S: Tensor
@@ -56,6 +56,12 @@ class DecodingState:
             rows = slice(starts[0], starts[0] + positions.shape[1])
             return cos[None, rows], sin[None, rows]
         return cos[positions], sin[positions]
+
+    @property
+    def parked(self) -> int:
+        """The length of a slot that takes no part in a pass, though the pass runs over it: its window lies before the
+        first position, where it touches nothing of what the slot holds."""
+        return -self.window_SW.shape[1]
 
     def draft_q(self) -> Tensor:
         """`draft_q_SKV`, made where it is not there yet."""
@@ -292,19 +298,28 @@ def _draft(
 
 
 @torch.no_grad()
-def prefill(model: Transformer, state: DecodingState, slot: int, tokens: Tensor, heads: int, chunk: int = 256) -> None:
-    """Fills the caches of `slot` with `tokens` (T,) int64 and sets its length; no logits are made.
+def prefill(
+    model: Transformer,
+    state: DecodingState,
+    slot: int,
+    tokens: Tensor,
+    heads: int,
+    chunk: int = 256,
+    start: int = 0,
+) -> None:
+    """Fills the caches of `slot` with `tokens` (T,) int64 from position `start` on; no logits are made, and its length
+    is left to the caller.
 
     Heads 2..K get keys and values of the whole prompt: they saw them in training, and draft worse without.
     """
     last = torch.zeros(1, dtype=torch.int64, device=tokens.device)
     slots = slice(slot, slot + 1)
-    for start in range(0, len(tokens), chunk):
-        piece = tokens[None, start : start + chunk]
-        end = start + piece.shape[1]
-        positions = torch.arange(start, end, device=tokens.device)[None]
+    for first in range(0, len(tokens), chunk):
+        piece = tokens[None, first : first + chunk]
+        begin, end = start + first, start + first + piece.shape[1]
+        positions = torch.arange(begin, end, device=tokens.device)[None]
         rotary = state.rotary_at(positions)
-        attention = CachedAttention(state.cache, slots, positions, end, [start])
+        attention = CachedAttention(state.cache, slots, positions, end, [begin])
         latents = {0: model.trunk(piece, rotary, attention.layer)}
         if model.config.head_kind != "transformer":
             continue
@@ -312,4 +327,3 @@ def prefill(model: Transformer, state: DecodingState, slot: int, tokens: Tensor,
             for step in model.path(k):
                 if step not in latents:
                     _head(model, step, latents, rotary, attention, None if model.config.children(step) else last)
-    state.length_S[slot] = len(tokens)

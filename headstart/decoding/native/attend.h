@@ -1,10 +1,12 @@
 // Attention over cached keys and values: the rows of all slots, for the `attend_rows` of the file that includes this, which
 // also says what a `real` is, how to widen it (to_float) and how to write a row of them (store_row).
+#include <string.h>
 
 // Writes the new keys and values of W rows per slot at their positions, then attends for Q rows per slot.
 // q (S, H, Q, E), k and v (S, G, W, E): `real` with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
 // keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. k_at (S, W), q_at (S, Q): positions.
-// E and capacity are multiples of 16; every position lies below capacity.
+// E and capacity are multiples of 16; every position lies below capacity. A slot whose first position is negative takes no
+// part: nothing of it is written, its y is 0.
 void attend(const real *q, const long *q_stride, const real *k, const long *k_stride, const real *v, const long *v_stride,
             real *y, float *keys, float *values, const long *k_at, const long *q_at, long S, long H, long G, long W, long Q,
             long E, long capacity, int threads) {
@@ -13,6 +15,10 @@ void attend(const real *q, const long *q_stride, const real *k, const long *k_st
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * q_at[Q - 1] > 1 << 14)
     for (long s = 0; s < S; s++) {
         for (long g = 0; g < G; g++) {
+            if (k_at[s * W] < 0) {
+                for (long i = 0; i < Q; i++) memset(y + ((s * Q + i) * H + g * group) * E, 0, group * E * sizeof(real));
+                continue;
+            }
             float *kc = keys + (s * G + g) * E * capacity, *vc = values + (s * G + g) * capacity * E;
             for (long w = 0; w < W; w++) {
                 const real *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
