@@ -7,6 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from headstart.decoding.memory import kv_bytes_per_token
 from headstart.errors import UsageError
 from headstart.evaluation.run import ACCEPTANCE_FILE
 from headstart.model.config import PRESETS, ModelConfig, preset
@@ -17,6 +20,8 @@ from headstart.storage.tensor_files import TensorFiles, model_files
 from headstart.terminal import format_table
 
 PRESET_HEADS = (1, 2, 4)
+CACHES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What keys and values are kept in; on CPUs float32, whatever the weights are (`decoding/cache.py`)."""
 PARTS = ("embedding", "trunk", "heads", "unembedding", "total", "non_embedding", "next_token_path")
 
 
@@ -44,6 +49,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         if tokenizer is None
         else {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id},
         "plain_decoder": config.plain_decoder,
+        "kv_bytes_per_token": {name: kv_bytes_per_token(config, dtype) for name, dtype in CACHES.items()},
     }
     if (directory / ACCEPTANCE_FILE).is_file():
         found["acceptance"] = read_json(directory / ACCEPTANCE_FILE)
@@ -140,6 +146,11 @@ def _format_directory(found: dict[str, Any]) -> str:
             "trunk and head 1 are an ordinary Llama, which transformers, vLLM and llama.cpp load"
             if found["plain_decoder"]
             else "only headstart reads this model: linear heads wired anticausally are no plain decoder"
+        ),
+        "keys and values: "
+        + ", ".join(
+            f"{_size(count)} a token ({_size(count * found['context'])} a full slot) in {name}"
+            for name, count in found["kv_bytes_per_token"].items()
         ),
         "",
         f"{found['heads']} {found['head_kind']} {'head' if found['heads'] == 1 else 'heads'}, {found['wiring']}:",

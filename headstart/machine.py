@@ -87,6 +87,18 @@ def available_memory() -> int | None:
     return None if kib is None else int(kib.split()[0]) * 1024
 
 
+def free_memory(device: Any) -> int | None:
+    """Bytes that can be allocated on a torch device now; None where the system does not tell."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        # What torch keeps for later use counts as free.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return available_memory() if device.type == "cpu" else None
+
+
 def resident_memory() -> int | None:
     """Bytes of this process that are in memory now; None where the system does not tell."""
     try:

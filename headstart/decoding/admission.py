@@ -23,8 +23,8 @@ class Admission:
     Args:
         budget: most prompt tokens of one `fill` (None: no limit).
         reuse: whether prompts go on from what slots hold of them.
-        fixed_shapes: whether bits depend on the shape of a chunk. Then a prompt is cut into equal chunks from its start,
-            whatever else there is to do; otherwise a chunk is what the budget leaves.
+        fixed_shapes: whether bits depend on the shape of a chunk. Then a prompt is cut into equal chunks from its
+            start, whatever else there is to do; otherwise a chunk is what the budget leaves.
     """
 
     def __init__(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.admission import Admission
+from headstart.decoding.admission import CHUNK, Admission
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.lookup import Lookup, Odds
+from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.step import DecodingState, decode_step
@@ -44,8 +45,8 @@ class Engine:
             shapes it has nothing to choose, and is left out.
         lookup: at most this many drafts of a window are looked up in the text itself, after those of the heads or in
             their place.
-        prefill_budget: most prompt tokens that a step reads before its pass, so that a long prompt does not keep the others
-            waiting (None: no limit, for batches in which nobody waits).
+        prefill_budget: most prompt tokens that a step reads before its pass, so that a long prompt does not keep the
+            others waiting (None: no limit, for batches in which nobody waits).
         prefix_reuse: whether a prompt goes on from the keys and values of a text that begins like it, in any slot. The
             output does not depend on it.
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
@@ -82,8 +83,10 @@ class Engine:
         self.policy = None if self.fixed_shapes or self.width == 1 else policy
         self.watch = watch
         self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
-        capacity = _round_up(self.context + self.width, self.step_span)
-        self.state = DecodingState.empty(model, slots, capacity, self.width)
+        device = model.trunk.embedding.weight.device
+        check_memory(self._planned, slots, self.context, device)
+        self.memory = self._planned(slots, self.context)
+        self.state = DecodingState.empty(model, slots, self._capacity(self.context), self.width)
         on_gpu = self.state.length_S.device.type == "cuda"
         if graphs and not on_gpu:
             raise UsageError("graphs are for CUDA devices; leave graphs out, or load the model with device='cuda'")
@@ -94,9 +97,19 @@ class Engine:
             model, self.state, budget=prefill_budget, reuse=prefix_reuse, fixed_shapes=self.fixed_shapes
         )
         self._live: list[Generation | None] = [None] * slots
-        """The requests that are being decoded; those whose prompts are read, and those who wait, are with `admission`."""
+        """The requests that are being decoded; `admission` has those whose prompts are read, and those who wait."""
         self._lengths = [self.state.parked] * slots
         self.state.length_S.fill_(self.state.parked)
+
+    def _capacity(self, context: int) -> int:
+        return _round_up(context + self.width, self.step_span)
+
+    def _planned(self, slots: int, context: int) -> DecodingMemory:
+        """Of so many slots with such a context."""
+        weight = self.model.trunk.embedding.weight
+        return decoding_memory(
+            self.model.config, slots, self._capacity(context), self.width, CHUNK, weight.dtype, weight.device
+        )
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. Raises UsageError if it does not fit this model."""

@@ -28,7 +28,7 @@ class GraphedStep:
 
     The first pass of a key runs as it is, which warms up what libraries allocate once; the second is captured, which
     computes nothing, and replayed. What reads values on the host, or brings new tensors from it, always runs as it is:
-    top-p, penalties, rules other than matching, log-probabilities.
+    penalties, rules other than matching, log-probabilities.
 
     Args:
         capture: turns a function that runs kernels into one that replays them.

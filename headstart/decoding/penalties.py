@@ -54,6 +54,7 @@ class PenaltyRows:
 
     def set(self, slot: int, penalties: Penalties, prompt: Tensor) -> None:
         """A request with this prompt (T,) int64 begins in `slot`. Raises UsageError for a bias of no token."""
+        self.clear(slot)
         self._of[slot] = penalties
         if penalties.none:
             return
@@ -63,6 +64,8 @@ class PenaltyRows:
             self._prompt = torch.zeros((slots, vocab_size), dtype=torch.bool, device=self._device)
             self._bias = torch.zeros((slots, vocab_size), device=self._device)
             self._numbers = torch.zeros((3, slots, 1, 1), device=self._device)
+            self._has = torch.zeros(slots, dtype=torch.bool, device=self._device)
+        self._has[slot] = True
         self._written[slot] = 0
         self._prompt[slot] = False
         self._prompt[slot, prompt] = True
@@ -75,6 +78,8 @@ class PenaltyRows:
     def clear(self, slot: int) -> None:
         """The request in `slot` has ended."""
         self._of[slot] = Penalties()
+        if self._written is not None:
+            self._has[slot] = False
 
     def any(self, slots: slice) -> bool:
         """Whether any of these slots has penalties."""
@@ -95,9 +100,8 @@ class PenaltyRows:
         penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
         result = torch.where(seen, penalised, logits)
         result = result - presence * (counts > 0) - frequency * counts + self._bias[slots, None].to(logits.dtype)
-        # A slot without penalties keeps its logits as they are: adding zeros could turn -0.0 and is work besides.
-        has = torch.tensor([not p.none for p in self._of[slots]], device=logits.device)
-        return torch.where(has[:, None, None], result, logits)
+        # A slot without penalties keeps its logits as they are: adding zeros could turn -0.0.
+        return torch.where(self._has[slots, None, None], result, logits)
 
     def wrote(self, tokens_SR: Tensor, accepted_S: Tensor, slots: slice) -> None:
         """Counts the tokens[s, : accepted[s] + 1] that a pass has committed."""

@@ -129,13 +129,15 @@ class SamplingRows:
         """Whether any of these slots needs noise."""
         return any(s.temperature > 0 for s in self._of[slots])
 
-    def transforms(self, slots: slice) -> tuple[bool, int, bool] | None:
+    def transforms(self, slots: slice) -> tuple[bool, int, bool, bool] | None:
         """Which kernels choosing runs, as far as the host decides it: whether any of these slots is sampled, the
-        largest top-k, whether any has a min-p; None where it looks at values on the host (top-p)."""
+        largest top-k, whether any has a top-p, a min-p; None where it looks at values on the host (top-p on a CPU)."""
         settings = self._of[slots]
-        if any(s.top_p < 1 for s in settings):
+        top_p = any(s.top_p < 1 for s in settings)
+        if top_p and self.temperature.device.type == "cpu":
             return None
-        return self.any_sampled(slots), max((s.top_k for s in settings), default=0), any(s.min_p for s in settings)
+        top_k = max((s.top_k for s in settings), default=0)
+        return self.any_sampled(slots), top_k, top_p, any(s.min_p for s in settings)
 
     def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
         """The noise (S, R, V) of these positions."""
@@ -229,9 +231,10 @@ def _keep_top_k(x_SRV: Tensor, k_S1: Tensor, largest: int) -> Tensor:
 
 def _keep_top_p(x_SRV: Tensor, p_S11: Tensor) -> Tensor:
     total = x_SRV.logsumexp(-1, keepdim=True)
-    size = min(256, x_SRV.shape[-1])
     # The head of the distribution nearly always holds the mass; the whole vocabulary is sorted only where it does not.
-    # Both ways give the same values in the same order, hence the same threshold.
+    # Both ways give the same values in the same order, hence the same threshold. To ask which it is costs nothing on a
+    # CPU; elsewhere the host would wait for the whole pass.
+    size = min(256, x_SRV.shape[-1]) if x_SRV.device.type == "cpu" else x_SRV.shape[-1]
     while True:
         best = x_SRV.topk(size, dim=-1).values
         before = (best - total).exp().cumsum(-1).roll(1, -1)

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from conftest import packed
+from torch import Tensor
+
+from headstart import machine
+from headstart.decoding import memory as memory_module
+from headstart.decoding.engine import Engine
+from headstart.decoding.memory import kv_bytes_per_token
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+
+def tensors(owner: object) -> list[Tensor]:
+    found = [x for x in chain.from_iterable(v if isinstance(v, tuple) else [v] for v in vars(owner).values())]
+    return [x for x in found if isinstance(x, Tensor)]
+
+
+def size(found: list[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["transformer", "linear", "replicated"])
+@pytest.mark.parametrize(("slots", "context", "lookup"), [(1, 64, 0), (5, 100, 8)])
+def test_the_plan_is_what_is_allocated(kind, dtype: torch.dtype, slots: int, context: int, lookup: int) -> None:
+    config = ModelConfig(vocab_size=97, dim=48, layers=6, attention_heads=3, kv_heads=1, heads=4, head_kind=kind)
+    engine = Engine(Transformer(config).to(dtype), slots=slots, context=context, lookup=lookup)
+    state = engine.state
+    assert engine.memory.caches == state.cache.bytes == size(tensors(state.cache))
+    kept = size([*tensors(state), *tensors(state.sampling), *tensors(state.penalties)])
+    assert kept <= engine.memory.state <= kept + 128 * slots
+
+
+def test_keys_and_values_of_a_token() -> None:
+    config = ModelConfig(dim=64, layers=6, attention_heads=4, kv_heads=2, heads=3, extra_layers=1)
+    assert kv_bytes_per_token(config, torch.bfloat16) == 2 * (4 + 3) * 2 * 16 * 2
+
+
+def test_what_does_not_fit_is_refused_with_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = packed("replicated", torch.float32)
+    need = Engine(model, slots=3, context=500).memory.total
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: need)
+    with pytest.raises(UsageError) as refused:
+        Engine(model, slots=4, context=500)
+    text = str(refused.value)
+    assert "4 slots with a context of 500 need" in text and "\n" not in text
+    slots, context = int(text.split("at most ")[1].split()[0]), int(text.split()[-1])
+    Engine(model, slots=slots, context=500)
+    Engine(model, slots=4, context=context)
+    for too_many in ((slots + 1, 500), (4, context + 1)):
+        with pytest.raises(UsageError, match="cpu has"):
+            Engine(model, slots=too_many[0], context=too_many[1])
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: 1)
+    with pytest.raises(UsageError, match="free memory, or take a smaller model"):
+        Engine(model)
+    monkeypatch.setattr(memory_module, "free_memory", lambda device: None)  # nobody tells
+    Engine(model)
+
+
+def test_free_memory_of_this_machine() -> None:
+    assert machine.free_memory("cpu") == pytest.approx(machine.available_memory(), rel=0.5)
+    assert machine.free_memory("meta") is None

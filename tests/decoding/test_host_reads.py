@@ -1,0 +1,81 @@
+"""A pass never waits for the device: it runs on tensors without data, where whatever asks for a value fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import HEADS, SHAPES
+
+from headstart.decoding.acceptance import Rule
+from headstart.decoding.packing import pack
+from headstart.decoding.penalties import Penalties
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.step import DecodingState, decode_step, prefill
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+SLOTS = 3
+SETTINGS = {
+    "greedy": Sampling(),
+    "sampled": Sampling(1.0),
+    "truncated": Sampling(1.0, top_k=20, top_p=0.9, min_p=0.05),
+}
+RULES = [
+    "match",
+    "rejection",
+    "block",
+    "lossy-typical:0.09:0.3",
+    "lossy-top-k:2",
+    "lossy-distance:2",
+    "lossy-minimum:2",
+]
+
+
+def ready(shape: str) -> tuple[Transformer, DecodingState]:
+    config = ModelConfig(
+        vocab_size=300, dim=32, layers=6, attention_heads=2, kv_heads=1, heads=HEADS, context=64, **SHAPES[shape]
+    )
+    with torch.device("meta"):
+        model = pack(Transformer(config))
+        return model, DecodingState.empty(model, SLOTS, 64, HEADS + 2)
+
+
+def step(model: Transformer, state: DecodingState, monkeypatch: pytest.MonkeyPatch, **options) -> None:
+    def from_host(*args, **kwargs):
+        raise AssertionError("a value made on the host would be copied to the device, which waits")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "tensor", from_host)
+        patched.setattr(torch, "as_tensor", from_host)
+        for rows, starts in ((HEADS, None), (HEADS + 2, [5, state.parked, 9]), (1, [3, 4, 5])):
+            decode_step(
+                model, state, slice(0, SLOTS), rows=rows, heads=HEADS, span=32, starts=starts, confident=True, **options
+            )
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_pass_reads_nothing(shape: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, state = ready(shape)
+    for slot in range(SLOTS):
+        state.sampling.set(slot, SETTINGS[name])
+    for deferred in (True, False):
+        step(model, state, monkeypatch, deferred=deferred, keep_logits=not deferred)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_nor_does_a_rule_or_a_penalty(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, state = ready("transformer-parallel")
+    state.sampling.set(0, Sampling(0.7, top_p=0.9), Rule.parse(rule))
+    state.sampling.set(1, Sampling())
+    state.penalties.set(2, Penalties(1.2, 0.1, 0.1, ((3, -1.0),)), torch.zeros(4, dtype=torch.int64, device="meta"))
+    step(model, state, monkeypatch)
+
+
+def test_nor_does_a_chunk_of_a_prompt(shape: str) -> None:
+    model, state = ready(shape)
+    prefill(model, state, 1, torch.zeros(20, dtype=torch.int64, device="meta"), HEADS, start=7)
+
+
+def test_the_test_itself_can_fail() -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(torch.zeros(3, device="meta").any())
