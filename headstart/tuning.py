@@ -110,7 +110,7 @@ def _acceptance(
     def watch(generation: Generation, fed: int, accepted: int) -> None:
         observed.append((generation.confidences, accepted))
 
-    engine = Engine(model, slots=min(8, len(prompts)), watch=watch)
+    engine = Engine(model, slots=min(8, len(prompts)), watch=watch, prefill_budget=None)
     for seed, prompt in enumerate(prompts):
         engine.submit(Request(prompt, new_tokens, Sampling(temperature, seed=seed)))
     with Progress("drafts, sampled" if temperature else "drafts, greedy", len(prompts), unit="prompts") as bar:

@@ -30,7 +30,16 @@ def test_a_model_directory(tmp_path):
     assert found["tokenizer"] == {"name": "bytes", "vocab_size": 256, "end_id": 255}
     assert found["acceptance"]["tokens_per_pass"] == 2.5
     text = format_inspection(found)
-    for part in ("causal", "bfloat16", f"{found['parameters']['total']:,}", "2.500", "0.750", "head 3: token t+3"):
+    assert found["kv_bytes_per_token"] == {"bfloat16": 2 * 5 * 32 * 2, "float32": 2 * 5 * 32 * 4}
+    for part in (
+        "causal",
+        "bfloat16",
+        f"{found['parameters']['total']:,}",
+        "2.500",
+        "0.750",
+        "head 3: token t+3",
+        "1.2 KiB a token",
+    ):
         assert part in text
     json.dumps(found)
 

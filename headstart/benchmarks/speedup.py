@@ -67,7 +67,7 @@ def decode(
     for start in range(0, len(requests), batch):
         group = requests[start : start + batch]
         policy = None if tuning is None else DraftPolicy(tuning)
-        engine = Engine(model, slots=len(group), context=context, exact=exact, policy=policy)
+        engine = Engine(model, slots=len(group), context=context, exact=exact, policy=policy, prefill_budget=None)
         generations = [engine.submit(request) for request in group]
         began = time.perf_counter()
         while engine.busy:

@@ -157,6 +157,8 @@ class Engine:
         if not live:
             return []
         first, last = (0, len(self._live)) if self.fixed_shapes else (live[0][0], live[-1][0] + 1)
+        if self.state.length_S.is_cuda:
+            first = 0  # rows cost little there, and each shape is a graph of its own
         rows, heads = self._shape([g for _, g in live], last - first)
         slots = slice(first, last)
         # Slots between the live ones run along, parked; their results are never read.
