@@ -46,7 +46,7 @@ def decode(
 ) -> Stream:
     """Decodes `requests` as one batch. Replacing drafts is left out of the clock."""
     context = max(len(r.prompt) + r.max_new_tokens for r in requests)
-    engine = Engine(model, slots=len(requests), context=context, exact=exact, policy=policy)
+    engine = Engine(model, slots=len(requests), context=context, exact=exact, policy=policy, prefill_budget=None)
     generations = [engine.submit(request) for request in requests]
     stepper = None
     if synthetic is not None:
@@ -71,7 +71,8 @@ def plain_texts(model: Transformer, requests: Sequence[Request]) -> list[list[in
     more = model.config.heads
     plain = [replace(r, heads=1, max_new_tokens=r.max_new_tokens + more) for r in requests]
     context = max(len(r.prompt) + r.max_new_tokens for r in plain)
-    return [g.tokens for g in generate_all(Engine(model, slots=len(plain), context=context), plain)]
+    engine = Engine(model, slots=len(plain), context=context, prefill_budget=None)
+    return [g.tokens for g in generate_all(engine, plain)]
 
 
 def full(stamps: Sequence[Stamp]) -> Sequence[Stamp]:
