@@ -123,7 +123,9 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         else:
             texts = cut_prompts(documents, settings.prompt_count, length, new)
         # Without its tokenizer the engine writes past end tokens.
-        engine = Engine(model if settings.quantize else pack(model), slots=min(settings.batch, len(texts)), prefill_budget=None)
+        engine = Engine(
+            model if settings.quantize else pack(model), slots=min(settings.batch, len(texts)), prefill_budget=None
+        )
         found["acceptance"] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new}
         for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
             with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:

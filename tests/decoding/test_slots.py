@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import HEADS, packed
+from conftest import HEADS, packed, trained
 from torch import Tensor
 
 from headstart.decoding import admission as admission_module
@@ -14,7 +15,7 @@ from headstart.decoding import engine as engine_module
 from headstart.decoding.cache import CachedAttention
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Request
-from headstart.decoding.packing import is_row_exact
+from headstart.decoding.packing import is_row_exact, pack
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.slots import SHORTEST, Slots, common_prefix
@@ -285,6 +286,17 @@ def test_reuse_changes_nothing_in_a_queue_of_texts_that_branch(model, exact: boo
     ]
     assert [g.tokens for g in found[0]] == [g.tokens for g in found[1]]
     assert sum(g.stats.prompt_tokens_reused for g in found[0]) > 400
+
+
+def test_so_it_is_in_int8() -> None:
+    model = pack(copy.deepcopy(trained("transformer-causal")), quantize="int8")
+    if not is_row_exact(model):
+        pytest.skip("no compiled kernels here")
+    requests = [Request(TEXT[:size], size // 4, SAMPLED if size % 2 else Sampling()) for size in (100, 20, 99, 60, 31)]
+    generations = generate_all(Engine(model, slots=3, prefill_budget=32), requests)
+    assert sum(g.stats.prompt_tokens_reused for g in generations) > 150
+    for request, generation in zip(requests, generations):
+        assert generation.tokens == alone(model, request).tokens
 
 
 # Which slot
