@@ -96,7 +96,7 @@ class DecodeSettings:
     """Models with random weights of the part "sweep"."""
     sweep_batches: tuple[int, ...] = (1, 4, 16, 64)
     """Its batch sizes. Of each of its settings the first is kept while another one changes."""
-    sweep_lengths: tuple[tuple[int, int], ...] = ((64, 128), (512, 128), (64, 512))
+    sweep_lengths: tuple[tuple[int, int], ...] = ((64, 64), (512, 64), (64, 256))
     """Its lengths: of the prompt, and of what is written."""
     sweep_tune_seconds: float = 5.0
     """How long its policy measures what passes cost, at each batch size."""
