@@ -429,6 +429,14 @@ def test_a_text_that_overflowed_does_not_reach_the_next_one_in_its_slot(model, s
         assert generation.tokens == alone(model, generation.request).tokens
 
 
+def test_nor_does_one_that_was_cancelled_while_its_prompt_was_read(model) -> None:
+    engine = Engine(model, prefill_budget=32)
+    from_cancelled(engine)
+    engine.state.cache.values[:, 0, :, :160] = float("nan")
+    request = Request(TEXT[3:20], 40, SAMPLED)
+    assert generate_all(engine, [request])[0].tokens == alone(model, request).tokens
+
+
 def test_a_parked_slot_computes_nothing_that_is_not_finite(model) -> None:
     state = DecodingState.empty(model, 2, 64)
     assert state.parked == -HEADS
