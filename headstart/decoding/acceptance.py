@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.decoding.tree import TreeRows
 from headstart.errors import UsageError
 
 DEFAULTS: dict[str, tuple[float, ...]] = {
@@ -139,6 +140,52 @@ def weighed(
     weight = torch.where(block_S, weights.gather(1, accepted[:, None])[:, 0], 1)
     q = q_SGV.gather(1, at.clamp_max(G - 1))[:, 0]
     return accepted, residual(p_SRV.gather(1, at)[:, 0], q, weight, accepted == fed_S)
+
+
+def without(q_SV: Tensor, token_S1: Tensor) -> Tensor:
+    """What is left of distributions once a token of theirs was drawn and is out."""
+    others = q_SV.scatter(1, token_S1, 0)
+    return others / others.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def recursive_rejection(
+    p_SRV: Tensor, q_SDV: Tensor, tree: TreeRows, window_SR: Tensor, drafted_S: Tensor, uniform_SDC: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rejection on a tree whose siblings were drawn from q one after another without replacement (SpecInfer 2305.09781,
+    Sequoia 2402.12374): a sibling is kept with probability min(1, p / q), else p becomes what is left of it, (p - q)+,
+    and q what is left without the token. The candidates of a depth are shared by all families of it, which changes
+    nothing: which family is asked depends on the depths before it alone.
+
+    Args:
+        p_SRV: target distributions after each row. q_SDV: draft distributions of each depth.
+        window_SR: the tokens. drafted_S: of how many depths there are drafts.
+        uniform_SDC: independent draws in (0, 1), for each depth and rank.
+
+    Returns:
+        the last row kept (S,), and the distribution (S, V), up to its sum, of the token after it.
+    """
+    row = torch.zeros_like(drafted_S)
+    alive = torch.ones_like(drafted_S, dtype=torch.bool)
+    rest = p_SRV[:, 0]
+    for d in range(tree.tree.depth):
+        q, moved = q_SDV[:, d], torch.zeros_like(alive)
+        children = tree.children_RC[row]
+        for r in range(tree.tree.ranks):
+            child = children[:, r, None]
+            token = window_SR.gather(1, child)
+            # Where q has run out of tokens nothing was drawn, whatever the window holds.
+            asked = alive & ~moved & (child[:, 0] > 0) & (d < drafted_S) & (q.gather(1, token)[:, 0] > 0)
+            chance = chain_probabilities(rest[:, None], q[:, None], token)[:, 0]
+            kept = asked & (uniform_SDC[:, d, r] < chance)
+            left = residual(rest, q, torch.ones_like(chance), torch.zeros_like(kept))
+            lost = (asked & ~kept)[:, None]
+            rest = torch.where(lost, left / left.sum(-1, keepdim=True), rest)
+            q = torch.where(lost, without(q, token), q)
+            row, moved = torch.where(kept, child[:, 0], row), moved | kept
+        alive = moved
+        at = row[:, None, None].expand(-1, 1, p_SRV.shape[-1])
+        rest = torch.where(moved[:, None], p_SRV.gather(1, at)[:, 0], rest)
+    return row, rest
 
 
 def lossy(rule: Rule, p_RV: Tensor, drafts_G: Tensor, tokens_R: Tensor) -> Tensor:

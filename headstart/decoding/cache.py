@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headstart.decoding import native
+from headstart.decoding.tree import TreeRows
 from headstart.model.config import ModelConfig
 from headstart.model.layers import Attend
 
@@ -75,6 +76,19 @@ class KVCache:
         """Each buffer, and how many of its rows hold the first `count` positions."""
         return (self.keys, -(-count // 16) if self.compiled else count), (self.values, count)
 
+    def compact(self, slots: slice, start_S: Tensor, row_S: Tensor, tree: TreeRows) -> None:
+        """Of a window of `tree` at `start_S` the path to row `row_S` of each slot moves to the positions that it stands
+        for, in every layer, as if no other rows had been there."""
+        keys, values = self.keys[:, slots], self.values[:, slots]
+        if self.compiled:
+            native.compact(keys, values, start_S, row_S, tree.compiled)
+            return
+        slot = torch.arange(keys.shape[1], device=keys.device)[:, None]
+        source = start_S[:, None] + tree.path_RD[row_S][:, 1:]
+        target = start_S[:, None] + torch.arange(1, tree.path_RD.shape[1], device=keys.device)
+        for buffer in (keys.transpose(2, 3), values.transpose(2, 3)):  # (layers, S, capacity, kv_heads, E)
+            buffer[:, slot, target] = buffer[:, slot, source]
+
     @property
     def bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
@@ -85,21 +99,39 @@ class CachedAttention:
 
     Args:
         slots: the range of slots in this pass, S of them.
-        positions_SW: (S, W) int64 absolute position of each row, consecutive in each slot. Negative in a slot that
+        positions_SW: (S, W) int64 place of each row in the cache, consecutive in each slot. Negative in a slot that
             takes no part: what it computes is finite and means nothing, and only the last W positions of its buffers,
             which no text reaches, may change.
         span: how many cached positions are read. Must exceed every position.
         starts: the first column of `positions_SW` as Python numbers where the host knows it (saves indexed writes).
+        tree: of which each row sees its path alone.
+        row_by_row: whether torch's attention takes the rows of a tree one by one, each over its path as a chain has it:
+            slow, and then a row's bits do not depend on the tree. (The compiled kernels' never do.)
     """
 
     def __init__(
-        self, cache: KVCache, slots: slice, positions_SW: Tensor, span: int, starts: list[int] | None = None
+        self,
+        cache: KVCache,
+        slots: slice,
+        positions_SW: Tensor,
+        span: int,
+        starts: list[int] | None = None,
+        tree: TreeRows | None = None,
+        row_by_row: bool = False,
     ) -> None:
         self.cache, self.slots, self.positions, self.span, self.starts = cache, slots, positions_SW, span, starts
+        self.tree, self.row_by_row = tree, row_by_row
+        self.compiled_tree = tree.compiled if tree is not None and cache.compiled else None
         if not cache.compiled:
             columns = torch.arange(span, device=positions_SW.device)
-            # A row that sees nothing would be NaN.
-            self.mask = (columns <= positions_SW[..., None].clamp_min(0))[:, None]  # (S, 1, W, span)
+            if tree is None:
+                # A row that sees nothing would be NaN.
+                self.mask = (columns <= positions_SW[..., None].clamp_min(0))[:, None]  # (S, 1, W, span)
+            else:
+                # Before the window all of it; inside, the path; nothing beyond.
+                inside = F.pad(F.pad(tree.sees_RR, (1, 0), value=True), (0, 1))
+                place = (columns - positions_SW[:, :1].clamp_min(0)).clamp(-1, tree.rows) + 1  # (S, span)
+                self.mask = inside[:, place].transpose(0, 1)[:, None]
 
     def _write(self, cache_SKTE: Tensor, rows_SKWE: Tensor) -> None:
         if self.starts is not None and len(self.starts) <= 2:  # slices are cheaper than an indexed write
@@ -115,24 +147,44 @@ class CachedAttention:
         """The attention of block `layer`; with `row_S` (S,) only that row of each slot asks, the rest is only kept."""
         keys, values = self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots]
         if self.cache.compiled:
-            return CompiledAttention(keys, values, self.positions, row_S)
+            return CompiledAttention(keys, values, self.positions, row_S, self.compiled_tree)
 
         def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
+            # A row that asks alone only drafts: its last bits do not matter.
+            alone = self.row_by_row and self.tree is not None and row_S is None
+            y = self._row_by_row(q_SHWE, k_SKWE, v_SKWE, keys, values) if alone else None
             self._write(keys, k_SKWE)
             self._write(values, v_SKWE)
-            mask = self.mask
-            if row_S is not None:
-                q_SHWE, mask = pick(q_SHWE, row_S, 2), pick(mask, row_S, 2)
-            y = F.scaled_dot_product_attention(
-                q_SHWE.to(keys.dtype),
-                keys[:, :, : self.span],
-                values[:, :, : self.span],
-                attn_mask=mask,
-                enable_gqa=q_SHWE.shape[1] != k_SKWE.shape[1],
-            )
+            if y is None:
+                mask = self.mask
+                if row_S is not None:
+                    q_SHWE, mask = pick(q_SHWE, row_S, 2), pick(mask, row_S, 2)
+                y = self._attend(q_SHWE, keys, values, mask)
             return y.to(v_SKWE.dtype)
 
         return attend
+
+    def _attend(self, q_SHWE: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_SHWE.to(keys.dtype),
+            keys[:, :, : self.span],
+            values[:, :, : self.span],
+            attn_mask=mask,
+            enable_gqa=q_SHWE.shape[1] != keys.shape[1],
+        )
+
+    def _row_by_row(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        assert self.tree is not None
+        slot, columns = torch.arange(keys.shape[0], device=keys.device), torch.arange(self.span, device=keys.device)
+        done: dict[int, Tensor] = {}
+        # Depth first: where a row begins, its parents lie before it, each at its depth.
+        for row in self.tree.depth_first:
+            at_S = self.positions[:, 0] + self.tree.depth_R[row]
+            keys.transpose(1, 2)[slot, at_S] = k_SKWE[:, :, row].to(keys.dtype)
+            values.transpose(1, 2)[slot, at_S] = v_SKWE[:, :, row].to(values.dtype)
+            mask = (columns <= at_S[:, None].clamp_min(0))[:, None, None]
+            done[row] = self._attend(q_SHWE[:, :, row : row + 1], keys, values, mask)
+        return torch.cat([done[row] for row in range(len(done))], dim=2)
 
 
 @dataclass
@@ -146,12 +198,13 @@ class CompiledAttention:
     positions_SW: Tensor
     row_S: Tensor | None
     """The one row of each slot that asks (None: all of them)."""
+    tree: native.Tree | None = None
 
     def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
-        asked_at = self.positions_SW
         if self.row_S is not None:
-            q_SHWE, asked_at = pick(q_SHWE, self.row_S, 2), pick(asked_at, self.row_S, 1)
-        return native.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, self.positions_SW, asked_at)
+            q_SHWE = pick(q_SHWE, self.row_S, 2)
+        places = (self.positions_SW, self.row_S)
+        return native.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, *places, self.tree)
 
 
 def pick(x: Tensor, row_S: Tensor, dim: int) -> Tensor:

@@ -19,6 +19,8 @@ from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.step import DecodingState, decode_step
 from headstart.decoding.stopping import Stopper
+from headstart.decoding.tree import DraftTree, TreeRows
+from headstart.decoding.tree_step import TREE_RULES
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
@@ -49,6 +51,8 @@ class Engine:
             others waiting (None: no limit, for batches in which nobody waits).
         prefix_reuse: whether a prompt goes on from the keys and values of a text that begins like it, in any slot. The
             output does not depend on it.
+        tree: the heads' drafts fill a tree instead of a chain (None: the policy's, where it has one). Requests whose
+            acceptance knows no trees get chains, and so do those decoded beside them.
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
             fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
             ask for confidences without a policy too.
@@ -68,6 +72,7 @@ class Engine:
         lookup: int = 0,
         prefill_budget: int | None = 256,
         prefix_reuse: bool = True,
+        tree: DraftTree | None = None,
         watch: Callable[[Generation, int, int], None] | None = None,
         graphs: bool | None = None,
     ) -> None:
@@ -81,6 +86,13 @@ class Engine:
         self.lookup, self.odds = lookup, Odds()
         self.width = model.config.heads + lookup
         self.policy = None if self.fixed_shapes or self.width == 1 else policy
+        self.tree = self._planted(tree, slots)
+        self._rows: TreeRows | None = None
+        if self.tree is not None:
+            self.width = max(self.width, self.tree.rows)
+            self._rows = TreeRows(self.tree, model.trunk.embedding.weight.device)
+        self._branching = self.tree is not None
+        """Whether the windows now hold trees."""
         self.watch = watch
         self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
         device = model.trunk.embedding.weight.device
@@ -115,6 +127,11 @@ class Engine:
         """Queues a request. Raises UsageError if it does not fit this model."""
         config = self.model.config
         heads = config.heads if request.heads is None else request.heads
+        if self.fixed_shapes and self.tree is not None and request.acceptance.kind not in TREE_RULES:
+            raise UsageError(
+                f"acceptance {request.acceptance.kind} knows no draft trees, and exact decoding fixes windows here: "
+                f"take {' or '.join(TREE_RULES)}, no tree, or exact=False"
+            )
         if not 1 <= heads <= config.heads:
             raise UsageError(f"heads is {heads}; this model has {config.heads}, take 1 (plain decoding) to that many")
         if not request.prompt:
@@ -138,7 +155,7 @@ class Engine:
         room = self.context - len(request.prompt)
         end_id = None if self.tokenizer is None else self.tokenizer.end_id
         stopper = Stopper(min(request.max_new_tokens, room), end_id, request.stop, self.tokenizer)
-        generation = Generation(request, heads, stopper)
+        generation = Generation(request, min(heads, self.most_heads), stopper)
         self.admission.waiting.append(generation)
         return generation
 
@@ -160,6 +177,8 @@ class Engine:
         if self.state.length_S.is_cuda:
             first = 0  # rows cost little there, and each shape is a graph of its own
         rows, heads = self._shape([g for _, g in live], last - first)
+        tree = self._rows.first(rows) if self._rows is not None and self._branching and rows > 1 else None
+        draft_tree = self._rows if all(g.request.acceptance.kind in TREE_RULES for _, g in live) else None
         slots = slice(first, last)
         # Slots between the live ones run along, parked; their results are never read.
         starts = self._lengths[slots]
@@ -174,7 +193,11 @@ class Engine:
             deferred=self.deferred,
             confident=confident,
             keep_logits=wanted >= 0,
+            tree=tree,
+            draft_tree=draft_tree,
+            row_by_row=self.fixed_shapes,
         )
+        self._branching = draft_tree is not None
         logprobs = self._logprobs(tokens_SW, wanted) if wanted >= 0 else None
         tokens, accepted = tokens_SW.tolist(), accepted_S.tolist()
         confidences = self.state.confidence_SK[slots].tolist() if confident else []
@@ -186,12 +209,13 @@ class Engine:
             self._lengths[slot] += len(committed)
             self.admission.slots.wrote(slot, committed, heads)
             total += len(committed)
-            fed = min(len(generation.sources), rows - 1)
+            fed = min(len(generation.sources), rows - 1 if tree is None else tree.tree.depth)
             if self.watch is not None and generation.confidences and fed:
                 self.watch(generation, fed, accepted[at])
             self._learn(generation, fed, accepted[at])
             before = len(generation.tokens)
-            results.append((generation, generation.commit(committed, fed)))
+            beside = 0 if tree is None else tree.tree.within(rows, fed) - fed
+            results.append((generation, generation.commit(committed, fed, beside)))
             if logprobs is not None and generation.request.logprobs is not None:
                 generation.keep_logprobs(len(generation.tokens) - before, *(part[at] for part in logprobs))
             if heads < generation.heads and self.model.config.head_kind == "transformer":
@@ -202,7 +226,8 @@ class Engine:
             generation.confidences = confidences[at][: len(generation.sources)] if confident else []
             if self.policy is not None:
                 sampled = generation.request.sampling.temperature > 0
-                generation.prefixes = self.policy.prefixes(sampled, generation.confidences)
+                worth = self.policy.chances if self._branching else self.policy.prefixes
+                generation.prefixes = worth(sampled, generation.confidences)
             if generation.lookup is not None and not generation.finished:
                 self._look_up(slot, generation, committed, windows[at])
         if self.policy is not None:
@@ -213,6 +238,25 @@ class Engine:
         if len(live) < last - first:  # the pass has moved those that are parked
             self.state.length_S[slots] = torch.tensor(self._lengths[slots], device=self.state.length_S.device)
         return results
+
+    def _planted(self, tree: DraftTree | None, slots: int) -> DraftTree | None:
+        """The tree that windows are, if any; sets how many heads that takes."""
+        config = self.model.config
+        if tree is None and self.policy is not None and not self.lookup:
+            tree = self.policy.tuning.tree_for(slots)
+        elif tree is not None and self.lookup:
+            raise UsageError("drafts are looked up for chains only; take a draft tree or lookup, not both")
+        if tree is not None and (tree.depth >= config.heads or tree.ranks > config.vocab_size):
+            raise UsageError(
+                f"the draft tree has depth {tree.depth} and {tree.ranks} ranks; {config.heads} heads draft "
+                f"{config.heads - 1} tokens ahead, of {config.vocab_size}: take a smaller one"
+            )
+        self.most_heads = config.heads if tree is None else tree.depth + 1
+        if tree is None or tree.is_chain:
+            return None
+        if self.policy is not None and not self.policy.plant(tree):
+            self.policy = None
+        return tree
 
     def _logprobs(self, tokens_SW: Tensor, alternatives: int) -> tuple[list[Any], list[Any], list[Any]]:
         """Of each slot and row the log-probability of its token, and the best `alternatives` tokens with theirs."""
@@ -227,9 +271,11 @@ class Engine:
         """Rows and heads of the next pass."""
         named = [g for g in live if self.policy is None or g.request.heads is not None]
         fixed = max((g.heads for g in named), default=1)
+        planted = self.tree if self._branching else None
         if self.fixed_shapes:
-            return self.width, fixed
-        rows = 1 + max((len(g.sources) for g in named), default=0)
+            return self.width if self.tree is None else self.tree.rows, fixed
+        depth = max((len(g.sources) for g in named), default=0)
+        rows = 1 + depth if planted is None else planted.rows_within(depth)
         free = [g for g in live if g not in named]
         if self.policy is None or not free:
             return rows, fixed

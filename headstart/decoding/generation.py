@@ -49,6 +49,8 @@ class Stats:
     looked_up: int = 0
     """Drafts that were looked up in the text itself and fed."""
     looked_up_accepted: int = 0
+    beside: int = 0
+    """Drafts of trees that were fed beside those counted in `drafted`, of which there is one of each head."""
     seconds: float = 0.0
     """From the prompt's prefill to the last token, waiting for other slots included."""
     prefill_seconds: float = 0.0
@@ -63,7 +65,7 @@ class Stats:
     @property
     def rows_per_pass(self) -> float:
         """Rows fed on average: the root and drafts."""
-        return 1 + (sum(self.drafted) + self.looked_up) / self.passes if self.passes else 0.0
+        return 1 + (sum(self.drafted) + self.looked_up + self.beside) / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,6 +86,7 @@ class Stats:
             accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
             looked_up=sum(part.looked_up for part in parts),
             looked_up_accepted=sum(part.looked_up_accepted for part in parts),
+            beside=sum(part.beside for part in parts),
             seconds=sum(part.seconds for part in parts),
             prefill_seconds=sum(part.prefill_seconds for part in parts),
             prompt_tokens_reused=sum(part.prompt_tokens_reused for part in parts),
@@ -123,11 +126,13 @@ class Generation:
         """For each token the (token, log-probability) of the most probable ones, best first."""
         self.slot: int | None = None
         self.sources: list[int] = []
-        """For each draft in its window the head that proposed it, 0 where it was looked up."""
+        """For each draft in its window, or depth of its tree, the head that proposed it; 0 where it was looked up."""
         self.confidences: list[float] = []
-        """Of the drafts in its window; empty where there are none, or where nothing asks for them."""
+        """Of the drafts in its window, in a tree of the best of each head; empty where there are none, or where nothing
+        asks for them."""
         self.prefixes: list[float] = []
-        """Entry j-1: the probability that the first j drafts in its window are right, where something estimates it."""
+        """Entry j-1: the probability that the first j drafts in its window are right, in a tree that the path to node j
+        is; where something estimates it."""
         self.lookup: Lookup | None = None
         self.match = 0
         """Length of the match that the looked up drafts in its window are from."""
@@ -150,8 +155,9 @@ class Generation:
     def finished(self) -> bool:
         return self._stopper.finish_reason is not None
 
-    def commit(self, tokens: list[int], fed: int) -> str:
-        """Takes the tokens of one pass that was fed the first `fed` drafts: those accepted, then head 1's own token."""
+    def commit(self, tokens: list[int], fed: int, beside: int = 0) -> str:
+        """Takes the tokens of one pass that was fed the first `fed` drafts, and in a tree `beside` more of the same
+        depths: those accepted, then head 1's own token."""
         before, accepted = len(self.tokens), len(tokens) - 1
         for i, head in enumerate(self.sources[:fed]):
             if head:
@@ -160,6 +166,7 @@ class Generation:
             else:
                 self.stats.looked_up += 1
                 self.stats.looked_up_accepted += i < accepted
+        self.stats.beside += beside
         self.stats.passes += 1
         released = self._stopper.push(tokens)
         self.origins += [*self.sources[:accepted], 1][: len(self.tokens) - before]

@@ -140,6 +140,7 @@ class NativeBlock(nn.Module):
             attend.values.data_ptr(),
             attend.positions_SW.data_ptr(),
             None if row_S is None else row_S.data_ptr(),
+            attend.tree,
             *(S, W, attend.values.shape[2]),
             torch.get_num_threads(),
         )
@@ -173,7 +174,7 @@ class NativeTrunk(nn.Module):
         self._call(
             *(self._addresses, len(self.blocks)),
             *(x.data_ptr() for x in tensors),
-            *(cache.keys.stride(0), attention.positions.data_ptr()),
+            *(cache.keys.stride(0), attention.positions.data_ptr(), attention.compiled_tree),
             *(*z_SWD.shape[:2], cache.capacity),
             torch.get_num_threads(),
         )

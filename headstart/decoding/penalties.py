@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.decoding.tree import TreeRows
 from headstart.errors import UsageError
 
 
@@ -85,8 +86,9 @@ class PenaltyRows:
         """Whether any of these slots has penalties."""
         return any(not penalties.none for penalties in self._of[slots])
 
-    def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice) -> Tensor:
-        """Logits (S, R, V) of rows of which row j comes after the first j drafts (None: all after none), penalised."""
+    def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice, tree: TreeRows | None = None) -> Tensor:
+        """Logits (S, R, V) of rows of which row j comes after the first j drafts (None: all after none), or in a tree
+        after those of its path; penalised."""
         if self._written is None or not self.any(slots):
             return logits_SRV
         logits = logits_SRV.float() if logits_SRV.dtype != torch.float64 else logits_SRV
@@ -94,7 +96,10 @@ class PenaltyRows:
         if drafts_SG is not None and drafts_SG.shape[1]:
             drafts = torch.zeros_like(logits, dtype=torch.int32)
             drafts[:, 1:].scatter_(2, drafts_SG[..., None], 1)
-            counts = counts + drafts.cumsum(1, dtype=torch.int32)
+            if tree is None:
+                counts = counts + drafts.cumsum(1, dtype=torch.int32)
+            else:
+                counts = counts + (tree.sees_RR.float() @ drafts.float()).int()
         repetition, presence, frequency = self._numbers[:, slots].to(logits.dtype)
         seen = (counts > 0) | self._prompt[slots, None]
         penalised = torch.where(logits > 0, logits / repetition, logits * repetition)

@@ -8,15 +8,16 @@ machine (`PassCosts`). `headstart tune` measures both; which rows are fed change
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from headstart import machine
 from headstart.decoding.packing import is_quantized, is_row_exact
+from headstart.decoding.tree import DraftTree
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
@@ -33,6 +34,11 @@ class AcceptanceTable:
     mean: tuple[float, ...]
     by_confidence: tuple[tuple[float, ...], ...]
     """[k-2][bin]: by the probability that head k gave its draft, bins between `EDGES`."""
+    rank_mean: tuple[tuple[float, ...], ...] = ()
+    """[k-2][r]: how often the candidate of rank r of head k is right where heads 2..k-1 had the right ones among their
+    candidates; empty where that was not measured."""
+    rank_by_confidence: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    """[k-2][r][bin]: the same by the probability that head k gave its best candidate."""
 
     @classmethod
     def of(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
@@ -49,6 +55,31 @@ class AcceptanceTable:
             means.append(mean)
             tables.append(tuple(a / b for a, b in zip(right_in, all_in)))
         return cls(tuple(means), tuple(tables))
+
+    def with_ranks(self, observed: Sequence[Sequence[tuple[float, int]]], ranks: int) -> AcceptanceTable:
+        """Of drafts made: entry k-2 the probability that head k gave its best candidate, and the rank of the right
+        token. Ranks from `ranks` on count as none."""
+        means, tables = [], []
+        for i in range(len(self.mean)):
+            reached = [heads[i] for heads in observed if all(rank < ranks for _, rank in heads[:i])]
+            mean = [(sum(r == rank for _, r in reached) + 0.1) / (len(reached) + 1) for rank in range(ranks)]
+            in_bin: list[list[float]] = [[PRIOR * share] * (len(EDGES) + 1) for share in mean]
+            all_in = [PRIOR] * (len(EDGES) + 1)
+            for confidence, rank in reached:
+                at = bisect_right(EDGES, confidence)
+                all_in[at] += 1
+                if rank < ranks:
+                    in_bin[rank][at] += 1
+            means.append(tuple(mean))
+            tables.append(tuple(tuple(a / b for a, b in zip(counts, all_in)) for counts in in_bin))
+        return replace(self, rank_mean=tuple(means), rank_by_confidence=tuple(tables))
+
+    def chances(self, confidences: Sequence[float], tree: DraftTree) -> list[float]:
+        """Of each node of `tree` that its path is right; of none where nothing was drafted."""
+        if not confidences:
+            return []
+        bins = [bisect_right(EDGES, confidence) for confidence in confidences]
+        return tree.chances([[ranks[at] for ranks in head] for head, at in zip(self.rank_by_confidence, bins)])
 
     def prefixes(self, confidences: Sequence[float]) -> list[float]:
         """Entry j-1: the probability that the first j drafts are all right."""
@@ -69,6 +100,24 @@ class PassCosts:
     """[slots]: one row a slot, no drafting."""
     drafting: tuple[tuple[float, ...], ...]
     """[slots][W-1]: W rows a slot, and all heads draft."""
+    tree_rows: tuple[int, ...] = ()
+    """Rows of the trees measured, ascending."""
+    tree: tuple[tuple[float, ...], ...] = ()
+    """[slots][i]: windows that are trees of `tree_rows[i]` rows."""
+
+    def at_tree(self, slots: int) -> tuple[float, tuple[float, ...]]:
+        """`at` for windows that are trees; between the rows measured by the straight line."""
+        known = (1, *self.tree_rows)
+        by_rows = []
+        for drafting, measured in zip(self.drafting, self.tree):
+            costs = (drafting[0], *measured)
+            row = []
+            for rows in range(1, known[-1] + 1):
+                high = max(1, bisect_left(known, rows))
+                share = (rows - known[high - 1]) / (known[high] - known[high - 1])
+                row.append(costs[high - 1] + share * (costs[high] - costs[high - 1]))
+            by_rows.append(tuple(row))
+        return replace(self, drafting=tuple(by_rows)).at(slots)
 
     def at(self, slots: int) -> tuple[float, tuple[float, ...]]:
         """(plain, drafting by rows) for any number of slots, by the straight line through the nearest two measured."""
@@ -93,6 +142,8 @@ class Tuning:
     greedy: AcceptanceTable
     sampled: AcceptanceTable
     costs: PassCosts
+    tree: DraftTree | None = None
+    """What windows are best, if no chain."""
 
     def expected(self, slots: int, rows: int) -> float:
         """Tokens per second of greedy windows of `rows` rows, over those of plain decoding."""
@@ -100,9 +151,17 @@ class Tuning:
         tokens = 1 + sum(itertools.accumulate(self.greedy.mean[: rows - 1], lambda a, b: a * b))
         return tokens * plain / drafting[rows - 1]
 
-    def best(self, slots: int) -> float:
-        """The highest of `expected` for any number of rows."""
-        return max(self.expected(slots, rows) for rows in range(1, len(self.greedy.mean) + 2))
+    def best(self, slots: int, tree: DraftTree | None = None) -> float:
+        """The highest of `expected` for any number of rows, of a chain or of `tree`."""
+        if tree is None:
+            return max(self.expected(slots, rows) for rows in range(1, len(self.greedy.mean) + 2))
+        plain, drafting = self.costs.at_tree(slots)
+        tokens = itertools.accumulate(tree.chances(self.greedy.rank_mean), initial=1.0)
+        return max(count * plain / _of_rows(drafting, rows) for rows, count in enumerate(tokens, start=1))
+
+    def tree_for(self, slots: int) -> DraftTree | None:
+        """`tree` if it can be expected to beat chains at this batch size."""
+        return self.tree if self.tree is not None and self.best(slots, self.tree) > self.best(slots) else None
 
 
 class DraftPolicy:
@@ -122,6 +181,8 @@ class DraftPolicy:
 
     def __init__(self, tuning: Tuning) -> None:
         self.tuning = tuning
+        self.tree: DraftTree | None = None
+        """What the engine's windows are, if no chains."""
         self._costs: dict[int, tuple[tuple[float, ...], bool]] = {}
         self._rest = self.REST[0]
         self._resting = 0
@@ -129,7 +190,15 @@ class DraftPolicy:
 
     def _begin(self) -> None:
         # As if some passes at the expected rate had been seen.
-        self._tokens, self._cost, self._passes = 8 * self.tuning.best(1), 8.0, 0
+        self._tokens, self._cost, self._passes = 8 * self.tuning.best(1, self.tree), 8.0, 0
+
+    def plant(self, tree: DraftTree) -> bool:
+        """Windows will be this tree; False, and nothing changes, where no tree was measured."""
+        if not self.tuning.greedy.rank_mean or not self.tuning.sampled.rank_mean or not self.tuning.costs.tree:
+            return False
+        self.tree = tree
+        self._begin()
+        return True
 
     @property
     def rate(self) -> float:
@@ -140,13 +209,18 @@ class DraftPolicy:
         """Entry j-1: the probability that the first j drafts of a window are all right."""
         return (self.tuning.sampled if sampled else self.tuning.greedy).prefixes(confidences)
 
+    def chances(self, sampled: bool, confidences: Sequence[float]) -> list[float]:
+        """Of each node of the tree that its path is right."""
+        assert self.tree is not None
+        return (self.tuning.sampled if sampled else self.tuning.greedy).chances(confidences, self.tree)
+
     def plan(self, slots: int, prefixes: Sequence[Sequence[float]]) -> tuple[int, bool]:
         """The rows of the next pass, and whether heads draft in it.
 
         Args:
             slots: windows that the pass computes.
-            prefixes: of each live slot the probabilities that the first j drafts in its window are right (none after a
-                pass without drafting).
+            prefixes: of each live slot the probabilities that the first j drafts in its window are right, or that the
+                path to node j of a tree is (none after a pass without drafting).
         """
         costs, hopeless = self._costs_of(slots)
         drafting = not (self._resting or hopeless)
@@ -185,8 +259,9 @@ class DraftPolicy:
         """Of a drafting pass by rows, in plain passes; and whether drafting cannot pay at this batch size. (Feeding
         only likely drafts gains something over the best fixed number of rows, but not a fifth.)"""
         if slots not in self._costs:
-            plain, drafting = self.tuning.costs.at(slots)
-            self._costs[slots] = tuple(cost / plain for cost in drafting), self.tuning.best(slots) < 0.8
+            costs = self.tuning.costs
+            plain, drafting = costs.at(slots) if self.tree is None else costs.at_tree(slots)
+            self._costs[slots] = tuple(cost / plain for cost in drafting), self.tuning.best(slots, self.tree) < 0.8
         return self._costs[slots]
 
 
@@ -221,20 +296,32 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
     if entry is None:
         return None
     greedy, sampled = (
-        AcceptanceTable(tuple(a["mean"]), tuple(map(tuple, a["by_confidence"])))
+        AcceptanceTable(
+            tuple(a["mean"]),
+            tuple(map(tuple, a["by_confidence"])),
+            tuple(map(tuple, a.get("rank_mean", ()))),
+            tuple(tuple(map(tuple, head)) for head in a.get("rank_by_confidence", ())),
+        )
         for a in (content["acceptance"]["greedy"], content["acceptance"]["sampled"])
     )
-    tuning = Tuning(
-        greedy,
-        sampled,
-        PassCosts(tuple(entry["slots"]), tuple(entry["plain"]), tuple(map(tuple, entry["drafting"]))),
+    costs = PassCosts(
+        tuple(entry["slots"]),
+        tuple(entry["plain"]),
+        tuple(map(tuple, entry["drafting"])),
+        tuple(entry.get("tree_rows", ())),
+        tuple(map(tuple, entry.get("tree", ()))),
     )
+    text = entry.get("draft_tree")
+    tree = None if text is None else DraftTree.parse(text)
+    tuning = Tuning(greedy, sampled, costs, tree)
     n = model.config.heads
     tables = [*tuning.greedy.by_confidence, *tuning.sampled.by_confidence]
     if (
         any(len(a.mean) != n - 1 for a in (tuning.greedy, tuning.sampled))
         or any(len(table) != len(EDGES) + 1 for table in tables)
         or any(len(rows) != n for rows in tuning.costs.drafting)
+        or any(len(rows) != len(tuning.costs.tree_rows) for rows in tuning.costs.tree)
+        or (tree is not None and (tree.depth >= n or not tuning.greedy.rank_mean or not tuning.costs.tree))
     ):
         raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
     return tuning
@@ -244,7 +331,8 @@ def content_with(
     content: dict[str, Any] | None, here: dict[str, Any], tuning: Tuning, more: dict[str, Any]
 ) -> dict[str, Any]:
     """`content` with this tuning in it; costs measured under other settings stay. `more` says how it was measured."""
-    entry = {"setting": here, **asdict(tuning.costs), **more}
+    tree = None if tuning.tree is None else str(tuning.tree)
+    entry = {"setting": here, **asdict(tuning.costs), "draft_tree": tree, **more}
     others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
     return {
         "acceptance": {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)},

@@ -187,6 +187,15 @@ class SamplingRows:
         x = self._transformed(logits_SRV, slots)
         return torch.where(self.temperature[slots, None] > 0, (x + noise_SRV).argmax(-1), greedy)
 
+    def best(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice, count: int) -> Tensor:
+        """Tokens (S, R, count): what `choose` takes, then what it would take without those before; where sampled, these
+        are draws without replacement."""
+        scores = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
+        if noise_SRV is not None:
+            sampled = self.temperature[slots, None, None] > 0
+            scores = torch.where(sampled, self._transformed(scores, slots) + noise_SRV, scores)
+        return scores.topk(count, dim=-1).indices
+
     def _transformed(self, logits_SRV: Tensor, slots: slice) -> Tensor:
         settings = self._of[slots]
         temperature = self.temperature[slots, None, None]

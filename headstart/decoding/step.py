@@ -19,6 +19,8 @@ from headstart.decoding.cache import CachedAttention, KVCache, cache_dtype, pick
 from headstart.decoding.packing import PackedUnembedding, is_row_exact
 from headstart.decoding.penalties import PenaltyRows
 from headstart.decoding.sampling import SamplingRows
+from headstart.decoding.tree import TreeRows
+from headstart.decoding.tree_step import fill_tree, judge_tree, settle_tree
 from headstart.model.heads import PassHead
 from headstart.model.transformer import Transformer
 
@@ -117,6 +119,9 @@ def decode_step(
     deferred: bool = True,
     confident: bool = False,
     keep_logits: bool = False,
+    tree: TreeRows | None = None,
+    draft_tree: TreeRows | None = None,
+    row_by_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One pass over the windows of `slots`; updates `state` in place, without a value going to the host.
 
@@ -131,15 +136,18 @@ def decode_step(
             False runs them on every row, as tests compare.
         confident: whether to keep the confidence of the drafts made, in `state.confidence_SK`.
         keep_logits: whether to keep head 1's logits, in `state.logits_SRV`.
+        tree: the rows fed as nodes of a tree (None: a chain). draft_tree: the same of the windows that are drafted.
+        row_by_row: see `CachedAttention`.
 
     Returns:
-        tokens (S, W') int64 and accepted (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
+        tokens (S, W'), in a tree (S, D + 1), int64, and accepted (S,) int64: the pass commits
+        tokens[s, : accepted[s] + 1].
     """
     length = state.length_S[slots].clone()  # a slice is a view, and settling changes it
     window = state.window_SW[slots, :rows]
-    positions = length[:, None] + torch.arange(rows, device=window.device)
-    rotary = state.rotary_at(positions, starts)
-    attention = CachedAttention(state.cache, slots, positions, span, starts)
+    places = length[:, None] + torch.arange(rows, device=window.device)
+    rotary = state.rotary_at(places, starts) if tree is None else state.rotary_at(length[:, None] + tree.depth_R)
+    attention = CachedAttention(state.cache, slots, places, span, starts, tree, row_by_row)
 
     latents = {0: model.trunk(window, rotary, attention.layer)}
     for k in model.path(1):
@@ -147,21 +155,33 @@ def decode_step(
     logits = model.unembedding(latents[1])  # (S, W', V)
     if keep_logits:
         state.logits_SRV = logits
-    logits = state.penalties.apply(logits, window[:, 1:], slots)
-    noise = None
+    logits = state.penalties.apply(logits, window[:, 1:], slots, tree)
+    noise = noise_here = None
     if state.sampling.any_sampled(slots):
         # Of every position that this pass decides or drafts: verification and drafts share it, and one hash makes it.
-        decided = length[:, None] + torch.arange(1, rows + heads, device=window.device)
+        reach = rows if tree is None else tree.tree.depth + 1
+        decided = length[:, None] + torch.arange(1, reach + heads, device=window.device)
         noise = state.sampling.noise(decided, logits.shape[-1], slots)
-    tokens = state.sampling.choose(logits, None if noise is None else noise[:, :rows], slots)
+        noise_here = noise[:, :rows] if tree is None else noise[:, tree.depth_R]
+    tokens = state.sampling.choose(logits, noise_here, slots)
 
-    if plain := state.sampling.plain_rules(slots):
-        accepted = _settle(state, slots, tokens, heads)
+    plain = state.sampling.plain_rules(slots)
+    if tree is not None:
+        if plain:
+            tokens, accepted, row = settle_tree(state, slots, tokens, tree, heads)
+        else:
+            tokens, accepted, row = judge_tree(state, slots, tokens, logits, noise_here, tree, heads)
+        if keep_logits:
+            path = tree.path_RD[row][..., None]
+            state.logits_SRV = state.logits_SRV.gather(1, path.expand(-1, -1, logits.shape[-1]))  # type: ignore[union-attr]
+    elif plain:
+        accepted = row = _settle(state, slots, tokens, heads)
     else:
         tokens, accepted = _judge(state, slots, tokens, logits, noise, length, heads)
+        row = accepted
     state.penalties.wrote(tokens, accepted, slots)
     if heads > 1:
-        drafts = _draft(model, latents, rotary, attention, accepted, heads, deferred)  # (S, K-1, V)
+        drafts = _draft(model, latents, rotary, attention, row, heads, deferred)  # (S, K-1, V)
         drafts = state.penalties.apply(drafts, None, slots)
         if noise is not None:
             ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
@@ -169,14 +189,19 @@ def decode_step(
                 noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
             else:
                 noise = state.sampling.draft_noise(length[:, None] + ahead + 1, logits.shape[-1], slots)
-        chosen = state.sampling.choose(drafts, noise, slots)
-        state.window_SW[slots, 1:heads] = chosen
+        if draft_tree is None:
+            chosen = state.sampling.choose(drafts, noise, slots)
+            state.window_SW[slots, 1:heads] = chosen
+        else:
+            chosen = fill_tree(state, slots, drafts, noise, draft_tree)
         q_SKV = None
         if not plain:
             q_SKV = state.sampling.probabilities(drafts, slots)
             state.draft_q()[slots, : heads - 1] = q_SKV
         if confident:
             state.confidence_SK[slots, : heads - 1] = _confidence(state, drafts, chosen, q_SKV, slots)
+    if tree is not None:
+        state.cache.compact(slots, length, row, tree)
     return tokens, accepted
 
 

@@ -63,7 +63,8 @@ def chooser() -> ctypes.CDLL | None:
         library.choose.argtypes = [pointer] * 5 + [long] * 3
         library.confidence.argtypes = [pointer] * 4 + [long] * 3
         library.settle.argtypes = [pointer] * 6 + [long] * 4
-        for function in (library.noise, library.choose, library.confidence, library.settle):
+        library.settle_tree.argtypes = [pointer] * 9 + [long] * 4
+        for function in (library.noise, library.choose, library.confidence, library.settle, library.settle_tree):
             function.restype = None
     return library
 
@@ -115,44 +116,60 @@ class Block(ctypes.Structure):
     ]
 
 
+class Tree(ctypes.Structure):
+    """The rows of a window that is a tree, as tree.h has them."""
+
+    _fields_ = [("depth", ctypes.c_void_p), ("path", ctypes.c_void_p), ("deep", ctypes.c_long)]
+
+
 def _processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return "\n".join(line for line in lines if line.startswith(("model name", "flags")))[:4000]
 
 
 def _declared(kernels: ctypes.CDLL, dtype: torch.dtype) -> ctypes.CDLL:
-    pointer, long = ctypes.c_void_p, ctypes.c_long
+    pointer, long, tree = ctypes.c_void_p, ctypes.c_long, ctypes.POINTER(Tree)
     kernels.linear.argtypes = [pointer, pointer, pointer, pointer, long, long, long, ctypes.c_int]
     if dtype == torch.float32:
         kernels.linear.argtypes = [*kernels.linear.argtypes, ctypes.c_int]
-        kernels.block.argtypes = [ctypes.POINTER(Block), *[pointer] * 8, long, long, long, ctypes.c_int]
+        kernels.block.argtypes = [ctypes.POINTER(Block), *[pointer] * 8, tree, long, long, long, ctypes.c_int]
         kernels.block.restype = None
         addresses = ctypes.POINTER(ctypes.POINTER(Block))
         kernels.blocks.argtypes = [
             *(addresses, long),
             *[pointer] * 6,
-            *(long, pointer),
+            *(long, pointer, tree),
             *(long, long, long),
             ctypes.c_int,
         ]
         kernels.blocks.restype = None
     kernels.rms_norm.argtypes = [pointer, pointer, pointer, long, long, ctypes.c_float]
     kernels.silu_times.argtypes = [pointer, pointer, long, long]
-    kernels.attend.argtypes = [pointer] * 11 + [long] * 7 + [ctypes.c_int]
-    for function in (kernels.linear, kernels.rms_norm, kernels.silu_times, kernels.attend):
+    kernels.attend.argtypes = [pointer] * 11 + [tree] + [long] * 6 + [ctypes.c_int]
+    kernels.compact.argtypes = [*[pointer] * 2, long, long, *[pointer] * 2, tree, *[long] * 4]
+    for function in (kernels.linear, kernels.rms_norm, kernels.silu_times, kernels.attend, kernels.compact):
         function.restype = None
     return kernels
 
 
 def attend(
-    q_SHQE: Tensor, k_SGWE: Tensor, v_SGWE: Tensor, keys: Tensor, values: Tensor, k_at_SW: Tensor, q_at_SQ: Tensor
+    q_SHQE: Tensor,
+    k_SGWE: Tensor,
+    v_SGWE: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    at_SW: Tensor,
+    row_S: Tensor | None = None,
+    tree: Tree | None = None,
 ) -> Tensor:
-    """Keeps the new keys and values, and attends: (S, H, Q, E) at positions `q_at_SQ`, over all up to them.
+    """Keeps the new keys and values, and attends: (S, H, Q, E), each row to all up to its place.
 
     Args:
         q, k, v: bf16 or fp32, the type of the result.
         keys: (S, G, capacity / 16, E, 16) fp32, contiguous. values: (S, G, capacity, E) fp32, contiguous.
-        k_at_SW, q_at_SQ: positions, int64, contiguous.
+        at_SW: the rows' places, int64, consecutive in each slot, contiguous.
+        row_S: int64: of which row `q` is, with Q = 1 (None: of all W).
+        tree: what each row sees of the window, if not all up to it.
     """
     compiled = kernels(q_SHQE.dtype)
     assert compiled is not None
@@ -173,12 +190,29 @@ def attend(
         y_SQHE.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        k_at_SW.data_ptr(),
-        q_at_SQ.data_ptr(),
-        *(S, H, G, W, Q, E, values.shape[2]),
+        at_SW.data_ptr(),
+        None if row_S is None else row_S.data_ptr(),
+        tree,
+        *(S, H, G, W, E, values.shape[2]),
         torch.get_num_threads(),
     )
     return y_SQHE.transpose(1, 2)
+
+
+def compact(keys: Tensor, values: Tensor, start_S: Tensor, row_S: Tensor, tree: Tree) -> None:
+    """Moves the path to `row_S` of each slot's window to where a chain has it.
+
+    Args:
+        keys: (layers, S, G, capacity / 16, E, 16) fp32, a layer contiguous. values: (layers, S, G, capacity, E) fp32.
+        start_S, row_S: int64, contiguous.
+    """
+    compiled = kernels(torch.float32) or kernels(torch.bfloat16)
+    assert compiled is not None
+    layers, S, G, capacity, E = values.shape
+    pointers = (keys.data_ptr(), values.data_ptr())
+    compiled.compact(
+        *(*pointers, layers, values.stride(0)), *(start_S.data_ptr(), row_S.data_ptr(), tree), *(S, G, E, capacity)
+    )
 
 
 def pack_weight(weight_NK: Tensor) -> Tensor:

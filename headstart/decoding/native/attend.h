@@ -2,20 +2,21 @@
 // also says what a `real` is, how to widen it (to_float) and how to write a row of them (store_row).
 #include <string.h>
 
-// Writes the new keys and values of W rows per slot at their positions, then attends for Q rows per slot.
+// Writes the new keys and values of W rows per slot at their places in the cache, consecutive ones, then attends for Q rows per
+// slot: all W, or with row (S,) that one alone. Row i sees everything up to its place, or with a tree what that says.
 // q (S, H, Q, E), k and v (S, G, W, E): `real` with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
-// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. k_at (S, W), q_at (S, Q): positions.
-// E and capacity are multiples of 16; every position lies below capacity. A slot whose first position is negative takes no
-// part: nothing of it is written, its y is 0.
+// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. at (S, W): the places.
+// E and capacity are multiples of 16; every place lies below capacity. A slot whose first place is negative takes no part:
+// nothing of it is written, its y is 0.
 void attend(const real *q, const long *q_stride, const real *k, const long *k_stride, const real *v, const long *v_stride,
-            real *y, float *keys, float *values, const long *k_at, const long *q_at, long S, long H, long G, long W, long Q,
+            real *y, float *keys, float *values, const long *at, const long *row, const Tree *tree, long S, long H, long G, long W,
             long E, long capacity, int threads) {
-    const long group = H / G;
+    const long group = H / G, Q = row ? 1 : W;
     const float scale = 1.0f / sqrtf((float)E);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * q_at[Q - 1] > 1 << 14)
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * at[W - 1] > 1 << 14)
     for (long s = 0; s < S; s++) {
         for (long g = 0; g < G; g++) {
-            if (k_at[s * W] < 0) {
+            if (at[s * W] < 0) {
                 for (long i = 0; i < Q; i++) memset(y + ((s * Q + i) * H + g * group) * E, 0, group * E * sizeof(real));
                 continue;
             }
@@ -23,35 +24,37 @@ void attend(const real *q, const long *q_stride, const real *k, const long *k_st
             for (long w = 0; w < W; w++) {
                 const real *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
                 const real *vr = v + s * v_stride[0] + g * v_stride[1] + w * v_stride[2];
-                const long at = k_at[s * W + w];
+                const long to = at[s * W + w];
                 for (long e = 0; e < E; e++) {
-                    kc[at / 16 * 16 * E + e * 16 + at % 16] = to_float(kr[e]);
-                    vc[at * E + e] = to_float(vr[e]);
+                    kc[to / 16 * 16 * E + e * 16 + to % 16] = to_float(kr[e]);
+                    vc[to * E + e] = to_float(vr[e]);
                 }
             }
             const long rows = group * Q;
-            long end = 0;
-            for (long i = 0; i < Q; i++) end = q_at[s * Q + i] > end ? q_at[s * Q + i] : end;
+            const long start = at[s * W], end = row && !tree ? at[s * W + row[s]] : at[s * W + W - 1];
             const long span = (end + 16) / 16 * 16;
             float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
             for (long first = 0; first < rows; first += 4) {
                 const int R = rows - first < 4 ? (int)(rows - first) : 4;
-                long last[4];
+                long last[4], depth[4];
+                const long *path[4];
                 for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
-                    const real *qr = q + s * q_stride[0] + head * q_stride[1] + row * q_stride[2];
+                    const long head = g * group + (first + r) / Q, i = (first + r) % Q, w = row ? row[s] : i;
+                    const real *qr = q + s * q_stride[0] + head * q_stride[1] + i * q_stride[2];
                     for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
-                    last[r] = q_at[s * Q + row];
+                    last[r] = tree ? end : at[s * W + w];
+                    depth[r] = tree ? tree->depth[w] : 0;
+                    path[r] = tree ? tree->path + w * tree->deep : NULL;
                 }
                 switch (R) {
-                    case 1: attend_rows(1, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    case 2: attend_rows(2, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    case 3: attend_rows(3, rows_q, last, kc, vc, E, span, score, rows_y); break;
-                    default: attend_rows(4, rows_q, last, kc, vc, E, span, score, rows_y);
+                    case 1: attend_rows(1, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
+                    case 2: attend_rows(2, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
+                    case 3: attend_rows(3, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
+                    default: attend_rows(4, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y);
                 }
                 for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, row = (first + r) % Q;
-                    real *yr = y + ((s * Q + row) * H + head) * E;
+                    const long head = g * group + (first + r) / Q, i = (first + r) % Q;
+                    real *yr = y + ((s * Q + i) * H + head) * E;
                     store_row(yr, rows_y + r * E, E);
                 }
             }

@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "tree.h"
+
 typedef uint16_t bf16, real;
 
 static inline float to_float(bf16 x) {
@@ -124,11 +126,14 @@ static inline __m512 exp16(__m512 x) {
 
 // Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
 // [position][E], all fp32.
-// Row r sees positions 0 .. last[r]. score: 4 x span floats. Sums run over positions in order, in lanes that depend on the
-// position alone, and what a row does not see adds exactly 0: its bits depend neither on the others nor on the span.
+// Row r sees positions 0 .. last[r], or of a tree (path[0] is no NULL) the first `start` and its path. score: 4 x span floats.
+// Sums run over positions in order, in lanes that depend on the position alone, and what a row does not see adds exactly 0:
+// its bits depend neither on the others nor on the span.
 static inline __attribute__((always_inline)) void attend_rows(const int R, const float *q, const long *last,
+                                                              const long *const *path, const long *depth, long start,
                                                               const float *keys, const float *values, long E, long span,
                                                               float *score, float *y) {
+    const int tree = path[0] != NULL;
     __m512 largest[4], total[4];
     for (int r = 0; r < R; r++) largest[r] = _mm512_set1_ps(-1e30f);
     for (long t = 0; t < span; t += 16) {
@@ -149,6 +154,9 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
             _mm512_storeu_ps(score + r * span + t, s[r]);
         }
     }
+    for (int r = 0; tree && r < R; r++)
+        largest[r] = _mm512_set1_ps(arrange(score + r * span, path[r], depth[r], start, span));
+    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
     for (int r = 0; r < R; r++) {
         const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest[r]));
         __m512 sum = _mm512_setzero_ps();
@@ -164,13 +172,24 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
         const __mmask16 more = E - e > 16 ? 0xFFFF : 0;
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) mix[r][0] = mix[r][1] = _mm512_setzero_ps();
-        for (long t = 0; t < span; t++) {
+        for (long t = 0; t < shared; t++) {
             const __m512 v0 = _mm512_loadu_ps(values + t * E + e), v1 = _mm512_maskz_loadu_ps(more, values + t * E + e + 16);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 const __m512 p = _mm512_set1_ps(score[r * span + t]);
                 mix[r][0] = _mm512_fmadd_ps(p, v0, mix[r][0]);
                 mix[r][1] = _mm512_fmadd_ps(p, v1, mix[r][1]);
+            }
+        }
+        if (tree) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                for (long j = 0; j <= depth[r]; j++) {
+                    const float *v = values + (start + path[r][j]) * E + e;
+                    const __m512 p = _mm512_set1_ps(score[r * span + start + j]);
+                    mix[r][0] = _mm512_fmadd_ps(p, _mm512_loadu_ps(v), mix[r][0]);
+                    mix[r][1] = _mm512_fmadd_ps(p, _mm512_maskz_loadu_ps(more, v + 16), mix[r][1]);
+                }
             }
         }
 #pragma GCC unroll 4

@@ -32,16 +32,15 @@ static void add(real *y, const real *x, long count) {
     for (long i = 0; i < count; i++) y[i] = from_float(to_float(y[i]) + to_float(x[i]));
 }
 
-// x (S, W, dim) at positions at (S, W) -> y (S, Q, dim): all W rows, or with row (S,) that one of each slot, for which
-// keys and values of all rows are kept nevertheless. cosine, sine (S, W, E). keys, values: as `attend` takes them.
+// x (S, W, dim) -> y (S, Q, dim): all W rows, or with row (S,) that one of each slot, for which keys and values of all rows are
+// kept nevertheless. cosine, sine (S, W, E). keys, values, at, row, tree: as `attend` takes them.
 void block(const Block *b, const real *x, const real *cosine, const real *sine, real *y, float *keys, float *values,
-           const long *at, const long *row, long S, long W, long capacity, int threads) {
+           const long *at, const long *row, const Tree *tree, long S, long W, long capacity, int threads) {
     const long D = b->dim, H = b->heads, G = b->kv_heads, E = b->width, F = b->hidden, HE = H * E;
     const long wide = (H + 2 * G) * E, Q = row ? 1 : W, asked = S * Q;
     real *normed = malloc(sizeof(real) * (S * W * (D + wide) + asked * (2 * HE + D + 3 * F)));
     real *qkv = normed + S * W * D, *q = qkv + S * W * wide, *mixed = q + asked * HE, *change = mixed + asked * HE;
     real *gates = change + asked * D, *inner = gates + asked * 2 * F;
-    long *q_at = malloc(sizeof(long) * asked);
 
     rms_norm(x, b->attention_norm, normed, S * W, D, b->eps);
     linear(normed, b->qkv, b->qkv_bias, qkv, S * W, wide, D, threads, b->stored[0]);
@@ -51,11 +50,10 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
             const long from = s * W + (row ? row[s] : i), to = s * Q + i;
             memcpy(q + to * HE, qkv + from * wide, sizeof(real) * HE);
             memcpy(y + to * D, x + from * D, sizeof(real) * D);
-            q_at[to] = at[from];
         }
     }
     const long q_stride[3] = {Q * HE, E, HE}, kv_stride[3] = {W * wide, E, wide};
-    attend(q, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, q_at, S, H, G, W, Q, E,
+    attend(q, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, row, tree, S, H, G, W, E,
            capacity, threads);
     linear(mixed, b->out, b->out_bias, change, asked, D, HE, threads, b->stored[1]);
     add(y, change, asked * D);
@@ -65,20 +63,19 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
     silu_times(gates, inner, asked, F);
     linear(inner, b->down, NULL, change, asked, D, F, threads, b->stored[3]);
     add(y, change, asked * D);
-    free(q_at);
     free(normed);
 }
 
 // `count` blocks one after another on all rows: x (S, W, dim) -> y (S, W, dim). keys, values: those of the first block, the
 // next block's `layer` floats further.
 void blocks(const Block *const *b, long count, const real *x, const real *cosine, const real *sine, real *y, float *keys,
-            float *values, long layer, const long *at, long S, long W, long capacity, int threads) {
+            float *values, long layer, const long *at, const Tree *tree, long S, long W, long capacity, int threads) {
     const long size = S * W * b[0]->dim;
     real *between = malloc(sizeof(real) * size);
     // Ends in y, whether their number is even or odd.
     for (long i = 0; i < count; i++) {
         real *to = (count - i) % 2 ? y : between;
-        block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, S, W, capacity, threads);
+        block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, tree, S, W, capacity, threads);
         x = to;
     }
     free(between);

@@ -73,3 +73,24 @@ void settle(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *l
         drafted[s] = heads[s] - 1 < drafting ? heads[s] - 1 : drafting;
     }
 }
+
+// `settle` for windows that are trees: row i is a draft of depth[i] after row parent[i] < i, right if its parent is and head 1
+// says it there. drafted (S,): of how many depths there are drafts. row (S,): the deepest right one; accepted (S,): its depth.
+void settle_tree(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *length, const int64_t *heads,
+                 int64_t *accepted, int64_t *row, const int64_t *parent, const int64_t *depth, long S, long R, long n,
+                 long drafting) {
+    for (long s = 0; s < S; s++) {
+        char right[R];
+        long best = 0;
+        right[0] = 1;
+        for (long i = 1; i < R; i++) {
+            right[i] = right[parent[i]] && depth[i] <= drafted[s] && window[s * n + i] == tokens[s * R + parent[i]];
+            if (right[i] && depth[i] > depth[best]) best = i;
+        }
+        row[s] = best;
+        accepted[s] = depth[best];
+        length[s] += depth[best] + 1;
+        window[s * n] = tokens[s * R + best];
+        drafted[s] = heads[s] - 1 < drafting ? heads[s] - 1 : drafting;
+    }
+}

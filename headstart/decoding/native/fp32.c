@@ -11,6 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tree.h"
+
 typedef float real;
 
 // Holds v in its register: gcc would rather load it again for each product it goes into, and loads are then the bound.
@@ -163,12 +165,14 @@ void silu_times(const float *x, float *y, long rows, long H) {
 }
 
 // Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
-// [position][E]. Row r sees positions 0 .. last[r]. score: 4 x span floats. Sums run over positions in order, in lanes
-// that depend on the position alone, and what a row does not see adds exactly 0: its bits depend neither on the others
-// nor on the span.
+// [position][E]. Row r sees positions 0 .. last[r], or of a tree (path[0] is no NULL) the first `start` and its path. score:
+// 4 x span floats. Sums run over positions in order, in lanes that depend on the position alone, and what a row does not see
+// adds exactly 0: its bits depend neither on the others nor on the span.
 static inline __attribute__((always_inline)) void attend_rows(const int R, const float *q, const long *last,
+                                                              const long *const *path, const long *depth, long start,
                                                               const float *keys, const float *values, long E, long span,
                                                               float *score, float *y) {
+    const int tree = path[0] != NULL;
     const __m256 unseen = _mm256_set1_ps(-1e30f), lanes = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
     __m256 largest[4], total[4];
     for (int r = 0; r < R; r++) largest[r] = unseen;
@@ -197,6 +201,9 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
             }
         }
     }
+    for (int r = 0; tree && r < R; r++)
+        largest[r] = _mm256_set1_ps(arrange(score + r * span, path[r], depth[r], start, span));
+    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
     for (int r = 0; r < R; r++) {
         const __m256 top = _mm256_set1_ps(max8(largest[r]));
         __m256 sum = _mm256_setzero_ps();
@@ -211,7 +218,7 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
         __m256 mix[4][2];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) mix[r][0] = mix[r][1] = _mm256_setzero_ps();
-        for (long t = 0; t < span; t++) {
+        for (long t = 0; t < shared; t++) {
             __m256 v0 = _mm256_loadu_ps(values + t * E + e), v1 = _mm256_loadu_ps(values + t * E + e + 8);
             KEEP(v0);
             KEEP(v1);
@@ -220,6 +227,17 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
                 const __m256 p = _mm256_broadcast_ss(score + r * span + t);
                 mix[r][0] = _mm256_fmadd_ps(p, v0, mix[r][0]);
                 mix[r][1] = _mm256_fmadd_ps(p, v1, mix[r][1]);
+            }
+        }
+        if (tree) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                for (long j = 0; j <= depth[r]; j++) {
+                    const float *v = values + (start + path[r][j]) * E + e;
+                    const __m256 p = _mm256_broadcast_ss(score + r * span + start + j);
+                    mix[r][0] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v), mix[r][0]);
+                    mix[r][1] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v + 8), mix[r][1]);
+                }
             }
         }
 #pragma GCC unroll 4

@@ -1,0 +1,42 @@
+// Windows whose rows are the nodes of a tree. Row i lies at cache position start + i, but stands for position start + depth[i]
+// of the text, and sees what is before the window, the rows on its path and nothing else.
+
+typedef struct {
+    const long *depth;  // (W,): 0 for row 0, the root
+    const long *path;   // (W, deep): the rows from the root to each row, which is itself at [depth]; increasing
+    long deep;
+} Tree;
+
+// The scores of a row's path move from where its keys lie to the positions that they stand for, and the rest is hidden: what
+// follows then adds up as for a window that is this path alone, in the same lanes. Returns the largest score.
+static inline float arrange(float *score, const long *path, long depth, long start, long span) {
+    for (long j = 0; j <= depth; j++) score[start + j] = score[start + path[j]];
+    for (long t = start + depth + 1; t < span; t++) score[t] = -1e30f;
+    float top = score[0];
+    for (long t = 1; t <= start + depth; t++) top = score[t] > top ? score[t] : top;
+    return top;
+}
+
+// Keys and values of the path to node[s] move to the positions that they stand for, in all layers. keys and values: those of
+// the first layer, (S, G, capacity / 16, E, 16) and (S, G, capacity, E); the next one's lie `layer` floats further.
+void compact(float *keys, float *values, long layers, long layer, const long *start, const long *node, const Tree *tree, long S,
+             long G, long E, long capacity) {
+    for (long s = 0; s < S; s++) {
+        if (start[s] < 0) continue;  // takes no part
+        const long *path = tree->path + node[s] * tree->deep;
+        for (long j = 1; j <= tree->depth[node[s]]; j++) {
+            const long from = start[s] + path[j], to = start[s] + j;
+            if (from == to) continue;
+            for (long l = 0; l < layers; l++) {
+                for (long g = 0; g < G; g++) {
+                    const long at = l * layer + (s * G + g) * E * capacity;
+                    float *k = keys + at, *v = values + at;
+                    for (long e = 0; e < E; e++) {
+                        k[to / 16 * 16 * E + e * 16 + to % 16] = k[from / 16 * 16 * E + e * 16 + from % 16];
+                        v[to * E + e] = v[from * E + e];
+                    }
+                }
+            }
+        }
+    }
+}
