@@ -213,6 +213,9 @@ def test_output_does_not_depend_on_how_many_nodes_are_fed(compiled: bool) -> Non
         def chances(self, sampled, confidences):
             return [0.5] * len(self.tree.paths) if confidences else []
 
+        def saw(self, *_):
+            pass
+
     model = packed("transformer-parallel", torch.float32, compiled)
     requests = [Request(PROMPT, 50), Request(PROMPT[:5], 50, Sampling(1.0, seed=3)), Request(PROMPT, 30, heads=3)]
     plain = [generate_all(Engine(model), [Request(r.prompt, r.max_new_tokens, r.sampling, 1)])[0] for r in requests]

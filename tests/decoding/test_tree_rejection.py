@@ -1,0 +1,130 @@
+"""Recursive rejection on trees has the target's law: by enumeration of every draw, and by drawing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from test_rules import _distance, _small
+
+from headstart.decoding import acceptance as acceptance_module
+from headstart.decoding.acceptance import Rule, recursive_rejection
+from headstart.decoding.engine import Engine
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.tree import DraftTree, TreeRows
+
+V = 3
+TREES = ("0,1", "0,1,2", "0,1,0.0,1.0", "0,1,0.0,0.1,1.0", "0,0.0,0.1,1,1.0,2")
+
+
+def enumerated(text: str, seed: int, drafted: int, monkeypatch: pytest.MonkeyPatch, exclude: bool = False) -> float:
+    """How far the joint law of depth + 1 tokens is from the target's: one pass with the rule, what it leaves open drawn
+    from the target. Every list of candidates and every outcome of the draws is played through, all in one batch."""
+    rows = TreeRows(DraftTree.parse(text), "cpu")
+    D, C = rows.tree.depth, rows.tree.ranks
+    generator = torch.Generator().manual_seed(seed)
+
+    def law(count: int) -> torch.Tensor:
+        x = torch.rand(count, V, generator=generator, dtype=torch.float64).pow(2) + 1e-3
+        return x / x.sum(-1, keepdim=True)
+
+    target = {p: law(1)[0] for length in range(D + 1) for p in itertools.product(range(V), repeat=length)}
+    q = law(D)
+    if exclude:  # a head may exclude a token: then it can run out of candidates
+        q[0, 1] = 0
+        q /= q.sum(-1, keepdim=True)
+
+    def chance_of(drawn: tuple[int, ...], depth: int) -> float:
+        """Of one list drawn without replacement; where nothing can be drawn any more, anything is there."""
+        chance, left = 1.0, q[depth].clone()
+        for token in drawn:
+            if left.sum() > 0:
+                chance *= float(left[token] / left.sum())
+            elif token != min(set(range(V)) - set(drawn[: drawn.index(token)])):
+                return 0.0
+            left[token] = 0
+        return chance
+
+    lists = list(itertools.permutations(range(V), C))
+    cases = []
+    for drawn in itertools.product(lists, repeat=D):
+        chance = 1.0
+        for depth, one in enumerate(drawn):
+            chance *= chance_of(one, depth)
+        if chance:
+            cases += [(drawn, chance, below) for below in itertools.product((True, False), repeat=D * C)]
+    nodes = [(), *rows.tree.paths]
+    tokens = [[tuple(drawn[d][r] for d, r in enumerate(path)) for path in nodes] for drawn, _, _ in cases]
+    window = torch.tensor([[0, *(node[-1] for node in case[1:])] for case in tokens])
+    p = torch.stack([torch.stack([target[node] for node in case]) for case in tokens])
+    outcome = torch.tensor([below for _, _, below in cases])
+    weight = torch.tensor([chance for _, chance, _ in cases], dtype=torch.float64)
+    original, asked = acceptance_module.chain_probabilities, iter(outcome.T)
+
+    def noted(*arguments: torch.Tensor) -> torch.Tensor:
+        nonlocal weight
+        kept = original(*arguments)
+        weight = weight * torch.where(next(asked), kept[:, 0], 1 - kept[:, 0])
+        return kept
+
+    monkeypatch.setattr(acceptance_module, "chain_probabilities", noted)
+    draws = torch.where(outcome, -1.0, 2.0).view(-1, D, C).double()
+    row, rest = recursive_rejection(
+        p, q.expand(len(cases), -1, -1), rows, window, torch.full((len(cases),), drafted), draws
+    )
+    monkeypatch.setattr(acceptance_module, "chain_probabilities", original)
+    assert int(rows.depth_R[row].max()) == min(drafted, D)
+    joint = dict.fromkeys(itertools.product(range(V), repeat=D + 1), 0.0)
+    rest = rest / rest.sum(-1, keepdim=True)
+    # Cases that came out alike are one.
+    ends: dict[tuple[int, ...], float] = {}
+    for case, last, chance, after in zip(tokens, row.tolist(), weight.tolist(), rest.tolist()):
+        for token, share in enumerate(after):
+            start = (*case[last], token)
+            ends[start] = ends.get(start, 0.0) + chance * share
+    for start, chance in ends.items():
+        for tail in itertools.product(range(V), repeat=D + 1 - len(start)):
+            whole = start + tail
+            joint[whole] += chance * _probability(target, whole, len(start))
+    assert sum(joint.values()) == pytest.approx(1)
+    return max(abs(chance - _probability(target, whole, 0)) for whole, chance in joint.items())
+
+
+def _probability(target: dict[tuple[int, ...], torch.Tensor], tokens: tuple[int, ...], start: int) -> float:
+    result = 1.0
+    for i in range(start, len(tokens)):
+        result *= float(target[tokens[:i]][tokens[i]])
+    return result
+
+
+@pytest.mark.parametrize("text", TREES)
+def test_recursive_rejection_has_the_targets_joint_distribution(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        for drafted in range(DraftTree.parse(text).depth + 1):
+            assert enumerated(text, seed, drafted, monkeypatch) < 1e-12
+        assert enumerated(text, seed, 9, monkeypatch, exclude=True) < 1e-12
+
+
+@pytest.mark.parametrize("text", TREES)
+def test_wrong_rules_fail_the_enumeration(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth = DraftTree.parse(text).depth
+    # Each sibling tested against what the first was: as if they had been drawn with replacement.
+    with monkeypatch.context() as wrong:
+        wrong.setattr(acceptance_module, "without", lambda q, token: q)
+        assert max(enumerated(text, seed, depth, wrong) for seed in range(4)) > 1e-3
+    # Each sibling tested against the whole target.
+    with monkeypatch.context() as wrong:
+        wrong.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
+        assert enumerated(text, 0, depth, wrong) > 1e-3
+
+
+def test_texts_drawn_with_it_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, model = _small()
+    original = Engine.__init__
+    tree = DraftTree.parse("0,1,0.0,1.0,0.1")
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, *a, **k, tree=tree))
+    for top_k in (0, 2):  # two of three tokens: heads run out of candidates
+        assert _distance(model, raw, Rule("rejection"), Sampling(1.0, top_k), 512) < 1.8
+    monkeypatch.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 3
