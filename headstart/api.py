@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from headstart.decoding.packing import decoding_dtype, pack
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tree import wanted_tree
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -91,12 +92,17 @@ class LanguageModel:
         lookup: int = 0,
         prefill_budget: int | None = 256,
         prefix_reuse: bool = True,
+        tree: int | str | None = None,
     ) -> Engine:
-        """A decoding engine over this model, for many requests at once (docs/decoding.md).
+        """A decoding engine over this model, for many requests at once (docs/decoding.md). `tree`: see `generate`.
 
         Raises UsageError where its caches do not fit into memory.
         """
         tuning = self._tuning()
+        planted = None
+        if tree is not None:
+            planted = wanted_tree(tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean)
+            tuning = None if tuning is None else replace(tuning, tree=None)
         policy = None if tuning is None else DraftPolicy(tuning)
         return Engine(
             self.transformer,
@@ -108,6 +114,7 @@ class LanguageModel:
             lookup=lookup,
             prefill_budget=prefill_budget,
             prefix_reuse=prefix_reuse,
+            tree=planted,
         )
 
     def _tuning(self) -> Tuning | None:
@@ -134,6 +141,7 @@ class LanguageModel:
         penalties: Penalties | None = None,
         logprobs: int | None = None,
         lookup: int = 0,
+        tree: int | str | None = None,
     ) -> Output | list[Output]:
         """Continues a prompt (text or token ids), or a list of prompts as one ragged batch.
 
@@ -151,6 +159,9 @@ class LanguageModel:
             lookup: at most this many drafts of a pass are looked up in the text itself, for models without drafting
             heads
                 and texts that repeat long pieces; the output does not depend on it.
+            tree: windows are trees of several candidates of each head: of this many drafts, or with the nodes given as
+                "0,1,0.0" (see `DraftTree`); 0: chains. None: what `headstart tune --tree-nodes` found best. The output
+                does not depend on it.
             logprobs: keep the log-probability of every token, and of this many most probable ones beside it.
 
         Returns:
@@ -177,7 +188,7 @@ class LanguageModel:
             )
             for text, key in zip(prompts, seeds)
         ]
-        engine = self.engine(len(requests), self._context_for(requests), exact, lookup, prefill_budget=None)
+        engine = self.engine(len(requests), self._context_for(requests), exact, lookup, None, tree=tree)
         outputs = [Output.of(generation) for generation in generate_all(engine, requests)]
         return outputs if many else outputs[0]
 
@@ -196,6 +207,7 @@ class LanguageModel:
         acceptance: str = "match",
         penalties: Penalties | None = None,
         lookup: int = 0,
+        tree: int | str | None = None,
     ) -> Iterator[str]:
         """As `generate` for one prompt: yields text as it is committed, whole characters only."""
         _ = self.tokenizer
@@ -208,7 +220,7 @@ class LanguageModel:
             penalties=penalties or Penalties(),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
-        engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None)
+        engine = self.engine(1, self._context_for([request]), exact, lookup, None, tree=tree)
         engine.submit(request)
         return (text for _, text in engine.run() if text)
 

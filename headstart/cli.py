@@ -184,6 +184,7 @@ def generate(
     frequency_penalty: float = 0.0,
     logprobs: int | None = None,
     lookup: int = 0,
+    tree: str | None = None,
     exact: bool = True,
     dtype: Literal["bfloat16", "float32"] | None = None,
     quantize: Literal["int8"] | None = None,
@@ -214,6 +215,8 @@ def generate(
         frequency_penalty: taken from the logit of a token as often as the text holds it.
         logprobs: with --json, the log-probability of each token and of this many most probable ones.
         lookup: at most this many drafts of a pass are looked up in the text itself.
+        tree: windows are trees of several candidates of each head: of this many drafts, or with nodes given as ranks,
+            0,1,0.0; 0: chains (default: what `headstart tune --tree-nodes` found best).
         exact: bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding.
         dtype: bfloat16 or float32 (default: as stored; float32 on a CPU without instructions for bfloat16).
         quantize: int8: weights and activations of all products in 8 bits, on CPUs; faster, not quite the same model.
@@ -245,7 +248,7 @@ def generate(
         logprobs=logprobs,
         stop=stop,
     )
-    engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact, lookup)
+    engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact, lookup, tree=tree)
     generation = engine.submit(request)
     if show and not json:
         coloured, origins = ColouredText(), OriginStream(generation, loaded.tokenizer)

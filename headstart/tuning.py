@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,19 @@ from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.policy import AcceptanceTable, Tuning
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tree import DraftTree, grow
 from headstart.errors import UsageError
+from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.evaluation.texts import sizes
 from headstart.model.transformer import Transformer
 from headstart.storage.boxed import model_directory
 from headstart.storage.tuning_file import write_tuning
 from headstart.terminal import Progress, format_table, say
+
+RANKS = 8
+"""Candidates of a head that a tree may take."""
+PAYS = 1.02
+"""A tree must beat the best chain by more than timings are off."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,8 @@ class TuneSettings:
     """Written after each, greedily and sampled (None: 128, or what the prompt leaves of the context)."""
     temperature: float = 0.8
     """Of the sampled half."""
+    tree_nodes: int = 0
+    """Also measure trees of up to this many drafts, and use one where it beats a chain (0: chains only)."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Batch sizes to time passes at; others are judged by the nearest two."""
     seconds: float = 4.0
@@ -69,6 +78,8 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if settings.seconds <= 0:
         raise UsageError(f"--seconds is {settings.seconds}; passes need some time to be timed in, more than 0")
+    if settings.tree_nodes < 0:
+        raise UsageError(f"--tree-nodes is {settings.tree_nodes}; it must be 0 (chains only) or more")
     batches = tuple(sorted(set(settings.batches)))
     if not batches or batches[0] < 1:
         raise UsageError(f"--batches {' '.join(map(str, batches))}: name batch sizes of at least 1")
@@ -87,9 +98,17 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         tokens=length,
         room=new,
     )
-    greedy, sampled = (_acceptance(model, prompts, new, temperature) for temperature in (0.0, settings.temperature))
-    costs = pass_costs(model, batches, length + new // 2, settings.seconds)
+    ranks = RANKS if settings.tree_nodes else 0
+    greedy, seen = _acceptance(model, prompts, new, 0.0, ranks)
+    sampled, _ = _acceptance(model, prompts, new, settings.temperature, ranks)
+    largest = grow(greedy.rank_mean, settings.tree_nodes) if settings.tree_nodes else None
+    costs = pass_costs(model, batches, length + new // 2, settings.seconds, largest)
     tuning = Tuning(greedy, sampled, costs)
+    trees = [] if largest is None else _trees(tuning, largest, seen)
+    if trees and (best := max(trees, key=lambda tree: tree["expected_speedup"]))["expected_speedup"] > PAYS * max(
+        tree["expected_speedup"] for tree in trees if tree["chain"]
+    ):
+        tuning = replace(tuning, tree=DraftTree.parse(best["tree"]))
     more = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
@@ -98,17 +117,21 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     }
     file = write_tuning(path, model, tuning, more)
     say(f"tuning: {file}")
-    return {**_found(path, tuning), "exact": is_row_exact(model)}
+    return {**_found(path, tuning), "trees": trees, "exact": is_row_exact(model)}
 
 
 def _acceptance(
-    model: Transformer, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float
-) -> AcceptanceTable:
-    """Of texts that the model writes with all heads, without end."""
+    model: Transformer, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float, ranks: int
+) -> tuple[AcceptanceTable, list[list[int]]]:
+    """Of texts that the model writes with all heads in chains, without end; and with `ranks`, of every pass the ranks
+    that the tokens which came had among the candidates of the heads."""
     observed: list[tuple[list[float], int]] = []
+    drafted_at: dict[Generation, list[int]] = {}
 
     def watch(generation: Generation, fed: int, accepted: int) -> None:
         observed.append((generation.confidences, accepted))
+        root = len(generation.request.prompt) + len(generation.tokens) - 1
+        drafted_at.setdefault(generation, []).append(root - 1)
 
     engine = Engine(model, slots=min(8, len(prompts)), watch=watch, prefill_budget=None)
     for seed, prompt in enumerate(prompts):
@@ -116,13 +139,49 @@ def _acceptance(
     with Progress("drafts, sampled" if temperature else "drafts, greedy", len(prompts), unit="prompts") as bar:
         while engine.busy:
             bar.advance(sum(generation.finished for generation, _ in engine.step()))
-    return AcceptanceTable.of(observed, model.config.heads)
+    n = model.config.heads
+    table = AcceptanceTable.of(observed, n)
+    if not ranks:
+        return table, []
+    seen: list[list[tuple[float, int]]] = []
+    for generation, rows in drafted_at.items():
+        text = [*generation.request.prompt, *generation.tokens]
+        known = [row for row in rows if row + n < len(text)]
+        if known:
+            seen += draft_ranks(model, text, known, generation.request.sampling)
+    return table.with_ranks(seen, ranks), [[rank for _, rank in heads] for heads in seen]
+
+
+def _trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> list[dict[str, Any]]:
+    """What chains and the beginnings of the largest tree would write over plain decoding, greedily and one request at a
+    time, by the drafts that they would have kept of those seen."""
+    slots = tuning.costs.slots[0]
+    plain, chain_costs = tuning.costs.at(slots)
+    _, tree_costs = tuning.costs.at_tree(slots)
+    chain = DraftTree(tuple((0,) * depth for depth in range(1, len(tuning.greedy.mean) + 1)))
+    found = []
+    for tree, costs in ((chain, chain_costs), (largest, tree_costs)):
+        tokens = 1.0
+        for rows, share in enumerate(tree.shares(seen), start=2):
+            tokens += share
+            part = DraftTree(tree.paths[: rows - 1])
+            found.append(
+                {
+                    "tree": str(part),
+                    "chain": tree is chain,
+                    "nodes": rows - 1,
+                    "tokens_per_pass": tokens,
+                    "expected_speedup": tokens * plain / costs[rows - 1],
+                }
+            )
+    return found
 
 
 def _found(path: Path, tuning: Tuning) -> dict[str, Any]:
     n = len(tuning.greedy.mean) + 1
     return {
         "model": str(path),
+        "tree": None if tuning.tree is None else str(tuning.tree),
         "acceptance": {"greedy": tuning.greedy.mean, "sampled": tuning.sampled.mean},
         "batches": [
             {
@@ -152,6 +211,25 @@ def format_tuning(found: dict[str, Any]) -> str:
         costs.append([f"batch {batch['batch']}, ms", *milliseconds])
         costs.append(["    times plain", "1.00", *(f"{speedup:.2f}" for speedup in batch["expected_speedup"])])
     parts.append(format_table(["", "plain", *(f"{w} rows" for w in range(1, n + 1))], costs))
+    if found["trees"]:
+        best = {
+            chain: max((t for t in found["trees"] if t["chain"] == chain), key=lambda tree: tree["expected_speedup"])
+            for chain in (True, False)
+        }
+        rows = [
+            [
+                "chain" if chain else "tree",
+                f"{t['nodes']}",
+                f"{t['tokens_per_pass']:.2f}",
+                f"{t['expected_speedup']:.2f}",
+            ]
+            for chain, t in best.items()
+        ]
+        parts += [
+            "The best chain and the best tree, greedily and one request at a time:",
+            format_table(["", "drafts", "tokens per pass", "times plain"], rows),
+            f"Used where it pays: {found['tree']}" if found["tree"] else "The tree does not pay: chains are used.",
+        ]
     where = "" if found["exact"] else " with --no-exact (exact decoding fixes the rows of a pass here)"
     parts.append(
         f"Decoding without --heads{where} now chooses the rows of each pass by this, and by how sure drafts are."

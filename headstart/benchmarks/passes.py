@@ -14,17 +14,21 @@ from headstart.decoding.engine import SPAN, Engine
 from headstart.decoding.packing import pack
 from headstart.decoding.policy import PassCosts
 from headstart.decoding.step import decode_step
+from headstart.decoding.tree import DraftTree, TreeRows
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.terminal import Progress
 
+TREE_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Of the trees that `pass_costs` times; costs between are judged by the nearest two."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Pass:
     """A decoding pass of `slots` windows of `rows` tokens at `length` cached positions; call it to run it.
 
-    `rows` may exceed the model's heads: the window is widened, so that the same weights can be timed at any width.
+    `rows` may exceed the model's heads: the window is widened, so that the same weights can be timed at any width. With
+    a `tree` windows are its first `rows` rows, and all of it is drafted.
     """
 
     def __init__(
@@ -37,15 +41,18 @@ class Pass:
         length: int = 128,
         deferred: bool = True,
         confident: bool = False,
+        tree: DraftTree | None = None,
     ) -> None:
         self.model, self.rows, self.heads, self.length, self.deferred = model, rows, heads, length, deferred
         self.confident = confident
-        engine = Engine(model, slots=slots, context=length + rows, exact=False)
+        engine = Engine(model, slots=slots, context=length + rows, exact=False, tree=tree)
         self.state = state = engine.state
-        width = max(rows, model.config.heads)
+        width = max(rows, engine.width)
         device = state.length_S.device
         state.window_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
         state.heads_S[:] = heads
+        self.draft_tree = None if tree is None else TreeRows(tree, device)
+        self.tree = None if self.draft_tree is None else self.draft_tree.first(rows)
         self.slots = slice(0, slots)
         self.starts = [length] * slots
         self.span = -(-(length + rows) // SPAN) * SPAN
@@ -63,6 +70,8 @@ class Pass:
             starts=self.starts,
             deferred=self.deferred,
             confident=self.confident,
+            tree=self.tree,
+            draft_tree=self.draft_tree,
         )
         accepted.tolist()
         if self.confident:
@@ -84,12 +93,16 @@ def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: i
     return (weights + config.dim) * weight_bytes + cache * cache_bytes
 
 
-def pass_costs(model: Transformer, batches: tuple[int, ...], length: int, seconds: float) -> PassCosts:
+def pass_costs(
+    model: Transformer, batches: tuple[int, ...], length: int, seconds: float, tree: DraftTree | None = None
+) -> PassCosts:
     """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, timed for `seconds` at each of
     the batch sizes, ascending. Only the ratios to plain passes matter to the policy, so those are what is taken with
-    care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go."""
+    care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go. With a `tree`
+    passes of its beginnings too."""
     n = model.config.heads
-    plain, drafting = [], []
+    plain, drafting, trees = [], [], []
+    tree_rows = () if tree is None else tuple(sorted({r for r in TREE_ROWS if r < tree.rows} | {tree.rows}))
     with Progress("passes", len(batches), unit="batch sizes") as bar:
         for slots in batches:
             passes = {0: Pass(model, rows=1, heads=1, slots=slots, length=length)}
@@ -99,6 +112,9 @@ def pass_costs(model: Transformer, batches: tuple[int, ...], length: int, second
                 for rows in range(1, n + 1)
             }
             variants = {str(w): timed(p) for w, p in passes.items()}
+            for w in tree_rows:
+                one = Pass(model, rows=w, heads=n, slots=slots, length=length, confident=True, tree=tree)
+                variants[f"tree {w}"] = timed(one)
             interleave(variants, 0, warmup=3)
             seen: dict[str, list[float]] = {w: [] for w in variants}
             began = time.perf_counter()
@@ -106,10 +122,11 @@ def pass_costs(model: Transformer, batches: tuple[int, ...], length: int, second
                 for w, values in interleave(variants, PASSES_OF_A_BLOCK, warmup=0).items():
                     seen[w] += values
             plain.append(1e3 * statistics.median(seen["0"]))
-            over = [statistics.median(ratios(seen[str(w)], seen["0"], PASSES_OF_A_BLOCK)) for w in range(1, n + 1)]
-            drafting.append(tuple(plain[-1] * ratio for ratio in over))
+            over = [statistics.median(ratios(times, seen["0"], PASSES_OF_A_BLOCK)) for times in seen.values()]
+            drafting.append(tuple(plain[-1] * ratio for ratio in over[1 : n + 1]))
+            trees.append(tuple(plain[-1] * ratio for ratio in over[n + 1 :]))
             bar.advance(1)
-    return PassCosts(batches, tuple(plain), tuple(drafting))
+    return PassCosts(batches, tuple(plain), tuple(drafting), tree_rows, tuple(trees) if tree_rows else ())
 
 
 def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:

@@ -138,6 +138,23 @@ def grow(ranks: Sequence[Sequence[float]], nodes: int) -> DraftTree:
     return DraftTree(tuple(paths))
 
 
+def wanted_tree(wanted: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
+    """The tree that somebody asks for: a number of nodes (0: none), or a text as `DraftTree.parse` takes.
+
+    Args:
+        heads: n of the model.
+        ranks: as `grow` takes them, where they were measured.
+
+    Raises UsageError for one that there is not.
+    """
+    text = str(wanted)
+    if not text.lstrip("-").isdecimal():
+        return DraftTree.parse(text)
+    if int(text) == 0:
+        return None
+    return grow(ranks or [TYPICAL] * (heads - 1), int(text))
+
+
 class TreeRows:
     """The rows of a window of a tree as tensors: R rows, D its depth, C its ranks. Made once, read by every pass."""
 
