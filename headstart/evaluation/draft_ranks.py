@@ -15,8 +15,8 @@ from headstart.model.transformer import Transformer
 def draft_ranks(
     model: Transformer, text: Sequence[int], rows: Sequence[int], sampling: Sampling
 ) -> list[list[tuple[float, int]]]:
-    """For each of `rows` and head k = 2..n, entry k-2: the probability that head k gave its best candidate there, and the
-    rank of the token that the text has k later.
+    """For each of `rows` and head k = 2..n, entry k-2: the probability that head k gave its best candidate there, and
+    the rank of the token that the text has k later.
 
     Candidates are ranked as drafts are: by logits, or at a temperature with the noise of their position. Top-k, top-p
     and min-p are left out.
