@@ -53,6 +53,19 @@ def test_streamed_pieces_are_the_text(saved) -> None:
     assert "".join(model.stream("ab", max_new_tokens=60, temperature=1.0)) == text
 
 
+@pytest.mark.parametrize("tree", [6, "6", "0,1,0.0", 0])
+def test_a_tree_changes_no_token(saved, tree) -> None:
+    model = headstart.load(saved[1])
+    plain = model.generate("ab", max_new_tokens=40, temperature=1.0, heads=1)
+    fast = model.generate("ab", max_new_tokens=40, temperature=1.0, tree=tree)
+    assert fast.tokens == plain.tokens and (fast.stats.beside > 0) == bool(tree)
+    assert "".join(model.stream("ab", max_new_tokens=40, temperature=1.0, tree=tree)) == fast.text
+    with pytest.raises(UsageError, match="needs 1 before it"):
+        model.generate("ab", tree="0,1.0")
+    with pytest.raises(UsageError, match="-2 nodes"):
+        model.generate("ab", tree=-2)
+
+
 def test_the_context_bounds_what_is_generated(saved) -> None:
     out = headstart.load(saved[1]).generate("x" * 90, max_new_tokens=500)
     assert len(out.tokens) <= 6 and out.finish_reason in ("length", "end")
