@@ -44,7 +44,7 @@ def run(model: Transformer, request: Request, tree: DraftTree | None, **options:
     [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float64, False)],
     ids=["fp32", "fp32-onednn", "bf16", "fp64"],
 )
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["greedy", "truncated"])
 def test_every_tree_and_number_of_heads_gives_plain_decoding(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
@@ -54,13 +54,10 @@ def test_every_tree_and_number_of_heads_gives_plain_decoding(
     on_path = list(range(config.trunk_layers))
     if config.head_kind == "transformer":
         on_path += [config.trunk_layers + k - 1 for k in model.path(1)]
-    prompt, length = (PROMPT * 50)[:490], 40  # crosses a block of attention
+    prompt, length = (PROMPT * 50)[:500], 24  # crosses a block of attention
     end = len(prompt) + length - 1 - HEADS
     results: dict[str, tuple[list[int], Tensor, Tensor]] = {}
-    cases = [
-        ("chain", HEADS),
-        *((tree, heads) for tree in TREES for heads in (1, 2, HEADS) if heads > 1 or tree == "flat"),
-    ]
+    cases = [("chain", HEADS), ("flat", 1), ("flat", HEADS), ("bushy", 1), ("bushy", HEADS), ("grown", 2)]
     for tree, heads in cases:
         engine = Engine(model, tree=TREES.get(tree))
         got = generate_all(engine, [Request(prompt, length, SETTINGS[name], heads)])[0]
