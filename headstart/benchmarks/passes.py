@@ -112,9 +112,9 @@ def pass_costs(
                 for rows in range(1, n + 1)
             }
             variants = {str(w): timed(p) for w, p in passes.items()}
-            for w in tree_rows:
-                one = Pass(model, rows=w, heads=n, slots=slots, length=length, confident=True, tree=tree)
-                variants[f"tree {w}"] = timed(one)
+            for r in tree_rows:
+                one = Pass(model, rows=r, heads=n, slots=slots, length=length, confident=True, tree=tree)
+                variants[f"tree {r}"] = timed(one)
             interleave(variants, 0, warmup=3)
             seen: dict[str, list[float]] = {w: [] for w in variants}
             began = time.perf_counter()
