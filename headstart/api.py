@@ -188,7 +188,7 @@ class LanguageModel:
             )
             for text, key in zip(prompts, seeds)
         ]
-        engine = self.engine(len(requests), self._context_for(requests), exact, lookup, None, tree=tree)
+        engine = self.engine(len(requests), self._context_for(requests), exact, lookup, prefill_budget=None, tree=tree)
         outputs = [Output.of(generation) for generation in generate_all(engine, requests)]
         return outputs if many else outputs[0]
 
@@ -220,7 +220,7 @@ class LanguageModel:
             penalties=penalties or Penalties(),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
-        engine = self.engine(1, self._context_for([request]), exact, lookup, None, tree=tree)
+        engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None, tree=tree)
         engine.submit(request)
         return (text for _, text in engine.run() if text)
 

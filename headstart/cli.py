@@ -248,7 +248,8 @@ def generate(
         logprobs=logprobs,
         stop=stop,
     )
-    engine = loaded.engine(1, min(loaded.config.context, len(request.prompt) + max_new_tokens), exact, lookup, tree=tree)
+    context = min(loaded.config.context, len(request.prompt) + max_new_tokens)
+    engine = loaded.engine(1, context, exact, lookup, tree=tree)
     generation = engine.submit(request)
     if show and not json:
         coloured, origins = ColouredText(), OriginStream(generation, loaded.tokenizer)
