@@ -26,8 +26,14 @@ from headstart.storage.gguf_file import save_gguf
 from headstart.storage.model_directory import load_model, save_model
 from headstart.terminal import say
 
-BARS = {("transformers", "greedy"): Bar(">=", 1.5)}
-"""Our plain decoding over a peer's variant, one stream."""
+PLAIN_BARS = {
+    "transformers": {"12M": 2.0, "105M": 1.8, "235M": 1.5},
+    "llama.cpp": {"12M": 0.6, "105M": 0.9, "235M": 0.9},
+    "vllm": dict.fromkeys(SIZES, 1.1),
+}
+"""Least speed of our plain decoding over a peer's, one stream, greedy as the peer does it by default."""
+HEADS_BARS = {"llama.cpp": {"105M": 2.0, "235M": 2.0}}
+"""The same of our four heads, with the acceptance of `RANDOM_TOKENS_PER_PASS`."""
 RANDOM_TOKENS_PER_PASS = 3.5
 """Of four heads with random weights: what the paper's four accept in code (Table S2)."""
 
@@ -120,7 +126,7 @@ def run(
                 case = {"new_tokens": new_tokens, "dtype": dtype, "compile": compiled}
                 found = _rounds(subject, case, batch, pythons, threads, repetitions, Path(folder), versions)
                 where = f"{subject.label}, batch {batch}"
-                rows += _measurements(found, where, batch)
+                rows += _measurements(found, where, subject.label if batch == 1 else None)
                 tables.append(_table(found, f"Peers: {where}, {dtype}, {count(threads, 'thread')}"))
     return rows, tables, _notes(versions, new_tokens)
 
@@ -193,8 +199,9 @@ def _write_gguf(directory: Path, path: Path, dtype: str) -> None:
         raise PeerError(f"no GGUF file: {error}") from error
 
 
-def _measurements(found: list[Runs], where: str, batch: int) -> list[dict[str, Any]]:
-    """Tokens per second of each variant, and ours over each of the others: plain, and with all heads."""
+def _measurements(found: list[Runs], where: str, size: str | None) -> list[dict[str, Any]]:
+    """Tokens per second of each variant, and ours over each of the others: plain, and with all heads. `size`: of the
+    model, where bars hold."""
     rows = []
     for runs in found:
         if runs.failure is None:
@@ -203,8 +210,10 @@ def _measurements(found: list[Runs], where: str, batch: int) -> list[dict[str, A
     ours = [runs for runs in found if runs.peer == "headstart" and runs.failure is None]
     for mine in (runs for runs in ours if runs.variant != "K = 1"):
         for other in (runs for runs in found if runs.peer != "headstart" and runs.failure is None):
-            plain = mine.variant == PLAIN and batch == 1
-            bar = BARS.get((other.peer, other.variant)) if plain else None
+            bars = PLAIN_BARS if mine.variant == PLAIN else HEADS_BARS
+            by_size = bars.get(other.peer, {}) if other.variant in ("greedy", "greedy, compiled") else {}
+            least = by_size.get(size or "")
+            bar = None if least is None else Bar(">=", least)
             what = f"{where}: {mine.name} / {other.name}"
             rows.append(measurement("peers", what, ratios(mine.rates, other.rates), bar=bar))
     return rows
