@@ -10,10 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LanguageModel", "Output", "Penalties", "Request", "Sampling", "UsageError", "__version__", "load"]
+__all__ = [
+    "Constraint",
+    "LanguageModel",
+    "Output",
+    "Penalties",
+    "Request",
+    "Sampling",
+    "UsageError",
+    "__version__",
+    "load",
+]
 
 if TYPE_CHECKING:
-    from headstart.api import LanguageModel, Output, Penalties, Request, Sampling, load
+    from headstart.api import Constraint, LanguageModel, Output, Penalties, Request, Sampling, load
     from headstart.errors import UsageError
 
 

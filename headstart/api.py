@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
+from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.int8 import Quantize, known
@@ -38,9 +39,11 @@ class Output:
     tokens: list[int]
     """Generated token ids, an end token excluded."""
     finish_reason: str
-    """"end" (end token), "stop" (stop string) or "length"."""
+    """"end" (end token, or the constraint is satisfied and allows nothing more), "stop" (stop string), "length", or
+    "stuck" (the constraint has no way on that this model's tokens can take)."""
     origins: list[int]
-    """For each token the head that proposed it: 1, or k for an accepted draft of head k."""
+    """For each token the head that proposed it: 1, or k for an accepted draft of head k; 0 where it was looked up, -1
+    where the constraint left no choice."""
     stats: Stats
     logprobs: list[float]
     """For each token its log-probability under the model (before penalties and temperature), if they were asked for."""
@@ -139,6 +142,7 @@ class LanguageModel:
         min_p: float = 0.0,
         acceptance: str = "match",
         penalties: Penalties | None = None,
+        constraint: Constraint | None = None,
         logprobs: int | None = None,
         lookup: int = 0,
         tree: int | str | None = None,
@@ -156,9 +160,10 @@ class LanguageModel:
             acceptance: which drafts are kept, see `Rule`: "match" gives the tokens of plain decoding; "rejection" and
                 "block" are lossless in distribution, at a temperature; "lossy-..." are not.
             penalties: on tokens already written, and biases; see `Penalties`.
+            constraint: what the text must be: `Constraint.json_schema(...)`, `.regex(...)`, `.choice(...)` or
+                `.lark(...)`.
             lookup: at most this many drafts of a pass are looked up in the text itself, for models without drafting
-            heads
-                and texts that repeat long pieces; the output does not depend on it.
+                heads and texts that repeat long pieces; the output does not depend on it.
             tree: windows are trees of several candidates of each head: of this many drafts, or with the nodes given as
                 "0,1,0.0" (see `DraftTree`); 0: chains. None: what `headstart tune --tree-nodes` found best. The output
                 does not depend on it.
@@ -168,7 +173,8 @@ class LanguageModel:
             An Output, or a list of them for a list of prompts.
 
         Raises:
-            UsageError: an empty prompt, one longer than the context, unknown tokens, settings out of range.
+            UsageError: an empty prompt, one longer than the context, unknown tokens, settings out of range, a
+                constraint that cannot be compiled or satisfied.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
         prompts: list[Prompt] = list(prompt) if many else [prompt]  # type: ignore[arg-type, list-item]
@@ -183,6 +189,7 @@ class LanguageModel:
                 heads=heads,
                 acceptance=Rule.parse(acceptance),
                 penalties=penalties or Penalties(),
+                constraint=constraint,
                 logprobs=logprobs,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
             )
@@ -206,6 +213,7 @@ class LanguageModel:
         min_p: float = 0.0,
         acceptance: str = "match",
         penalties: Penalties | None = None,
+        constraint: Constraint | None = None,
         lookup: int = 0,
         tree: int | str | None = None,
     ) -> Iterator[str]:
@@ -218,6 +226,7 @@ class LanguageModel:
             heads=heads,
             acceptance=Rule.parse(acceptance),
             penalties=penalties or Penalties(),
+            constraint=constraint,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
         engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None, tree=tree)

@@ -182,6 +182,8 @@ def generate(
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
+    json_schema: str | None = None,
+    regex: str | None = None,
     logprobs: int | None = None,
     lookup: int = 0,
     tree: str | None = None,
@@ -213,6 +215,8 @@ def generate(
         repetition_penalty: divides positive logits of tokens in prompt and text, multiplies negative ones (1: none).
         presence_penalty: taken once from the logits of tokens in the text.
         frequency_penalty: taken from the logit of a token as often as the text holds it.
+        json_schema: write JSON that satisfies this schema: a file, or the schema itself.
+        regex: write text that this regular expression matches whole.
         logprobs: with --json, the log-probability of each token and of this many most probable ones.
         lookup: at most this many drafts of a pass are looked up in the text itself.
         tree: windows are trees of several candidates of each head: of this many drafts, or with nodes given as ranks,
@@ -228,6 +232,7 @@ def generate(
     """
     import headstart
     from headstart.decoding.acceptance import Rule
+    from headstart.decoding.constraints import Constraint
     from headstart.decoding.generation import Request
     from headstart.decoding.origins import OriginStream
     from headstart.decoding.penalties import Penalties
@@ -245,6 +250,7 @@ def generate(
         heads=heads,
         acceptance=Rule.parse(acceptance),
         penalties=Penalties(repetition_penalty, presence_penalty, frequency_penalty),
+        constraint=Constraint.named(json_schema, regex),
         logprobs=logprobs,
         stop=stop,
     )

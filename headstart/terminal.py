@@ -202,9 +202,9 @@ class ColouredText:
         self._print(text, "dim")
 
     def piece(self, text: str, head: int) -> None:
-        """A piece that `head` proposed."""
+        """A piece that `head` proposed; 0 and below: no head did, and it has no colour."""
         colour = HEAD_COLOURS[min(head, len(HEAD_COLOURS)) - 1]
-        self._print(text, "bold" if head == 1 else f"{colour} underline")
+        self._print(text, "bold" if head == 1 else "underline" if head < 1 else f"{colour} underline")
 
     def _print(self, text: str, style: str) -> None:
         if not self.coloured:

@@ -200,3 +200,16 @@ def test_profile_alone_records_three_steps(monkeypatch) -> None:
     monkeypatch.setattr(loop, "train", seen.append)
     assert call("train", SMOKE, "--profile", "--steps", "7") == 0
     assert (seen[0].profile.steps, seen[0].profile.start, seen[0].steps) == (3, None, 7)
+
+
+def test_generate_text_of_a_given_form(model, capsys, tmp_path) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [[1, 2], "ab"]}')
+    texts = set()
+    for given in (["--json-schema", str(schema)], ["--json-schema", schema.read_text()], ["--regex", r'"ab"|\[1, 2\]']):
+        assert call("generate", model, "--prompt", "x", *given) == 0
+        texts.add(capsys.readouterr().out.rstrip("\n"))
+    assert texts in ({'"ab"'}, {"[1, 2]"})
+    assert call("generate", model, "--prompt", "x", "--regex", "(") == 2
+    assert "regular expression: unclosed group" in capsys.readouterr().err

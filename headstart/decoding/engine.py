@@ -11,6 +11,8 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.admission import CHUNK, Admission
+from headstart.decoding.constrained_drafts import constrain
+from headstart.decoding.constraints import compiled
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.lookup import Lookup, Odds
@@ -52,7 +54,7 @@ class Engine:
         prefix_reuse: whether a prompt goes on from the keys and values of a text that begins like it, in any slot. The
             output does not depend on it.
         tree: the heads' drafts fill a tree instead of a chain (None: the policy's, where it has one). Requests whose
-            acceptance knows no trees get chains, and so do those decoded beside them.
+            acceptance knows no trees, or with a constraint, get chains, and so do those decoded beside them.
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
             fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
             ask for confidences without a policy too.
@@ -127,10 +129,12 @@ class Engine:
         """Queues a request. Raises UsageError if it does not fit this model."""
         config = self.model.config
         heads = config.heads if request.heads is None else request.heads
-        if self.fixed_shapes and self.tree is not None and request.acceptance.kind not in TREE_RULES:
+        if self.fixed_shapes and self.tree is not None and not _knows_trees(request):
+            what = "a constraint" if request.constraint else f"acceptance {request.acceptance.kind}"
+            rules = "" if request.constraint else f"{' or '.join(TREE_RULES)}, "
             raise UsageError(
-                f"acceptance {request.acceptance.kind} knows no draft trees, and exact decoding fixes windows here: "
-                f"take {' or '.join(TREE_RULES)}, no tree, or exact=False"
+                f"{what} knows no draft trees, and exact decoding fixes windows here: "
+                f"take {rules}no tree, or exact=False"
             )
         if not 1 <= heads <= config.heads:
             raise UsageError(f"heads is {heads}; this model has {config.heads}, take 1 (plain decoding) to that many")
@@ -154,7 +158,9 @@ class Engine:
             raise UsageError(f"the prompt holds token {bad}; this model's vocabulary has {config.vocab_size} tokens")
         room = self.context - len(request.prompt)
         end_id = None if self.tokenizer is None else self.tokenizer.end_id
-        stopper = Stopper(min(request.max_new_tokens, room), end_id, request.stop, self.tokenizer)
+        constraint = request.constraint
+        matcher = None if constraint is None else compiled(constraint, self.tokenizer, config.vocab_size)
+        stopper = Stopper(min(request.max_new_tokens, room), end_id, request.stop, self.tokenizer, matcher)
         generation = Generation(request, min(heads, self.most_heads), stopper)
         self.admission.waiting.append(generation)
         return generation
@@ -178,7 +184,7 @@ class Engine:
             first = 0  # rows cost little there, and each shape is a graph of its own
         rows, heads = self._shape([g for _, g in live], last - first)
         tree = self._rows.first(rows) if self._rows is not None and self._branching and rows > 1 else None
-        draft_tree = self._rows if all(g.request.acceptance.kind in TREE_RULES for _, g in live) else None
+        draft_tree = self._rows if all(_knows_trees(g.request) for _, g in live) else None
         slots = slice(first, last)
         # Slots between the live ones run along, parked; their results are never read.
         starts = self._lengths[slots]
@@ -224,12 +230,14 @@ class Engine:
                 self.state.heads_S[slot] = heads
             generation.sources = list(range(2, min(generation.heads, heads) + 1))
             generation.confidences = confidences[at][: len(generation.sources)] if confident else []
+            generation.prefixes = []
             if self.policy is not None:
                 sampled = generation.request.sampling.temperature > 0
                 worth = self.policy.chances if self._branching else self.policy.prefixes
                 generation.prefixes = worth(sampled, generation.confidences)
             if generation.lookup is not None and not generation.finished:
                 self._look_up(slot, generation, committed, windows[at])
+            self._constrain(slot, generation)
         if self.policy is not None:
             self.policy.saw(last - first, len(live), rows, heads > 1, total)
         for slot, generation in live:
@@ -314,6 +322,13 @@ class Engine:
         if drafts:
             self.state.propose(slot, own, drafts)
 
+    def _constrain(self, slot: int, generation: Generation) -> None:
+        """What the constraint of a slot, where it has one, makes of its window."""
+        if generation.matcher is not None and not generation.finished:
+            end_id = None if self.tokenizer is None else self.tokenizer.end_id
+            most = 1 if self._branching else self.width  # beside trees a text begins without drafts
+            constrain(self.state, slot, generation, self._lengths[slot], end_id, most)
+
     def run(self) -> Iterator[tuple[Generation, str]]:
         """Steps until nothing is left."""
         while self.busy:
@@ -334,6 +349,7 @@ class Engine:
         state.heads_S[slot] = 1
         state.sampling.clear(slot)
         state.penalties.clear(slot)
+        state.constraints.clear(slot)
 
     def _start(self, slot: int, generation: Generation) -> None:
         """The prompt but its last token is in the caches; the last one is the root of the first window."""
@@ -349,6 +365,12 @@ class Engine:
         state.heads_S[slot] = generation.heads
         state.sampling.set(slot, request.sampling, request.acceptance)
         state.penalties.set(slot, request.penalties, prompt)
+        state.constraints.set(slot, generation.matcher is not None)
+        self._constrain(slot, generation)
+
+
+def _knows_trees(request: Request) -> bool:
+    return request.acceptance.kind in TREE_RULES and request.constraint is None
 
 
 def _round_up(number: int, multiple: int) -> int:

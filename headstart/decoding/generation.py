@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headstart.decoding.acceptance import Rule
+from headstart.decoding.constraints import Constraint, Matcher
 from headstart.decoding.lookup import Lookup
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
+
+FORCED = -1
+"""Stands for the head of a draft that the constraint left no choice about."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Request:
     """Which drafts are kept."""
     penalties: Penalties = field(default_factory=Penalties)
     """On tokens already written, and biases."""
+    constraint: Constraint | None = None
+    """What the text must be."""
     logprobs: int | None = None
     """Keep the log-probability of every token, and of this many most probable ones beside it (None: none)."""
     stop: tuple[str, ...] = ()
@@ -51,6 +57,8 @@ class Stats:
     looked_up_accepted: int = 0
     beside: int = 0
     """Drafts of trees that were fed beside those counted in `drafted`, of which there is one of each head."""
+    forced: int = 0
+    """Drafts that a constraint left no choice about, and fed."""
     seconds: float = 0.0
     """From the prompt's prefill to the last token, waiting for other slots included."""
     prefill_seconds: float = 0.0
@@ -65,7 +73,8 @@ class Stats:
     @property
     def rows_per_pass(self) -> float:
         """Rows fed on average: the root and drafts."""
-        return 1 + (sum(self.drafted) + self.looked_up + self.beside) / self.passes if self.passes else 0.0
+        drafts = sum(self.drafted) + self.looked_up + self.beside + self.forced
+        return 1 + drafts / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,6 +96,7 @@ class Stats:
             looked_up=sum(part.looked_up for part in parts),
             looked_up_accepted=sum(part.looked_up_accepted for part in parts),
             beside=sum(part.beside for part in parts),
+            forced=sum(part.forced for part in parts),
             seconds=sum(part.seconds for part in parts),
             prefill_seconds=sum(part.prefill_seconds for part in parts),
             prompt_tokens_reused=sum(part.prompt_tokens_reused for part in parts),
@@ -102,6 +112,7 @@ class Stats:
             "tokens_per_second": round(self.tokens_per_second, 1),
             "looked_up": self.looked_up,
             "looked_up_accepted": self.looked_up_accepted,
+            "forced": self.forced,
             "acceptance": [round(share, 3) for share in self.acceptance],
             "seconds": round(self.seconds, 3),
             "prefill_seconds": round(self.prefill_seconds, 3),
@@ -118,7 +129,7 @@ class Generation:
         self.stats = Stats(drafted=[0] * (heads - 1), accepted=[0] * (heads - 1))
         self.origins: list[int] = []
         """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k, 0 for one that was
-        looked up in the text."""
+        looked up in the text, -1 (`FORCED`) for one that the constraint left no choice about."""
         self.logprobs: list[float] = []
         """For each token its log-probability under the model, before penalties, temperature and truncation; where the
         request asks for them."""
@@ -126,7 +137,8 @@ class Generation:
         """For each token the (token, log-probability) of the most probable ones, best first."""
         self.slot: int | None = None
         self.sources: list[int] = []
-        """For each draft in its window, or depth of its tree, the head that proposed it; 0 where it was looked up."""
+        """For each draft in its window, or depth of its tree, the head that proposed it; 0 where it was looked up,
+        `FORCED` where nothing else may stand."""
         self.confidences: list[float] = []
         """Of the drafts in its window, in a tree of the best of each head; empty where there are none, or where nothing
         asks for them."""
@@ -148,6 +160,11 @@ class Generation:
         return self._stopper.text
 
     @property
+    def matcher(self) -> Matcher | None:
+        """Where the text stands in the request's constraint."""
+        return self._stopper.matcher
+
+    @property
     def finish_reason(self) -> str | None:
         return self._stopper.finish_reason
 
@@ -160,9 +177,11 @@ class Generation:
         depths: those accepted, then head 1's own token."""
         before, accepted = len(self.tokens), len(tokens) - 1
         for i, head in enumerate(self.sources[:fed]):
-            if head:
+            if head > 0:
                 self.stats.drafted[head - 2] += 1
                 self.stats.accepted[head - 2] += i < accepted
+            elif head == FORCED:
+                self.stats.forced += 1
             else:
                 self.stats.looked_up += 1
                 self.stats.looked_up_accepted += i < accepted

@@ -28,7 +28,7 @@ class GraphedStep:
 
     The first pass of a key runs as it is, which warms up what libraries allocate once; the second is captured, which
     computes nothing, and replayed. What reads values on the host, or brings new tensors from it, always runs as it is:
-    penalties, rules other than matching, log-probabilities.
+    penalties, constraints, rules other than matching, log-probabilities.
 
     Args:
         capture: turns a function that runs kernels into one that replays them.
@@ -62,7 +62,7 @@ class GraphedStep:
 
 def graph_settings(state: DecodingState, slots: slice) -> Hashable | None:
     """What of the slots' settings decides which kernels a pass runs; None where it cannot be captured."""
-    if state.penalties.any(slots) or not state.sampling.plain_rules(slots):
+    if state.penalties.any(slots) or state.constraints.any(slots) or not state.sampling.plain_rules(slots):
         return None
     return state.sampling.transforms(slots)
 

@@ -24,8 +24,8 @@ class DecodingMemory:
     """Keys and values: exact."""
     state: int
     """What else is kept between passes: windows, settings, rotary tables; not what penalties (9 bytes a slot and token
-    of the vocabulary) and rules that weigh drafts (4 for each draft of a window too) add when a request asks for
-    them."""
+    of the vocabulary), rules that weigh drafts (4 for each draft of a window too) and constraints (1 for each row
+    of a window, on the host) add when a request asks for them."""
     workspace: int
     """What a pass over full windows of all slots, or a chunk of a prompt, holds at once; logits and noise are most of
     it."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from headstart.decoding import native
 from headstart.decoding.acceptance import lossy, weighed
 from headstart.decoding.cache import CachedAttention, KVCache, cache_dtype, pick
+from headstart.decoding.constraints import ConstraintRows
 from headstart.decoding.packing import PackedUnembedding, is_row_exact
 from headstart.decoding.penalties import PenaltyRows
 from headstart.decoding.sampling import SamplingRows
@@ -45,6 +46,7 @@ class DecodingState:
     drafts, the expectation of that."""
     sampling: SamplingRows
     penalties: PenaltyRows
+    constraints: ConstraintRows
     logits_SRV: Tensor | None
     """(S, R, V): head 1's logits of the last pass that was asked to keep them, before penalties."""
     vocab_size: int
@@ -101,6 +103,7 @@ class DecodingState:
             confidence_SK=torch.zeros(slots, model.config.heads - 1, device=device),
             sampling=SamplingRows(slots, device),
             penalties=PenaltyRows(slots, model.config.vocab_size, device),
+            constraints=ConstraintRows(slots, width or model.config.heads, model.config.vocab_size),
             logits_SRV=None,
             vocab_size=model.config.vocab_size,
             rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
@@ -155,7 +158,7 @@ def decode_step(
     logits = model.unembedding(latents[1])  # (S, W', V)
     if keep_logits:
         state.logits_SRV = logits
-    logits = state.penalties.apply(logits, window[:, 1:], slots, tree)
+    logits = state.constraints.apply(state.penalties.apply(logits, window[:, 1:], slots, tree), slots)
     noise = noise_here = None
     if state.sampling.any_sampled(slots):
         # Of every position that this pass decides or drafts: verification and drafts share it, and one hash makes it.
@@ -183,6 +186,7 @@ def decode_step(
     if heads > 1:
         drafts = _draft(model, latents, rotary, attention, row, heads, deferred)  # (S, K-1, V)
         drafts = state.penalties.apply(drafts, None, slots)
+        state.constraints.keep(drafts, slots)
         if noise is not None:
             ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
             if plain:

@@ -1,4 +1,4 @@
-"""Where a generation ends: end token, token limit, stop strings. Exact at every offset inside a burst of tokens."""
+"""Where a generation ends: end token, token limit, stop strings, a constraint. Exact at every offset inside a burst."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Literal
 
 from headstart.data.textstream import TextStream
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.constraints import Matcher
 from headstart.errors import UsageError
 
-FinishReason = Literal["end", "length", "stop", "cancelled"]
+FinishReason = Literal["end", "length", "stop", "cancelled", "stuck"]
+"""end: by the end token, or a constraint is satisfied and nothing may follow. stuck: a constraint allows nothing more,
+and not the end either."""
 
 
 class Stopper:
@@ -20,7 +23,12 @@ class Stopper:
     """
 
     def __init__(
-        self, max_new_tokens: int, end_id: int | None, stop: Sequence[str] = (), tokenizer: Tokenizer | None = None
+        self,
+        max_new_tokens: int,
+        end_id: int | None,
+        stop: Sequence[str] = (),
+        tokenizer: Tokenizer | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         if stop and tokenizer is None:
             raise UsageError("stop strings need a tokenizer; this model directory has none, stop by tokens instead")
@@ -29,6 +37,8 @@ class Stopper:
         self.remaining = max_new_tokens
         self.end_id = end_id
         self.stop = tuple(stop)
+        self.matcher = matcher
+        """It is moved on by the tokens kept."""
         self.tokens: list[int] = []
         self.text = ""
         """Released text so far."""
@@ -42,12 +52,17 @@ class Stopper:
         for token in tokens:
             if self.finish_reason is not None:
                 break
+            matcher = self.matcher
             if token == self.end_id:
-                return released + self._finish("end")
+                return released + self._finish("end" if matcher is None or matcher.may_end else "stuck")
+            if matcher is not None and not matcher.push(token):
+                return released + self._finish("stuck")
             self.tokens.append(token)
             self.remaining -= 1
             if self._stream is not None:
                 released += self._release(self._stream.push([token]))
+            if self.finish_reason is None and matcher is not None and matcher.ended:
+                released += self._finish("end")
             if self.finish_reason is None and self.remaining == 0:
                 released += self._finish("length")
         return released

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import packed
 
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.graphs import MOST, GraphedStep, Replay
@@ -55,12 +57,16 @@ def test_graphs_change_no_output(shape: str, sampling: Sampling) -> None:
         Request(PROMPTS[0], 12, Sampling(0.8, top_p=0.9)),
         Request(PROMPTS[0], 12, penalties=Penalties(presence=0.5)),
         Request(PROMPTS[0], 12, logprobs=1),
+        Request(PROMPTS[0], 12, constraint=Constraint.regex("[a-e ]*")),
     ],
-    ids=["top-p", "penalties", "logprobs"],
+    ids=["top-p", "penalties", "logprobs", "constraint"],
 )
 def test_what_needs_the_host_is_not_captured(request_: Request) -> None:
-    engine, recorder = graphed("replicated", 1)
-    wanted = generate_all(Engine(packed("replicated", torch.float32)), [request_])[0].tokens
+    if request_.constraint is not None:
+        pytest.importorskip("llguidance", reason="llguidance is not installed")
+    engine, recorder = graphed("replicated", 1, tokenizer=ByteTokenizer())
+    plain = Engine(packed("replicated", torch.float32), tokenizer=ByteTokenizer())
+    wanted = generate_all(plain, [request_])[0].tokens
     assert generate_all(engine, [request_])[0].tokens == wanted
     assert recorder.captured == 0
 

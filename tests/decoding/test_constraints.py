@@ -1,0 +1,397 @@
+"""Constrained text is what its constraint says, and with drafts it is that of constrained plain decoding."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import HEADS, packed, trained
+from test_policy import Whim
+
+import headstart
+from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from headstart.decoding import constrained_drafts
+from headstart.decoding.acceptance import Rule
+from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import FORCED, Generation, Request
+from headstart.decoding.packing import is_row_exact, pack
+from headstart.decoding.penalties import Penalties
+from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.tree import DraftTree
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+
+BYTES = ByteTokenizer()
+PROMPT = tuple(b"the cat then")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "animal": {"enum": ["cat", "caterpillar", "dog"]},
+    },
+    "required": ["name", "age", "animal"],
+    "additionalProperties": False,
+}
+CASES = {
+    "schema": Constraint.json_schema(PERSON),
+    "words": Constraint.regex(r"((the|that|then) (cat|dog|[a-z]{1,5})[ .]){8}"),
+    "endless": Constraint.regex(r"(then a (dog|cat) |[a-d]{2,3}! )*"),
+    "choice": Constraint.choice(["then a dog is that", 'then "a cat"\\', "th"]),
+    "lark": Constraint.lark('start: item (", " item){4}\nitem: /[a-z]{1,4}/ | "<" item ">"'),
+}
+
+
+@functools.cache
+def bpe() -> PretrainedTokenizer:
+    """A BPE whose tokens straddle what a grammar says in pieces: `": "`, `{"`, `", "`, `cat"`."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [json.dumps({"name": name, "age": i, "animal": "cat"}) for i, name in enumerate(["ann", "bo", "übel"] * 9)]
+    library.train_from_iterator([*texts, "then a dog the cat that is ", "then a cat! "], trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        library.save(str(Path(folder) / "tokenizer.json"))
+        return PretrainedTokenizer(folder)
+
+
+@functools.cache
+def random_model(vocab_size: int) -> Transformer:
+    """A model of random weights, whose vocabulary is larger than the tokenizer's, and whose heads say something."""
+    torch.manual_seed(2)
+    config = ModelConfig(
+        vocab_size=vocab_size, dim=16, layers=5, attention_heads=1, heads=3, context=256, head_kind="replicated"
+    )
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    return model.double()
+
+
+def model_of(tokenizer: Tokenizer) -> tuple[Transformer, Transformer]:
+    """A model and its decoding form, in float64."""
+    if tokenizer is BYTES:
+        return copy.deepcopy(trained("transformer-parallel")).double(), packed("transformer-parallel", torch.float64)
+    return random_model(432), pack(copy.deepcopy(random_model(432)))
+
+
+def reference(
+    model: Transformer, tokenizer: Tokenizer, constraint: Constraint, prompt, count: int, temperature=0.0, seed=0
+) -> tuple[list[int], str]:
+    """Constrained plain decoding as directly as possible: a whole forward and a fresh matcher for each token."""
+    tokens: list[int] = []
+    for _ in range(count):
+        matcher = compiled(constraint, tokenizer, model.config.vocab_size)
+        assert all(matcher.push(token) for token in tokens)
+        if tokens and matcher.ended:
+            return tokens, "end"
+        allowed = torch.from_numpy(matcher.allowed())
+        if not allowed.any():
+            return tokens, "stuck"
+        with torch.no_grad():
+            scores = model(torch.tensor([[*prompt, *tokens]]))[0, -1].masked_fill(~allowed, -float("inf"))
+        if temperature:
+            noise = position_noise(torch.tensor(seed), torch.tensor(len(prompt) + len(tokens)), len(scores))
+            scores = scores / temperature + noise
+        token = int(scores.argmax())
+        if token == tokenizer.end_id:
+            return tokens, "end"
+        tokens.append(token)
+    matcher = compiled(constraint, tokenizer, model.config.vocab_size)
+    assert all(matcher.push(token) for token in tokens)
+    return tokens, "end" if matcher.ended else "length"
+
+
+def one(engine: Engine, *args, **settings) -> Generation:
+    return generate_all(engine, [Request(*args, **settings)])[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokenizer", [BYTES, "bpe"], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_with_drafts_it_is_constrained_plain_decoding(name: str, tokenizer, temperature: float) -> None:
+    tokenizer = bpe() if tokenizer == "bpe" else tokenizer
+    raw, model = model_of(tokenizer)
+    prompt = PROMPT if tokenizer is BYTES else tuple(tokenizer.encode("the cat then"))
+    expected, reason = reference(raw, tokenizer, CASES[name], prompt, 45, temperature, seed=1)
+    sampling = Sampling(temperature, seed=1)
+    for heads, lookup in ((1, 0), (2, 0), (model.config.heads, 0), (1, 5), (model.config.heads, 5)):
+        engine = Engine(model, tokenizer=tokenizer, lookup=lookup)
+        got = one(engine, prompt, 45, sampling, heads, constraint=CASES[name])
+        assert (got.tokens, got.finish_reason) == (expected, reason), (heads, lookup)
+        assert got.text == tokenizer.decode(got.tokens)
+        if heads == 1 and not lookup:
+            assert got.stats.forced == 0 and got.stats.rows_per_pass == 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("exact", [True, False])
+def test_in_a_batch_under_any_policy_it_is_the_same_and_free_requests_are_as_ever(compiled: bool, exact: bool) -> None:
+    model = packed("transformer-parallel", torch.float32, compiled)
+    requests = [
+        Request(PROMPT, 50, Sampling(0.8 * (i % 3 > 0), seed=i, top_k=5 * (i % 3 > 1)), constraint=constraint)
+        for i, constraint in enumerate([CASES["schema"], None, CASES["endless"], CASES["words"], None, CASES["choice"]])
+    ]
+    plain = []
+    for r in requests:
+        engine = Engine(model, tokenizer=BYTES, exact=exact)
+        plain.append(one(engine, r.prompt, 50, r.sampling, 1, constraint=r.constraint).tokens)
+        if r.constraint is None:  # nothing is made for those that are free
+            assert engine.state.constraints._forbidden is None and engine.state.constraints._drafts is None
+    for policy in [None, Whim(3)] if exact is False or is_row_exact(model) else [None]:
+        for lookup in (0, 3):
+            engine = Engine(model, slots=3, tokenizer=BYTES, exact=exact, policy=policy, lookup=lookup)
+            together = generate_all(engine, requests)
+            assert [g.tokens for g in together] == plain
+            assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints._forbidden.any()
+
+
+def test_what_is_forced_is_drafted_and_kept() -> None:
+    text = "exactly this text, and no other"
+    constraint = Constraint.choice([text])
+    model = packed("transformer-parallel", torch.float32)
+    got = one(Engine(model, tokenizer=BYTES), PROMPT, 60, constraint=constraint)
+    assert got.text == text and got.finish_reason == "end"
+    assert got.stats.passes == -(-len(text) // HEADS)
+    assert got.stats.forced == got.origins.count(FORCED) == len(text) - (got.stats.passes - 1)
+    # Windows that are longer than heads there are hold more of it.
+    longer = one(Engine(model, tokenizer=BYTES, lookup=6), PROMPT, 60, constraint=constraint)
+    assert longer.text == text and longer.stats.passes == -(-len(text) // (HEADS + 6))
+    for kind in ("rejection", "block"):
+        rule = Rule(kind)
+        got = one(Engine(model, tokenizer=BYTES), PROMPT, 60, Sampling(1.0), acceptance=rule, constraint=constraint)
+        assert got.text == text and got.stats.passes == -(-len(text) // HEADS)
+    # Where nothing may follow nothing is drafted, not even the end token.
+    engine = Engine(pack(copy.deepcopy(random_model(432))), tokenizer=bpe(), lookup=8)
+    got = one(engine, (5, 6), constraint=Constraint.choice(["then a"]))
+    assert got.text == "then a" and got.stats.passes == 1 and got.stats.forced == len(got.tokens) < 10
+
+
+@pytest.mark.parametrize("kind", ["match", "rejection", "block"])
+def test_no_draft_is_fed_that_the_constraint_forbids(kind: str) -> None:
+    engine = Engine(packed("transformer-parallel", torch.float32), tokenizer=BYTES, lookup=2)
+    constraint = CASES["endless"]
+    generation = engine.submit(Request(PROMPT, 80, Sampling(1.0), acceptance=Rule(kind), constraint=constraint))
+    drafts = 0
+    while not generation.finished:
+        engine.step()
+        if not generation.finished:
+            window = engine.state.window_SW[0, : 1 + int(engine.state.drafted_S[0])].tolist()
+            matcher = compiled(constraint, BYTES, 128)
+            assert all(matcher.push(token) for token in generation.tokens + window[1:])
+            assert window[0] == generation.tokens[-1] and len(generation.sources) == len(window) - 1
+            drafts += len(window) - 1
+    # Beyond the first, each head has a draft for nearly every pass.
+    assert drafts > 0.8 * (HEADS - 1) * (generation.stats.passes - 1)
+    assert sum(generation.stats.accepted) > 0
+
+
+@pytest.mark.parametrize("kind", ["match", "rejection"])
+def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
+    """The same logits, with the noise of the same position."""
+    engine = Engine(packed("transformer-parallel", torch.float32), tokenizer=BYTES)
+    anything = Constraint.regex("[\x00-\x7f]*")
+    engine.submit(Request(PROMPT, 40, Sampling(1.5, seed=3), acceptance=Rule(kind), constraint=anything))
+    for _ in range(10):
+        engine.step()
+        root, window = engine._lengths[0], engine.state.window_SW[0].tolist()
+        nothing = np.zeros(128, dtype=bool)
+        for k in range(2, HEADS + 1):
+            token, _ = constrained_drafts._drawn(engine.state, slice(0, 1), k, root + k - 1, nothing, 1.0)
+            assert token == window[k - 1]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_a_mask_depends_on_the_text_alone(name: str) -> None:
+    """Not on what was asked before, nor on drafts taken back."""
+    tokenizer = BYTES if name == "bytes" else bpe()
+    for seed, constraint in enumerate(list(CASES.values()) * 3):
+        rng = random.Random(seed)
+        matcher, text = compiled(constraint, tokenizer, tokenizer.vocab_size), []
+        for _ in range(25):
+            allowed = matcher.allowed()
+            fresh = compiled(constraint, tokenizer, tokenizer.vocab_size)
+            assert all(fresh.push(token) for token in text)
+            assert np.array_equal(fresh.allowed(), allowed) and fresh.may_end == matcher.may_end
+            drafts = 0
+            for _ in range(rng.randint(0, 5)):
+                token = int(rng.choice(np.flatnonzero(matcher.allowed())))
+                if token == tokenizer.end_id:
+                    break
+                assert matcher.push(token)
+                drafts += 1
+                if matcher.ended:
+                    break
+            matcher.back(drafts)
+            token = int(rng.choice(np.flatnonzero(allowed)))
+            if token == tokenizer.end_id:
+                break
+            assert matcher.push(token)
+            text.append(token)
+            if matcher.ended:
+                break
+
+
+SCHEMAS = [
+    PERSON,
+    {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 4},
+    {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": "^[a-z]+_[0-9]{2}$", "maxLength": 12}]},
+    {
+        "type": "object",
+        "properties": {"path": {"$ref": "#/$defs/path"}, "more": {"type": "array", "items": {"$ref": "#/$defs/path"}}},
+        "required": ["path"],
+        "additionalProperties": False,
+        "$defs": {"path": {"type": "object", "properties": {"x": {"type": ["integer", "null"]}}, "required": ["x"],
+                           "additionalProperties": False}},
+    },
+]  # fmt: skip
+
+
+@functools.cache
+def boxed() -> headstart.LanguageModel:
+    return headstart.load()
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+def test_the_model_in_the_box_writes_what_the_schema_says(schema) -> None:
+    constraint = Constraint.json_schema(schema)
+    ended = 0
+    for seed in range(4):
+        settings = {"temperature": 0.9 * (seed > 0), "seed": seed, "constraint": constraint}
+        out = boxed().generate("CONFIG = ", 160, **settings)
+        plain = boxed().generate("CONFIG = ", 160, heads=1, **settings)
+        assert (out.text, out.finish_reason) == (plain.text, plain.finish_reason)
+        if out.finish_reason == "end":
+            ended += 1
+            jsonschema.validate(json.loads(out.text), schema)
+        assert "".join(boxed().stream("CONFIG = ", 160, **settings)) == out.text
+    assert ended >= 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_of_random_weights_does_too(seed: int) -> None:
+    model = pack(copy.deepcopy(random_model(432)))
+    constraint, sampling = Constraint.json_schema(PERSON), Sampling(1.0, seed=seed)
+    got = one(Engine(model, tokenizer=bpe()), tuple(bpe().encode("x")), 150, sampling, constraint=constraint)
+    assert got.finish_reason == "end"
+    jsonschema.validate(json.loads(got.text), PERSON)
+    assert max(len(bpe().decode([token])) for token in got.tokens) > 2
+
+
+def test_stop_strings_penalties_and_logprobs_go_with_it() -> None:
+    raw, model = model_of(BYTES)
+    penalties = Penalties(repetition=1.2, frequency=0.3, bias=((ord("d"), 2.0), (ord("c"), -float("inf"))))
+    for temperature in (0.0, 0.9):
+        texts = set()
+        for heads in (1, 2, HEADS):
+            settings = {"penalties": penalties, "constraint": CASES["endless"], "logprobs": 1}
+            engine = Engine(model, tokenizer=BYTES)
+            got = one(engine, PROMPT, 60, Sampling(temperature, seed=5), heads, stop=("! ",), **settings)
+            texts.add((got.text, got.finish_reason))
+            with torch.no_grad():
+                logs = raw(torch.tensor([[*PROMPT, *got.tokens]]))[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+            own = logs.gather(1, torch.tensor(got.tokens)[:, None])[:, 0]
+            assert got.logprobs == pytest.approx(own.tolist(), abs=1e-9)  # the model's own, without mask and penalties
+        assert len(texts) == 1
+        text, reason = texts.pop()
+        assert "c" not in text and "!" not in text and reason in ("stop", "length")
+    forced = one(Engine(model, tokenizer=BYTES), PROMPT, penalties=penalties, constraint=Constraint.choice(["cc"]))
+    assert forced.text == "cc"  # what is forced goes before what must never be
+
+
+def test_where_it_ends() -> None:
+    model = packed("transformer-parallel", torch.float32)
+    text = "then a dog"
+    for heads in (1, HEADS):
+        for limit in range(1, len(text) + 3):
+            engine = Engine(model, tokenizer=BYTES)
+            got = one(engine, PROMPT, limit, heads=heads, constraint=Constraint.choice([text]))
+            # Complete with the last token that there may be is complete.
+            assert (got.text, got.finish_reason) == (text[:limit], "length" if limit < len(text) else "end")
+        # The model's 128 tokens have no letter for it, which shows only on the way.
+        got = one(Engine(model, tokenizer=BYTES), PROMPT, heads=heads, constraint=Constraint.regex("then( a dog)? ü"))
+        assert got.finish_reason == "stuck" and got.text in ("then ", "then a dog ")
+
+
+def test_an_end_token_where_the_text_may_not_end_is_no_end() -> None:
+    """Where a text is stuck rows are not masked: whatever is chosen there, it did not satisfy the constraint."""
+    few = 100  # of the tokenizer's tokens: no umlaut is among them
+    engine = Engine(pack(copy.deepcopy(random_model(few))), tokenizer=bpe())
+    always = {"penalties": Penalties(bias=((bpe().end_id, 1e6),))}
+    for heads in (1, 3):
+        stuck = one(engine, (1, 2), heads=heads, constraint=Constraint.regex("a(b|bx)ü"), **always)
+        assert stuck.text in ("ab", "abx") and stuck.finish_reason == "stuck"
+        free = one(engine, (1, 2), heads=heads, constraint=Constraint.regex("a(ab)*"), **always)
+        assert (free.text, free.finish_reason) == ("a", "end")
+
+
+def test_drafts_that_get_stuck_are_no_more_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any d is a trap: the model has no token for what comes after it. Drafts step into it where the text may not."""
+    engine = Engine(packed("transformer-parallel", torch.float32), slots=8, tokenizer=BYTES)
+    trap = Constraint.regex("([^d]|dü){40}")
+    apply = ConstraintRows.apply
+
+    def checked(self, logits, slots):
+        result = apply(self, logits, slots)
+        assert result.isfinite().any(-1).all()  # probabilities of nothing would be NaN
+        return result
+
+    monkeypatch.setattr(ConstraintRows, "apply", checked)
+    found = [
+        generate_all(engine, [Request(PROMPT, 50, Sampling(1.5, seed=s), heads, constraint=trap) for s in range(16)])
+        for heads in (1, HEADS)
+    ]
+    plain, drafted = ([(g.text, g.finish_reason) for g in generations] for generations in found)
+    assert plain == drafted and len({reason for _, reason in plain}) == 2
+    assert all(text.endswith("d") == (reason == "stuck") for text, reason in plain)
+
+
+def test_what_was_refused_is_taken_back_too() -> None:
+    matcher = compiled(CASES["choice"], BYTES, 256)
+    for text in (b"", b"t", b"th", b"then"):
+        for size in range(len(text) + 1):
+            before = matcher.allowed()
+            assert all(matcher.push(token) for token in text[:size]) and not matcher.push(ord("?"))
+            assert not matcher.allowed().any() and not matcher.may_end
+            matcher.back(size)
+            assert np.array_equal(matcher.allowed(), before)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_beside_draft_trees(exact: bool) -> None:
+    """Constrained texts get chains, also where they begin while others have trees."""
+    model = packed("transformer-parallel", torch.float32, compiled=exact)
+    if exact and not is_row_exact(model):
+        pytest.skip("no compiled kernels here: exact decoding refuses")
+    requests = [
+        Request(PROMPT, 12 + 9 * i, Sampling(0.8, seed=i), constraint=CASES["words"] if i % 3 == 1 else None)
+        for i in range(6)
+    ]
+    plain = [generate_all(Engine(model, tokenizer=BYTES, exact=exact), [request])[0].tokens for request in requests]
+    engine = Engine(model, slots=2, tokenizer=BYTES, exact=exact, tree=DraftTree.parse("0,1,0.0,0.1,1.0"))
+    assert [g.tokens for g in generate_all(engine, requests)] == plain
+    fixed = Engine(packed("transformer-parallel", torch.float32, False), tokenizer=BYTES, tree=engine.tree)
+    with pytest.raises(UsageError, match="a constraint knows no draft trees"):
+        fixed.submit(requests[1])
