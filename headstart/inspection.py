@@ -67,13 +67,22 @@ def head_tree(config: ModelConfig) -> str:
 
 
 def _branches(config: ModelConfig, parent: int, indent: str) -> Iterator[str]:
-    kind = {"transformer": "transformer block", "linear": "linear map", "replicated": "own unembedding"}
+    kind = {
+        "transformer": "transformer block",
+        "linear": "linear map",
+        "replicated": "own unembedding",
+        "medusa": "residual layer behind the final norm" + ("" if config.shared else ", own unembedding"),
+        "stern": "output of a shared feed-forward layer behind the final norm",
+        "sequential": f"block{', shared,' if config.shared else ''} that also reads token t+",
+    }
     children = config.children(parent)
     for k in children:
         last = k == children[-1]
-        # Head 1 of linear and replicated heads is the plain unembedding of what it hangs on.
-        bare = k == 1 and (config.head_kind == "replicated" or (config.head_kind == "linear" and config.plain_decoder))
+        # Head 1 of all but transformer heads is the plain unembedding of what it hangs on.
+        bare = k == 1 and config.head_kind != "transformer" and config.plain_decoder
         made_of = "its parent's latent as it is" if bare else kind[config.head_kind]
+        if config.head_kind == "sequential" and not bare:
+            made_of += str(k - 1)
         yield f"{indent}{'└─' if last else '├─'} head {k}: token t+{k}, {made_of}"
         yield from _branches(config, k, indent + ("   " if last else "│  "))
 

@@ -66,6 +66,23 @@ def test_the_tree_of_heads():
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "shared", "made_of"),
+    [
+        ("medusa", True, "residual layer behind the final norm"),
+        ("medusa", False, "residual layer behind the final norm, own unembedding"),
+        ("stern", True, "output of a shared feed-forward layer behind the final norm"),
+        ("sequential", True, "block, shared, that also reads token t+1"),
+        ("sequential", False, "block that also reads token t+1"),
+    ],
+)
+def test_the_trees_of_heads_beside_a_plain_one(kind, shared, made_of):
+    wiring = "causal" if kind == "sequential" else "parallel"
+    tree = head_tree(ModelConfig(layers=2, heads=2, head_kind=kind, wiring=wiring, shared=shared)).splitlines()
+    assert tree[1].endswith("─ head 1: token t+1, its parent's latent as it is")
+    assert tree[2].endswith(f"└─ head 2: token t+2, {made_of}")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_equal_totals(name):
     found = inspect(name)

@@ -30,6 +30,14 @@ class Batch:
     tokens: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T, n), IGNORE where head k's token lies in another document
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
+    ahead: torch.Tensor | None = None  # (B, n), the tokens that follow each row, whatever their document
+
+    def read(self, ahead: int) -> torch.Tensor:
+        """The tokens that a model reads whose heads read `ahead` tokens behind a row: (B, T + ahead)."""
+        if not ahead:
+            return self.tokens
+        assert self.ahead is not None
+        return torch.cat([self.tokens, self.ahead[:, :ahead]], 1)
 
 
 def targets_of(tokens: Array, documents: Array, heads: int) -> Array:
@@ -210,6 +218,7 @@ def _batch(tokens: np.ndarray, documents: np.ndarray, heads: int) -> Batch:
         torch.from_numpy(np.ascontiguousarray(tokens[:, :-heads])),
         torch.from_numpy(targets),
         torch.from_numpy(np.ascontiguousarray(documents[:, :-heads])),
+        torch.from_numpy(np.ascontiguousarray(tokens[:, -heads:])),
     )
 
 

@@ -75,7 +75,7 @@ def score_documents(
         right_Tn = np.zeros((len(tokens), n), dtype=bool)
         known_Tn = np.arange(len(tokens))[:, None] + np.arange(1, n + 1) < len(tokens)
         for start, first, stop in _windows(len(tokens), length):
-            nats_Tn, top_Tn = _read(model, torch.from_numpy(tokens[start:stop]), tokens, start)
+            nats_Tn, top_Tn = _read(model, tokens, start, stop)
             new, known = slice(first - start, stop - start), known_Tn[first:stop]
             nats += torch.from_numpy(np.where(known, nats_Tn[new], 0.0).sum(0))
             targets = tokens[np.minimum(np.arange(first, stop)[:, None] + np.arange(1, n + 1), len(tokens) - 1)]
@@ -116,18 +116,21 @@ def _windows(size: int, length: int) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def _read(model: Transformer, window: Tensor, tokens: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """(T, n) each: nats of the text's tokens k ahead, 0 where there is none, and the most probable token of head k."""
+def _read(model: Transformer, tokens: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """(T, n) each, of the positions start..stop: nats of the text's tokens k ahead, 0 where there is none, and the most
+    probable token of head k."""
     n, device = model.config.heads, model.trunk.embedding.weight.device
-    latents = model.latents(window[None].to(device), list(range(1, n + 1)))
+    T = stop - start
+    read = torch.from_numpy(tokens[start : stop + model.config.ahead])
+    latents = model.latents(read[None].to(device), list(range(1, n + 1)))
     rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
-    nats, top = np.zeros((len(window), n)), np.zeros((len(window), n), dtype=np.int64)
+    nats, top = np.zeros((T, n)), np.zeros((T, n), dtype=np.int64)
     for k in range(1, n + 1):
-        ahead = tokens[start + k : start + k + len(window)]
-        targets = torch.full((len(window),), NO_TARGET)
+        ahead = tokens[start + k : stop + k]
+        targets = torch.full((T,), NO_TARGET)
         targets[: len(ahead)] = torch.from_numpy(ahead)
-        for row in range(0, len(window), rows):
-            logits = model.unembedding(latents[k][:, row : row + rows], k)[0].float()
+        for row in range(0, T, rows):
+            logits = model.unembedding(latents[k][:, row : min(row + rows, T)], k)[0].float()
             losses = torch.nn.functional.cross_entropy(
                 logits, targets[row : row + rows].to(device), reduction="none", ignore_index=NO_TARGET
             )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 from headstart.errors import UsageError
 
-HeadKind = Literal["transformer", "linear", "replicated"]
+HeadKind = Literal["transformer", "linear", "replicated", "medusa", "stern", "sequential"]
 Wiring = Literal["parallel", "causal", "anticausal"]
 
 
@@ -17,7 +17,7 @@ class ModelConfig:
     """A Llama-style decoder with `heads` prediction heads (paper sections 2 and B).
 
     Transformer heads are counted among the `layers` (the paper's parameter matching: the trunk keeps
-    `layers - heads + extra_layers` blocks); linear and replicated heads leave all `layers` in the trunk.
+    `layers - heads + extra_layers` blocks); heads of every other kind leave all `layers` in the trunk.
     """
 
     vocab_size: int = 256
@@ -39,7 +39,12 @@ class ModelConfig:
     heads: int = 1
     """n: how many future tokens are predicted. Head k predicts token t+k; head 1 is the next-token head."""
     head_kind: HeadKind = "transformer"
-    """transformer: one block per head; linear: one matrix per head; replicated: one unembedding per head."""
+    """transformer: one block per head; linear: one matrix per head; replicated: one unembedding per head; medusa: a
+    residual layer per head behind the final norm; stern: one feed-forward layer with an output per head there;
+    sequential: a block that also reads the token before the one to predict, DeepSeek-V3's (wiring: causal)."""
+    shared: bool = True
+    """sequential: one module for all heads (FastMTP), false: one for each (DeepSeek-V3). medusa: the heads share the
+    unembedding, false: each has its own, at first a copy."""
     wiring: Wiring = "parallel"
     """Which latent feeds head k: parallel (the trunk's), causal (head k-1's), anticausal (head k+1's)."""
     extra_layers: int = 0
@@ -75,12 +80,22 @@ class ModelConfig:
                 f"model.attention_heads {self.attention_heads} is not a multiple of model.kv_heads {self.kv_heads}; "
                 "change one of them"
             )
-        if self.head_kind not in ("transformer", "linear", "replicated"):
-            raise UsageError(f"model.head_kind {self.head_kind!r} is unknown; take transformer, linear or replicated")
+        if self.head_kind not in get_args(HeadKind):
+            raise UsageError(
+                f"model.head_kind {self.head_kind!r} is unknown; take one of {', '.join(get_args(HeadKind))}"
+            )
         if self.wiring not in ("parallel", "causal", "anticausal"):
             raise UsageError(f"model.wiring {self.wiring!r} is unknown; take parallel, causal or anticausal")
-        if self.head_kind == "replicated" and self.wiring != "parallel":
-            raise UsageError("replicated heads have no latent of their own to chain; set model.wiring to parallel")
+        if self.in_unembedding and self.wiring != "parallel":
+            raise UsageError(
+                f"{self.head_kind} heads have no latent of their own to chain; set model.wiring to parallel"
+            )
+        if self.head_kind == "sequential" and self.wiring != "causal":
+            raise UsageError("sequential heads read one another's latents in turn; set model.wiring to causal")
+        if not self.shared and self.head_kind not in ("sequential", "medusa"):
+            raise UsageError(
+                f"model.shared false is for sequential and medusa heads, not {self.head_kind}; leave it out"
+            )
         if not 0 <= self.extra_layers <= self.heads - 1:
             raise UsageError(f"model.extra_layers is {self.extra_layers}; it must lie between 0 and heads - 1")
         if self.head_kind != "transformer" and self.extra_layers:
@@ -94,6 +109,21 @@ class ModelConfig:
     @property
     def trunk_layers(self) -> int:
         return self.layers - self.heads + self.extra_layers if self.head_kind == "transformer" else self.layers
+
+    @property
+    def in_unembedding(self) -> bool:
+        """Whether heads 2..n are made of what the unembedding holds: they all read the trunk's latent as it is."""
+        return self.head_kind in ("replicated", "medusa", "stern")
+
+    @property
+    def ahead(self) -> int:
+        """How many tokens behind a row the heads read: head k at position t reads the tokens up to t + k - 1."""
+        return self.heads - 1 if self.head_kind == "sequential" else 0
+
+    @property
+    def head_blocks(self) -> int:
+        """Blocks that heads run through, each with keys and values of its own: those of the last heads, in order."""
+        return {"transformer": self.heads, "sequential": self.heads - 1}.get(self.head_kind, 0)
 
     @property
     def key_value_heads(self) -> int:
@@ -111,6 +141,11 @@ class ModelConfig:
     @property
     def hidden(self) -> int:
         return max(32, round(8 * self.dim / 3 / 32) * 32) if self.hidden_dim is None else self.hidden_dim
+
+    @property
+    def stern_hidden(self) -> int:
+        """Width of the layer that stern heads share: that of a SwiGLU for each of heads 2..n."""
+        return (self.heads - 1) * self.hidden
 
     @cached_property
     def parents(self) -> tuple[int, ...]:
@@ -142,7 +177,13 @@ class ModelConfig:
             # Head 1 reads the trunk as it is, so that trunk + head 1 stays a plain decoder; see heads.py.
             per_head = [0 if k == 1 and self.plain_decoder else d * d for k in range(1, self.heads + 1)]
         else:
-            per_head = [0] + [self.vocab_size * d] * (self.heads - 1)
+            further, own = self.heads - 1, 0 if self.shared else self.vocab_size * d
+            per_head = [0] + {
+                "replicated": [self.vocab_size * d] * further,
+                "medusa": [d * d + d + own] * further,
+                "stern": [d * self.stern_hidden + (d * self.stern_hidden if k == 0 else 0) for k in range(further)],
+                "sequential": [2 * d * d + 2 * d + block if k == 0 or not self.shared else 0 for k in range(further)],
+            }[self.head_kind]
         counts = {
             "embedding": self.vocab_size * d,
             "trunk": self.trunk_layers * block,
@@ -168,9 +209,14 @@ class ModelConfig:
         """
         d, kv = self.dim, self.key_value_heads * self.dim_per_head
         block = d * (self.attention_dim + 2 * kv) + self.attention_dim * d + 3 * d * self.hidden
-        blocks = self.trunk_layers + (self.heads if self.head_kind == "transformer" else 0)
-        maps = self.heads - self.plain_decoder if self.head_kind == "linear" else 0
-        weights = blocks * block + maps * d * d + self.heads * self.vocab_size * d
+        blocks, further = self.trunk_layers + self.head_blocks, self.heads - 1
+        maps = {
+            "linear": (self.heads - self.plain_decoder) * d * d,
+            "medusa": further * d * d,
+            "stern": further * 2 * d * self.stern_hidden,  # each loss computes the hidden layer anew
+            "sequential": further * 2 * d * d,
+        }.get(self.head_kind, 0)
+        weights = blocks * block + maps + self.heads * self.vocab_size * d
         return 6 * weights + 12 * blocks * self.attention_dim * length
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.model.attention import DocumentAttention, causal_attention
@@ -29,12 +30,18 @@ class Trunk(nn.Module):
         tokens_BT: Tensor,
         rotary: tuple[Tensor, Tensor],
         attend: Callable[[int], Attend] = lambda layer: causal_attention,
-    ) -> Tensor:
-        """(B, T) int64 -> z (B, T, D). `attend(layer)` gives the attention of that block."""
-        z_BTD = self.embedding(tokens_BT)
+        length: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, T) int64 -> z (B, T, D). `attend(layer)` gives the attention of that block.
+
+        With `length` tokens may be more: z of the first `length`, and beside it the embeddings (B, T, D) of all, which
+        sequential heads read. They are looked up in here, so that the matrix has one use in a pass, as sharding wants.
+        """
+        embeddings_BTD = self.embedding(tokens_BT)
+        z_BTD = embeddings_BTD[:, :length]
         for layer, block in enumerate(self.blocks):
             z_BTD = block(z_BTD, rotary, attend(layer))
-        return z_BTD
+        return z_BTD if length is None else (z_BTD, embeddings_BTD)
 
 
 class Transformer(nn.Module):
@@ -56,25 +63,37 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:  # see Trunk
                 self.first_value_(name, parameter, generator)
+        self.copy_first_values()
+
+    @torch.no_grad()
+    def copy_first_values(self) -> None:
+        """Unembeddings that medusa heads have of their own begin as copies of head 1's."""
+        if self.config.head_kind == "medusa":
+            for weight in list(self.unembedding.weights)[1:]:
+                weight.copy_(self.unembedding.weights[0])
 
     @torch.no_grad()
     def first_value_(self, name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
         """Fills `tensor` with a first value of the parameter `name`.
 
         Normal of deviation 0.02, narrowed by sqrt(2 x blocks) for maps back into the residual stream, as GPT-2; norms
-        1, biases 0. The paper does not give its initialisation; this is our default.
+        1, biases 0. The paper does not give its initialisation; this is our default. Medusa's maps are 0, as there.
         """
         if name.endswith("norm.weight"):
             tensor.fill_(1)
-        elif name.endswith("bias"):
+        elif name.endswith("bias") or ".residuals.maps." in name:
             tensor.zero_()
         else:
-            narrow = name.endswith((".attention.out.weight", ".mlp.down.weight"))
+            narrow = name.endswith((".attention.out.weight", ".mlp.down.weight")) or ".residuals.outputs." in name
             tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if narrow else 0.02, generator=generator)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin tables (..., 1, E) for integer positions of any shape."""
         return rotary_tables(positions, self.config.dim_per_head, self.config.rope_theta, dtype)
+
+    def head(self, k: int) -> nn.Module:
+        """Head k."""
+        return self.heads[min(k, len(self.heads)) - 1]
 
     def path(self, k: int) -> list[int]:
         """The heads between the trunk and head k, in order of computation, head k last."""
@@ -87,20 +106,33 @@ class Transformer(nn.Module):
     def latents(self, tokens_BT: Tensor, ks: list[int], documents_BT: Tensor | None = None) -> dict[int, Tensor]:
         """Latents (B, T, D) of the heads `ks` and of what they hang on; entry 0 is the trunk's output z.
 
-        `documents_BT` (int64) keeps attention inside documents.
+        `documents_BT` (int64) keeps attention inside documents. Sequential head k reads the token k - 1 behind a
+        position; where that is beyond the last one, in the last k - 1 positions, its latents are NaN.
         """
         attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
         dtype = compute_dtype(self.trunk.embedding.weight)
         rotary = self.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
-        latents = {0: self.trunk(tokens_BT, rotary, lambda layer: attend)}
+        T, reads_ahead = tokens_BT.shape[1], self.config.ahead > 0
+        z_BTD = self.trunk(tokens_BT, rotary, lambda layer: attend, T if reads_ahead else None)
+        latents = {0: z_BTD[0] if reads_ahead else z_BTD}
         for k in ks:
             for step in self.path(k):
                 if step not in latents:
-                    latents[step] = self.heads[step - 1](latents[self.config.parents[step - 1]], rotary, attend)
+                    parent, more = latents[self.config.parents[step - 1]], {}
+                    if reads_ahead and step > 1:
+                        # What is missing at the end no earlier position attends to.
+                        more["ahead_BTD"] = F.pad(z_BTD[1][:, step - 1 :], (0, 0, 0, min(step - 1, T)))
+                    latents[step] = self.head(step)(parent, rotary, attend, **more)
+        if reads_ahead:
+            for k in latents.keys() - {0, 1}:
+                known = max(0, T - k + 1)
+                unknown = torch.full_like(latents[k][:, known:], math.nan)
+                latents[k] = torch.cat([latents[k][:, :known], unknown], 1)
         return latents
 
     def forward(self, tokens_BT: Tensor, heads: int | None = None, documents_BT: Tensor | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, V) next-token logits; with `heads=K`: (B, T, K, V), entry k-1 predicting token t+k."""
+        """(B, T) int64 -> (B, T, V) next-token logits; with `heads=K`: (B, T, K, V), entry k-1 predicting token t+k (NaN
+        where sequential heads lack the tokens between)."""
         ks = list(range(1, (heads or 1) + 1))
         latents = self.latents(tokens_BT, ks, documents_BT)
         if heads is None:

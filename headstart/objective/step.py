@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headstart.data.batches import IGNORE
+from headstart.errors import UsageError
 from headstart.model.attention import DocumentAttention, causal_attention
 from headstart.model.layers import Attend
 from headstart.model.transformer import Transformer, compute_dtype
@@ -58,7 +59,7 @@ def walk_step(
     those of `joint_step` to rounding.
 
     Args:
-        tokens_BT: (B, T) int64.
+        tokens_BT: (B, T) int64; for sequential heads (B, T + n - 1), with the tokens that follow each row.
         targets_BTn: (B, T, n) int64, entry k-1 the target of head k, `IGNORE` where there is none.
         counts_n: (n,) valid targets of each head in the *whole* optimiser step: with accumulation or several processes
             the sum over all of them, so that 1 x 4 micro-batches equal 4 x 1 whatever they hold.
@@ -68,10 +69,11 @@ def walk_step(
         loss: z-loss and who computes the cross-entropy; None: ours, plain.
         budget: bytes of logits held at once.
     """
-    config = model.config
+    config, T = model.config, targets_BTn.shape[1]
+    _check_width(model, tokens_BT, targets_BTn)
     attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
     dtype = compute_dtype(model.trunk.embedding.weight)
-    rotary = model.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
+    rotary = model.rotary(torch.arange(T, device=tokens_BT.device), dtype)
     weights = weights or [1.0] * config.heads
     # A head without valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
     scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
@@ -85,7 +87,8 @@ def walk_step(
     def visit(k: int, parent: Tensor) -> Tensor:
         """Differentiates head k and all that hangs on it; gives the gradient in its parent's latent (B, T, D)."""
         alias = parent.detach().requires_grad_()
-        latent = model.heads[k - 1](alias, rotary, attend)
+        ahead = embeddings.of(k)
+        latent = model.head(k)(alias, rotary, attend, **ahead)
         leaf = latent.detach().requires_grad_()
         if weights[k - 1]:
             targets = targets_BTn[..., k - 1]
@@ -94,17 +97,59 @@ def walk_step(
             seen[k] = out.total, out.correct
         gradient = _sum_gradients(leaf, (visit(child, leaf) for child in needed(k)))
         latent.backward(gradient)
+        embeddings.add(k, ahead)
         assert alias.grad is not None
         return alias.grad
 
     if needed(0):
-        z_BTD = model.trunk(tokens_BT, rotary, lambda layer: attend)
+        out = model.trunk(tokens_BT, rotary, lambda layer: attend, T if config.ahead else None)
+        z_BTD, embeddings = (out[0], _Ahead(out[1], T)) if config.ahead else (out, _Ahead(None, T))
         leaf = z_BTD.detach()
         gradient = _sum_gradients(leaf, (visit(k, leaf) for k in needed(0)))
         # A frozen trunk, under heads that are trained alone, has no graph.
         if z_BTD.requires_grad:
-            z_BTD.backward(gradient)
+            pairs = [(z_BTD, gradient), *embeddings.gradients()]
+            torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
     return _head_losses(seen, targets_BTn)
+
+
+class _Ahead:
+    """The embeddings of the tokens behind each position, which sequential heads read, and the sum of their gradients."""
+
+    def __init__(self, looked_up_BTD: Tensor | None, length: int) -> None:
+        self._all, self._length = looked_up_BTD, length
+        self._sum: Tensor | None = None
+
+    def of(self, k: int) -> dict[str, Tensor]:
+        """What head k is called with beside its parent's latent: an alias, as of that."""
+        if self._all is None or k == 1:
+            return {}
+        alias = self._all[:, k - 1 : k - 1 + self._length].detach()
+        return {"ahead_BTD": alias.requires_grad_(self._all.requires_grad)}
+
+    def add(self, k: int, given: dict[str, Tensor]) -> None:
+        """Takes in the gradient of what `of` gave, in fp32 at least."""
+        gradient = given["ahead_BTD"].grad if given else None
+        if gradient is None:
+            return
+        assert self._all is not None
+        if self._sum is None:
+            self._sum = gradient.new_zeros(self._all.shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
+        self._sum[:, k - 1 : k - 1 + self._length] += gradient
+
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """The embeddings with the sum of their gradients, if there is one."""
+        return [] if self._all is None or self._sum is None else [(self._all, self._sum.to(self._all.dtype))]
+
+
+def _check_width(model: Transformer, tokens_BT: Tensor, targets_BTn: Tensor) -> None:
+    """Sequential heads without the tokens that follow would be trained on others, and say nothing."""
+    wanted = targets_BTn.shape[1] + model.config.ahead
+    if tokens_BT.shape[1] != wanted:
+        raise UsageError(
+            f"tokens are {tokens_BT.shape[1]} wide; {targets_BTn.shape[1]} positions of a model with "
+            f"{model.config.heads} {model.config.head_kind} heads need {wanted}"
+        )
 
 
 def _head_losses(seen: dict[int, Seen], targets_BTn: Tensor) -> HeadLosses:
@@ -142,9 +187,11 @@ def joint_step(
 
     Heads of weight 0 get gradients of 0, where the walk leaves them without.
     """
-    n = model.config.heads
+    n, T = model.config.heads, targets_BTn.shape[1]
     weights = weights or [1.0] * n
-    logits_BTnV = model(tokens_BT, heads=n, documents_BT=documents_BT)
+    _check_width(model, tokens_BT, targets_BTn)
+    latents = model.latents(tokens_BT, list(range(1, n + 1)), _widened(documents_BT, tokens_BT))
+    logits_BTnV = torch.stack([model.unembedding(latents[k][:, :T], k) for k in range(1, n + 1)], dim=2)
     losses: list[Tensor] = []
     seen: dict[int, Seen] = {}
     for k in range(1, n + 1):
@@ -161,16 +208,24 @@ def joint_step(
     return _head_losses(seen, targets_BTn)
 
 
+def _widened(documents_BT: Tensor | None, tokens_BT: Tensor) -> Tensor | None:
+    """The documents of tokens that go on behind the rows: any will do there, for no row attends to them."""
+    if documents_BT is None or documents_BT.shape == tokens_BT.shape:
+        return documents_BT
+    return torch.cat([documents_BT, documents_BT[:, -1:].expand(-1, tokens_BT.shape[1] - documents_BT.shape[1])], 1)
+
+
 @torch.no_grad()
 def score_step(
     model: Transformer, tokens_BT: Tensor, targets_BTn: Tensor, documents_BT: Tensor | None = None
 ) -> list[Scores]:
-    """Loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's."""
-    ks = list(range(1, model.config.heads + 1))
-    latents = model.latents(tokens_BT, ks, documents_BT)
+    """Loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's. Tokens as in `walk_step`."""
+    ks, T = list(range(1, model.config.heads + 1)), targets_BTn.shape[1]
+    _check_width(model, tokens_BT, targets_BTn)
+    latents = model.latents(tokens_BT, ks, _widened(documents_BT, tokens_BT))
     scores: list[Scores] = []
     for k in ks:
         model.unembedding(
-            latents[k], k, using=lambda x, w, k=k: scores.append(linear_scores(x, w, targets_BTn[..., k - 1]))
+            latents[k][:, :T], k, using=lambda x, w, k=k: scores.append(linear_scores(x, w, targets_BTn[..., k - 1]))
         )
     return scores

@@ -58,12 +58,37 @@ def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
             parts |= _block_parts(config, f"heads.{k - 1}", file, name)
         elif config.head_kind == "linear" and not (k == 1 and config.plain_decoder):
             parts[f"heads.{k - 1}.map.weight"] = [Part(HEADS_FILE, f"heads.{k}.map.weight", (D, D))]
+        elif k > 1:
+            parts |= _further_head(config, k)
     parts["unembedding.norm.weight"] = [Part(MODEL_FILE, "model.norm.weight", (D,))]
     if not config.tied:
         parts["unembedding.weights.0"] = [Part(MODEL_FILE, "lm_head.weight", (V, D))]
-    if config.head_kind == "replicated":
-        for k in range(2, config.heads + 1):
-            parts[f"unembedding.weights.{k - 1}"] = [Part(HEADS_FILE, f"heads.{k}.lm_head.weight", (V, D))]
+    return parts
+
+
+def _further_head(config: ModelConfig, k: int) -> dict[str, list[Part]]:
+    """What head k, 2 or more, of a kind whose head 1 is the plain unembedding, has of its own or with the others."""
+    V, D, kind, H = config.vocab_size, config.dim, config.head_kind, config.stern_hidden
+
+    def part(ours: str, theirs: str, *shape: int) -> dict[str, list[Part]]:
+        return {ours: [Part(HEADS_FILE, theirs, shape)]}
+
+    parts: dict[str, list[Part]] = {}
+    if kind == "replicated" or (kind == "medusa" and not config.shared):
+        parts |= part(f"unembedding.weights.{k - 1}", f"heads.{k}.lm_head.weight", V, D)
+    if kind == "medusa":
+        parts |= part(f"unembedding.residuals.maps.{k - 2}.weight", f"heads.{k}.residual.weight", D, D)
+        parts |= part(f"unembedding.residuals.maps.{k - 2}.bias", f"heads.{k}.residual.bias", D)
+    if kind == "stern":
+        if k == 2:
+            parts |= part("unembedding.residuals.hidden.weight", "heads.hidden.weight", H, D)
+        parts |= part(f"unembedding.residuals.outputs.{k - 2}.weight", f"heads.{k}.output.weight", D, H)
+    if kind == "sequential" and (k == 2 or not config.shared):
+        ours, theirs = f"heads.{k - 1}", "heads.shared" if config.shared else f"heads.{k}"
+        parts |= part(f"{ours}.latent_norm.weight", f"{theirs}.latent_norm.weight", D)
+        parts |= part(f"{ours}.token_norm.weight", f"{theirs}.token_norm.weight", D)
+        parts |= part(f"{ours}.join.weight", f"{theirs}.join.weight", D, 2 * D)  # columns: latent, token
+        parts |= _block_parts(config, f"{ours}.block", HEADS_FILE, theirs)
     return parts
 
 

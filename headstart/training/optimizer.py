@@ -111,7 +111,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
             continue
         if parameter.ndim < 2 or name == "trunk.embedding.weight":
             kind = 2
-        elif config.kind == "muon" and name.startswith(("trunk.blocks.", "heads.")):
+        elif config.kind == "muon" and name.startswith(("trunk.blocks.", "heads.", "unembedding.residuals.")):
             kind = 0
         else:
             kind = 1
@@ -122,7 +122,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
 def _is_of_a_further_head(name: str) -> bool:
     """Whether a parameter belongs to one of the heads 2..n alone."""
     first, second, third, *_ = [*name.split("."), "", ""]
-    return (first == "heads" and second != "0") or (first == "unembedding" and second == "weights" and third != "0")
+    if first == "unembedding":
+        return second == "residuals" or (second == "weights" and third != "0")
+    return first == "heads" and second != "0"
 
 
 def build_optimizers(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from headstart.errors import UsageError
+from headstart.model.heads import SequentialHead
 from headstart.model.layers import Block
 from headstart.model.transformer import Transformer
 
@@ -87,8 +88,9 @@ def parallelize(
     #    whose hooks then stay outside the compiled code.
     if compile:
         for module in (*model.trunk.blocks, *model.heads):
-            if isinstance(module, Block):
-                module.compile()
+            block = module.block if isinstance(module, SequentialHead) else module
+            if isinstance(block, Block):
+                block.compile()
     # 3. Sharding, and with it mixed precision.
     if mesh is not None:
         _shard(model, mesh, config, dtype)
@@ -113,10 +115,12 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
     for head in model.heads:
         if next(head.parameters(), None) is not None:
             shard(head, reshard_after_forward=False)  # its backward follows its forward at once
-    # Gathered once a step, for n losses and n backward passes. Replicated heads are gathered in float32: each loss has
-    # a matrix of its own, so at the last one the others' gradients are sums in float32 already, and one sum over
-    # processes takes one dtype.
-    if model.config.head_kind == "replicated":
+    if (repeated := _repeated(model)) is not None:
+        cast(FSDPModule, repeated).set_reshard_after_backward(False)
+    # Gathered once a step, for n losses and n backward passes. Where heads have parameters in it, it is gathered in
+    # float32: each loss has some of its own, so at the last one the others' gradients are sums in float32 already, and
+    # one sum over processes takes one dtype.
+    if model.config.in_unembedding:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     shard(model.unembedding, reshard_after_forward=False, mp_policy=policy)
     cast(FSDPModule, model.unembedding).set_reshard_after_backward(False)
@@ -145,6 +149,12 @@ def _embed_through_unembedding(model: Transformer) -> None:
     embedding.forward = unembedding.look_up
 
 
+def _repeated(model: Transformer) -> nn.Module | None:
+    """The module that several heads share: it has several forwards and backwards in a pass."""
+    shared = model.config.head_kind == "sequential" and model.config.shared and model.config.heads > 2
+    return model.head(2) if shared else None
+
+
 class GradientSums:
     """Sums gradients over processes once a step, however many backward passes and micro-batches the step has."""
 
@@ -156,16 +166,21 @@ class GradientSums:
         self._roots: list[Any] = [module for module in candidates if isinstance(module, FSDPModule)]
         self._losses_left = 0
         self._wanted = True
+        self._repeated = _repeated(model) if self._roots else None
+        self._runs = 0
         if self._roots:
             model.unembedding.register_forward_pre_hook(self._before_loss)
             model.trunk.register_forward_hook(self._after_trunk)
+        if self._repeated is not None:
+            self._repeated.register_forward_hook(self._after_repeated)
 
     @contextmanager
     def micro_batch(self, *, last: bool, losses: int) -> Iterator[None]:
         """Around a `walk_step` that computes `losses` losses; `last`: of this optimiser step."""
-        self._wanted, self._losses_left = last or self._each, losses
+        self._wanted, self._losses_left, self._runs = last or self._each, losses, 0
         for root in self._roots:
-            root.set_requires_gradient_sync(self._wanted and root is not self._model.unembedding)
+            late = root is self._model.unembedding or root is self._repeated
+            root.set_requires_gradient_sync(self._wanted and not late)
         yield
         if last:
             self.free()
@@ -182,7 +197,15 @@ class GradientSums:
             if self._losses_left == 0 and not self._model.config.tied:
                 self._roots[-1].set_requires_gradient_sync(self._wanted)
 
-    def _after_trunk(self, module: nn.Module, arguments: object, z_BTD: Tensor) -> None:
+    def _after_repeated(self, module: nn.Module, arguments: object, latent_BTD: Tensor) -> None:
+        # The first head to run is the last to be differentiated: with it the shared gradient is complete.
+        self._runs += 1
+        if self._runs == 1 and latent_BTD.requires_grad:
+            repeated = cast(Any, module)
+            latent_BTD.register_hook(lambda _: repeated.set_requires_gradient_sync(self._wanted))
+
+    def _after_trunk(self, module: nn.Module, arguments: object, output: Tensor | tuple[Tensor, Tensor]) -> None:
+        z_BTD = output[0] if isinstance(output, tuple) else output
         if z_BTD.requires_grad and self._model.config.tied:
             z_BTD.register_hook(lambda _: self._roots[-1].set_requires_gradient_sync(self._wanted))
 
@@ -204,6 +227,7 @@ def materialize(model: Transformer, device: torch.device, seed: int) -> None:
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         with torch.no_grad():
             parameter.copy_(value)
+    model.copy_first_values()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def train_step(
         documents = batch.documents if config.data.attention_within_documents else None
         last = i == len(batches) - 1
         with autocast(config, processes.device), sums.micro_batch(last=last, losses=asked):
-            seen = walk_step(model, batch.tokens, batch.targets, counts, weights, documents, config.loss)
+            tokens = batch.read(model.config.ahead)
+            seen = walk_step(model, tokens, batch.targets, counts, weights, documents, config.loss)
         losses += seen.sums
         hits += math.nan if seen.correct is None else seen.correct
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))
@@ -95,4 +96,5 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 def move(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    return Batch(batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device))
+    ahead = None if batch.ahead is None else batch.ahead.to(device)
+    return Batch(batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device), ahead)

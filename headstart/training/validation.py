@@ -85,7 +85,7 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
         batch = move(batch, processes.device)
         with autocast(config, processes.device):
             documents = batch.documents if config.data.attention_within_documents else None
-            scores = score_step(model, batch.tokens, batch.targets, documents)
+            scores = score_step(model, batch.read(model.config.ahead), batch.targets, documents)
         totals += torch.stack([torch.stack([s.loss.double(), s.correct, s.count]) for s in scores], dim=1)
     record: dict[str, float] = {}
     for k, (loss, correct, count) in enumerate(processes.sum(totals).T.tolist(), start=1):

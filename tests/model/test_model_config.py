@@ -29,6 +29,11 @@ WIRINGS = [
     ("linear", "causal"),
     ("linear", "anticausal"),
     ("replicated", "parallel"),
+    ("medusa", "parallel"),
+    ("medusa-own", "parallel"),
+    ("stern", "parallel"),
+    ("sequential", "causal"),
+    ("sequential-own", "causal"),
 ]
 
 
@@ -39,15 +44,16 @@ def real_parameters(config: ModelConfig) -> dict[str, int]:
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    path = {name for k in model.path(1) for name, _ in model.heads[k - 1].named_parameters(prefix=f"{k}")}
+    path = {name for k in model.path(1) for name, _ in model.head(k).named_parameters(prefix=f"{k}")}
     own = {name: p.numel() for k, head in enumerate(model.heads, 1) for name, p in head.named_parameters(prefix=f"{k}")}
     unembedding = count(model.unembedding) - (config.vocab_size * config.dim if config.tied else 0)
-    others = config.vocab_size * config.dim * (config.heads - 1) if config.head_kind == "replicated" else 0
+    others = sum(weight.numel() for weight in list(model.unembedding.weights)[1:])
+    others += 0 if model.unembedding.residuals is None else count(model.unembedding.residuals)
     total = count(model)
     return {
         "embedding": count(model.trunk.embedding),
         "trunk": count(model.trunk.blocks),
-        # The matrices of replicated heads 2..n count as heads.
+        # What the unembedding holds of heads 2..n alone counts as heads.
         "heads": count(model.heads) + others,
         "unembedding": unembedding - others,
         "total": total,
@@ -60,7 +66,9 @@ def real_parameters(config: ModelConfig) -> dict[str, int]:
 @pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_counts_are_those_of_the_real_model(shape: str, kind: str, wiring: str, n: int) -> None:
-    config = replace(SHAPES[shape], head_kind=kind, wiring=wiring, heads=n)
+    config = replace(
+        SHAPES[shape], head_kind=kind.removesuffix("-own"), shared="-own" not in kind, wiring=wiring, heads=n
+    )
     assert config.parameters() == real_parameters(config)
 
 
@@ -118,7 +126,11 @@ IMPOSSIBLE = {
     "kv_heads zero": ({"kv_heads": 0}, "model.kv_heads is 0"),
     "head_dim zero": ({"head_dim": 0}, "model.head_dim is 0"),
     "hidden_dim negative": ({"hidden_dim": -1}, "model.hidden_dim is -1"),
-    "kind": ({"head_kind": "medusa"}, "medusa"),
+    "kind": ({"head_kind": "hydra"}, "hydra"),
+    "medusa causal": ({"head_kind": "medusa", "heads": 2, "wiring": "causal"}, "model.wiring to parallel"),
+    "stern anticausal": ({"head_kind": "stern", "heads": 2, "wiring": "anticausal"}, "model.wiring to parallel"),
+    "sequential parallel": ({"head_kind": "sequential", "heads": 2}, "model.wiring to causal"),
+    "stern of their own": ({"head_kind": "stern", "heads": 2, "shared": False}, "model.shared false"),
     "wiring": ({"wiring": "ring"}, "ring"),
     "extra layers high": ({"heads": 2, "extra_layers": 2}, "model.extra_layers is 2"),
     "extra layers low": ({"heads": 2, "extra_layers": -1}, "model.extra_layers is -1"),

@@ -21,6 +21,8 @@ WIRINGS = [
     ("linear", "causal"),
     ("linear", "anticausal"),
     ("replicated", "parallel"),
+    ("medusa", "parallel"),
+    ("stern", "parallel"),
 ]
 every_wiring = pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
 
@@ -156,3 +158,70 @@ def test_a_tied_unembedding_is_the_embedding() -> None:
     assert model.unembedding.weights[0] is model.trunk.embedding.weight
     replicated = Transformer(replace(SMALL, tied=True, head_kind="replicated"))
     assert [w is replicated.trunk.embedding.weight for w in replicated.unembedding.weights] == [True, False, False]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@torch.no_grad()
+def test_a_sequential_head_sees_the_tokens_up_to_the_one_before_its_own(shared: bool) -> None:
+    model = lively(replace(SMALL, head_kind="sequential", wiring="causal", shared=shared))
+    x = tokens(1, 10)
+    before = model(x, heads=3)
+    for k in range(1, 4):
+        assert before[:, : 10 - k + 1, k - 1].isfinite().all() and before[:, 10 - k + 1 :, k - 1].isnan().all()
+    for t in range(10):
+        changed = x.clone()
+        changed[0, t] = (x[0, t] + 1) % SMALL.vocab_size
+        difference = (model(changed, heads=3) - before).abs().amax(-1)[0]
+        for k in range(1, 4):
+            first = max(0, t - k + 1)
+            assert (difference[:first, k - 1] == 0).all(), (t, k)
+            assert first > 10 - k or difference[first, k - 1] > 1e-6, (t, k)
+    for length in range(1, 4):  # shorter than what heads read ahead
+        assert model(x[:, :length], heads=3).shape == (1, length, 3, 61)
+
+
+@torch.no_grad()
+def test_a_sequential_head_is_deepseeks_module() -> None:
+    """Its formula once more: h' = M [norm(h_{k-1}); norm(E(x_{t+k-1}))], a block over h', the shared output."""
+    model = lively(replace(SMALL, head_kind="sequential", wiring="causal", shared=False))
+    x, eps = tokens(2, 9), SMALL.norm_eps
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    rotary = model.rotary(torch.arange(9), torch.float64)
+    h, logits = model.trunk(x, rotary), model(x, heads=3)
+    for k in (2, 3):
+        head, known = model.head(k), 9 - k + 1
+        token = model.trunk.embedding.weight[x[:, k - 1 :]]
+        pair = torch.cat([norm(h[:, :known], head.latent_norm.weight), norm(token, head.token_norm.weight)], -1)
+        h = head.block(pair @ head.join.weight.T, model.rotary(torch.arange(known), torch.float64))
+        out = norm(h, model.unembedding.norm.weight) @ model.unembedding.weights[0].T
+        assert (out - logits[:, :known, k - 1]).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_medusa_and_stern_heads_stand_behind_the_final_norm() -> None:
+    x = tokens(2, 5)
+    for kind in ("medusa", "stern"):
+        model = lively(replace(SMALL, head_kind=kind))
+        unembedding, residuals = model.unembedding, model.unembedding.residuals
+        y = unembedding.norm(model.latents(x, [1])[1])
+        for k in (2, 3):
+            if kind == "medusa":
+                a = residuals.maps[k - 2](y)
+                out = y + a / (1 + (-a).exp())
+            else:
+                out = y + residuals.outputs[k - 2](residuals.hidden(y).clamp_min(0))
+            assert (out @ unembedding.weights[0].T - model(x, heads=3)[:, :, k - 1]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(("shared", "tied"), [(True, False), (False, False), (False, True)])
+@torch.no_grad()
+def test_medusa_heads_begin_as_the_next_token_head(shared: bool, tied: bool) -> None:
+    model = Transformer(replace(SMALL, head_kind="medusa", shared=shared, tied=tied))
+    logits = model(tokens(2, 5), heads=3)
+    assert torch.equal(logits[:, :, 1], logits[:, :, 0]) and torch.equal(logits[:, :, 2], logits[:, :, 0])
+    storages = {weight.data_ptr() for weight in model.unembedding.weights}
+    assert len(storages) == (1 if shared else 3)
+    assert len({layer.weight.data_ptr() for layer in model.unembedding.residuals.maps}) == 2

@@ -21,6 +21,12 @@ SHAPES = {
     "linear": replace(SMALL, head_kind="linear"),
     "linear anticausal": replace(SMALL, head_kind="linear", wiring="anticausal"),
     "replicated": replace(SMALL, head_kind="replicated"),
+    "medusa": replace(SMALL, head_kind="medusa"),
+    "medusa with unembeddings": replace(SMALL, head_kind="medusa", shared=False, tied=True),
+    "stern": replace(SMALL, head_kind="stern"),
+    "sequential": replace(SMALL, head_kind="sequential", wiring="causal"),
+    "sequential apart": replace(SMALL, head_kind="sequential", wiring="causal", shared=False),
+    "one sequential head": replace(SMALL, head_kind="sequential", wiring="causal", heads=1),
     "one head": replace(SMALL, heads=1),
     "wide": replace(SMALL, kv_heads=2, head_dim=12, hidden_dim=40, tied=True),
 }
@@ -31,7 +37,7 @@ def test_it_equals_what_the_walk_multiplies(name: str) -> None:
     config = SHAPES[name]
     torch.manual_seed(0)
     model = Transformer(config)
-    tokens = torch.randint(0, 50, (ROWS, LENGTH))
+    tokens = torch.randint(0, 50, (ROWS, LENGTH + config.ahead))
     targets = torch.randint(0, 50, (ROWS, LENGTH, config.heads))
     # In bf16 on a CPU attention is written out in plain products over all pairs, as PaLM counts it.
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):

@@ -28,10 +28,17 @@ KINDS = [
     ("linear", "causal"),
     ("linear", "anticausal"),
     ("replicated", "parallel"),
+    ("medusa", "parallel"),
+    ("stern", "parallel"),
+    ("sequential", "causal"),
+    ("sequential-own", "causal"),
 ]
 SPREAD = [(False, 1), (False, 3), (True, 3)]
 """(tied, micro-batches): a case takes a second."""
-ROUNDED = {"transformer": [False, True], "linear": [False], "replicated": [False, True]}
+ROUNDED = {
+    "transformer": [False, True], "linear": [False], "replicated": [False, True], "medusa": [False], "stern": [True],
+    "sequential": [True], "sequential-own": [],
+}  # fmt: skip
 """tied, by kind of head, in bfloat16."""
 
 
@@ -56,8 +63,8 @@ def gradients(
     Twice in a row, since a second step meets the state that the first one leaves.
     """
     config = ModelConfig(
-        vocab_size=37, dim=16, layers=6, attention_heads=2, context=LENGTH, heads=HEADS, head_kind=kind,
-        wiring=wiring, tied=tied,
+        vocab_size=37, dim=16, layers=6, attention_heads=2, context=LENGTH, heads=HEADS,
+        head_kind=kind.removesuffix("-own"), shared="-own" not in kind, wiring=wiring, tied=tied,
     )  # fmt: skip
     dtype, compiled = options.get("dtype", "float32"), options.get("compile", False)
     with torch.device("meta"):
@@ -70,7 +77,7 @@ def gradients(
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
         text = torch.randint(37, (ROWS * accumulate, LENGTH + HEADS), generator=generator)
-        tokens = text[:, :LENGTH]
+        tokens = text[:, : LENGTH + config.ahead]
         targets = torch.stack([text[:, k : k + LENGTH] for k in range(1, HEADS + 1)], -1)
         targets[torch.rand(targets.shape, generator=generator) < 0.3] = -100  # ragged counts over processes
         tokens, targets = tokens.to(processes.device), targets.to(processes.device)

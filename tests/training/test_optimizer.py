@@ -75,6 +75,9 @@ SHAPES = {
     "tied": ModelConfig(dim=16, layers=4, attention_heads=2, heads=2, tied=True),
     "linear": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="linear"),
     "replicated": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="replicated"),
+    "medusa": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="medusa", shared=False),
+    "stern": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="stern"),
+    "sequential": ModelConfig(dim=16, layers=2, attention_heads=2, heads=3, head_kind="sequential", wiring="causal"),
 }
 
 
@@ -93,6 +96,9 @@ def by_name(groups: list[ParameterGroup], attribute: str) -> dict[str, object]:
     return {name: getattr(group, attribute) for group in groups for name in group.parameters}
 
 
+INSIDE = ("trunk.blocks", "heads", "unembedding.residuals")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_muon_takes_the_matrices_inside_blocks_and_heads(shape) -> None:
     model = Transformer(SHAPES[shape])
@@ -101,7 +107,7 @@ def test_muon_takes_the_matrices_inside_blocks_and_heads(shape) -> None:
     assert len(muon) == sum(len(group.parameters) for group in groups)
     assert muon.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
-        assert muon[name] == (parameter.ndim == 2 and name.startswith(("trunk.blocks", "heads"))), name
+        assert muon[name] == (parameter.ndim == 2 and name.startswith(INSIDE)), name
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -111,7 +117,7 @@ def test_further_heads_have_their_own_rate(shape, kind) -> None:
     model = Transformer(SHAPES[shape])
     scale = by_name(parameter_groups(model, OptimizerConfig(kind=kind, head_lr_ratio=4.0)), "lr_scale")
     assert scale.keys() == dict(model.named_parameters()).keys()
-    own = ("heads.1.", "heads.2.", "unembedding.weights.1", "unembedding.weights.2")
+    own = ("heads.1.", "heads.2.", "unembedding.weights.1", "unembedding.weights.2", "unembedding.residuals.")
     for name, value in scale.items():
         assert value == (4.0 if name.startswith(own) else 1.0), name
     assert {"linear": 2, "replicated": 2}.get(shape, 1) <= list(scale.values()).count(4.0)

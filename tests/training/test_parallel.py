@@ -37,13 +37,18 @@ def test_gradients_and_losses_are_those_of_one_process(results, kind, wiring, ti
     assert result["same_first_weights"]
     # Blocks of the trunk; the heads that have weights; the embedding, which is the unembedding's where they are tied.
     blocks = 3 if kind == "transformer" else 6
-    heads = {"transformer": HEADS, "replicated": 0}.get(kind, HEADS if wiring == "anticausal" else HEADS - 1)
-    embedding = 0 if tied else 1
+    heads = {
+        "transformer": HEADS,
+        "linear": HEADS if wiring == "anticausal" else HEADS - 1,
+        "sequential-own": HEADS - 1,
+    }
+    embedding, shared = 0 if tied else 1, kind == "sequential"
     assert result["collectives"] == {
-        # A block is gathered for the forward and for the backward, the unembedding once a step for all its losses.
-        "_allgather_base_": (2 * blocks + heads + embedding) * accumulate + 1,
+        # A block is gathered for the forward and for the backward, the unembedding once a step for all its losses, and
+        # so is a module that heads share.
+        "_allgather_base_": (2 * blocks + heads.get(kind, 0) + embedding) * accumulate + 1 + shared,
         # Gradients are summed once a step, whatever the number of heads, losses and micro-batches.
-        "_reduce_scatter_base_": blocks + heads + embedding + 1,
+        "_reduce_scatter_base_": blocks + heads.get(kind, 0) + embedding + 1 + shared,
     }
 
 
@@ -63,7 +68,9 @@ def test_every_way_of_spreading_gives_the_same(results, name, tied) -> None:
 
 @pytest.mark.parametrize("kind, wiring, tied", [(*each, tied) for each in KINDS for tied in ROUNDED[each[0]]])
 def test_bfloat16_is_as_near_as_its_rounding(results, kind, wiring, tied) -> None:
-    assert 1e-6 < results[f"bfloat16-{kind}-{wiring}{'-tied' if tied else ''}"]["error"] < 0.03
+    # Rounding turns some of the hidden layer of stern heads off or on; joint autograd alone is off by as much.
+    bound = 0.1 if kind == "stern" else 0.03
+    assert 1e-6 < results[f"bfloat16-{kind}-{wiring}{'-tied' if tied else ''}"]["error"] < bound
 
 
 def test_compiled_blocks_inside_checkpointing_inside_sharding(results) -> None:
