@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer

@@ -123,7 +123,10 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
 
     # Gradients of the heads and the unembedding come first. From the second micro-batch on, all are there.
     of_heads = parameters - trunk_parameters + (matrix_VD if shape.tied else 0)
-    in_loss = of_heads - heads[-1] - (matrix_VD if shape.heads == 1 or shape.head_kind == "replicated" else 0)
+    # The last head's is made in its loss, where it is made of what the unembedding holds; where several share it, before.
+    own_matrix = shape.heads == 1 or len(model.unembedding.weights) > 1
+    shared_module = shape.head_kind == "sequential" and shape.shared and shape.heads > 2
+    in_loss = of_heads - (0 if shared_module else heads[-1]) - (matrix_VD if own_matrix else 0)
     if layout.micro_batches > 1:
         of_heads = in_loss = parameters
     unreduced = 0
@@ -142,7 +145,9 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
         reduced_head, reduced_block = (compute + FLOAT32) * max(heads), (compute + FLOAT32) * largest_block
     else:
         # Autocast keeps each matrix that it has cast until the micro-batch ends.
-        cast = [p.numel() for part in (model.trunk.blocks, model.heads) for p in part.parameters() if p.ndim > 1]
+        between = [] if model.unembedding.residuals is None else [model.unembedding.residuals]
+        parts = (model.trunk.blocks, model.heads, *between)
+        cast = [p.numel() for part in parts for p in part.parameters() if p.ndim > 1]
         in_heads = in_trunk = compute * sum(cast) if half else 0
         # A matrix's gradient is made in the compute dtype, then added to the float32 one.
         reduced_head = reduced_block = max(cast) * (
@@ -170,6 +175,8 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
         named = {name.replace("_", " "): size for name, size in held.items()}
         return {name: size for name, size in {**always, **parts, **named}.items() if size}
 
+    if shape.head_kind == "sequential":
+        on_path -= 1  # head 1 is no module
     head, working = on_path * kept.head() * tokens, kept.backward() * tokens
     updating = {**always, "gradients (float32)": shared(parameters)}
     return Estimate(
@@ -247,6 +254,14 @@ class _Kept:
             return self.block()
         if shape.head_kind == "linear":
             return self.compute * shape.dim * (1 if self.residual == self.compute else 2)
+        if shape.head_kind == "medusa" and shape.heads > 1:
+            return (self.compute + self.residual) * shape.dim  # what SiLU takes, and the sum
+        if shape.head_kind == "stern":
+            # The hidden layer, and its gradient behind and before the ReLU; the sum.
+            return 3 * self.compute * shape.stern_hidden + self.residual * shape.dim
+        if shape.head_kind == "sequential" and shape.heads > 1:
+            # Two norms, what they give joined, and what the matrix makes of it.
+            return self.block() + 2 * self.norm() + 3 * self.compute * shape.dim
         return 0
 
     def loss(self) -> int:

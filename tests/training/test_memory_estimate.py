@@ -54,6 +54,7 @@ def measured(config: RunConfig) -> int:
             draw((rows, config.length)),
             draw((rows, config.length, shape.heads)),
             torch.zeros(rows, config.length).long(),
+            draw((rows, shape.heads)),
         )
 
     with LiveTensors() as live:
@@ -75,6 +76,9 @@ def measured(config: RunConfig) -> int:
         pytest.param(run(TOKENS, rows=2, accumulate=3), id="accumulation"),
         pytest.param(run(replace(TOKENS, wiring="causal")), id="a chain"),
         pytest.param(run(replace(TOKENS, heads=2, tied=True, head_kind="linear")), id="tied, linear heads"),
+        pytest.param(run(replace(TOKENS, head_kind="medusa", shared=False, tied=True)), id="medusa heads"),
+        pytest.param(run(replace(BYTES, head_kind="stern")), id="bytes, 8 stern heads"),
+        pytest.param(run(replace(BYTES, head_kind="sequential", wiring="causal")), id="bytes, 8 sequential heads"),
         pytest.param(run(WIDE, rows=1), id="mostly weights"),
         pytest.param(
             run(replace(WIDE, dim=128), rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"
