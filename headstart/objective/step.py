@@ -114,7 +114,7 @@ def walk_step(
 
 
 class _Ahead:
-    """The embeddings of the tokens behind each position, which sequential heads read, and the sum of their gradients."""
+    """The embeddings of the tokens behind each position, which sequential heads read, and their summed gradients."""
 
     def __init__(self, looked_up_BTD: Tensor | None, length: int) -> None:
         self._all, self._length = looked_up_BTD, length

@@ -123,7 +123,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
 
     # Gradients of the heads and the unembedding come first. From the second micro-batch on, all are there.
     of_heads = parameters - trunk_parameters + (matrix_VD if shape.tied else 0)
-    # The last head's is made in its loss, where it is made of what the unembedding holds; where several share it, before.
+    # Of the last head alone: its matrix's is made in its loss, and what others share has been made before.
     own_matrix = shape.heads == 1 or len(model.unembedding.weights) > 1
     shared_module = shape.head_kind == "sequential" and shape.shared and shape.heads > 2
     in_loss = of_heads - (0 if shared_module else heads[-1]) - (matrix_VD if own_matrix else 0)
