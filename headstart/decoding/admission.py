@@ -81,8 +81,14 @@ class Admission:
                 left -= size
             if size:
                 piece = prompt[start : start + size]
-                tokens = torch.tensor(piece, device=self.state.length_S.device)
-                prefill(self.model, self.state, slot, tokens, generation.heads, chunk=size, start=start)
+                tokens, root = torch.tensor(prompt[start : start + size + 1], device=self.state.length_S.device).split(
+                    [size, 1]
+                )
+                first = generation.stats.prompt_tokens_reused
+                prefill(
+                    self.model, self.state, slot, tokens, generation.heads,
+                    chunk=size, start=start, root=root, first=first,
+                )  # fmt: skip
                 self.slots.filled(slot, piece, generation.heads)
             if start + size == len(prompt) - 1:
                 self.slots.held[slot].root = prompt[-1]

@@ -25,8 +25,9 @@ class KVCache:
     """Buffers (layers, slots, kv_heads, capacity, E). Rolling back is forgetting: a slot's length lies with its owner,
     rows beyond it are masked, and the next window overwrites them.
 
-    Head k's block is layer `trunk_layers + k - 1`. A head reads only the trunk (or another head) at positions it has
-    seen, so its keys at position p depend on tokens up to p alone: what was accepted is right and stays.
+    Blocks of heads come behind the trunk's, in order. A head reads only the trunk (or another head) at positions it has
+    seen, so its keys at position p depend on tokens up to p alone: what was accepted is right and stays. Sequential
+    heads read further tokens as well: see `chain`.
     """
 
     def __init__(
@@ -39,15 +40,16 @@ class KVCache:
         compiled: bool = False,
     ) -> None:
         """`compiled`: laid out for `native.attend`, keys in blocks of 16 positions; fp32 on a CPU only."""
-        heads = config.heads if config.head_kind == "transformer" else 0
         self.capacity = -(-capacity // 16) * 16 if compiled else capacity
         E = config.dim_per_head
-        first = (config.trunk_layers + heads, slots, config.key_value_heads)
+        first = (config.trunk_layers + config.head_blocks, slots, config.key_value_heads)
         # Zeros, not empty: a masked NaN still poisons a row of attention.
         self.values = torch.zeros((*first, self.capacity, E), dtype=dtype, device=device)
         blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
         self.keys = torch.zeros(blocks, dtype=dtype, device=device)
         self.compiled = compiled
+        # (n-2, slots, D): of sequential heads 2..n-1 the latent at the last position that is right, see `chain`.
+        self.carried = torch.zeros(max(0, config.ahead - 1), slots, config.dim, dtype=dtype, device=device)
 
     def keys_of(self, slot: int) -> Tensor:
         """The keys of a slot as (layers, kv_heads, capacity, E), whatever the layout."""
@@ -67,7 +69,9 @@ class KVCache:
             buffer[:, b, :, :rows_a] = kept
 
     def clear(self, slot: int, start: int, end: int) -> None:
-        """Zeros at positions start .. end - 1; where the kernels mask whatever a key holds, keys stay as they are."""
+        """Zeros at positions start .. end - 1; where the kernels mask whatever a key holds, keys stay as they are. Nothing
+        is carried on in the slot."""
+        self.carried[:, slot] = 0
         self.values[:, slot, :, start:end] = 0
         if not self.compiled:
             self.keys[:, slot, :, start:end] = 0

@@ -116,7 +116,8 @@ class Engine:
         self.state.length_S.fill_(self.state.parked)
 
     def _capacity(self, context: int) -> int:
-        return _round_up(context + self.width, self.step_span)
+        # Behind the text a window, and what sequential heads keep there.
+        return _round_up(context + self.width + self.model.config.ahead, self.step_span)
 
     def _planned(self, slots: int, context: int) -> DecodingMemory:
         """Of so many slots with such a context."""
@@ -224,7 +225,7 @@ class Engine:
             results.append((generation, generation.commit(committed, fed, beside)))
             if logprobs is not None and generation.request.logprobs is not None:
                 generation.keep_logprobs(len(generation.tokens) - before, *(part[at] for part in logprobs))
-            if heads < generation.heads and self.model.config.head_kind == "transformer":
+            if heads < generation.heads and self.model.config.head_blocks:
                 # Its drafting heads have missed these positions, and would draft from caches with holes.
                 generation.heads = heads
                 self.state.heads_S[slot] = heads

@@ -36,9 +36,8 @@ class DecodingMemory:
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one position in all blocks, those of transformer heads included."""
-    heads = config.heads if config.head_kind == "transformer" else 0
-    return 2 * (config.trunk_layers + heads) * config.key_value_heads * config.dim_per_head * dtype.itemsize
+    """Keys and values of one position in all blocks, those of heads included."""
+    return 2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * dtype.itemsize
 
 
 def decoding_memory(
@@ -48,6 +47,7 @@ def decoding_memory(
     weights of `dtype` on `device`."""
     n, size = config.heads, dtype.itemsize
     kept = slots * (SLOT_BYTES + 8 * width + 4 * (n - 1)) + 2 * capacity * config.dim_per_head * size
+    kept += slots * max(0, config.ahead - 1) * config.dim * cache_dtype(dtype, device).itemsize  # latents carried on
     # Logits of the window and of the drafts, widened where they are narrow, and noise for every position of both.
     logits = slots * (width + n - 1) * config.vocab_size * (size + (4 if size < 4 else 0) + 4)
     qkv = config.attention_dim + 2 * config.key_value_heads * config.dim_per_head

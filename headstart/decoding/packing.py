@@ -15,7 +15,7 @@ from headstart.decoding.int8 import Int8Linear, Quantize, quantize_weight
 from headstart.errors import UsageError
 from headstart.machine import dtype_on
 from headstart.model.attention import causal_attention
-from headstart.model.heads import Unembedding
+from headstart.model.heads import MedusaResiduals, SternResiduals, Unembedding
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer, Trunk
 
@@ -187,8 +187,29 @@ def _native(dtype: torch.dtype) -> ctypes.CDLL:
     return kernels
 
 
+class PackedResiduals(nn.Module):
+    """`MedusaResiduals` or `SternResiduals` for decoding: the maps of all heads in one product."""
+
+    def __init__(self, residuals: MedusaResiduals | SternResiduals, linear: MakeLinear) -> None:
+        super().__init__()
+        medusa = isinstance(residuals, MedusaResiduals)
+        maps = [cast(nn.Linear, x) for x in (residuals.maps if medusa else residuals.outputs)]
+        bias = torch.cat([x.bias.detach() for x in maps]) if medusa else None
+        self.maps = linear(torch.cat([x.weight.detach() for x in maps]), bias)
+        self.hidden = None if medusa else linear(cast(nn.Linear, residuals.hidden).weight.detach(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normed latents (..., D) -> those of heads 2..n, (..., n-1, D)."""
+        if self.hidden is None:
+            changes = nn.functional.silu(self.maps(x))
+        else:
+            changes = self.maps(nn.functional.relu(self.hidden(x)))
+        return x[..., None, :] + changes.unflatten(-1, (-1, x.shape[-1]))
+
+
 class PackedUnembedding(nn.Module):
-    """`Unembedding` for decoding: the same norm, each head's matrix packed, those of replicated heads 2..n in one."""
+    """`Unembedding` for decoding: the same norm, each head's matrix packed; those of replicated heads 2..n, which read
+    the same, in one."""
 
     def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
         super().__init__()
@@ -196,17 +217,36 @@ class PackedUnembedding(nn.Module):
         weights = [w.detach() for w in unembedding.weights]
         self.copies = len(weights)
         self.first = linear(weights[0], None)
-        self.others = linear(torch.cat(weights[1:]), None) if self.copies > 1 else self.first
+        residuals = unembedding.residuals
+        self.residuals = None if residuals is None else PackedResiduals(residuals, linear)
+        self.others: nn.Module = self.first
+        if self.copies > 1:
+            apart = residuals is not None
+            self.others = (
+                nn.ModuleList(linear(w, None) for w in weights[1:]) if apart else linear(torch.cat(weights[1:]), None)
+            )
         self.vocab_size = weights[0].shape[0]
 
     def forward(self, z: Tensor, k: int = 1) -> Tensor:
         """Latent (..., D) of head k -> logits (..., V)."""
-        if k == 1 or self.copies == 1:
-            return self.first(self.norm(z))
-        return self.others(self.norm(z)).unflatten(-1, (-1, self.vocab_size))[..., k - 2, :]
+        x = self.norm(z)
+        if k == 1:
+            return self.first(x)
+        if self.residuals is not None:
+            x = self.residuals(x)[..., k - 2, :]
+        if self.copies == 1:
+            return self.first(x)
+        if isinstance(self.others, nn.ModuleList):
+            return self.others[k - 2](x)
+        return self.others(x).unflatten(-1, (-1, self.vocab_size))[..., k - 2, :]
 
     def drafts(self, latents: list[Tensor]) -> Tensor:
-        """Latents (S, 1, D) of heads 2..K -> their logits (S, K-1, V), in one product."""
+        """Latents (S, 1, D) of heads 2..K -> their logits (S, K-1, V), in one product where they share a matrix."""
+        if self.residuals is not None:  # all of them read the trunk's latent
+            x_SKD = self.residuals(self.norm(latents[0]))[:, 0, : len(latents)]
+            if isinstance(self.others, nn.ModuleList):
+                return torch.cat([head(x_SKD[:, i : i + 1]) for i, head in enumerate(self.others[: len(latents)])], 1)
+            return self.first(x_SKD)
         if self.copies == 1:
             return self.first(self.norm(torch.cat(latents, dim=1)))
         # All replicated heads read the same latent.
@@ -300,10 +340,10 @@ def pack(
             if isinstance(module, Block):
                 module.mlp = NativeSwiGLU(module.mlp, weight.dtype)  # type: ignore[assignment]
     if fast and weight.dtype == torch.float32:
-        for blocks in (model.trunk.blocks, model.heads):
-            for i, block in enumerate(blocks):
-                if isinstance(block, Block):
-                    blocks[i] = NativeBlock(block)
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Block):
+                    setattr(module, name, NativeBlock(child))
         model.trunk = NativeTrunk(model.trunk)  # type: ignore[assignment]
     return model.eval()
 

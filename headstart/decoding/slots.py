@@ -31,13 +31,13 @@ class Held:
     used: int = 0
     """When a request last left the slot, counted in requests."""
 
-    def usable(self, prompt: Sequence[int], heads: int, chunk: int | None) -> int:
+    def usable(self, prompt: Sequence[int], heads: int, chunk: int | None, ahead: int = 0) -> int:
         """How many leading positions a request with this prompt can take. The last token of a prompt is never one: it
         is the root of the first window.
 
         With a `chunk`, positions count only if their chunk was computed in the shape in which the prompt would compute
-        it itself: then its bits are the same."""
-        count = min(common_prefix(self.tokens, prompt[:-1]), self.heads[heads - 1])
+        it itself: then its bits are the same. Heads that read `ahead` tokens have read others in the last positions."""
+        count = max(0, min(common_prefix(self.tokens, prompt[:-1]), self.heads[heads - 1]) - ahead)
         if chunk is not None:
             count = min(count, self.prefilled)
             if not count == self.prefilled == len(prompt) - 1:
@@ -93,7 +93,7 @@ class Slots:
         if not self.reuse:
             return False, 0
         held = self.held[slot]
-        found = held.usable(prompt, heads, self.chunk)
+        found = held.usable(prompt, heads, self.chunk, self.config.ahead)
         lost = len(held.tokens) - found >= SHORTEST
         return lost, held.used if lost else -found
 
@@ -101,7 +101,7 @@ class Slots:
         """The slot that holds most of this prompt (`slot` itself, if no other has more), and how many positions."""
         if not self.reuse:
             return slot, 0
-        found = [held.usable(prompt, heads, self.chunk) for held in self.held]
+        found = [held.usable(prompt, heads, self.chunk, self.config.ahead) for held in self.held]
         best = max(found)
         return (slot, best) if found[slot] == best else (found.index(best), best)
 
@@ -133,7 +133,7 @@ class Slots:
         """The heads up to which nothing is missing where heads 1..`heads` were computed: without blocks of their own
         they need nothing, and anticausal ones all hang on the way to head 1."""
         config = self.config
-        own = config.head_kind == "transformer" and config.wiring != "anticausal"
+        own = config.head_blocks > 0 and config.wiring != "anticausal"
         return heads if own else config.heads
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from headstart.decoding import native
 from headstart.decoding.acceptance import lossy, weighed
 from headstart.decoding.cache import CachedAttention, KVCache, cache_dtype, pick
+from headstart.decoding.chain import draft_chain, read_chain
 from headstart.decoding.constraints import ConstraintRows
 from headstart.decoding.packing import PackedUnembedding, is_row_exact
 from headstart.decoding.penalties import PenaltyRows
@@ -184,40 +185,65 @@ def decode_step(
         row = accepted
     state.penalties.wrote(tokens, accepted, slots)
     if heads > 1:
-        drafts = _draft(model, latents, rotary, attention, row, heads, deferred)  # (S, K-1, V)
-        drafts = state.penalties.apply(drafts, None, slots)
-        state.constraints.keep(drafts, slots)
         if noise is not None:
             ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
             if plain:
                 noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
             else:
                 noise = state.sampling.draft_noise(length[:, None] + ahead + 1, logits.shape[-1], slots)
-        if draft_tree is None:
-            chosen = state.sampling.choose(drafts, noise, slots)
-            state.window_SW[slots, 1:heads] = chosen
+        if model.config.ahead:  # a chain: trees are refused (`Engine`)
+
+            def decide(logits_S1V: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+                i = len(before)
+                if state.penalties.any(slots):  # each draft counts for those behind it
+                    every = logits_S1V.expand(-1, i + 1, -1)
+                    logits_S1V = state.penalties.apply(every, torch.cat(before, 1) if i else None, slots)[:, -1:]
+                return logits_S1V, state.sampling.choose(
+                    logits_S1V, None if noise is None else noise[:, i : i + 1], slots
+                )
+
+            drafts, chosen = draft_chain(
+                model, state, slots, latents[0], tokens, accepted, length,
+                heads=heads, span=span, deferred=deferred, decide=decide,
+            )  # fmt: skip
         else:
-            chosen = fill_tree(state, slots, drafts, noise, draft_tree)
+            drafts = _draft(model, latents, rotary, attention, row, heads, deferred)  # (S, K-1, V)
+            drafts = state.penalties.apply(drafts, None, slots)
+            if draft_tree is None:
+                chosen = state.sampling.choose(drafts, noise, slots)
+            else:
+                chosen = fill_tree(state, slots, drafts, noise, draft_tree)
+        if draft_tree is None:
+            state.window_SW[slots, 1:heads] = chosen
+        state.constraints.keep(drafts, slots)
         q_SKV = None
         if not plain:
             q_SKV = state.sampling.probabilities(drafts, slots)
             state.draft_q()[slots, : heads - 1] = q_SKV
         if confident:
-            state.confidence_SK[slots, : heads - 1] = _confidence(state, drafts, chosen, q_SKV, slots)
+            told = None if q_SKV is None else feeding_confidence(q_SKV, model.config.ahead > 0)
+            state.confidence_SK[slots, : heads - 1] = _confidence(state, drafts, chosen, told, slots)
     if tree is not None:
         state.cache.compact(slots, length, row, tree)
     return tokens, accepted
 
 
 def _confidence(
-    state: DecodingState, logits_SKV: Tensor, drafts_SK: Tensor, q_SKV: Tensor | None, slots: slice
+    state: DecodingState, logits_SKV: Tensor, drafts_SK: Tensor, expected_SK: Tensor | None, slots: slice
 ) -> Tensor:
     """How probable each draft is by its head, (S, K-1). Where drafts are weighed, whether one is fed must not depend on
     which one was drawn: that would bend the distribution. There it is what that probability can be expected to be."""
     confidence = state.sampling.confidence(logits_SKV, drafts_SK, slots)
-    if q_SKV is None:
-        return confidence
-    return torch.where(state.sampling.weighs[slots, None], q_SKV.square().sum(-1), confidence)
+    return (
+        confidence if expected_SK is None else torch.where(state.sampling.weighs[slots, None], expected_SK, confidence)
+    )
+
+
+def feeding_confidence(q_SKV: Tensor, chained: bool) -> Tensor:
+    """What the probability (S, K-1) of a draft drawn from q can be expected to be. Of a chain, whose q depends on the
+    drafts before it, head 2's stands for all."""
+    expected_SK = q_SKV.square().sum(-1)
+    return expected_SK[:, :1].expand_as(expected_SK) if chained else expected_SK
 
 
 def _settle(state: DecodingState, slots: slice, tokens_SR: Tensor, heads: int) -> Tensor:
@@ -289,7 +315,7 @@ def _head(
 ) -> None:
     """Runs head k on its parent's latent, on all rows or only on `row_S`."""
     parent = latents[model.config.parents[k - 1]]
-    head = model.heads[k - 1]
+    head = model.head(k)
     select = None if row_S is None else (lambda x: pick(x, row_S, 1))
     if isinstance(head, PassHead):
         latents[k] = parent if select is None else select(parent)
@@ -310,7 +336,7 @@ def _draft(
     deferred: bool,
 ) -> Tensor:
     """Logits (S, K-1, V) of heads 2..K at the last accepted row of each slot."""
-    if model.config.head_kind == "replicated":  # all of them read the trunk's latent
+    if model.config.in_unembedding:  # all of them read the trunk's latent
         return cast(PackedUnembedding, model.unembedding).drafts([pick(latents[0], row_S, 1)] * (heads - 1))
     used = [k for k in range(2, heads + 1) if k not in latents]
     order: list[int] = []
@@ -333,21 +359,30 @@ def prefill(
     heads: int,
     chunk: int = 256,
     start: int = 0,
+    *,
+    root: Tensor,
+    first: int = 0,
 ) -> None:
     """Fills the caches of `slot` with `tokens` (T,) int64 from position `start` on; no logits are made, and its length
     is left to the caller.
 
-    Heads 2..K get keys and values of the whole prompt: they saw them in training, and draft worse without.
+    Heads 2..K get keys and values of the whole prompt: they saw them in training, and draft worse without. `root` (1,)
+    is the token behind `tokens`, which sequential heads read, and `first` the position from which on this prompt is
+    read: what they have before it stays.
     """
+    follow = torch.cat([tokens, root])
     last = torch.zeros(1, dtype=torch.int64, device=tokens.device)
     slots = slice(slot, slot + 1)
-    for first in range(0, len(tokens), chunk):
-        piece = tokens[None, first : first + chunk]
-        begin, end = start + first, start + first + piece.shape[1]
+    for done in range(0, len(tokens), chunk):
+        piece = tokens[None, done : done + chunk]
+        begin, end = start + done, start + done + piece.shape[1]
         positions = torch.arange(begin, end, device=tokens.device)[None]
         rotary = state.rotary_at(positions)
         attention = CachedAttention(state.cache, slots, positions, end, [begin])
         latents = {0: model.trunk(piece, rotary, attention.layer)}
+        if model.config.ahead:
+            behind = follow[None, done + 1 : done + piece.shape[1] + 1]
+            read_chain(model, state, slot, latents[0], behind, begin, first, heads)
         if model.config.head_kind != "transformer":
             continue
         for k in range(1, heads + 1):

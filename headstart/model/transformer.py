@@ -131,8 +131,9 @@ class Transformer(nn.Module):
         return latents
 
     def forward(self, tokens_BT: Tensor, heads: int | None = None, documents_BT: Tensor | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, V) next-token logits; with `heads=K`: (B, T, K, V), entry k-1 predicting token t+k. NaN
-        where sequential heads lack the tokens between."""
+        """(B, T) int64 -> (B, T, V) next-token logits; with `heads=K`: (B, T, K, V), entry k-1 predicting token t+k.
+
+        NaN where sequential heads lack the tokens between."""
         ks = list(range(1, (heads or 1) + 1))
         latents = self.latents(tokens_BT, ks, documents_BT)
         if heads is None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+import numpy as np
 
 from headstart.errors import UsageError
 
@@ -18,7 +21,8 @@ class HeadWeights:
 
     With `final`, the weights move from `initial` to `final` between the fractions `begin` and `end` of training; with
     four heads, Medusa-2's (arXiv 2401.10774) are `initial: [1, 0, 0, 0]`, `final: [1, 0.01, 0.01, 0.01]`, `decay: 0.8`,
-    `shape: sine`. A head of weight 0 is not computed, and its loss not reported.
+    `shape: sine`, and FastMTP's (arXiv 2509.18362) `initial: [1, 0.51, 0.31, 0.18]`. A head of weight 0 is not
+    computed, and its loss not reported.
     """
 
     initial: tuple[float, ...] | None = None
@@ -34,6 +38,9 @@ class HeadWeights:
     """Fraction of training at which the weights start to move, and the first stage of a curriculum begins."""
     end: float = 1.0
     """Fraction of training at which they have arrived, and the last stage is over."""
+    sampled: bool = False
+    """Of the heads that have a weight one is drawn for each step, and counts for all of them, as Stern et al. train
+    (arXiv 1811.03115): the gradient is the same on average, and a step computes one loss."""
     shape: Shape = "linear"
     """How they move: linear; cosine, slow at both ends; sine, a quarter of a wave, fast at first."""
 
@@ -72,6 +79,14 @@ class HeadWeights:
         weights = [a + (b - a) * moved[self.shape] for a, b in zip(first, last)]
         active = _active(self.curriculum, done, heads)
         return [weight * self.decay**k if k < active else 0.0 for k, weight in enumerate(weights)]
+
+
+def drawn(weights: Sequence[float], seed: int, step: int) -> list[float]:
+    """`weights` with all but one head's set to 0, and that one's times the number of those above 0, so that an expected
+    weighted sum is what it was. The head is drawn from (seed, step) alone: processes and resumed runs agree."""
+    heads = [k for k, weight in enumerate(weights) if weight]
+    chosen = heads[int(np.random.default_rng([seed, step]).integers(len(heads)))]
+    return [weight * len(heads) if k == chosen else 0.0 for k, weight in enumerate(weights)]
 
 
 def _active(curriculum: Curriculum, done: float, heads: int) -> int:

@@ -15,6 +15,7 @@ from headstart.data.batches import BatchStream
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
+from headstart.objective.head_weights import drawn
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
@@ -138,6 +139,8 @@ class Run:
         began = time.perf_counter()
         batches = [move(batch, self.device) for batch in islice(self.stream, self.micro_batches)]
         weights = config.head_weights.at(position.step / config.steps, config.model.heads)
+        if config.head_weights.sampled:
+            weights = drawn(weights, config.seed, position.step)
         lr = learning_rate(position.step, config.steps, config.optimizer)
         result = train_step(
             self.model,

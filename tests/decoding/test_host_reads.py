@@ -73,7 +73,8 @@ def test_nor_does_a_rule_or_a_penalty(rule: str, monkeypatch: pytest.MonkeyPatch
 
 def test_nor_does_a_chunk_of_a_prompt(shape: str) -> None:
     model, state = ready(shape)
-    prefill(model, state, 1, torch.zeros(20, dtype=torch.int64, device="meta"), HEADS, start=7)
+    tokens = torch.zeros(21, dtype=torch.int64, device="meta")
+    prefill(model, state, 1, tokens[:20], HEADS, start=7, root=tokens[20:])
 
 
 def test_the_test_itself_can_fail() -> None:

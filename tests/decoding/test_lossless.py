@@ -99,6 +99,23 @@ def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
         assert torch.equal(other_keys, keys) and torch.equal(other_values, values)
 
 
+def drafts_of(model: Transformer, known: list[int], heads: int = HEADS, seed: int | None = None) -> list[int]:
+    """What heads 2..K draft behind `known`, whose last token is the root; sequential ones one after another."""
+    tokens = list(known)
+    chained = model.config.ahead > 0
+    drafts: list[int] = []
+    for k in range(2, heads + 1):
+        # Head k at the position before the root: of sequential heads those that lack tokens at the end are not asked.
+        read = tokens if chained else tokens[:-1]
+        with torch.no_grad():
+            scores = model(torch.tensor([read]), heads=heads)[0, len(known) - 2, k - 1]
+        if seed is not None:
+            scores = scores + position_noise(torch.tensor(seed), torch.tensor(len(known) - 2 + k), len(scores))
+        drafts.append(int(scores.argmax()))
+        tokens.append(drafts[-1])
+    return drafts
+
+
 def accepted_by_a_plain_loop(
     model: Transformer, prompt: tuple[int, ...], tokens: list[int], count: int
 ) -> list[list[int]]:
@@ -109,9 +126,7 @@ def accepted_by_a_plain_loop(
         # The pass that decides token `done` verifies what the heads said at the last row that the pass before accepted.
         drafts: list[int] = []
         if done:
-            with torch.no_grad():
-                logits = model(torch.tensor([[*prompt, *tokens[: done - 1]]]), heads=HEADS)[0, -1]
-            drafts = logits[1:].argmax(-1).tolist()
+            drafts = drafts_of(model, [*prompt, *tokens[:done]])
         right = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(drafts, tokens[done:])))
         passes.append(list(range(2, 2 + len(right))))
         done += 1 + len(right)
@@ -160,7 +175,7 @@ requests = st.lists(
     requests=requests,
     slots=st.integers(1, 4),
     exact=st.booleans(),
-    shape=st.sampled_from(["transformer-parallel", "replicated", "transformer-causal"]),
+    shape=st.sampled_from(["transformer-parallel", "replicated", "transformer-causal", "sequential", "medusa-own"]),
 )
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_batch_mix_gives_what_each_request_gives_alone(requests, slots, exact, shape) -> None:
@@ -183,9 +198,14 @@ def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
         committed = list(generation.request.prompt) + generation.tokens
         assert length == len(committed) - 1  # the root is not cached yet
         fresh = DecodingState.empty(model, 1, engine.state.cache.capacity)
-        prefill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7)
-        for got, want in ((engine.state.cache.keys, fresh.cache.keys), (engine.state.cache.values, fresh.cache.values)):
-            assert torch.allclose(got[:, slot, :, :length], want[:, 0, :, :length], atol=1e-11)
+        prefill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7, root=torch.tensor(committed[-1:]))
+        mine, theirs = engine.state.cache, fresh.cache
+        for layer in range(len(mine.values)):
+            # Sequential heads have read drafts in their last positions, which the next pass writes anew.
+            right = length - (max(0, layer - model.config.trunk_layers) if model.config.ahead else 0)
+            for got, want in ((mine.keys_of(slot), theirs.keys_of(0)), (mine.values[:, slot], theirs.values[:, 0])):
+                assert torch.allclose(got[layer, :, :right], want[layer, :, :right], atol=1e-11), layer
+        assert torch.allclose(mine.carried[:, slot], theirs.carried[:, 0], atol=1e-11)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -202,13 +222,7 @@ def test_drafts_are_what_the_heads_say_at_the_last_accepted_row_with_the_noise_o
         committed = [*PROMPT, *generation.tokens]
         window = engine.state.window_SW[0].tolist()
         assert window[0] == committed[length] and len(committed) == length + 1
-        with torch.no_grad():
-            logits = reference(torch.tensor([committed[:length]]), heads=HEADS)[0, -1]
-        for k in range(2, HEADS + 1):
-            scores = logits[k - 1]
-            if temperature:
-                scores = scores + position_noise(torch.tensor(5), torch.tensor(length - 1 + k), len(scores))
-            assert window[k - 1] == int(scores.argmax()), k
+        assert window[1:] == drafts_of(reference, committed, seed=5 if temperature else None)
 
 
 def test_what_lies_in_the_caches_beyond_a_slots_length_does_not_matter(shape: str) -> None:

@@ -27,9 +27,10 @@ PROMPT = tuple(b"the cat then")
 
 
 class Chances:
-    """A random target for G + 1 tokens, token by token, and random product drafts for the first G of them."""
+    """A random target for G + 1 tokens, token by token, and random drafts for the first G of them: a product, or a
+    chain in which each depends on those before."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, chained: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.target = {
             prefix: torch.rand(V, generator=generator, dtype=torch.float64).pow(2).add(1e-3)
@@ -39,7 +40,11 @@ class Chances:
         self.target = {prefix: p / p.sum() for prefix, p in self.target.items()}
         q = torch.rand(G, V, generator=generator, dtype=torch.float64).pow(2)
         q[1, 0] = 0  # a draft head may exclude a token
-        self.drafts = q / q.sum(-1, keepdim=True)
+        self.drafts = {prefix: q[len(prefix)] / q[len(prefix)].sum() for prefix in self.target if len(prefix) < G}
+        if chained:
+            for prefix, product in self.drafts.items():
+                other = torch.rand(V, generator=generator, dtype=torch.float64).pow(2) * (product > 0)
+                self.drafts[prefix] = other / other.sum()
 
     def probability(self, tokens: tuple[int, ...], start: int = 0) -> float:
         """Of tokens[start:], given those before."""
@@ -54,11 +59,12 @@ class Chances:
         law: dict[tuple[int, ...], float] = dict.fromkeys(itertools.product(range(V), repeat=G + 1), 0.0)
         kept = 0.0
         for drafts in itertools.product(range(V), repeat=G):
-            weight = float(torch.stack([self.drafts[i, x] for i, x in enumerate(drafts)]).prod())
+            weight = float(torch.stack([self.drafts[drafts[:i]][x] for i, x in enumerate(drafts)]).prod())
             if weight == 0:
                 continue
             p = torch.stack([self.target[drafts[:i]] for i in range(G + 1)])[None]
-            q, x, g = self.drafts[None], torch.tensor([drafts]), torch.tensor([fed])
+            q = torch.stack([self.drafts[drafts[:i]] for i in range(G)])[None]
+            x, g = torch.tensor([drafts]), torch.tensor([fed])
             h = block_probabilities(p[:, :G], q, x, g)[0] if block else chain_probabilities(p[:, :G], q, x)
             for outcome in itertools.product((True, False), repeat=G):
                 chance = weight
@@ -93,6 +99,11 @@ def test_lossless_rules_have_the_targets_joint_distribution_by_enumeration(block
         assert Chances(seed).error(block, fed) < 1e-12
 
 
+@pytest.mark.parametrize("block", [False, True], ids=["rejection", "block"])
+def test_so_they_have_for_chains_of_drafts(block: bool) -> None:
+    assert Chances(0, chained=True).error(block, G) < 1e-12
+
+
 def test_block_verification_keeps_more() -> None:
     gains = []
     for seed in range(5):
@@ -115,10 +126,10 @@ def test_wrong_rules_fail_the_enumeration(block: bool, monkeypatch: pytest.Monke
     assert Chances(0).error(block, G) > 1e-3
 
 
-def _small() -> tuple[Transformer, Transformer]:
+def _small(**shape: str) -> tuple[Transformer, Transformer]:
     """A random model over three tokens whose heads say something, and its decoding form."""
     torch.manual_seed(1)
-    raw = Transformer(ModelConfig(vocab_size=3, dim=16, layers=5, attention_heads=2, heads=3, context=32))
+    raw = Transformer(ModelConfig(vocab_size=3, dim=16, layers=5, attention_heads=2, heads=3, context=32, **shape))
     with torch.no_grad():
         for parameter in raw.parameters():
             parameter.mul_(10 if parameter.dim() > 1 else 1)
@@ -152,9 +163,14 @@ def _distance(model: Transformer, raw: Transformer, rule: Rule, sampling: Sampli
     return sum((seen - expected) ** 2 / expected for seen, expected in cells) / (len(cells) - 1)
 
 
-@pytest.mark.parametrize(("kind", "top_k"), [("match", 0), ("rejection", 0), ("block", 0), ("block", 2)])
-def test_texts_drawn_with_lossless_rules_follow_the_models_law(kind: str, top_k: int) -> None:
-    raw, model = _small()
+CHAIN = {"head_kind": "sequential", "wiring": "causal"}
+LAWS = [("match", 0, {}), ("rejection", 0, {}), ("block", 0, {}), ("block", 2, {})]
+LAWS += [("rejection", 0, CHAIN), ("block", 0, CHAIN)]
+
+
+@pytest.mark.parametrize(("kind", "top_k", "shape"), LAWS)
+def test_texts_drawn_with_lossless_rules_follow_the_models_law(kind: str, top_k: int, shape: dict[str, str]) -> None:
+    raw, model = _small(**shape)
     # 1.8 is far beyond p = 1e-3 for 20 cells and more.
     assert _distance(model, raw, Rule(kind), Sampling(1.0, top_k), 512) < 1.8
 
@@ -208,11 +224,32 @@ def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: py
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, a[0], exact=False, policy=Sure()))
     assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 500) < 1.8
 
-    def of_the_draft_drawn(state, logits, drafts, q, slots):  # the negative control
+    def of_the_draft_drawn(state, logits, drafts, expected, slots):  # the negative control
         return state.sampling.confidence(logits, drafts, slots)
 
     monkeypatch.setattr(step_module, "_confidence", of_the_draft_drawn)
     assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 2.5
+
+
+def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How sure head 3 is depends on the draft of head 2. So the policy may not hear of it: whether draft 2 is fed would
+    depend on draft 2."""
+
+    class OnlyBothOrNone(Sure):
+        def plan(self, slots, prefixes):
+            return (3 if all(p and p[-1] > 0.45 for p in prefixes) else 1), True
+
+    raw, model = _small(**CHAIN)
+    original = Engine.__init__
+
+    def alone(self, *a, **k):
+        original(self, a[0], exact=False, policy=OnlyBothOrNone())
+
+    monkeypatch.setattr(Engine, "__init__", alone)
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 500) < 1.8
+    told = step_module.feeding_confidence
+    monkeypatch.setattr(step_module, "feeding_confidence", lambda q, chained: told(q, False))  # the negative control
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 1500) > 2
 
 
 def test_rules_side_by_side_do_not_change_one_another() -> None:

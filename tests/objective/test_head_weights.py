@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headstart.errors import UsageError
-from headstart.objective.head_weights import HeadWeights
+from headstart.objective.head_weights import HeadWeights, drawn
 
 
 def test_the_paper_weighs_every_head_alike() -> None:
@@ -115,3 +115,21 @@ def test_weights_that_do_not_fit_are_refused(weights: HeadWeights, word: str) ->
     with pytest.raises(UsageError) as caught:
         weights.check(2)
     assert word in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_one_head_is_drawn_for_a_step_and_stands_for_all() -> None:
+    weights = [1.0, 0.5, 0.0, 2.0]
+    steps = [drawn(weights, seed=3, step=step) for step in range(3000)]
+    assert all(sum(weight != 0 for weight in step) == 1 and step[2] == 0 for step in steps)
+    for k, weight in enumerate(weights):
+        assert sum(step[k] for step in steps) / len(steps) == pytest.approx(weight, rel=0.06)
+    # By seed and step alone: processes and resumed runs agree, other seeds do not.
+    assert steps[7:12] == [drawn(weights, 3, step) for step in range(7, 12)]
+    assert steps[:20] != [drawn(weights, 4, step) for step in range(20)]
+    assert drawn([0.0, 0.7], 0, 5) == [0.0, 0.7]
+
+
+def test_the_weights_of_papers() -> None:
+    assert HeadWeights(decay=0.8).at(0.5, 4) == pytest.approx([1, 0.8, 0.64, 0.512])  # Medusa: 0.8^k of its head k
+    fast = HeadWeights(initial=(1, 0.51, 0.31, 0.18)).at(0.5, 4)
+    assert fast[1:] == pytest.approx([0.6**k / (1 + 0.6 + 0.36) for k in range(3)], abs=0.005)

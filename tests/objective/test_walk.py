@@ -50,8 +50,8 @@ def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transform
 
 
 def batch(model: Transformer, rows: int = 4, time: int = 11, n: int = 4) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T), more where heads read ahead, and targets (B, T, n), ragged: each row and head lacks others, the last
-    row nearly all."""
+    """Tokens (B, T), more where heads read ahead, and targets (B, T, n), ragged: each row and head lacks others, the
+    last row nearly all."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, SMALL.vocab_size, (rows, time + model.config.ahead), generator=generator)
     targets = torch.randint(0, SMALL.vocab_size, (rows, time, n), generator=generator)
