@@ -57,7 +57,9 @@ def draft_chain(
     """
     unembedding = cast(PackedUnembedding, model.unembedding)
     follow_SN = torch.cat([tokens_SW, tokens_SW.new_zeros(len(tokens_SW), heads - 2)], 1)
-    inputs, logits, drafts = z_SWD, [], []
+    inputs = z_SWD
+    logits: list[Tensor] = []
+    drafts: list[Tensor] = []
     for k in range(2, heads + 1):
         row_S = accepted_S + (k - 2)
         asked_S = row_S if deferred and k == heads else None

@@ -162,10 +162,11 @@ class NativeTrunk(nn.Module):
         tokens_BT: Tensor,
         rotary: tuple[Tensor, Tensor],
         attend: Callable[[int], Attend] = lambda layer: causal_attention,
-    ) -> Tensor:
+        length: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         attention = getattr(attend, "__self__", None)
         if not isinstance(attention, CachedAttention) or not attention.cache.compiled:
-            return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend)
+            return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
         z_SWD = torch.embedding(self.embedding.weight, tokens_BT)  # without what nn.Embedding does around it
         y_SWD = torch.empty_like(z_SWD)
         cache, first = attention.cache, attention.slots.start
@@ -193,10 +194,11 @@ class PackedResiduals(nn.Module):
     def __init__(self, residuals: MedusaResiduals | SternResiduals, linear: MakeLinear) -> None:
         super().__init__()
         medusa = isinstance(residuals, MedusaResiduals)
-        maps = [cast(nn.Linear, x) for x in (residuals.maps if medusa else residuals.outputs)]
+        every = residuals.maps if isinstance(residuals, MedusaResiduals) else residuals.outputs
+        maps = [cast(nn.Linear, x) for x in every]
         bias = torch.cat([x.bias.detach() for x in maps]) if medusa else None
         self.maps = linear(torch.cat([x.weight.detach() for x in maps]), bias)
-        self.hidden = None if medusa else linear(cast(nn.Linear, residuals.hidden).weight.detach(), None)
+        self.hidden = linear(residuals.hidden.weight.detach(), None) if isinstance(residuals, SternResiduals) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normed latents (..., D) -> those of heads 2..n, (..., n-1, D)."""

@@ -124,8 +124,9 @@ class Unembedding(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         own = config.head_kind == "replicated" or (config.head_kind == "medusa" and not config.shared)
         copies = config.heads if own else 1
-        kinds = {"medusa": MedusaResiduals, "stern": SternResiduals} if config.heads > 1 else {}
-        self.residuals = kinds[config.head_kind](config) if config.head_kind in kinds else None
+        self.residuals: MedusaResiduals | SternResiduals | None = None
+        if config.heads > 1 and config.head_kind in ("medusa", "stern"):
+            self.residuals = MedusaResiduals(config) if config.head_kind == "medusa" else SternResiduals(config)
         first = (
             nn.Parameter(torch.empty(config.vocab_size, config.dim)) if tied_to is None else cast(nn.Parameter, tied_to)
         )
