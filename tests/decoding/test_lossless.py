@@ -225,6 +225,24 @@ def test_drafts_are_what_the_heads_say_at_the_last_accepted_row_with_the_noise_o
         assert window[1:] == drafts_of(reference, committed, seed=5 if temperature else None)
 
 
+@pytest.mark.parametrize("shape", ["medusa-own", "sequential-own"])
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_heads_that_share_less_are_decoded_alike(shape: str, sampling: Sampling) -> None:
+    reference = copy.deepcopy(trained(shape)).double()
+    model = packed(shape, torch.float64)
+    expected = plain_reference(reference, PROMPT[:1], 40, sampling)  # a prompt shorter than what heads read ahead
+    for heads in (1, 3, HEADS):
+        engine = Engine(model)
+        generation = engine.submit(Request(PROMPT[:1], 40, sampling, heads))
+        while engine.busy:
+            engine.step()
+            known = [*PROMPT[:1], *generation.tokens]
+            if engine.busy and heads > 1:
+                seed = sampling.seed if sampling.temperature else None
+                assert engine.state.window_SW[0, 1:heads].tolist() == drafts_of(reference, known, heads, seed)
+        assert generation.tokens == expected
+
+
 def test_what_lies_in_the_caches_beyond_a_slots_length_does_not_matter(shape: str) -> None:
     model = packed(shape, torch.bfloat16)
     clean = run(model, Request(PROMPT, 80, SAMPLED))
