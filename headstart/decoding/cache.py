@@ -69,8 +69,8 @@ class KVCache:
             buffer[:, b, :, :rows_a] = kept
 
     def clear(self, slot: int, start: int, end: int) -> None:
-        """Zeros at positions start .. end - 1; where the kernels mask whatever a key holds, keys stay as they are. Nothing
-        is carried on in the slot."""
+        """Zeros at positions start .. end - 1; where the kernels mask whatever a key holds, keys stay as they are.
+        Nothing is carried on in the slot."""
         self.carried[:, slot] = 0
         self.values[:, slot, :, start:end] = 0
         if not self.compiled:

@@ -121,9 +121,7 @@ def _run(
     return cast(Tensor, model.head(k)(inputs_SWD, state.rotary_at(positions), attend, select, ahead_BTD=ahead_SWD))
 
 
-def _carry(
-    state: DecodingState, slots: slice, k: int, latents_SWD: Tensor, right_S: Tensor, live_S: Tensor
-) -> Tensor:
+def _carry(state: DecodingState, slots: slice, k: int, latents_SWD: Tensor, right_S: Tensor, live_S: Tensor) -> Tensor:
     """Head k+1's inputs: the latent carried over from the pass before, then those of this one, of which row `right_S`
     is carried on."""
     carried_SD = state.cache.carried[k - 2, slots]

@@ -37,7 +37,9 @@ class DecodingMemory:
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Keys and values of one position in all blocks, those of heads included."""
-    return 2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * dtype.itemsize
+    return (
+        2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * dtype.itemsize
+    )
 
 
 def decoding_memory(

@@ -1,0 +1,53 @@
+"""Sequential heads where a prompt comes in pieces: drafts are those of a prompt read at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import HEADS, packed
+
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
+
+TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is the cat end. the cat then a dog ")
+
+
+def alone(prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    got = generate_all(Engine(packed("sequential", torch.float64), exact=False), [Request(prompt, 40, heads=HEADS)])[0]
+    return got.tokens, got.stats.accepted
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7])
+def test_pieces_of_a_prompt_between_passes_of_others(budget: int) -> None:
+    """What is carried from piece to piece must outlast the passes over other slots, which run over this one too."""
+    engine = Engine(packed("sequential", torch.float64), slots=2, exact=False, prefill_budget=budget)
+    other = engine.submit(Request(TEXT[:2], 200, heads=HEADS))
+    while not other.tokens:
+        engine.step()
+    late = engine.submit(Request(TEXT[5:60], 40, heads=HEADS))
+    while not late.finished:
+        engine.step()
+    assert (late.tokens, late.stats.accepted) == alone(TEXT[5:60])
+
+
+@pytest.mark.parametrize("budget", [1, 3, None])
+@pytest.mark.parametrize("length", [40, 41, 60])
+def test_a_prompt_that_goes_on_from_what_a_slot_holds(budget: int | None, length: int) -> None:
+    """The last positions that are found were computed over other tokens behind them, and are computed anew."""
+    engine = Engine(packed("sequential", torch.float64), exact=False, prefill_budget=budget)
+    first = engine.submit(Request((*TEXT[:40], *b"dog is a cat"), 20, heads=HEADS))
+    second = engine.submit(Request(TEXT[:length], 40, heads=HEADS))
+    for _ in engine.run():
+        pass
+    assert first.finished and 16 <= second.stats.prompt_tokens_reused <= 40 - (HEADS - 1)
+    assert (second.tokens, second.stats.accepted) == alone(TEXT[:length])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int, compiled: bool) -> None:
+    model = packed("sequential", torch.float32, compiled)
+    requests = [Request(TEXT[i : i + length], 30, heads=HEADS) for i in range(3)]
+    for request, got in zip(requests, generate_all(Engine(model, slots=3), requests)):
+        plain = generate_all(Engine(model), [Request(request.prompt, 30, heads=1)])[0]
+        assert got.tokens == plain.tokens
