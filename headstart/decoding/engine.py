@@ -260,6 +260,10 @@ class Engine:
                 f"the draft tree has depth {tree.depth} and {tree.ranks} ranks; {config.heads} heads draft "
                 f"{config.heads - 1} tokens ahead, of {config.vocab_size}: take a smaller one"
             )
+        if tree is not None and not tree.is_chain and config.ahead:
+            raise UsageError(
+                "sequential heads draft one chain, each from the draft before; decode without a draft tree"
+            )
         self.most_heads = config.heads if tree is None else tree.depth + 1
         if tree is None or tree.is_chain:
             return None

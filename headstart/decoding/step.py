@@ -360,17 +360,18 @@ def prefill(
     chunk: int = 256,
     start: int = 0,
     *,
-    root: Tensor,
+    root: Tensor | None = None,
     first: int = 0,
 ) -> None:
     """Fills the caches of `slot` with `tokens` (T,) int64 from position `start` on; no logits are made, and its length
     is left to the caller.
 
     Heads 2..K get keys and values of the whole prompt: they saw them in training, and draft worse without. `root` (1,)
-    is the token behind `tokens`, which sequential heads read, and `first` the position from which on this prompt is
-    read: what they have before it stays.
+    is the token behind `tokens`, which sequential heads must read, and `first` the position from which on this prompt
+    is read: what they have before it stays.
     """
-    follow = torch.cat([tokens, root])
+    assert root is not None or not model.config.ahead
+    follow = tokens if root is None else torch.cat([tokens, root])
     last = torch.zeros(1, dtype=torch.int64, device=tokens.device)
     slots = slice(slot, slot + 1)
     for done in range(0, len(tokens), chunk):

@@ -8,6 +8,8 @@ from conftest import HEADS, packed
 
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
+from headstart.decoding.tree import DraftTree
+from headstart.errors import UsageError
 
 TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is the cat end. the cat then a dog ")
 
@@ -51,3 +53,8 @@ def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int, comp
     for request, got in zip(requests, generate_all(Engine(model, slots=3), requests)):
         plain = generate_all(Engine(model), [Request(request.prompt, 30, heads=1)])[0]
         assert got.tokens == plain.tokens
+
+
+def test_trees_are_refused() -> None:
+    with pytest.raises(UsageError, match="sequential heads draft one chain"):
+        Engine(packed("sequential", torch.float32), tree=DraftTree.parse("0,1,0.0"))

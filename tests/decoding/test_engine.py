@@ -73,7 +73,8 @@ def test_packing_changes_the_layout_and_not_the_function(shape: str, dtype: torc
     assert any(isinstance(module, PackedLinear) for module in model.modules())
     tokens = torch.tensor([list(PROMPT)])
     with torch.no_grad():
-        want, got = plain(tokens, heads=HEADS).float(), model(tokens, heads=HEADS).float()
+        # Up to where sequential heads know the tokens between.
+        want, got = (which(tokens, heads=HEADS)[:, : 1 - HEADS].float() for which in (plain, model))
     assert (want - got).norm() / want.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
 
 

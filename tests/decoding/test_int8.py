@@ -87,8 +87,9 @@ def test_rows_and_outputs_of_nothing(compiled: None) -> None:
 
 def test_an_int8_model_is_near_the_model_and_its_reference(shape: str, compiled: None) -> None:
     tokens = torch.tensor([list(b"the cat then a dog")])
-    want = trained(shape)(tokens, heads=HEADS)
-    got, reference = (quantized(shape, fast)(tokens, heads=HEADS) for fast in (True, False))
+    # Up to where sequential heads know the tokens between.
+    want = trained(shape)(tokens, heads=HEADS)[:, : 1 - HEADS]
+    got, reference = (quantized(shape, fast)(tokens, heads=HEADS)[:, : 1 - HEADS] for fast in (True, False))
     assert is_quantized(quantized(shape)) and is_quantized(quantized(shape, False))
     assert 1e-4 < (got - want).norm() / want.norm() < 0.1
     # Norms and attention round otherwise in torch, and a row that does may fall to another step.

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import HEADS, packed, trained
+from conftest import HEADS, SHAPES, packed, trained
 from test_policy import Whim
 from torch import Tensor
 
@@ -33,6 +33,12 @@ TREES = {
     "flat": DraftTree.parse("0,1,2,3"),
     "grown": grow([[0.5, 0.2, 0.1, 0.05]] * (HEADS - 1), 14),
 }
+
+
+@pytest.fixture(params=[name for name in SHAPES if not name.startswith("sequential") and not name.endswith("-own")])
+def shape(request: pytest.FixtureRequest) -> str:
+    """Those that draft trees: sequential heads draft a chain."""
+    return str(request.param)
 
 
 def run(model: Transformer, request: Request, tree: DraftTree | None, **options: object) -> Generation:
