@@ -137,6 +137,9 @@ class Engine:
                 f"{what} knows no draft trees, and exact decoding fixes windows here: "
                 f"take {rules}no tree, or exact=False"
             )
+        if config.ahead and request.constraint is not None and request.acceptance.kind == "block":
+            # Each later q was computed behind drafts that the constraint may have replaced: more chance than q tells.
+            raise UsageError("acceptance block is not lossless for sequential heads with a constraint; take rejection")
         if not 1 <= heads <= config.heads:
             raise UsageError(f"heads is {heads}; this model has {config.heads}, take 1 (plain decoding) to that many")
         if not request.prompt:

@@ -6,8 +6,12 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.acceptance import Rule
+from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
+from headstart.decoding.sampling import Sampling
 from headstart.decoding.tree import DraftTree
 from headstart.errors import UsageError
 
@@ -58,3 +62,20 @@ def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int, comp
 def test_trees_are_refused() -> None:
     with pytest.raises(UsageError, match="sequential heads draft one chain"):
         Engine(packed("sequential", torch.float32), tree=DraftTree.parse("0,1,0.0"))
+
+
+def test_constraints_on_a_chain() -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    model, words = (
+        packed("sequential", torch.float64),
+        Constraint.regex(r"((the|that|then) (cat|dog|[a-z]{1,5})[ .]){8}"),
+    )
+    for sampling in (Sampling(), Sampling(0.8, seed=3)):
+        plain, fast = (
+            generate_all(Engine(model, tokenizer=ByteTokenizer()), [request])[0]
+            for request in (Request(TEXT[:4], 50, sampling, heads, constraint=words) for heads in (1, HEADS))
+        )
+        assert fast.tokens == plain.tokens and fast.stats.passes < plain.stats.passes
+    block = Request(TEXT[:4], 50, Sampling(1.0), acceptance=Rule("block"), constraint=words)
+    with pytest.raises(UsageError, match="acceptance block is not lossless for sequential heads with a constraint"):
+        Engine(model, tokenizer=ByteTokenizer()).submit(block)
