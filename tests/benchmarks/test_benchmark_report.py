@@ -74,6 +74,6 @@ def test_report_files(tmp_path):
 
 
 def test_a_process_of_its_own_answers_and_passes_usage_errors_on():
-    case = {"model": "/nowhere", "dtype": "float32", "device": "cpu"}
+    case = {"model": "/nowhere", "dtype": "float32", "device": "cpu", "quantize": None}
     with pytest.raises(UsageError, match="/nowhere"):
         fresh_process.call("headstart.benchmarks.speedup:case", case, threads=1)

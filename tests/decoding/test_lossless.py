@@ -72,7 +72,7 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
     [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)],
     ids=["fp32", "fp32-onednn", "bf16", "bf16-onednn"],
 )
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["greedy", "truncated"])
 def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
