@@ -27,6 +27,16 @@ SHAPES = {
     "sequential": {"head_kind": "sequential", "wiring": "causal"},
     "sequential-own": {"head_kind": "sequential", "wiring": "causal", "shared": False},
 }
+KINDS = [shape for shape in SHAPES if not shape.endswith("-own")]
+CORE = [
+    "transformer-parallel",
+    "transformer-causal",
+    "transformer-anticausal",
+    "linear-anticausal",
+    "replicated",
+    "sequential",
+]
+"""One of each way through decoding; medusa and stern heads go the way of replicated ones."""
 VOCABULARY = 128  # printable ASCII, so that the byte tokenizer makes text of it
 HEADS = 4
 
@@ -75,6 +85,6 @@ def packed(shape: str, dtype: torch.dtype, compiled: bool = True) -> Transformer
     return pack(copy.deepcopy(trained(shape)).to(dtype), compiled=compiled)
 
 
-@pytest.fixture(params=[name for name in SHAPES if not name.endswith("-own")])
+@pytest.fixture(params=CORE)
 def shape(request: pytest.FixtureRequest) -> str:
     return str(request.param)

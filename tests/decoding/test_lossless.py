@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import HEADS, VOCABULARY, packed, trained
+from conftest import HEADS, KINDS, VOCABULARY, packed, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,6 +57,7 @@ def plain_reference(model: Transformer, prompt: tuple[int, ...], new_tokens: int
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("shape", KINDS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: str, name: str) -> None:
     reference = plain_reference(copy.deepcopy(trained(shape)).double(), PROMPT, 60, SETTINGS[name])
@@ -67,6 +68,7 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
             assert got.tokens == reference, (heads, exact)
 
 
+@pytest.mark.parametrize("shape", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "compiled"),
     [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)],

@@ -218,6 +218,9 @@ def test_a_model_with_kernels_is_the_model(shape: str, dtype: torch.dtype, error
     want = trained(shape)(tokens, heads=HEADS)
     got = packed(shape, dtype)(tokens, heads=HEADS).float()
     assert any(isinstance(module, NativeLinear) for module in packed(shape, dtype).modules())
+    # Sequential heads lack the tokens that they read at the end.
+    assert torch.equal(got.isnan(), want.isnan())
+    got, want = got.nan_to_num(), want.nan_to_num()
     assert (got - want).norm() / want.norm() < 2 * error
 
 

@@ -33,7 +33,7 @@ KINDS = [
     ("sequential", "causal"),
     ("sequential-own", "causal"),
 ]
-SPREAD = [(False, 1), (False, 3), (True, 3)]
+SPREAD = [(False, 1), (True, 3)]
 """(tied, micro-batches): a case takes a second."""
 ROUNDED = {
     "transformer": [False, True], "linear": [False], "replicated": [False, True], "medusa": [False], "stern": [True],
