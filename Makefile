@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.headstart-ready
 
-.PHONY: demo test check format bench bench-quick clean
+.PHONY: demo test test-all check format bench bench-quick clean
 
 demo: $(SETUP)
 	$(BIN)/headstart demo
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The slow ones too.
+test-all: $(SETUP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 # What CI runs beside the tests: style, types.
 check: $(SETUP)

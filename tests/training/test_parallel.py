@@ -82,6 +82,7 @@ def test_muon_over_shares_is_torchs_muon(results, name) -> None:
     assert results[name]["error"] < 1e-3 < 0.1 < results[name]["moved"]
 
 
+@pytest.mark.slow
 def test_two_copies_each_shared_by_two() -> None:
     answers = distributed.run([WORKER], count=4)
     assert [status for status, _, _ in answers] == [0] * 4, answers[0][2][-3000:]

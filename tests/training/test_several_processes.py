@@ -89,6 +89,7 @@ def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> No
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng.pt", "state.json"} <= names
 
 
+@pytest.mark.slow
 def test_a_scheduler_stops_it_through_torchrun_and_it_goes_on(tiny, metrics) -> None:
     config = tiny("run", steps=4000, checkpoints=CheckpointConfig(every=0))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -127,6 +128,7 @@ def test_a_signal_to_one_process_stops_all_with_the_status_for_a_requeue(tiny) -
     assert len(list((config.run_dir / "checkpoints").glob("step-*"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2])  # of one: test_resume.py
 def test_kill_9_at_random_moments(tiny, metrics, weights, count) -> None:
     """Any process, at its start, within steps, within checkpoints: lost is only what came after the last checkpoint."""
@@ -164,6 +166,7 @@ def test_kill_9_at_random_moments(tiny, metrics, weights, count) -> None:
     assert not list((broken.run_dir / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_damaged_share_is_named_and_all_go_back(tiny) -> None:
     config = tiny("run")
     assert [status for status, _, _ in launch(config)] == [0, 0]
