@@ -55,7 +55,7 @@ def assert_close(a: Path, b: Path, metrics: Any, weights: Any) -> None:
 
 @pytest.mark.parametrize(
     "before, after",
-    [(1, 2), (2, 1)],
+    [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)],
     ids=["from one process to two", "from two processes to one"],
 )
 def test_a_run_goes_on_with_another_number_of_processes(tiny, metrics, weights, before, after) -> None:
@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, metrics, weights, 
     assert (split.run_dir / "model" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> None:
     changes = {"optimizer": replace(SMOOTH, kind=kind), "batch": BatchConfig(rows=2, accumulate=6)}
     one, two = tiny("one", **changes), tiny("two", **changes, parallel=ParallelConfig(sharding="hybrid"))
