@@ -60,15 +60,18 @@ def test_every_tree_and_number_of_heads_gives_plain_decoding(
     on_path = list(range(config.trunk_layers))
     if config.head_kind == "transformer":
         on_path += [config.trunk_layers + k - 1 for k in model.path(1)]
-    prompt, length = (PROMPT * 50)[:500], 24  # crosses a block of attention
+    length = 24
+    # Crosses a block of attention. So far behind what it was trained on a small model seldom drafts anything right, so
+    # the prompt ends where a chain does: a test in which no draft is kept would prove nothing.
+    ends = ((PROMPT * 50)[:size] for size in range(500, 485, -1))
+    prompt = next(p for p in ends if run(model, Request(p, length, SETTINGS[name]), None).stats.passes < length)
     end = len(prompt) + length - 1 - HEADS
     results: dict[str, tuple[list[int], Tensor, Tensor]] = {}
     cases = [("chain", HEADS), ("flat", 1), ("flat", HEADS), ("bushy", 1), ("bushy", HEADS), ("grown", 2)]
     for tree, heads in cases:
         engine = Engine(model, tree=TREES.get(tree))
         got = generate_all(engine, [Request(prompt, length, SETTINGS[name], heads)])[0]
-        # So far behind what it was trained on, not every shape drafts anything right: other tests see to that.
-        assert len(got.tokens) == length and (heads > 1 or got.stats.passes == length)
+        assert len(got.tokens) == length and (heads == 1) == (got.stats.passes == length), (tree, heads)
         cache = engine.state.cache
         kept = (got.tokens, cache.keys_of(0)[on_path, :, :end].clone(), cache.values[on_path, 0, :, :end].clone())
         # Where shapes are fixed a tree has its own, as it has its own plain decoding; tokens are the same all the same.
