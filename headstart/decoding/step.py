@@ -84,6 +84,12 @@ class DecodingState:
             rows = self.draft_q()[slot, own : own + len(drafts)].zero_()
             rows[torch.arange(len(drafts)), drafts] = 1
 
+    def move_on(self, slots: slice, length_S: Tensor, root_S: Tensor, heads: int) -> None:
+        """After a pass: lengths, the roots of the next windows, and how many of their drafts heads 2..K will make."""
+        self.length_S[slots] = length_S
+        self.window_SW[slots, 0] = root_S
+        self.drafted_S[slots] = (self.heads_S[slots] - 1).clamp_max(heads - 1)
+
     @classmethod
     def empty(cls, model: Transformer, slots: int, capacity: int, width: int | None = None) -> DecodingState:
         """`width`: rows of a full window (None: n)."""
@@ -260,9 +266,7 @@ def _settle(state: DecodingState, slots: slice, tokens_SR: Tensor, heads: int) -
     rows = tokens_SR.shape[1]
     fed = torch.arange(1, rows, device=window.device) <= drafted[:, None]
     accepted = ((window[:, 1:rows] == tokens_SR[:, :-1]) & fed).long().cumprod(1).sum(1)
-    length += accepted + 1
-    window[:, :1] = tokens_SR.gather(1, accepted[:, None])
-    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
+    state.move_on(slots, length + accepted + 1, tokens_SR.gather(1, accepted[:, None])[:, 0], heads)
     return accepted
 
 
@@ -299,9 +303,7 @@ def _judge(
         last = torch.where(weighs, weighed_last, last)
     committed = torch.cat([drafts_SG, tokens_SR[:, :1]], 1)
     committed = torch.where(torch.arange(R, device=kept.device) == accepted[:, None], last[:, None], committed)
-    state.length_S[slots] = length_S + accepted + 1
-    state.window_SW[slots, 0] = last
-    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
+    state.move_on(slots, length_S + accepted + 1, last, heads)
     return committed, accepted
 
 

@@ -43,7 +43,7 @@ def settle_tree(
     row = (whole * (tree.depth_R + 1)).argmax(1)
     accepted = tree.depth_R[row]
     tokens_SD = tokens_SR.gather(1, tree.path_RD[row])
-    _move_on(state, slots, length + accepted + 1, tokens_SR.gather(1, row[:, None])[:, 0], heads)
+    state.move_on(slots, length + accepted + 1, tokens_SR.gather(1, row[:, None])[:, 0], heads)
     return tokens_SD, accepted, row
 
 
@@ -81,14 +81,8 @@ def judge_tree(
     row = torch.where(weighs, row, matched[2])
     accepted = torch.where(weighs, accepted, matched[1])
     tokens = torch.where(weighs[:, None], tokens, matched[0])
-    _move_on(state, slots, length + accepted + 1, tokens.gather(1, accepted[:, None])[:, 0], heads)
+    state.move_on(slots, length + accepted + 1, tokens.gather(1, accepted[:, None])[:, 0], heads)
     return tokens, accepted, row
-
-
-def _move_on(state: DecodingState, slots: slice, length_S: Tensor, root_S: Tensor, heads: int) -> None:
-    state.length_S[slots] = length_S
-    state.window_SW[slots, 0] = root_S
-    state.drafted_S[slots] = (state.heads_S[slots] - 1).clamp_max(heads - 1)
 
 
 def fill_tree(state: DecodingState, slots: slice, logits_SKV: Tensor, noise: Tensor | None, tree: TreeRows) -> Tensor:
