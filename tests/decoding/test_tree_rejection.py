@@ -119,7 +119,6 @@ def test_wrong_rules_fail_the_enumeration(text: str, monkeypatch: pytest.MonkeyP
         assert enumerated(text, 0, depth, wrong) > 1e-3
 
 
-@pytest.mark.slow
 def test_texts_drawn_with_it_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, model = _small()
     original = Engine.__init__
