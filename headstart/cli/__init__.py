@@ -1,0 +1,19 @@
+"""The commands: one function each, which only calls its room. What is around them is in `entry.py`.
+
+torch is imported inside the commands: `headstart --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from headstart.cli.decoding import generate
+from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
+from headstart.cli.training import compare, demo, prepare, train
+
+# These parse their own arguments: what they take depends on the first one.
+RAW = (train, evaluate, tune, bench)
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__.replace("_", "-"): command
+    for command in (demo, prepare, train, compare, generate, evaluate, tune, inspect, doctor, bench)
+}

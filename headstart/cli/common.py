@@ -1,0 +1,35 @@
+"""What commands share: threads, and results as JSON."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from headstart.errors import UsageError
+
+
+def use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+
+
+def print_json(result: object) -> None:
+    print(json_module.dumps(result, indent=2, default=str))
+
+
+def measure(
+    command: str, arguments: list[str], settings_type: Any, run: Callable[[Any], Any], text: Callable[[Any], str]
+) -> None:
+    """A command that parses `arguments` into its settings, and prints what it finds (--json: as JSON)."""
+    json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
+    settings = tyro.cli(settings_type, prog=f"headstart {command}", args=arguments)
+    use_threads(settings.threads)
+    found = run(settings)
+    print_json(found) if json else print(text(found))
