@@ -295,6 +295,7 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
     entry = next((e for e in content["costs"] if e["setting"] == here), None)
     if entry is None:
         return None
+    measured = content[_acceptance_key(here)]
     greedy, sampled = (
         AcceptanceTable(
             tuple(a["mean"]),
@@ -302,7 +303,7 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
             tuple(map(tuple, a.get("rank_mean", ()))),
             tuple(tuple(map(tuple, head)) for head in a.get("rank_by_confidence", ())),
         )
-        for a in (content["acceptance"]["greedy"], content["acceptance"]["sampled"])
+        for a in (measured["greedy"], measured["sampled"])
     )
     costs = PassCosts(
         tuple(entry["slots"]),
@@ -330,11 +331,15 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
 def content_with(
     content: dict[str, Any] | None, here: dict[str, Any], tuning: Tuning, more: dict[str, Any]
 ) -> dict[str, Any]:
-    """`content` with this tuning in it; costs measured under other settings stay. `more` says how it was measured."""
+    """`content` with this tuning in it; what was measured under other settings stays. `more` says how it was measured."""
     tree = None if tuning.tree is None else str(tuning.tree)
     entry = {"setting": here, **asdict(tuning.costs), "draft_tree": tree, **more}
     others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
-    return {
-        "acceptance": {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)},
-        "costs": [*others, entry],
-    }
+    kept = {name: value for name, value in (content or {}).items() if name.startswith("acceptance")}
+    tables = {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)}
+    return {**kept, _acceptance_key(here): tables, "costs": [*others, entry]}
+
+
+def _acceptance_key(here: dict[str, Any]) -> str:
+    """What heads know belongs to the weights, whatever machine runs them; those of int8 are others."""
+    return "acceptance_int8" if here["dtype"] == "int8" else "acceptance"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -11,7 +12,17 @@ from conftest import HEADS, packed
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import EDGES, PRIOR, AcceptanceTable, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.policy import (
+    EDGES,
+    PRIOR,
+    AcceptanceTable,
+    DraftPolicy,
+    PassCosts,
+    Tuning,
+    content_with,
+    setting,
+    tuning_from,
+)
 from headstart.decoding.sampling import Sampling
 
 PROMPT = tuple(b"the cat then")
@@ -29,6 +40,17 @@ def tuning(first: float, row: float, plain: float = 1.0, table: AcceptanceTable 
     costs = tuple(first + row * i for i in range(HEADS))
     table = table or acceptance()
     return Tuning(table, table, PassCosts((1,), (plain,), (costs,)))
+
+
+def test_what_heads_know_in_int8_is_kept_beside_what_they_know_without() -> None:
+    model = packed("replicated", torch.float32)
+    here = setting(model)
+    plain, quantized = tuning(1.2, 0.1), tuning(1.2, 0.1, table=acceptance(0.5))
+    content = content_with(None, here, plain, {})
+    content = content_with(content, here | {"dtype": "int8"}, quantized, {})
+    found = tuning_from(json.loads(json.dumps(content)), model)
+    assert found is not None and found.greedy == plain.greedy
+    assert content["acceptance_int8"]["greedy"]["mean"] == quantized.greedy.mean
 
 
 def test_acceptance_is_conditional_and_sorted_by_confidence() -> None:
