@@ -331,7 +331,7 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
 def content_with(
     content: dict[str, Any] | None, here: dict[str, Any], tuning: Tuning, more: dict[str, Any]
 ) -> dict[str, Any]:
-    """`content` with this tuning in it; what was measured under other settings stays. `more` says how it was measured."""
+    """`content` with this tuning in it, beside those of other settings; `more` says how it was measured."""
     tree = None if tuning.tree is None else str(tuning.tree)
     entry = {"setting": here, **asdict(tuning.costs), "draft_tree": tree, **more}
     others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
