@@ -36,6 +36,7 @@ FLOORS = {
     "benchmarks": 4,
     "comparison": 4,
     "doctor": 4,
+    "exchange": 4,
     "inspection": 4,
     "tuning": 4,
     "cli": 5,

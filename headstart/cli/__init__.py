@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from headstart.cli.decoding import generate
+from headstart.cli.exchange import convert
 from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
 from headstart.cli.training import compare, demo, prepare, train
 
@@ -15,5 +16,5 @@ from headstart.cli.training import compare, demo, prepare, train
 RAW = (train, evaluate, tune, bench)
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__.replace("_", "-"): command
-    for command in (demo, prepare, train, compare, generate, evaluate, tune, inspect, doctor, bench)
+    for command in (demo, prepare, train, compare, generate, evaluate, tune, inspect, convert, doctor, bench)
 }

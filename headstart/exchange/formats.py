@@ -1,0 +1,140 @@
+"""The formats that `headstart convert` writes: for each, how it is written, and who reads it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.errors import UsageError
+from headstart.exchange.checks import Check, compare_gguf_tensors, compare_logits, compare_with_llama_cpp
+from headstart.model.transformer import Transformer
+from headstart.storage.assembly import refuse_other_blocks
+from headstart.storage.config_file import CONFIG_FILE
+from headstart.storage.gguf_file import save_gguf
+from headstart.storage.meta_release import is_meta_release, load_meta_release, save_meta_release
+from headstart.storage.model_directory import load_model, save_model
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format."""
+
+    what: str
+    """A line for help."""
+    write: Callable[[Transformer, Tokenizer | None, Path], list[str]]
+    """Writes the model into an empty folder (or the file), and tells in lines what could not be carried. Raises
+    UsageError for a model that the format cannot express."""
+    check: Callable[[Transformer, Tokenizer | None, Path], list[Check]]
+    """Reads it back and compares; raises UsageError where it is not the same."""
+    holds: Callable[[Path], bool]
+    """Whether a path holds a result of this format, which may be replaced."""
+    is_file: bool = False
+
+
+def _drops_heads(model: Transformer) -> list[str]:
+    return ["head 2: left out" if model.config.heads == 2 else f"heads 2..{model.config.heads}: left out"]
+
+
+def _all_heads(model: Transformer, again: Transformer, by: str = "headstart") -> Check:
+    heads = model.config.heads
+    return compare_logits(by, model, lambda tokens: again(tokens, heads=heads), heads)
+
+
+def _own(path: Path) -> dict[str, object]:
+    """config.json of a directory, {} where there is none that can be read."""
+    try:
+        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_headstart(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+    save_model(model, path, tokenizer)
+    return []
+
+
+def _check_headstart(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+    return [_all_heads(model, load_model(path))]
+
+
+def _write_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+    left = save_meta_release(model, path)
+    if tokenizer is not None:
+        left.append("tokenizer: the format takes a SentencePiece tokenizer.model, which headstart does not write")
+    return left
+
+
+def _check_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+    return [_all_heads(model, load_meta_release(path))]
+
+
+def _write_gguf(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+    refuse_other_blocks(model.config, "a GGUF file")
+    save_gguf(model, path, tokenizer)
+    left = _drops_heads(model) if model.config.heads > 1 else []
+    if tokenizer is None:
+        left.append("tokenizer: the source has none, so the file takes and gives ids")
+    return left
+
+
+def _check_gguf(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+    checks = [compare_gguf_tensors(model, path), _check_gguf_in_transformers(model, path)]
+    return [*checks, compare_with_llama_cpp(model, path, tokenizer)]
+
+
+def _check_gguf_in_transformers(model: Transformer, path: Path) -> Check:
+    try:
+        import transformers
+    except ImportError:
+        return Check("transformers", "transformers is not installed: logits not compared", passed=None)
+    if model.config.attention_bias:
+        return Check("transformers", "its GGUF loader leaves out biases of attention: not compared", passed=None)
+    transformers.logging.disable_progress_bar()
+    again = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return again(tokens).logits[:, :, None]
+
+    return compare_logits("transformers", model.float(), logits, 1)
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+FORMATS: dict[str, Format] = {
+    "headstart": Format(
+        "a model directory: an ordinary Hugging Face model with its further heads beside it",
+        _write_headstart,
+        _check_headstart,
+        lambda path: "headstart" in _own(path),
+    ),
+    "meta": Format(
+        "Meta's multi-token release: consolidated.pth and params.json",
+        _write_meta,
+        _check_meta,
+        is_meta_release,
+    ),
+    "gguf": Format(
+        "a GGUF file of trunk and head 1, for llama.cpp",
+        _write_gguf,
+        _check_gguf,
+        _is_gguf,
+        is_file=True,
+    ),
+}
+
+
+def known_format(name: str) -> Format:
+    """Raises UsageError for an unknown one."""
+    if name not in FORMATS:
+        raise UsageError(f"--to {name}: there is no such format; take one of {', '.join(FORMATS)}")
+    return FORMATS[name]

@@ -1,0 +1,134 @@
+"""`headstart convert`: each way out, read back; what is refused; and that nothing wrong is kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import headstart
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.entry import main
+from headstart.errors import UsageError
+from headstart.exchange import formats
+from headstart.exchange.convert import convert
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.model_directory import load_model, save_model
+
+TINY = ModelConfig(vocab_size=256, dim=32, layers=4, attention_heads=2, context=48, heads=2, hidden_dim=40)
+
+
+def lively(config: ModelConfig) -> Transformer:
+    model, generator = Transformer(config), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0, 0.2, generator=generator)
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_model(lively(TINY), tmp_path / "model", ByteTokenizer())
+    return tmp_path / "model"
+
+
+def same_weights(a: Transformer, b: Transformer) -> bool:
+    mine, theirs = a.state_dict(), b.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_out_to_metas_format_and_back(saved: Path, tmp_path: Path) -> None:
+    found = convert(saved, tmp_path / "meta", "meta")
+    assert found["checks"][0]["differences"] == [0.0, 0.0] and found["checks"][0]["passed"]
+    assert {line.split(":")[0] for line in found["left_out"]} == {"context of 48 tokens", "tokenizer"}
+    convert(tmp_path / "meta", tmp_path / "back", tokenizer="bytes")
+    again = load_model(tmp_path / "back")
+    assert same_weights(load_model(saved), again) and again.config.heads == 2
+    mine, theirs = (headstart.load(path).generate("def ", max_new_tokens=8) for path in (saved, tmp_path / "back"))
+    assert mine.text == theirs.text
+    convert(tmp_path / "back", tmp_path / "meta", "meta", dtype="bfloat16")  # an earlier result is replaced
+    assert load_model(tmp_path / "back").trunk.embedding.weight.dtype == torch.float32
+    assert torch.load(tmp_path / "meta/consolidated.pth")["norm.weight"].dtype == torch.bfloat16
+
+
+def test_another_dtype(saved: Path, tmp_path: Path) -> None:
+    found = convert(saved, tmp_path / "half", dtype="bfloat16")
+    assert found["left_out"] == ["weights: rounded from float32 to bfloat16"]
+    assert same_weights(load_model(tmp_path / "half"), load_model(saved, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_gguf_is_read_by_others(dtype: str | None, saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
+    found = convert(saved, tmp_path / "model.gguf", "gguf", dtype)
+    by = {check["by"]: check for check in found["checks"]}
+    assert by["gguf"]["found"].startswith("all ") and len(by["transformers"]["differences"]) == 1
+    assert "head 2: left out" in found["left_out"]
+    convert(saved, tmp_path / "model.gguf", "gguf", dtype)
+
+
+def test_what_is_not_the_same_is_not_kept(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = formats.save_meta_release
+
+    def wrong(model: Transformer, path: Path) -> list[str]:
+        with torch.no_grad():
+            changed = Transformer(model.config)
+            changed.load_state_dict(model.state_dict())
+            changed.heads[1].mlp.down.weight.mul_(1.1)
+        return write(changed, path)
+
+    monkeypatch.setattr(formats, "save_meta_release", wrong)
+    with pytest.raises(UsageError, match="logits differ"):
+        convert(saved, tmp_path / "meta", "meta")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_nothing_else_is_replaced(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/todo.txt").write_text("much")
+    (tmp_path / "letter").write_text("dear")
+    cases = [
+        (tmp_path / "notes", "headstart", "holds something else"),
+        (tmp_path / "notes", "meta", "holds something else"),
+        (tmp_path / "notes", "gguf", "is a directory"),
+        (tmp_path / "letter", "gguf", "holds something else"),
+        (tmp_path / "letter", "headstart", "is a file"),
+        (saved, "headstart", "where the source lies"),
+        (tmp_path, "headstart", "where the source lies"),
+        (saved, "meta", "where the source lies"),
+        (tmp_path / "new", "onnx", "no such format"),
+    ]
+    for target, to, words in cases:
+        with pytest.raises(UsageError, match=words) as caught:
+            convert(saved, target, to)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="dtype"):
+        convert(saved, tmp_path / "new", dtype="int8")
+    save_model(lively(replace(TINY, wiring="causal")), tmp_path / "causal")
+    with pytest.raises(UsageError, match="causal wiring"):
+        convert(tmp_path / "causal", tmp_path / "new", "meta")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "notes", "letter", "causal"}
+    assert (tmp_path / "notes/todo.txt").read_text() == "much" and (tmp_path / "letter").read_text() == "dear"
+
+
+def test_the_command(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["headstart", "convert", str(saved), str(tmp_path / "out"), "--to", "meta"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"meta: {tmp_path / 'out'}" and "read back by headstart" in lines[-2]
+    assert "head 1 0, head 2 0" in lines[-2]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json"])
+    main()
+    assert json.loads(capsys.readouterr().out)["format"] == "meta"
+    monkeypatch.setattr(sys, "argv", ["headstart", "convert", str(saved), str(saved)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
