@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -34,6 +34,6 @@ def test_fields_that_a_format_does_not_know_are_named() -> None:
         window: int | None = None
 
     assert inexpressible(TINY, ("vocab_size", "dim", "layers", "attention_heads", "heads")) == ["attention_bias"]
-    refuse_other_blocks(Later(**vars(TINY)), "a file")
+    refuse_other_blocks(Later(**asdict(TINY)), "a file")
     with pytest.raises(UsageError, match="window"):
-        refuse_other_blocks(Later(**vars(TINY), window=8), "a file")
+        refuse_other_blocks(Later(**asdict(TINY), window=8), "a file")
