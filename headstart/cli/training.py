@@ -42,6 +42,7 @@ def prepare(
     tokenizer: str = "bytes",
     train_bpe: int | None = None,
     text_field: str = "text",
+    conversations: bool = False,
     split: str = "train",
     hf_config: str | None = None,
     validation_fraction: float | None = None,
@@ -63,6 +64,8 @@ def prepare(
         tokenizer: bytes, a tokenizer.json, a directory that holds one, or a hub id OWNER/NAME.
         train_bpe: learn a byte-level BPE vocabulary of this size from the sources, instead of --tokenizer.
         text_field: the field or column that holds the text; a.b is field b within a.
+        conversations: the field holds conversations (looked for in messages and conversations); they are written as the
+            tokenizer's chat template has them, and only what the assistant wrote is trained on.
         split: the split to take from hf: datasets.
         hf_config: the configuration to take of hf: datasets.
         validation_fraction: share of the documents held out (default: 0.02, or none where sources are held out).
@@ -97,7 +100,7 @@ def prepare(
             sources,
             out,
             load_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
-            selection=Selection(text_field, split, hf_config),
+            selection=Selection(text_field, split, hf_config, conversations),
             validation_fraction=fraction,
             validation_sources=validation_sources,
             seed=seed,
@@ -106,7 +109,9 @@ def prepare(
             report=say,
         )
     for name, content in manifest["splits"].items():
-        say(f"{name}: {content['documents']:,} documents, {content['tokens']:,} tokens")
+        answers = sum(shard["targets"]["count"] for shard in content["shards"] if "targets" in shard)
+        share = f", {answers:,} of them answers" if conversations else ""
+        say(f"{name}: {content['documents']:,} documents, {content['tokens']:,} tokens{share}")
     say(f"prepared: {out}")
     if json:
         print_json(manifest)

@@ -28,7 +28,7 @@ class Batch:
     """B rows of T positions, int64. `targets[..., k-1]` belongs to head k."""
 
     tokens: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T, n), IGNORE where head k's token lies in another document
+    targets: torch.Tensor  # (B, T, n), IGNORE where head k's token lies in another document, or is no target
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
     ahead: torch.Tensor | None = None  # (B, n), the tokens that follow each row, whatever their document
 
@@ -40,12 +40,13 @@ class Batch:
         return torch.cat([self.tokens, self.ahead[:, :ahead]], 1)
 
 
-def targets_of(tokens: Array, documents: Array, heads: int) -> Array:
+def targets_of(tokens: Array, documents: Array, heads: int, is_target: Array | None = None) -> Array:
     """What each head is to predict: `targets[b, t, k-1]` is token t+k of row b, for head k in 1..n (paper, equation 2).
 
     `tokens` and `documents` (the document that each position lies in) are (B, T+n); the result is (B, T, n) int64, of
     their kind. Where t and t+k lie in different documents it is IGNORE; a document's end token belongs to the document.
-    Raises UsageError where the shapes leave no position.
+    `is_target` (B, T+n) bool: tokens that no head is to predict, as a user's in a conversation, are false (None: all
+    are predicted). They are read all the same. Raises UsageError where the shapes leave no position.
     """
     if heads < 1:
         raise UsageError(f"heads {heads}: a model has 1 head or more")
@@ -56,13 +57,19 @@ def targets_of(tokens: Array, documents: Array, heads: int) -> Array:
         )
     rows, length = tokens.shape[0], tokens.shape[1] - heads
     here = documents[:, :length]
+    if is_target is not None and is_target.shape != tokens.shape:
+        raise UsageError(f"is_target {tuple(is_target.shape)}: must be as the tokens, {tuple(tokens.shape)}")
     if isinstance(tokens, torch.Tensor):
         wide = tokens.to(torch.int64)
+        if is_target is not None:
+            wide = torch.where(is_target, wide, IGNORE)
         columns = [
             torch.where(documents[:, k : k + length] == here, wide[:, k : k + length], IGNORE)
             for k in range(1, heads + 1)
         ]
         return torch.stack(columns, dim=-1)
+    if is_target is not None:
+        tokens = np.where(is_target, tokens.astype(np.int64), IGNORE)
     targets = np.empty((rows, length, heads), dtype=np.int64)
     for k in range(1, heads + 1):
         targets[..., k - 1] = np.where(documents[:, k : k + length] == here, tokens[:, k : k + length], IGNORE)
@@ -128,13 +135,18 @@ class BatchStream:
             return _batch(*self._cutters[0].cut(self._visits[0].take(count)[mine]), self._heads)
         turns = np.array(self._turns.take([visits.given for visits in self._visits], count))
         tokens, documents = np.empty((2, self._rows, self._cutters[0].width), dtype=np.int64)
+        is_target = None
+        if any(cutter.masked for cutter in self._cutters):
+            is_target = np.empty((self._rows, self._cutters[0].width), dtype=bool)
         for source, (visits, cutter) in enumerate(zip(self._visits, self._cutters)):
             # Every process counts all rows of the step, and reads its own.
             numbers = np.empty(count, dtype=np.int64)
             numbers[turns == source] = visits.take(int((turns == source).sum()))
             here = turns[mine] == source
-            tokens[here], documents[here] = cutter.cut(numbers[mine][here])
-        return _batch(tokens, documents, self._heads)
+            tokens[here], documents[here], targets = cutter.cut(numbers[mine][here])
+            if is_target is not None:
+                is_target[here] = True if targets is None else targets
+        return _batch(tokens, documents, is_target, self._heads)
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins, in whole numbers, all from 0.
@@ -211,9 +223,9 @@ def evaluation_batches(
     return (_batch(*cutter.cut(chosen[start : start + rows]), heads) for start in range(0, count, rows))
 
 
-def _batch(tokens: np.ndarray, documents: np.ndarray, heads: int) -> Batch:
+def _batch(tokens: np.ndarray, documents: np.ndarray, is_target: np.ndarray | None, heads: int) -> Batch:
     """The batch of rows that a cutter cut."""
-    targets = targets_of(tokens, documents, heads)
+    targets = targets_of(tokens, documents, heads, is_target)
     return Batch(
         torch.from_numpy(np.ascontiguousarray(tokens[:, :-heads])),
         torch.from_numpy(targets),
@@ -228,7 +240,8 @@ class _Cutter:
     def __init__(self, shards: TokenShards, length: int, heads: int) -> None:
         if length < 1 or heads < 1:
             raise UsageError(f"length {length}, heads {heads}: both must be 1 or more")
-        self._tokens = shards.tokens
+        self._tokens, self._targets = shards.tokens, shards.targets
+        self.masked = shards.targets is not None
         self._starts = np.asarray(shards.documents)
         self._length, self.width = length, length + heads
         # The order of an epoch depends on how many rows it has. Had a split one row less for 8 heads than for 1, the
@@ -241,8 +254,9 @@ class _Cutter:
                 f"{length + heads:,} (length {length:,} + {heads} heads); take a shorter length or prepare more text"
             )
 
-    def cut(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and documents, (B, T+n) int64, of the rows with these numbers, in this order.
+    def cut(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Tokens and documents, (B, T+n) int64, of the rows with these numbers, in this order; and (B, T+n) bool which
+        tokens are targets, or None where all are.
 
         The document of a position is how many documents have started in its row behind the first position.
         """
@@ -257,4 +271,9 @@ class _Cutter:
         columns = self._starts[np.repeat(first, counts) + within] - begins[row_of]
         documents = np.zeros((len(begins), self.width), dtype=np.int64)
         documents[row_of, columns] = 1
-        return tokens, np.cumsum(documents, axis=1, out=documents)
+        is_target = None
+        if self._targets is not None:
+            is_target = np.empty((len(begins), self.width), dtype=bool)
+            for row, begin in enumerate(begins.tolist()):
+                is_target[row] = self._targets[begin : begin + self.width]
+        return tokens, np.cumsum(documents, axis=1, out=documents), is_target

@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
 from headstart.data.corpora import SourceFile
 from headstart.errors import UsageError
 
 READ_BYTES = 1 << 18
 PARQUET_ROWS = 1024
 EMPTY, NULL, NOT_TEXT, UNREADABLE = "empty", "null", "not UTF-8 text", "unreadable"
+NO_CONVERSATION, NO_ANSWER = "not conversations", "without an answer"
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,73 @@ class Document:
     text: str
     bytes: int  # of the text in UTF-8
     read: int  # bytes of the file that it took up, for progress
+    conversation: Conversation | None = None  # which `text` then is without its roles
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or row without a text, and the reason: one of the four above."""
+    """A file or row without a text, and the reason: one of those above."""
 
     reason: str
     read: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is taken of a row: a text, or a conversation and its tools.
+
+    The name may be dotted, "a.b" being what `b` holds in what `a` holds. Conversations in "messages" are also found in
+    "conversations", where ShareGPT has them.
+    """
+
+    name: str = "text"
+    conversations: bool = False
+
+    def columns(self, known: list[str]) -> list[str] | None:
+        """Of a table with the columns `known` those that hold it; None where it has no such column."""
+        name = self._name_in(known)
+        column = name if name in known else name.split(".")[0]
+        if column not in known:
+            return None
+        return [column, "tools"] if self.conversations and "tools" in known else [column]
+
+    def document(self, record: Any, name: str, place: str, read: int) -> Document | Skipped:
+        """The document in one row; null is skipped, and a conversation without an answer.
+
+        Raises UsageError, naming `place`, where the field is missing or holds something else.
+        """
+        if not isinstance(record, dict):
+            raise UsageError(f'{place}: not an object with fields; it must be one, such as {{"{self.name}": "..."}}')
+        field = self._name_in(record)
+        value: Any = record
+        for part in [field] if field in record else field.split("."):
+            if value is None:
+                break  # {"a": null} has no text in a.b, as {"a": {"b": null}} has none
+            if not isinstance(value, dict) or part not in value:
+                raise _no_field(place, field, _fields(record))
+            value = value[part]
+        if value is None:
+            return Skipped(NULL, read)
+        conversation = None
+        if self.conversations:
+            conversation = parse_conversation(value, record.get("tools"), f'{place}: field "{field}"')
+            if not conversation.answered:
+                return Skipped(NO_ANSWER if conversation.messages else EMPTY, read)
+            value = conversation.text
+        elif not isinstance(value, str):
+            mend = "take conversations with --conversations, or " if isinstance(value, list) else ""
+            raise UsageError(
+                f'{place}: field "{field}" holds {type(value).__name__}, not text; {mend}name another with --text-field'
+            )
+        try:
+            size = len(value.encode("utf-8"))
+        except UnicodeEncodeError:  # "\ud800" is JSON, and no text
+            return Skipped(NOT_TEXT, read)
+        return Document(name, value, size, read, conversation) if size else Skipped(EMPTY, read)
+
+    def _name_in(self, known: Collection[str]) -> str:
+        other = self.conversations and self.name == MESSAGES and MESSAGES not in known and SHAREGPT in known
+        return SHAREGPT if other else self.name
 
 
 def format_of(name: str) -> str:
@@ -62,7 +123,7 @@ def read_text(file: SourceFile) -> Document | Skipped:
     return Skipped(NOT_TEXT, file.size) if text is None else Document(file.name, text, len(content), file.size)
 
 
-def read_lines(file: SourceFile, field: str, begin: int, end: int, line: int) -> Iterator[Document | Skipped]:
+def read_lines(file: SourceFile, field: Field, begin: int, end: int, line: int) -> Iterator[Document | Skipped]:
     """The documents of a .jsonl file between two line starts, given in bytes; the first line there is number `line`."""
     try:
         with file.path.open("rb") as content:
@@ -75,7 +136,7 @@ def read_lines(file: SourceFile, field: str, begin: int, end: int, line: int) ->
         raise _unreadable(file, error) from error
 
 
-def read_compressed_lines(file: SourceFile, field: str) -> Iterator[Document | Skipped]:
+def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document | Skipped]:
     """The documents of a .jsonl.gz or .jsonl.zst file. Raises UsageError where the file is cut short or damaged."""
     line, rest, before = 1, b"", 0
     try:
@@ -110,57 +171,30 @@ def open_parquet(file: SourceFile) -> Any:
         raise _unreadable(file, error) from error
 
 
-def read_rows(file: SourceFile, field: str, groups: range, row: int, size: int) -> Iterator[Document | Skipped]:
+def read_rows(file: SourceFile, field: Field, groups: range, row: int, size: int) -> Iterator[Document | Skipped]:
     """The documents of some row groups of a Parquet file; the first row there is number `row`; `size` in bytes."""
     import pyarrow
 
     content = open_parquet(file)
     known = content.schema_arrow.names
-    column = field if field in known else field.split(".")[0]
-    if column not in known:
-        raise _no_field(str(file.path), field, known)
+    columns = field.columns(known)
+    if columns is None:
+        raise _no_field(str(file.path), field.name, known)
     rows = sum(content.metadata.row_group(group).num_rows for group in groups)
     try:
-        for batch in content.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=[column]):
+        for batch in content.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
             for record in batch.to_pylist():
-                yield text_of(record, field, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
+                yield field.document(record, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
                 row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{file.path}: damaged from row {row} on ({_first_line(error)}); fetch it again") from error
-
-
-def text_of(record: Any, field: str, name: str, place: str, read: int) -> Document | Skipped:
-    """The document in one row. `field` may be dotted, "a.b" being what `b` holds in what `a` holds; null is skipped.
-
-    Raises UsageError, naming `place`, where the field is missing or holds something else than text.
-    """
-    if not isinstance(record, dict):
-        raise UsageError(f'{place}: not an object with fields; it must be one, such as {{"{field}": "..."}}')
-    value: Any = record
-    for part in [field] if field in record else field.split("."):
-        if value is None:
-            break  # {"a": null} has no text in a.b, as {"a": {"b": null}} has none
-        if not isinstance(value, dict) or part not in value:
-            raise _no_field(place, field, _fields(record))
-        value = value[part]
-    if value is None:
-        return Skipped(NULL, read)
-    if not isinstance(value, str):
-        raise UsageError(
-            f'{place}: field "{field}" holds {type(value).__name__}, not text; name another with --text-field'
-        )
-    try:
-        size = len(value.encode("utf-8"))
-    except UnicodeEncodeError:  # "\ud800" is JSON, and no text
-        return Skipped(NOT_TEXT, read)
-    return Document(name, value, size, read) if size else Skipped(EMPTY, read)
 
 
 class _Damaged(Exception):
     """What a decompressor says of its input."""
 
 
-def _parse_line(raw: bytes, file: SourceFile, field: str, line: int, read: int) -> Iterator[Document | Skipped]:
+def _parse_line(raw: bytes, file: SourceFile, field: Field, line: int, read: int) -> Iterator[Document | Skipped]:
     if raw.isspace() or not raw:
         return
     place = f"{file.path}, line {line}"
@@ -170,7 +204,7 @@ def _parse_line(raw: bytes, file: SourceFile, field: str, line: int, read: int) 
         raise UsageError(f"{place}: not JSON ({_first_line(error)}); mend the line or take it out") from error
     except RecursionError:
         raise UsageError(f"{place}: nested too deeply; take the line out") from None
-    yield text_of(record, field, f"{file.name}:{line}", place, read)
+    yield field.document(record, f"{file.name}:{line}", place, read)
 
 
 def _unzip(content: BinaryIO) -> Iterator[bytes]:

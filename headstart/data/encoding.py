@@ -1,7 +1,8 @@
 """Encoding: the documents of a unit of work as token ids in files of its own, from which shards are packed later.
 
-A unit's folder holds, for each split, `SPLIT.bin` (little-endian ids) and `SPLIT.lengths` (int64, tokens of each
-document), further `names.json` (the held-out documents) and `unit.json` (a `Summary`). It appears whole or not at all.
+A unit's folder holds, for each split, `SPLIT.bin` (little-endian ids), `SPLIT.lengths` (int64, tokens of each document)
+and of conversations `SPLIT.targets` (a byte a token: 1 where the assistant wrote it), further `names.json` (the
+held-out documents) and `unit.json` (a `Summary`). It appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.documents import Skipped
+from headstart.data.chat_template import ChatTemplate, encode_conversation
+from headstart.data.documents import Document, Skipped
 from headstart.data.tokenizers import ByteTokenizer, Tokenizer
 from headstart.data.units import Selection, Unit, read
 from headstart.data.workers import Advance
@@ -46,7 +48,7 @@ class Nearest:
 
 @dataclass
 class Part:
-    """What a unit gives to one split; `bytes` of text in UTF-8."""
+    """What a unit gives to one split; `bytes` of text in UTF-8, in conversations of answers alone."""
 
     tokens: int = 0
     documents: int = 0
@@ -91,6 +93,7 @@ class Encoder:
     dtype: str  # of numpy, such as "<u2"
     count_documents: bool  # as progress, instead of bytes read
     folder: Path  # of all units
+    template: ChatTemplate | None = None  # for conversations
 
     def key(self, unit: Unit) -> str:
         """The name of the unit's folder: a hash of everything that decides its content."""
@@ -119,6 +122,10 @@ class Encoder:
         clock = time.monotonic()
         with replacing_directory(self.folder / summary.key) as folder, ExitStack() as files:
             bins = {split: files.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
+            targets = {
+                split: files.enter_context((folder / f"{split}.targets").open("wb"))
+                for split in (SPLITS if self.template else ())
+            }
             for document in read(unit, self.selection):
                 read_in_all += 1 if self.count_documents else document.read
                 if time.monotonic() - clock > ADVANCE_SECONDS:
@@ -127,19 +134,21 @@ class Encoder:
                 if isinstance(document, Skipped):
                     skipped[document.reason] += 1
                     continue
-                ids = self._ids(document.text, document.name)
+                ids, answered, size = self._encoded(document)
                 place = place_of(self.seed, document.name)
                 split = SPLITS[unit.held_out or place < self.validation_fraction]
                 part = summary.splits[split]
-                nearest = Nearest(place, part.documents, part.tokens, len(ids), document.bytes, document.name)
+                nearest = Nearest(place, part.documents, part.tokens, len(ids), size, document.name)
                 may_move = not unit.held_out
                 if may_move and (part.nearest is None or _nearer(split, place, part.nearest.place)):
                     part.nearest = nearest
                 part.tokens += len(ids)
                 part.documents += 1
-                part.bytes += document.bytes
+                part.bytes += size
                 lengths[split].append(len(ids))
                 bins[split].write(ids.data)
+                if answered is not None:
+                    targets[split].write(answered.data)
                 if split == "validation":
                     names.append(document.name)
             summary.skipped = dict(skipped)
@@ -149,6 +158,18 @@ class Encoder:
             _write_json(folder / "unit.json", asdict(summary))
         advance((read_in_all if self.count_documents else unit.size) - told)
         return summary
+
+    def _encoded(self, document: Document) -> tuple[np.ndarray, np.ndarray | None, int]:
+        """Ids, of a conversation which of them the assistant wrote (bool), and the bytes of text that are predicted."""
+        if document.conversation is None:
+            return self._ids(document.text, document.name), None, document.bytes
+        assert self.template is not None
+        try:
+            ids, answered = encode_conversation(document.conversation, self.template, self.tokenizer)
+        except UsageError as error:
+            raise UsageError(f"{document.name}: {error}") from error
+        answers = self.tokenizer.decode(ids[answered].tolist())
+        return ids.astype(self.dtype), answered, len(answers.encode("utf-8"))
 
     def _ids(self, text: str, name: str) -> np.ndarray:
         if type(self.tokenizer) is ByteTokenizer:  # twenty times faster than by way of a list

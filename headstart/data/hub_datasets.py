@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from headstart.data.documents import Document, Skipped, text_of
+from headstart.data.documents import Document, Field, Skipped
 from headstart.errors import UsageError
 
 PREFIX = "hf:"
@@ -35,18 +35,20 @@ def parts_of(source: str, split: str, config: str | None) -> list[tuple[int, int
 
 
 def read_part(
-    source: str, split: str, config: str | None, field: str, begin: int, end: int
+    source: str, split: str, config: str | None, field: Field, begin: int, end: int
 ) -> Iterator[Document | Skipped]:
     """The documents of one of `parts_of`. Raises UsageError where a row has no text in `field`, or a stream breaks."""
     rows = load_rows(source, split, config)
     known = rows.column_names
-    column = field if known is None or field in known else field.split(".")[0]
-    if known is not None and column not in known:
-        raise UsageError(f'{source}: no field "{field}"; name one of its fields with --text-field: {", ".join(known)}')
+    columns = [] if known is None else field.columns(known)
+    if columns is None:
+        raise UsageError(
+            f'{source}: no field "{field.name}"; name one of its fields with --text-field: {", ".join(known)}'
+        )
     streamed = _is_streamed(rows)
     part = rows.shard(num_shards=end, index=begin) if streamed else rows.select(range(begin, end))
-    if known is not None:
-        part = part.select_columns([column])  # pictures and the like beside the text are not decoded
+    if columns:
+        part = part.select_columns(columns)  # pictures and the like beside the text are not decoded
     folder = folder_of(source)
     label = folder.resolve().name if folder else source.removeprefix(PREFIX)
     row = 0 if streamed else begin
@@ -61,7 +63,7 @@ def read_part(
             raise UsageError(
                 f"{source}: stopped at row {where} ({_first_line(error)}); run the command again"
             ) from error
-        yield text_of(record, field, f"{label}/{split}:{where}", f"{source}, row {where}", 1)
+        yield field.document(record, f"{label}/{split}:{where}", f"{source}, row {where}", 1)
         row += 1
 
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from headstart.data.encoding import SPLITS, Summary, nearest_of
+from headstart.data.target_bits import write_bits
 from headstart.data.workers import Advance, run_all
 from headstart.errors import UsageError
 from headstart.files import COPY_BYTES, sha256_of
@@ -53,6 +54,12 @@ class Shard:
 
     path: Path
     ranges: tuple[tuple[Path, int, int], ...]
+    item: int  # bytes of a token
+    targets: bool  # whether each file has another beside it that says which tokens are targets
+
+    @property
+    def target_path(self) -> Path:
+        return self.path.with_suffix(".targets")
 
 
 def segments_of(folders: list[Path], summaries: list[Summary], validation_fraction: float) -> dict[str, list[Segment]]:
@@ -72,10 +79,18 @@ def segments_of(folders: list[Path], summaries: list[Summary], validation_fracti
     return {split: [segment for segment in found[split] if segment.documents] for split in SPLITS}
 
 
-def pack(segments: list[Segment], split: str, folder: Path, dtype: str, workers: int) -> dict[str, Any]:
-    """Writes SPLIT-00000.bin, SPLIT-00001.bin ..., SPLIT.documents.npy; returns the split's entry in the manifest."""
+def pack(
+    segments: list[Segment], split: str, folder: Path, dtype: str, workers: int, targets: bool = False
+) -> dict[str, Any]:
+    """Writes SPLIT-00000.bin, SPLIT-00001.bin ..., SPLIT.documents.npy; returns the split's entry in the manifest.
+
+    With `targets` a file SPLIT-00000.targets beside each shard says which of its tokens are targets.
+    """
     item = np.dtype(dtype).itemsize
-    shards = list(_shards(segments, split, folder, item))
+    shards = [
+        Shard(folder / f"{split}-{number:05d}.bin", ranges, item, targets)
+        for number, ranges in enumerate(_ranges(segments, item))
+    ]
     written = dict(run_all(_write_shard, shards, max(1, min(workers, len(shards))), lambda _: None))
     starts = folder / f"{split}.documents.npy"
     _write_starts(starts, segments)
@@ -88,7 +103,7 @@ def pack(segments: list[Segment], split: str, folder: Path, dtype: str, workers:
         **{key: sum(counts[key] for counts in sources.values()) for key in ("tokens", "documents", "bytes")},
         "sources": sources,
         "shards": [
-            {"file": shard.path.name, "tokens": shard.path.stat().st_size // item, "sha256": written[shard.path.name]}
+            {"file": shard.path.name, "tokens": shard.path.stat().st_size // item, **written[shard.path.name]}
             for shard in shards
         ],
         "starts": {"file": starts.name, "sha256": sha256_of(starts)},
@@ -122,10 +137,10 @@ def _move(giver: str, taker: str, found: dict[str, list[Segment]], summaries: li
     ]
 
 
-def _shards(segments: list[Segment], split: str, folder: Path, item: int) -> Iterator[Shard]:
+def _ranges(segments: list[Segment], item: int) -> Iterator[tuple[tuple[Path, int, int], ...]]:
+    """What each shard is made of."""
     room = SHARD_BYTES
     ranges: list[tuple[Path, int, int]] = []
-    number = 0
     for segment in segments:
         begin, end = segment.first_token * item, (segment.first_token + segment.tokens) * item
         while begin < end:
@@ -134,26 +149,38 @@ def _shards(segments: list[Segment], split: str, folder: Path, item: int) -> Ite
             room -= stop - begin
             begin = stop
             if room == 0:
-                yield Shard(folder / f"{split}-{number:05d}.bin", tuple(ranges))
-                room, ranges, number = SHARD_BYTES, [], number + 1
+                yield tuple(ranges)
+                room, ranges = SHARD_BYTES, []
     if ranges:
-        yield Shard(folder / f"{split}-{number:05d}.bin", tuple(ranges))
+        yield tuple(ranges)
 
 
-def _write_shard(shard: Shard, advance: Advance) -> tuple[str, str]:
-    """Returns its name and its SHA-256."""
+def _write_shard(shard: Shard, advance: Advance) -> tuple[str, dict[str, Any]]:
+    """Returns its name, and what the manifest says of it beside that."""
     digest = hashlib.sha256()
     with shard.path.open("wb") as target:
-        for path, begin, end in shard.ranges:
-            with path.open("rb") as source:
-                source.seek(begin)
-                for content in _blocks(source, end - begin, path):
-                    digest.update(content)
-                    target.write(content)
-    return shard.path.name, digest.hexdigest()
+        for content in _blocks(shard.ranges):
+            digest.update(content)
+            target.write(content)
+    entry: dict[str, Any] = {"sha256": digest.hexdigest()}
+    if shard.targets:
+        item = shard.item
+        ranges = tuple((path.with_suffix(".targets"), begin // item, end // item) for path, begin, end in shard.ranges)
+        with shard.target_path.open("wb") as target:
+            count = write_bits((np.frombuffer(content, dtype=np.uint8) for content in _blocks(ranges)), target)
+        name = shard.target_path.name
+        entry["targets"] = {"file": name, "count": count, "sha256": sha256_of(shard.target_path)}
+    return shard.path.name, entry
 
 
-def _blocks(source: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
+def _blocks(ranges: tuple[tuple[Path, int, int], ...]) -> Iterator[bytes]:
+    for path, begin, end in ranges:
+        with path.open("rb") as source:
+            source.seek(begin)
+            yield from _read(source, end - begin, path)
+
+
+def _read(source: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
     while size > 0:
         content = source.read(min(size, COPY_BYTES))
         if not content:

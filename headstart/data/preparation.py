@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data import bpe
+from headstart.data.chat_template import need_chat_template
 from headstart.data.encoding import SPLITS, Encoder, Summary
-from headstart.data.manifest import DTYPES, FORMAT, MANIFEST, VERSION, check_target, dtype_for
+from headstart.data.manifest import DTYPES, FORMAT, MANIFEST, VERSION, WITH_TARGETS, check_target, dtype_for
 from headstart.data.packing import pack, segments_of, write_names
 from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.data.units import Selection, Unit, plan
@@ -50,6 +51,9 @@ def prepare(
     on). All of `validation_sources` goes to validation, and their files to nothing else, even where a source contains
     them: a split by project, by author, by year.
 
+    Of conversations (`selection.conversations`) all is written as the tokenizer's chat template has it, and what the
+    assistant wrote is told from the rest: that alone is to be predicted. `bytes` then counts answers.
+
     The output is the same for every number of `workers` (processes). `progress` gets (bytes read, bytes in all), or
     (documents, None) where a dataset is among the sources.
 
@@ -70,6 +74,7 @@ def prepare(
     with _working_folder(out, say) as work:
         if isinstance(tokenizer, bpe.NewBpe):
             tokenizer = _learn(tokenizer, [unit for unit in units if not unit.held_out], selection, work, say)
+        template = need_chat_template(tokenizer) if selection.conversations else None
         encoder = Encoder(
             tokenizer=tokenizer,
             fingerprint=_fingerprint(tokenizer, work / "tokenizer"),
@@ -79,6 +84,7 @@ def prepare(
             dtype=DTYPES[dtype_for(tokenizer.vocab_size)],
             count_documents=any(unit.format == "dataset" for unit in units),
             folder=work / "units",
+            template=template,
         )
         summaries = _encode(encoder, units, workers, progress, say)
         folders = [encoder.folder / encoder.key(unit) for unit in units]
@@ -87,14 +93,21 @@ def prepare(
             say("a single document: it is for training, and there is no validation split")
         with replacing_directory(out) as folder:
             splits = {
-                split: pack(segments[split], split, folder, encoder.dtype, workers if len(units) > 1 else 1)
+                split: pack(
+                    segments[split],
+                    split,
+                    folder,
+                    encoder.dtype,
+                    workers if len(units) > 1 else 1,
+                    template is not None,
+                )
                 for split in SPLITS
             }
             write_names(folder / "validation.names.json", segments["validation"])
             tokenizer.save(folder / "tokenizer")
             manifest = {
                 "format": FORMAT,
-                "version": VERSION,
+                "version": VERSION if template is None else WITH_TARGETS,
                 "tokenizer": tokenizer.name,
                 "vocab_size": tokenizer.vocab_size,
                 "end_id": tokenizer.end_id,

@@ -2,8 +2,8 @@
 
 A shards folder holds, for each split, `SPLIT-00000.bin`, `SPLIT-00001.bin` and so on (raw little-endian ids, every
 document closed by the end token; together one sequence, cut every 256 MiB), `SPLIT.documents.npy` (int64, where each
-document starts in that sequence), further `validation.names.json` (names of the held-out documents), `tokenizer/` and
-`manifest.json`.
+document starts in that sequence), of conversations `SPLIT-00000.targets` and so on (which tokens are to be predicted,
+see `target_bits`), further `validation.names.json` (names of the held-out documents), `tokenizer/` and `manifest.json`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.manifest import DTYPES, read_manifest
+from headstart.data.manifest import DTYPES, WITH_TARGETS, read_manifest
 from headstart.data.preparation import prepare
+from headstart.data.target_bits import TargetBits, bytes_for
 from headstart.errors import UsageError
 from headstart.files import sha256_of
 
@@ -28,9 +29,9 @@ __all__ = ["SplitTokens", "TokenShards", "prepare", "verify"]
 
 class SplitTokens:
     """The tokens of several shards as one sequence: `len`, and slices without a step, which may cross from one shard to
-    the next (only then is anything copied)."""
+    the next (only then is anything copied). Target bits of several shards too."""
 
-    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+    def __init__(self, shards: Sequence[np.ndarray | TargetBits]) -> None:
         self._shards = shards
         self._begins = [0, *accumulate(len(shard) for shard in shards)]
         self.dtype = shards[0].dtype
@@ -59,6 +60,9 @@ class TokenShards:
     `tokens` (N,) uint8, uint16 or uint32; `documents` (D,) int64, where each document starts; `bytes_per_token` is the
     split's UTF-8 bytes over its tokens, so nats per token / ln 2 / bytes_per_token is bits per byte. End tokens count
     as tokens, not as bytes.
+
+    Where not all tokens are to be predicted, `targets` (N,) bool says which are; `bytes_per_token` is then that of
+    those. None: all are.
     """
 
     directory: Path
@@ -67,6 +71,7 @@ class TokenShards:
     tokens: np.ndarray | SplitTokens
     documents: np.ndarray
     bytes_per_token: float
+    targets: SplitTokens | None = None
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], split: str) -> TokenShards:
@@ -92,7 +97,15 @@ class TokenShards:
         # Plain arrays over the maps: a slice of np.memmap costs ten times as much.
         maps = [np.asarray(np.memmap(directory / shard["file"], dtype, "r")) for shard in summary["shards"]]
         tokens = maps[0] if len(maps) == 1 else SplitTokens(maps)
-        return cls(directory, split, manifest, tokens, documents, int(summary["bytes"]) / count)
+        if manifest["version"] != WITH_TARGETS:
+            return cls(directory, split, manifest, tokens, documents, int(summary["bytes"]) / count)
+        targeted = sum(int(shard["targets"]["count"]) for shard in summary["shards"])
+        if targeted == 0:
+            raise UsageError(
+                f"{directory}: no token of its {split} split is an assistant's; prepare other conversations"
+            )
+        bits = [_open_bits(directory, shard) for shard in summary["shards"]]
+        return cls(directory, split, manifest, tokens, documents, int(summary["bytes"]) / targeted, SplitTokens(bits))
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of document `index` (from 0), its end token included."""
@@ -121,7 +134,11 @@ def faults_of(directory: Path, split: str, manifest: dict[str, Any]) -> list[str
     found = []
     summary = manifest["splits"][split]
     item = np.dtype(DTYPES[manifest["dtype"]]).itemsize
-    for entry in (*summary["shards"], summary["starts"]):
+    for entry in (
+        *summary["shards"],
+        *(shard["targets"] for shard in summary["shards"] if "targets" in shard),
+        summary["starts"],
+    ):
         file = directory / entry["file"]
         try:
             if "tokens" in entry:
@@ -133,6 +150,12 @@ def faults_of(directory: Path, split: str, manifest: dict[str, Any]) -> list[str
         except UsageError as error:
             found.append(str(error))
     return found
+
+
+def _open_bits(directory: Path, shard: dict[str, Any]) -> TargetBits:
+    file, tokens = directory / shard["targets"]["file"], int(shard["tokens"])
+    _check_size(file, bytes_for(tokens))
+    return TargetBits(np.asarray(np.memmap(file, np.uint8, "r")), tokens)
 
 
 def _check_size(file: Path, expected: int) -> None:

@@ -173,6 +173,18 @@ class PretrainedTokenizer:
         _check_text(text)
         return list(self._engine.encode(text, add_special_tokens=False).ids)
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """As `encode`, and the characters of `text` that each token stands for, begin and end. Tokens that share a
+        character all have it."""
+        _check_text(text)
+        encoding = self._engine.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
+
+    @property
+    def directory(self) -> Path:
+        """Where its files lie."""
+        return self._directory
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; special tokens and ids beyond the vocabulary are dropped, negative ids raise."""
         _check_ids(tokens)
@@ -278,7 +290,7 @@ def _fetch(repository: str) -> Path:
 
     try:
         folder = Path(hf_hub_download(repository, TOKENIZER_FILE)).parent
-        for name in (CONFIG_FILE, "special_tokens_map.json"):
+        for name in (CONFIG_FILE, "special_tokens_map.json", "chat_template.jinja"):
             with suppress(EntryNotFoundError):
                 hf_hub_download(repository, name)
     except Exception as error:  # of the hub, of the network, of the disk: many kinds

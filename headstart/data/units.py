@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.data import documents, hub_datasets
+from headstart.data.conversations import MESSAGES
 from headstart.data.corpora import STDLIB, SourceFile, list_files
-from headstart.data.documents import Document, Skipped
+from headstart.data.documents import NO_CONVERSATION, Document, Field, Skipped
 from headstart.errors import UsageError
 
 UNIT_BYTES = 1 << 24
@@ -22,6 +23,13 @@ class Selection:
     text_field: str = "text"  # dotted for a field within a field
     split: str = "train"  # of a dataset
     hf_config: str | None = None  # of a dataset
+    conversations: bool = False  # the field holds messages
+
+    @property
+    def field(self) -> Field:
+        default = Selection.text_field
+        name = MESSAGES if self.conversations and self.text_field == default else self.text_field
+        return Field(name, self.conversations)
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,12 @@ def plan(sources: Sequence[str], selection: Selection, without: Path, held_out: 
 
 def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
     """The documents of a unit, in order. Raises UsageError, naming the place, for what is damaged or has no text."""
-    field = selection.text_field
+    field = selection.field
     if unit.format == "dataset":
         split, config = selection.split, selection.hf_config
         yield from hub_datasets.read_part(unit.source, split, config, field, unit.begin, unit.end)
+    elif unit.format == "text" and selection.conversations:
+        yield from (Skipped(NO_CONVERSATION, file.size) for file in unit.files)
     elif unit.format == "text":
         yield from map(documents.read_text, unit.files)
     elif unit.format == "jsonl":

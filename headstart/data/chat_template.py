@@ -1,0 +1,203 @@
+"""Chat templates: a conversation as the text that its model reads, and which parts of it the assistant wrote.
+
+The template is the tokenizer's own, `chat_template.jinja` or "chat_template" in its `tokenizer_config.json`. It is a
+program out of a download, so it runs in Jinja's sandbox, with the functions that transformers gives it. Its clock
+stands still: what is prepared must not depend on the day.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headstart.data.conversations import ASSISTANT, Conversation
+from headstart.data.tokenizers import CONFIG_FILE, Tokenizer
+from headstart.errors import UsageError
+
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+NOW = datetime(2024, 7, 26)
+"""The day that templates are told, the one that Llama's own names where it is told none."""
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+"""Put around what a template says the assistant writes. Unicode keeps both for programs; no text holds them."""
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+"""Characters of a text, begin and end."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and the special tokens that it may ask for, by name."""
+
+    source: str
+    tokens: tuple[tuple[str, str], ...] = ()
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] = (),
+        *,
+        prompt: bool = False,
+        mark: bool = False,
+    ) -> str:
+        """The text of `messages`; with `prompt` up to where the assistant begins to write.
+
+        `mark` puts OPEN and CLOSE around the parts that the template marks as the assistant's. Raises UsageError with
+        what the template says of messages that it does not take.
+        """
+        context: dict[str, Any] = dict(self.tokens) | {"add_generation_prompt": prompt, "mark_answers_": mark}
+        try:
+            template = _compiled(self.source)
+            text: str = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **context)
+        except Exception as error:  # a program from elsewhere raises what it likes
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"the chat template does not take these messages ({why}); mend them, or it") from error
+        return text
+
+    def answers(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text of a conversation, and which characters of it the assistant wrote, its ends of turns among them.
+
+        A template that marks them (`{% generation %}`) says so itself. Of others, an answer is what the text up to it
+        has more than the prompt before it. Raises UsageError where that cannot be told, for the template writes the
+        beginning of a conversation otherwise once more follows.
+        """
+        messages, tools = conversation.messages, conversation.tools
+        whole = self.render(messages, tools)
+        if OPEN in whole or CLOSE in whole:
+            raise UsageError("a message holds U+FDD0 or U+FDD1, which are no characters; take them out")
+        if _MARKED.search(self.source):
+            return whole, _unmarked(self.render(messages, tools, mark=True), whole)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            before = self.render(messages[:number], tools, prompt=True)
+            behind = self.render(messages[: number + 1], tools)
+            if not (behind.startswith(before) and whole.startswith(behind)):
+                raise UsageError(
+                    f"the chat template writes what is before message {number + 1} or in it otherwise once more "
+                    "follows, so answers cannot be told from the rest; mark them in it with {% generation %}, or cut "
+                    "conversations behind their first answer"
+                )
+            spans.append((len(before), len(before) + _answer_length(behind[len(before) :], message["content"])))
+        return whole, spans
+
+
+def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template beside the tokenizer's files; None where there is none."""
+    directory: Path | None = getattr(tokenizer, "directory", None)
+    if directory is None:
+        return None
+    config: dict[str, Any] = {}
+    if (directory / CONFIG_FILE).is_file():
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    source = config.get("chat_template")
+    if (directory / TEMPLATE_FILE).is_file():
+        source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+    elif isinstance(source, list):  # several, by name
+        source = {each["name"]: each["template"] for each in source}.get("default")
+    if not isinstance(source, str):
+        return None
+    named = [(name, config.get(name)) for name in SPECIAL_NAMES]
+    tokens = [(name, each["content"] if isinstance(each, dict) else each) for name, each in named if each]
+    return ChatTemplate(source, tuple(tokens))
+
+
+def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """As `load_chat_template`. Raises UsageError where there is none."""
+    template = load_chat_template(tokenizer)
+    if template is None:
+        raise UsageError(
+            f"tokenizer {tokenizer.name}: has no chat template, which conversations need; take the tokenizer of a chat "
+            f"model, or put a {TEMPLATE_FILE} beside its tokenizer.json"
+        )
+    return template
+
+
+def encode_conversation(
+    conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (N,) int64 of a conversation, the end token last, and (N,) bool: which of them the assistant wrote.
+
+    A token counts as the assistant's if any character of it is. The end token does where the text ends with an answer
+    and no special token ends that turn already. Raises UsageError as `ChatTemplate.answers` does.
+    """
+    text, spans = template.answers(conversation)
+    ids, offsets = tokenizer.encode_with_offsets(text)  # type: ignore[attr-defined]  # templates come with such alone
+    begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    answered = np.zeros(len(ids), dtype=bool)
+    for begin, end in spans:
+        answered |= (begins < end) & (ends > begin)
+    if not ids or ids[-1] != tokenizer.end_id:
+        special: frozenset[int] = getattr(tokenizer, "skipped", frozenset())
+        answered = np.append(answered, len(answered) > 0 and answered[-1] and ids[-1] not in special)
+        ids = [*ids, tokenizer.end_id]
+    return np.array(ids, dtype=np.int64), answered
+
+
+def _unmarked(marked: str, whole: str) -> list[Span]:
+    spans, begin, length = [], 0, 0
+    for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
+        if piece == OPEN:
+            begin = length
+        elif piece == CLOSE:
+            spans.append((begin, length))
+        else:
+            length += len(piece)
+    if re.sub(f"[{OPEN}{CLOSE}]", "", marked) != whole:
+        raise UsageError("the chat template works on what it marks as generated; let it only write there")
+    return spans
+
+
+def _answer_length(part: str, content: str) -> int:
+    """How much of what an answer adds to the text the assistant writes: not the space behind its end of turn."""
+    trimmed, said = part.rstrip(), content.rstrip()
+    return len(part) if said and trimmed.endswith(said) else len(trimmed)
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    """The `jinja2.Template` of a source."""
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The {% generation %} ... {% endgeneration %} block of transformers."""
+
+        tags = {"generation"}  # noqa: RUF012  # Jinja's own declaration
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_mark", [nodes.ContextReference()])
+            return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _mark(self, context: Any, caller: Any) -> str:
+            text: str = caller()
+            return f"{OPEN}{text}{CLOSE}" if context.get("mark_answers_") else text
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # Jinja's own escapes what HTML would take for markup.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = NOW.strftime
+    return environment.from_string(source)

@@ -1,0 +1,88 @@
+"""Conversations: lists of messages, as data sets hold them, in one form.
+
+Two ways of writing them are in use: [{"role": "user", "content": "..."}, ...], mostly in a field "messages", and
+ShareGPT's [{"from": "human", "value": "..."}, ...] in a field "conversations".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from headstart.errors import UsageError
+
+MESSAGES, SHAREGPT = "messages", "conversations"
+"""The fields that are looked for where none is named."""
+ASSISTANT = "assistant"
+ROLES = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "bing": ASSISTANT,
+    "bard": ASSISTANT,
+    "model": ASSISTANT,
+    "observation": "tool",
+}
+"""What data sets call the roles that chat templates know by another name."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, each with "role" and "content" (text) and whatever else the data has (name, tool_calls, ...)."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[Any, ...] = ()
+    """Descriptions of the tools that the assistant may call, as chat templates take them."""
+
+    @property
+    def text(self) -> str:
+        """What was said, without a template: to learn a vocabulary from, to measure."""
+        return "\n\n".join(message["content"] for message in self.messages)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the assistant says anything."""
+        return any(message["role"] == ASSISTANT for message in self.messages)
+
+
+def parse_conversation(value: Any, tools: Any, place: str) -> Conversation:
+    """Raises UsageError, naming `place`, where `value` is no list of messages in one of the two forms."""
+    if not isinstance(value, list):
+        raise UsageError(
+            f"{place}: holds {type(value).__name__}, not a list of messages; name the field with --text-field"
+        )
+    messages = tuple(_message(each, f"{place}, message {number}") for number, each in enumerate(value, start=1))
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise UsageError(f'{place}: "tools" is text but not JSON; write a list of tools') from None
+    return Conversation(messages, tuple(tools) if isinstance(tools, list) else ())
+
+
+def _message(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f'{place}: not an object; a message is {{"role": "user", "content": "..."}}')
+    # Tables give every message all fields that any of them has, empty ones as null.
+    message = {key: each for key, each in value.items() if each is not None}
+    for names in (("role", "from"), ("content", "value")):
+        if names[0] not in message and names[1] in message:
+            message[names[0]] = message.pop(names[1])
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise UsageError(f'{place}: says nobody\'s role; a message is {{"role": "user", "content": "..."}}')
+    message["role"] = ROLES.get(role, role)
+    message["content"] = _text(message.get("content", ""), place)
+    return message
+
+
+def _text(content: Any, place: str) -> str:
+    """The text of a message, which may come in parts."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise UsageError(f"{place}: its content is not text; take out what is neither text nor parts of text")
+    return content
