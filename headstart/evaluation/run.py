@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
+from headstart.api import load
 from headstart.decoding.engine import Engine
 from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import decoding_dtype, pack
 from headstart.errors import UsageError
+from headstart.evaluation.code import CodeSettings, run_code
+from headstart.evaluation.code_problems import HUB
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.heads import score_documents
+from headstart.evaluation.report import format_evaluation, page_of
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_documents, read_prompts, sizes
 from headstart.files import write_text
 from headstart.storage.boxed import model_directory
 from headstart.storage.model_directory import load_model, load_model_tokenizer
-from headstart.terminal import Progress, format_table, say
+from headstart.terminal import Progress, say
 
 TASKS = ("heads", "acceptance")
+"""What is measured where no task is named."""
 ACCEPTANCE_FILE = "acceptance.json"
 """What `headstart inspect` shows of a model directory."""
 
@@ -35,7 +39,8 @@ class EvaluateSettings:
     """A model directory (None: the model in the box)."""
     tasks: tuple[str, ...] = TASKS
     """heads: bits per byte, top-1 and right drafts of every head on the text, read with teacher forcing; acceptance:
-    drafts accepted where the model goes on by itself, greedily and sampled."""
+    drafts accepted where the model goes on by itself, greedily and sampled; humaneval, mbpp, mbpp-sanitized,
+    apps-introductory, codecontests: programs written and run against tests, see --code.samples and the rest."""
     text: tuple[str, ...] = ()
     """Files, folders, globs or hf:NAME, as `headstart prepare` takes. Give text that the model was not trained on."""
     prompts: Path | None = None
@@ -59,8 +64,10 @@ class EvaluateSettings:
     """cpu, cuda, ..."""
     threads: int | None = None
     """CPU threads (None: as torch chooses)."""
+    code: CodeSettings = field(default_factory=CodeSettings)
     out: Path | None = None
-    """Folder for results.json and results.md."""
+    """Folder for results.json, results.md and results.html, and what an interrupted evaluation of programs goes on
+    from."""
     record: bool = False
     """Whether to put the acceptance into the model directory, for `headstart inspect`."""
 
@@ -79,31 +86,51 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     """Runs the tasks asked for on the model directory `path`. Raises UsageError for what cannot be evaluated."""
     for task in settings.tasks:
-        if task not in TASKS:
-            raise UsageError(f"there is no task {task!r}; take {' or '.join(TASKS)}")
+        if task not in (*TASKS, *HUB):
+            raise UsageError(f"there is no task {task!r}; take {', '.join((*TASKS, *HUB))}")
+    programs = [task for task in settings.tasks if task in HUB]
+    if programs and settings.out is None:
+        raise UsageError(f"the task {programs[0]} keeps what the model writes; name a folder for it with --out")
+    if len(programs) > 1 and settings.code.source is not None:
+        raise UsageError(f"--code.source is for one set of problems, not for {' and '.join(programs)}; run them apart")
     for name in ("prompt_count", "prompt_tokens", "new_tokens", "batch"):
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if settings.quantize and settings.record:
         raise UsageError("--record keeps the acceptance of the model as it is stored; leave --quantize out")
+    found: dict[str, Any] = {"model": str(path)}
+    if settings.quantize:
+        found["quantize"] = settings.quantize
+    if set(settings.tasks) & set(TASKS):
+        found |= _heads_and_acceptance(path, settings)
+    if programs:
+        model = load(path, device=settings.device, quantize=settings.quantize)
+        found["heads_of_model"] = model.config.heads
+        name = str(path.resolve()) + (f" in {settings.quantize}" if settings.quantize else "")
+        assert settings.out is not None
+        found["code"] = {
+            task: run_code(model, task, settings.code, settings.batch, settings.out, name) for task in programs
+        }
+    return found
+
+
+def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     tokenizer = load_model_tokenizer(path)
     if tokenizer is None:
         raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
     prompts = settings.prompts
     if prompts is None and (path / PROMPTS_FILE).is_file():
         prompts = path / PROMPTS_FILE
-    if not settings.text and ("heads" in settings.tasks or prompts is None):
+    free = "acceptance" in settings.tasks
+    if not settings.text and ("heads" in settings.tasks or (free and prompts is None)):
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
     model = load_model(path, device=settings.device)
     model = model.to(decoding_dtype(model, settings.quantize)).eval()
     if settings.quantize:  # what is read is then the decoding form too
         model = pack(model, quantize=settings.quantize)
-    free = "acceptance" in settings.tasks
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
-    found: dict[str, Any] = {"model": str(path), "heads_of_model": model.config.heads}
-    if settings.quantize:
-        found["quantize"] = settings.quantize
+    found: dict[str, Any] = {"heads_of_model": model.config.heads}
     documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
     if "heads" in settings.tasks:
         total = sum(map(len, documents))
@@ -134,10 +161,11 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], out: Path) -> None:
-    """`found` as OUT/results.json and, for people, OUT/results.md."""
+    """`found` as OUT/results.json and, for people, OUT/results.md and OUT/results.html."""
     write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_text(out / "results.md", format_evaluation(found) + "\n")
-    say(f"results: {out / 'results.json'}, {out / 'results.md'}")
+    write_text(out / "results.html", page_of(found))
+    say(f"results: {out / 'results.json'}, {out / 'results.md'}, {out / 'results.html'}")
 
 
 def record(found: dict[str, Any], path: Path) -> None:
@@ -161,42 +189,3 @@ def acceptance_of(found: dict[str, Any]) -> dict[str, Any]:
                 key: way[key] for key in ("tokens_per_pass", "acceptance", "repeated_8_grams")
             }
     return ways
-
-
-def format_evaluation(found: dict[str, Any]) -> str:
-    """`evaluate`'s result as tables for people."""
-    parts = [found["model"] + (f", {found['quantize']}" if "quantize" in found else "")]
-    if "heads" in found:
-        heads = found["heads"]
-        parts.append(
-            f"{heads['documents']:,} documents, {heads['bytes']:,} bytes, {heads['tokens']:,} tokens, read with "
-            "teacher forcing"
-        )
-        rows = [
-            [
-                str(k),
-                f"{heads['bits_per_byte'][k - 1]:.3f}",
-                f"{heads['top1'][k - 1]:.1%}",
-                "" if k == 1 else f"{heads['prefix'][k - 2]:.1%}",
-                f"{heads['tokens_per_pass'][k - 1]:.2f}",
-            ]
-            for k in range(1, found["heads_of_model"] + 1)
-        ]
-        columns = ["head k", "bits per byte", "top-1 right", "heads 2..k right", "tokens per pass with k heads"]
-        parts.append(format_table(columns, rows))
-    if "acceptance" in found:
-        ways = {name: way for name, way in found["acceptance"].items() if isinstance(way, dict)}
-        parts.append(
-            f"{found['acceptance']['prompts']} prompts of at most {found['acceptance']['prompt_tokens']} tokens, "
-            f"{found['acceptance']['new_tokens']} tokens written after each"
-        )
-        columns = ["free running", "tokens per pass", "repeated 8-grams"]
-        columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
-        parts.append(format_table(columns, [_row(name, way) for name, way in ways.items()]))
-        parts.append("A loop is easily drafted: where many 8-grams repeat, tokens per pass flatter the model.")
-    return "\n\n".join(parts)
-
-
-def _row(name: str, way: dict[str, Any]) -> Sequence[str]:
-    shares = [f"{share:.1%}" for share in way["acceptance"]]
-    return [name, f"{way['tokens_per_pass']:.2f}", f"{way['repeated_8_grams']:.1%}", *shares]

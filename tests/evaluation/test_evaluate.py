@@ -97,7 +97,7 @@ def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
     [
         ((), "name what to evaluate on"),
         (("--text", "gone"), "no such file or folder"),
-        (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads or acceptance"),
+        (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads, acceptance, humaneval"),
         (("--text", "text", "--batch", 0), "--batch is 0"),
         (("--text", "text", "--quantize", "int8", "--record"), "leave --quantize out"),
         (("--text", "text", "--prompt-tokens", 900), "900 .* more than the model's context 64; ask for fewer"),

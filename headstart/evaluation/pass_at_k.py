@@ -1,0 +1,51 @@
+"""pass@k: the chance that one of k programs is right, from n samples of each (Chen et al. 2021, section 2.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from headstart.errors import UsageError
+
+RESAMPLES = 1000
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The unbiased estimate for one problem: 1 - C(n - c, k) / C(n, k), for c right ones of n samples.
+
+    Raises UsageError for fewer samples than k.
+    """
+    if k > samples:
+        raise UsageError(f"pass@{k} needs at least {k} samples of each problem, not {samples}; take more samples")
+    if samples - right < k:
+        return 1.0
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems, with a 90 % interval by drawing the problems anew, as the paper's figures have."""
+
+    value: float
+    low: float
+    high: float
+
+
+def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
+    """pass@k over problems, each given as (samples, right ones)."""
+    values = np.array([pass_at_k(samples, right, k) for samples, right in counts])
+    generator = np.random.default_rng(seed)
+    means = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.05, 0.95))
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def oracle(by_temperature: Mapping[float, Sequence[tuple[int, int]]], k: int) -> tuple[float, Estimate]:
+    """The temperature with the highest pass@k, and what it gives: chosen on the test scores themselves, as the paper
+    does for each model, data set and k (section 3.1), which flatters everyone alike. The lowest of equal ones."""
+    found = {temperature: estimate(counts, k) for temperature, counts in sorted(by_temperature.items())}
+    best = max(found, key=lambda temperature: found[temperature].value)
+    return best, found[best]

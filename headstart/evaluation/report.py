@@ -1,0 +1,102 @@
+"""What an evaluation found, as tables for a terminal and as a page for a browser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headstart import page
+from headstart.terminal import format_table
+
+Part = str | tuple[list[str], list[list[str]]]
+"""A line of text, or a table: its columns, its rows."""
+
+
+def format_evaluation(found: dict[str, Any]) -> str:
+    """`evaluate`'s result as tables for people."""
+    parts = [part if isinstance(part, str) else format_table(*part) for part in _parts(found)]
+    return "\n\n".join([found["model"] + (f", {found['quantize']}" if "quantize" in found else ""), *parts])
+
+
+def page_of(found: dict[str, Any]) -> str:
+    """The same as one HTML page."""
+    quantized = f" in {page.escaped(found['quantize'])}" if "quantize" in found else ""
+    title = f"Evaluation of {page.escaped(found['model'])}{quantized}"
+    body = f"<h1>{title}</h1>"
+    for part in _parts(found):
+        if isinstance(part, str):
+            body += f"<p>{page.escaped(part)}</p>"
+        else:
+            columns, rows = ([[page.escaped(cell) for cell in row] for row in rows] for rows in ([part[0]], part[1]))
+            body += page.table("", columns[0], rows)
+    return page.document(title, body)
+
+
+def _parts(found: dict[str, Any]) -> list[Part]:
+    parts: list[Part] = []
+    if "heads" in found:
+        heads = found["heads"]
+        parts.append(
+            f"{heads['documents']:,} documents, {heads['bytes']:,} bytes, {heads['tokens']:,} tokens, read with "
+            "teacher forcing"
+        )
+        rows = [
+            [
+                str(k),
+                f"{heads['bits_per_byte'][k - 1]:.3f}",
+                f"{heads['top1'][k - 1]:.1%}",
+                "" if k == 1 else f"{heads['prefix'][k - 2]:.1%}",
+                f"{heads['tokens_per_pass'][k - 1]:.2f}",
+            ]
+            for k in range(1, found["heads_of_model"] + 1)
+        ]
+        columns = ["head k", "bits per byte", "top-1 right", "heads 2..k right", "tokens per pass with k heads"]
+        parts.append((columns, rows))
+    if "acceptance" in found:
+        ways = {name: way for name, way in found["acceptance"].items() if isinstance(way, dict)}
+        parts.append(
+            f"{found['acceptance']['prompts']} prompts of at most {found['acceptance']['prompt_tokens']} tokens, "
+            f"{found['acceptance']['new_tokens']} tokens written after each"
+        )
+        columns = ["free running", "tokens per pass", "repeated 8-grams"]
+        columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
+        parts.append((columns, [_row(name, way) for name, way in ways.items()]))
+        parts.append("A loop is easily drafted: where many 8-grams repeat, tokens per pass flatter the model.")
+    for task, code in found.get("code", {}).items():
+        parts += [_code_line(task, code), _code_table(code)]
+    return parts
+
+
+def _row(name: str, way: dict[str, Any]) -> list[str]:
+    shares = [f"{share:.1%}" for share in way["acceptance"]]
+    return [name, f"{way['tokens_per_pass']:.2f}", f"{way['repeated_8_grams']:.1%}", *shares]
+
+
+def _code_line(task: str, code: dict[str, Any]) -> str:
+    line = f"{task}: {code['problems']} problems, at most {code['new_tokens']} tokens a program"
+    if code["cut_prompts"]:
+        line += f"; of {code['cut_prompts']} prompts only the end fits the context, which lowers the scores"
+    return line
+
+
+def _code_table(code: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """pass@k by temperature, with 90 % intervals over problems; how the programs ended; what writing them took."""
+    measured = list(code["oracle"])
+    columns = ["temperature", *measured, "samples", "programs that", "tokens per pass", "seconds", "over head 1 alone"]
+    rows = []
+    for temperature, way in code["temperatures"].items():
+        ends = ", ".join(f"{status} {count}" for status, count in way["verdicts"].items())
+        passes = f"{way['tokens_per_pass']:.2f}" if "tokens_per_pass" in way else ""
+        plain = ""
+        if "speed_over_plain" in way:
+            plain = f"{way['speed_over_plain']:.2f} x"
+            plain += f", {way['plain_differs']} differ" if way["plain_differs"] else ", same text"
+        numbers = [_interval(way[name]) if name in way else "" for name in measured]
+        rows.append([temperature, *numbers, str(way["samples"]), ends, passes, f"{way['seconds']:.0f}", plain])
+    if len(rows) > 1:
+        best = [f"{_interval(way)} at {way['temperature']:g}" for way in code["oracle"].values()]
+        rows.append(["best of them", *best, "", "", "", "", ""])
+    return columns, rows
+
+
+def _interval(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.1%} ({estimate['low']:.1%} to {estimate['high']:.1%})"
