@@ -18,7 +18,8 @@ def _help() -> str:
         "usage: headstart COMMAND [arguments]     headstart COMMAND --help",
         "",
     ]
-    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    width = 2 + max(map(len, COMMANDS))
+    lines += [f"  {name:<{width}}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     lines += ["", "  --debug   show the traceback of an error", "  --version"]
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ FLOORS = {
     "serving": 3,
     "api": 3,
     "studies": 4,
+    "self_distillation": 4,
     "demo": 4,
     "benchmarks": 4,
     "comparison": 4,

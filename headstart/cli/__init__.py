@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from headstart.cli.adapting_data import distill_data
 from headstart.cli.decoding import generate
 from headstart.cli.exchange import convert
 from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
@@ -16,5 +17,18 @@ from headstart.cli.training import compare, demo, prepare, train
 RAW = (train, evaluate, tune, bench)
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__.replace("_", "-"): command
-    for command in (demo, prepare, train, compare, generate, evaluate, tune, inspect, convert, doctor, bench)
+    for command in (
+        demo,
+        prepare,
+        train,
+        compare,
+        distill_data,
+        generate,
+        evaluate,
+        tune,
+        inspect,
+        convert,
+        doctor,
+        bench,
+    )
 }
