@@ -90,7 +90,7 @@ def test_every_command_named_in_the_readme_exists() -> None:
     from headstart.cli import COMMANDS
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`?headstart (\w+)", text)) - {"headstart"}
+    named = set(re.findall(r"`?headstart ([\w-]+)", text)) - {"headstart"}
     assert named & set(COMMANDS) == set(COMMANDS) - {"demo"}  # the demo is started through make
 
 
