@@ -85,6 +85,19 @@ def compare_logits(by: str, model: Transformer, again: Callable[[Tensor], Tensor
     return Check(by, f"largest difference of logits {shown} (largest logit {largest:.3g})", differences, largest)
 
 
+def compare_texts(by: str, model: Transformer, plain: list[int], drafted: list[int], passes: int) -> Check:
+    """The greedy text of all heads against that of head 1 alone, which took a pass a token.
+
+    Raises UsageError in float32 and float64 where they differ; with fewer bits near ties part them, which is told."""
+    if plain == drafted:
+        found = f"the same greedy text with all heads as without, {len(plain)} tokens in {passes} passes"
+        return Check(by, found)
+    if model.trunk.embedding.weight.dtype in ROUNDING:
+        raise UsageError(f"{by}: writes another greedy text with all heads; nothing was kept, report this")
+    same = next(i for i, pair in enumerate(zip([*plain, -1], [*drafted, -2])) if pair[0] != pair[1])
+    return Check(by, f"greedy texts with and without heads part after {same} tokens, by rounding", passed=None)
+
+
 @torch.no_grad()
 def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
     """Every tensor of a GGUF file, dequantised by the package gguf, against the model's."""

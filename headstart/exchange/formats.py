@@ -12,11 +12,20 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
-from headstart.exchange.checks import Check, compare_gguf_tensors, compare_logits, compare_with_llama_cpp
+from headstart.exchange.checks import (
+    NEW_TOKENS,
+    Check,
+    compare_gguf_tensors,
+    compare_logits,
+    compare_texts,
+    compare_with_llama_cpp,
+    random_text,
+)
 from headstart.model.transformer import Transformer
 from headstart.storage.assembly import refuse_other_blocks
 from headstart.storage.config_file import CONFIG_FILE
 from headstart.storage.gguf_file import save_gguf
+from headstart.storage.hf_export import GENERATE_FILE, MODELING_FILE, save_hf_code, written_code
 from headstart.storage.meta_release import is_meta_release, load_meta_release, save_meta_release
 from headstart.storage.model_directory import load_model, save_model
 
@@ -75,6 +84,30 @@ def _check_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> 
     return [_all_heads(model, load_meta_release(path))]
 
 
+def _write_hf_code(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+    save_hf_code(model, path, tokenizer)
+    return []
+
+
+def _check_hf_code(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+    checks, heads = [_all_heads(model, load_model(path))], model.config.heads
+    try:
+        import transformers
+    except ImportError:
+        return [*checks, Check("transformers", "transformers is not installed: not compared", passed=None)]
+    transformers.logging.disable_progress_bar()
+    # As `trust_remote_code=True` does, without leaving the code in transformers' cache of modules.
+    modeling, generating = written_code(path, MODELING_FILE), written_code(path, GENERATE_FILE)
+    again = modeling.HeadstartForCausalLM.from_pretrained(path, dtype=model.trunk.embedding.weight.dtype)
+    checks.append(compare_logits("transformers with the code", model, again.head_logits, heads))
+    prompt = random_text(model)[:1, : model.config.context // 2]
+    settings = {"max_new_tokens": min(NEW_TOKENS, model.config.context // 2), "eos_token_id": None, "pad_token_id": 0}
+    plain = transformers.LlamaForCausalLM.generate(again, prompt, **settings)[0, prompt.shape[1] :].tolist()
+    found = generating.generate(prompt, model=again, return_dict_in_generate=True, **settings)
+    drafted = found.sequences[0, prompt.shape[1] :].tolist()
+    return [*checks, compare_texts("transformers with the code", model, plain, drafted, found.passes)]
+
+
 def _write_gguf(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
     refuse_other_blocks(model.config, "a GGUF file")
     save_gguf(model, path, tokenizer)
@@ -116,6 +149,12 @@ FORMATS: dict[str, Format] = {
         _write_headstart,
         _check_headstart,
         lambda path: "headstart" in _own(path),
+    ),
+    "hf-code": Format(
+        "the same, with code by which transformers alone decodes with all heads",
+        _write_hf_code,
+        _check_hf_code,
+        lambda path: (path / MODELING_FILE).is_file() and "headstart" in _own(path),
     ),
     "meta": Format(
         "Meta's multi-token release: consolidated.pth and params.json",

@@ -73,6 +73,17 @@ def test_gguf_is_read_by_others(dtype: str | None, saved: Path, tmp_path: Path) 
     convert(saved, tmp_path / "model.gguf", "gguf", dtype)
 
 
+def test_code_for_transformers(saved: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
+    found = convert(saved, tmp_path / "out", "hf-code")
+    assert [check["by"] for check in found["checks"]] == ["headstart", *["transformers with the code"] * 2]
+    assert "the same greedy text with all heads" in found["checks"][2]["found"] and not found["left_out"]
+    with pytest.raises(UsageError, match="linear heads"):
+        save_model(lively(replace(TINY, head_kind="linear", wiring="anticausal")), tmp_path / "odd")
+        convert(tmp_path / "odd", tmp_path / "out", "hf-code")
+    assert load_model(tmp_path / "out").config == TINY
+
+
 def test_what_is_not_the_same_is_not_kept(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = formats.save_meta_release
 

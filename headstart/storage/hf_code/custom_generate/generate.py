@@ -1,0 +1,239 @@
+"""Decoding with all heads of a model that Headstart has written, several tokens a pass. Needs torch and transformers.
+
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    model.generate(ids, max_new_tokens=100, do_sample=True, temperature=0.8)
+
+A pass feeds the last token and what heads 2..n have proposed behind it; head 1 says what really comes there, and the
+proposals are kept as far as they are right. So the text is that of decoding with head 1: greedily token for token, up
+to the rounding of logits. Sampling takes its noise as transformers does, a draw for each place of the text, and
+proposals are made with the noise of their own place: after the same `torch.manual_seed` the tokens are those that
+`generate` of transformers samples, and fewer passes make them.
+
+Logits processors see, for each place, the text before it. Not taken: beams, assistants, `prefix_allowed_tokens_fn`
+with several prompts, caches of yours, and what `return_dict_in_generate` may carry beside `sequences`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class HeadstartOutput(ModelOutput):
+    """What `return_dict_in_generate=True` gives."""
+
+    sequences: Tensor | None = None
+    """(B, length) prompts and what was written, padded at the end."""
+    passes: int | None = None
+    """Passes after the one over the prompt."""
+
+
+def generate(
+    inputs: Tensor | None = None,
+    generation_config: Any = None,
+    *,
+    model: Any,
+    heads: int | None = None,
+    custom_generate: Any = None,
+    trust_remote_code: bool | None = None,
+    **options: Any,
+) -> Any:
+    """As `generate` of transformers; `heads`: how many decode (None: all; 1: one token a pass, the same text)."""
+    if custom_generate is not None:  # whoever names a way of decoding gets that one
+        options |= {"custom_generate": custom_generate, "trust_remote_code": trust_remote_code}
+        options |= {} if heads is None else {"heads": heads}
+        return GenerationMixin.generate(model, inputs, generation_config, **options)
+    if not hasattr(model, "head_logits"):
+        raise ValueError("this model was loaded without its heads; load it with trust_remote_code=True")
+    if options.get("assistant_model") is not None:
+        raise ValueError("the heads of the model draft; leave assistant_model out")
+    tokenizer, stop_strings = options.pop("tokenizer", None), options.pop("stop_strings", None)
+    if stop_strings is not None:
+        criteria = list(options.pop("stopping_criteria", None) or [])
+        criteria.append(StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer))
+        options["stopping_criteria"] = StoppingCriteriaList(criteria)
+    constrained = options.get("prefix_allowed_tokens_fn") is not None
+    decode = partial(_decode, heads=heads, constrained=constrained, stream=options.get("streamer"))
+    return GenerationMixin.generate(model, inputs, generation_config, custom_generate=decode, **options)
+
+
+def _decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    heads: int | None = None,
+    constrained: bool = False,
+    stream: Any = None,
+    **more: Any,
+) -> Any:
+    """The loop; transformers has prepared the rest. `more`: what models take in `forward`."""
+    n = model.settings.heads if heads is None else heads
+    if not 1 <= n <= model.settings.heads:
+        raise ValueError(f"heads is {n}; it must lie between 1 and the {model.settings.heads} of this model")
+    _refuse(input_ids, generation_config, constrained, more)
+    batch = _Batch(model, input_ids, more.get("attention_mask"), logits_processor, generation_config, n)
+    passes = 0  # after the one over the prompt
+    index_BW = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    while True:
+        for b, tokens in enumerate(batch.step(index_BW, prompt=passes == 0)):
+            for token in tokens:
+                batch.text[b, batch.ends[b]] = token
+                batch.ends[b] += 1
+                if stream is not None:
+                    stream.put(token.reshape(1).cpu())
+                if bool(stopping_criteria(batch.text[b : b + 1, : batch.ends[b]], None).all()):
+                    batch.running[b] = False
+                    break
+        if not any(batch.running):
+            break
+        batch.draft()
+        # The next window: the last token, and the drafts behind it.
+        last_B1 = torch.tensor(batch.ends, device=input_ids.device)[:, None] - 1
+        index_BW = last_B1 + torch.arange(n, device=input_ids.device)
+        passes += 1
+    if stream is not None:
+        stream.end()
+    length, pad_token = max(batch.ends), generation_config._pad_token_tensor
+    sequences = batch.text[:, :length].clone()
+    for b, end in enumerate(batch.ends):
+        sequences[b, end:] = 0 if pad_token is None else pad_token
+    return HeadstartOutput(sequences, passes) if generation_config.return_dict_in_generate else sequences
+
+
+class _Batch:
+    """Texts being written, each at its own length. Indices count from the start of the padded prompt."""
+
+    def __init__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, processors: Any, config: Any, n: int
+    ) -> None:
+        B, self.start = input_ids.shape
+        self.model, self.n, self.processors = model, n, processors
+        self.sampled = config.do_sample
+        room = config.max_length + n
+        self.text = torch.zeros(B, room, dtype=torch.long, device=input_ids.device)
+        self.text[:, : self.start] = input_ids
+        self.ends = [self.start] * B
+        """Tokens of each text, prompt and padding included."""
+        self.running = [True] * B
+        self.pad_B = torch.zeros(B, dtype=torch.long, device=input_ids.device)
+        if attention_mask is not None:
+            self.pad_B = (attention_mask == 0).sum(-1)
+        modeling = sys.modules[type(model).__module__]
+        self.rows = partial(modeling.Rows, model, pad_B=self.pad_B)
+        self.cache = modeling.Cache(model, B, room)
+        self.noise: dict[int, Tensor] = {}
+        self.drawn = 0  # steps of noise so far
+        self.sequential = model.settings.head_kind == "sequential"
+        self.latents: dict[int, Tensor] = {}
+        """Of heads 2..n at the last accepted rows (B, D)."""
+        self.trunk_BSD = None
+        """For sequential heads, the trunk's latents of all rows so far."""
+
+    def step(self, index_BW: Tensor, prompt: bool) -> list[list[Tensor]]:
+        """A pass over the tokens at `index`, the prompts or windows of drafts: for each text the tokens that come, none
+        where it has ended."""
+        model, (B, W) = self.model, index_BW.shape
+        rows = self.rows(index_BW, reach=int(index_BW.max()))
+        latents = {0: model.trunk(self.text.gather(1, index_BW), rows, self.cache)}
+        for k in [1] if self.sequential else range(1, self.n + 1):
+            for step in model.path(k):
+                if step not in latents:
+                    latents[step] = model.head(step, latents[model.parents[step]], rows, self.cache)
+        # Of the prompt only the last row decides; of a window all may.
+        first = W - 1 if prompt else 0
+        scores_BWV = model.unembed(latents[1][:, first:], 1).float()
+        came: list[list[Tensor]] = []
+        accepted = []
+        for b in range(B):
+            tokens: list[Tensor] = []
+            for row in range(first, W if self.running[b] else first):
+                place = int(index_BW[b, row]) + 1
+                tokens.append(self.choose(scores_BWV[b, row - first], b, place))
+                if row + 1 == W or tokens[-1] != self.text[b, place]:
+                    break
+            accepted.append(first + max(len(tokens), 1) - 1)
+            came.append(tokens)
+        at_B = torch.tensor(accepted, device=index_BW.device)
+        every = torch.arange(B, device=index_BW.device)
+        self.latents = {k: latents[k][every, at_B] for k in latents if k}
+        self.last_B = index_BW[every, at_B]
+        if self.sequential:
+            if self.trunk_BSD is None:
+                self.trunk_BSD = latents[0].new_zeros(B, self.text.shape[1] + 1, latents[0].shape[-1])
+            self.trunk_BSD[every[:, None], rows.slot_BW] = latents[0]
+            self.fresh = W if prompt else 2 * self.n - 2
+        self._forget_noise()
+        return came
+
+    def draft(self) -> None:
+        """Puts the proposals of heads 2..n behind the texts."""
+        if self.sequential and self.n > 1:
+            self._draft_in_turn()
+            return
+        for k in range(2, self.n + 1):
+            scores_BV = self.model.unembed(self.latents[k], k).float()
+            self._put(k, scores_BV)
+
+    def _put(self, k: int, scores_BV: Tensor) -> None:
+        for b, last in enumerate(self.last_B.tolist()):
+            if self.running[b]:
+                self.text[b, last + k] = self.choose(scores_BV[b], b, last + k)
+
+    def _draft_in_turn(self) -> None:
+        """Sequential heads read the token before theirs, so each waits for the one before. Rows whose tokens were
+        drafts are computed anew until all that they read is known: the last 2n - 2."""
+        index_BW = self.last_B[:, None] + torch.arange(1 - self.fresh, 1, device=self.last_B.device)
+        rows = self.rows(index_BW, reach=int(index_BW.max()))
+        every_B1 = torch.arange(len(index_BW), device=index_BW.device)[:, None]
+        latent_BWD = self.trunk_BSD[every_B1, rows.slot_BW]
+        for k in range(2, self.n + 1):
+            ahead_BW = self.text.gather(1, (index_BW + k - 1).clamp(min=0))
+            latent_BWD = self.model.head(k, latent_BWD, rows, self.cache, ahead_BW)
+            self._put(k, self.model.unembed(latent_BWD[:, -1], k).float())
+
+    def choose(self, scores_V: Tensor, b: int, place: int) -> Tensor:
+        """The token of text b at index `place`, by scores that may be head 1's or a draft's."""
+        if len(self.processors):
+            # They may know the number of texts, so all texts are shown, and what they say of this one is taken.
+            shown_BV = scores_V.expand(len(self.text), -1).clone()
+            scores_V = self.processors(self.text[:, :place], shown_BV)[b]
+        if not self.sampled:
+            return scores_V.argmax()
+        return (scores_V.softmax(-1) / self._noise(place - self.start, scores_V)[b]).argmax()
+
+    def _noise(self, step: int, like_V: Tensor) -> Tensor:
+        """(B, V): what torch.multinomial would draw in step `step` of decoding one token a pass."""
+        while self.drawn <= step:
+            self.noise[self.drawn] = like_V.new_empty(len(self.text), len(like_V)).exponential_()
+            self.drawn += 1
+        return self.noise[step]
+
+    def _forget_noise(self) -> None:
+        first = min(end for end, running in zip(self.ends, self.running) if running) - self.start
+        self.noise = {step: noise for step, noise in self.noise.items() if step >= first}
+
+
+def _refuse(input_ids: Tensor, config: Any, constrained: bool, more: dict[str, Any]) -> None:
+    if input_ids.shape[1] == 0 or more.get("inputs_embeds") is not None:
+        raise ValueError("give the prompt as input_ids, one token at least")
+    if config.num_beams > 1:
+        raise ValueError("num_beams: decoding with heads writes one text; take num_beams=1")
+    if constrained and len(input_ids) > 1:
+        raise ValueError("prefix_allowed_tokens_fn: give one prompt at a time")
+    if config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
+        raise ValueError("decoding with heads keeps no scores, logits, attentions or hidden states; leave them out")
+    past, mask = more.get("past_key_values"), more.get("attention_mask")
+    if past is not None and past.get_seq_length() > 0:
+        raise ValueError("past_key_values: decoding with heads keeps its own; leave it out")
+    if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ValueError("attention_mask: pad prompts on the left")

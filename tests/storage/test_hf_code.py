@@ -1,0 +1,173 @@
+"""The code that goes with a model: transformers alone decodes with all heads, and writes what it writes with one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
+from headstart.decoding.packing import pack
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.hf_export import GENERATE_FILE, MODELING_FILE, save_hf_code, template, written_code
+from headstart.storage.model_directory import load_model
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
+
+TINY = ModelConfig(vocab_size=31, dim=32, layers=4, attention_heads=4, kv_heads=2, context=96, heads=3)
+CAUSAL, ANTICAUSAL = replace(TINY, wiring="causal"), replace(TINY, wiring="anticausal")
+KINDS = {
+    "parallel": TINY,
+    "causal": CAUSAL,
+    "anticausal": ANTICAUSAL,
+    "linear": replace(CAUSAL, head_kind="linear"),
+    "replicated, tied": replace(TINY, head_kind="replicated", tied=True),
+    "medusa": replace(TINY, head_kind="medusa"),
+    "medusa, own": replace(TINY, head_kind="medusa", shared=False, tied=True),
+    "stern": replace(TINY, head_kind="stern"),
+    "sequential": replace(CAUSAL, head_kind="sequential", attention_bias=True),
+    "sequential, own": replace(CAUSAL, head_kind="sequential", shared=False, heads=4),
+    "one head": replace(TINY, heads=1),
+}
+
+
+def lively(config: ModelConfig) -> Transformer:
+    model, generator = Transformer(config), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            mean = 1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0
+            parameter.normal_(mean, 0.25, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_all_heads_write_what_one_writes(name: str, tmp_path: Path) -> None:
+    config = KINDS[name]
+    model = lively(config)
+    save_hf_code(model, tmp_path)
+    code, decoding = written_code(tmp_path, MODELING_FILE), written_code(tmp_path, GENERATE_FILE)
+    theirs, info = code.HeadstartForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    again = load_model(tmp_path)
+    assert again.config == config
+
+    ids = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(1))
+    mine, found = model(ids, heads=config.heads), theirs.head_logits(ids)
+    assert torch.equal(mine.isnan(), found.isnan())
+    assert (mine - found).nan_to_num().abs().max() < 1e-4 * mine.nan_to_num().abs().max()
+
+    padded = torch.ones_like(ids)
+    padded[1, :5] = 0
+    ways = [{"do_sample": False}, {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1}]
+    for way in ways:
+        settings = way | {"attention_mask": padded, "max_new_tokens": 14, "pad_token_id": 0, "eos_token_id": 7}
+        torch.manual_seed(5)
+        plain = transformers.LlamaForCausalLM.generate(theirs, ids, **settings)
+        torch.manual_seed(5)
+        out = decoding.generate(ids, model=theirs, return_dict_in_generate=True, **settings)
+        assert torch.equal(out.sequences, plain), way
+
+    # Drafts are those of our own decoding: as many passes, one prompt at a time.
+    settings = {"max_new_tokens": 24, "pad_token_id": 0, "return_dict_in_generate": True}
+    out = decoding.generate(ids[:1], model=theirs, **settings)
+    ours = generate_all(Engine(pack(model), context=96), [Request(tuple(ids[0].tolist()), 24)])[0]
+    assert out.sequences[0, 12:].tolist() == ours.tokens
+    assert abs(out.passes - ours.stats.passes) <= 1  # who counts the pass that overshoots the end
+    assert out.passes <= 23
+
+
+PROGRAM = """
+import sys, tempfile, torch
+sys.modules["headstart"] = None  # importing it fails
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+folder = sys.argv[1]
+ids = torch.tensor([list(b"def f(x):")])
+settings = dict(max_new_tokens=30, pad_token_id=255)
+llama = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+assert type(llama).__module__.startswith("transformers.models.llama"), type(llama)
+plain = llama.generate(ids, **settings)
+torch.manual_seed(1)
+sampled = llama.generate(ids, do_sample=True, top_k=20, **settings)
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+assert type(model).__name__ == "HeadstartForCausalLM"
+# As the folder brings its own generate, it is the model's; it can be named too.
+assert torch.equal(model.generate(ids, **settings), plain)
+named = model.generate(ids, custom_generate=folder, trust_remote_code=True, return_dict_in_generate=True, **settings)
+assert torch.equal(named.sequences, plain) and 0 < named.passes < 29, named.passes
+torch.manual_seed(1)
+assert torch.equal(model.generate(ids, do_sample=True, top_k=20, **settings), sampled)
+assert torch.equal(model.generate(ids, heads=1, **settings), plain)
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+new = plain[0, ids.shape[1]:].tolist()
+stop = dict(stop_strings=[tokenizer.decode(new[9:11])], tokenizer=tokenizer)
+assert torch.equal(model.generate(ids, **stop, **settings), llama.generate(ids, **stop, **settings))
+
+class Pieces:
+    def __init__(self): self.put_, self.ended = [], False
+    def put(self, value): self.put_ += value.flatten().tolist()
+    def end(self): self.ended = True
+pieces = Pieces()
+model.generate(ids, streamer=pieces, **settings)
+assert pieces.put_ == plain[0].tolist() and pieces.ended
+
+for bad in (dict(num_beams=2), dict(heads=9), dict(output_scores=True, return_dict_in_generate=True)):
+    try:
+        model.generate(ids, **bad, **settings)
+    except ValueError as error:
+        assert str(error)
+    else:
+        raise AssertionError(bad)
+try:
+    llama.generate(ids, custom_generate=folder, trust_remote_code=True, **settings)
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+
+with tempfile.TemporaryDirectory() as copy:
+    model.save_pretrained(copy)
+    again, info = type(model).from_pretrained(copy, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(again.head_logits(ids), model.head_logits(ids))
+print("fine")
+"""
+
+
+def test_without_headstart(tmp_path: Path) -> None:
+    config = replace(TINY, vocab_size=256, heads=4, layers=6)
+    model = lively(config)
+    with torch.no_grad():
+        model.unembedding.weights[0][12:] *= 0.05  # few tokens, so that some drafts are right
+    save_hf_code(model, tmp_path / "model", ByteTokenizer())
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "model")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("fine")
+
+
+def test_what_is_written_depends_on_nothing_else_and_is_short(tmp_path: Path) -> None:
+    for file in (MODELING_FILE, GENERATE_FILE):
+        text = template(file)
+        imports = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import", "from"))}
+        assert imports <= {"__future__", "dataclasses", "functools", "os", "sys", "types", "typing"} | {
+            "torch",
+            "transformers",
+            "safetensors",
+        }
+        assert len(text.splitlines()) < 350
+    with pytest.raises(UsageError, match="anticausally"):
+        save_hf_code(Transformer(replace(ANTICAUSAL, head_kind="linear")), tmp_path)
