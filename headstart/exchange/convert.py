@@ -12,7 +12,9 @@ from headstart.errors import UsageError
 from headstart.exchange.formats import Format, known_format
 from headstart.files import replacing_directory, replacing_file
 from headstart.model.transformer import Transformer
+from headstart.storage.medusa_layout import BASE, is_medusa, load_medusa
 from headstart.storage.meta_release import is_meta_release, load_meta_release
+from headstart.storage.mimo_layout import is_mimo, load_mimo
 from headstart.storage.model_directory import TOKENIZER_FILE, load_model, load_model_tokenizer
 from headstart.terminal import say
 
@@ -60,12 +62,12 @@ def convert(
             left.append(f"weights: rounded from {str(stored).removeprefix('torch.')} to {dtype}")
     if form.is_file:
         with replacing_file(path) as temporary:
-            left += form.write(model, words, temporary)
-            checks = form.check(model, words, temporary)
+            left += form.write(model, temporary, words)
+            checks = form.check(model, temporary, words)
     else:
         with replacing_directory(path) as temporary:
-            left += form.write(model, words, temporary)
-            checks = form.check(model, words, temporary)
+            left += form.write(model, temporary, words)
+            checks = form.check(model, temporary, words)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
 
 
@@ -80,6 +82,11 @@ def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
         if words is None:
             say(f"{path}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
         return load_meta_release(path), words
+    words = load_tokenizer(path) if is_mimo(path) and (path / TOKENIZER_FILE).is_file() else None
+    if is_mimo(path):
+        return load_mimo(path), words
+    if is_medusa(path):
+        return load_medusa(path), load_model_tokenizer(path / BASE)
     return load_model(source), load_model_tokenizer(source)
 
 

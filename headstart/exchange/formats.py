@@ -26,7 +26,9 @@ from headstart.storage.assembly import refuse_other_blocks
 from headstart.storage.config_file import CONFIG_FILE
 from headstart.storage.gguf_file import save_gguf
 from headstart.storage.hf_export import GENERATE_FILE, MODELING_FILE, save_hf_code, written_code
+from headstart.storage.medusa_layout import TGI, VLLM, is_medusa, load_medusa, save_medusa
 from headstart.storage.meta_release import is_meta_release, load_meta_release, save_meta_release
+from headstart.storage.mimo_layout import drafts_as_engines_compute, is_mimo, load_mimo, save_mimo
 from headstart.storage.model_directory import load_model, save_model
 
 
@@ -36,10 +38,10 @@ class Format:
 
     what: str
     """A line for help."""
-    write: Callable[[Transformer, Tokenizer | None, Path], list[str]]
+    write: Callable[[Transformer, Path, Tokenizer | None], list[str]]
     """Writes the model into an empty folder (or the file), and tells in lines what could not be carried. Raises
     UsageError for a model that the format cannot express."""
-    check: Callable[[Transformer, Tokenizer | None, Path], list[Check]]
+    check: Callable[[Transformer, Path, Tokenizer | None], list[Check]]
     """Reads it back and compares; raises UsageError where it is not the same."""
     holds: Callable[[Path], bool]
     """Whether a path holds a result of this format, which may be replaced."""
@@ -64,32 +66,32 @@ def _own(path: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def _write_headstart(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+def _write_headstart(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
     save_model(model, path, tokenizer)
     return []
 
 
-def _check_headstart(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+def _check_headstart(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
     return [_all_heads(model, load_model(path))]
 
 
-def _write_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+def _write_meta(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
     left = save_meta_release(model, path)
     if tokenizer is not None:
         left.append("tokenizer: the format takes a SentencePiece tokenizer.model, which headstart does not write")
     return left
 
 
-def _check_meta(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+def _check_meta(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
     return [_all_heads(model, load_meta_release(path))]
 
 
-def _write_hf_code(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+def _write_hf_code(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
     save_hf_code(model, path, tokenizer)
     return []
 
 
-def _check_hf_code(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+def _check_hf_code(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
     checks, heads = [_all_heads(model, load_model(path))], model.config.heads
     try:
         import transformers
@@ -108,7 +110,26 @@ def _check_hf_code(model: Transformer, tokenizer: Tokenizer | None, path: Path) 
     return [*checks, compare_texts("transformers with the code", model, plain, drafted, found.passes)]
 
 
-def _write_gguf(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[str]:
+def _check_medusa(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+    return [
+        _all_heads(model, load_medusa(path, heads_of=engine), f"headstart, as {engine} names them")
+        for engine in (VLLM, TGI)
+    ]
+
+
+def _check_mimo(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+    again = load_mimo(path)
+    tokens_BT = random_text(model)
+    ours = again(tokens_BT, heads=2)[:, :-1, 1].argmax(-1)
+    same = drafts_as_engines_compute(again, tokens_BT).argmax(-1) == ours
+    share = f"head 2 proposes the same token at {int(same.sum())} of {same.numel()} positions"
+    return [
+        compare_logits("headstart", model, lambda tokens: again(tokens, heads=2), 2),
+        Check("headstart, position 0 zeroed as the engines do", share),
+    ]
+
+
+def _write_gguf(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
     refuse_other_blocks(model.config, "a GGUF file")
     save_gguf(model, path, tokenizer)
     left = _drops_heads(model) if model.config.heads > 1 else []
@@ -117,7 +138,7 @@ def _write_gguf(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> 
     return left
 
 
-def _check_gguf(model: Transformer, tokenizer: Tokenizer | None, path: Path) -> list[Check]:
+def _check_gguf(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
     checks = [compare_gguf_tensors(model, path), _check_gguf_in_transformers(model, path)]
     return [*checks, compare_with_llama_cpp(model, path, tokenizer)]
 
@@ -161,6 +182,18 @@ FORMATS: dict[str, Format] = {
         _write_meta,
         _check_meta,
         is_meta_release,
+    ),
+    "medusa": Format(
+        "medusa heads for vLLM and TGI, and the model below them",
+        save_medusa,
+        _check_medusa,
+        is_medusa,
+    ),
+    "mimo": Format(
+        "sequential heads for vLLM and SGLang, in MiMo's layout",
+        save_mimo,
+        _check_mimo,
+        is_mimo,
     ),
     "gguf": Format(
         "a GGUF file of trunk and head 1, for llama.cpp",

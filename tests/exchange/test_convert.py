@@ -84,6 +84,22 @@ def test_code_for_transformers(saved: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "out").config == TINY
 
 
+def test_heads_for_engines_and_back(tmp_path: Path) -> None:
+    sequential = replace(TINY, head_kind="sequential", wiring="causal", heads=3, shared=False)
+    for to, config in (("medusa", replace(TINY, head_kind="medusa")), ("mimo", sequential)):
+        save_model(lively(config), tmp_path / to, ByteTokenizer())
+        found = convert(tmp_path / to, tmp_path / f"{to}-out", to)
+        assert all(check["passed"] for check in found["checks"]) and found["checks"][0]["differences"] == [0.0, 0.0]
+        convert(tmp_path / f"{to}-out", tmp_path / f"{to}-back")
+        again = headstart.load(tmp_path / f"{to}-back")
+        assert again.config.heads == 2
+        plain = headstart.load(tmp_path / to).generate("def ", max_new_tokens=8)
+        assert again.generate("def ", max_new_tokens=8).tokens == plain.tokens
+        with pytest.raises(UsageError, match="alone"):
+            convert(tmp_path / to, tmp_path / "other", "mimo" if to == "medusa" else "medusa")
+    assert "zeroed" in found["checks"][1]["by"] and any(line.startswith("head 3") for line in found["left_out"])
+
+
 def test_what_is_not_the_same_is_not_kept(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = formats.save_meta_release
 
