@@ -33,6 +33,7 @@ FLOORS = {
     "api": 3,
     "studies": 4,
     "self_distillation": 4,
+    "integrations": 4,
     "demo": 4,
     "benchmarks": 4,
     "comparison": 4,

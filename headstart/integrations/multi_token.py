@@ -1,0 +1,138 @@
+"""The training step for loops of others: token ids, or rows as Hugging Face's causal models take them, to gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headstart.data.batches import IGNORE, targets_of
+from headstart.errors import UsageError
+from headstart.model.transformer import Transformer
+from headstart.objective.backends import LossConfig
+from headstart.objective.step import HeadLosses, count_targets, walk_step
+
+
+@dataclass
+class Rows:
+    """What a step reads of a batch, see `rows_of`."""
+
+    tokens: Tensor  # (B, T), more where heads read ahead
+    targets: Tensor  # (B, T, n)
+    documents: Tensor | None  # (B, T); None: a row is one document
+
+
+def multi_token_step(
+    model: Transformer,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    documents: Tensor | None = None,
+    counts: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    loss: LossConfig | None = None,
+) -> HeadLosses:
+    """Adds to each parameter's gradient that of the sum over heads of their mean cross-entropy; your optimiser is next.
+
+    There is no loss to call backward on: heads are differentiated one after the other, so that one head's logits exist
+    at a time (paper, section 2). What comes back has no graph: `sums / counts` is the mean loss of each head in nats.
+
+    Args:
+        model: n heads, its parameters in any dtype; under `torch.autocast` products run in the dtype of that.
+        input_ids: (B, T + n) int64: T positions and n tokens more, so that every head has a target everywhere. With
+            `labels` (B, T), as Hugging Face's causal models take them: the last k positions of head k have none.
+        labels: (B, T) int64, the token at each position, not shifted; -100 where it is not to be predicted.
+        attention_mask: (B, T), 0 at padding, which must lie on the right; such tokens are no targets.
+        position_ids: of rows in which several texts lie, as padding-free collators give them: a text begins where they
+            are 0. Or `documents`, of the shape of `input_ids`: the text that each token lies in. Attention and targets
+            then stay within a text.
+        counts: (n,) valid targets of each head in the whole optimiser step, where that takes several calls
+            (`step_counts`), so that 4 calls of a row weigh every target as 1 call of 4 rows; None: this call is all.
+        weights: of the heads' losses (None: all 1).
+        loss: z-loss, and who computes the cross-entropy.
+
+    Raises:
+        UsageError: shapes that do not fit, padding on the left.
+    """
+    n, ahead = model.config.heads, model.config.ahead
+    rows = rows_of(
+        {
+            "input_ids": input_ids,
+            "labels": labels,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "documents": documents,
+        },
+        n,
+        ahead,
+    )
+    counts = count_targets(rows.targets) if counts is None else counts
+    return walk_step(model, rows.tokens, rows.targets, counts, weights, rows.documents, loss)
+
+
+def step_counts(batches: Iterable[Mapping[str, Any]], heads: int) -> Tensor:
+    """(n,) int64: valid targets of each head in all `batches`, each the arguments of one `multi_token_step`."""
+    return torch.stack([count_targets(rows_of(batch, heads).targets) for batch in batches]).sum(0)
+
+
+def rows_of(batch: Mapping[str, Any], heads: int, ahead: int = 0) -> Rows:
+    """Tokens, targets and documents of a batch, given as the arguments of `multi_token_step` by name.
+
+    `ahead`: how many tokens behind a row the heads read.
+    """
+    tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    documents = _documents(batch)
+    for name in ("labels", "attention_mask", "position_ids", "documents"):
+        given = batch.get(name)
+        if given is not None and given.shape != tokens.shape:
+            raise UsageError(f"{name} {tuple(given.shape)}: must have the shape of input_ids, {tuple(tokens.shape)}")
+    if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+        raise UsageError("attention_mask has 1 behind 0: rows must be padded on the right (padding_side='right')")
+    if labels is None and mask is None:
+        within = torch.zeros_like(tokens) if documents is None else documents
+        targets, length = targets_of(tokens, within, heads), tokens.shape[1] - heads
+    else:
+        labels = tokens if labels is None else labels
+        if mask is not None:
+            labels = torch.where(mask == 0, IGNORE, labels)
+        # What is read behind a row has no target, and no position before it sees it.
+        tokens, labels = F.pad(tokens, (0, heads)), F.pad(labels, (0, heads), value=IGNORE)
+        documents = None if documents is None else F.pad(documents, (0, heads), value=-1)
+        within = torch.zeros_like(labels) if documents is None else documents
+        targets, length = targets_of(labels, within, heads), labels.shape[1] - heads
+    return Rows(tokens[:, : length + ahead], targets, None if documents is None else documents[:, :length])
+
+
+def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
+    """Rows of different lengths as one batch, padded on the right: `input_ids`, `labels` and `attention_mask`, with
+    `position_ids` and `documents` where rows have them.
+
+    A row has `input_ids`; its labels are those, unless it has `labels`.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Iterable[Any], fill: int) -> Tensor:
+        columns = [torch.as_tensor(value, dtype=torch.int64) for value in values]
+        return torch.stack([F.pad(column, (0, longest - len(column)), value=fill) for column in columns])
+
+    batch = {
+        "input_ids": padded((row["input_ids"] for row in rows), pad_id),
+        "labels": padded((row.get("labels", row["input_ids"]) for row in rows), IGNORE),
+        "attention_mask": padded((row.get("attention_mask", torch.ones(len(row["input_ids"]))) for row in rows), 0),
+    }
+    for name, fill in (("position_ids", 0), ("documents", -1)):
+        if name in rows[0]:
+            batch[name] = padded((row[name] for row in rows), fill)
+    return batch
+
+
+def _documents(batch: Mapping[str, Any]) -> Tensor | None:
+    documents: Tensor | None = batch.get("documents")
+    positions: Tensor | None = batch.get("position_ids")
+    return (positions == 0).cumsum(-1) if documents is None and positions is not None else documents

@@ -1,0 +1,140 @@
+"""transformers' Trainer with our step: the same weights as our step and a plain AdamW; its logs, files and resume."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import headstart
+from headstart.data.batches import IGNORE
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.errors import UsageError
+from headstart.integrations.multi_token import collate_rows, multi_token_step, step_counts
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.storage.model_directory import load_model, save_model
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+from headstart.integrations.trainer import MultiTokenTrainer  # noqa: E402
+
+WEIGHTS = [1.0, 0.5, 0.25]
+
+
+def make_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(dim=32, layers=4, attention_heads=2, heads=3, context=64))
+
+
+def make_rows(count: int = 8) -> list[dict[str, Any]]:
+    """Of different lengths, some tokens not to be predicted: each row and head has another count of targets."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(0, 250, (6 + 3 * i % 17,), generator=generator)
+        labels = torch.where(torch.rand(ids.shape, generator=generator) < i / count, IGNORE, ids)
+        rows.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "name": f"row {i}"})
+    return rows
+
+
+def arguments(folder: Path, **more: Any) -> Any:
+    given = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.5,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataloader_pin_memory": False,
+        "train_sampling_strategy": "sequential",
+    }
+    return transformers.TrainingArguments(**given | more)
+
+
+def our_loop(model: Transformer, steps: int) -> list[list[float]]:
+    """Every row of `make_rows` at once, clipped, plain AdamW; the mean loss of each head in each step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    batch, losses = collate_rows(make_rows()), []
+    for _ in range(steps):
+        seen = multi_token_step(model, **batch, weights=WEIGHTS)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((seen.sums / seen.counts).tolist())
+    return losses
+
+
+@pytest.mark.parametrize(("rows", "accumulated"), [(8, 1), (2, 4)])
+def test_a_step_is_ours_and_plain_adamw(tmp_path, rows: int, accumulated: int) -> None:
+    reference, model = make_model().double(), make_model().double()  # Adam makes much of little
+    losses = our_loop(reference, 2)
+    sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
+    trainer = MultiTokenTrainer(model, arguments(tmp_path, **sizes), head_weights=WEIGHTS, train_dataset=make_rows())
+    trainer.train()
+    for (name, mine), theirs in zip(model.named_parameters(), reference.parameters()):
+        assert torch.allclose(mine, theirs, rtol=1e-8, atol=1e-10), name
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(logs) == 2
+    for line, expected in zip(logs, losses):
+        assert [line[f"loss_head{k}"] for k in (1, 2, 3)] == pytest.approx(expected, rel=1e-4)
+        assert line["loss"] == pytest.approx(sum(w * loss for w, loss in zip(WEIGHTS, expected)), rel=1e-3)
+
+
+def test_evaluation_divides_each_head_by_its_own_targets(tmp_path) -> None:
+    model, rows = make_model(), make_rows()
+    trainer = MultiTokenTrainer(
+        model, arguments(tmp_path, per_device_eval_batch_size=3), head_weights=WEIGHTS, eval_dataset=rows
+    )
+    found = trainer.evaluate()
+    expected = multi_token_step(model, **collate_rows(rows))
+    assert expected.counts.tolist() == step_counts([collate_rows(rows)], 3).tolist()
+    means = (expected.sums / expected.counts).tolist()
+    assert [found[f"eval_loss_head{k}"] for k in (1, 2, 3)] == pytest.approx(means, rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(sum(w * loss for w, loss in zip(WEIGHTS, means)), rel=1e-5)
+    shares = (expected.correct / expected.counts).tolist()
+    assert [found[f"eval_accuracy_head{k}"] for k in (1, 2, 3)] == pytest.approx(shares)
+    loss = trainer.compute_loss(trainer.model, collate_rows(rows))
+    assert not loss.requires_grad and loss.item() == pytest.approx(found["eval_loss"], rel=1e-5)
+
+
+def test_checkpoints_are_model_directories_and_gone_on_from(tmp_path) -> None:
+    save_model(make_model(), tmp_path / "first", ByteTokenizer())
+    sizes = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = MultiTokenTrainer(
+        str(tmp_path / "first"), arguments(tmp_path / "whole", **sizes), train_dataset=make_rows()
+    )
+    whole.train()
+    for kept in (tmp_path / "whole" / "checkpoint-2", tmp_path / "whole" / "checkpoint-4"):
+        assert headstart.load(kept).config.heads == 3
+        assert transformers.AutoModelForCausalLM.from_pretrained(kept).config.num_hidden_layers == 2
+    other = MultiTokenTrainer(make_model(), arguments(tmp_path / "whole", **sizes), train_dataset=make_rows())
+    with torch.no_grad():
+        other.transformer.trunk.embedding.weight.zero_()
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for mine, theirs in zip(other.transformer.parameters(), whole.transformer.parameters()):
+        assert torch.equal(mine, theirs)
+    whole.save_model()  # beside its checkpoints, which stay
+    assert (tmp_path / "whole" / "checkpoint-4").is_dir()
+    saved = load_model(tmp_path / "whole")
+    assert all(map(torch.equal, saved.parameters(), whole.transformer.parameters()))
+    assert headstart.load(tmp_path / "whole").generate("ab", max_new_tokens=3).stats.tokens <= 3
+    assert not list((tmp_path / "whole").glob(".*"))
+
+
+def test_what_it_does_not_know_is_refused(tmp_path) -> None:
+    for more, said in (({"fp16": True}, "fp16; take bf16"), ({"label_smoothing_factor": 0.1}, "label_smoothing")):
+        with pytest.raises(UsageError, match=said):
+            MultiTokenTrainer(make_model(), arguments(tmp_path, **more))
+    with pytest.raises(UsageError, match="2 head_weights for 3 heads"):
+        MultiTokenTrainer(make_model(), arguments(tmp_path), head_weights=[1, 1])
+    with pytest.raises(UsageError, match="compute_metrics"):
+        MultiTokenTrainer(make_model(), arguments(tmp_path), compute_metrics=math.sqrt)
