@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from headstart.cli.adapting_data import distill_data
 from headstart.cli.decoding import generate
-from headstart.cli.exchange import convert
+from headstart.cli.exchange import convert, push
 from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
 from headstart.cli.training import compare, demo, prepare, train
 
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         tune,
         inspect,
         convert,
+        push,
         doctor,
         bench,
     )

@@ -35,3 +35,33 @@ def convert(
 
     found = convert_model(source, target, to, dtype, tokenizer)
     print_json(found) if json else print(format_conversion(found))
+
+
+def push(
+    model: Positional[str],
+    *,
+    to: str,
+    licence: str | None = None,
+    base_model: str | None = None,
+    evaluation: str | None = None,
+    private: bool = False,
+    new_card: bool = False,
+    json: bool = False,
+) -> None:
+    """Put a model with a card that tells what was measured of it into a folder, or onto the Hugging Face hub.
+
+    Args:
+        model: a model directory.
+        to: a folder, or OWNER/NAME on the hub (hf:OWNER/NAME where a folder might be meant).
+        licence: identifier of its licence, as the hub knows it: apache-2.0, mit, ...
+        base_model: hub id of the model that heads were added to.
+        evaluation: a folder that headstart evaluate --out wrote, whose numbers the card tells.
+        private: make a new repository on the hub private.
+        new_card: replace a README.md that someone else wrote.
+        json: print what was sent as JSON.
+    """
+    from headstart.exchange.push import format_push
+    from headstart.exchange.push import push as push_model
+
+    found = push_model(model, to, licence, base_model, evaluation, private, new_card)
+    print_json(found) if json else print(format_push(found))
