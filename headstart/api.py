@@ -24,6 +24,7 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.boxed import boxed_model
+from headstart.storage.hub import local_directory
 from headstart.storage.model_directory import load_model, load_model_tokenizer
 from headstart.storage.tuning_file import read_tuning
 
@@ -259,7 +260,8 @@ def load(
     device: str = "cpu",
     quantize: Quantize | None = None,
 ) -> LanguageModel:
-    """Opens a model directory: one that `headstart train` wrote, or a plain Hugging Face Llama directory.
+    """Opens a model: a directory that `headstart train` wrote, a Hugging Face model's (docs/existing-models.md says of
+    which families), or where there is no such directory the model of that name on the hub, OWNER/NAME.
 
     Args:
         path: None: the model in the box, a small byte-level model of Python code (models/README.md).
@@ -277,8 +279,8 @@ def load(
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
     quantize = known(quantize)
-    path = boxed_model() if path is None else path
+    path = boxed_model() if path is None else local_directory(path)
     model = load_model(path, dtype=dtype, device=device)
     if dtype is None:
         model = model.to(decoding_dtype(model, quantize))
-    return LanguageModel(model, load_model_tokenizer(path), Path(path), quantize)
+    return LanguageModel(model, load_model_tokenizer(path), path, quantize)

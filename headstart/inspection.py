@@ -14,6 +14,8 @@ from headstart.errors import UsageError
 from headstart.evaluation.run import ACCEPTANCE_FILE
 from headstart.model.config import PRESETS, ModelConfig, preset
 from headstart.storage.config_file import read_json
+from headstart.storage.families import family_of
+from headstart.storage.hub import local_directory
 from headstart.storage.llama_names import MODEL_FILE
 from headstart.storage.model_directory import EMBEDDING, load_config, load_model_tokenizer
 from headstart.storage.tensor_files import TensorFiles, model_files
@@ -30,9 +32,9 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     No weights are read. Raises UsageError where there is neither.
     """
-    directory = Path(path)
-    if str(path) in PRESETS and not directory.exists():
+    if str(path) in PRESETS and not Path(path).exists():
         return _inspect_preset(str(path))
+    directory = local_directory(path)
     if not directory.exists():
         raise UsageError(f"{path}: no such model; name a model directory, or one of the sizes {', '.join(PRESETS)}")
     config = load_config(directory)
@@ -49,6 +51,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         if tokenizer is None
         else {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id},
         "plain_decoder": config.plain_decoder,
+        "family": family_of(config).model_type,
         "kv_bytes_per_token": {name: kv_bytes_per_token(config, dtype) for name, dtype in CACHES.items()},
     }
     if (directory / ACCEPTANCE_FILE).is_file():
@@ -152,7 +155,7 @@ def _format_directory(found: dict[str, Any]) -> str:
         ),
         "other tools: "
         + (
-            "trunk and head 1 are an ordinary Llama, which transformers, vLLM and llama.cpp load"
+            f"trunk and head 1 are an ordinary {found['family']} model, which transformers, vLLM and llama.cpp load"
             if found["plain_decoder"]
             else "only headstart reads this model: linear heads wired anticausally are no plain decoder"
         ),

@@ -23,7 +23,7 @@ class LiveTensors(TorchDispatchMode):
         before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:  # which lie nowhere
                 self.largest = max(self.largest, tensor.numel())
                 storage = tensor.untyped_storage()
                 # A view or a result in place is no new memory.

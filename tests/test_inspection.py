@@ -93,5 +93,5 @@ def test_presets_have_equal_totals(name):
 
 def test_neither_directory_nor_size():
     with pytest.raises(UsageError, match=r"6\.7B") as error:
-        inspect("no/such")
+        inspect("nowhere")
     assert "\n" not in str(error.value)

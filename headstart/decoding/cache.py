@@ -126,16 +126,30 @@ class CachedAttention:
         self.cache, self.slots, self.positions, self.span, self.starts = cache, slots, positions_SW, span, starts
         self.tree, self.row_by_row = tree, row_by_row
         self.compiled_tree = tree.compiled if tree is not None and cache.compiled else None
+        self._masks: dict[int, Tensor] = {}
         if not cache.compiled:
             columns = torch.arange(span, device=positions_SW.device)
+            # Which position each row stands for, and each column. A row that sees nothing would be NaN.
+            self._rows_SW, self._columns = positions_SW.clamp_min(0), columns[None]
             if tree is None:
-                # A row that sees nothing would be NaN.
-                self.mask = (columns <= positions_SW[..., None].clamp_min(0))[:, None]  # (S, 1, W, span)
+                self.mask = (columns <= self._rows_SW[..., None])[:, None]  # (S, 1, W, span)
             else:
                 # Before the window all of it; inside, the path; nothing beyond.
                 inside = F.pad(F.pad(tree.sees_RR, (1, 0), value=True), (0, 1))
-                place = (columns - positions_SW[:, :1].clamp_min(0)).clamp(-1, tree.rows) + 1  # (S, span)
-                self.mask = inside[:, place].transpose(0, 1)[:, None]
+                start_S1 = self._rows_SW[:, :1]
+                place = (columns - start_S1).clamp(-1, tree.rows)  # (S, span)
+                self.mask = inside[:, place + 1].transpose(0, 1)[:, None]
+                self._rows_SW = start_S1 + tree.depth_R
+                self._columns = torch.where(place < 0, columns, start_S1 + tree.depth_R[place.clamp(0, tree.rows - 1)])
+
+    def _mask(self, window: int | None) -> Tensor:
+        """Which columns each row sees, (S, 1, W, span); of those that its path has, the last `window` positions."""
+        if window is None or window >= self.span:
+            return self.mask
+        if window not in self._masks:
+            near = self._columns[:, None] > self._rows_SW[..., None] - window
+            self._masks[window] = self.mask & near[:, None]
+        return self._masks[window]
 
     def _write(self, cache_SKTE: Tensor, rows_SKWE: Tensor) -> None:
         if self.starts is not None and len(self.starts) <= 2:  # slices are cheaper than an indexed write
@@ -153,14 +167,14 @@ class CachedAttention:
         if self.cache.compiled:
             return CompiledAttention(keys, values, self.positions, row_S, self.compiled_tree)
 
-        def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
+        def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
             # A row that asks alone only drafts: its last bits do not matter.
             alone = self.row_by_row and self.tree is not None and row_S is None
-            y = self._row_by_row(q_SHWE, k_SKWE, v_SKWE, keys, values) if alone else None
+            y = self._row_by_row(q_SHWE, k_SKWE, v_SKWE, keys, values, window) if alone else None
             self._write(keys, k_SKWE)
             self._write(values, v_SKWE)
             if y is None:
-                mask = self.mask
+                mask = self._mask(window)
                 if row_S is not None:
                     q_SHWE, mask = pick(q_SHWE, row_S, 2), pick(mask, row_S, 2)
                 y = self._attend(q_SHWE, keys, values, mask)
@@ -177,7 +191,9 @@ class CachedAttention:
             enable_gqa=q_SHWE.shape[1] != keys.shape[1],
         )
 
-    def _row_by_row(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _row_by_row(
+        self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, keys: Tensor, values: Tensor, window: int | None
+    ) -> Tensor:
         assert self.tree is not None
         slot, columns = torch.arange(keys.shape[0], device=keys.device), torch.arange(self.span, device=keys.device)
         done: dict[int, Tensor] = {}
@@ -186,7 +202,9 @@ class CachedAttention:
             at_S = self.positions[:, 0] + self.tree.depth_R[row]
             keys.transpose(1, 2)[slot, at_S] = k_SKWE[:, :, row].to(keys.dtype)
             values.transpose(1, 2)[slot, at_S] = v_SKWE[:, :, row].to(values.dtype)
-            mask = (columns <= at_S[:, None].clamp_min(0))[:, None, None]
+            last_S1 = at_S[:, None].clamp_min(0)
+            mask = (columns <= last_S1) & (columns > last_S1 - (window or self.span))
+            mask = mask[:, None, None]
             done[row] = self._attend(q_SHWE[:, :, row : row + 1], keys, values, mask)
         return torch.cat([done[row] for row in range(len(done))], dim=2)
 
@@ -204,7 +222,8 @@ class CompiledAttention:
     """The one row of each slot that asks (None: all of them)."""
     tree: native.Tree | None = None
 
-    def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor) -> Tensor:
+    def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
+        """`window` is not less than the context: others are not compiled (`packing.is_row_exact`)."""
         if self.row_S is not None:
             q_SHWE = pick(q_SHWE, self.row_S, 2)
         places = (self.positions_SW, self.row_S)

@@ -48,7 +48,7 @@ def decoding_memory(
     """Of slots with `capacity` positions each, windows of `width` rows, and prompts read `chunk` positions at once, for
     weights of `dtype` on `device`."""
     n, size = config.heads, dtype.itemsize
-    kept = slots * (SLOT_BYTES + 8 * width + 4 * (n - 1)) + 2 * capacity * config.dim_per_head * size
+    kept = slots * (SLOT_BYTES + 8 * width + 4 * (n - 1)) + 2 * capacity * config.rotary_dim * size
     kept += slots * max(0, config.ahead - 1) * config.dim * cache_dtype(dtype, device).itemsize  # latents carried on
     # Logits of the window and of the drafts, widened where they are narrow, and noise for every position of both.
     logits = slots * (width + n - 1) * config.vocab_size * (size + (4 if size < 4 else 0) + 4)

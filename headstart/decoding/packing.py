@@ -63,11 +63,11 @@ class NativeLinear(nn.Module):
 
 
 class NativeNorm(nn.Module):
-    """`RMSNorm` in one call."""
+    """`RMSNorm` in one call; see `_native_norm` for which ones."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.weight, self.eps = norm.weight.detach(), norm.eps
+        self.weight, self.eps = norm.weight.detach() + 1 if norm.offset else norm.weight.detach(), norm.eps
         self._rms_norm = _native(norm.weight.dtype).rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,7 +298,10 @@ def is_row_exact(model: Transformer) -> bool:
     """Whether every step of a pass over `model` gives a row's bits from that row and its past alone: all products and
     the attention are the compiled ones. Shapes then do not matter to exactness."""
     first = getattr(model.unembedding, "first", None)
-    return isinstance(first, NativeLinear) and model.config.dim_per_head % 16 == 0
+    config = model.config
+    # Torch's GELU rounds the ends of a tensor otherwise than its middle, and so may its norms; windows need masks.
+    ours = config.activation == "silu" and not config.norm_offset and not config.windowed
+    return isinstance(first, NativeLinear) and config.dim_per_head % 16 == 0 and ours
 
 
 def is_quantized(model: Transformer) -> bool:
@@ -331,23 +334,30 @@ def pack(
     fast = compiled and can_use_native(model)
     linear = _maker(model, rows, fast, quantize)
     model.unembedding = PackedUnembedding(model.unembedding, linear)  # type: ignore[assignment]
-    for module in list(model.modules()):
+    # A list of linear maps too would keep their weights to the end: the model twice.
+    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, linear(child.weight, child.bias))
-            elif fast and isinstance(child, RMSNorm):
+            elif fast and isinstance(child, RMSNorm) and _native_norm(child):
                 setattr(module, name, NativeNorm(child))
-    if fast:
+    if fast and model.config.activation == "silu":
         for module in list(model.modules()):
             if isinstance(module, Block):
                 module.mlp = NativeSwiGLU(module.mlp, weight.dtype)  # type: ignore[assignment]
-    if fast and weight.dtype == torch.float32:
+    if fast and weight.dtype == torch.float32 and model.config.llama_blocks:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, Block):
                     setattr(module, name, NativeBlock(child))
-        model.trunk = NativeTrunk(model.trunk)  # type: ignore[assignment]
+        if not model.config.scaled_embedding:
+            model.trunk = NativeTrunk(model.trunk)  # type: ignore[assignment]
     return model.eval()
+
+
+def _native_norm(norm: RMSNorm) -> bool:
+    """Whether the kernel computes it: widths of 16 at a time, and 1 + weight where that is not rounded to bf16."""
+    return norm.weight.numel() % 16 == 0 and not (norm.offset and norm.weight.dtype == torch.bfloat16)
 
 
 def _maker(model: Transformer, rows: int, fast: bool, quantize: Quantize | None) -> MakeLinear:

@@ -20,9 +20,12 @@ BLOCK = 128
 """Rows of `blocked_attention` that share one product. In fp32, rows of no more than that gain nothing over torch's."""
 
 
-def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Each position sees itself and what came before."""
+def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
+    """Each position sees itself and what came before; with a `window` the last so many of these, itself included."""
     T = q_BHTE.shape[2]
+    if window is not None and window < T:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTE.device).tril()
+        return _masked_attention(q_BHTE, k_BKTE, v_BKTE, within(mask, window))
     if q_BHTE.device.type == "cpu" and T <= WRITTEN_OUT_LENGTH:
         if q_BHTE.dtype == torch.bfloat16:
             return product_attention(q_BHTE, k_BKTE, v_BKTE)
@@ -30,6 +33,16 @@ def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
             return blocked_attention(q_BHTE, k_BKTE, v_BKTE)
     grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
     return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=grouped)
+
+
+def within(mask_TT: Tensor, window: int) -> Tensor:
+    """A causal mask, True where a row sees a column, narrowed to a window."""
+    return mask_TT.triu(1 - window)
+
+
+def _masked_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tensor) -> Tensor:
+    grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
+    return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, enable_gqa=grouped)
 
 
 def product_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
@@ -99,6 +112,5 @@ class DocumentAttention:
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
         self.mask = ((documents_BT[:, :, None] == documents_BT[:, None, :]) & causal_TT)[:, None]  # (B, 1, T, T)
 
-    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-        grouped = q_BHTE.shape[1] != k_BKTE.shape[1]
-        return F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, attn_mask=self.mask, enable_gqa=grouped)
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
+        return _masked_attention(q_BHTE, k_BKTE, v_BKTE, self.mask if window is None else within(self.mask, window))

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from headstart.errors import UsageError
 
 HeadKind = Literal["transformer", "linear", "replicated", "medusa", "stern", "sequential"]
 Wiring = Literal["parallel", "causal", "anticausal"]
+QKNorm = Literal["none", "head", "full"]
+NormPlacement = Literal["pre", "post", "both"]
+Activation = Literal["silu", "gelu_tanh"]
+RopeKind = Literal["linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched for contexts longer than those first trained on; see `model/rotary.py`."""
+
+    kind: RopeKind
+    """linear: all frequencies divided by `factor`; llama3: the slow ones; yarn: by turns within `original_context`."""
+    factor: float
+    """How many times slower the slowest pairs turn."""
+    original_context: int = 0
+    """llama3, yarn: the context before, in tokens."""
+    low_freq_factor: float = 1.0
+    """llama3: pairs that turn at most this often within the context before are slowed down as a whole."""
+    high_freq_factor: float = 4.0
+    """llama3: pairs that turn at least this often there are left as they are."""
+    beta_fast: float = 32.0
+    """yarn: pairs that turn at least this often within the context before are left as they are."""
+    beta_slow: float = 1.0
+    """yarn: pairs that turn at most this often there are slowed down as a whole."""
+    attention_factor: float = 1.0
+    """What queries and keys are multiplied by."""
+    truncate: bool = True
+    """yarn: whether the two limits are rounded to whole pairs."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RopeKind):
+            raise UsageError(f"rope_scaling.kind {self.kind!r} is unknown; take one of {', '.join(get_args(RopeKind))}")
+        for name in ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"rope_scaling.{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.kind != "linear" and self.original_context < 1:
+            raise UsageError(f"rope_scaling {self.kind} needs original_context, the context before it; give it")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise UsageError("rope_scaling.high_freq_factor must be greater than low_freq_factor; change one of them")
 
 
 @dataclass(frozen=True)
@@ -58,16 +97,52 @@ class ModelConfig:
     rope_theta: float = 10000.0
     """Base of the rotary positions."""
 
+    # What families other than Llama do otherwise; the defaults are Llama's. Layers are numbered as in files, from 0.
+    family: str | None = None
+    """Whose directories hold the model, such as qwen3 (None: the first of `storage/families.py` that can)."""
+    rope_scaling: RopeScaling | None = None
+    """How rotary positions are stretched (None: not at all)."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values, without one of the output (Qwen2)."""
+    qk_norm: QKNorm = "none"
+    """RMSNorm of queries and keys before they are turned: of each head (Qwen3), or over all heads at once (OLMo2)."""
+    norm_placement: NormPlacement = "pre"
+    """Where a block norms: what attention and SwiGLU read (pre), what they add (post, OLMo2), or both (Gemma)."""
+    norm_offset: bool = False
+    """Norms multiply by 1 + weight instead of weight (Gemma)."""
+    activation: Activation = "silu"
+    """Of the gate: silu, or gelu in its tanh form (Gemma)."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the square root of dim (Gemma)."""
+    query_scalar: float | None = None
+    """Scores are divided by its square root (None: head_dim; Gemma 3 has another in one size)."""
+    window: int | None = None
+    """Sliding attention: a position sees itself and window - 1 before it (None: all before it)."""
+    window_layers: tuple[int, ...] | None = None
+    """The layers whose attention slides (None: all, if there is a window)."""
+    local_rope_theta: float | None = None
+    """Base of the rotary positions in layers that slide, unscaled there (None: as everywhere)."""
+    nope_layers: tuple[int, ...] = ()
+    """The layers without rotary positions (SmolLM3)."""
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "layers", "attention_heads", "context", "heads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kv_heads", "head_dim", "hidden_dim"):
+        for name in ("kv_heads", "head_dim", "hidden_dim", "window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1, or left out")
-        for name in ("norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
+        for name in ("norm_eps", "rope_theta", "query_scalar", "local_rope_theta"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UsageError(f"model.{name} is {getattr(self, name)}; it must be greater than 0")
+        for name, known in (("qk_norm", QKNorm), ("norm_placement", NormPlacement), ("activation", Activation)):
+            if getattr(self, name) not in get_args(known):
+                raise UsageError(
+                    f"model.{name} {getattr(self, name)!r} is unknown; take one of {', '.join(get_args(known))}"
+                )
+        if self.window is None and (self.window_layers is not None or self.local_rope_theta is not None):
+            name = "window_layers" if self.window_layers is not None else "local_rope_theta"
+            raise UsageError(f"model.{name} is for layers whose attention slides; give model.window, or leave it out")
         if self.head_dim is None and self.dim % self.attention_heads:
             raise UsageError(
                 f"model.dim {self.dim} is not divisible by model.attention_heads {self.attention_heads}; "
@@ -161,16 +236,76 @@ class ModelConfig:
         """The heads fed by head k, or by the trunk for k = 0."""
         return tuple(child for child, parent in enumerate(self.parents, start=1) if parent == k)
 
+    def layer_of_head(self, k: int) -> int:
+        """The layer of the block of head k: how many blocks lie below it. That of shared sequential heads is one."""
+        if self.head_kind == "sequential":
+            return self.trunk_layers + (0 if self.shared else k - 2)
+        below = 0
+        while parent := self.parents[k - 1]:
+            below, k = below + 1, parent
+        return self.trunk_layers + below
+
+    @cached_property
+    def block_layers(self) -> tuple[int, ...]:
+        """The layer of each block: the trunk's, then those of heads that are blocks, in order."""
+        first = self.heads - self.head_blocks + 1
+        heads = [self.layer_of_head(k) for k in range(first, self.heads + 1)]
+        return (*range(self.trunk_layers), *heads)
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions attention sees in a layer, its own included; None: all up to it."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any block cannot see all of a context before it."""
+        windows = map(self.window_of, self.block_layers)
+        return any(window is not None and window < self.context for window in windows)
+
+    @property
+    def llama_blocks(self) -> bool:
+        """Whether blocks compute what Llama's do, biases and stretched rotary positions allowed for."""
+        return (self.qk_norm, self.norm_placement, self.norm_offset, self.activation) == (
+            "none",
+            "pre",
+            False,
+            "silu",
+        ) and (
+            self.score_dim == self.dim_per_head
+            and not (self.nope_layers or self.windowed)
+            and self.local_rope_theta is None
+        )
+
+    @property
+    def score_dim(self) -> float:
+        """What scores are divided by the square root of."""
+        return self.dim_per_head if self.query_scalar is None else self.query_scalar
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width of the tables of cosines and sines: of one base, or of both side by side."""
+        return self.dim_per_head * (1 if self.local_rope_theta is None else 2)
+
     @property
     def plain_decoder(self) -> bool:
-        """Whether trunk and head 1 together are an ordinary Llama decoder, so that any tool can load them."""
+        """Whether trunk and head 1 together are an ordinary decoder of its family, so that any tool can load them."""
         return self.head_kind != "linear" or self.wiring != "anticausal"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them; of those that families other than Llama need, the ones that say something. So
+        files written before there were others, and digests of them, stay what they are."""
+        values, defaults = asdict(self), {field.name: field.default for field in fields(self)}
+        later = list(defaults)[list(defaults).index("family") :]
+        return {name: x for name, x in values.items() if name not in later or getattr(self, name) != defaults[name]}
 
     def parameters(self) -> dict[str, int]:
         """Exact parameter counts, without building the model: a row each of what `headstart inspect` prints."""
         d, kv = self.dim, self.key_value_heads * self.dim_per_head
-        bias = self.attention_dim + 2 * kv + d if self.attention_bias else 0
-        block = d * (self.attention_dim + 2 * kv) + self.attention_dim * d + bias + 3 * d * self.hidden + 2 * d
+        bias = self.attention_dim + 2 * kv if self.attention_bias or self.qkv_bias else 0
+        bias += d if self.attention_bias else 0
+        norms = (4 if self.norm_placement == "both" else 2) * d
+        norms += {"none": 0, "head": 2 * self.dim_per_head, "full": self.attention_dim + kv}[self.qk_norm]
+        block = d * (self.attention_dim + 2 * kv) + self.attention_dim * d + bias + 3 * d * self.hidden + norms
         if self.head_kind == "transformer":
             per_head = [block] * self.heads
         elif self.head_kind == "linear":
@@ -205,7 +340,8 @@ class ModelConfig:
 
         6 x (weights multiplied, n unembeddings included) + 12 x blocks x attention_dim x length: a multiplication and
         an addition per weight, once forward and twice backward. Attention is counted in full, as PaLM counts for its
-        model FLOPs utilisation (arXiv 2204.02311, appendix B), though causal attention needs half of it.
+        model FLOPs utilisation (arXiv 2204.02311, appendix B), though causal attention needs half of it; where it
+        slides, no more positions than its window has.
         """
         d, kv = self.dim, self.key_value_heads * self.dim_per_head
         block = d * (self.attention_dim + 2 * kv) + self.attention_dim * d + 3 * d * self.hidden
@@ -217,7 +353,8 @@ class ModelConfig:
             "sequential": further * 2 * d * d,
         }.get(self.head_kind, 0)
         weights = blocks * block + maps + self.heads * self.vocab_size * d
-        return 6 * weights + 12 * blocks * self.attention_dim * length
+        seen = sum(min(length, self.window_of(layer) or length) for layer in self.block_layers)
+        return 6 * weights + 12 * self.attention_dim * seen
 
 
 def _paper(dim: int, layers: int, attention_heads: int, context: int) -> ModelConfig:

@@ -50,12 +50,12 @@ class SequentialHead(nn.Module):
     Its latent goes to the next head as it is, and to the unembedding, whose final norm all heads share.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, k: int = 2) -> None:
         super().__init__()
-        self.latent_norm = RMSNorm(config.dim, config.norm_eps)
-        self.token_norm = RMSNorm(config.dim, config.norm_eps)
+        self.latent_norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
+        self.token_norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
-        self.block = Block(config)
+        self.block = Block(config, config.layer_of_head(k))
 
     def forward(
         self,
@@ -77,12 +77,12 @@ def make_heads(config: ModelConfig) -> nn.ModuleList:
     heads: list[nn.Module] = []
     for k in range(1, config.heads + 1):
         if config.head_kind == "transformer":
-            heads.append(Block(config))
+            heads.append(Block(config, config.layer_of_head(k)))
         elif config.head_kind == "linear" and not (k == 1 and config.plain_decoder):
             heads.append(LinearHead(config))
         elif config.head_kind == "sequential" and k > 1:
             if k == 2 or not config.shared:
-                heads.append(SequentialHead(config))
+                heads.append(SequentialHead(config, k))
         else:
             heads.append(PassHead())
     return nn.ModuleList(heads)
@@ -121,7 +121,7 @@ class Unembedding(nn.Module):
 
     def __init__(self, config: ModelConfig, tied_to: Tensor | None = None) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
         own = config.head_kind == "replicated" or (config.head_kind == "medusa" and not config.shared)
         copies = config.heads if own else 1
         self.residuals: MedusaResiduals | SternResiduals | None = None

@@ -1,4 +1,4 @@
-"""The parts of a transformer block: norm, rotary positions, attention's projections, SwiGLU.
+"""The parts of a transformer block: norm, attention's projections, SwiGLU.
 
 Shape suffixes: B batch, T time (positions), D dim, H attention heads, K key/value heads, E width of one head.
 """
@@ -12,49 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.model.attention import causal_attention
-from headstart.model.config import ModelConfig
+from headstart.model.config import Activation, ModelConfig
+from headstart.model.rotary import rotary_tables, rotate
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q (B,H,T,E), k (B,K,T,E), v (B,K,T,E)) -> (B,H,T',E). Decoding passes one that keeps K/V in its cache; it may give
-fewer rows than came in, when only some are wanted."""
+__all__ = ["Attend", "Attention", "Block", "RMSNorm", "SwiGLU", "rotary_tables", "rotate"]
+
+Attend = Callable[..., Tensor]
+"""(q (B,H,T,E), k (B,K,T,E), v (B,K,T,E)) -> (B,H,T',E), and in layers that slide also `window`, how many positions a
+row sees. Decoding passes one that keeps K/V in its cache; it may give fewer rows than came in, when only some are
+wanted."""
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in fp32 as Llama does."""
+    """x / rms(x) * weight over the last axis, computed in fp32 as Llama does; with `offset` times 1 + weight."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, offset: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim) if offset else torch.ones(dim))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.offset:  # rounded once, at the end: 1 + weight has too few digits in bf16
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + self.weight.to(wide), self.eps).to(x.dtype)
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
-def rotary_tables(positions: Tensor, dim_per_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of shape positions.shape + (1, E), for `rotate`; angles in fp64, so that far positions stay exact.
-
-    The pairing is Hugging Face's: coordinate i turns with coordinate i + E/2. The sine carries the sign of the pairing.
-    """
-    half = torch.arange(dim_per_head // 2, dtype=torch.float64, device=positions.device)
-    angles = positions.to(torch.float64)[..., None] * theta ** (-2 * half / dim_per_head)  # (..., E/2)
-    cos, sin = angles.cos(), angles.sin()
-    return (
-        torch.cat([cos, cos], -1).unsqueeze(-2).to(dtype),
-        torch.cat([-sin, sin], -1).unsqueeze(-2).to(dtype),
-    )
-
-
-def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns queries or keys to their positions (rotary embedding, RoFormer)."""
-    half = x_BTHE.shape[-1] // 2
-    return torch.addcmul(x_BTHE * cos, torch.roll(x_BTHE, half, -1), sin)
-
-
 class Attention(nn.Module):
-    """Self-attention with rotary positions and grouped key/value heads; q, k and v come from one matrix."""
+    """Self-attention with rotary positions and grouped key/value heads; q, k and v come from one matrix.
 
-    def __init__(self, config: ModelConfig) -> None:
+    What its layer does otherwise than others, it says itself: whether it slides, and which positions it turns by.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim_per_head = (
             config.attention_heads,
@@ -62,42 +52,87 @@ class Attention(nn.Module):
             config.dim_per_head,
         )
         width = (self.heads + 2 * self.kv_heads) * self.dim_per_head
-        self.qkv = nn.Linear(config.dim, width, bias=config.attention_bias)
+        self.qkv = nn.Linear(config.dim, width, bias=config.attention_bias or config.qkv_bias)
         self.out = nn.Linear(config.attention_dim, config.dim, bias=config.attention_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm != "none":
+            whole = config.qk_norm == "full"
+            eps, offset = config.norm_eps, config.norm_offset
+            self.q_norm = RMSNorm(self.dim_per_head * (self.heads if whole else 1), eps, offset)
+            self.k_norm = RMSNorm(self.dim_per_head * (self.kv_heads if whole else 1), eps, offset)
+        self._whole_norm = config.qk_norm == "full"
+        self.window = config.window_of(layer)
+        self.turned = layer not in config.nope_layers
+        # Which of the tables side by side it reads; None: there is one.
+        local = self.dim_per_head if self.window is not None else 0
+        self._tables = None if config.local_rope_theta is None else slice(local, local + self.dim_per_head)
+        self._query_factor = (config.dim_per_head / config.score_dim) ** 0.5
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = causal_attention) -> Tensor:
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.dim_per_head)
         # Queries and keys lie side by side, so one rotation turns both.
-        qk = rotate(qkv[:, :, : self.heads + self.kv_heads], *rotary)
+        qk = qkv[:, :, : self.heads + self.kv_heads]
+        if self.q_norm is not None:
+            qk = self._normed(qk)
+        if self._tables is not None:
+            rotary = rotary[0][..., self._tables], rotary[1][..., self._tables]
+        if self.turned:
+            qk = rotate(qk, *rotary)
         q, k = qk.split([self.heads, self.kv_heads], dim=2)
+        if self._query_factor != 1:
+            q = q * self._query_factor
         v = qkv[:, :, self.heads + self.kv_heads :]
-        y_BHTE = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        slides = {} if self.window is None else {"window": self.window}
+        y_BHTE = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **slides)
         return self.out(y_BHTE.transpose(1, 2).flatten(2))
+
+    def _normed(self, qk: Tensor) -> Tensor:
+        parts = zip((self.q_norm, self.k_norm), qk.split([self.heads, self.kv_heads], dim=2))
+        if self._whole_norm:
+            return torch.cat([norm(x.flatten(2)).view(x.shape) for norm, x in parts if norm is not None], dim=2)
+        return torch.cat([norm(x) for norm, x in parts if norm is not None], dim=2)
+
+
+def activate(gate: Tensor, activation: Activation) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up come from one matrix."""
+    """down(silu(gate(x)) * up(x)), or with another activation; gate and up come from one matrix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up = nn.Linear(config.dim, 2 * config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.dim, bias=False)
+        self.activation = config.activation
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(activate(gate, self.activation) * up)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, Llama's."""
+    """Transformer block: norms before attention and SwiGLU, Llama's, or behind them (OLMo2), or both (Gemma).
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        layer: how many blocks lie below it, which decides what its attention sees in families whose layers differ.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+
+        def norm(*placements: str) -> nn.Module:
+            placed = config.norm_placement in placements
+            return RMSNorm(config.dim, config.norm_eps, config.norm_offset) if placed else nn.Identity()
+
+        self.attention_norm = norm("pre", "both")
+        self.attention = Attention(config, layer)
+        self.attention_post_norm = norm("post", "both")
+        self.mlp_norm = norm("pre", "both")
         self.mlp = SwiGLU(config)
+        self.mlp_post_norm = norm("post", "both")
 
     def forward(
         self,
@@ -111,6 +146,6 @@ class Block(nn.Module):
         `select` must pick the same rows as `attend` returns: keys and values are made for all T rows, the rest of the
         block runs on the selected ones only.
         """
-        attended = self.attention(self.attention_norm(x_BTD), rotary, attend)
+        attended = self.attention_post_norm(self.attention(self.attention_norm(x_BTD), rotary, attend))
         x_BTD = (x_BTD if select is None else select(x_BTD)) + attended
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + self.mlp_post_norm(self.mlp(self.mlp_norm(x_BTD)))

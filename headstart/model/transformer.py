@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from headstart.model.attention import DocumentAttention, causal_attention
 from headstart.model.config import ModelConfig
 from headstart.model.heads import Unembedding, make_heads
-from headstart.model.layers import Attend, Block, rotary_tables
+from headstart.model.layers import Attend, Block
+from headstart.model.rotary import model_tables
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times the square root of their width, rounded to their dtype first (Gemma's)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        embedded = super().forward(tokens)
+        return embedded * torch.tensor(self.embedding_dim**0.5, dtype=embedded.dtype).item()
 
 
 class Trunk(nn.Module):
@@ -22,8 +31,9 @@ class Trunk(nn.Module):
         super().__init__()
         # Filling a tensor without storage makes torch import its compiler: two seconds of every loading.
         weight = torch.empty(config.vocab_size, config.dim)
-        self.embedding = nn.Embedding(config.vocab_size, config.dim, _weight=weight if weight.is_meta else None)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.trunk_layers))
+        kind = ScaledEmbedding if config.scaled_embedding else nn.Embedding
+        self.embedding = kind(config.vocab_size, config.dim, _weight=weight if weight.is_meta else None)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.trunk_layers))
 
     def forward(
         self,
@@ -77,10 +87,11 @@ class Transformer(nn.Module):
         """Fills `tensor` with a first value of the parameter `name`.
 
         Normal of deviation 0.02, narrowed by sqrt(2 x blocks) for maps back into the residual stream, as GPT-2; norms
-        1, biases 0. The paper does not give its initialisation; this is our default. Medusa's maps are 0, as there.
+        multiply by 1, biases are 0. The paper does not give its initialisation; this is our default. Medusa's maps are
+        0, as there.
         """
         if name.endswith("norm.weight"):
-            tensor.fill_(1)
+            tensor.fill_(0 if self.config.norm_offset else 1)
         elif name.endswith("bias") or ".residuals.maps." in name:
             tensor.zero_()
         else:
@@ -88,8 +99,8 @@ class Transformer(nn.Module):
             tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if narrow else 0.02, generator=generator)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin tables (..., 1, E) for integer positions of any shape."""
-        return rotary_tables(positions, self.config.dim_per_head, self.config.rope_theta, dtype)
+        """cos and sin tables (..., 1, E) for integer positions of any shape; see `model_tables`."""
+        return model_tables(self.config, positions, dtype)
 
     def head(self, k: int) -> nn.Module:
         """Head k."""

@@ -18,6 +18,7 @@ from headstart.errors import UsageError
 from headstart.files import replacing_file
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from headstart.storage.assembly import refuse_other_blocks
 from headstart.storage.llama_names import MODEL_FILE, llama_layers
 from headstart.storage.model_directory import stored_tensors
 
@@ -45,6 +46,7 @@ def save_gguf(
     config, path = model.config, Path(path)
     if not config.plain_decoder:
         raise UsageError("linear heads wired anticausally: head 1 is no plain Llama decoder, and GGUF holds no other")
+    refuse_other_blocks(config, "a GGUF file")
     dtype = model.trunk.embedding.weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype}: a GGUF file is written in float32, float16 or bfloat16")

@@ -1,6 +1,7 @@
-"""Which tensor of a model directory holds which rows of which parameter: Hugging Face's Llama names and ours.
+"""Which tensor of a model directory holds which rows of which parameter: Hugging Face's names and ours.
 
-Trunk and head 1 are stored as an ordinary Llama decoder, so that any tool loads them; what head 1 does not need lies in
+The names are Llama's; other families add to them, and OLMo2 and Gemma give their norms others. Trunk and head 1 are
+stored as an ordinary decoder of the family, so that any tool loads them; what head 1 does not need lies in
 a file of its own that other tools never look at.
 """
 
@@ -12,6 +13,17 @@ from headstart.model.config import ModelConfig
 
 MODEL_FILE = "model.safetensors"
 HEADS_FILE = "heads/heads.safetensors"
+NORM_NAMES = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+"""By where blocks norm: the names of their norms, ours and those of the families that do so."""
 
 
 @dataclass(frozen=True)
@@ -99,22 +111,29 @@ def _block_parts(config: ModelConfig, ours: str, file: str, theirs: str) -> dict
         return Part(file, f"{theirs}.{name}", shape)
 
     parts = {
-        f"{ours}.attention_norm.weight": [part("input_layernorm.weight", D)],
+        f"{ours}.{norm}.weight": [part(f"{name}.weight", D)] for norm, name in NORM_NAMES[config.norm_placement].items()
+    }
+    parts |= {
         f"{ours}.attention.qkv.weight": [
             part("self_attn.q_proj.weight", Q, D),
             part("self_attn.k_proj.weight", K, D),
             part("self_attn.v_proj.weight", K, D),
         ],
         f"{ours}.attention.out.weight": [part("self_attn.o_proj.weight", D, Q)],
-        f"{ours}.mlp_norm.weight": [part("post_attention_layernorm.weight", D)],
         f"{ours}.mlp.gate_up.weight": [part("mlp.gate_proj.weight", H, D), part("mlp.up_proj.weight", H, D)],
         f"{ours}.mlp.down.weight": [part("mlp.down_proj.weight", D, H)],
     }
-    if config.attention_bias:
+    if config.qk_norm != "none":
+        whole = config.qk_norm == "full"
+        for name, width in (("q_norm", Q), ("k_norm", K)):
+            width = width if whole else config.dim_per_head
+            parts[f"{ours}.attention.{name}.weight"] = [part(f"self_attn.{name}.weight", width)]
+    if config.attention_bias or config.qkv_bias:
         parts[f"{ours}.attention.qkv.bias"] = [
             part("self_attn.q_proj.bias", Q),
             part("self_attn.k_proj.bias", K),
             part("self_attn.v_proj.bias", K),
         ]
+    if config.attention_bias:
         parts[f"{ours}.attention.out.bias"] = [part("self_attn.o_proj.bias", D)]
     return parts

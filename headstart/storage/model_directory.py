@@ -1,4 +1,4 @@
-"""Model directories: an ordinary Hugging Face Llama that carries its further heads beside it."""
+"""Model directories: an ordinary Hugging Face model that carries its further heads beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from headstart.errors import UsageError
 from headstart.files import replacing_directory
 from headstart.model.transformer import Transformer
 from headstart.storage.config_file import CONFIG_FILE, config_json, load_config
+from headstart.storage.families import family_of
+from headstart.storage.hub import local_directory
 from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, stored_parts
 from headstart.storage.tensor_files import TensorFiles, model_files
 
@@ -32,8 +34,8 @@ def save_model(
 ) -> None:
     """Writes `model` as a Hugging Face model directory; heads that head 1 does not need go to `heads/`.
 
-    transformers, vLLM and llama.cpp load trunk and head 1 from it. A model whose head 1 is no plain Llama decoder
-    (linear heads wired anticausally) is marked as our own architecture, and only headstart reads it.
+    transformers, vLLM and llama.cpp load trunk and head 1 from it, as a model of its family. One whose head 1 is no
+    plain decoder (linear heads wired anticausally) is marked as our own architecture, and only headstart reads it.
 
     The directory is written beside and renamed: a kill leaves the previous one. One that exists is replaced as a whole,
     files of others included, and must hold a model already.
@@ -44,8 +46,8 @@ def save_model(
         dtype: what the weights are stored as (None: what they are).
 
     Raises:
-        UsageError: `directory` is something other than a model, cannot be written, or the tokenizer has more ids than
-            the model.
+        UsageError: `directory` is something other than a model, cannot be written, the tokenizer has more ids than
+            the model, or no family's directory can hold such a model.
     """
     config = model.config
     # Resolved, so that "." has a name, and a link stays one.
@@ -56,6 +58,7 @@ def save_model(
         raise UsageError(f"{directory}: holds files but no model, and saving would replace them; name a new directory")
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config.vocab_size, "save the model")
+    family_of(config)
     files = stored_tensors(model, dtype)
     name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
     end_id = None if tokenizer is None else tokenizer.end_id
@@ -76,9 +79,10 @@ def save_model(
 def load_model(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in `directory`: one that `save_model` wrote, or any unscaled Hugging Face Llama, sharded or not.
+    """The model in `directory`: one that `save_model` wrote, or any Hugging Face model of a family in
+    `storage/families.py`, sharded or not. Where there is no such directory, OWNER/NAME is a model on the hub.
 
-    The last layer of an ordinary Llama becomes head 1 of a model with one head.
+    The last layer of an ordinary model becomes head 1 of a model with one head.
 
     Args:
         dtype: of all parameters (None: that in which the embedding is stored).
@@ -87,7 +91,7 @@ def load_model(
     Raises:
         UsageError: no model, another architecture, or files that are missing, damaged, or at odds with config.json.
     """
-    directory = Path(directory)
+    directory = local_directory(directory)
     config = load_config(directory)
     parts = stored_parts(config)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
@@ -116,10 +120,10 @@ def load_model(
     state: dict[str, Tensor] = {}
     for name, pieces in parts.items():
         rows = sum(part.shape[0] for part in pieces)
-        # Copied into memory of its own: the file may change, and mapped tensors lie at odd addresses.
+        # Read into memory of its own, with nothing between: the model is never there twice.
         parameter = torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device=device)
         for target, part in zip(parameter.split([part.shape[0] for part in pieces]), pieces):
-            target.copy_(stored[part.file].read(part.name))
+            stored[part.file].read_into(part.name, target)
         state[name] = nn.Parameter(parameter)
     if config.tied:
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]
@@ -132,7 +136,7 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
 
     Raises UsageError where it cannot be read or has more ids than the model.
     """
-    directory = Path(directory)
+    directory = local_directory(directory)
     config = load_config(directory)
     if not (directory / TOKENIZER_FILE).is_file():
         return None

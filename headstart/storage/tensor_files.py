@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from headstart.errors import UsageError
 from headstart.storage.config_file import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE_BYTES = 2**24
+"""What is converted, or goes to another device, is read by so many bytes at once."""
 
 
 class TensorFiles:
@@ -21,14 +25,16 @@ class TensorFiles:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._where: dict[str, tuple[Path, Any]] = {}
+        self._begins: dict[str, int] = {}
+        """At which byte of its file each tensor begins."""
         for path in paths:
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 reason = "is missing" if not path.exists() else f"is damaged or cut short ({_first_line(error)})"
                 raise UsageError(f"{path}: {reason}; copy the model directory again") from error
-            for name in handle.keys():  # noqa: SIM118  # not a dict
-                self._where[name] = (path, handle)
+            for name, begin in _begins(path).items():
+                self._where[name], self._begins[name] = (path, handle), begin
 
     def names(self) -> list[str]:
         return list(self._where)
@@ -53,6 +59,21 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """The tensor, backed by the mapped file: copy it before the file may change."""
         return self._where[name][1].get_tensor(name)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """The tensor into `target` (contiguous, of its shape), converted to its dtype. Past the mapping, whose pages
+        would count as this process's memory as long as the file is open."""
+        dtype, path = self.dtype(name), self._where[name][0]
+        flat = target.view(-1)
+        straight = flat.device.type == "cpu" and flat.dtype == dtype
+        size = max(1, flat.numel() if straight else PIECE_BYTES // dtype.itemsize)
+        with path.open("rb", buffering=0) as file:
+            file.seek(self._begins[name])
+            for piece in flat.split(size):
+                read = piece if straight else torch.empty(len(piece), dtype=dtype)
+                _fill(file, read, path)
+                if not straight:
+                    piece.copy_(read)
 
     def check(self, expected: dict[str, tuple[int, ...]], path: Path, ignored: Iterable[str] = ()) -> None:
         """UsageError unless exactly the `expected` names and shapes are there; `path` is named where one is missing."""
@@ -96,8 +117,28 @@ def model_files(directory: Path, name: str) -> list[Path]:
     return [directory / shard for shard in sorted(set(shards.values()))]
 
 
+def _begins(path: Path) -> dict[str, int]:
+    """Where tensors begin in a safetensors file that is known to be sound: the length of a header, it, then they."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + x["data_offsets"][0] for name, x in header.items() if name != "__metadata__"}
+
+
+def _fill(file: io.RawIOBase, target: Tensor, path: Path) -> None:
+    """Reads as many bytes as `target` has."""
+    buffer: Any = target.view(torch.uint8).numpy()
+    left = memoryview(buffer)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise UsageError(f"{path}: is damaged or cut short (it ends early); copy the model directory again")
+        left = left[count:]
+
+
 def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,6 @@ read one checkpoint together, each its share; a run may go on with another numbe
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -190,7 +189,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def digest(config: ModelConfig) -> str:
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    text = json.dumps(config.to_dict(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,133 @@
+"""Fields of a `config.json`, each checked as it is read, and rotary positions, which files say in several ways."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig, RopeScaling
+
+Content = dict[str, Any]
+
+
+class Fields:
+    """The fields of a config.json; those that are wrong are named with the file."""
+
+    def __init__(self, file: Path, content: Content) -> None:
+        self.file, self.content = file, content
+
+    def get(self, name: str, kind: type, default: object = None) -> Any:
+        """A field of that type; UsageError for another, and where it is missing and has no default."""
+        value: Any = self.content.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise UsageError(f"{self.file}: {name} is missing; copy the model directory again")
+        check_type(self.file, name, value, kind)
+        return float(value) if kind is float else value
+
+    def optional(self, name: str, kind: type, default: object = None) -> Any:
+        """The same for one that may be null; the default is for one that is not there."""
+        value = self.content.get(name, default)
+        return None if value is None else self.get(name, kind, default)
+
+    def numbers(self, name: str) -> list[int]:
+        value = self.content[name]
+        if not isinstance(value, list) or not all(type(x) in (int, bool) for x in value):
+            raise UsageError(f"{self.file}: {name} is {json.dumps(value)}; it must be a list of whole numbers")
+        return [int(x) for x in value]
+
+    def refuse(self, name: str, value: object, supported: str) -> UsageError:
+        return UsageError(
+            f"{self.file}: {name} is {json.dumps(value)}, which headstart does not compute; supported: {supported}"
+        )
+
+    def only(self, name: str, *supported: object) -> None:
+        """UsageError if the field is there and none of these."""
+        value = self.content.get(name)
+        if value is not None and value not in supported:
+            raise self.refuse(name, value, " or ".join(map(json.dumps, supported)))
+
+
+def check_type(file: Path, name: str, value: object, kind: type, optional: bool = False) -> None:
+    right = type(value) in ((int, float) if kind is float else (kind,)) or (optional and value is None)
+    if not right:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise UsageError(f"{file}: {name} is {value!r}; it must be {names[kind]}")
+
+
+def read_rope(fields: Fields, default_theta: float, context: int) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from transformers 5's `rope_parameters`, or from the fields that it replaced."""
+    theta = fields.get("rope_theta", float, default_theta)
+    scaling = None
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.content.get(name)
+        if rope is not None and not (
+            isinstance(rope, dict) and {"sliding_attention", "full_attention"} & rope.keys()
+        ):  # Gemma 3's
+            theta, scaling = read_scaling(fields, name, rope, theta, context)
+    fields.only("partial_rotary_factor", 1)
+    return theta, scaling
+
+
+def read_scaling(
+    fields: Fields, name: str, rope: object, theta: float, context: int
+) -> tuple[float, RopeScaling | None]:
+    """The base and the scaling that the object `rope` says, where it says a base."""
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if not isinstance(rope, dict) or kind not in ("default", "linear", "llama3", "yarn"):
+        raise fields.refuse(name, rope, 'rope_type "default", "linear", "llama3" or "yarn"')
+    own = Fields(fields.file, rope)
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise fields.refuse(f"{name}.partial_rotary_factor", rope["partial_rotary_factor"], "1")
+    theta = own.get("rope_theta", float, theta)
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", own.get("factor", float))
+    original = own.get("original_max_position_embeddings", int, context)
+    if kind == "llama3":
+        low, high = own.get("low_freq_factor", float), own.get("high_freq_factor", float)
+        return theta, RopeScaling("llama3", own.get("factor", float), original, low, high)
+    factor = own.get("factor", float, context / original)
+    attention = own.optional("attention_factor", float)
+    if attention is None:
+        m, all_dim = own.optional("mscale", float), own.optional("mscale_all_dim", float)
+        attention = _mscale(factor, m) / _mscale(factor, all_dim) if m and all_dim else _mscale(factor, 1.0)
+    return theta, RopeScaling(
+        "yarn",
+        factor,
+        original,
+        beta_fast=own.get("beta_fast", float, 32.0) or 32.0,
+        beta_slow=own.get("beta_slow", float, 1.0) or 1.0,
+        attention_factor=attention,
+        truncate=own.get("truncate", bool, True),
+    )
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def write_rope(config: ModelConfig) -> Content:
+    scaling = written_scaling(config.rope_scaling)
+    return {
+        # transformers 5 reads the first, everything older and most other tools the others.
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+    }
+
+
+def written_scaling(scaling: RopeScaling | None) -> Content | None:
+    if scaling is None:
+        return None
+    content: Content = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        content["original_max_position_embeddings"] = scaling.original_context
+    names = {"llama3": ("low_freq_factor", "high_freq_factor"), "linear": ()}.get(
+        scaling.kind, ("beta_fast", "beta_slow", "attention_factor", "truncate")
+    )
+    return content | {name: getattr(scaling, name) for name in names}

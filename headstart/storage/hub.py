@@ -1,0 +1,56 @@
+"""Models that are named and not lying here: OWNER/NAME on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+from headstart.data.tokenizers import HUB_ID
+from headstart.errors import UsageError
+
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+    "heads/*",
+    "acceptance.json",
+    "tuning.json",
+)
+"""What is fetched: neither pickles nor the same weights in other formats, nor any code."""
+
+
+def local_directory(named: str | Path) -> Path:
+    """The directory named, or where there is none and the name is one of a model on the hub, a copy of that.
+
+    It is fetched, or found in the hub's cache. Raises UsageError where the hub gives none.
+    """
+    path = Path(named)
+    if path.exists() or not re.fullmatch(HUB_ID, str(named)):
+        return path
+    return _fetched(str(named))
+
+
+@functools.cache
+def _fetched(repository: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UsageError(
+            f"{repository}: no such directory, and asking the hub needs huggingface_hub; install headstart[hf]"
+        ) from error
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(FILES)))
+    except Exception as error:  # of the hub, of the network, of the disk: many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{repository}: no such directory here, and the hub gives no such model ({reason}); check the name and the "
+            "network, or name a directory that holds a model's config.json"
+        ) from error
