@@ -62,9 +62,10 @@ def _introduction(directory: Path, name: str, config: ModelConfig, base_model: s
         "" if base_model is None else f" Its heads were added to [{base_model}](https://huggingface.co/{base_model})."
     )
     kinds = f"{config.head_kind} heads, wired {config.wiring}" if n > 1 else "one head"
+    further = "a token" if n == 2 else f"up to {n - 1} tokens"
     drafts = (
-        f"Head k predicts the k-th token behind a position: one pass proposes up to {n - 1} tokens behind the next "
-        "one, and keeps those that are right."
+        f"Head k predicts the k-th token behind a position: one pass proposes {further} behind the next "
+        "one, and keeps what is right."
         if n > 1
         else "It decodes one token a pass."
     )

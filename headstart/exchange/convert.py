@@ -54,6 +54,8 @@ def convert(
     model, words = read_source(source)
     if tokenizer is not None:
         words = load_tokenizer(tokenizer)
+    if words is None:
+        say(f"{source}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
     stored = model.trunk.embedding.weight.dtype
     left = []
     if dtype is not None and DTYPES[dtype] != stored:
@@ -79,8 +81,6 @@ def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
     path = Path(source)
     if is_meta_release(path):
         words = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
-        if words is None:
-            say(f"{path}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
         return load_meta_release(path), words
     words = load_tokenizer(path) if is_mimo(path) and (path / TOKENIZER_FILE).is_file() else None
     if is_mimo(path):
