@@ -108,7 +108,8 @@ WRONG = {
         "AssertionError",
     ),
     "raising a limit": ("import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))", "pass", "not allowed"),
-    "raising it otherwise": ("import resource as r; r.prlimit(0, r.RLIMIT_CPU, (99, 99))", "pass", "PermissionError"),
+    # Any other limit is refused as well: not every user may raise one without the filter.
+    "setting it otherwise": ("import resource as r; r.prlimit(0, r.RLIMIT_NOFILE, (8, 8))", "pass", "PermissionError"),
 }
 
 
