@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from headstart.cli.adapting import adapt
 from headstart.cli.adapting_data import distill_data
 from headstart.cli.decoding import generate
 from headstart.cli.exchange import convert, push
@@ -14,13 +15,14 @@ from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
 from headstart.cli.training import compare, demo, prepare, train
 
 # These parse their own arguments: what they take depends on the first one.
-RAW = (train, evaluate, tune, bench)
+RAW = (train, adapt, evaluate, tune, bench)
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__.replace("_", "-"): command
     for command in (
         demo,
         prepare,
         train,
+        adapt,
         compare,
         distill_data,
         generate,

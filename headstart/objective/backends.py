@@ -22,6 +22,7 @@ from headstart.model.transformer import compute_dtype
 from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, linear_cross_entropy
 
 Backend = Literal["headstart", "torch", "liger", "cce"]
+HeadLoss = Literal["cross-entropy", "kl", "total-variation"]
 Summed = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (N, D), weight (V, D) of one dtype, targets (N,)) -> cross-entropy summed over valid targets."""
 PACKAGES = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}
@@ -35,6 +36,11 @@ class LossConfig:
     """Coefficient of logsumexp(logits)^2 in the differentiated loss; the reported loss is without it (0: none)."""
     backend: Backend = "headstart"
     """headstart, or torch, liger, cce: other implementations, which count no top-1 in training and have no z-loss."""
+    heads: HeadLoss = "cross-entropy"
+    """What heads 2..n learn from: cross-entropy, the text; kl or total-variation, the next-token head's own later
+    distribution, which judges their drafts (without gradient into it)."""
+    share: float = 1.0
+    """Share of kl or total-variation in the loss of heads 2..n; the rest is cross-entropy."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.z_loss < float("inf"):
@@ -43,6 +49,12 @@ class LossConfig:
             raise UsageError(f"loss.backend {self.backend!r} is unknown; take one of {', '.join(get_args(Backend))}")
         if self.z_loss and self.backend != "headstart":
             raise UsageError(f"loss.z_loss needs loss.backend headstart; {self.backend} is used without it")
+        if self.heads not in get_args(HeadLoss):
+            raise UsageError(f"loss.heads {self.heads!r} is unknown; take one of {', '.join(get_args(HeadLoss))}")
+        if not 0 < self.share <= 1:
+            raise UsageError(f"loss.share is {self.share}; it must be above 0 and at most 1 (loss.heads cross-entropy)")
+        if self.heads != "cross-entropy" and (self.backend != "headstart" or self.z_loss):
+            raise UsageError(f"loss.heads {self.heads} needs loss.backend headstart and loss.z_loss 0")
 
     def require(self, device: torch.device) -> None:
         """Raises UsageError unless the backend can run on `device` here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,30 +39,36 @@ class CrossEntropy(NamedTuple):
     """How often no logit is above that of the target, int64 scalar; None where a backend does not tell."""
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes both gradients during the forward, chunk by chunk, so that logits never outlive their chunk."""
+Differentiate = Callable[[Tensor, slice, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+"""(logits (R, V), their rows among all, a dtype to sum in) -> summed loss, summed cross-entropy and hits; the logits
+are turned into the gradient of the summed loss in them, where they lie."""
+
+
+class LinearLoss(torch.autograd.Function):
+    """A loss of `x @ weight.T`, with both gradients computed during the forward, chunk by chunk, so that logits never
+    outlive their chunk. What the loss is, `differentiate` says."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, dtype: torch.dtype, rows: int, z_loss: float
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, rows: int, differentiate: Differentiate
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        total = x.new_zeros((), dtype=wide)
-        squares = x.new_zeros((), dtype=wide)
-        correct = targets_N.new_zeros(())
+        loss, total = x.new_zeros((), dtype=wide), x.new_zeros((), dtype=wide)
+        correct = x.new_zeros((), dtype=torch.int64)
         dx = torch.empty_like(x) if need_x else None
         dweight: Tensor | None = None
         piece = rows if x.is_cuda else max(1, PIECE_BYTES // (4 * weight.shape[0]))
         for start in range(0, x.shape[0], rows):
-            chunk, targets = x[start : start + rows], targets_N[start : start + rows]
+            chunk = x[start : start + rows]
             logits = chunk @ weight.T
             for first in range(0, len(logits), piece):
-                part, where = logits[first : first + piece], slice(first, first + piece)
-                part_total, part_squares, part_correct = _differentiate_(part, targets[where], wide, z_loss)
+                part = logits[first : first + piece]
+                where = slice(start + first, start + first + len(part))
+                part_loss, part_total, part_correct = differentiate(part, where, wide)
+                loss += part_loss
                 total += part_total
-                squares += part_squares
                 correct += part_correct
             if dx is not None:
                 torch.mm(logits, weight, out=dx[start : start + rows])
@@ -73,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dx, ctx.dweight = dx, dweight
         ctx.dtypes = x_ND.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(total, correct)
-        return total + z_loss * squares, total, correct
+        return loss, total, correct
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -84,7 +91,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if dx is None else dx.mul_(scale).to(ctx.dtypes[0]),
             None if dweight is None else dweight.mul_(scale).to(ctx.dtypes[1]),
-            None,
             None,
             None,
             None,
@@ -143,9 +149,14 @@ def linear_cross_entropy(
     """
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        flat, bytes_per_logit = x.flatten(0, -2), 4 if x.is_cuda else dtype.itemsize
+        flat, bytes_per_logit, targets_N = x.flatten(0, -2), 4 if x.is_cuda else dtype.itemsize, targets.flatten()
         rows = chunk_rows(weight_VD.shape[0], budget, bytes_per_logit)
-        return CrossEntropy(*_LinearCrossEntropy.apply(flat, weight_VD, targets.flatten(), dtype, rows, z_loss))
+
+        def differentiate(logits_RV: Tensor, where: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+            total, squares, correct = _differentiate_(logits_RV, targets_N[where], wide, z_loss)
+            return (total + z_loss * squares if z_loss else total), total, correct
+
+        return CrossEntropy(*LinearLoss.apply(flat, weight_VD, dtype, rows, differentiate))
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from headstart.model.attention import DocumentAttention, causal_attention
 from headstart.model.layers import Attend
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.backends import LossConfig
-from headstart.objective.cross_entropy import LOGITS_BYTES, Scores, linear_scores
+from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, Scores, linear_scores
+from headstart.objective.distillation import later, linear_distillation
 
 
 @dataclass
@@ -49,6 +51,9 @@ def walk_step(
     documents_BT: Tensor | None = None,
     loss: LossConfig | None = None,
     budget: int = LOGITS_BYTES,
+    *,
+    z_BTD: Tensor | None = None,
+    original: tuple[Tensor, Tensor] | None = None,
 ) -> HeadLosses:
     """Adds to each parameter's gradient that of sum_k weights[k-1] / counts[k-1] * sum_t CE(head k at t, its target).
 
@@ -66,8 +71,14 @@ def walk_step(
         weights: n head weights; None: all 1, as the paper. A head of weight 0 has no loss computed, and does not run at
             all unless a head of another weight hangs on it: its parameters then keep the gradients they have.
         documents_BT: (B, T) int64, to keep attention inside documents; None: rows are plain.
-        loss: z-loss and who computes the cross-entropy; None: ours, plain.
+        loss: z-loss, what heads 2..n learn from, and who computes the cross-entropy; None: ours, plain. Where they
+            learn from head 1, `targets_BTn` and `counts_n` are those of `taught_targets`.
         budget: bytes of logits held at once.
+        z_BTD: the trunk's output, where it is known: it then does not run. For a trunk that is not trained.
+        original: (B, T, D) and (V, D), of which the logits of a teacher of head 1 are made; head 1's loss is then
+            KL(teacher || head 1) in place of cross-entropy (self-distillation, arXiv 2401.10774, section 2.3.2).
+
+    Parameters that need no gradient are run through and left alone; below the lowest that does no graph is made.
     """
     config, T = model.config, targets_BTn.shape[1]
     _check_width(model, tokens_BT, targets_BTn)
@@ -77,40 +88,79 @@ def walk_step(
     weights = weights or [1.0] * config.heads
     # A head without valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
     scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
-    function = (loss or LossConfig()).function(budget)
+    loss = loss or LossConfig()
+    function = loss.function(budget)
     seen: dict[int, Seen] = {}
+    head_1: tuple[Tensor, Tensor] | None = None
+    """What head 1's logits are made of, for the heads that learn from it."""
 
     def needed(parent: int) -> list[int]:
         """The heads on `parent` that have a weight, or carry one that has."""
         return [k for k in config.children(parent) if weights[k - 1] or needed(k)]
 
-    def visit(k: int, parent: Tensor) -> Tensor:
-        """Differentiates head k and all that hangs on it; gives the gradient in its parent's latent (B, T, D)."""
-        alias = parent.detach().requires_grad_()
+    def loss_of(k: int, x: Tensor, weight: Tensor) -> CrossEntropy:
+        targets = targets_BTn[..., k - 1]
+        if k == 1 and original is not None:
+            return linear_distillation(x, weight, targets, *original, divergence="kl", budget=budget)
+        if k > 1 and head_1 is not None and loss.heads != "cross-entropy":
+            teacher, matrix = head_1
+            return linear_distillation(
+                x, weight, targets, later(teacher, k), matrix, divergence=loss.heads, share=loss.share, budget=budget
+            )
+        return function(x, weight, targets)
+
+    def visit(k: int, parent: Tensor, wanted: bool) -> Tensor | None:
+        """Differentiates head k and all that hangs on it; gives the gradient in its parent's latent (B, T, D), if that
+        is wanted."""
+        alias = parent.detach().requires_grad_(wanted)
         ahead = embeddings.of(k)
         latent = model.head(k)(alias, rotary, attend, **ahead)
-        leaf = latent.detach().requires_grad_()
+        leaf = latent.detach().requires_grad_(latent.requires_grad)
         if weights[k - 1]:
-            targets = targets_BTn[..., k - 1]
-            out = model.unembedding(leaf, k, using=lambda x, weight: function(x, weight, targets))
-            (out.loss * scales[k - 1]).backward()
+            out: CrossEntropy = model.unembedding(leaf, k, using=lambda x, weight: loss_of(k, x, weight))
+            if out.loss.requires_grad:
+                (out.loss * scales[k - 1]).backward()
             seen[k] = out.total, out.correct
-        gradient = _sum_gradients(leaf, (visit(child, leaf) for child in needed(k)))
-        latent.backward(gradient)
+        gradient = _sum_gradients(leaf, (visit(child, leaf, leaf.requires_grad) for child in needed(k)))
+        if gradient is not None:
+            latent.backward(gradient)
         embeddings.add(k, ahead)
-        assert alias.grad is not None
         return alias.grad
 
     if needed(0):
-        out = model.trunk(tokens_BT, rotary, lambda layer: attend, T if config.ahead else None)
-        z_BTD, embeddings = (out[0], _Ahead(out[1], T)) if config.ahead else (out, _Ahead(None, T))
+        if z_BTD is None:
+            found = model.trunk(tokens_BT, rotary, lambda layer: attend, T if config.ahead else None)
+            z_BTD, looked_up = found if config.ahead else (found, None)
+        else:
+            looked_up = model.trunk.embedding(tokens_BT) if config.ahead else None
+        assert z_BTD is not None
+        embeddings = _Ahead(looked_up, T)
+        if loss.heads != "cross-entropy" and any(weights[1:]):
+            head_1 = _made_of(model, z_BTD.detach(), rotary, attend)
         leaf = z_BTD.detach()
-        gradient = _sum_gradients(leaf, (visit(k, leaf) for k in needed(0)))
         # A frozen trunk, under heads that are trained alone, has no graph.
+        gradient = _sum_gradients(leaf, (visit(k, leaf, z_BTD.requires_grad) for k in needed(0)))
         if z_BTD.requires_grad:
             pairs = [(z_BTD, gradient), *embeddings.gradients()]
             torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
     return _head_losses(seen, targets_BTn)
+
+
+@torch.no_grad()
+def _made_of(model: Transformer, z_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> tuple[Tensor, Tensor]:
+    """What the logits of head 1 are the product of: its normed latent (B, T, D) and the matrix (V, D)."""
+    for k in model.path(1):
+        z_BTD = model.head(k)(z_BTD, rotary, attend)
+    return cast(tuple[Tensor, Tensor], model.unembedding(z_BTD, using=lambda x, weight: (x, weight.detach())))
+
+
+@torch.no_grad()
+def made_of(model: Transformer, tokens_BT: Tensor, documents_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `_made_of`, from tokens (B, T): what `walk_step` takes as `original`."""
+    attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
+    dtype = compute_dtype(model.trunk.embedding.weight)
+    rotary = model.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
+    return _made_of(model, model.trunk(tokens_BT, rotary, lambda layer: attend), rotary, attend)
 
 
 class _Ahead:
@@ -164,14 +214,16 @@ def _head_losses(seen: dict[int, Seen], targets_BTn: Tensor) -> HeadLosses:
     return losses
 
 
-def _sum_gradients(leaf: Tensor, others: Iterator[Tensor]) -> Tensor:
-    """The gradient already in `leaf` plus `others`, added in fp32 at least: n heads meet here, bf16 rounds each sum."""
+def _sum_gradients(leaf: Tensor, others: Iterator[Tensor | None]) -> Tensor | None:
+    """The gradient already in `leaf` plus `others`, added in fp32 at least: n heads meet here, bf16 rounds each sum.
+    None where there is none, because `leaf` needs none."""
     total = None if leaf.grad is None else leaf.grad
     for gradient in others:
+        if gradient is None:
+            continue
         wide = gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient
         total = wide if total is None else total + wide
-    assert total is not None
-    return total.to(leaf.dtype)
+    return None if total is None else total.to(leaf.dtype)
 
 
 def joint_step(

@@ -26,6 +26,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -98,7 +99,8 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
                 tensors, checkpoint_id=path, process_group=processes.checkpoint_group, no_dist=processes.count == 1
             )
         random = torch.load(path / "rng.pt", weights_only=True)
-        set_model_state_dict(model, tensors["model"])
+        whole = len(tensors["model"]) == len(model.state_dict())  # not where some is frozen
+        set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=whole))
         # The groups stay this run's own: a new learning rate or weight decay takes effect.
         wanted: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
         set_optimizer_state_dict(model, optimizers, wanted)
@@ -174,11 +176,14 @@ def _check_contents(path: Path, digests: dict[str, str], processes: Processes) -
 
 
 def tensors_of(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
-    """What a checkpoint holds, and the optimisers' groups, which it does not: they come from the configuration."""
+    """What a checkpoint holds, and the optimisers' groups, which it does not: they come from the configuration.
+
+    Parameters that no optimiser has are left out: they stay what the run began with."""
     optimizer_state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizers))
-    return {"model": get_model_state_dict(model), "optimizer": optimizer_state["state"]}, optimizer_state[
-        "param_groups"
-    ]
+    updated = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in updated}
+    weights = {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
+    return {"model": weights, "optimizer": optimizer_state["state"]}, optimizer_state["param_groups"]
 
 
 def random_state() -> dict[str, torch.Tensor]:

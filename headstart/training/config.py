@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
+from headstart.adaptation.settings import AdaptConfig
 from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
@@ -155,6 +156,9 @@ class RunConfig:
     """Trackers, and the text written at each validation."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Which steps are profiled."""
+    # Not on the command line: `headstart adapt` writes it, with the shape of the model that it belongs to.
+    adapt: Annotated[AdaptConfig | None, Suppress] = None
+    """The model that the run begins from, with new heads on it (`headstart adapt`); None: it begins from nothing."""
 
     def __post_init__(self) -> None:
         _at_least(1, "", self, "steps", "threads")
@@ -245,6 +249,7 @@ FIXED = (
     "data.validation_fraction",
     "batch.length",
     "optimizer.kind",
+    "adapt",
 )
 # What changes nothing about the result that a reader would want to hear of.
 QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints", "parallel", "watch", "profile")
@@ -255,7 +260,7 @@ def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[o
     found: dict[str, tuple[object, object]] = {}
     for item in dataclasses.fields(old):  # type: ignore[arg-type]
         a, b, name = getattr(old, item.name), getattr(new, item.name), prefix + item.name
-        if dataclasses.is_dataclass(a):
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
             found.update(differences(a, b, f"{name}."))
         elif a != b:
             found[name] = (a, b)

@@ -23,6 +23,7 @@ from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.checkpoints import Position
 from headstart.training.compilation import blocks_compiled
 from headstart.training.config import RunConfig
+from headstart.training.existing_model import ExistingModel, check_vocabulary, tokenizer_of
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
 from headstart.training.optimizer import build_optimizers, learning_rate
 from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
@@ -91,7 +92,11 @@ class Run:
             ranks=processes.count,
         )
         self.validated = long_enough(self.sources, config)
-        self.model, self.sums = build_model(config, processes)
+        self.existing: ExistingModel | None = None
+        if config.adapt is not None:
+            check_vocabulary(self.sources, config.adapt.model, config.model.vocab_size)
+            self.existing = ExistingModel(config, processes)
+        self.model, self.sums = build_model(config, processes, self.existing)
         self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device, config.dtype)
         self.position = Position(data=self.stream.state_dict())
         restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers, processes)
@@ -102,6 +107,8 @@ class Run:
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
         self.tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
+        if config.adapt is not None:
+            self.tokenizer = tokenizer_of(config.adapt.model, self.tokenizer)
         prompt_tokens(self.tokenizer, config)
         self.report = RunReport(config, folder, processes, self.position)
         self.report.say_start(self.sources, self.stream.rows_of)
@@ -138,10 +145,13 @@ class Run:
         config, position = self.config, self.position
         began = time.perf_counter()
         batches = [move(batch, self.device) for batch in islice(self.stream, self.micro_batches)]
-        weights = config.head_weights.at(position.step / config.steps, config.model.heads)
+        if self.existing is None:
+            weights = config.head_weights.at(position.step / config.steps, config.model.heads)
+            lr = learning_rate(position.step, config.steps, config.optimizer)
+        else:
+            weights, lr = self.existing.begin_step(position.step)
         if config.head_weights.sampled:
             weights = drawn(weights, config.seed, position.step)
-        lr = learning_rate(position.step, config.steps, config.optimizer)
         result = train_step(
             self.model,
             self.optimizers,
@@ -153,6 +163,7 @@ class Run:
             self.sums,
             lambda: interruption.requested,
             self.history,
+            None if self.existing is None else self.existing.known,
         )
         seconds = time.perf_counter() - began
 
@@ -207,14 +218,22 @@ class Run:
 
         def write() -> None:
             assert model is not None
-            save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
+            # What was frozen keeps its bytes.
+            dtype = torch.bfloat16 if self.existing is None else self.existing.stored_dtype
+            save_model(model, self.folder.model, self.tokenizer, dtype=dtype)
 
         self.processes.on_main(write)
 
 
-def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, GradientSums]:
-    """First weights from `config.seed`, the same for every device and number of processes, spread over them."""
+def build_model(
+    config: RunConfig, processes: Processes, existing: ExistingModel | None = None
+) -> tuple[Transformer, GradientSums]:
+    """First weights from `config.seed`, the same for every device and number of processes, spread over them; or those
+    of an existing model with new heads."""
     torch.manual_seed(config.seed)
+    if existing is not None:
+        compile = blocks_compiled(config, processes)
+        return existing.model, parallelize(existing.model, None, config.parallel, compile=compile, dtype=config.dtype)
     with torch.device("meta"):
         model = Transformer(config.model)
     mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))

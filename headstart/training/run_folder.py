@@ -100,7 +100,7 @@ class RunFolder:
         sources = open_sources(config.data.prepared or (MixturePart(self.data),))
         train = sources[0].train
         needed = int(train.manifest["vocab_size"])
-        if config.model.vocab_size < needed:
+        if config.model.vocab_size < needed and config.adapt is None:  # an existing model has its own words for it
             raise UsageError(
                 f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
                 f"{train.manifest['tokenizer']!r} of {train.directory}; leave model.vocab_size out, or take {needed}"

@@ -15,6 +15,7 @@ from headstart.objective.acceptance import expected_tokens_per_pass
 from headstart.terminal import duration, say
 from headstart.training.checkpoints import Position
 from headstart.training.config import RunConfig
+from headstart.training.existing_model import flops_per_token
 from headstart.training.metrics import memory_in_use, step_record
 from headstart.training.processes import Processes
 from headstart.training.profiling import ProfileConfig, StepProfiler
@@ -35,7 +36,7 @@ class RunReport:
         peak, self._peak_source = processes.on_main(
             lambda: peak_flops(config.dtype, str(processes.device), torch.get_num_threads())
         )
-        self._flops, self._peak = config.model.flops_per_token(config.length), peak * processes.count
+        self._flops, self._peak = flops_per_token(config), peak * processes.count
         profile = config.profile if processes.main else ProfileConfig()
         self.profiler = StepProfiler(profile, folder.path / "profile", processes.device, position.step)
         self._trackers = Trackers(WatchConfig(), folder.path, {}, 0)  # tells nobody

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from headstart.data.batches import Batch
 from headstart.model.transformer import Transformer
+from headstart.objective.distillation import taught_targets
 from headstart.objective.step import count_targets, walk_step
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import set_learning_rate
@@ -47,12 +49,17 @@ def train_step(
     sums: GradientSums,
     stop: Callable[[], bool] = lambda: False,
     history: LossHistory | None = None,
+    known: Callable[[Batch], dict[str, Any]] | None = None,
 ) -> StepResult:
     """Updates the weights once, from this process's micro-batches, which lie on its device.
+
+    `known(batch)` is what `walk_step` is given beside a batch (see `ExistingModel.known`).
 
     A step that is not finite, or a spike against `history`, is not applied; `history` takes in the others. `stop()` is
     whether this process was asked to stop; the result says whether any was.
     """
+    if config.loss.heads != "cross-entropy":
+        batches = [replace(batch, targets=taught_targets(batch.targets)) for batch in batches]
     # Counted over all micro-batches and processes before the first backward, so that 1 x 4 rows weigh every target as
     # 4 x 1 rows do.
     counts = processes.sum(torch.stack([count_targets(batch.targets) for batch in batches]).sum(0))
@@ -63,7 +70,8 @@ def train_step(
         last = i == len(batches) - 1
         with autocast(config, processes.device), sums.micro_batch(last=last, losses=asked):
             tokens = batch.read(model.config.ahead)
-            seen = walk_step(model, tokens, batch.targets, counts, weights, documents, config.loss)
+            more = {} if known is None else known(batch)
+            seen = walk_step(model, tokens, batch.targets, counts, weights, documents, config.loss, **more)
         losses += seen.sums
         hits += math.nan if seen.correct is None else seen.correct
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip))

@@ -1,0 +1,153 @@
+"""New heads on a model that has learned: which shape it gets, and what they begin as. Head 1 stays what it is, bit for
+bit: it computes the same products over the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import UsageError
+from headstart.model.config import HeadKind, ModelConfig, Wiring
+from headstart.model.layers import Block
+from headstart.model.transformer import Transformer
+
+
+def config_with_heads(
+    config: ModelConfig,
+    heads: int,
+    kind: HeadKind = "transformer",
+    wiring: Wiring | None = None,
+    *,
+    shared: bool = True,
+    replace_heads: bool = False,
+) -> ModelConfig:
+    """The shape of a model of shape `config` with `heads` heads of `kind` in place of its own heads 2..n.
+
+    An ordinary decoder of L layers keeps them all. Transformer heads: L - 1 in the trunk, the last one is head 1, and a
+    block for each further head is added on top (the paper's "+layers"). Every other kind: all L in the trunk, and
+    head 1 reads it as it is.
+
+    Args:
+        wiring: None: causal for sequential heads, parallel for all others.
+        replace_heads: a model that has heads beyond the first loses them; otherwise it is refused.
+
+    Raises UsageError for what cannot be: anticausal wiring, in which head 1 would read another head.
+    """
+    if heads < 2:
+        raise UsageError(f"--heads is {heads}; head 1 is there already, so ask for 2 or more")
+    if config.heads > 1 and not replace_heads:
+        raise UsageError(
+            f"the model has heads already ({config.heads} {config.head_kind}); --replace-heads puts new ones in the "
+            "place of heads 2 and up"
+        )
+    if not config.plain_decoder:
+        raise UsageError(
+            "head 1 of the model is no plain decoder (linear heads wired anticausally); take another model"
+        )
+    wiring = ("causal" if kind == "sequential" else "parallel") if wiring is None else wiring
+    if wiring == "anticausal":
+        raise UsageError("wiring anticausal: head 1 would read the new heads and change; take parallel or causal")
+    layers = blocks_to_head_1(config)
+    if kind == "transformer" and layers == 1:
+        raise UsageError(
+            "the model has one layer, which transformer heads would leave no trunk; take another --head-kind, such as "
+            "medusa"
+        )
+    return replace(
+        config,
+        heads=heads,
+        head_kind=kind,
+        wiring=wiring,
+        shared=shared,
+        layers=layers,
+        extra_layers=heads - 1 if kind == "transformer" else 0,
+    )
+
+
+def blocks_to_head_1(config: ModelConfig) -> int:
+    """How many blocks stand between a token and the logits of head 1."""
+    path, k = 0, 1
+    while k:
+        path, k = path + 1, config.parents[k - 1]
+    return config.trunk_layers + (path if config.head_kind == "transformer" else 0)
+
+
+@torch.no_grad()
+def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
+    """`model` in the shape `config`, which `config_with_heads` made of its own. Weights of the path to head 1 are
+    shared with it, in its dtype; those of new heads are float32 and their own.
+
+    What new heads begin as:
+      transformer   a copy of the last block, which is head 1 (Medusa's authors and others copy layers; the paper trains
+                    from nothing). Wired in parallel they begin exactly as head 1.
+      linear        the identity: exactly head 1.
+      replicated    a copy of the unembedding: exactly head 1.
+      medusa        W and b of the residual zero, own unembeddings copies (arXiv 2401.10774): exactly head 1.
+      stern         output maps zero, the hidden layer random: exactly head 1.
+      sequential    a copy of the last block behind a join that passes the normed latent and leaves the token's
+                    embedding out; training brings it in. DeepSeek-V3 (arXiv 2412.19437) and FastMTP (2509.18362)
+                    prescribe nothing here: their modules are trained along from nothing.
+    """
+    blocks = [*model.trunk.blocks, *(model.head(k) for k in model.path(1) if isinstance(model.head(k), Block))]
+    last = blocks[-1].state_dict()
+    old = dict(model.named_parameters())
+    with torch.device("meta"):
+        new = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+
+    def own(value: Tensor) -> Tensor:
+        return value.detach().to(torch.float32, copy=True)
+
+    for name, parameter in new.named_parameters():
+        parts = name.split(".")
+        if name.startswith("trunk.blocks."):
+            value = blocks[int(parts[2])].state_dict()[".".join(parts[3:])]
+        elif config.head_kind == "transformer" and parts[0] == "heads":
+            value = last[".".join(parts[2:])]
+            value = value if parts[1] == "0" else own(value)
+        elif config.head_kind == "sequential" and parts[2:3] == ["block"]:
+            value = own(last[".".join(parts[3:])])
+        elif parts[0] == "unembedding" and parts[1] == "weights" and parts[2] != "0":
+            value = own(old["unembedding.weights.0"] if "unembedding.weights.0" in old else old[EMBEDDING])
+        elif name in old and not name.startswith(("heads.", "unembedding.residuals.")):
+            value = old[name]
+        else:
+            value = torch.empty(parameter.shape, device=old[EMBEDDING].device)
+            new_value_(name, value, new, generator)
+        state[name] = nn.Parameter(value.detach())
+    if config.tied:
+        state["unembedding.weights.0"] = state[EMBEDDING]
+    new.load_state_dict(state, assign=True)
+    return new
+
+
+EMBEDDING = "trunk.embedding.weight"
+
+
+@torch.no_grad()
+def new_value_(name: str, tensor: Tensor, model: Transformer, generator: torch.Generator) -> None:
+    """Fills `tensor` with the first value of a parameter that no part of the old model has."""
+    if name.endswith((".map.weight", ".join.weight")):
+        nn.init.eye_(tensor)  # of a join the first half of the columns is the latent's, the other the token's
+    elif ".residuals.outputs." in name:
+        tensor.zero_()
+    else:
+        model.first_value_(name, tensor, generator)
+
+
+def new_parameters(model: Transformer) -> set[str]:
+    """Names of the parameters that heads 2..n have for themselves: what is trained where all else is frozen."""
+    names = dict(model.named_parameters())
+    of_heads = {name for name in names if name.startswith("unembedding.residuals.")}
+    of_heads |= {name for name in names if name.startswith("unembedding.weights.") and not name.endswith(".0")}
+    return of_heads | {name for name in names if name.startswith("heads.") and not name.startswith("heads.0.")}
+
+
+def freeze(model: Transformer, names: set[str] | None = None) -> None:
+    """Leaves only the parameters `names` to be trained (None: those of `new_parameters`)."""
+    names = new_parameters(model) if names is None else names
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)

@@ -1,0 +1,184 @@
+"""A run that begins from an existing model: new heads on it, what is frozen, and in which stage of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.adaptation.heads import blocks_to_head_1, config_with_heads, freeze, new_parameters, with_heads
+from headstart.data.batches import Batch
+from headstart.data.mixture import Source
+from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
+from headstart.errors import UsageError
+from headstart.files import sha256_of, write_text
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.head_weights import HeadWeights
+from headstart.objective.step import made_of
+from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer
+from headstart.training import checkpoints
+from headstart.training.config import RunConfig
+from headstart.training.optimizer import learning_rate
+from headstart.training.processes import Processes
+
+SOURCE_FILE = "source.json"
+"""In the run folder: what the files of the existing model were when the run began."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps in which the same is trained."""
+
+    begin: int
+    """Its first step, from 0."""
+    steps: int
+    heads_alone: bool
+
+
+class ExistingModel:
+    """The model of the run, and what a step on it needs beside the batch."""
+
+    def __init__(self, config: RunConfig, processes: Processes) -> None:
+        """Raises UsageError where the model is not there, is another than `config.model` grew from, or has changed
+        since the run began; and for several processes."""
+        assert config.adapt is not None
+        if processes.count > 1:
+            raise UsageError("adapt runs on one process so far; start it without torchrun")
+        self._config, self._adapt = config, config.adapt
+        adapt = config.adapt
+        check_shape(load_config(adapt.model), config)
+        check_unchanged(adapt.model, config.run_dir)
+        old = load_model(adapt.model)
+        self.stored_dtype = old.trunk.embedding.weight.dtype
+        frozen = getattr(torch, adapt.frozen_dtype)
+        if frozen != torch.float32 and self.stored_dtype != frozen:
+            stored = str(self.stored_dtype).removeprefix("torch.")
+            raise UsageError(
+                f"adapt.frozen_dtype {adapt.frozen_dtype}: {adapt.model} is stored in {stored}, and rounding it would "
+                "change what it writes; take float32"
+            )
+        if frozen != torch.float32 and not config.in_bfloat16:
+            raise UsageError(
+                f"adapt.frozen_dtype {adapt.frozen_dtype} needs dtype bfloat16; this run has {config.dtype}"
+            )
+        model = with_heads(old.to(frozen), config.model, config.seed)
+        del old
+        self.model = model.to(processes.device)
+        self.heads = new_parameters(self.model)
+        """Names of the parameters of the new heads."""
+        trained = self.heads if adapt.mode == "heads" else {name for name, _ in self.model.named_parameters()}
+        freeze(self.model, trained)
+        self._trained = trained
+        self._original: Transformer | None = None
+        if adapt.self_distilled:
+            self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
+            self._original.requires_grad_(False)
+
+    def begin_step(self, step: int) -> tuple[list[float], float]:
+        """Freezes what step `step` (from 0) does not train. Gives the heads' weights and the learning rate."""
+        stage = stage_of(step, self._config)
+        freeze(self.model, self.heads if stage.heads_alone else self._trained)
+        done, weights = step - stage.begin, self._config.head_weights
+        n = self._config.model.heads
+        if stage.heads_alone:
+            # Head 1 is frozen: its loss would teach nobody. All others count in full, whatever they do afterwards.
+            weights = HeadWeights(decay=weights.decay, sampled=weights.sampled)
+            values = [0.0, *weights.at(0, n)[1:]]
+        else:
+            values = weights.at(done / stage.steps, n)
+        return values, learning_rate(done, stage.steps, self._config.optimizer)
+
+    def known(self, batch: Batch) -> dict[str, Any]:
+        """What `walk_step` is given for `batch` beside it."""
+        if self._original is None:
+            return {}
+        documents = batch.documents if self._config.data.attention_within_documents else None
+        return {"original": made_of(self._original, batch.tokens, documents)}
+
+
+def stage_of(step: int, config: RunConfig) -> Stage:
+    """The stage that step `step` (from 0) lies in."""
+    assert config.adapt is not None
+    if config.adapt.mode == "heads":
+        return Stage(0, config.steps, True)
+    first = round(config.steps * config.adapt.heads_first)
+    return Stage(0, first, True) if step < first else Stage(first, config.steps - first, False)
+
+
+def check_shape(old: ModelConfig, config: RunConfig) -> None:
+    """Raises UsageError unless `config.model` is the shape `old` with new heads."""
+    model, adapt = config.model, config.adapt
+    assert adapt is not None
+    wanted = config_with_heads(
+        old, model.heads, model.head_kind, model.wiring, shared=model.shared, replace_heads=adapt.replace_heads
+    )
+    if wanted != model:
+        raise UsageError(
+            f"{adapt.model}: the run's model is not this one with heads added; start it anew with headstart adapt"
+        )
+
+
+def check_unchanged(model: Path, run_dir: Path) -> None:
+    """Keeps what the model's files are when the run begins. Raises UsageError where they are others later: weights that
+    are never trained are in no checkpoint."""
+    digests = {file.name: sha256_of(file) for file in sorted(model.glob("*.safetensors"))}
+    known = run_dir / SOURCE_FILE
+    if not checkpoints.all_steps(run_dir / "checkpoints"):
+        known.unlink(missing_ok=True)
+    try:
+        before = json.loads(known.read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        write_text(known, json.dumps({"model": str(model), "sha256": digests}, indent=2) + "\n")
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{known}: cannot be read ({error}); give another --run-dir") from error
+    if before != digests:
+        raise UsageError(f"{model}: is another than when {run_dir} began; put it back, or give another --run-dir")
+
+
+def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) -> None:
+    """Raises UsageError where the shards were encoded with another tokenizer than the model's."""
+    for source in sources:
+        folder, needed = source.train.directory, int(source.train.manifest["vocab_size"])
+        if needed > vocab_size:
+            raise UsageError(
+                f"{folder}: its tokenizer has {needed} ids, {model} a vocabulary of {vocab_size}; prepare the text "
+                f"with --tokenizer {model}"
+            )
+        ours, theirs = folder / "tokenizer" / TOKENIZER_FILE, model / TOKENIZER_FILE
+        if ours.is_file() and theirs.is_file() and _vocabulary(ours) != _vocabulary(theirs):
+            raise UsageError(
+                f"{folder}: was encoded with another tokenizer than {model} has; prepare it with --tokenizer {model}"
+            )
+
+
+def _vocabulary(file: Path) -> object:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content["model"], [(token["id"], token["content"]) for token in content.get("added_tokens", [])]
+
+
+def tokenizer_of(model: Path, otherwise: Tokenizer) -> Tokenizer:
+    """The model's own tokenizer, or that of the data where it has none."""
+    return load_model_tokenizer(model) or otherwise
+
+
+def flops_per_token(config: RunConfig) -> int:
+    """FLOPs of training on one token, as `ModelConfig.flops_per_token`; what is frozen is only run forward, and the
+    unembedding gets no gradient. Joint runs are counted as in their second stage."""
+    model, whole = config.model, config.model.flops_per_token(config.length)
+    if config.adapt is None or config.adapt.mode == "joint":
+        return whole
+    decoder = replace(
+        model, heads=1, extra_layers=0, head_kind="linear", wiring="parallel", shared=True,
+        layers=blocks_to_head_1(model),
+    )  # fmt: skip
+    unembedding = model.vocab_size * model.dim
+    without_heads = decoder.flops_per_token(config.length)
+    own = model.head_kind == "replicated" or not model.shared
+    heads = whole - without_heads - (0 if own else 2 * unembedding * (model.heads - 1))
+    return (without_heads - 6 * unembedding) // 3 + heads

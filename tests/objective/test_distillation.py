@@ -1,0 +1,163 @@
+"""Losses against head 1's own later distribution, and walks through models that are partly frozen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headstart.adaptation.heads import freeze, new_parameters
+from headstart.data.batches import IGNORE
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.backends import LossConfig
+from headstart.objective.distillation import Divergence, linear_distillation, taught_targets
+from headstart.objective.step import count_targets, made_of, walk_step
+
+V, D, T = 37, 16, 9
+SHAPE = ModelConfig(vocab_size=V, dim=D, layers=4, attention_heads=2, context=32, heads=3)
+KINDS = {
+    "transformer": replace(SHAPE),
+    "causal": replace(SHAPE, wiring="causal"),
+    "medusa": replace(SHAPE, head_kind="medusa"),
+    "sequential": replace(SHAPE, head_kind="sequential", wiring="causal"),
+}
+WEIGHTS = [1.0, 0.4, 0.7]
+
+
+def plain_loss(q: Tensor, p: Tensor, targets: Tensor, divergence: Divergence, share: float) -> Tensor:
+    """The slow reference: logits (N, V) of head and teacher, autograd does the rest."""
+    valid = targets != IGNORE
+    log_q, p = q.log_softmax(-1)[valid], p.softmax(-1)[valid].detach()
+    if divergence == "kl":
+        distance = F.kl_div(log_q, p, reduction="sum")
+    else:
+        distance = (1 - torch.minimum(p, log_q.exp()).sum(-1)).sum()
+    return share * distance + (1 - share) * F.nll_loss(log_q, targets[valid], reduction="sum")
+
+
+def lively(config: ModelConfig) -> Transformer:
+    model, generator = Transformer(config).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
+    return model
+
+
+def batch(model: Transformer) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, V, (2, T + model.config.ahead), generator=generator)
+    targets = torch.randint(0, V, (2, T, 3), generator=generator)
+    targets[torch.rand(targets.shape, generator=generator) < 0.3] = IGNORE
+    return tokens, targets
+
+
+def gradients(model: Transformer) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys() and mine
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-10, atol=1e-13), name
+
+
+@pytest.mark.parametrize("divergence", ["kl", "total-variation"])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, teacher = (torch.randn(2, T, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    weight, matrix = (torch.randn(V, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2))
+    targets = torch.randint(0, V, (2, T), generator=generator)
+    targets[0, 3:5] = IGNORE
+    q, p = (x @ weight.T).flatten(0, 1), (teacher @ matrix.T).flatten(0, 1)
+    expected = plain_loss(q, p, targets.flatten(), divergence, share)
+    (3 * expected).backward()
+    theirs = x.grad, weight.grad
+    x.grad = weight.grad = None
+    out = linear_distillation(x, weight, targets, teacher, matrix, divergence=divergence, share=share, budget=1)
+    (3 * out.loss).backward()
+    assert torch.allclose(out.loss, expected, rtol=1e-12)
+    assert torch.allclose(x.grad, theirs[0], rtol=1e-9, atol=1e-12)
+    assert torch.allclose(weight.grad, theirs[1], rtol=1e-9, atol=1e-12)
+    assert teacher.grad is None and matrix.grad is None
+    valid = targets.flatten() != IGNORE
+    assert torch.allclose(out.total, F.cross_entropy(q[valid], targets.flatten()[valid], reduction="sum"))
+    assert int(out.correct) == int((q.argmax(-1) == targets.flatten())[valid].sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("divergence", ["kl", "total-variation"])
+def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -> None:
+    """The walk against joint autograd over all logits; head 1 learns from another model beside."""
+    model, teacher = (
+        lively(KINDS[kind]),
+        lively(replace(KINDS[kind], heads=1, head_kind="transformer", wiring="parallel")),
+    )
+    tokens, targets = batch(model)
+    targets = taught_targets(targets)
+    counts = count_targets(targets)
+    original = made_of(teacher, tokens[:, :T])
+    latents = model.latents(tokens, [1, 2, 3])
+    logits = torch.stack([model.unembedding(latents[k][:, :T], k) for k in (1, 2, 3)], dim=2)
+    total = torch.zeros((), dtype=torch.float64)
+    scales = torch.tensor(WEIGHTS) / counts  # in float32, as the walk has them
+    for k in (1, 2, 3):
+        for t in range(T - k + 1):
+            p = logits[:, t + k - 1, 0] if k > 1 else original[0][:, t] @ original[1].T
+            kind_of_loss: Divergence = divergence if k > 1 else "kl"
+            part = plain_loss(logits[:, t, k - 1], p, targets[:, t, k - 1], kind_of_loss, 0.6 if k > 1 else 1.0)
+            total = total + scales[k - 1] * part
+    total.backward()
+    theirs = gradients(model)
+    walk_step(
+        model, tokens, targets, counts, WEIGHTS, loss=LossConfig(heads=divergence, share=0.6), budget=1,
+        original=original,
+    )  # fmt: skip
+    assert_equal(gradients(model), theirs)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_last_positions_have_no_teacher() -> None:
+    taught = taught_targets(torch.zeros(1, T, 3, dtype=torch.int64))
+    assert count_targets(taught).tolist() == [T, T - 1, T - 2]
+    assert taught[0, -2:].tolist() == [[0, 0, IGNORE], [0, IGNORE, IGNORE]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", ["cross-entropy", "kl"])
+def test_what_is_frozen_changes_no_gradient_of_the_rest(kind: str, heads: str) -> None:
+    """And the trunk's output may come from elsewhere. No graph is made where nothing is trained."""
+    model = lively(KINDS[kind])
+    tokens, targets = batch(model)
+    targets = taught_targets(targets)
+    counts, loss, weights = count_targets(targets), LossConfig(heads=heads), [0.0, 0.4, 0.7]  # type: ignore[arg-type]
+    walk_step(model, tokens, targets, counts, weights, loss=loss)
+    trained = new_parameters(model)
+    theirs = {name: gradient for name, gradient in gradients(model).items() if name in trained}
+    assert theirs.keys() == trained
+    freeze(model)
+    seen = walk_step(model, tokens, targets, counts, weights, loss=loss)
+    assert_equal(gradients(model), theirs)
+    z = model.latents(tokens[:, :T], [])[0] if not model.config.ahead else model.latents(tokens, [])[0][:, :T]
+    again = walk_step(model, tokens, targets, counts, weights, loss=loss, z_BTD=z)
+    assert_equal(gradients(model), theirs)
+    assert torch.equal(seen.sums, again.sums)
+    # Head 1 is scored where it has a weight, and is still left alone.
+    walk_step(model, tokens, targets, counts, [1.0, 0.4, 0.7], loss=loss)
+    assert gradients(model).keys() == trained
+
+
+def test_what_cannot_be_combined_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"loss\.heads 'entropy' is unknown"):
+        LossConfig(heads="entropy")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"needs loss\.backend headstart"):
+        LossConfig(heads="kl", backend="torch")
+    with pytest.raises(UsageError, match=r"loss\.share is 0"):
+        LossConfig(heads="kl", share=0)
