@@ -25,6 +25,7 @@ from headstart.errors import UsageError
 from headstart.files import sha256_of
 from headstart.self_distillation.ordered_lines import OrderedLines, ordered_lines
 from headstart.self_distillation.prompts import Prompt, read_prompts
+from headstart.storage.hub import local_directory
 
 SAMPLE_BYTES = 1 << 20
 """Read at three places of a file of weights, to tell one model from another."""
@@ -68,7 +69,7 @@ def distill(
     "length", or "context" where a later question did not fit any more. A prompt as long as the context is left out.
 
     Args:
-        directory: of the model, to tell it from others.
+        directory: of the model, or its name on the hub, to tell it from others.
         heads, slots: how many heads decode, how many texts at once; the output does not depend on them (with
             `exact=False` up to rounding).
 
@@ -81,6 +82,7 @@ def distill(
     settings = settings or DistillSettings()
     if out.suffix != ".jsonl":
         raise UsageError(f"{out}: is to hold JSON lines; name a file that ends with .jsonl")
+    directory = local_directory(directory)
     prompts, tokenizer = read_prompts(prompts_file), model.tokenizer
     template = need_chat_template(tokenizer) if any(prompt.groups for prompt in prompts) else None
     kept = {

@@ -106,6 +106,27 @@ def test_evaluation_divides_each_head_by_its_own_targets(tmp_path) -> None:
     assert not loss.requires_grad and loss.item() == pytest.approx(found["eval_loss"], rel=1e-5)
 
 
+def test_a_hugging_face_model_trains_as_under_trainer_itself(tmp_path) -> None:
+    """One head, windows of 5 positions, grouped keys: loss and gradient norm of two steps are those of transformers."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=5, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.MistralForCausalLM(config)
+    theirs.save_pretrained(tmp_path / "model")
+    more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    ours = MultiTokenTrainer(tmp_path / "model", arguments(tmp_path / "ours", **more), train_dataset=make_rows())
+    peer = transformers.Trainer(
+        theirs, arguments(tmp_path / "theirs", **more), data_collator=collate_rows, train_dataset=make_rows()
+    )
+    for trainer in (ours, peer):
+        trainer.train()
+    for mine, line in zip(ours.state.log_history[:2], peer.state.log_history[:2]):
+        assert [mine["loss"], mine["loss_head1"]] == pytest.approx([line["loss"]] * 2, rel=1e-4)
+        assert mine["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
+
+
 def test_checkpoints_are_model_directories_and_gone_on_from(tmp_path) -> None:
     save_model(make_model(), tmp_path / "first", ByteTokenizer())
     sizes = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
