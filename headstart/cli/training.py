@@ -43,6 +43,7 @@ def prepare(
     train_bpe: int | None = None,
     text_field: str = "text",
     conversations: bool = False,
+    each_answer: bool = False,
     split: str = "train",
     hf_config: str | None = None,
     validation_fraction: float | None = None,
@@ -66,6 +67,8 @@ def prepare(
         text_field: the field or column that holds the text; a.b is field b within a.
         conversations: the field holds conversations (looked for in messages and conversations); they are written as the
             tokenizer's chat template has them, and only what the assistant wrote is trained on.
+        each_answer: of a conversation is a document, with what comes before it: for chat templates that write a
+            conversation otherwise once more follows.
         split: the split to take from hf: datasets.
         hf_config: the configuration to take of hf: datasets.
         validation_fraction: share of the documents held out (default: 0.02, or none where sources are held out).
@@ -100,7 +103,7 @@ def prepare(
             sources,
             out,
             load_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
-            selection=Selection(text_field, split, hf_config, conversations),
+            selection=Selection(text_field, split, hf_config, conversations, each_answer),
             validation_fraction=fraction,
             validation_sources=validation_sources,
             seed=seed,

@@ -63,8 +63,10 @@ class ChatTemplate:
             raise UsageError(f"the chat template does not take these messages ({why}); mend them, or it") from error
         return text
 
-    def answers(self, conversation: Conversation) -> tuple[str, list[Span]]:
+    def answers(self, conversation: Conversation, each: bool = False) -> list[tuple[str, list[Span]]]:
         """The text of a conversation, and which characters of it the assistant wrote, its ends of turns among them.
+
+        With `each` one text for each answer, which ends behind it and of which it alone counts.
 
         A template that marks them (`{% generation %}`) says so itself. Of others, an answer is what the text up to it
         has more than the prompt before it. Raises UsageError where that cannot be told, for the template writes the
@@ -74,22 +76,25 @@ class ChatTemplate:
         whole = self.render(messages, tools)
         if OPEN in whole or CLOSE in whole:
             raise UsageError("a message holds U+FDD0 or U+FDD1, which are no characters; take them out")
+        numbers = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
         if _MARKED.search(self.source):
-            return whole, _unmarked(self.render(messages, tools, mark=True), whole)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
+            if not each:
+                return [(whole, _unmarked(self.render(messages, tools, mark=True), whole))]
+            texts = [(self.render(messages[: i + 1], tools), messages[: i + 1]) for i in numbers]
+            return [(text, _unmarked(self.render(said, tools, mark=True), text)[-1:]) for text, said in texts]
+        found = []
+        for number in numbers:
             before = self.render(messages[:number], tools, prompt=True)
             behind = self.render(messages[: number + 1], tools)
-            if not (behind.startswith(before) and whole.startswith(behind)):
+            if not (behind.startswith(before) and (each or whole.startswith(behind))):
                 raise UsageError(
                     f"the chat template writes what is before message {number + 1} or in it otherwise once more "
-                    "follows, so answers cannot be told from the rest; mark them in it with {% generation %}, or cut "
-                    "conversations behind their first answer"
+                    "follows, so answers cannot be told from the rest; mark them in it with {% generation %}, or take "
+                    "each answer as a document (--each-answer)"
                 )
-            spans.append((len(before), len(before) + _answer_length(behind[len(before) :], message["content"])))
-        return whole, spans
+            length = _answer_length(behind[len(before) :], messages[number]["content"])
+            found.append((behind, [(len(before), len(before) + length)]))
+        return found if each else [(whole, [span for _, spans in found for span in spans])]
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -124,14 +129,18 @@ def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def encode_conversation(
-    conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (N,) int64 of a conversation, the end token last, and (N,) bool: which of them the assistant wrote.
+    conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer, each: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids (N,) int64 of a conversation, the end token last, and (N,) bool: which of them the assistant wrote; of
+    each of its texts, see `ChatTemplate.answers`.
 
     A token counts as the assistant's if any character of it is. The end token does where the text ends with an answer
     and no special token ends that turn already. Raises UsageError as `ChatTemplate.answers` does.
     """
-    text, spans = template.answers(conversation)
+    return [_tokens(text, spans, tokenizer) for text, spans in template.answers(conversation, each)]
+
+
+def _tokens(text: str, spans: list[Span], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     ids, offsets = tokenizer.encode_with_offsets(text)  # type: ignore[attr-defined]  # templates come with such alone
     begins, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     answered = np.zeros(len(ids), dtype=bool)

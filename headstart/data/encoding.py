@@ -12,6 +12,7 @@ import json
 import time
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,23 +135,23 @@ class Encoder:
                 if isinstance(document, Skipped):
                     skipped[document.reason] += 1
                     continue
-                ids, answered, size = self._encoded(document)
                 place = place_of(self.seed, document.name)
                 split = SPLITS[unit.held_out or place < self.validation_fraction]
                 part = summary.splits[split]
-                nearest = Nearest(place, part.documents, part.tokens, len(ids), size, document.name)
-                may_move = not unit.held_out
-                if may_move and (part.nearest is None or _nearer(split, place, part.nearest.place)):
-                    part.nearest = nearest
-                part.tokens += len(ids)
-                part.documents += 1
-                part.bytes += size
-                lengths[split].append(len(ids))
-                bins[split].write(ids.data)
-                if answered is not None:
-                    targets[split].write(answered.data)
-                if split == "validation":
-                    names.append(document.name)
+                for ids, answered, size in self._encoded(document):
+                    nearest = Nearest(place, part.documents, part.tokens, len(ids), size, document.name)
+                    may_move = not unit.held_out
+                    if may_move and (part.nearest is None or _nearer(split, place, part.nearest.place)):
+                        part.nearest = nearest
+                    part.tokens += len(ids)
+                    part.documents += 1
+                    part.bytes += size
+                    lengths[split].append(len(ids))
+                    bins[split].write(ids.data)
+                    if answered is not None:
+                        targets[split].write(answered.data)
+                    if split == "validation":
+                        names.append(document.name)
             summary.skipped = dict(skipped)
             for split in SPLITS:
                 np.array(lengths[split], dtype="<i8").tofile(folder / f"{split}.lengths")
@@ -159,17 +160,19 @@ class Encoder:
         advance((read_in_all if self.count_documents else unit.size) - told)
         return summary
 
-    def _encoded(self, document: Document) -> tuple[np.ndarray, np.ndarray | None, int]:
+    def _encoded(self, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
         """Ids, of a conversation which of them the assistant wrote (bool), and the bytes of text that are predicted."""
         if document.conversation is None:
-            return self._ids(document.text, document.name), None, document.bytes
+            yield self._ids(document.text, document.name), None, document.bytes
+            return
         assert self.template is not None
+        each = self.selection.each_answer
         try:
-            ids, answered = encode_conversation(document.conversation, self.template, self.tokenizer)
+            for ids, answered in encode_conversation(document.conversation, self.template, self.tokenizer, each):
+                answers = self.tokenizer.decode(ids[answered].tolist())
+                yield ids.astype(self.dtype), answered, len(answers.encode("utf-8"))
         except UsageError as error:
             raise UsageError(f"{document.name}: {error}") from error
-        answers = self.tokenizer.decode(ids[answered].tolist())
-        return ids.astype(self.dtype), answered, len(answers.encode("utf-8"))
 
     def _ids(self, text: str, name: str) -> np.ndarray:
         if type(self.tokenizer) is ByteTokenizer:  # twenty times faster than by way of a list

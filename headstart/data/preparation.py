@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data import bpe
-from headstart.data.chat_template import need_chat_template
+from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.encoding import SPLITS, Encoder, Summary
 from headstart.data.manifest import DTYPES, FORMAT, MANIFEST, VERSION, WITH_TARGETS, check_target, dtype_for
 from headstart.data.packing import pack, segments_of, write_names
@@ -52,7 +52,8 @@ def prepare(
     them: a split by project, by author, by year.
 
     Of conversations (`selection.conversations`) all is written as the tokenizer's chat template has it, and what the
-    assistant wrote is told from the rest: that alone is to be predicted. `bytes` then counts answers.
+    assistant wrote is told from the rest: that alone is to be predicted. `bytes` then counts answers. With
+    `selection.each_answer` each answer is a document, with what comes before it.
 
     The output is the same for every number of `workers` (processes). `progress` gets (bytes read, bytes in all), or
     (documents, None) where a dataset is among the sources.
@@ -65,6 +66,7 @@ def prepare(
     if workers < 1:
         raise UsageError(f"workers {workers}: must be 1 or more")
     selection, say = selection or Selection(), report or (lambda line: None)
+    template = _template(tokenizer) if selection.conversations else None
     out = Path(os.path.abspath(out))
     check_target(out)
     sources = [sources] if isinstance(sources, str) else list(sources)
@@ -74,7 +76,6 @@ def prepare(
     with _working_folder(out, say) as work:
         if isinstance(tokenizer, bpe.NewBpe):
             tokenizer = _learn(tokenizer, [unit for unit in units if not unit.held_out], selection, work, say)
-        template = need_chat_template(tokenizer) if selection.conversations else None
         encoder = Encoder(
             tokenizer=tokenizer,
             fingerprint=_fingerprint(tokenizer, work / "tokenizer"),
@@ -122,6 +123,15 @@ def prepare(
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
         shutil.rmtree(work)
     return manifest
+
+
+def _template(tokenizer: Tokenizer | bpe.NewBpe) -> ChatTemplate:
+    if isinstance(tokenizer, bpe.NewBpe):
+        raise UsageError(
+            "a new vocabulary has no chat template, which conversations need; learn it from texts first, put a "
+            "chat_template.jinja beside its tokenizer.json and give that as the tokenizer"
+        )
+    return need_chat_template(tokenizer)
 
 
 @contextmanager

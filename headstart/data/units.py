@@ -24,6 +24,7 @@ class Selection:
     split: str = "train"  # of a dataset
     hf_config: str | None = None  # of a dataset
     conversations: bool = False  # the field holds messages
+    each_answer: bool = False  # of conversations is a document, with what comes before it
 
     @property
     def field(self) -> Field:

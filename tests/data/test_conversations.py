@@ -12,6 +12,7 @@ from chats import BARE, CHATML, INSTRUCTIONS, MARKED, THINKING, chat_tokenizer
 
 from headstart.data import packing, units
 from headstart.data.batches import IGNORE, BatchStream, evaluation_batches
+from headstart.data.bpe import NewBpe
 from headstart.data.chat_template import ChatTemplate, encode_conversation, load_chat_template
 from headstart.data.conversations import Conversation, parse_conversation
 from headstart.data.shards import TokenShards, prepare, verify
@@ -54,7 +55,7 @@ def test_texts_and_ids_are_those_of_transformers(tmp_path, template):
     for messages, prompt in ((TALK, False), (TALK[:3], True)):
         expected = theirs.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
         assert found.render(messages, prompt=prompt) == expected
-    ids, answered = encode_conversation(CONVERSATION, found, tokenizer)
+    ((ids, answered),) = encode_conversation(CONVERSATION, found, tokenizer)
     expected = theirs.apply_chat_template(list(TALK), return_dict=True, return_assistant_tokens_mask=template is MARKED)
     added = 0 if template is INSTRUCTIONS else 1  # there the end token stands already
     assert ids.tolist() == expected["input_ids"] + [tokenizer.end_id] * added
@@ -77,7 +78,7 @@ ANSWERS = {
 def test_what_the_assistant_wrote(tmp_path, name):
     template, expected = ANSWERS[name]
     tokenizer = chat_tokenizer(tmp_path, template)
-    ids, answered = encode_conversation(CONVERSATION, load_chat_template(tokenizer), tokenizer)
+    ((ids, answered),) = encode_conversation(CONVERSATION, load_chat_template(tokenizer), tokenizer)
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(answered)) + 1)
     texts = [tokenizer._engine.decode(ids[run].tolist(), skip_special_tokens=False) for run in runs if answered[run[0]]]
     assert texts == expected
@@ -90,8 +91,12 @@ def test_what_the_assistant_wrote(tmp_path, name):
 def test_what_cannot_be_told_is_refused():
     with pytest.raises(UsageError, match=r"before message 2 or in it otherwise.* mark them in it with \{% generation"):
         ChatTemplate(THINKING).answers(CONVERSATION)
-    text, spans = ChatTemplate(THINKING).answers(Conversation(TALK[:2]))  # with nothing behind it, it can
-    assert [text[begin:end] for begin, end in spans] == ["<think></think> hell ÿ, he said \n<|im_end|>"]
+    first, second = ChatTemplate(THINKING).answers(CONVERSATION, each=True)  # with nothing behind it, it can
+    assert ChatTemplate(THINKING).answers(Conversation(TALK[:2])) == [first]
+    answers = [text[begin:end] for text, spans in (first, second) for begin, end in spans]
+    assert answers == ["<think></think> hell ÿ, he said \n<|im_end|>", "<think></think>well<|im_end|>"]
+    marked, whole = (ChatTemplate(MARKED).answers(CONVERSATION, each=each) for each in (True, False))
+    assert [span for _, spans in marked for span in spans] == whole[0][1] and marked[1][0] == whole[0][0]
     with pytest.raises(UsageError, match=r"does not take these messages .no system here"):
         ChatTemplate(INSTRUCTIONS).render([{"role": "system", "content": "be kind"}])
     with pytest.raises(UsageError, match="works on what it marks"):
@@ -231,3 +236,22 @@ def test_conversations_are_asked_for(corpus, tmp_path):
         prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "u", None), selection=chosen)
     with pytest.raises(UsageError, match=r"a\.jsonl:2: the chat template writes"):
         prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "v", THINKING), selection=chosen)
+    with pytest.raises(UsageError, match="a new vocabulary has no chat template"):
+        prepare([str(corpus)], tmp_path / "x", NewBpe(300), selection=chosen)
+
+
+def test_each_answer_can_be_a_document(corpus, tmp_path):
+    tokenizer = chat_tokenizer(tmp_path / "v", THINKING)
+    chosen = Selection(conversations=True, each_answer=True)
+    prepare([str(corpus)], tmp_path / "x", tokenizer, selection=chosen, validation_fraction=0.2)
+    found, names = [], json.loads((tmp_path / "x" / "validation.names.json").read_text())
+    for split in ("train", "validation"):
+        shards = TokenShards.open(tmp_path / "x", split)
+        texts = [tokenizer.decode(shards.document(i)) for i in range(len(shards.documents))]
+        found += texts
+        bounds = [*shards.documents, len(shards.tokens)]
+        for i, text in enumerate(texts):
+            answer = shards.document(i)[shards.targets[bounds[i] : bounds[i + 1]]].tolist()
+            assert answer[-1] == 262 and text.endswith(tokenizer.decode(answer) + "\n")  # the last answer, and no other
+            assert text.count("<think>") == 1 and tokenizer.decode(answer).startswith("<think></think>assistant")
+    assert len(found) == len(set(found)) == 20 * (1 + 2 + 3) and len(names) == len(texts)
