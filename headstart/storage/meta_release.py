@@ -157,7 +157,7 @@ def _refuse(config: ModelConfig) -> None:
     if reasons:
         raise UsageError(
             f"Meta's format cannot express {', '.join(reasons)}; it holds plain Llama blocks with transformer heads, "
-            "all on the trunk (headstart and hf-code hold everything)"
+            "all on the trunk (headstart holds everything)"
         )
 
 
