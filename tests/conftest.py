@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def folder_of_all_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where processes that run tests side by side leave one another what takes long to make."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["TESTS_SHARE"] = str(tmp_path_factory.getbasetemp().parent)

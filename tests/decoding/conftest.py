@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from headstart.data.batches import targets_of
 from headstart.decoding.packing import pack
+from headstart.files import replacing_file
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.step import count_targets, walk_step
@@ -55,8 +58,10 @@ def _text_rows(generator: torch.Generator, rows: int, length: int) -> torch.Tens
 
 @functools.cache
 def trained(shape: str) -> Transformer:
-    """A model of that shape in fp32, trained for some seconds; do not change it."""
-    torch.manual_seed(3)
+    """A model of that shape in fp32, trained for some seconds; do not change it.
+
+    Of the processes of one run of the tests the first trains it, the others read it: dozens of seconds less.
+    """
     config = ModelConfig(
         vocab_size=VOCABULARY,
         dim=32,
@@ -67,7 +72,13 @@ def trained(shape: str) -> Transformer:
         context=640,
         **SHAPES[shape],
     )
+    torch.manual_seed(3)
     model = Transformer(config)
+    shared = os.environ.get("TESTS_SHARE")
+    file = Path(shared or "") / f"{shape}.pt"
+    if shared and file.is_file():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(150):
@@ -76,6 +87,9 @@ def trained(shape: str) -> Transformer:
         walk_step(model, rows[:, : 32 + model.config.ahead], targets, count_targets(targets))
         optimizer.step()
         optimizer.zero_grad()
+    if shared:
+        with replacing_file(file) as temporary:
+            torch.save(model.state_dict(), temporary)
     return model
 
 
