@@ -7,6 +7,7 @@ from pathlib import Path
 
 from headstart.errors import UsageError
 from headstart.storage.config_file import CONFIG_FILE
+from headstart.storage.hub import local_directory
 from headstart.terminal import say
 
 NAME = "python-bytes-8"
@@ -24,9 +25,10 @@ def boxed_model() -> Path:
 
 
 def model_directory(named: str | Path | None) -> Path:
-    """The directory named, or that of the model in the box, which is said in a line."""
+    """The directory named (or a copy of the model of that name on the hub), or that of the model in the box, which is
+    said in a line."""
     if named is not None:
-        return Path(named)
+        return local_directory(named)
     place = boxed_model()
     say(f"model in the box: {place}")
     return place

@@ -16,6 +16,7 @@ from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import drawn
+from headstart.storage.families import family_of
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
@@ -56,6 +57,7 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     with joined(config.device) as processes:
         config = processes.on_main(lambda: config.on(processes.device.type))
         config.loss.require(processes.device)
+        processes.on_main(lambda: family_of(config.model))  # what no directory can hold is not worth training
         with folder.claimed(processes.main):
             processes.on_main(lambda: folder.accept(config))
             done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))

@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from headstart.model import attention
-from headstart.model.attention import BLOCK, WRITTEN_OUT_LENGTH, blocked_attention, causal_attention, product_attention
+from headstart.model.attention import (
+    BLOCK,
+    WRITTEN_OUT_LENGTH,
+    DocumentAttention,
+    blocked_attention,
+    causal_attention,
+    product_attention,
+)
 
 
 @pytest.mark.parametrize("written_out", [product_attention, blocked_attention])
@@ -56,3 +63,18 @@ def test_blocked_attention_compiles() -> None:
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_window_is_the_mask_it_says() -> None:
+    """With and without documents; a window that reaches everything changes no bit."""
+    q, k, v = torch.randn(3, 2, 2, 40, 16, generator=torch.Generator().manual_seed(1)).unbind(0)
+    row, column = torch.arange(40)[:, None], torch.arange(40)
+    documents = (torch.arange(40) // 15).expand(2, -1)
+    for attend, apart in ((causal_attention, False), (DocumentAttention(documents), True)):
+        for window in (1, 7, 39):
+            sees = (column <= row) & (row - column < window)
+            if apart:
+                sees &= documents[0][:, None] == documents[0]
+            want = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+            assert torch.allclose(attend(q, k, v, window=window), want, atol=1e-6)
+        assert torch.equal(attend(q, k, v, window=40), attend(q, k, v))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -304,3 +305,34 @@ def test_parameters_and_flops_of_every_kind_of_head(tmp_path: Path) -> None:
 def test_files_written_before_there_were_families_keep_their_digests() -> None:
     assert list(BASE.to_dict())[-1] == "rope_theta"
     assert replace(BASE, qk_norm="head").to_dict().keys() - BASE.to_dict().keys() == {"qk_norm"}
+
+
+def origins_in_text(logits_TnV: Tensor, text: list[int], prompt: int) -> list[int]:
+    """Which head proposes each token that greedy decoding writes behind the prompt, by the logits that training
+    computes over the whole of it."""
+    best, n = logits_TnV.argmax(-1), logits_TnV.shape[1]
+    origins, at = [1], prompt - 1  # the first window has no drafts
+    while len(origins) < len(text) - prompt:
+        first, right = at + 2, 0  # behind the root, which head 1 said at this row
+        while right < n - 1 and first + right < len(text) and best[at, right + 1] == text[first + right]:
+            right += 1
+        origins += [*range(2, right + 2), 1]
+        at += right + 1
+    return origins[: len(text) - prompt]
+
+
+@pytest.mark.parametrize("case", ["qwen3-windows", "smollm3-windows", "gemma3"])
+@pytest.mark.parametrize("head_kind", ["transformer", "sequential"])
+@torch.no_grad()
+def test_drafts_in_decoding_are_those_of_training(case: str, head_kind: str, tmp_path: Path) -> None:
+    """Windows, bases and layers without positions in the caches of heads too."""
+    random_model(case, vocab_size=4).save_pretrained(tmp_path)
+    wiring = "causal" if head_kind == "sequential" else "anticausal"
+    config = replace(load_config(tmp_path), layers=6, heads=3, head_kind=head_kind, wiring=wiring)
+    model = lively(config, seed=3)
+    request = Request(tuple((tokens((1, 20))[0] % 4).tolist()), 36)
+    (got,) = generate_all(Engine(pack(copy.deepcopy(model)), context=64), [request])
+    text = [*request.prompt, *got.tokens]
+    assert len(text) == 56
+    assert got.origins == origins_in_text(model(torch.tensor([text]), heads=3)[0], text, 20)
+    assert max(got.origins) > 1

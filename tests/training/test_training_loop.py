@@ -13,7 +13,7 @@ from headstart.data.batches import evaluation_batches
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.model.config import ModelConfig
+from headstart.model.config import ModelConfig, RopeScaling
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.storage.model_directory import load_model
@@ -259,3 +259,19 @@ def test_the_dtype_is_the_machines_and_written_down(flags, dtype, tiny, metrics,
     train(given)
     assert load_config(chosen.run_dir / "config.yaml").dtype == dtype
     assert metrics(chosen.run_dir) == metrics(given.run_dir)
+
+
+def test_blocks_of_another_family_are_trained_and_saved_as_that(tiny) -> None:
+    """Goes on from a checkpoint too; what no family's directory can hold is refused before anything is done."""
+    shape = {"qk_norm": "head", "window": 8, "window_layers": (0, 2), "rope_scaling": RopeScaling("linear", 2.0)}
+    config = tiny(model=replace(tiny().model, **shape), steps=2)
+    train(config)
+    model = train(replace(config, steps=3))
+    assert load_config(config.run_dir / "config.yaml") == replace(config, steps=3)
+    loaded = load_model(model)
+    assert loaded.config == config.model
+    assert json.loads((model / "config.json").read_text())["model_type"] == "qwen3"
+    refused = tiny("refused", model=replace(config.model, norm_placement="post"))
+    with pytest.raises(UsageError, match="norm_placement"):
+        train(refused)
+    assert not refused.run_dir.exists()
