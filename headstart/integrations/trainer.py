@@ -105,10 +105,11 @@ class MultiTokenTrainer(Trainer):
         self.tokenizer = tokenizer
         self.head_weights = [1.0] * heads if head_weights is None else [float(weight) for weight in head_weights]
         self.loss = loss
-        self._totals = torch.zeros(2, heads, dtype=torch.float64)
-        """Sums and counts of each head since the last line of the log."""
         more.setdefault("data_collator", collate_rows)
         super().__init__(model=MultiTokenModel(model), args=args, **more)
+        wide = torch.float32 if args.device.type == "mps" else torch.float64
+        self._totals = torch.zeros(2, heads, dtype=wide, device=args.device)
+        """Sums and counts of each head since the last line of the log, on the device: nothing waits for them."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
