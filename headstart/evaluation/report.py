@@ -61,6 +61,8 @@ def _parts(found: dict[str, Any]) -> list[Part]:
         columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
         parts.append((columns, [_row(name, way) for name, way in ways.items()]))
         parts.append("A loop is easily drafted: where many 8-grams repeat, tokens per pass flatter the model.")
+    if "lm_eval" in found:
+        parts += _lm_eval_parts(found["lm_eval"])
     for task, code in found.get("code", {}).items():
         parts += [_code_line(task, code), _code_table(code)]
     return parts
@@ -69,6 +71,23 @@ def _parts(found: dict[str, Any]) -> list[Part]:
 def _row(name: str, way: dict[str, Any]) -> list[str]:
     shares = [f"{share:.1%}" for share in way["acceptance"]]
     return [name, f"{way['tokens_per_pass']:.2f}", f"{way['repeated_8_grams']:.1%}", *shares]
+
+
+def _lm_eval_parts(found: dict[str, Any]) -> list[Part]:
+    rows = []
+    for task, values in found["results"].items():
+        for name, value in values.items():
+            if "_stderr" in name or name in ("sample_len", "alias"):
+                continue
+            metric, _, way = name.partition(",")
+            error = values.get(f"{metric}_stderr" + (f",{way}" if way else ""))
+            rows.append([task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"])
+    parts: list[Part] = [(["lm-eval task", "metric", "value", "standard error"], rows)]
+    if found["cut_requests"]:
+        parts.append(f"Of {found['cut_requests']} requests only the end fits the context, which lowers the scores.")
+    if "tokens_per_pass" in found:
+        parts.append(f"{found['tokens']:,} tokens written, {found['tokens_per_pass']:.2f} a pass.")
+    return parts
 
 
 def _code_line(task: str, code: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from headstart.evaluation.code import CodeSettings, run_code
 from headstart.evaluation.code_problems import HUB
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.heads import score_documents
+from headstart.evaluation.lm_eval_tasks import PREFIX, LmEvalSettings, run_lm_eval
 from headstart.evaluation.report import format_evaluation, page_of
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_documents, read_prompts, sizes
 from headstart.files import write_text
@@ -40,7 +41,8 @@ class EvaluateSettings:
     tasks: tuple[str, ...] = TASKS
     """heads: bits per byte, top-1 and right drafts of every head on the text, read with teacher forcing; acceptance:
     drafts accepted where the model goes on by itself, greedily and sampled; humaneval, mbpp, mbpp-sanitized,
-    apps-introductory, codecontests: programs written and run against tests, see --code.samples and the rest."""
+    apps-introductory, codecontests: programs written and run against tests, see --code.samples and the rest;
+    lm-eval:NAME: a task of EleutherAI's lm-eval, as lm-eval:arc_easy."""
     text: tuple[str, ...] = ()
     """Files, folders, globs or hf:NAME, as `headstart prepare` takes. Give text that the model was not trained on."""
     prompts: Path | None = None
@@ -65,6 +67,7 @@ class EvaluateSettings:
     threads: int | None = None
     """CPU threads (None: as torch chooses)."""
     code: CodeSettings = field(default_factory=CodeSettings)
+    lm_eval: LmEvalSettings = field(default_factory=LmEvalSettings)
     out: Path | None = None
     """Folder for results.json, results.md and results.html, and what an interrupted evaluation of programs goes on
     from."""
@@ -86,9 +89,10 @@ def run(settings: EvaluateSettings) -> dict[str, Any]:
 def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     """Runs the tasks asked for on the model directory `path`. Raises UsageError for what cannot be evaluated."""
     for task in settings.tasks:
-        if task not in (*TASKS, *HUB):
-            raise UsageError(f"there is no task {task!r}; take {', '.join((*TASKS, *HUB))}")
+        if task not in (*TASKS, *HUB) and not task.startswith(PREFIX):
+            raise UsageError(f"there is no task {task!r}; take {', '.join((*TASKS, *HUB))} or {PREFIX}NAME")
     programs = [task for task in settings.tasks if task in HUB]
+    foreign = [task.removeprefix(PREFIX) for task in settings.tasks if task.startswith(PREFIX)]
     if programs and settings.out is None:
         raise UsageError(f"the task {programs[0]} keeps what the model writes; name a folder for it with --out")
     if len(programs) > 1 and settings.code.source is not None:
@@ -104,10 +108,13 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         found["quantize"] = settings.quantize
     if set(settings.tasks) & set(TASKS):
         found |= _heads_and_acceptance(path, settings)
-    if programs:
+    if programs or foreign:
         model = load(path, device=settings.device, quantize=settings.quantize)
         found["heads_of_model"] = model.config.heads
         name = str(path.resolve()) + (f" in {settings.quantize}" if settings.quantize else "")
+    if foreign:
+        found["lm_eval"] = run_lm_eval(model, foreign, settings.lm_eval, settings.batch)
+    if programs:
         assert settings.out is not None
         found["code"] = {
             task: run_code(model, task, settings.code, settings.batch, settings.out, name) for task in programs

@@ -1,0 +1,165 @@
+"""A model as EleutherAI's lm-eval sees it: likelihoods by head 1, and texts written by the engine.
+
+Importing this needs the extra `eval`, and registers the model with lm-eval under the name "headstart".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from headstart.api import LanguageModel, load
+from headstart.decoding.generation import Request
+from headstart.decoding.sampling import Sampling
+from headstart.errors import UsageError
+from headstart.terminal import Progress
+
+Pair = tuple[Any, Sequence[int], Sequence[int]]
+"""(anything, tokens of the context, tokens of the continuation)."""
+
+
+@register_model("headstart")
+class HeadstartLM(TemplateLM):
+    """lm-eval's model over a `LanguageModel` or a model directory.
+
+    Args:
+        model: opened, or the name of a directory.
+        batch_size: rows that are read, and requests that are decoded, at once.
+        heads: how many decode (None: as `LanguageModel.generate`); results do not depend on it.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | str,
+        batch_size: int | str | None = 8,
+        heads: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.model = load(model, dtype=dtype, device=device or "cpu") if isinstance(model, str) else model
+        self.batch, self.heads = int(batch_size or 8), heads
+        self.context = self.model.config.context
+        self.cut = 0
+        """Requests of which only the end fitted the context."""
+        self.tokens = 0
+        self.passes = 0
+        """Written, and passes that took, in all texts."""
+        self._end = self.model.tokenizer.end_id
+        if self._end is None:
+            raise UsageError("this tokenizer has no token that ends a text, which lm-eval puts before texts; name one")
+
+    @property
+    def eot_token_id(self) -> int:
+        assert self._end is not None
+        return self._end
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.model.tokenizer.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return list(self.model.tokenizer.encode(string))
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each request (log-probability of the continuation, whether greedy decoding would write it)."""
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        # Rows of about one length are read together; the longest come first, so that memory is short at once or never.
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        with Progress("likelihoods", len(order), unit="requests") as bar:
+            for start in range(0, len(order), self.batch):
+                places = order[start : start + self.batch]
+                for place, answer in zip(places, self._read([requests[i] for i in places])):
+                    found[place] = answer
+                bar.advance(len(places))
+        return found
+
+    @torch.no_grad()
+    def _read(self, requests: Sequence[Pair]) -> list[tuple[float, bool]]:
+        rows, sizes = [], []
+        for _, before, after in requests:
+            # The last token is not read: nothing follows it.
+            row = [*before, *after][-(self.context + 1) :]
+            self.cut += len(before) + len(after) > self.context + 1
+            rows.append(row)
+            sizes.append(min(len(after), len(row) - 1))
+        width = max(map(len, rows)) - 1
+        # Padded behind, where nothing looks.
+        weight = self.model.transformer.trunk.embedding.weight
+        tokens = torch.tensor([row[:-1] + [0] * (width - len(row) + 1) for row in rows], device=weight.device)
+        latents = self.model.transformer.latents(tokens, [1])[1]
+        answers = []
+        for row, size, z_TD in zip(rows, sizes, latents):
+            if size == 0:
+                answers.append((0.0, True))
+                continue
+            # Logits only where they are asked for: a row of them all is V times as long.
+            logits = self.model.transformer.unembedding(z_TD[None, len(row) - 1 - size : len(row) - 1])[0].float()
+            wanted = torch.tensor(row[-size:], device=logits.device)
+            chances = logits.log_softmax(-1).gather(-1, wanted[:, None])
+            answers.append((float(chances.sum()), bool((logits.argmax(-1) == wanted).all())))
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, its tokens read in windows of the context, each token once."""
+        pieces: list[Pair] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.context,
+                context_len=1,
+            )
+            for window in map(make_disjoint_window, windows):
+                pieces.append((None, *window))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (chance, _) in zip(owners, self._loglikelihood_tokens(pieces)):
+            totals[i] += chance
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text after each context, up to a stop string, by the engine with all heads."""
+        asked = []
+        for number, request in enumerate(requests):
+            text, options = request.args
+            options = dict(options)
+            until = options.pop("until", None) or []
+            new = int(options.pop("max_gen_toks", 256))
+            temperature = float(options.pop("temperature", 0.0)) if options.pop("do_sample", False) else 0.0
+            if new >= self.context:
+                raise UsageError(
+                    f"the task asks for {new} new tokens, the model's context is {self.context}; "
+                    f"ask for fewer: --lm-eval.new-tokens {self.context // 2}"
+                )
+            prompt = self.tok_encode(text) or [self.eot_token_id]
+            self.cut += len(prompt) > self.context - new
+            sampling = Sampling(
+                temperature,
+                top_k=int(options.pop("top_k", 0) or 0),
+                top_p=float(options.pop("top_p", 1.0)),
+                seed=number,
+            )
+            stops = (until,) if isinstance(until, str) else tuple(until)
+            asked.append(Request(tuple(prompt[-(self.context - new) :]), new, sampling, self.heads, stop=stops))
+        if not asked:
+            return []
+        engine = self.model.engine(min(self.batch, len(asked)), prefill_budget=None)
+        generations = [engine.submit(request) for request in asked]
+        with Progress("texts", len(asked), unit="requests") as bar:
+            while engine.busy:
+                bar.advance(sum(generation.finished for generation, _ in engine.step()))
+        self.tokens += sum(generation.stats.tokens for generation in generations)
+        self.passes += sum(generation.stats.passes for generation in generations)
+        return [generation.text for generation in generations]

@@ -1,0 +1,80 @@
+"""Tasks of EleutherAI's lm-eval: ARC, HellaSwag, PIQA, MMLU, GSM8K, summaries with ROUGE and hundreds more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart.api import LanguageModel
+from headstart.errors import UsageError
+
+PREFIX = "lm-eval:"
+
+
+@dataclass(frozen=True)
+class LmEvalSettings:
+    """Tasks named lm-eval:NAME, such as lm-eval:arc_easy (docs/evaluation.md)."""
+
+    include_path: Path | None = None
+    """A folder with task files of your own (.yaml, as lm-eval reads them)."""
+    defaults: bool = True
+    """Whether lm-eval's own tasks are known too; looking through them takes some seconds."""
+    few_shot: int | None = None
+    """Examples before each question (None: as the task says)."""
+    limit: int | None = None
+    """Only so many documents of each task, the first ones."""
+    new_tokens: int | None = None
+    """Most tokens of an answer, in place of what the tasks say."""
+
+
+def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings, batch: int) -> dict[str, Any]:
+    """lm-eval's results for the tasks `names`, without the prefix: {task: {metric: value}}, and what reading them took.
+
+    Raises UsageError where lm-eval is not installed, knows no such task, or cannot get a task's data.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        from headstart.evaluation.lm_eval_model import HeadstartLM
+    except ImportError as error:
+        raise UsageError(f"{PREFIX}{names[0]} needs a package ({error.name}): pip install 'headstart[eval]'") from error
+    if settings.include_path is not None and not settings.include_path.is_dir():
+        raise UsageError(f"{settings.include_path}: no such folder; name one that holds task files")
+    own = None if settings.include_path is None else str(settings.include_path)
+    manager = TaskManager(include_path=own, include_defaults=settings.defaults)
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown:
+        raise UsageError(
+            f"lm-eval knows no task {unknown[0]!r}; `lm_eval ls tasks` lists them, "
+            "and --lm-eval.include-path adds a folder of your own"
+        )
+    judged = HeadstartLM(model, batch)
+    try:
+        answer = lm_eval.simple_evaluate(
+            judged,
+            tasks=names,
+            num_fewshot=settings.few_shot,
+            limit=settings.limit,
+            batch_size=batch,
+            gen_kwargs=None if settings.new_tokens is None else {"max_gen_toks": settings.new_tokens},
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    except (ConnectionError, FileNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{', '.join(names)}: the data cannot be reached ({reason}); fetch them where there is a network, or write "
+            "a task file over a local one: --lm-eval.include-path FOLDER"
+        ) from error
+    assert answer is not None
+    results = {
+        task: {name.replace(",none", ""): value for name, value in values.items() if isinstance(value, (int, float))}
+        for task, values in answer["results"].items()
+    }
+    found: dict[str, Any] = {"results": results, "cut_requests": judged.cut}
+    if judged.passes:
+        found |= {"tokens": judged.tokens, "tokens_per_pass": judged.tokens / judged.passes}
+    return found
