@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -207,7 +208,9 @@ class MultiTokenTrainer(Trainer):
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        loaded = load_model(resume_from_checkpoint, dtype=self.transformer.trunk.embedding.weight.dtype)
+        # In a dtype that holds every stored one: new heads may be float32 on a trunk in bf16.
+        wide = functools.reduce(torch.promote_types, {p.dtype for p in self.transformer.parameters()}, torch.float32)
+        loaded = load_model(resume_from_checkpoint, dtype=wide)
         if loaded.config != self.transformer.config:
             raise UsageError(
                 f"{resume_from_checkpoint}: holds a model of another shape; go on with the model that it was made with"

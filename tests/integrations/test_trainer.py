@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import headstart
+from headstart.adaptation.heads import config_with_heads, freeze, with_heads
 from headstart.data.batches import IGNORE
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
@@ -125,6 +126,33 @@ def test_a_hugging_face_model_trains_as_under_trainer_itself(tmp_path) -> None:
     for mine, line in zip(ours.state.log_history[:2], peer.state.log_history[:2]):
         assert [mine["loss"], mine["loss_head1"]] == pytest.approx([line["loss"]] * 2, rel=1e-4)
         assert mine["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
+
+
+def test_new_heads_are_trained_alone_on_a_frozen_trunk(tmp_path) -> None:
+    """As the docs show it; the trunk in bf16, the heads in float32, and both as they were in what is saved."""
+    save_model(make_model(), tmp_path / "model", ByteTokenizer())
+    first = load_model(tmp_path / "model", dtype=torch.bfloat16)
+    shape = config_with_heads(first.config, heads=3, kind="medusa", replace_heads=True)
+    model = with_heads(first, shape)
+    freeze(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    given = arguments(tmp_path / "out", per_device_train_batch_size=8, max_steps=6, bf16=True)
+    trainer = MultiTokenTrainer(model, given, train_dataset=make_rows(), head_weights=[0, 1, 1])
+    trainer.train()
+    after = dict(model.named_parameters())
+    new = {name for name in after if not torch.equal(after[name], before[name])}
+    assert new == {name for name in after if ".residuals." in name} and {after[name].dtype for name in new} == {
+        torch.float32
+    }
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    assert logs[-1]["loss_head2"] < logs[0]["loss_head2"] and "loss_head1" not in logs[0]
+    trainer.save_model()
+    kept = {name: parameter.clone() for name, parameter in after.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    trainer._load_from_checkpoint(str(tmp_path / "out"))
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
 
 
 def test_checkpoints_are_model_directories_and_gone_on_from(tmp_path) -> None:
