@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from headstart.adaptation.heads import config_with_heads
+from headstart.adaptation.lora import LoraConfig
 from headstart.adaptation.settings import AdaptConfig, FrozenDtype, Mode
 from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import MixturePart, open_sources
@@ -68,7 +69,15 @@ class AdaptSettings:
     heads_first: float = 0.5
     """joint: fraction of the steps that train the heads alone, before everything is trained."""
     self_distilled: bool = False
-    """joint: keep head 1 near the model as it was (KL) instead of training it on the text; takes a second copy."""
+    """joint: keep head 1 near the model as it was (KL) instead of training it on the text; takes a second copy, but not
+    with --lora."""
+    lora: int | None = None
+    """joint: train products of this rank beside the model's matrices (LoRA; Medusa-2 takes 32), not these themselves;
+    RUN/adapter is then a peft adapter, and RUN/model has them added."""
+    lora_alpha: float = 16.0
+    """The products count alpha / rank."""
+    lora_dropout: float = 0.05
+    """Of what the products read, while training."""
     loss: HeadLoss = "cross-entropy"
     """What the heads learn from: cross-entropy, the text; kl or total-variation, the model's own next-token
     distribution, which judges their drafts."""
@@ -97,6 +106,11 @@ class AdaptSettings:
     """Decoupled weight decay of matrices."""
     frozen_dtype: FrozenDtype = "float32"
     """What frozen weights are held in; bfloat16 takes half the memory, for models stored so."""
+    cache_states: str | None = None
+    """heads: keep the hidden states of the frozen trunk in this folder (true: in the run folder) and read them in place
+    of running it: faster from the second time that a row is read. Runs may share a folder."""
+    cache_gib: float = 50.0
+    """At most this many GiB of hidden states."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """What matrix products run in."""
     validation_fraction: float = 0.02
@@ -155,10 +169,22 @@ def run_config(settings: AdaptSettings) -> RunConfig:
             mode=settings.mode,
             heads_first=settings.heads_first,
             self_distilled=settings.self_distilled,
+            lora=None
+            if settings.lora is None
+            else LoraConfig(settings.lora, settings.lora_alpha, settings.lora_dropout),
             replace_heads=settings.replace_heads,
             frozen_dtype=settings.frozen_dtype,
+            cache_states=_cache(settings),
+            cache_gib=settings.cache_gib,
         ),
     )
+
+
+def _cache(settings: AdaptSettings) -> Path | None:
+    if settings.cache_states is None or settings.cache_states.lower() == "false":
+        return None
+    own = settings.cache_states.lower() == "true"
+    return settings.run_dir / "states" if own else Path(settings.cache_states)
 
 
 def head_weights(settings: AdaptSettings) -> HeadWeights:

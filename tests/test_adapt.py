@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
+from headstart.model.transformer import Trunk
 from headstart.storage.model_directory import load_model, save_model
 from headstart.training import loop
 from headstart.training.config import (
@@ -40,6 +42,7 @@ TOKENS = torch.tensor([list(TEXT[:60].encode())])
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr("headstart.adapt.SCORED_TOKENS", 300)
+    monkeypatch.setattr("headstart.training.run_report.peak_flops", lambda *_: (1e12, "assumed"))
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +171,59 @@ def test_self_distillation_keeps_the_model_nearer_to_what_it_was(settings: Any, 
         return float((before.exp() * (before - after)).sum(-1).mean())
 
     assert 0 < distance(self_distilled=True) < 0.5 * distance()
+
+
+def test_lora_trains_beside_the_weights(settings: Any, model: Path) -> None:
+    """Stopped and gone on with; the teacher is the model itself, without what LoRA adds."""
+    more = {"mode": "joint", "lora": 4, "heads_first": 0.25, "lr": 3e-3, "self_distilled": True, "head_kind": "medusa"}
+    whole, parts = settings("whole", **more), settings("parts", **more)
+    adapt(whole)
+
+    def stopping(run: Any, interruption: Any) -> Any:
+        result, seconds = step(run, interruption)
+        return replace(result, stop=run.position.step == 5), seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "step", stopping)
+        with pytest.raises(Interrupted):
+            adapt(parts)
+    adapt(parts)
+    for file in ("model/model.safetensors", "model/heads/heads.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(run.run_dir / file) for run in (whole, parts))
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+    before, after = (load_file(path / "model.safetensors") for path in (model, whole.run_dir / "model"))
+    moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(UsageError, match=r"adapt\.lora is for adapt\.mode joint"):
+        adapt(settings("wrong", lora=4))
+
+
+def test_kept_hidden_states_train_the_same_heads(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = settings("plain", loss="kl", head_kind="sequential")
+    kept = replace(plain, run_dir=plain.run_dir.with_name("kept"), cache_states="true", validation_fraction=0.0)
+    adapt(plain)
+    ran: list[int] = []
+    forward = Trunk.forward
+
+    def counted(trunk: Trunk, tokens: torch.Tensor, *rest: Any) -> Any:
+        ran.append(len(tokens))
+        return forward(trunk, tokens, *rest)
+
+    monkeypatch.setattr(Trunk, "forward", counted)
+    monkeypatch.setattr(loop.Run, "validate", lambda run: None)
+    monkeypatch.setattr("headstart.adapt.acceptance", lambda *_: {})
+    adapt(kept)
+    rows = int(re.search(r"hidden states of (\d+) rows", capsys.readouterr().err)[1])  # type: ignore[index]
+    assert sum(ran) == rows  # each once, none in a step
+    for one, other in zip(lines(plain.run_dir), lines(kept.run_dir)):
+        for k in (2, 3):
+            assert one[f"loss/head{k}"] == pytest.approx(other[f"loss/head{k}"], rel=1e-4)
+    adapt(replace(kept, steps=10))  # goes on, with what is there
+    assert sum(ran) == rows
+    with pytest.raises(UsageError, match="more than --cache-gib"):
+        adapt(replace(kept, run_dir=kept.run_dir.with_name("small"), cache_gib=1e-6))
 
 
 def test_heads_that_learn_from_the_model_agree_with_it_more(settings: Any) -> None:

@@ -31,6 +31,7 @@ class Batch:
     targets: torch.Tensor  # (B, T, n), IGNORE where head k's token lies in another document, or is no target
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
     ahead: torch.Tensor | None = None  # (B, n), the tokens that follow each row, whatever their document
+    places: torch.Tensor | None = None  # (B, 2), the source and the row in it that each row is, both from 0
 
     def read(self, ahead: int) -> torch.Tensor:
         """The tokens that a model reads whose heads read `ahead` tokens behind a row: (B, T + ahead)."""
@@ -132,10 +133,11 @@ class BatchStream:
     def __next__(self) -> Batch:
         count, mine = self._rows * self._ranks, slice(self._rank * self._rows, (self._rank + 1) * self._rows)
         if len(self._visits) == 1:
-            return _batch(*self._cutters[0].cut(self._visits[0].take(count)[mine]), self._heads)
+            numbers = self._visits[0].take(count)[mine]
+            return _batch(*self._cutters[0].cut(numbers), self._heads, np.stack([np.zeros_like(numbers), numbers], 1))
         turns = np.array(self._turns.take([visits.given for visits in self._visits], count))
         tokens, documents = np.empty((2, self._rows, self._cutters[0].width), dtype=np.int64)
-        is_target = None
+        is_target, places = None, np.empty((self._rows, 2), dtype=np.int64)
         if any(cutter.masked for cutter in self._cutters):
             is_target = np.empty((self._rows, self._cutters[0].width), dtype=bool)
         for source, (visits, cutter) in enumerate(zip(self._visits, self._cutters)):
@@ -143,10 +145,11 @@ class BatchStream:
             numbers = np.empty(count, dtype=np.int64)
             numbers[turns == source] = visits.take(int((turns == source).sum()))
             here = turns[mine] == source
+            places[here, 0], places[here, 1] = source, numbers[mine][here]
             tokens[here], documents[here], targets = cutter.cut(numbers[mine][here])
             if is_target is not None:
                 is_target[here] = True if targets is None else targets
-        return _batch(tokens, documents, is_target, self._heads)
+        return _batch(tokens, documents, is_target, self._heads, places)
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins, in whole numbers, all from 0.
@@ -223,7 +226,13 @@ def evaluation_batches(
     return (_batch(*cutter.cut(chosen[start : start + rows]), heads) for start in range(0, count, rows))
 
 
-def _batch(tokens: np.ndarray, documents: np.ndarray, is_target: np.ndarray | None, heads: int) -> Batch:
+def _batch(
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    is_target: np.ndarray | None,
+    heads: int,
+    places: np.ndarray | None = None,
+) -> Batch:
     """The batch of rows that a cutter cut."""
     targets = targets_of(tokens, documents, heads, is_target)
     return Batch(
@@ -231,6 +240,7 @@ def _batch(tokens: np.ndarray, documents: np.ndarray, is_target: np.ndarray | No
         torch.from_numpy(targets),
         torch.from_numpy(np.ascontiguousarray(documents[:, :-heads])),
         torch.from_numpy(np.ascontiguousarray(tokens[:, -heads:])),
+        None if places is None else torch.from_numpy(places),
     )
 
 

@@ -17,7 +17,7 @@ from headstart.model.layers import Attend
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.backends import LossConfig
 from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, Scores, linear_scores
-from headstart.objective.distillation import later, linear_distillation
+from headstart.objective.distillation import later, linear_distillation, taught_targets
 
 
 @dataclass
@@ -72,7 +72,7 @@ def walk_step(
             all unless a head of another weight hangs on it: its parameters then keep the gradients they have.
         documents_BT: (B, T) int64, to keep attention inside documents; None: rows are plain.
         loss: z-loss, what heads 2..n learn from, and who computes the cross-entropy; None: ours, plain. Where they
-            learn from head 1, `targets_BTn` and `counts_n` are those of `taught_targets`.
+            learn from head 1, only the targets that `taught_targets` leaves count.
         budget: bytes of logits held at once.
         z_BTD: the trunk's output, where it is known: it then does not run. For a trunk that is not trained.
         original: (B, T, D) and (V, D), of which the logits of a teacher of head 1 are made; head 1's loss is then
@@ -90,6 +90,8 @@ def walk_step(
     scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
     loss = loss or LossConfig()
     function = loss.function(budget)
+    if loss.heads != "cross-entropy":
+        targets_BTn = taught_targets(targets_BTn)
     seen: dict[int, Seen] = {}
     head_1: tuple[Tensor, Tensor] | None = None
     """What head 1's logits are made of, for the heads that learn from it."""

@@ -252,7 +252,19 @@ FIXED = (
     "adapt",
 )
 # What changes nothing about the result that a reader would want to hear of.
-QUIET = ("run_dir", "device", "threads", "compile", "validation", "checkpoints", "parallel", "watch", "profile")
+QUIET = (
+    "run_dir",
+    "device",
+    "threads",
+    "compile",
+    "validation",
+    "checkpoints",
+    "parallel",
+    "watch",
+    "profile",
+    "adapt.cache_states",
+    "adapt.cache_gib",
+)
 
 
 def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[object, object]]:

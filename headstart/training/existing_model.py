@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headstart.adaptation.heads import blocks_to_head_1, config_with_heads, freeze, new_parameters, with_heads
-from headstart.data.batches import Batch
+from headstart.adaptation.lora import Lora
+from headstart.adaptation.states import HiddenStates
+from headstart.data.batches import Batch, BatchStream
+from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
 from headstart.errors import UsageError
@@ -21,10 +25,12 @@ from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.objective.step import made_of
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer
+from headstart.terminal import Progress, say
 from headstart.training import checkpoints
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import learning_rate
 from headstart.training.processes import Processes
+from headstart.training.step import autocast
 
 SOURCE_FILE = "source.json"
 """In the run folder: what the files of the existing model were when the run began."""
@@ -71,11 +77,16 @@ class ExistingModel:
         self.model = model.to(processes.device)
         self.heads = new_parameters(self.model)
         """Names of the parameters of the new heads."""
-        trained = self.heads if adapt.mode == "heads" else {name for name, _ in self.model.named_parameters()}
+        self.lora = None if adapt.lora is None else Lora(self.model, adapt.lora, config.seed)
+        if self.lora is not None:
+            trained = self.heads | self.lora.names
+        else:
+            trained = self.heads if adapt.mode == "heads" else {name for name, _ in self.model.named_parameters()}
         freeze(self.model, trained)
         self._trained = trained
+        self._states: HiddenStates | None = None
         self._original: Transformer | None = None
-        if adapt.self_distilled:
+        if adapt.self_distilled and self.lora is None:
             self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
             self._original.requires_grad_(False)
 
@@ -95,10 +106,75 @@ class ExistingModel:
 
     def known(self, batch: Batch) -> dict[str, Any]:
         """What `walk_step` is given for `batch` beside it."""
-        if self._original is None:
+        if self._states is not None:
+            assert batch.places is not None
+            z_BTD = self._states.of(batch.places)
+            # As the trunk gives them: its residual stream is in the dtype of its weights.
+            return {"z_BTD": z_BTD.to(batch.tokens.device, self.model.trunk.embedding.weight.dtype)}
+        if not self._adapt.self_distilled:
             return {}
         documents = batch.documents if self._config.data.attention_within_documents else None
+        if self.lora is not None:
+            with self.lora.off():
+                return {"original": made_of(self.model, batch.tokens, documents)}
+        assert self._original is not None
         return {"original": made_of(self._original, batch.tokens, documents)}
+
+    def whole(self) -> Transformer:
+        """The model as others know it: what LoRA adds is added to the weights."""
+        return self.model if self.lora is None else self.lora.merged(self.model)
+
+    def save_adapter(self) -> None:
+        """Writes what LoRA trained as a peft adapter, RUN/adapter."""
+        if self.lora is not None:
+            self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
+
+    def cache_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> None:
+        """Makes the hidden states of all rows of `sources`, or what is missing of them, where the run reads such.
+        Raises UsageError where they would take too much."""
+        folder, config = self._adapt.cache_states, self._config
+        if folder is None:
+            return
+        splits, device = [source.train for source in sources], self.model.trunk.embedding.weight.device
+        streams = [
+            BatchStream(split, rows=1, length=config.length, heads=config.model.heads, seed=0, shuffle=False)
+            for split in splits
+        ]
+        rows = [stream.rows_of[0] for stream in streams]
+        made_of = {
+            "model": digests(self._adapt.model),
+            "trunk_layers": config.model.trunk_layers,
+            "data": [sha256_of(split.directory / MANIFEST) for split in splits],
+            "products": config.dtype,
+            "weights": self._adapt.frozen_dtype,
+            "attention_within_documents": config.data.attention_within_documents,
+        }
+        dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
+        states = HiddenStates(folder, made_of, rows, config.length, config.model.dim, dtype)
+        states.check_room(int(self._adapt.cache_gib * 2**30))
+        visits = config.steps * config.tokens_per_step / (sum(rows) * config.length)
+        say(
+            f"hidden states of {sum(rows):,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in "
+            f"{states.folder}; this run reads each {visits:.1f} times"
+            + ("" if visits > 1 else ", so keeping them gains it nothing")
+        )
+
+        @torch.no_grad()
+        def read(source: int, first: int, stop: int) -> Tensor:
+            stream = streams[source]
+            stream.load_state_dict({"epoch": 0, "row": first})
+            batches = [next(stream) for _ in range(stop - first)]
+            tokens = torch.cat([batch.tokens for batch in batches]).to(device)
+            documents = torch.cat([batch.documents for batch in batches]).to(device)
+            within = documents if config.data.attention_within_documents else None
+            with autocast(config, device):
+                return self.model.latents(tokens, [], within)[0]
+
+        missing = sum(rows) - sum(states.done())
+        if missing:
+            with progress("hidden states", missing, unit="rows") as bar:
+                states.fill(read, config.batch.rows, bar.advance)
+        self._states = states
 
 
 def stage_of(step: int, config: RunConfig) -> Stage:
@@ -126,19 +202,24 @@ def check_shape(old: ModelConfig, config: RunConfig) -> None:
 def check_unchanged(model: Path, run_dir: Path) -> None:
     """Keeps what the model's files are when the run begins. Raises UsageError where they are others later: weights that
     are never trained are in no checkpoint."""
-    digests = {file.name: sha256_of(file) for file in sorted(model.glob("*.safetensors"))}
+    now = digests(model)
     known = run_dir / SOURCE_FILE
     if not checkpoints.all_steps(run_dir / "checkpoints"):
         known.unlink(missing_ok=True)
     try:
         before = json.loads(known.read_text(encoding="utf-8"))["sha256"]
     except FileNotFoundError:
-        write_text(known, json.dumps({"model": str(model), "sha256": digests}, indent=2) + "\n")
+        write_text(known, json.dumps({"model": str(model), "sha256": now}, indent=2) + "\n")
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{known}: cannot be read ({error}); give another --run-dir") from error
-    if before != digests:
+    if before != now:
         raise UsageError(f"{model}: is another than when {run_dir} began; put it back, or give another --run-dir")
+
+
+def digests(model: Path) -> dict[str, str]:
+    """SHA-256 of the files that hold the weights of a model directory."""
+    return {file.name: sha256_of(file) for file in sorted(model.glob("*.safetensors"))}
 
 
 def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) -> None:

@@ -98,6 +98,7 @@ class Run:
         if config.adapt is not None:
             check_vocabulary(self.sources, config.adapt.model, config.model.vocab_size)
             self.existing = ExistingModel(config, processes)
+            self.existing.cache_states(self.sources, progress)
         self.model, self.sums = build_model(config, processes, self.existing)
         self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device, config.dtype)
         self.position = Position(data=self.stream.state_dict())
@@ -205,6 +206,8 @@ class Run:
 
     def whole_model(self) -> Transformer | None:
         """The model itself, or with several processes a whole copy of it on the first one; all of them call it."""
+        if self.existing is not None:
+            return self.existing.whole()
         if self.processes.count == 1:
             return self.model
         return whole_model(self.model, torch.bfloat16, keep=self.processes.main)
@@ -222,6 +225,8 @@ class Run:
             assert model is not None
             # What was frozen keeps its bytes.
             dtype = torch.bfloat16 if self.existing is None else self.existing.stored_dtype
+            if self.existing is not None:
+                self.existing.save_adapter()
             save_model(model, self.folder.model, self.tokenizer, dtype=dtype)
 
         self.processes.on_main(write)

@@ -66,7 +66,7 @@ class RunFolder:
                     f"{error} (the folder is not one of this Headstart's; give another --run-dir)"
                 ) from error
             changed = differences(old, config)
-            fixed = [name for name in changed if is_under(name, FIXED)]
+            fixed = [name for name in changed if is_under(name, FIXED) and not is_under(name, QUIET)]
             started = bool(checkpoints.all_steps(self.checkpoints)) or self.model.exists()
             if fixed and started:
                 before, now = changed[fixed[0]]

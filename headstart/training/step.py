@@ -105,4 +105,4 @@ def move(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     ahead = None if batch.ahead is None else batch.ahead.to(device)
-    return Batch(batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device), ahead)
+    return Batch(batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device), ahead, batch.places)
