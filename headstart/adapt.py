@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from headstart.files import write_text
 from headstart.model.config import HeadKind, Wiring
 from headstart.objective.backends import HeadLoss, LossConfig
 from headstart.objective.head_weights import HeadWeights
+from headstart.storage.hub import local_directory
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer
 from headstart.terminal import Progress, format_table
 from headstart.training.config import (
@@ -46,7 +47,8 @@ class AdaptSettings:
     """Put heads on an existing model and train them: afterwards it decodes several tokens per pass."""
 
     model: Positional[Path]
-    """A model directory, such as RUN/model or an ordinary Hugging Face model. It is only read."""
+    """A model directory, such as RUN/model or an ordinary Hugging Face model, or OWNER/NAME on the hub. It is only
+    read."""
     data: tuple[str, ...]
     """Text like that which the model is to write: files, folders, globs or hf:NAME, as `headstart prepare` takes; or
     folders that it wrote, encoded with the model's tokenizer."""
@@ -131,6 +133,7 @@ class AdaptSettings:
 
 def run_config(settings: AdaptSettings) -> RunConfig:
     """The run that `settings` asks for. Raises UsageError for what cannot be."""
+    settings = replace(settings, model=local_directory(settings.model))
     old = load_config(settings.model)
     model = config_with_heads(
         old,

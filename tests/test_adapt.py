@@ -28,6 +28,7 @@ from headstart.training.config import (
     ValidationConfig,
     load_config,
 )
+from headstart.training.dry_run import dry_run
 from headstart.training.existing_model import flops_per_token, stage_of
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
@@ -241,6 +242,8 @@ def test_the_run_is_written_down_and_read_back(settings: Any) -> None:
     config = run_config(asked)
     adapt(asked)
     assert load_config(asked.run_dir / "config.yaml") == replace(config, dtype="float32")
+    with pytest.raises(UsageError, match="--dry-run knows runs that begin from nothing only"):
+        dry_run(asked.run_dir / "config.yaml", [])
     with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
         adapt(replace(asked, mode="joint", steps=2))
 
@@ -283,7 +286,10 @@ def _wide(model: Path, tmp_path: Path) -> Path:
 def test_a_model_that_changed_is_not_gone_on_with(settings: Any, model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     save_model(load_model(model), mine, load_tokenizer(model))
+    (mine / "generation_config.json").write_text('{"eos_token_id": [10, 255]}')
     adapt(settings(model=mine))
+    # Where it ends a text is the model's own.
+    assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [10, 255]
     changed = load_model(mine)
     with torch.no_grad():
         changed.trunk.embedding.weight[0] += 1

@@ -56,6 +56,8 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
         raise UsageError(f"--mfu is {settings.mfu}; it must be above 0 and at most 1")
     memory = None if settings.device_memory is None else parse_bytes(settings.device_memory)
     config = _load(path, rest)
+    if config.adapt is not None:
+        raise UsageError(f"{path}: begins from an existing model; --dry-run knows runs that begin from nothing only")
     spread = layout(config, settings.processes)
     on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or memory or settings.processes > 1)
     if memory is None:

@@ -223,11 +223,10 @@ class Run:
 
         def write() -> None:
             assert model is not None
-            # What was frozen keeps its bytes.
-            dtype = torch.bfloat16 if self.existing is None else self.existing.stored_dtype
             if self.existing is not None:
-                self.existing.save_adapter()
-            save_model(model, self.folder.model, self.tokenizer, dtype=dtype)
+                self.existing.save(model, self.folder.model, self.tokenizer)
+            else:
+                save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
 
         self.processes.on_main(write)
 

@@ -61,6 +61,20 @@ def test_head_1_stays_the_model_to_the_bit(kind: str, tied: bool) -> None:
     assert {name for name, p in new.named_parameters() if p.requires_grad} == own
 
 
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
+def test_families_whose_layers_differ_keep_them(kind: str) -> None:
+    """As Gemma 3's: norms everywhere that add to 1, some layers that slide, with positions of their own."""
+    config = replace(
+        PLAIN, tied=True, qk_norm="head", norm_placement="both", norm_offset=True, scaled_embedding=True, window=4,
+        window_layers=(0, 2), local_rope_theta=100.0, activation="gelu_tanh",
+    )  # fmt: skip
+    old = lively(config)
+    new = with_heads(old, config_with_heads(config, 3, kind))  # type: ignore[arg-type]
+    assert torch.equal(new(TOKENS), old(TOKENS))
+    if kind != "sequential":
+        assert torch.equal(new(TOKENS, heads=3)[:, :, 2], old(TOKENS))
+
+
 def test_a_sequential_head_passes_the_latent_and_ignores_the_token() -> None:
     old = lively(PLAIN)
     new = with_heads(old, config_with_heads(old.config, 2, "sequential"))
