@@ -53,6 +53,7 @@ def test_a_stream_of_counted_tokens_counts_on():
         assert not batch.documents.any()
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, heads=st.integers(1, 5), data=st.data())
 def test_targets_stop_at_the_end_of_a_document(lengths, heads, data):
     documents = np.repeat(np.arange(len(lengths)), lengths)
@@ -67,6 +68,7 @@ def test_targets_stop_at_the_end_of_a_document(lengths, heads, data):
         np.testing.assert_array_equal(tensors.numpy(), expected)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, heads=st.integers(1, 4))
 def test_packed_targets_equal_those_of_each_document_alone(lengths, heads):
     documents = np.repeat(np.arange(len(lengths)), lengths)
