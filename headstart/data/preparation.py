@@ -66,6 +66,8 @@ def prepare(
     if workers < 1:
         raise UsageError(f"workers {workers}: must be 1 or more")
     selection, say = selection or Selection(), report or (lambda line: None)
+    if selection.each_answer and not selection.conversations:
+        raise UsageError("each_answer is for conversations; ask for both (--conversations --each-answer)")
     template = _template(tokenizer) if selection.conversations else None
     out = Path(os.path.abspath(out))
     check_target(out)

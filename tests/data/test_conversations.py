@@ -236,6 +236,8 @@ def test_conversations_are_asked_for(corpus, tmp_path):
         prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "u", None), selection=chosen)
     with pytest.raises(UsageError, match=r"a\.jsonl:2: the chat template writes"):
         prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "v", THINKING), selection=chosen)
+    with pytest.raises(UsageError, match="each_answer is for conversations"):
+        prepare([str(corpus)], tmp_path / "x", NewBpe(300), selection=Selection(each_answer=True))
     with pytest.raises(UsageError, match="a new vocabulary has no chat template"):
         prepare([str(corpus)], tmp_path / "x", NewBpe(300), selection=chosen)
 
