@@ -13,7 +13,6 @@ from headstart.exchange.formats import Format, known_format
 from headstart.files import replacing_directory, replacing_file
 from headstart.model.transformer import Transformer
 from headstart.storage.medusa_layout import BASE, is_medusa, load_medusa
-from headstart.storage.meta_release import is_meta_release, load_meta_release
 from headstart.storage.mimo_layout import is_mimo, load_mimo
 from headstart.storage.model_directory import TOKENIZER_FILE, load_model, load_model_tokenizer
 from headstart.terminal import say
@@ -79,12 +78,8 @@ def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
     Raises UsageError for what headstart does not read.
     """
     path = Path(source)
-    if is_meta_release(path):
-        words = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
-        return load_meta_release(path), words
-    words = load_tokenizer(path) if is_mimo(path) and (path / TOKENIZER_FILE).is_file() else None
     if is_mimo(path):
-        return load_mimo(path), words
+        return load_mimo(path), load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
     if is_medusa(path):
         return load_medusa(path), load_model_tokenizer(path / BASE)
     return load_model(source), load_model_tokenizer(source)

@@ -66,6 +66,6 @@ def inexpressible(config: ModelConfig, known: Iterable[str]) -> list[str]:
 
 def refuse_other_blocks(config: ModelConfig, place: str) -> None:
     """UsageError, naming the fields, where the blocks are not a plain Llama's, for a `place` that holds no others."""
-    others = inexpressible(config, LLAMA)
+    others = [f"family {config.family}" if name == "family" else name for name in inexpressible(config, LLAMA)]
     if others:
         raise UsageError(f"{place} holds plain Llama blocks, and this model has {', '.join(others)}; take headstart")

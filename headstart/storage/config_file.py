@@ -52,7 +52,13 @@ def load_config(directory: str | Path) -> ModelConfig:
 
     Raises UsageError where there is no model, or one that headstart does not compute.
     """
-    file = _config_path(local_directory(directory))
+    directory = local_directory(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        from headstart.storage.meta_release import is_meta_release, load_meta_config
+
+        if is_meta_release(directory):
+            return load_meta_config(directory)
+    file = _config_path(directory)
     content = read_json(file)
     own = content.get("headstart")
     if own is None:

@@ -101,8 +101,6 @@ def load_mimo(
 
     def read(part: Part) -> Tensor:
         name = _mimo_name(part.name) if part.name.startswith("heads.") else part.name
-        if name.endswith("o_proj.bias"):
-            return torch.zeros(part.shape)
         if name not in names:
             raise UsageError(f"{directory}: lacks {name}, which {CONFIG_FILE} promises; copy the directory again")
         return tensors.read(name)
@@ -134,7 +132,7 @@ def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
             f"this model has {kind}; MiMo's layout holds sequential heads alone (model.head_kind: sequential), and "
             "headstart and hf-code all kinds"
         )
-    reasons = inexpressible(config, LLAMA)
+    reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias"))
     if config.dim_per_head * config.attention_heads != config.dim:
         reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")
     if any(name.endswith("o_proj.bias") and bool(tensor.any()) for name, tensor in files.items()):
@@ -205,7 +203,7 @@ def _config(file: Path, tensors: TensorFiles) -> ModelConfig:
             heads=2,
             head_kind="sequential",
             wiring="causal",
-            attention_bias=any(bool(tensors.read(name).any()) for name in biases),
+            qkv_bias=any(bool(tensors.read(name).any()) for name in biases),
             norm_eps=float(content["rms_norm_eps"]),
             rope_theta=float(content.get("rope_theta") or content["rope_parameters"]["rope_theta"]),
         )

@@ -80,7 +80,8 @@ def load_model(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
     """The model in `directory`: one that `save_model` wrote, or any Hugging Face model of a family in
-    `storage/families.py`, sharded or not. Where there is no such directory, OWNER/NAME is a model on the hub.
+    `storage/families.py`, sharded or not, or Meta's release. Where there is no such directory, OWNER/NAME is a model on
+    the hub.
 
     The last layer of an ordinary model becomes head 1 of a model with one head.
 
@@ -93,6 +94,10 @@ def load_model(
     """
     directory = local_directory(directory)
     config = load_config(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        from headstart.storage.meta_release import load_meta_release
+
+        return load_meta_release(directory, dtype, device)
     parts = stored_parts(config)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
     for pieces in parts.values():

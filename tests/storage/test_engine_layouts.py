@@ -42,7 +42,10 @@ def assert_close(mine: Tensor, theirs: Tensor) -> None:
     assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("change", [{}, {"shared": False}, {"tied": True, "heads": 2}, {"shared": False, "heads": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"shared": False}, {"tied": True, "heads": 2}, {"shared": False, "family": "qwen3", "qk_norm": "head"}],
+)
 @torch.no_grad()
 def test_medusa(change: dict[str, object], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
@@ -73,7 +76,9 @@ def test_medusa(change: dict[str, object], tmp_path: Path) -> None:
         assert torch.equal(again(IDS, heads=n), expected)
 
 
-@pytest.mark.parametrize("change", [{}, {"shared": False, "heads": 4, "attention_bias": True}, {"tied": True}])
+@pytest.mark.parametrize(
+    "change", [{}, {"shared": False, "heads": 4, "attention_bias": True}, {"tied": True, "qkv_bias": True}]
+)
 @torch.no_grad()
 def test_mimo(change: dict[str, object], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")

@@ -17,7 +17,7 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.errors import UsageError
-from headstart.model.config import ModelConfig
+from headstart.model.config import ModelConfig, RopeScaling
 from headstart.model.transformer import Transformer
 from headstart.storage.hf_export import GENERATE_FILE, MODELING_FILE, save_hf_code, template, written_code
 from headstart.storage.model_directory import load_model
@@ -31,12 +31,15 @@ KINDS = {
     "causal": CAUSAL,
     "anticausal": ANTICAUSAL,
     "linear": replace(CAUSAL, head_kind="linear"),
-    "replicated, tied": replace(TINY, head_kind="replicated", tied=True),
+    "replicated, tied, llama3": replace(
+        TINY, head_kind="replicated", tied=True, rope_scaling=RopeScaling("llama3", 8, 24)
+    ),
     "medusa": replace(TINY, head_kind="medusa"),
     "medusa, own": replace(TINY, head_kind="medusa", shared=False, tied=True),
-    "stern": replace(TINY, head_kind="stern"),
+    "stern, mistral": replace(TINY, head_kind="stern", family="mistral"),
+    "qwen3": replace(TINY, family="qwen3", qk_norm="head", head_dim=16),
     "sequential": replace(CAUSAL, head_kind="sequential", attention_bias=True),
-    "sequential, own": replace(CAUSAL, head_kind="sequential", shared=False, heads=4),
+    "sequential, own": replace(CAUSAL, head_kind="sequential", shared=False, heads=4, qkv_bias=True),
     "one head": replace(TINY, heads=1),
 }
 
@@ -182,3 +185,7 @@ def test_what_is_written_depends_on_nothing_else_and_is_short(tmp_path: Path) ->
         assert len(text.splitlines()) < 350
     with pytest.raises(UsageError, match="anticausally"):
         save_hf_code(Transformer(replace(ANTICAUSAL, head_kind="linear")), tmp_path)
+    for change, words in (({"window": 8}, "with window"), ({"qk_norm": "full", "norm_placement": "post"}, "olmo2")):
+        with pytest.raises(UsageError, match=words):
+            save_hf_code(Transformer(replace(TINY, **change)), tmp_path)
+    assert not any(tmp_path.iterdir())

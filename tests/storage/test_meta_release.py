@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import headstart
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -95,6 +96,15 @@ def test_a_release_is_read(tmp_path: Path) -> None:
     assert (model.config.heads, model.config.trunk_layers, model.config.vocab_size) == (3, 2, 53)
     assert_close(model(IDS, heads=3), forward(tensors, params, IDS))
     assert load_meta_release(tmp_path / "release", torch.bfloat16).trunk.embedding.weight.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_headstart_opens_a_release(tmp_path: Path) -> None:
+    tensors, params = release(tmp_path / "release")
+    model = headstart.load(tmp_path / "release", dtype="float32")
+    assert_close(model.logits(IDS), forward(tensors, params, IDS))
+    out = [model.generate([3, 4, 5], max_new_tokens=20, heads=heads).tokens for heads in (1, 3)]
+    assert out[0] == out[1] and len(out[0]) == 20
 
 
 @torch.no_grad()

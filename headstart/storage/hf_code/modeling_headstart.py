@@ -1,6 +1,7 @@
-"""A Llama that predicts several tokens at once (arXiv 2404.19737). Written by Headstart; needs torch and transformers.
+"""A language model that predicts several tokens at once (arXiv 2404.19737). Written by Headstart; needs torch and
+transformers.
 
-Trunk and head 1 are the ordinary Llama in model.safetensors, which any tool loads without this file. Head k predicts
+Trunk and head 1 are the ordinary model in model.safetensors, which any tool loads without this file. Head k predicts
 the k-th token behind a position; heads 2..n lie in heads/heads.safetensors. `custom_generate/generate.py` decodes with
 all of them, and its text is that of decoding with head 1.
 
@@ -81,7 +82,7 @@ class Rows:
 
 
 class HeadstartForCausalLM(LlamaForCausalLM):
-    """A Llama with prediction heads. As a Llama, it computes head 1."""
+    """An ordinary decoder with further heads. What it is without them computes head 1."""
 
     _keys_to_ignore_on_load_missing = [r"^heads\."]  # noqa: RUF012  # they have a file of their own
 
@@ -97,13 +98,13 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         elif wiring == "anticausal":
             self.parents = {k: k + 1 if k < n else 0 for k in range(1, n + 1)}
         self.on_path = self.path(1) if kind == "transformer" else []
-        """Heads that are layers of the Llama, in order of computation."""
+        """Heads that are layers of the ordinary model, in order of computation."""
         self.trunk_layers = config.num_hidden_layers - len(self.on_path)
         self.heads = nn.ModuleDict(self._further_heads(config))
         self.post_init()
 
     def _further_heads(self, config: Any) -> dict[str, nn.Module]:
-        """What heads 2..n have beside the Llama, by the names of heads.safetensors."""
+        """What heads 2..n have beside the ordinary model, by the names of heads.safetensors."""
         n, kind, shared, D = self.settings.heads, self.settings.head_kind, self.settings.shared, config.hidden_size
 
         def linear(rows: int, columns: int, bias: bool = False) -> nn.Linear:
@@ -141,7 +142,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         return loaded
 
     def save_pretrained(self, directory: Any, **options: Any) -> None:
-        """As any model's; the heads go into their own file, so that others load the Llama beside it."""
+        """As any model's; the heads go into their own file, so that others load the ordinary model beside it."""
         state = options.pop("state_dict", None) or self.state_dict()
         heads = {name: tensor.contiguous().cpu() for name, tensor in state.items() if name.startswith("heads.")}
         plain = {name: tensor for name, tensor in state.items() if name not in heads}
@@ -159,13 +160,16 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         return order
 
     def run_block(self, block: Any, number: int, x_BWD: Tensor, rows: Rows, cache: Cache) -> Tensor:
-        """A Llama block over the rows, its keys and values kept as those of block `number`."""
+        """A block over the rows, its keys and values kept as those of block `number`."""
         attention = block.self_attn
         normed = block.input_layernorm(x_BWD)
         q, k, v = (
-            project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            project(normed).unflatten(-1, (-1, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
+        if hasattr(attention, "q_norm"):
+            q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, rows.cos, rows.sin)
         attended = cache.attend(number, q, k, v, rows).transpose(1, 2).flatten(2)
         x_BWD = x_BWD + attention.o_proj(attended)
