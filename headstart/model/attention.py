@@ -111,6 +111,11 @@ class DocumentAttention:
         T = documents_BT.shape[1]
         causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
         self.mask = ((documents_BT[:, :, None] == documents_BT[:, None, :]) & causal_TT)[:, None]  # (B, 1, T, T)
+        self._within: dict[int, Tensor] = {}  # most layers share a window
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
-        return _masked_attention(q_BHTE, k_BKTE, v_BKTE, self.mask if window is None else within(self.mask, window))
+        if window is None or window >= self.mask.shape[-1]:
+            return _masked_attention(q_BHTE, k_BKTE, v_BKTE, self.mask)
+        if window not in self._within:
+            self._within[window] = within(self.mask, window)
+        return _masked_attention(q_BHTE, k_BKTE, v_BKTE, self._within[window])

@@ -140,6 +140,8 @@ class ModelConfig:
                 raise UsageError(
                     f"model.{name} {getattr(self, name)!r} is unknown; take one of {', '.join(get_args(known))}"
                 )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise UsageError(f"model.rope_theta is {self.rope_theta}; with yarn it must be greater than 1")
         if self.window is None and (self.window_layers is not None or self.local_rope_theta is not None):
             name = "window_layers" if self.window_layers is not None else "local_rope_theta"
             raise UsageError(f"model.{name} is for layers whose attention slides; give model.window, or leave it out")

@@ -11,6 +11,9 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig, RopeScaling
 
 Content = dict[str, Any]
+LARGEST = 1e15
+"""No number of a model is larger, and whole ones beyond are no floating-point numbers."""
+MOST_LAYERS = 10_000
 
 
 class Fields:
@@ -26,6 +29,8 @@ class Fields:
         if value is None:
             raise UsageError(f"{self.file}: {name} is missing; copy the model directory again")
         check_type(self.file, name, value, kind)
+        if kind in (int, float) and not abs(value) <= LARGEST:
+            raise UsageError(f"{self.file}: {name} is larger than {LARGEST:.0e}; copy the model directory again")
         return float(value) if kind is float else value
 
     def optional(self, name: str, kind: type, default: object = None) -> Any:
@@ -38,6 +43,19 @@ class Fields:
         if not isinstance(value, list) or not all(type(x) in (int, bool) for x in value):
             raise UsageError(f"{self.file}: {name} is {json.dumps(value)}; it must be a list of whole numbers")
         return [int(x) for x in value]
+
+    def positive(self, name: str, default: int) -> int:
+        value: int = self.get(name, int, default)
+        if value < 1:
+            raise UsageError(f"{self.file}: {name} is {value}; it must be at least 1")
+        return value
+
+    def object(self, name: str) -> Content:
+        """A field that is an object; empty where it is not there."""
+        value = self.content.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.refuse(name, value, "an object")
+        return dict(value or {})
 
     def refuse(self, name: str, value: object, supported: str) -> UsageError:
         return UsageError(
@@ -91,7 +109,7 @@ def read_scaling(
     if kind == "llama3":
         low, high = own.get("low_freq_factor", float), own.get("high_freq_factor", float)
         return theta, RopeScaling("llama3", own.get("factor", float), original, low, high)
-    factor = own.get("factor", float, context / original)
+    factor = own.get("factor", float, context / max(1, original))
     attention = own.optional("attention_factor", float)
     if attention is None:
         m, all_dim = own.optional("mscale", float), own.optional("mscale_all_dim", float)

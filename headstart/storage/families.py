@@ -14,7 +14,15 @@ from typing import Any
 
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
-from headstart.storage.config_fields import Content, Fields, read_rope, read_scaling, write_rope, written_scaling
+from headstart.storage.config_fields import (
+    MOST_LAYERS,
+    Content,
+    Fields,
+    read_rope,
+    read_scaling,
+    write_rope,
+    written_scaling,
+)
 from headstart.storage.llama_names import llama_layers
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -45,6 +53,8 @@ def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
         if content.get(name):
             raise fields.refuse(name, content[name], f"a {family.model_type} without it")
     layers, attention_heads = fields.get("num_hidden_layers", int), fields.get("num_attention_heads", int)
+    if layers > MOST_LAYERS:
+        raise UsageError(f"{file}: num_hidden_layers is {layers}; headstart reads models of up to {MOST_LAYERS:,}")
     dim, context = fields.get("hidden_size", int), fields.get("max_position_embeddings", int, family.context)
     head_dim = fields.optional("head_dim", int, family.head_dim)
     kv_heads = fields.optional("num_key_value_heads", int, family.kv_heads)
@@ -165,7 +175,7 @@ def _layer_types(fields: Fields, layers: int, default: Callable[[int], bool]) ->
     types = fields.content.get("layer_types")
     if types is None:
         return [layer for layer in range(layers) if default(layer)]
-    if not isinstance(types, list) or len(types) < layers or not set(types) <= {SLIDING, FULL}:
+    if not isinstance(types, list) or len(types) < layers or any(x not in (SLIDING, FULL) for x in types):
         raise fields.refuse("layer_types", types, f'"{FULL}" or "{SLIDING}" for each of the {layers} layers')
     return [layer for layer in range(layers) if types[layer] == SLIDING]
 
@@ -232,7 +242,7 @@ def _write_qwen3(config: ModelConfig, layers: int) -> Content:
 def _read_smollm3(fields: Fields, layers: int) -> Content:
     fields.only("hidden_act", "silu", "swish")
     if fields.content.get("no_rope_layers") is None:
-        interval = fields.get("no_rope_layer_interval", int, 4)
+        interval = fields.positive("no_rope_layer_interval", 4)
         turned = [int((layer + 1) % interval != 0) for layer in range(layers)]
     else:
         turned = fields.numbers("no_rope_layers")
@@ -270,13 +280,12 @@ def _read_gemma3(fields: Fields, layers: int) -> Content:
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if fields.content.get(name):
             raise fields.refuse(name, fields.content[name], "a gemma3_text without it")
-    pattern = fields.get("sliding_window_pattern", int, 6)
+    pattern = fields.positive("sliding_window_pattern", 6)
     sliding = _layer_types(fields, layers, lambda layer: (layer + 1) % pattern != 0)
     windows = _slides(fields.optional("sliding_window", int, 4096), sliding, layers)
-    ropes = fields.content.get("rope_parameters") or {}
-    ropes = ropes if isinstance(ropes, dict) else {}
+    ropes = fields.object("rope_parameters")
     context, everywhere = fields.get("max_position_embeddings", int, 131072), fields.get("rope_theta", float, 1e6)
-    full = {**(ropes.get(FULL) or {}), **(fields.content.get("rope_scaling") or {})}
+    full = Fields(fields.file, ropes).object(FULL) | fields.object("rope_scaling")
     theta, scaling = read_scaling(fields, f"rope_parameters.{FULL}", full, everywhere, context)
     if windows:
         near = fields.get("rope_local_base_freq", float, 10000.0)

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"rope_parameters": DEFAULT}),
     "qwen3-windows": (
         "Qwen3",
-        {"use_sliding_window": True, "sliding_window": 6, "layer_types": MIXED, "attention_bias": True},
+        {"use_sliding_window": True, "sliding_window": 1, "layer_types": MIXED, "attention_bias": True},
     ),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 0], "rope_parameters": DEFAULT, "tie_word_embeddings": False}),
     "smollm3-windows": (
@@ -122,7 +122,7 @@ def test_the_same_logits_as_transformers_and_back(case: str, tmp_path: Path) -> 
     assert sum(p.numel() for p in ours.parameters()) == ours.config.parameters()["total"]
     expected = theirs(tokens()).logits
     assert expected.std() > 0.3
-    assert (ours(tokens()) - expected).abs().max() < 3e-5 * expected.abs().max().clamp_min(1)
+    assert (ours(tokens()) - expected).abs().max() < 1e-5
 
     # With heads beside it, it is an ordinary directory of its family still.
     more = Transformer(replace(ours.config, heads=3, head_kind="linear"))
@@ -157,7 +157,8 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
     theirs = random_model(case, vocab_size=6)
     theirs.save_pretrained(tmp_path / "hf")
     prompt = tokens((1, 9)) % 6
-    expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, use_cache=True)[0, 9:].tolist()
+    cached = case != "qwen3-windows"  # for a window of 1 the cache of transformers keeps everything
+    expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, use_cache=cached)[0, 9:].tolist()
     request = Request(tuple(prompt[0].tolist()), 24)
     assert generate_all(Engine(pack(with_heads(tmp_path / "hf", 1))), [request])[0].tokens == expected
 
@@ -177,7 +178,7 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
             assert [g.logprobs for g in got] == [g.logprobs for g in plain]
         kept += sum(sum(g.stats.accepted) for g in got)
     assert kept > 0
-    loose = generate_all(Engine(model, slots=2, exact=False), requests)
+    loose = generate_all(Engine(model, slots=2, exact=False, tree=tree), requests)  # a tree's rows all at once
     assert [g.tokens for g in loose] == [g.tokens for g in plain]
 
 
@@ -205,6 +206,8 @@ def refusal(directory: Path, *words: str) -> None:
 def test_what_a_family_does_not_compute_is_refused(tmp_path: Path) -> None:
     for case, changes, words in (
         ("mistral", {"sliding_window": "wide"}, ["sliding_window", "whole number"]),
+        ("mistral", {"num_hidden_layers": 10**5}, ["num_hidden_layers", "10,000"]),
+        ("mistral", {"rms_norm_eps": float("inf")}, ["rms_norm_eps", "larger"]),
         ("mistral", {"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         ("qwen3-windows", {"layer_types": ["chunked"] * 4}, ["layer_types", "chunked", "full_attention"]),
         ("qwen3", {"quantization_config": {"bits": 4}}, ["quantization_config", "qwen3 without"]),
@@ -221,6 +224,33 @@ def test_what_a_family_does_not_compute_is_refused(tmp_path: Path) -> None:
         random_model(case).save_pretrained(tmp_path / case)
         edit(tmp_path / case, **changes)
         refusal(tmp_path / case, *words)
+
+
+def test_whatever_a_configuration_holds_it_is_one_line(tmp_path: Path) -> None:
+    """Each field, those of rotary positions too, with values that nobody expects: read, or refused; never another
+    error."""
+    odd = (None, 0, -1, 1.5, "x", [], {}, True, [1], [["x"]], {"rope_type": "yarn"}, float("inf"), 10**400)
+    refused = 0
+    for case in ("qwen2-yarn", "smollm3-windows", "gemma3"):
+        random_model(case, vocab_size=3).save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "config.json").read_text())
+        changed = [content | {name: value} for name in (*content, "rope_scaling", "no_rope_layers") for value in odd]
+        ropes = content["rope_parameters"]
+        for name, of in (
+            (("full_attention", ropes["full_attention"]), (None, None)) if case == "gemma3" else ((None, ropes),)
+        ):
+            for key in of or ():
+                for value in odd:
+                    inner = of | {key: value}
+                    changed.append(content | {"rope_parameters": ropes | {name: inner} if name else inner})
+        for each in changed:
+            (tmp_path / "config.json").write_text(json.dumps(each))
+            try:
+                load_config(tmp_path)
+            except UsageError as error:
+                refused += 1
+                assert "\n" not in str(error) and str(tmp_path) in str(error)
+    assert refused > 300
 
 
 def test_code_that_comes_along_is_not_run(tmp_path: Path) -> None:
@@ -321,12 +351,12 @@ def origins_in_text(logits_TnV: Tensor, text: list[int], prompt: int) -> list[in
     return origins[: len(text) - prompt]
 
 
-@pytest.mark.parametrize("case", ["qwen3-windows", "smollm3-windows", "gemma3"])
+@pytest.mark.parametrize(("case", "window"), [("qwen3-windows", 6), ("smollm3-windows", 9), ("gemma3", 8)])
 @pytest.mark.parametrize("head_kind", ["transformer", "sequential"])
 @torch.no_grad()
-def test_drafts_in_decoding_are_those_of_training(case: str, head_kind: str, tmp_path: Path) -> None:
+def test_drafts_in_decoding_are_those_of_training(case: str, window: int, head_kind: str, tmp_path: Path) -> None:
     """Windows, bases and layers without positions in the caches of heads too."""
-    random_model(case, vocab_size=4).save_pretrained(tmp_path)
+    random_model(case, vocab_size=4, sliding_window=window).save_pretrained(tmp_path)
     wiring = "causal" if head_kind == "sequential" else "anticausal"
     config = replace(load_config(tmp_path), layers=6, heads=3, head_kind=head_kind, wiring=wiring)
     model = lively(config, seed=3)
