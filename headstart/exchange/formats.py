@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,8 @@ def _check_hf_code(model: Transformer, path: Path, tokenizer: Tokenizer | None) 
     again = modeling.HeadstartForCausalLM.from_pretrained(path, dtype=model.trunk.embedding.weight.dtype)
     checks.append(compare_logits("transformers with the code", model, again.head_logits, heads))
     prompt = random_text(model)[:1, : model.config.context // 2]
-    settings = {"max_new_tokens": min(NEW_TOKENS, model.config.context // 2), "eos_token_id": None, "pad_token_id": 0}
+    count = min(NEW_TOKENS, model.config.context // 2)
+    settings: dict[str, Any] = {"max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
     plain = transformers.LlamaForCausalLM.generate(again, prompt, **settings)[0, prompt.shape[1] :].tolist()
     found = generating.generate(prompt, model=again, return_dict_in_generate=True, **settings)
     drafted = found.sequences[0, prompt.shape[1] :].tolist()

@@ -46,8 +46,10 @@ OUTER = {
     "model.norm.weight": "norm.weight",
     UNEMBEDDING: "output.weight",
 }
-KNOWN = ("vocab_size", "dim", "layers", "attention_heads", "kv_heads", "hidden_dim", "context", "heads", "extra_layers")
-KNOWN += ("head_dim", "head_kind", "wiring", "tied", "norm_eps", "rope_theta")
+KNOWN = (
+    *("vocab_size", "dim", "layers", "attention_heads", "kv_heads", "hidden_dim", "context", "heads", "extra_layers"),
+    *("head_dim", "head_kind", "wiring", "tied", "norm_eps", "rope_theta"),
+)
 """Fields of ModelConfig that the format expresses, `_refuse` saying which values of them it does not."""
 
 
