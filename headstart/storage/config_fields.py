@@ -50,7 +50,7 @@ class Fields:
             raise UsageError(f"{self.file}: {name} is {value}; it must be at least 1")
         return value
 
-    def object(self, name: str) -> Content:
+    def mapping(self, name: str) -> Content:
         """A field that is an object; empty where it is not there."""
         value = self.content.get(name)
         if value is not None and not isinstance(value, dict):

@@ -283,9 +283,9 @@ def _read_gemma3(fields: Fields, layers: int) -> Content:
     pattern = fields.positive("sliding_window_pattern", 6)
     sliding = _layer_types(fields, layers, lambda layer: (layer + 1) % pattern != 0)
     windows = _slides(fields.optional("sliding_window", int, 4096), sliding, layers)
-    ropes = fields.object("rope_parameters")
+    ropes = fields.mapping("rope_parameters")
     context, everywhere = fields.get("max_position_embeddings", int, 131072), fields.get("rope_theta", float, 1e6)
-    full = Fields(fields.file, ropes).object(FULL) | fields.object("rope_scaling")
+    full = Fields(fields.file, ropes).mapping(FULL) | fields.mapping("rope_scaling")
     theta, scaling = read_scaling(fields, f"rope_parameters.{FULL}", full, everywhere, context)
     if windows:
         near = fields.get("rope_local_base_freq", float, 10000.0)
