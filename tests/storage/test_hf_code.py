@@ -35,7 +35,6 @@ KINDS = {
         TINY, head_kind="replicated", tied=True, rope_scaling=RopeScaling("llama3", 8, 24)
     ),
     "medusa": replace(TINY, head_kind="medusa"),
-    "medusa, own": replace(TINY, head_kind="medusa", shared=False, tied=True),
     "stern, mistral": replace(TINY, head_kind="stern", family="mistral"),
     "qwen3": replace(TINY, family="qwen3", qk_norm="head", head_dim=16),
     "sequential": replace(CAUSAL, head_kind="sequential", attention_bias=True),
@@ -58,6 +57,8 @@ def lively(config: ModelConfig) -> Transformer:
 def test_all_heads_write_what_one_writes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = KINDS[name]
     model = lively(config)
+    if not config.tied:
+        model.unembedding.weights[0][3:] *= 0.1  # few tokens, so that some drafts are right
     save_hf_code(model, tmp_path)
     code, decoding = written_code(tmp_path, MODELING_FILE), written_code(tmp_path, GENERATE_FILE)
     theirs, info = code.HeadstartForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
@@ -72,9 +73,10 @@ def test_all_heads_write_what_one_writes(name: str, tmp_path: Path, monkeypatch:
 
     padded = torch.ones_like(ids)
     padded[1, :5] = 0
-    ways = [{"do_sample": False}, {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1}]
+    drawn = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": 2}
+    ways: list[dict[str, Any]] = [{"do_sample": False}, drawn]
     for way in ways:
-        settings = way | {"attention_mask": padded, "max_new_tokens": 14, "pad_token_id": 0, "eos_token_id": 7}
+        settings = way | {"attention_mask": padded, "max_new_tokens": 10, "pad_token_id": 0}
         torch.manual_seed(5)
         plain = transformers.LlamaForCausalLM.generate(theirs, ids, **settings)
         torch.manual_seed(5)
@@ -97,6 +99,7 @@ def test_all_heads_write_what_one_writes(name: str, tmp_path: Path, monkeypatch:
     assert all(fed == said for fed, said in drafts) and len(drafts) == out.passes * (config.heads - 1)
     ours = generate_all(Engine(pack(model), context=96), [Request(tuple(ids[0].tolist()), 24)])[0]
     assert out.sequences[0, 12:].tolist() == ours.tokens
+    assert out.passes < 23 or config.heads == 1 or config.tied
     assert abs(out.passes - ours.stats.passes) <= 1  # the last pass of one may write past the end
 
 

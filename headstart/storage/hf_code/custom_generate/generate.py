@@ -171,7 +171,7 @@ class _Batch:
             if self.trunk_BSD is None:
                 self.trunk_BSD = latents[0].new_zeros(B, self.text.shape[1] + 1, latents[0].shape[-1])
             self.trunk_BSD[every[:, None], rows.slot_BW] = latents[0]
-            self.fresh = W if prompt else 2 * self.n - 2
+            self.fresh = W if prompt else self.n
         self._forget_noise()
         return came
 
@@ -190,8 +190,8 @@ class _Batch:
                 self.text[b, last + k] = self.choose(scores_BV[b], b, last + k)
 
     def _draft_in_turn(self) -> None:
-        """Sequential heads read the token before theirs, so each waits for the one before. Rows whose tokens were
-        drafts are computed anew until all that they read is known: the last 2n - 2."""
+        """Sequential heads read the token before theirs, so each waits for the one before. The last n rows are computed
+        anew: those new since the last pass, or whose heads read a draft there. Rows before them read what was kept."""
         index_BW = self.last_B[:, None] + torch.arange(1 - self.fresh, 1, device=self.last_B.device)
         rows = self.rows(index_BW, reach=int(index_BW.max()))
         every_B1 = torch.arange(len(index_BW), device=index_BW.device)[:, None]
