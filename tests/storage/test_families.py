@@ -165,7 +165,7 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
     model = pack(with_heads(tmp_path / "hf", 3))
     other = Request(tuple((tokens((1, 30))[0] % 6).tolist()), 20)
     requests = [replace(request, logprobs=0), replace(other, logprobs=0)]
-    tree = DraftTree.parse("0,1,2,0.0,0.1,1.0")
+    tree = DraftTree.parse("0,1,2,0.0,0.1,1.0,1.1,1.2,2.0,2.1,2.2")
     plain = generate_all(Engine(model, slots=2, tree=tree), [replace(each, heads=1) for each in requests])
     assert plain[0].tokens == expected
     kept = 0
