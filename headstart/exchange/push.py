@@ -139,7 +139,7 @@ def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Model written by Headstart")
-    except OSError as error:  # what requests and huggingface_hub raise
+    except Exception as error:  # of the hub, of the network, of the disk: many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"{repository}: the hub refused it ({reason}); log in with `hf auth login`, or push to a folder"

@@ -130,6 +130,8 @@ def test_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(UsageError, match="hub refused it \\(no network\\)") as caught:
         push(model, "hf:owner/name", api=Hub(OSError("no network\nmuch more")))
     assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="hub refused it"):
+        push(model, "hf:owner/name", api=Hub(RuntimeError("a network's own kind of error")))
 
 
 def test_what_is_a_folder_and_what_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
