@@ -63,7 +63,7 @@ def gradients(
     Twice in a row, since a second step meets the state that the first one leaves.
     """
     config = ModelConfig(
-        vocab_size=37, dim=16, layers=6, attention_heads=2, context=LENGTH, heads=HEADS,
+        vocab_size=37, dim=16, layers=5, attention_heads=2, context=LENGTH, heads=HEADS,
         head_kind=kind.removesuffix("-own"), shared="-own" not in kind, wiring=wiring, tied=tied,
     )  # fmt: skip
     dtype, compiled = options.get("dtype", "float32"), options.get("compile", False)

@@ -151,6 +151,7 @@ def test_a_step_is_shared_out_evenly() -> None:
         layout(config, 0)
 
 
+@pytest.mark.slow
 def test_it_is_what_a_step_of_two_processes_takes() -> None:
     (status, out, errors), _ = distributed.run([str(Path(__file__).parent / "memory_worker.py")])
     assert status == 0, errors[-2000:]
