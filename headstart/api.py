@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headstart.data.tokenizers import Tokenizer
+from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
@@ -243,7 +243,7 @@ class LanguageModel:
         return self.transformer(tokens_BT, heads=self.config.heads if heads is None else heads)
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        return tuple(prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
 
     def _context_for(self, requests: Sequence[Request]) -> int:
         """No more cache than these requests can fill."""

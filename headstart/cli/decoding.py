@@ -75,6 +75,7 @@ def generate(
         json: print text, tokens and statistics as JSON instead of streaming.
     """
     import headstart
+    from headstart.data.tokenizers import prompt_ids
     from headstart.decoding.acceptance import Rule
     from headstart.decoding.constraints import Constraint
     from headstart.decoding.generation import Request
@@ -88,7 +89,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = headstart.load(model_directory(model), dtype=dtype, device=device, quantize=quantize)
     request = Request(
-        prompt=tuple(loaded.tokenizer.encode(text)),
+        prompt=tuple(prompt_ids(loaded.tokenizer, text)),
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p, seed),
         heads=heads,

@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int  # one more than the largest id
     end_id: int  # closes every document; also the start token where a prompt is empty
+    start_ids: tuple[int, ...]  # what `prompt_ids` puts before a text; none for models that never saw it
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special token added. Text without a UTF-8 form raises UsageError."""
@@ -43,6 +44,13 @@ class Tokenizer(Protocol):
     def save(self, directory: Path) -> None:
         """Writes the files from which `transformers.AutoTokenizer.from_pretrained(directory)` gives the same ids."""
         ...
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that a model is to go on from: as `encode`, behind the tokens that the tokenizer puts before
+    every text (the start token of Llama, Mistral and Gemma), unless the text has them already."""
+    ids, start = tokenizer.encode(text), list(tokenizer.start_ids)
+    return ids if ids[: len(start)] == start else start + ids
 
 
 def byte_alphabet() -> list[str]:
@@ -83,6 +91,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     end_id = 255
+    start_ids: tuple[int, ...] = ()
     end_name = "<|end|>"
 
     def encode(self, text: str) -> list[int]:
@@ -154,6 +163,7 @@ class PretrainedTokenizer:
         self.end_id = self._find_end(ids)
         special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
         self.skipped = frozenset(special | {self.end_id})
+        self.start_ids: tuple[int, ...] = ()
 
         steps = _decoder_steps(content.get("decoder"))
         self._falls_back_to_bytes = "ByteFallback" in steps
@@ -229,6 +239,14 @@ class PretrainedTokenizer:
             f"{self._file}: no end-of-document token found; name one of its tokens as eos_token in "
             f"{self._directory / CONFIG_FILE}"
         )
+
+    def own_start(self) -> tuple[int, ...]:
+        """What transformers' tokenizer puts before a text. Whether a model saw it there, the model's directory says."""
+        plain, whole = (self._engine.encode("a", add_special_tokens=special).ids for special in (False, True))
+        for count in range(len(whole) - len(plain) + 1):
+            if whole[count : count + len(plain)] == plain:
+                return tuple(whole[:count])
+        return ()
 
     def _token_bytes(self, token: int) -> bytes:
         _check_ids([token])

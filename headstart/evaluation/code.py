@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.api import LanguageModel
+from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.generation import Request, Stats
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
@@ -126,7 +127,7 @@ def _encode(state: _Task, task: str) -> int:
         raise UsageError(f"--code.new-tokens {new} leaves no room for a prompt in the context {context}; ask for fewer")
     cut = 0
     for problem in state.problems:
-        ids = tuple(state.model.tokenizer.encode(problem.prompt))
+        ids = tuple(prompt_ids(state.model.tokenizer, problem.prompt))
         cut += len(ids) > room
         state.prompts[problem.name] = ids[-room:]
     if cut and not state.settings.cut_prompts:

@@ -10,7 +10,7 @@ import numpy as np
 
 from headstart.data.documents import Document
 from headstart.data.hub_datasets import is_dataset
-from headstart.data.tokenizers import Tokenizer
+from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.data.units import Selection, plan, read
 from headstart.errors import UsageError
 
@@ -84,7 +84,7 @@ def read_prompts(file: Path, tokenizer: Tokenizer, length: int | None = None) ->
                 raise UsageError(
                     f'{file}, prompt {number}: no JSON object with "prompt" or "text"; mend that line'
                 ) from error
-    found = [tuple(ids) for ids in (tokenizer.encode(text)[:length] for text in texts) if ids]
+    found = [tuple(ids) for ids in (prompt_ids(tokenizer, text)[:length] for text in texts) if ids]
     if not found:
         raise UsageError(f"{file}: holds no prompt; write one a line")
     return found

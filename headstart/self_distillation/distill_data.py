@@ -18,7 +18,7 @@ from typing import Any
 from headstart.api import LanguageModel
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.conversations import ASSISTANT
-from headstart.data.tokenizers import Tokenizer
+from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
@@ -202,7 +202,7 @@ class _Writer:
     def _text(self, place: int, turn: int, said: list[dict[str, Any]]) -> _Text:
         prompt = self._prompts[place]
         if not prompt.groups:
-            return _Text(place, prompt, 0, [], prompt.text, tuple(self._tokenizer.encode(prompt.text)))
+            return _Text(place, prompt, 0, [], prompt.text, tuple(prompt_ids(self._tokenizer, prompt.text)))
         assert self._template is not None
         said = [*said, *prompt.groups[turn]]
         rendered = self._template.render(said, prompt.tools, prompt=True)

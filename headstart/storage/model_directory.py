@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from headstart.data.tokenizers import Tokenizer, load_tokenizer
+from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import replacing_directory
 from headstart.model.transformer import Transformer
-from headstart.storage.config_file import CONFIG_FILE, config_json, load_config
+from headstart.storage.config_file import CONFIG_FILE, config_json, load_config, read_json
 from headstart.storage.families import family_of
 from headstart.storage.hub import local_directory
 from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, stored_parts
@@ -42,7 +42,8 @@ def save_model(
 
     Args:
         model: on any device, with whole (unsharded) parameters.
-        tokenizer: saved along, its `end_id` as start, end and padding token; None: a model of bare ids.
+        tokenizer: saved along, its `end_id` as end and padding token, and as start token if it has no `start_ids`;
+            None: a model of bare ids.
         dtype: what the weights are stored as (None: what they are).
 
     Raises:
@@ -62,9 +63,10 @@ def save_model(
     files = stored_tensors(model, dtype)
     name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
     end_id = None if tokenizer is None else tokenizer.end_id
-    ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    start_id = end_id if tokenizer is None or not tokenizer.start_ids else tokenizer.start_ids[0]
+    ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": end_id}
     with replacing_directory(directory) as temporary:
-        _write_json(temporary / CONFIG_FILE, config_json(config, name, end_id))
+        _write_json(temporary / CONFIG_FILE, config_json(config, name, end_id) | {"bos_token_id": start_id})
         _write_json(temporary / "generation_config.json", {} if end_id is None else ids)
         for file, tensors in files.items():
             (temporary / file).parent.mkdir(exist_ok=True)
@@ -139,6 +141,9 @@ def load_model(
 def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer saved in a model directory, or None where there is none.
 
+    Its `start_ids` are what it puts before texts, if the model knows them: config.json names their first as
+    bos_token_id. What we train reads documents without them, and names its end token there.
+
     Raises UsageError where it cannot be read or has more ids than the model.
     """
     directory = local_directory(directory)
@@ -147,6 +152,10 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     tokenizer = load_tokenizer(directory)
     _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
+    if isinstance(tokenizer, PretrainedTokenizer) and (directory / CONFIG_FILE).is_file():
+        start = tokenizer.own_start()
+        known = start[:1] == (read_json(directory / CONFIG_FILE).get("bos_token_id"),)
+        tokenizer.start_ids = start if known and start[0] != tokenizer.end_id else ()
     return tokenizer
 
 
