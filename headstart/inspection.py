@@ -16,9 +16,7 @@ from headstart.model.config import PRESETS, ModelConfig, preset
 from headstart.storage.config_file import read_json
 from headstart.storage.families import family_of
 from headstart.storage.hub import local_directory
-from headstart.storage.llama_names import MODEL_FILE
-from headstart.storage.model_directory import EMBEDDING, load_config, load_model_tokenizer
-from headstart.storage.tensor_files import TensorFiles, model_files
+from headstart.storage.model_directory import load_config, load_model_tokenizer, stored_dtype
 from headstart.terminal import format_table
 
 PRESET_HEADS = (1, 2, 4)
@@ -44,7 +42,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "model": str(directory),
         **_shape(config),
         "parameters": config.parameters(),
-        "dtype": str(TensorFiles(model_files(directory, MODEL_FILE)).dtype(EMBEDDING)).removeprefix("torch."),
+        "dtype": str(stored_dtype(directory)).removeprefix("torch."),
         "files": files,
         "bytes": sum(files.values()),
         "tokenizer": None
@@ -195,10 +193,11 @@ def _plain(value: object) -> str:
 
 def _sizes(found: dict[str, Any]) -> str:
     sizes = found["sizes"]
+    unit = "SwiGLU" if sizes["activation"] == "silu" else "GeGLU"
     kv = "" if sizes["kv_heads"] == sizes["attention_heads"] else f" ({sizes['kv_heads']} for keys and values)"
     return (
         f"dim {sizes['dim']}, {_blocks(sizes['layers'])} in all, {sizes['attention_heads']} attention heads{kv}, "
-        f"SwiGLU {sizes['hidden_dim']}, vocabulary {sizes['vocab_size']:,}{' (tied)' if sizes['tied'] else ''}, "
+        f"{unit} {sizes['hidden_dim']}, vocabulary {sizes['vocab_size']:,}{' (tied)' if sizes['tied'] else ''}, "
         f"context {sizes['context']:,}"
     )
 

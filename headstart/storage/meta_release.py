@@ -97,6 +97,11 @@ def load_meta_config(directory: str | Path) -> ModelConfig:
     return _config(directory, _read_weights(directory))
 
 
+def meta_dtype(directory: str | Path) -> torch.dtype:
+    """What the weights in a directory of Meta's format are stored as."""
+    return _read_weights(Path(directory))["tok_embeddings.weight"].dtype
+
+
 def save_meta_release(model: Transformer, directory: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Writes `model` into the existing folder `directory`, and tells in lines what the format has no place for.
 

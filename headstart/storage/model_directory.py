@@ -138,6 +138,16 @@ def load_model(
     return model
 
 
+def stored_dtype(directory: str | Path) -> torch.dtype:
+    """What the embedding, and so all of a model that `load_model` is not told otherwise of, is stored as."""
+    directory = local_directory(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        from headstart.storage.meta_release import meta_dtype
+
+        return meta_dtype(directory)
+    return TensorFiles(model_files(directory, MODEL_FILE)).dtype(EMBEDDING)
+
+
 def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer saved in a model directory, or None where there is none.
 

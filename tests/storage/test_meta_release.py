@@ -14,6 +14,7 @@ from torch import Tensor
 
 import headstart
 from headstart.errors import UsageError
+from headstart.inspection import format_inspection, inspect
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.meta_release import is_meta_release, load_meta_release, save_meta_release
@@ -105,6 +106,8 @@ def test_headstart_opens_a_release(tmp_path: Path) -> None:
     assert_close(model.logits(IDS), forward(tensors, params, IDS))
     out = [model.generate([3, 4, 5], max_new_tokens=20, heads=heads).tokens for heads in (1, 3)]
     assert out[0] == out[1] and len(out[0]) == 20
+    shown = inspect(tmp_path / "release")
+    assert shown["dtype"] == "float32" and shown["heads"] == 3 and "head 3" in format_inspection(shown)
 
 
 @torch.no_grad()
