@@ -29,7 +29,8 @@ def measure(
 ) -> None:
     """A command that parses `arguments` into its settings, and prints what it finds (--json: as JSON)."""
     json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
-    settings = tyro.cli(settings_type, prog=f"headstart {command}", args=arguments)
+    once = (tyro.conf.AvoidSubcommands,)
+    settings = tyro.cli(settings_type, prog=f"headstart {command}", args=arguments, config=once)
     use_threads(settings.threads)
     found = run(settings)
     print_json(found) if json else print(text(found))

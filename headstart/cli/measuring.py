@@ -74,7 +74,8 @@ def bench(arguments: list[str]) -> None:
     if arguments[0] not in benchmarks:
         raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(benchmarks)}")
     settings_type, run = benchmarks[arguments[0]]
-    settings = tyro.cli(settings_type, prog=f"headstart bench {arguments[0]}", args=arguments[1:])
+    once = (tyro.conf.AvoidSubcommands,)
+    settings = tyro.cli(settings_type, prog=f"headstart bench {arguments[0]}", args=arguments[1:], config=once)
     result = run(settings)
     report.write(result, settings.out)
     print_json(result) if json else print(report.format_markdown(result))

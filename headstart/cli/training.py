@@ -136,7 +136,8 @@ def train(arguments: list[str]) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(train.__doc__)
         print("Every setting of the file can be given as a flag over it:\n")
-        tyro.cli(RunConfig, prog="headstart train CONFIG.yaml", args=["--help"])
+        once = (tyro.conf.AvoidSubcommands,)
+        tyro.cli(RunConfig, prog="headstart train CONFIG.yaml", args=["--help"], config=once)
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("train needs a configuration file: headstart train CONFIG.yaml (configs/smoke.yaml is one)")
     if "--dry-run" in arguments:

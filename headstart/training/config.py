@@ -214,7 +214,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if overrides:
         import tyro
 
-        config = tyro.cli(RunConfig, args=list(overrides), default=config, prog=f"headstart train {path}")
+        # What is there or not as a whole, such as model.rope_scaling, is there by the file: a flag of one of its fields
+        # changes it, and no flag is a subcommand.
+        config = tyro.cli(
+            RunConfig,
+            args=list(overrides),
+            default=config,
+            prog=f"headstart train {path}",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
     if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
         return replace(config, model=replace(config.model, vocab_size=_vocab_size(config.data)))

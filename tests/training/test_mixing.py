@@ -74,6 +74,9 @@ def test_the_command_line_leaves_a_mixture_alone(yaml, shards, books, capsys) ->
             load_config(path, flags)
     printed = capsys.readouterr().out
     assert "--data.path" in printed and "--data.mixture" not in printed and "subcommands" not in printed
+    path = yaml("model: {rope_scaling: {kind: linear, factor: 4}}")
+    assert load_config(path, ["--model.rope-scaling.factor", "8"]).model.rope_scaling.factor == 8
+    path = yaml(f"data: {{mixture: [{{path: {shards}, weight: 9}}, {{path: {books}}}]}}")
     with pytest.raises(UsageError, match=r"data.path else and data.mixture are both given; leave one of them out"):
         load_config(path, ["--data.path", "else"])
 
