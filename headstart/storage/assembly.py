@@ -33,6 +33,27 @@ def assemble(
     Raises:
         UsageError: a tensor of another shape.
     """
+
+    def fill(part: Part, target: Tensor) -> None:
+        tensor = read(part)
+        if tuple(tensor.shape) != part.shape:
+            raise UsageError(
+                f"{part.name}: has shape {list(tensor.shape)}, not {list(part.shape)} as its configuration says; "
+                "use the configuration that was saved with it"
+            )
+        target.copy_(tensor)
+
+    return assemble_in_place(config, fill, dtype, device)
+
+
+def assemble_in_place(
+    config: ModelConfig,
+    fill: Callable[[Part, Tensor], None],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """The same where `fill` writes each part into the rows of the parameter that are its own, with nothing between: the
+    model is never there twice."""
     with torch.device("meta"):
         model = Transformer(config)
     state: dict[str, Tensor] = {}
@@ -40,13 +61,7 @@ def assemble(
         rows = [part.shape[0] for part in parts]
         parameter = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=dtype, device=device)
         for target, part in zip(parameter.split(rows), parts):
-            tensor = read(part)
-            if tuple(tensor.shape) != part.shape:
-                raise UsageError(
-                    f"{part.name}: has shape {list(tensor.shape)}, not {list(part.shape)} as its configuration says; "
-                    "use the configuration that was saved with it"
-                )
-            target.copy_(tensor)
+            fill(part, target)
         state[name] = nn.Parameter(parameter)
     if config.tied:
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]

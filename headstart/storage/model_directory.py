@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import replacing_directory
 from headstart.model.transformer import Transformer
+from headstart.storage.assembly import assemble_in_place
 from headstart.storage.config_file import CONFIG_FILE, config_json, load_config, read_json
 from headstart.storage.families import family_of
 from headstart.storage.hub import local_directory
@@ -100,9 +101,8 @@ def load_model(
         from headstart.storage.meta_release import load_meta_release
 
         return load_meta_release(directory, dtype, device)
-    parts = stored_parts(config)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
-    for pieces in parts.values():
+    for pieces in stored_parts(config).values():
         for part in pieces:
             shapes.setdefault(part.file, {})[part.name] = part.shape
 
@@ -122,20 +122,7 @@ def load_model(
     _check_tied(model_tensors, config.tied)
 
     dtype = model_tensors.dtype(EMBEDDING) if dtype is None else dtype
-    with torch.device("meta"):
-        model = Transformer(config)
-    state: dict[str, Tensor] = {}
-    for name, pieces in parts.items():
-        rows = sum(part.shape[0] for part in pieces)
-        # Read into memory of its own, with nothing between: the model is never there twice.
-        parameter = torch.empty((rows, *pieces[0].shape[1:]), dtype=dtype, device=device)
-        for target, part in zip(parameter.split([part.shape[0] for part in pieces]), pieces):
-            stored[part.file].read_into(part.name, target)
-        state[name] = nn.Parameter(parameter)
-    if config.tied:
-        state["unembedding.weights.0"] = state["trunk.embedding.weight"]
-    model.load_state_dict(state, assign=True)
-    return model
+    return assemble_in_place(config, lambda part, target: stored[part.file].read_into(part.name, target), dtype, device)
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype:

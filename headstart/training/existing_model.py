@@ -270,6 +270,6 @@ def flops_per_token(config: RunConfig) -> int:
     )  # fmt: skip
     unembedding = model.vocab_size * model.dim
     without_heads = decoder.flops_per_token(config.length)
-    own = model.head_kind == "replicated" or not model.shared
+    own = model.head_kind == "replicated" or (model.head_kind == "medusa" and not model.shared)
     heads = whole - without_heads - (0 if own else 2 * unembedding * (model.heads - 1))
     return (without_heads - 6 * unembedding) // 3 + heads
