@@ -123,13 +123,15 @@ def _encode(state: _Task, task: str) -> int:
     """Fills in the prompts; how many of them had to be cut."""
     context, new = state.model.config.context, state.settings.new_tokens
     room = context - new
-    if room < 1:
+    if room <= len(state.model.tokenizer.start_ids):
         raise UsageError(f"--code.new-tokens {new} leaves no room for a prompt in the context {context}; ask for fewer")
     cut = 0
     for problem in state.problems:
         ids = tuple(prompt_ids(state.model.tokenizer, problem.prompt))
         cut += len(ids) > room
-        state.prompts[problem.name] = ids[-room:]
+        # The start token stays in front of what is left of a prompt.
+        start = state.model.tokenizer.start_ids if len(ids) > room else ()
+        state.prompts[problem.name] = (*start, *ids[-(room - len(start)) :])
     if cut and not state.settings.cut_prompts:
         raise UsageError(
             f"{task}: {cut} of {len(state.problems)} prompts are longer than the {room} tokens that the context "
