@@ -12,10 +12,11 @@ from headstart.cli.adapting_data import distill_data
 from headstart.cli.decoding import generate
 from headstart.cli.exchange import convert, push
 from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
+from headstart.cli.studying import study
 from headstart.cli.training import compare, demo, prepare, train
 
 # These parse their own arguments: what they take depends on the first one.
-RAW = (train, adapt, evaluate, tune, bench)
+RAW = (train, adapt, evaluate, tune, bench, study)
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__.replace("_", "-"): command
     for command in (
@@ -33,5 +34,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
         push,
         doctor,
         bench,
+        study,
     )
 }

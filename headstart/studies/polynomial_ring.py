@@ -1,0 +1,91 @@
+"""Problems over F_p[X]/(X^d) (paper section 4.2), of negation, addition, multiplication and composition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Polynomial = tuple[int, ...]
+"""Coefficients, the constant one first."""
+UNARY = "-"
+BINARY = ("+", "*", "o")
+MARKS = ("(", ")", UNARY, *BINARY, "=", "pause", "end")
+
+
+@dataclass(frozen=True)
+class Ring:
+    """F_p[X]/(X^d), and the vocabulary in which its problems are written: the coefficients 0..p-1, then `MARKS`."""
+
+    p: int = 7
+    d: int = 5
+
+    @property
+    def vocab_size(self) -> int:
+        return self.p + len(MARKS)
+
+    def mark(self, mark: str) -> int:
+        """Its token."""
+        return self.p + MARKS.index(mark)
+
+    def negate(self, f: Polynomial) -> Polynomial:
+        return tuple(-a % self.p for a in f)
+
+    def add(self, f: Polynomial, g: Polynomial) -> Polynomial:
+        return tuple((a + b) % self.p for a, b in zip(f, g))
+
+    def multiply(self, f: Polynomial, g: Polynomial) -> Polynomial:
+        product = [0] * self.d
+        for i, a in enumerate(f):
+            for j in range(self.d - i):
+                product[i + j] += a * g[j]
+        return tuple(a % self.p for a in product)
+
+    def compose(self, f: Polynomial, g: Polynomial) -> Polynomial:
+        """f(g(X)) mod X^d for the representatives of degree < d. On classes it would not be well defined: X^d composed
+        with g is g^d, which is not 0 where g(0) is not."""
+        total: Polynomial = (0,) * self.d
+        for a in reversed(f):  # Horner
+            total = self.add(self.multiply(total, g), (a,) + (0,) * (self.d - 1))
+        return total
+
+    def problem(self, operations: int, rng: np.random.Generator) -> tuple[list[int], Polynomial]:
+        """An expression with so many operations, as tokens, and its value. Operators and coefficients are uniform; the
+        operations left are split uniformly between the operands."""
+        if operations == 0:
+            value = tuple(rng.integers(self.p, size=self.d).tolist())
+            return list(value), value
+        operator = (UNARY, *BINARY)[rng.integers(1 + len(BINARY))]
+        if operator == UNARY:
+            tokens, value = self.problem(operations - 1, rng)
+            return [self.mark("("), self.mark(UNARY), *tokens, self.mark(")")], self.negate(value)
+        left = int(rng.integers(operations))
+        first, f = self.problem(left, rng)
+        second, g = self.problem(operations - 1 - left, rng)
+        combine = {"+": self.add, "*": self.multiply, "o": self.compose}[operator]
+        return [self.mark("("), *first, self.mark(operator), *second, self.mark(")")], combine(f, g)
+
+    def question(self, tokens: Sequence[int], pauses: int) -> list[int]:
+        """The end token of the problem before, the expression, pauses, and the equality sign, which starts the
+        answer."""
+        return [self.mark("end"), *tokens, *[self.mark("pause")] * pauses, self.mark("=")]
+
+    def documents(self, count: int, operations: int, pauses: int, seed: int) -> list[list[int]]:
+        """Problems with 1 to `operations` operations, answers and end tokens included."""
+        rng = np.random.default_rng([seed, 0])
+        texts = []
+        for _ in range(count):
+            tokens, value = self.problem(int(rng.integers(1, operations + 1)), rng)
+            texts.append([*self.question(tokens, pauses)[1:], *value, self.mark("end")])
+        return texts
+
+    def tests(self, count: int, operations: int, pauses: int) -> tuple[list[list[int]], list[Polynomial]]:
+        """Questions with exactly `operations` operations, and their answers: always the same."""
+        rng = np.random.default_rng([operations, 1])
+        problems = [self.problem(operations, rng) for _ in range(count)]
+        return [self.question(tokens, pauses) for tokens, _ in problems], [value for _, value in problems]
+
+    def longest(self, operations: int, pauses: int) -> int:
+        """Tokens of the longest question with its answer."""
+        return 1 + self.d + operations * (self.d + 3) + pauses + 1 + self.d + 1

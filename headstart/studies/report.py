@@ -1,0 +1,98 @@
+"""The report of a study: results.json for programs, report.md and a figure for people."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from headstart import machine
+from headstart.files import replacing_file, write_text
+from headstart.page import figure_style
+from headstart.studies.folder import StudyFolder
+from headstart.studies.study import Findings, Result, Scale, Study, StudySettings
+from headstart.terminal import duration, format_table
+
+
+def results_of(
+    study: Study[Any], scale: Scale, settings: StudySettings, results: Sequence[Result], findings: Findings
+) -> dict[str, Any]:
+    """All that is known of a study that was run."""
+    return {
+        "study": study.name,
+        "scale": scale,
+        "claim": study.claim,
+        "section": study.section,
+        "published": study.published,
+        "verdict": findings.verdict,
+        "ours": findings.ours,
+        "sentence": findings.sentence,
+        "table": {"headers": list(findings.headers), "rows": [list(row) for row in findings.rows]},
+        "notes": list(findings.notes),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "cases": [
+            {**result.case.conditions, "seed": result.case.seed, "seconds": round(result.seconds, 2)} | result.numbers
+            for result in results
+        ],
+    }
+
+
+def format_report(found: dict[str, Any], *, short: bool = False) -> str:
+    """As Markdown, or `short` for the terminal: the table and what it says."""
+    headers, rows = found["table"]["headers"], found["table"]["rows"]
+    if short:
+        return f"\n{format_table(headers, rows)}\n\n{found['verdict']}: {found['sentence']}\n"
+    settings = ", ".join(f"{name} {_setting(value)}" for name, value in found["settings"].items())
+    lines = [
+        f"# Study {found['study']}, scale {found['scale']}",
+        "",
+        f"**Claim** ({found['section']}): {found['claim']}",
+        "",
+        f"**The paper's number**: {found['published']}",
+        "",
+        f"**Verdict: {found['verdict']}.** {found['sentence']}",
+        "",
+        "![figure](figure.png)",
+        "",
+        "| " + " | ".join(headers) + " |",
+        "|" + " --- |" * len(headers),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        "Medians over seeds, in brackets the range.",
+        "",
+        *(f"- {note}" for note in found["notes"]),
+        f"- Machine: {machine.summary(found['machine'])}; {duration(found['seconds'])} in all, {found['date']}.",
+        f"- Settings: {settings}.",
+        f"- Again: `headstart study {found['study']} --scale {found['scale']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Result], path: Path) -> None:
+    """Writes the figure as PNG."""
+    from matplotlib.figure import Figure
+
+    with figure_style():
+        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+        study.draw(figure, settings, results)
+        with replacing_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+
+
+def write_results(found: dict[str, Any], folder: StudyFolder) -> None:
+    write_text(folder.report, format_report(found))
+    write_text(folder.results, json.dumps(found, indent=2, allow_nan=False) + "\n")
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list):
+        return "/".join(map(str, value))
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_setting(item)}" for name, item in value.items()) + ")"
+    return str(value)

@@ -1,0 +1,114 @@
+"""Polynomial arithmetic: the ring against an independent implementation, the problems, the findings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from headstart.studies.polynomial import STUDY
+from headstart.studies.polynomial_ring import Ring
+from headstart.studies.study import Result
+
+
+def value_of(tokens: list[int], ring: Ring) -> list[int]:
+    """An independent reading: numpy's polynomials over the integers, reduced in the end; a recursive-descent parser."""
+    marks = {ring.mark(mark): mark for mark in "()-+*o"}
+    at = 0
+
+    def expression() -> np.polynomial.Polynomial:
+        nonlocal at
+        if marks.get(tokens[at]) != "(":
+            at += ring.d
+            return np.polynomial.Polynomial(np.array(tokens[at - ring.d : at], dtype=object))
+        at += 1
+        if marks.get(tokens[at]) == "-":
+            at += 1
+            value = -expression()
+        else:
+            left = expression()
+            operator = marks[tokens[at]]
+            at += 1
+            right = expression()
+            if operator == "o":
+                value = np.polynomial.Polynomial(np.array([0], dtype=object))
+                for power, coefficient in enumerate(left.coef):
+                    value = value + coefficient * right**power
+            else:
+                value = left + right if operator == "+" else left * right
+        assert marks[tokens[at]] == ")"
+        at += 1
+        reduced = [int(c) % ring.p for c in value.coef[: ring.d]]
+        return np.polynomial.Polynomial(np.array(reduced + [0] * (ring.d - len(reduced)), dtype=object))
+
+    found = expression()
+    assert at == len(tokens)
+    coefficients = [int(c) for c in found.coef]
+    return coefficients + [0] * (ring.d - len(coefficients))
+
+
+@pytest.mark.parametrize("ring", [Ring(7, 5), Ring(3, 2)])
+def test_values_are_those_of_numpy(ring: Ring) -> None:
+    rng = np.random.default_rng(0)
+    for operations in (0, 1, 2, 5, 10):
+        for _ in range(20):
+            tokens, value = ring.problem(operations, rng)
+            assert list(value) == value_of(tokens, ring)
+            assert sum(tokens.count(ring.mark(mark)) for mark in "-+*o") == operations
+
+
+def test_composition_is_of_representatives() -> None:
+    ring, g = Ring(7, 5), (1, 1, 0, 0, 0)
+    assert ring.compose((0, 1, 0, 0, 0), g) == g
+    assert ring.compose((0, 0, 0, 0, 1), g) == (1, 4, 6, 4, 1)  # (1 + X)^4
+    assert ring.compose((3, 0, 0, 0, 0), g) == (3, 0, 0, 0, 0)
+
+
+def test_lengths_are_those_of_the_specification() -> None:
+    ring, rng = Ring(7, 5), np.random.default_rng(1)
+    for operations, mean, longest in ((1, 11.7, 13), (5, 38.7, 45), (10, 72.5, 85)):
+        lengths = [len(ring.problem(operations, rng)[0]) for _ in range(1500)]
+        assert abs(np.mean(lengths) - mean) < 0.04 * mean and max(lengths) == longest
+        assert ring.longest(operations, 3) == 1 + longest + 3 + 1 + 5 + 1
+
+
+def test_pauses_stand_before_the_equality_sign_in_training_and_in_tests() -> None:
+    ring = Ring(7, 5)
+    pause, equals, end = (ring.mark(mark) for mark in ("pause", "=", "end"))
+    for document in ring.documents(50, 5, 5, seed=0):
+        at = document.index(equals)
+        assert document[at - 5 : at] == [pause] * 5 and pause not in document[: at - 5]
+        assert len(document) == at + 1 + 5 + 1 and document[-1] == end
+    questions, answers = ring.tests(50, 3, 10)
+    assert all(q[0] == end and q[-11:] == [pause] * 10 + [equals] for q in questions)
+    assert (questions, answers) == ring.tests(50, 3, 10) and len(set(map(tuple, questions))) == 50
+
+
+def test_training_problems_have_all_numbers_of_operations() -> None:
+    ring = Ring(7, 5)
+    documents = ring.documents(500, 5, 0, seed=3)
+    counts = [sum(d.count(ring.mark(mark)) for mark in "-+*o") for d in documents]
+    assert {*counts} == {1, 2, 3, 4, 5} and min(map(counts.count, range(1, 6))) > 60
+
+
+@pytest.mark.parametrize(
+    "gain, wobble, base, verdict",
+    [
+        (0.2, 0.0, 0.5, "reproduced"),
+        (0.2, 0.25, 0.5, "direction only"),
+        (-0.2, 0.0, 0.5, "null"),
+        (0.0, 0.0, 0.5, "null"),
+        (0.2, 0.0, -0.2, "out of reach"),  # n = 2 guesses, n = 1 not even that
+    ],
+)
+def test_findings(gain: float, wobble: float, base: float, verdict: str) -> None:
+    settings = replace(STUDY.scales["cpu"], seeds=3, heads=(1, 2))
+    results = []
+    for case in STUDY.cases(settings):
+        exact = base + (case.conditions["n"] == 2) * (gain - wobble * (case.seed == 1))
+        last = settings.test_operations
+        results.append(Result(case, {"exact": [exact] * last, "guessed": [0.1] * last, "losses": [1.0]}, 1.0))
+    found = STUDY.findings(settings, results)
+    assert found.verdict == verdict and len(found.rows) == 2
+    assert ("too short a training" in found.sentence) == (verdict == "out of reach")

@@ -1,0 +1,134 @@
+"""Running a study: what a second start finds, who may write, and what the report holds. The study is made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from headstart.errors import UsageError
+from headstart.studies.folder import StudyFolder
+from headstart.studies.run import run_study
+from headstart.studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
+from headstart.studies.verdicts import contrast, judge
+
+
+@dataclass(frozen=True)
+class MadeUpSettings(StudySettings):
+    heads: tuple[int, ...] = (1, 2)
+    gain: float = 1.0
+
+
+class MadeUp(Study[MadeUpSettings]):
+    name, claim, section, published = "made-up", "More heads, more points.", "section 0", "+1"
+    scales: ClassVar[dict[Scale, Any]] = {"smoke": MadeUpSettings(seeds=2)}
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.ran: list[str] = []
+        self.stop_at = stop_at
+
+    def cases(self, settings: MadeUpSettings) -> list[Case]:
+        return crossed(settings.seeds, n=settings.heads)
+
+    def run(self, settings: MadeUpSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        if len(self.ran) == self.stop_at:
+            raise KeyboardInterrupt
+        self.ran.append(case.name)
+        tell(step="1/1")
+        return {"points": int(case.conditions["n"]) * settings.gain + case.seed, "lost": float("nan")}
+
+    def findings(self, settings: MadeUpSettings, results: Sequence[Result]) -> Findings:
+        points = [values(results, lambda r: r.numbers["points"], n=n) for n in settings.heads]
+        verdict = judge([contrast("2 over 1", points[1], points[0])])
+        rows = [[str(n), spread(p)] for n, p in zip(settings.heads, points)]
+        return Findings(["n", "points"], rows, verdict, "It is so.", "+1")
+
+    def draw(self, figure: Any, settings: MadeUpSettings, results: Sequence[Result]) -> None:
+        figure.add_subplot().plot([result.numbers["points"] for result in results])
+
+
+def test_a_run_leaves_results_a_report_and_a_figure(tmp_path: Path) -> None:
+    found = run_study(MadeUp(), "smoke", MadeUpSettings(seeds=2), tmp_path)
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert found["verdict"] == "reproduced" and found["settings"] == {
+        "seeds": 2, "device": "auto", "heads": [1, 2], "gain": 1.0,
+    }  # fmt: skip
+    assert [(case["n"], case["seed"], case["points"]) for case in found["cases"]] == [
+        (1, 0, 1), (1, 1, 2), (2, 0, 2), (2, 1, 3),
+    ]  # fmt: skip
+    assert found["cases"][0]["lost"] is None  # JSON has no NaN
+    assert {"machine", "seconds", "date", "claim", "published"} <= found.keys()
+    assert found["machine"]["threads"] >= 1 and found["machine"]["torch"]
+    report = (tmp_path / "report.md").read_text()
+    assert "| 2 | 2.500 (2.000 to 3.000) |" in report and "Verdict: reproduced" in report
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_start_runs_only_what_is_missing(tmp_path: Path) -> None:
+    stopped = MadeUp(stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(stopped, "smoke", MadeUpSettings(seeds=2), tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    again = MadeUp()
+    run_study(again, "smoke", MadeUpSettings(seeds=2), tmp_path)
+    assert stopped.ran + again.ran == [case.name for case in again.cases(MadeUpSettings(seeds=2))]
+    more = MadeUp()
+    run_study(more, "smoke", MadeUpSettings(seeds=3, device="cpu"), tmp_path)
+    assert more.ran == ["n=1,seed=2", "n=2,seed=2"]
+
+
+def test_other_settings_are_refused_and_the_cases_stay(tmp_path: Path) -> None:
+    run_study(MadeUp(), "smoke", MadeUpSettings(seeds=1), tmp_path)
+    with pytest.raises(UsageError, match=r"holds a study with gain 1.0, not 2.0; give another --out"):
+        run_study(MadeUp(), "smoke", MadeUpSettings(seeds=1, gain=2.0), tmp_path)
+    with pytest.raises(UsageError, match="holds a study with scale smoke, not cpu"):
+        run_study(MadeUp(), "cpu", MadeUpSettings(seeds=1), tmp_path)
+    assert len(list((tmp_path / "cases").glob("*.json"))) == 2
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
+    with StudyFolder(tmp_path).claimed(), pytest.raises(UsageError, match="another study is running there"):
+        run_study(MadeUp(), "smoke", MadeUpSettings(), tmp_path)
+    run_study(MadeUp(), "smoke", MadeUpSettings(), tmp_path)
+
+
+def test_a_case_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run_study(MadeUp(), "smoke", MadeUpSettings(), tmp_path)
+    (tmp_path / "cases" / "n=1,seed=0.json").write_text("{")
+    with pytest.raises(UsageError, match=r"n=1,seed=0.json: cannot be read .* delete it and run the study again"):
+        run_study(MadeUp(), "smoke", MadeUpSettings(), tmp_path)
+
+
+def test_no_seed_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="seeds is 0"):
+        run_study(MadeUp(), "smoke", MadeUpSettings(seeds=0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "more, less, within_reach, verdict",
+    [
+        ([2.0, 3.0], [1.0, 2.5], True, "reproduced"),
+        ([2.0], [1.0], True, "direction only"),  # one seed shows no more
+        ([2.0, 3.0, 1.0], [1.0, 2.5, 1.5], True, "direction only"),
+        ([1.0, 1.0], [1.0, 1.0], True, "null"),
+        ([1.0, 2.0], [2.0, 3.0], True, "null"),  # the opposite is no lesser null
+        ([2.0, 3.0], [1.0, 2.5], False, "out of reach"),
+    ],
+)
+def test_verdicts(more: list[float], less: list[float], within_reach: bool, verdict: str) -> None:
+    assert judge([contrast("more over less", more, less)], within_reach=within_reach) == verdict
+
+
+def test_a_verdict_over_several_contrasts() -> None:
+    holds, not_at_all = contrast("a", [2.0, 3.0], [1.0, 2.0]), contrast("b", [1.0, 2.0], [2.0, 3.0])
+    assert judge([holds, holds]) == "reproduced"
+    assert judge([holds, holds, not_at_all]) == "direction only"
+    assert judge([holds, not_at_all]) == "null"
+    assert judge([]) == "out of reach"
+    within_noise = contrast("c", [1.02, 1.03], [1.0, 1.0], margin=0.05)
+    assert not within_noise.leans and judge([within_noise]) == "null"
+    assert not_at_all.reversed and not holds.reversed
