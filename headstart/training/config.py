@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress
 
 from headstart.adaptation.settings import AdaptConfig
+from headstart.data.masked_inputs import MaskConfig
 from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
@@ -146,6 +147,8 @@ class RunConfig:
     """How much each head's loss counts."""
     loss: LossConfig = field(default_factory=LossConfig)
     """How the loss of a head is computed."""
+    masked_inputs: MaskConfig = field(default_factory=MaskConfig)
+    """Inputs hidden from the model: teacherless training, random masks (docs/methods.md)."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """When and how much to validate."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -164,10 +167,38 @@ class RunConfig:
         _at_least(1, "", self, "steps", "threads")
         _at_least(0, "", self, "seed")
         self.head_weights.check(self.model.heads)
+        self._check_methods()
         if self.length > self.model.context:
             raise UsageError(
                 f"batch.length {self.length} is above model.context {self.model.context}; lower one or raise the other"
             )
+
+    def _check_methods(self) -> None:
+        """That what docs/methods.md tells of fits the model and one another."""
+        for name in self.methods:
+            if self.adapt is not None:
+                raise UsageError(f"{name} is for models trained from nothing; leave it out of headstart adapt")
+            if self.model.ahead and name != "token_order":
+                raise UsageError(
+                    f"{name} does not go with sequential heads, which read tokens behind a position as they are; "
+                    "take another model.head_kind"
+                )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The sections of methods that are on (docs/methods.md)."""
+        return tuple(name for name in ("masked_inputs",) if getattr(self, name).on)
+
+    @property
+    def own_tokens(self) -> tuple[str, ...]:
+        """The methods whose token is a row of its own at the end of the vocabulary, in the order of these rows."""
+        return tuple(name for name in self.methods if getattr(getattr(self, name), "token", 0) is None)
+
+    def token_of(self, method: str) -> int:
+        """The id of the token that a method puts in."""
+        named: int | None = getattr(self, method).token
+        own = self.own_tokens
+        return self.model.vocab_size - len(own) + own.index(method) if named is None else named
 
     @property
     def length(self) -> int:
@@ -225,14 +256,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
     if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
-        return replace(config, model=replace(config.model, vocab_size=_vocab_size(config.data)))
-    if not config.data.prepared and config.model.vocab_size < (needed := _vocab_size(config.data)):
+        size = _vocab_size(config.data) + len(config.own_tokens)
+        return replace(config, model=replace(config.model, vocab_size=size))
+    if not config.data.prepared:
         # Told before anything is prepared; a folder of shards is asked when it is opened.
-        raise UsageError(
-            f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
-            f"{config.data.tokenizer!r}; leave model.vocab_size out, or take {needed}"
-        )
+        check_vocab_size(config, _vocab_size(config.data), repr(config.data.tokenizer))
     return config
+
+
+def check_vocab_size(config: RunConfig, tokenizer_size: int, tokenizer: str) -> None:
+    """Raises UsageError where the model's vocabulary lacks a row for an id of the tokenizer, or for a method's own."""
+    own = len(config.own_tokens)
+    if config.model.vocab_size < tokenizer_size + own:
+        more = f" and {own} for {' and '.join(config.own_tokens)}" if own else ""
+        raise UsageError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer_size} of the tokenizer "
+            f"{tokenizer}{more}; leave model.vocab_size out, or take {tokenizer_size + own}"
+        )
+    for name in config.methods:
+        named = getattr(getattr(config, name), "token", None)
+        if named is not None and named >= config.model.vocab_size:
+            raise UsageError(
+                f"{name}.token {named} is no id of a vocabulary of {config.model.vocab_size}; take a smaller one, or "
+                "leave it out"
+            )
 
 
 def _vocab_size(data: DataConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from headstart.data.batches import BatchStream
+from headstart.data.mixture import Source
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
@@ -33,7 +34,7 @@ from headstart.training.run_folder import RunFolder
 from headstart.training.run_report import RunReport, in_short
 from headstart.training.sample import decode_sample, prompt_tokens
 from headstart.training.spikes import LossHistory
-from headstart.training.step import StepResult, move, train_step
+from headstart.training.step import StepResult, inputs_of, move, train_step
 from headstart.training.trackers import check_packages
 from headstart.training.validation import long_enough, validate_sources
 
@@ -93,6 +94,7 @@ class Run:
             rank=processes.rank,
             ranks=processes.count,
         )
+        check_answers(self.sources, config)
         self.validated = long_enough(self.sources, config)
         self.existing: ExistingModel | None = None
         if config.adapt is not None:
@@ -147,7 +149,8 @@ class Run:
         """The next optimiser step, and the seconds it took."""
         config, position = self.config, self.position
         began = time.perf_counter()
-        batches = [move(batch, self.device) for batch in islice(self.stream, self.micro_batches)]
+        read = islice(self.stream, self.micro_batches)
+        batches = [move(inputs_of(batch, config, position.step), self.device) for batch in read]
         if self.existing is None:
             weights = config.head_weights.at(position.step / config.steps, config.model.heads)
             lr = learning_rate(position.step, config.steps, config.optimizer)
@@ -229,6 +232,16 @@ class Run:
                 save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
 
         self.processes.on_main(write)
+
+
+def check_answers(sources: Sequence[Source], config: RunConfig) -> None:
+    """Raises UsageError where answers are to be hidden that a source does not mark."""
+    for source in sources:
+        if config.masked_inputs.kind == "teacherless" and source.train.targets is None:
+            raise UsageError(
+                f"{source.train.directory}: does not say which tokens are answers, so masked_inputs.kind teacherless "
+                "would hide all; prepare conversations (headstart prepare), or take kind random"
+            )
 
 
 def build_model(

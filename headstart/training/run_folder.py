@@ -18,7 +18,16 @@ from headstart.errors import UsageError
 from headstart.files import replacing_file, take_lock
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
-from headstart.training.config import FIXED, QUIET, RunConfig, differences, is_under, load_config, save_config
+from headstart.training.config import (
+    FIXED,
+    QUIET,
+    RunConfig,
+    check_vocab_size,
+    differences,
+    is_under,
+    load_config,
+    save_config,
+)
 
 
 class RunFolder:
@@ -99,12 +108,9 @@ class RunFolder:
         """What the run reads: `data.mixture`, `data.path`, or its own data/. Raises UsageError where it cannot."""
         sources = open_sources(config.data.prepared or (MixturePart(self.data),))
         train = sources[0].train
-        needed = int(train.manifest["vocab_size"])
-        if config.model.vocab_size < needed and config.adapt is None:  # an existing model has its own words for it
-            raise UsageError(
-                f"model.vocab_size {config.model.vocab_size} is smaller than the {needed} of the tokenizer "
-                f"{train.manifest['tokenizer']!r} of {train.directory}; leave model.vocab_size out, or take {needed}"
-            )
+        if config.adapt is None:  # an existing model has its own words for it
+            tokenizer = f"{train.manifest['tokenizer']!r} of {train.directory}"
+            check_vocab_size(config, int(train.manifest["vocab_size"]), tokenizer)
         return sources
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from headstart.data.batches import Batch
+from headstart.data.masked_inputs import masked
 from headstart.model.transformer import Transformer
 from headstart.objective.distillation import taught_targets
 from headstart.objective.step import count_targets, walk_step
@@ -94,6 +95,13 @@ def train_step(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return StepResult(means, accuracies, gradient_norm, finite, skipped, stop=stops > 0)
+
+
+def inputs_of(batch: Batch, config: RunConfig, step: int) -> Batch:
+    """`batch` as step `step` (from 0) of the run reads it: inputs are hidden where the run says so."""
+    if config.masked_inputs.on:
+        batch = masked(batch, config.masked_inputs, config.token_of("masked_inputs"), config.seed, step)
+    return batch
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

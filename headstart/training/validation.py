@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from headstart.data.batches import IGNORE, Batch, evaluation_batches
+from headstart.data.masked_inputs import masked
 from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
@@ -75,6 +76,7 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
     """validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK.
 
     Sums and counts are added up over all rows and processes and divided once. A head without any target is left out.
+    A model that is trained without its own answers is scored without them.
     """
     n = config.model.heads
     totals = torch.zeros(3, n, dtype=torch.float64, device=processes.device)  # loss, hits, targets
@@ -82,6 +84,8 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
         shards, rows=config.batch.rows, length=config.length, heads=n, limit_rows=config.validation.rows
     )
     for batch in _shared_out(batches, processes):
+        if config.masked_inputs.in_use:
+            batch = masked(batch, config.masked_inputs, config.token_of("masked_inputs"), config.seed, step=0)
         batch = move(batch, processes.device)
         with autocast(config, processes.device):
             documents = batch.documents if config.data.attention_within_documents else None

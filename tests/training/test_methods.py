@@ -1,0 +1,137 @@
+"""Methods of docs/methods.md in a run: switched on in its YAML, exact when it goes on, gone from what it saves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chats import chat_tokenizer
+
+from headstart.data.masked_inputs import MaskConfig
+from headstart.data.shards import prepare
+from headstart.data.units import Selection
+from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.storage.model_directory import load_model
+from headstart.training import loop
+from headstart.training.config import BatchConfig, DataConfig, ValidationConfig, load_config
+from headstart.training.loop import train
+
+SHAPE: dict[str, Any] = {"dim": 16, "layers": 3, "attention_heads": 2, "context": 24, "heads": 2}
+METHODS: dict[str, dict[str, Any]] = {
+    "masked_inputs": {"model": ModelConfig(**SHAPE, vocab_size=257), "masked_inputs": MaskConfig("random")},
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def die_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original, calls = loop.train_step, [0]
+
+    def dying(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(loop, "train_step", dying)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_died_goes_on_exactly(tiny, metrics, weights, monkeypatch, method) -> None:
+    """And micro-batches change nothing: what is drawn belongs to the row."""
+    changes = METHODS[method]
+    whole, broken = tiny("whole", **changes), tiny("broken", **changes)
+    train(whole)
+    with monkeypatch.context() as patch:
+        die_in_step(patch, 4)
+        with pytest.raises(Killed):
+            train(broken)
+    train(broken)
+    assert metrics(whole.run_dir) == metrics(broken.run_dir)
+    first, second = weights(whole.run_dir), weights(broken.run_dir)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    split = tiny("split", batch=BatchConfig(rows=1, accumulate=4), **changes)
+    train(split)
+    losses = [[line["loss/head1"] for line in metrics(run.run_dir) if "loss/head1" in line] for run in (whole, split)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_changes_the_run_and_leaves_an_ordinary_model(tiny, metrics, method) -> None:
+    on, off = tiny("on", steps=2, **METHODS[method]), tiny("off", steps=2, model=METHODS[method]["model"])
+    for config in (on, off):
+        train(config)
+    assert metrics(on.run_dir) != metrics(off.run_dir)
+    names = [{str(file.relative_to(run.run_dir)) for file in (run.run_dir / "model").rglob("*")} for run in (on, off)]
+    assert {name.replace("on/", "off/") for name in names[0]} == names[1]
+    assert load_model(on.run_dir / "model").config == off.model
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of conversations, in which answers are marked."""
+    folder = tmp_path_factory.mktemp("answers")
+    talks = [
+        [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}" * 3}] for i in range(40)
+    ]
+    source = folder / "talks.jsonl"
+    source.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    chosen = Selection(conversations=True)
+    prepare([str(source)], folder / "data", chat_tokenizer(folder), selection=chosen, validation_fraction=0.3)
+    return folder / "data"
+
+
+def test_a_teacherless_model_is_trained_and_scored_without_its_answers(tiny, answers, monkeypatch) -> None:
+    seen: list[torch.Tensor] = []
+    config = tiny(
+        data=DataConfig(path=answers),
+        model=ModelConfig(**SHAPE, vocab_size=265),
+        masked_inputs=MaskConfig("teacherless"),
+        validation=ValidationConfig(every=1, rows=8),
+        steps=1,
+    )
+    for module, name in (("headstart.training.step", "walk_step"), ("headstart.training.validation", "score_step")):
+        original = getattr(sys.modules[module], name)
+
+        def record(model, tokens, targets, *rest, original=original):  # type: ignore[no-untyped-def]
+            is_answer = targets[:, :-1, 0] != -100
+            assert is_answer.any() and (tokens[:, 1:][is_answer] == 264).all() and not (tokens == 264).all()
+            seen.append(tokens)
+            return original(model, tokens, targets, *rest)
+
+        monkeypatch.setattr(f"{module}.{name}", record)
+    train(config)
+    assert len(seen) >= 2
+
+
+def test_what_a_method_needs_is_told(tiny, shards, tmp_path) -> None:
+    def said(**changes: Any) -> str:
+        with pytest.raises(UsageError) as error:
+            train(tiny(**changes))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    random = {"masked_inputs": MaskConfig("random")}
+    assert "256 of the tokenizer 'bytes'" in said(**random)
+    assert "and 1 for masked_inputs; leave model.vocab_size out, or take 257" in said(**random)
+    told = said(masked_inputs=MaskConfig("random", token=256), model=ModelConfig(**SHAPE))
+    assert told.startswith("masked_inputs.token 256 is no id of a vocabulary of 256; take a smaller one")
+    told = said(masked_inputs=MaskConfig("teacherless"), model=ModelConfig(**SHAPE, vocab_size=257))
+    assert "does not say which tokens are answers" in told and "take kind random" in told
+    sequential = ModelConfig(**SHAPE, vocab_size=257, head_kind="sequential", wiring="causal")
+    assert said(model=sequential, **random).startswith("masked_inputs does not go with sequential heads")
+
+
+def test_the_vocabulary_has_a_row_for_each_token_of_a_method(tmp_path, shards) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"steps: 1\ndata: {{path: {shards}}}\nmasked_inputs: {{kind: random}}\n")
+    config = load_config(file)
+    assert config.model.vocab_size == 257 and config.token_of("masked_inputs") == 256
+    assert load_config(file, ["--masked-inputs.token", "3"]).model.vocab_size == 256
