@@ -15,11 +15,12 @@ from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.int8 import Quantize, known
-from headstart.decoding.packing import decoding_dtype, pack
+from headstart.decoding.packing import decoding_dtype, is_row_exact, pack
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.policy import DraftPolicy, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.tree import wanted_tree
+from headstart.decoding.untuned import Learned, UntunedPolicy
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -80,6 +81,7 @@ class LanguageModel:
         self._tokenizer = tokenizer
         self._directory = directory
         self._tunings: dict[int, Tuning | None] = {}
+        self._learned: dict[int, Learned] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -107,7 +109,7 @@ class LanguageModel:
         if tree is not None:
             planted = wanted_tree(tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean)
             tuning = None if tuning is None else replace(tuning, tree=None)
-        policy = None if tuning is None else DraftPolicy(tuning)
+        policy = self._untuned(tree) if tuning is None else DraftPolicy(tuning)
         return Engine(
             self.transformer,
             slots=slots,
@@ -120,6 +122,13 @@ class LanguageModel:
             prefix_reuse=prefix_reuse,
             tree=planted,
         )
+
+    def _untuned(self, tree: int | str | None) -> DraftPolicy | None:
+        """A policy that finds out by itself. Not where the rows of a pass move last bits: the text would tell what was
+        timed."""
+        if tree is not None or self.config.heads == 1 or not is_row_exact(self.transformer):
+            return None
+        return UntunedPolicy(self._learned.setdefault(torch.get_num_threads(), Learned(self.transformer)))
 
     def _tuning(self) -> Tuning | None:
         """What `headstart tune` measured for as many threads as there are now."""
@@ -154,8 +163,8 @@ class LanguageModel:
             max_new_tokens: at most this many tokens; fewer where the model's context ends.
             temperature: 0 is greedy. top_k, top_p, min_p: see `Sampling`.
             seed: of the sampling noise; with a list of prompts also a list. The same seed gives the same text.
-            heads: K, how many heads decode (None: as many as are worth it, by what `headstart tune` measured; without
-                that all). The output does not depend on it.
+            heads: K, how many heads decode (None: as many as are worth it, by what `headstart tune` measured, or
+                without that by what shows while decoding). The output does not depend on it.
             exact: bit-identical output for every `heads`; False: the fastest shapes, equal up to rounding.
             stop: strings that end the text.
             acceptance: which drafts are kept, see `Rule`: "match" gives the tokens of plain decoding; "rejection" and

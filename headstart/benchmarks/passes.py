@@ -1,4 +1,4 @@
-"""Decoding passes on their own: the same window at the same length, again and again, with nothing around it."""
+"""What decoding passes cost on their own, by rows and slots."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 
 from headstart import machine
 from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
-from headstart.decoding.engine import SPAN, Engine
 from headstart.decoding.packing import pack
 from headstart.decoding.policy import PassCosts
-from headstart.decoding.step import decode_step
-from headstart.decoding.tree import DraftTree, TreeRows
+from headstart.decoding.single_pass import Pass
+from headstart.decoding.tree import DraftTree
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.terminal import Progress
@@ -22,61 +21,6 @@ from headstart.terminal import Progress
 TREE_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Of the trees that `pass_costs` times; costs between are judged by the nearest two."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class Pass:
-    """A decoding pass of `slots` windows of `rows` tokens at `length` cached positions; call it to run it.
-
-    `rows` may exceed the model's heads: the window is widened, so that the same weights can be timed at any width. With
-    a `tree` windows are its first `rows` rows, and all of it is drafted.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        rows: int,
-        heads: int = 1,
-        slots: int = 1,
-        length: int = 128,
-        deferred: bool = True,
-        confident: bool = False,
-        tree: DraftTree | None = None,
-    ) -> None:
-        self.model, self.rows, self.heads, self.length, self.deferred = model, rows, heads, length, deferred
-        self.confident = confident
-        engine = Engine(model, slots=slots, context=length + rows, exact=False, tree=tree)
-        self.state = state = engine.state
-        width = max(rows, engine.width)
-        device = state.length_S.device
-        state.window_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
-        state.heads_S[:] = heads
-        self.draft_tree = None if tree is None else TreeRows(tree, device)
-        self.tree = None if self.draft_tree is None else self.draft_tree.first(rows)
-        self.slots = slice(0, slots)
-        self.starts = [length] * slots
-        self.span = -(-(length + rows) // SPAN) * SPAN
-
-    @torch.no_grad()
-    def __call__(self) -> list[list[int]]:
-        self.state.length_S[:] = self.length
-        tokens, accepted = decode_step(
-            self.model,
-            self.state,
-            self.slots,
-            rows=self.rows,
-            heads=self.heads,
-            span=self.span,
-            starts=self.starts,
-            deferred=self.deferred,
-            confident=self.confident,
-            tree=self.tree,
-            draft_tree=self.draft_tree,
-        )
-        accepted.tolist()
-        if self.confident:
-            self.state.confidence_SK.tolist()
-        return tokens.tolist()  # the engine waits for both, so they belong to the pass
 
 
 def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: int) -> int:

@@ -47,7 +47,7 @@ def generate(
         prompt: text to continue; - reads it from standard input.
         max_new_tokens: at most this many tokens.
         heads: how many heads decode, 1 being plain decoding (default: those worth it by what `headstart tune` measured;
-            without that all). The output does not depend on it.
+            without that by what shows). The output does not depend on it.
         temperature: 0 is greedy.
         top_k: keep the k most probable tokens (0: all).
         top_p: keep the most probable tokens that reach this probability together (1: all).

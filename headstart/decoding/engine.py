@@ -299,8 +299,11 @@ class Engine:
         return max(rows, most), max(fixed, *(g.heads for g in free)) if drafting else fixed
 
     def _learn(self, generation: Generation, fed: int, accepted: int) -> None:
-        """How the looked up drafts of a pass fared."""
+        """How the drafts of a pass fared."""
         heads = sum(source > 0 for source in generation.sources)
+        if self.policy is not None and generation.confidences:
+            sampled = generation.request.sampling.temperature > 0
+            self.policy.learn(sampled, generation.confidences, min(fed, heads), min(accepted, heads))
         if generation.match and fed > heads and accepted >= heads:
             self.odds.saw(generation.match, fed - heads, accepted - heads)
 

@@ -239,6 +239,9 @@ class DraftPolicy:
                 best, best_worth = drafts + 1, worth
         return best, drafting
 
+    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
+        """Of a window of which `fed` drafts of heads were fed and `accepted` kept. What was tuned stays as it is."""
+
     def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
         """What became of a pass: `tokens` committed by `live` slots."""
         costs, _ = self._costs_of(slots)

@@ -1,0 +1,139 @@
+"""The policy of a model that was not tuned here: costs are timed when they are first needed, acceptance is learned.
+
+`headstart tune` measures both with more care and keeps them. Without it a policy still must not lose to plain
+decoding: what a row costs is found by a few passes of each kind, and what a draft is worth begins as the probability
+that its head gave it and becomes what was seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from headstart.decoding.policy import EDGES, PRIOR, AcceptanceTable, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.single_pass import Pass
+from headstart.model.transformer import Transformer
+
+LENGTH = 128
+"""Cached positions of the passes that are timed."""
+MOST_ROUNDS, SECONDS = 5, 0.1
+"""Timing of one kind of pass ends with the first of them."""
+HOPED = 0.8
+"""Of drafts being right, for whether passes of more rows are worth timing."""
+
+
+class AcceptanceCounts:
+    """How often drafts were right, by head and by the probability that their head gave them."""
+
+    def __init__(self, heads: int) -> None:
+        bounds = (0.0, *EDGES, 1.0)
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(bounds)]
+        self._right = [[PRIOR * middle for middle in middles] for _ in range(heads - 1)]
+        self._all = [[PRIOR] * len(middles) for _ in range(heads - 1)]
+        self._means = [[PRIOR * HOPED, PRIOR] for _ in range(heads - 1)]
+
+    def add(self, confidences: Sequence[float], fed: int, accepted: int) -> None:
+        """Of a pass that fed `fed` drafts and kept `accepted`: those kept, and the one after them."""
+        for i in range(min(fed, accepted + 1, len(confidences))):
+            at, right = bisect_right(EDGES, confidences[i]), accepted > i
+            self._right[i][at] += right
+            self._all[i][at] += 1
+            self._means[i][0] += right
+            self._means[i][1] += 1
+
+    def table(self) -> AcceptanceTable:
+        by_confidence = (tuple(a / b for a, b in zip(right, of)) for right, of in zip(self._right, self._all))
+        return AcceptanceTable(tuple(right / of for right, of in self._means), tuple(by_confidence))
+
+
+class Learned:
+    """What decoding has found of a model so far; engines of the same model and number of threads share it."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.counts = {sampled: AcceptanceCounts(model.config.heads) for sampled in (False, True)}
+        self._costs: dict[int, tuple[float, tuple[float, ...]]] = {}
+
+    def time(self, slots: int) -> bool:
+        """Times passes of as many slots, or of the powers of two around; False where they were timed before."""
+        below = 1 << (slots.bit_length() - 1)
+        new = {below, below if below == slots else 2 * below} - self._costs.keys()
+        for some in sorted(new):
+            self._costs[some] = timed_costs(self.model, some)
+        return bool(new)
+
+    def tuning(self) -> Tuning:
+        slots = tuple(sorted(self._costs))
+        costs = PassCosts(slots, tuple(self._costs[s][0] for s in slots), tuple(self._costs[s][1] for s in slots))
+        return Tuning(self.counts[False].table(), self.counts[True].table(), costs)
+
+
+class UntunedPolicy(DraftPolicy):
+    """Chooses by what it has learned (see `DraftPolicy`). Times passes, about fifteen plain ones, at each power of two
+    of slots that it meets."""
+
+    RENEW = 32
+    """Passes after which the tables are made anew."""
+
+    def __init__(self, learned: Learned) -> None:
+        self.learned = learned
+        self._since = 0
+        super().__init__(learned.tuning())
+
+    def _begin(self) -> None:
+        self._tokens, self._cost, self._passes = 8.0, 8.0, 0  # as if as fast as plain decoding
+
+    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
+        self.learned.counts[sampled].add(confidences, fed, accepted)
+        self._since += 1
+        if self._since >= self.RENEW:
+            self._renew()
+
+    def _renew(self) -> None:
+        self.tuning, self._since = self.learned.tuning(), 0
+        self._costs.clear()
+
+    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
+        if self.learned.time(slots):
+            self._renew()
+        return super()._costs_of(slots)
+
+
+def timed_costs(model: Transformer, slots: int) -> tuple[float, tuple[float, ...]]:
+    """Milliseconds of a plain pass of `slots` windows, and of drafting ones by rows, 1 to n. Numbers of rows between
+    those timed lie on the straight line; more rows than could pay are not timed, and cost as much more each."""
+    n, room = model.config.heads, model.config.context
+    length = max(1, min(LENGTH, room - n))
+    plain = Pass(model, rows=1, slots=slots, length=length)
+    base, known = math.inf, {}
+    for rows in sorted({1, *(r for r in (2, 4, 8) if r < n), n}):
+        drafting = Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
+        base, known[rows] = _least(plain, drafting, base)
+        if rows > 1 and known[rows] > base * sum(HOPED**i for i in range(rows)):
+            break
+    at = sorted(known)
+    costs = []
+    for rows in range(1, n + 1):
+        high = max(1, next((i for i, r in enumerate(at) if r >= rows), len(at) - 1))
+        low = high - 1
+        slope = (known[at[high]] - known[at[low]]) / (at[high] - at[low])
+        costs.append(known[at[low]] + (rows - at[low]) * slope)
+    return base, tuple(itertools.accumulate(costs, max))
+
+
+def _least(plain: Pass, drafting: Pass, base: float) -> tuple[float, float]:
+    """Milliseconds of the fastest run of each, taking turns: what disturbs a run only ever adds."""
+    least = [base, math.inf]
+    began = time.perf_counter()
+    for turn in range(1 + MOST_ROUNDS):
+        for i, one in enumerate((plain, drafting)):
+            at = time.perf_counter()
+            one()
+            if turn:  # the first warms up
+                least[i] = min(least[i], 1e3 * (time.perf_counter() - at))
+        if turn and time.perf_counter() - began > SECONDS:
+            break
+    return least[0], least[1]

@@ -1,0 +1,92 @@
+"""A model that was not tuned still never loses much to plain decoding, and writes the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import HEADS, packed
+
+from headstart.decoding import untuned
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
+from headstart.decoding.policy import EDGES, PRIOR
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.untuned import AcceptanceCounts, Learned, UntunedPolicy
+
+PROMPT = tuple(b"the cat then")
+
+
+def costs(monkeypatch: pytest.MonkeyPatch, first: float, row: float) -> list[int]:
+    """Made up for timed ones; the list grows by the slots that are asked for."""
+    asked: list[int] = []
+
+    def made_up(model, slots):
+        asked.append(slots)
+        return 1.0, tuple(first + row * i for i in range(HEADS))
+
+    monkeypatch.setattr(untuned, "timed_costs", made_up)
+    return asked
+
+
+def test_a_draft_is_worth_what_its_head_says_until_it_was_seen() -> None:
+    counts = AcceptanceCounts(3)
+    table = counts.table()
+    assert len(table.mean) == 2 and table.by_confidence[0][0] == pytest.approx(EDGES[0] / 2)
+    assert table.by_confidence[1][-1] == pytest.approx((EDGES[-1] + 1) / 2)
+    for _ in range(96):
+        counts.add([0.05, 0.99], fed=2, accepted=0)  # head 3 was never reached, so nothing is learned of it
+    table = counts.table()
+    assert table.by_confidence[0][0] == pytest.approx(PRIOR * EDGES[0] / 2 / (96 + PRIOR)) and table.mean[0] < 0.1
+    assert table.by_confidence[1] == AcceptanceCounts(3).table().by_confidence[1]
+    counts.add([0.05, 0.99], fed=1, accepted=1)  # fed alone: again nothing of head 3
+    assert counts.table().mean[1] == table.mean[1]
+    assert counts.table().mean[0] == pytest.approx((PRIOR * untuned.HOPED + 1) / (97 + PRIOR))
+
+
+def test_passes_are_timed_once_at_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = costs(monkeypatch, 1.0, 0.1)
+    learned = Learned(packed("replicated", torch.float32))
+    for slots, expected in ((1, [1]), (1, [1]), (4, [1, 4]), (5, [1, 4, 8]), (6, [1, 4, 8]), (16, [1, 4, 8, 16])):
+        UntunedPolicy(learned).plan(slots, [[]] * slots)
+        assert asked == expected
+
+
+@pytest.mark.parametrize("shape", ["replicated", "transformer-parallel"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_it_drafts_where_that_pays_rests_where_it_does_not_and_writes_the_same(shape, slots, monkeypatch) -> None:
+    model = packed(shape, torch.float32)
+    requests = [Request(PROMPT[i:], 60, Sampling(0.8 * (i % 2), seed=i)) for i in range(3)]
+    plain = [g.tokens for g in generate_all(Engine(model), [Request(r.prompt, 60, r.sampling, 1) for r in requests])]
+    drafted = {}
+    for name, first, row in (("free", 1.0, 0.0), ("dear", 1.5, 1.5)):
+        costs(monkeypatch, first, row)
+        learned = Learned(model)
+        engine = Engine(model, slots=slots, policy=UntunedPolicy(learned))
+        got = generate_all(engine, requests)
+        assert [g.tokens for g in got] == plain
+        drafted[name] = sum(sum(g.stats.drafted) for g in got)
+    assert drafted["dear"] == 0 < drafted["free"]
+
+
+def test_what_it_saw_makes_it_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts that their heads are sure of and that are never kept."""
+    costs(monkeypatch, 1.1, 0.2)
+    policy = UntunedPolicy(Learned(packed("replicated", torch.float32)))
+    sure = [0.99] * (HEADS - 1)
+    assert policy.plan(1, [policy.prefixes(False, sure)]) == (HEADS, True)
+    drafting = 0
+    for _ in range(5_000):
+        rows, drafts = policy.plan(1, [policy.prefixes(False, sure)])
+        drafting += drafts
+        if drafts:
+            policy.learn(False, sure, rows - 1, 0)
+        policy.saw(1, 1, rows, drafts, 1)
+    assert drafting < 250
+    assert policy.tuning.sampled == UntunedPolicy(policy.learned).tuning.sampled  # of sampled drafts it saw none
+    assert UntunedPolicy(policy.learned).tuning.greedy.mean[0] < 0.2  # another engine knows it too
+
+
+def test_times_of_passes_are_sane() -> None:
+    plain, drafting = untuned.timed_costs(packed("replicated", torch.float32), 2)
+    assert plain > 0 and len(drafting) == HEADS
+    assert list(drafting) == sorted(drafting)
