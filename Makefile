@@ -41,5 +41,5 @@ clean:
 # Built anew when the versions or the dependencies change.
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,report,hf,data,watch]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,report,hf,data,watch,serve]'
 	touch $@

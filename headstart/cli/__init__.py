@@ -12,6 +12,7 @@ from headstart.cli.adapting_data import distill_data
 from headstart.cli.decoding import generate
 from headstart.cli.exchange import convert, push
 from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
+from headstart.cli.serving import serve
 from headstart.cli.studying import study
 from headstart.cli.training import compare, demo, prepare, train
 
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         compare,
         distill_data,
         generate,
+        serve,
         evaluate,
         tune,
         inspect,

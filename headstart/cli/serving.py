@@ -1,0 +1,35 @@
+"""The command that serves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from tyro.conf import OmitArgPrefixes, Positional
+
+from headstart.errors import UsageError
+from headstart.serving.settings import ServeSettings
+
+PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+
+
+def serve(model: Positional[str | None] = None, *, settings: OmitArgPrefixes[ServeSettings]) -> None:
+    """Serve a model behind an OpenAI-compatible API, with a page to try it at /.
+
+    Args:
+        model: a model directory (default: the model in the box).
+        settings: of the server.
+    """
+    from headstart.storage.boxed import model_directory
+
+    try:
+        from headstart.serving.server import serve as run
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in PACKAGES:
+            raise
+        raise UsageError(
+            f"serving needs {error.name}, which is not installed: pip install 'headstart[serve]'"
+        ) from error
+
+    keys = settings.api_key or tuple(filter(None, os.environ.get("HEADSTART_API_KEY", "").split(",")))
+    run(model_directory(model), replace(settings, api_key=keys))

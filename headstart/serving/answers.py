@@ -1,0 +1,157 @@
+"""Answers in OpenAI's shapes, whole and in chunks, with what Headstart adds."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.generation import Generation, Stats
+from headstart.serving.jobs import Job, Piece
+from headstart.serving.protocol import finite
+
+FINISHED = {"end": "stop", "stop": "stop", "stuck": "stop", "length": "length"}
+"""OpenAI's word for each of our reasons; `finish_detail` has ours."""
+
+
+class Shape:
+    """Of the answer to one request.
+
+    Args:
+        chat: of which kind it is.
+        model: what clients call it.
+        seed: of the first choice of each prompt.
+        tokenizer: None for a model without: its texts are empty, `token_ids` tell what it wrote.
+        logprobs: whether log-probabilities are told.
+        origins: whether it is told which head drafted which token.
+        echo: what stands before the text of each choice; none without echo.
+    """
+
+    def __init__(
+        self,
+        *,
+        chat: bool,
+        model: str,
+        seed: int,
+        tokenizer: Tokenizer | None,
+        logprobs: bool,
+        origins: bool,
+        echo: Sequence[str] = (),
+    ) -> None:
+        self.chat, self.tokenizer, self.logprobs, self.origins, self.echo = chat, tokenizer, logprobs, origins, echo
+        name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._head = {"id": name, "created": int(time.time()), "model": model, "seed": seed}
+        self._begun: set[Job] = set()
+        self._offsets: dict[Job, int] = {}
+
+    def whole(self, jobs: Sequence[Job], pieces: dict[Job, Piece], prompt_tokens: int) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        choices = []
+        for job in jobs:
+            choice = self._choice(job, pieces[job])
+            if self.chat:
+                choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
+            choices.append(choice)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": usage(jobs, prompt_tokens)}
+
+    def chunk(self, job: Job, piece: Piece) -> dict[str, Any]:
+        """Of a stream."""
+        first = job not in self._begun
+        choice = self._choice(job, piece)
+        if self.chat:
+            role = {"role": "assistant"} if first else {}
+            choice["delta"] = {**role, "content": choice.pop("text")}
+        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+
+    def usage_chunk(self, jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
+        """The last one of a stream, where it is asked for."""
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage(jobs, prompt_tokens)}
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _choice(self, job: Job, piece: Piece) -> dict[str, Any]:
+        generation = job.generation
+        assert generation is not None
+        text = piece.text
+        if job not in self._begun:
+            self._begun.add(job)
+            text = self.echo[job.index] + text if self.echo else text
+        reason = generation.finish_reason if piece.finished else None
+        choice: dict[str, Any] = {"index": job.index, "text": text, "logprobs": None, "finish_reason": None}
+        if reason is not None:
+            choice |= {"finish_reason": FINISHED[reason], "finish_detail": reason}
+        if self.tokenizer is None:
+            choice["token_ids"] = generation.tokens[piece.start : piece.stop]
+        if self.logprobs:
+            choice["logprobs"] = self._logprobs(job, generation, piece)
+        if self.origins:
+            tokens = [{"text": part, "head": head} for part, head in piece.parts]
+            choice["speculative"] = {"tokens": tokens, "tokens_per_pass": round(piece.tokens_per_pass, 3)}
+        return choice
+
+    def _logprobs(self, job: Job, generation: Generation, piece: Piece) -> dict[str, Any]:
+        span = slice(piece.start, piece.stop)
+        of_tokens = list(zip(generation.tokens[span], generation.logprobs[span], generation.top_logprobs[span]))
+        if self.chat:
+            content = []
+            for token, own, best in of_tokens:
+                top = [self._token(other, logprob) for other, logprob in best]
+                content.append({**self._token(token, own), "top_logprobs": top})
+            return {"content": content, "refusal": None}
+        offsets, at = [], self._offsets.get(job, 0)
+        names = [self._name(token) for token, _, _ in of_tokens]
+        for name in names:
+            offsets.append(at)
+            at += len(name)
+        self._offsets[job] = at
+        return {
+            "tokens": names,
+            "token_logprobs": [finite(own) for _, own, _ in of_tokens],
+            "top_logprobs": [{self._name(t): finite(lp) for t, lp in best} for _, _, best in of_tokens],
+            "text_offset": offsets,
+        }
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self._name(token), "logprob": finite(logprob), "bytes": self._bytes(token)}
+
+    def _bytes(self, token: int) -> list[int] | None:
+        token_bytes = getattr(self.tokenizer, "token_bytes", None)
+        if token_bytes is not None:
+            return list(token_bytes(token))
+        return None if self.tokenizer is None else list(self.tokenizer.decode([token]).encode())
+
+    def _name(self, token: int) -> str:
+        """Its text; a token that is none by itself is named by its bytes, or its id."""
+        text = "" if self.tokenizer is None else self.tokenizer.decode([token])
+        if not text:
+            return f"token_id:{token}"
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._bytes(token) or ())
+        return text
+
+
+def usage(jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
+    """What the texts cost; `prompt_tokens`: of the different prompts."""
+    parts = [job.generation.stats for job in jobs if job.generation is not None]
+    stats = Stats.summed(parts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": stats.tokens,
+        "total_tokens": prompt_tokens + stats.tokens,
+        "prompt_tokens_details": {"cached_tokens": min(prompt_tokens, stats.prompt_tokens_reused)},
+        "speculative": {
+            "drafted": sum(stats.drafted) + stats.looked_up,
+            "accepted": sum(stats.accepted) + stats.looked_up_accepted,
+            "passes": stats.passes,
+            "tokens_per_pass": round(stats.tokens_per_pass, 3),
+            "per_position": [
+                {"head": k, "drafted": drafted, "accepted": accepted}
+                for k, (drafted, accepted) in enumerate(zip(stats.drafted, stats.accepted), start=2)
+            ],
+        },
+    }

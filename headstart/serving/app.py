@@ -1,0 +1,125 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+
+from headstart import __version__
+from headstart.serving.errors import INTERNAL, ApiError, JsonResponse
+from headstart.serving.protocol import ChatRequest, CompletionRequest
+from headstart.serving.service import Service
+from headstart.serving.stream import EventStream, GoneError, while_connected
+
+PAGE = files("headstart.serving") / "playground.html"
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application over `service`, without what guards it."""
+    app = FastAPI(
+        title="Headstart", version=__version__, docs_url=None, redoc_url=None, default_response_class=JsonResponse
+    )
+    app.add_exception_handler(RequestValidationError, _unfit)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _failed)
+    began = int(time.time())
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        """The one model that is served."""
+        return JsonResponse({"object": "list", "data": [_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        """Whether a model is served."""
+        if name != service.name:
+            raise ApiError(404, f"there is no model {name[:80]!r}", param="model", code="model_not_found")
+        return JsonResponse(_card())
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionRequest, request: Request) -> Any:
+        """Continues a text."""
+        return await _answer(service, asked, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(asked: ChatRequest, request: Request) -> Any:
+        """Answers a conversation, by the model's chat template."""
+        return await _answer(service, asked, request)
+
+    @app.get("/health")
+    async def health() -> Any:
+        """Whether the engine lives: 200 or 503."""
+        worker = service.worker
+        status = "failed" if worker.dead else "ok"
+        return JsonResponse({"status": status, "engine_failures": worker.failures}, 503 if worker.dead else 200)
+
+    @app.get("/ready")
+    async def ready() -> Any:
+        """Whether requests are taken: 200, or 503 from the beginning of the end."""
+        takes = not service.draining and not service.worker.dead
+        return JsonResponse({"status": "ready" if takes else "draining"}, 200 if takes else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Any:
+        """In Prometheus' text format."""
+        return Response(service.worker.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    if PAGE.is_file():
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> Any:
+            return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+    def _card() -> dict[str, Any]:
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": began,
+            "owned_by": "headstart",
+            "max_model_len": service.context,
+            "heads": service.model.config.heads,
+        }
+
+    return app
+
+
+async def _answer(service: Service, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
+    if service.draining:
+        raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
+    client = request.headers.get("authorization", "") + "@" + (request.client.host if request.client else "")
+    answer = await service.prepare(asked, client)
+    if asked.stream:
+        return EventStream(answer.events())
+    try:
+        return JsonResponse(await while_connected(answer.whole(), request.receive))
+    except GoneError:
+        return Response(status_code=499)  # nobody reads it
+
+
+async def _unfit(request: Request, error: Exception) -> Response:
+    """A request that is not of the shape asked for."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON; send an object of the fields that /openapi.json names").response()
+    return ApiError(400, f"{place}: {message}" if place else message, param=place or None).response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if isinstance(error, ApiError):
+        return error.response()
+    return ApiError(error.status_code, error.detail, headers=error.headers).response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Anything else; the log has the traceback."""
+    return ApiError(500, INTERNAL).response()

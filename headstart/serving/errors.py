@@ -1,0 +1,55 @@
+"""Errors as OpenAI's API tells them, {"error": {"message", "type", "param", "code"}}: no path, no traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""By status; others are the request's fault below 500, the server's from there on."""
+INTERNAL = "internal error; the server's log says more"
+
+
+class ApiError(HTTPException):
+    """An answer other than 200.
+
+    Args:
+        status: of HTTP.
+        message: one line: the thing, what is wrong with it, the mend.
+        param: the field of the request that it is about.
+        code: OpenAI's word for it, for programs.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.param, self.code = param, code
+
+    @property
+    def content(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JsonResponse:
+        return JsonResponse(self.content, self.status_code, self.headers)
+
+
+class JsonResponse(Response):
+    """JSON in ASCII: a lone surrogate out of a request has no UTF-8 form, and its answer must not fail of it."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()

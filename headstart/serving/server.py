@@ -1,0 +1,114 @@
+"""A server from its start to its end: the model is loaded, requests are answered, a signal lets them finish."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import uvicorn
+
+from headstart import api, machine
+from headstart.decoding.engine import Engine
+from headstart.errors import UsageError
+from headstart.serving.app import make_app
+from headstart.serving.metrics import Metrics
+from headstart.serving.service import Service
+from headstart.serving.settings import ServeSettings
+from headstart.serving.worker import Worker
+from headstart.terminal import say
+
+
+def make_service(directory: Path, settings: ServeSettings) -> Service:
+    """Loads the model, and starts the thread with its engine. Raises UsageError where they cannot be had."""
+    model = api.load(directory, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
+    most = model.config.context
+    if settings.context is not None and settings.context > most:
+        raise UsageError(f"--context is {settings.context}; this model's is {most}")
+    if settings.heads is not None and settings.heads > model.config.heads:
+        raise UsageError(f"--heads is {settings.heads}; this model has {model.config.heads}")
+    threads = settings.threads or max(1, machine.cores() - 1)
+
+    def make_engine() -> Engine:
+        torch.set_num_threads(threads)
+        return model.engine(settings.slots, settings.context, settings.exact, settings.lookup)
+
+    name = settings.name or directory.resolve().name
+    worker = Worker(make_engine, model._tokenizer, settings.slots, settings.queue, Metrics(name))
+    worker.start()
+    return Service(model, worker, name, settings)
+
+
+class Server(uvicorn.Server):
+    """Runs until a signal comes; running requests then have some seconds to finish, unless a second one comes.
+
+    Listens from the beginning. Raises UsageError where the address cannot be had.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        settings = service.settings
+        self.socket = _listen(settings.host, settings.port)
+        # An answer that has been written may still be on its way when the last text is done.
+        config = uvicorn.Config(
+            make_app(service),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=5,
+        )
+        super().__init__(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        host, port = self.socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve([self.socket] if sockets is None else sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Of a signal."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self.drain()
+
+    def drain(self) -> None:
+        """Takes no more requests, and ends when those that run are done, or after `drain_seconds`. From any thread."""
+        self.service.draining = True
+        if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop)
+
+    async def _finish(self) -> None:
+        worker = self.service.worker
+        deadline = time.monotonic() + self.service.settings.drain_seconds
+        while not worker.idle and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(worker.stop)
+        self.should_exit = True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UsageError(f"{host}:{port}: {error.strerror}; name another --port or --host") from error
+
+
+def serve(directory: Path, settings: ServeSettings) -> None:
+    """Serves a model until a signal ends it."""
+    service = make_service(directory, settings)
+    server = Server(service)
+    say(f"{service.name}: listening on {server.url}; stop it with Ctrl-C")
+    key = ' -H "Authorization: Bearer $HEADSTART_API_KEY"' if settings.api_key else ""
+    body = '{"prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0}'
+    say(f"try: curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    server.run()

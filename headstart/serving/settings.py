@@ -1,0 +1,70 @@
+"""What `headstart serve` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from headstart.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Of a server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; this one is seen by this machine alone."""
+    port: int = 8000
+    """Port (0: a free one)."""
+    name: str | None = None
+    """What clients call the model (default: the name of its directory)."""
+    api_key: tuple[str, ...] = ()
+    """Keys of which a client must show one, as `Authorization: Bearer KEY` (default: those in HEADSTART_API_KEY, parted
+    by commas; none: everybody is served)."""
+    allow_origin: tuple[str, ...] = ()
+    """Web pages of these origins may ask too (CORS); * for all."""
+    slots: int = 8
+    """Texts decoded at once."""
+    context: int | None = None
+    """Most tokens of a prompt and its answer together (default: the model's)."""
+    heads: int | None = None
+    """Heads that decode where a request names none (default: those worth it by what `headstart tune` measured; without
+    that all). The text does not depend on it."""
+    lookup: int = 0
+    """At most this many drafts of a pass are looked up in the text itself."""
+    exact: bool = True
+    """Bit-identical texts for every number of heads; --no-exact is the fastest path, equal up to rounding."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
+    quantize: Literal["int8"] | None = None
+    """int8: weights and activations of all products in 8 bits, on CPUs; faster, not quite the same model."""
+    device: str = "cpu"
+    """cpu, cuda, ..."""
+    threads: int | None = None
+    """CPU threads of the decoding (default: one core is left to the server, where there are two or more)."""
+    queue: int = 128
+    """Texts that may wait for a slot; past it requests are answered 429."""
+    max_tokens: int | None = None
+    """Most tokens that a request may ask for (default: what the context holds)."""
+    max_body_bytes: int = 4 * 1024 * 1024
+    """Largest request."""
+    request_timeout: float = 600.0
+    """Seconds that a request may take, waiting included."""
+    drain_seconds: float = 30.0
+    """After SIGTERM, seconds that running requests have to finish."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("queue", 0), ("max_body_bytes", 1), ("port", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("request_timeout", "drain_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
+        for name in ("context", "max_tokens", "threads", "heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.port > 65535:
+            raise UsageError(f"--port is {self.port}; ports end at 65535")
+        if any(not key for key in self.api_key):
+            raise UsageError("--api-key is empty; name a key, or leave it out to serve everybody")

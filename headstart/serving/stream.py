@@ -1,0 +1,85 @@
+"""An answer as server-sent events: a chunk for what each pass commits, so several tokens may come in one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from headstart.serving.errors import ApiError
+
+
+def event(content: Any) -> bytes:
+    """One event of a stream."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect them
+]
+
+
+class EventStream(Response):
+    """Sends events as they come, and ends them where the client has gone.
+
+    Args:
+        events: the answer. An ApiError before the first event is the answer, with its status; a later one is told in
+            an event of its own, and ends the stream.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__()
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await while_connected(self._send(scope, receive, send), receive)
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async for body in self._events:
+                if not started:
+                    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                    started = True
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        except ApiError as error:
+            if not started:
+                await error.response()(scope, receive, send)
+                return
+            await send({"type": "http.response.body", "body": event(error.content), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class GoneError(Exception):
+    """The client has closed the connection."""
+
+
+async def while_connected(work: Awaitable[Any], receive: Callable[[], Awaitable[Any]]) -> Any:
+    """What `work` gives, which is cancelled where the client goes. The body must have been read."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise GoneError
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,205 @@
+"""The thread that owns the engine. Others hand it jobs and cancel them; it hands their pieces to the event loop."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation
+from headstart.decoding.origins import OriginStream
+from headstart.errors import UsageError
+from headstart.serving.errors import INTERNAL, ApiError
+from headstart.serving.fair_queue import FairQueue
+from headstart.serving.jobs import Job, Piece, hand_out
+from headstart.serving.metrics import Metrics
+
+
+class Worker:
+    """Steps an engine for as long as there is something to do.
+
+    Args:
+        make_engine: called in the thread; called again if an engine has failed, for what it holds is not known then.
+        tokenizer: for telling which head drafted what.
+        slots: of the engine.
+        queue: how many jobs may wait beside those in slots.
+    """
+
+    def __init__(
+        self, make_engine: Callable[[], Engine], tokenizer: Tokenizer | None, slots: int, queue: int, metrics: Metrics
+    ) -> None:
+        self._make_engine, self._tokenizer, self.slots, self.queue = make_engine, tokenizer, slots, queue
+        self.metrics = metrics
+        self.failures = 0
+        """Of the engine."""
+        self.dead = False
+        """No engine could be made again."""
+        self._lock = threading.Condition()
+        self._waiting: FairQueue[Job] = FairQueue()
+        self._cancelled: list[tuple[Job, str]] = []
+        self._running: list[Job] = []
+        self._job_of: dict[Generation, Job] = {}
+        self._stopping = False
+        self._seconds = 1.0  # that a job takes in its slot, lately
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ready = threading.Event()
+        self._no_start: Exception | None = None
+
+    def start(self) -> None:
+        """Returns when the engine is there; raises what kept it from that."""
+        self._thread.start()
+        self._ready.wait()
+        if self._no_start is not None:
+            raise self._no_start
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Takes all of them or none. Raises ApiError 429 past the bound, with the seconds after which to try again."""
+        bound = self.slots + self.queue
+        if len(jobs) > bound:
+            raise ApiError(400, f"the request asks for {len(jobs)} texts; this server takes {bound} at once", param="n")
+        with self._lock:
+            busy = len(self._waiting) + len(self._running)
+            if self.dead:
+                raise ApiError(503, "the engine has failed and could not be started again")
+            if busy + len(jobs) > bound:
+                seconds = max(1, min(60, math.ceil(busy * self._seconds / self.slots)))
+                raise ApiError(
+                    429,
+                    f"{busy} texts are being written or wait; try again in {seconds} s",
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": str(seconds)},
+                )
+            for job in jobs:
+                self._waiting.put(job.client, job)
+            self._lock.notify()
+
+    def cancel(self, jobs: Sequence[Job], outcome: str = "cancelled") -> None:
+        """Ends those that are not done: they leave the queue, or their slots before the next pass."""
+        with self._lock:
+            for job in jobs:
+                if self._waiting.remove(job.client, job):
+                    self.metrics.ended(job, outcome)
+                else:
+                    self._cancelled.append((job, outcome))
+            self._lock.notify()
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def stop(self) -> None:
+        """Ends the thread after its step; whoever waits is told."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            engine = self._make_engine()
+        except Exception as error:
+            self._no_start = error
+            return
+        finally:
+            self._ready.set()
+        while self._wait():
+            begun = self._next_jobs(engine)
+            refusals = [(job, self._begin(engine, job)) for job in begun]
+            errors = [(job, why) for job, why in refusals if why is not None]
+            pieces: list[tuple[Job, Piece]] = []
+            try:
+                pieces = self._step(engine) if engine.busy else []
+            except Exception:
+                traceback.print_exc()
+                self.failures += 1
+                self.metrics.failed()
+                refused = [job for job, _ in errors]
+                errors += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
+                del engine  # its memory is wanted for the next one
+                try:
+                    engine = self._make_engine()
+                except Exception:
+                    traceback.print_exc()
+                    self.dead = True
+            self._hand_over(pieces, errors)
+            if self.dead:
+                break
+        with self._lock:
+            left = [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
+        why = "the engine has failed" if self.dead else "the server is stopping"
+        self._hand_over([], [(job, ApiError(503, why)) for job in left])
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False where that is to stop."""
+        with self._lock:
+            while not (self._stopping or self._waiting or self._running):
+                self._lock.wait()
+            return not self._stopping
+
+    def _next_jobs(self, engine: Engine) -> list[Job]:
+        """Frees the slots of jobs that were cancelled, and gives those that are free away."""
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, []
+            for job, outcome in cancelled:
+                if job in self._running:
+                    assert job.generation is not None
+                    engine.cancel(job.generation)
+                    self._ended(job, outcome)
+            free = self.slots - len(self._running)
+            begun = [self._waiting.next() for _ in range(min(free, len(self._waiting)))]
+            self._running += begun
+            self.metrics.load(len(self._waiting), len(self._running))
+        return begun
+
+    def _begin(self, engine: Engine, job: Job) -> ApiError | None:
+        try:
+            job.generation = engine.submit(job.request)
+        except UsageError as error:
+            return ApiError(400, str(error))
+        except Exception:
+            traceback.print_exc()
+            return ApiError(500, INTERNAL)
+        if job.wants_origins and self._tokenizer is not None:
+            job.origin_stream = OriginStream(job.generation, self._tokenizer)
+        self._job_of[job.generation] = job
+        return None
+
+    def _step(self, engine: Engine) -> list[tuple[Job, Piece]]:
+        pieces = []
+        committed = engine.step()
+        now = time.perf_counter()
+        for generation, text in committed:
+            job = self._job_of[generation]
+            self.metrics.passed(job, now, len(generation.tokens) - job.passed)
+            job.passed = len(generation.tokens)
+            piece = job.piece(text)
+            if piece is not None:
+                pieces.append((job, piece))
+        return pieces
+
+    def _hand_over(self, pieces: list[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:
+        """Tells the event loop, in one call a step."""
+        done = [(job, piece) for job, piece in pieces if piece.finished]
+        with self._lock:
+            for job, _ in done:
+                assert job.generation is not None
+                self._ended(job, job.generation.finish_reason or "")
+            for job, error in errors:
+                self._ended(job, "refused" if error.status_code < 500 else "failed")
+        for loop in {job.inbox.loop for job, _ in (*pieces, *errors)}:
+            with suppress(RuntimeError):  # the loop has ended, and nobody listens
+                loop.call_soon_threadsafe(hand_out, pieces, errors)
+
+    def _ended(self, job: Job, outcome: str) -> None:
+        """A job leaves; the lock is held."""
+        if job in self._running:
+            self._running.remove(job)
+        if job.generation is not None:
+            self._job_of.pop(job.generation, None)
+            self._seconds += 0.1 * (job.generation.stats.seconds - self._seconds)
+        self.metrics.ended(job, outcome)
