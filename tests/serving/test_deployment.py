@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from headstart.serving.errors import ApiError
+from headstart.serving.server import Server, make_service
+from headstart.serving.settings import ServeSettings
+from headstart.storage.boxed import boxed_model
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -30,11 +44,16 @@ def test_systemd_takes_the_unit_and_calls_it_safe(tmp_path: Path) -> None:
     run("systemd-analyze", "security", "--offline=true", "--threshold=16", unit)
 
 
-def test_the_unit_names_options_that_there_are() -> None:
-    line = next(
-        line for line in (DEPLOY / "headstart@.service").read_text().splitlines() if line.startswith("ExecStart")
-    )
-    assert re.findall(r"--[\w-]+", line) == ["--port"]
+def test_what_is_started_takes_the_options_named() -> None:
+    known = {"--" + field.name.replace("_", "-") for field in fields(ServeSettings)}
+    for name in ("headstart@.service", "Dockerfile"):
+        line = re.findall(r"^(?:ExecStart|ENTRYPOINT).*", (DEPLOY / name).read_text(), re.M)[0]
+        assert "serve" in line and set(re.findall(r"--[\w-]+", line)) <= known
+    read = (DEPLOY / "nginx.conf").read_text()
+    assert int(re.findall(r"proxy_read_timeout (\d+)s", read)[0]) > ServeSettings.request_timeout
+    assert int(re.findall(r"client_max_body_size (\d+)m", read)[0]) * 2**20 > ServeSettings.max_body_bytes
+    stop = re.findall(r"TimeoutStopSec=(\d+)", (DEPLOY / "headstart@.service").read_text())[0]
+    assert int(stop) > ServeSettings.drain_seconds + 5  # and an answer on its way
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
@@ -54,3 +73,143 @@ def test_the_image_is_pinned_unprivileged_and_holds_what_it_copies() -> None:
     let_in = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
     copied = {name for names in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M) for name in names.split()}
     assert copied == let_in and all((ROOT / name).exists() for name in copied)
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if true():
+            return
+        time.sleep(0.02)
+    pytest.fail("it did not come to that")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as there:
+        return there.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[Server]]:
+    """Two that write texts of the model in the box."""
+    both = [Server(make_service(boxed_model(), ServeSettings(port=0, slots=2))) for _ in range(2)]
+    threads = [threading.Thread(target=server.run, daemon=True) for server in both]
+    for thread in threads:
+        thread.start()
+    yield both
+    for server, thread in zip(both, threads):
+        if thread.is_alive():
+            server.drain()
+            thread.join(20)
+
+
+@pytest.fixture
+def gateway(servers: list[Server], tmp_path: Path) -> Iterator[str]:
+    """Its address; deploy/nginx.conf with the ports of the servers."""
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if nginx is None:
+        pytest.skip("no nginx here: apt-get install nginx-light")
+    own, text = free_port(), (DEPLOY / "nginx.conf").read_text()
+    for there, here in (("127.0.0.1:8001", servers[0].url), ("127.0.0.1:8002", servers[1].url)):
+        assert there in text
+        text = text.replace(there, here.removeprefix("http://"))
+    (tmp_path / "headstart.conf").write_text(text.replace("listen 8000;", f"listen 127.0.0.1:{own};"))
+    folders = "".join(
+        f"{name}_temp_path {tmp_path}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    main = tmp_path / "nginx.conf"
+    main.write_text(
+        f"pid {tmp_path}/pid; daemon off; error_log {tmp_path}/log; events {{}}\n"
+        f"http {{ access_log off; {folders} include {tmp_path}/headstart.conf; }}\n"
+    )
+    run(nginx, "-t", "-c", main)
+    process = subprocess.Popen([nginx, "-c", str(main)], stderr=subprocess.DEVNULL)
+    until(lambda: listens(own))
+    yield f"http://127.0.0.1:{own}"
+    process.terminate()
+    process.wait(20)
+
+
+def ask(gateway: str, **asked: object) -> Any:
+    """The open answer to a request for a text."""
+    body = {"prompt": "def f(", "max_tokens": 4, "temperature": 0, **asked}
+    request = urllib.request.Request(
+        gateway + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return urllib.request.urlopen(request, timeout=20)
+
+
+def text(gateway: str) -> str:
+    with ask(gateway) as answer:
+        return json.load(answer)["choices"][0]["text"]
+
+
+def ended(server: Server, outcome: str) -> float:
+    """How many texts of a server have ended so."""
+    page = server.service.worker.metrics.page().decode()
+    found = re.findall(rf'^headstart_texts_total{{.*outcome="{outcome}".*}} (\S+)$', page, re.M)
+    return sum(map(float, found))
+
+
+def test_nginx_shares_requests_out(servers: list[Server], gateway: str) -> None:
+    texts = [text(gateway) for _ in range(6)]
+    assert len(set(texts)) == 1 and texts[0]
+    assert all(ended(server, "length") > 0 for server in servers)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(gateway + "/metrics")
+
+
+def test_nginx_lets_events_through_and_tells_of_readers_who_go(
+    servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for server in servers:
+        step = server.service.worker._step
+
+        def slow(engine: Any, step: Callable[[Any], Any] = step) -> Any:
+            time.sleep(0.02)
+            return step(engine)
+
+        monkeypatch.setattr(server.service.worker, "_step", slow)
+    answer = ask(gateway, max_tokens=400, stream=True, speculative={"enabled": False})
+    assert answer.readline().startswith(b"data: ")
+    assert any(not server.service.worker.idle for server in servers)  # it came before the text was complete
+    answer.close()
+    until(lambda: sum(ended(server, "cancelled") for server in servers) == 1)
+    assert all(server.service.worker.idle for server in servers)
+
+
+def test_nginx_passes_on_that_servers_are_full(
+    servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(jobs: object) -> None:
+        asked.append(jobs)
+        raise ApiError(429, "full", headers={"Retry-After": "7"})
+
+    for server in servers:
+        monkeypatch.setattr(server.service.worker, "submit", full)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        ask(gateway)
+    assert (error.value.code, error.value.headers["Retry-After"]) == (429, "7")
+    assert json.load(error.value)["error"]["message"] == "full"
+    assert len(asked) == 1
+
+
+def test_nginx_goes_round_servers_that_drain_or_are_gone(
+    servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = ended(servers[1], "length")
+    with monkeypatch.context() as patch:
+        patch.setattr(servers[0].service, "draining", True)
+        assert len({text(gateway) for _ in range(4)}) == 1
+    assert ended(servers[1], "length") == before + 4
+    port = servers[0].socket.getsockname()[1]
+    servers[0].drain()
+    until(lambda: not listens(port))
+    assert len({text(gateway) for _ in range(4)}) == 1
+    assert ended(servers[1], "length") == before + 8

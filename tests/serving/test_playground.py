@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import Any
@@ -191,3 +193,122 @@ def test_what_goes_wrong_is_told_in_a_line(tab: Any, answer: Answer, line: str) 
     playwright.expect(tab.get_by_role("alert")).to_have_text(line)
     playwright.expect(tab.get_by_role("button", name="Write")).to_be_enabled()
     playwright.expect(tab.get_by_role("button", name="Stop")).to_be_disabled()
+
+
+@needs_browser
+def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Any) -> None:
+    asked: list[str | None] = []
+
+    def models(route: Any) -> None:
+        asked.append(route.request.headers.get("authorization"))
+        if asked[-1] == "Bearer right":
+            route.fulfill(json=MODELS)
+        else:
+            route.fulfill(status=401, json={"error": {"message": "no"}})
+
+    tab.route(NOWHERE, lambda route: route.fulfill(body=HTML, content_type="text/html; charset=utf-8"))
+    tab.route(NOWHERE + "v1/models", models)
+    tab.goto(NOWHERE)
+    alert, key = tab.get_by_role("alert"), tab.get_by_label("API key")
+    playwright.expect(alert).to_have_text("The server asks for an API key.")
+    playwright.expect(key).to_be_focused()
+    key.fill("wrong")
+    key.press("Enter")
+    playwright.expect(alert).to_have_text("The server does not take this API key.")
+    key.fill("right")
+    key.press("Enter")
+    playwright.expect(tab.locator("#model")).to_contain_text("some-model")
+    playwright.expect(key).to_be_hidden()
+    playwright.expect(alert).to_be_hidden()
+    assert asked == [None, "Bearer wrong", "Bearer right"]
+    kept = tab.evaluate("() => [Object.values(sessionStorage), localStorage.length, document.cookie]")
+    assert kept == [["right"], 0, ""]
+
+
+@needs_browser
+def test_a_race_says_where_texts_part(tab: Any) -> None:
+    def answer(route: Any) -> None:
+        body = json.loads(route.request.post_data)
+        if not body["stream"]:
+            route.fulfill(json={})
+            return
+        word = "same" if not body["speculative"]["enabled"] else "sane"
+        streamed(chunk((word, 1)), usage(1))(route)
+
+    opened(tab, answer)
+    press(tab, "Race")
+    playwright.expect(tab.locator("#verdict")).to_contain_text("✗ The texts differ from character 3 on.")
+
+
+def settings_of(tab: Any, **values: object) -> None:
+    for name, value in values.items():
+        tab.locator(f"#{name}").fill(str(value))
+
+
+def width(tab: Any) -> int:
+    return tab.evaluate("() => document.documentElement.scrollWidth")
+
+
+@needs_browser
+def test_the_text_is_the_servers_and_a_race_ends_in_it_twice(tab: Any, server: Any) -> None:
+    prompt = "class Stack:\n    def push(self, item):\n"
+    fields = {"max_tokens": 80, "temperature": 0.9, "top_p": 0.95, "seed": 5}
+    tab.goto(server.url)
+    settings_of(tab, prompt=prompt, **fields)
+    tab.locator("#prompt").press("Control+Enter")
+    status = tab.locator("#status")
+    playwright.expect(status).to_contain_text("Done: 80 tokens")
+    request = urllib.request.Request(
+        server.url + "/v1/completions",
+        json.dumps({"prompt": prompt, "speculative": {"origins": True}, **fields}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request) as response:
+        choice = json.load(response)["choices"][0]
+    shown = written(tab)
+    assert "".join(text for text, _ in shown) == choice["text"]
+    assert [head for text, head in shown for _ in text] == [
+        part["head"] for part in choice["speculative"]["tokens"] for _ in part["text"]
+    ]
+    assert {head for _, head in shown} > {1, 2}
+    assert tab.locator(".bars tr").count() == 7
+    assert width(tab) == 390
+
+    press(tab, "Race")
+    playwright.expect(tab.locator("#verdict")).to_contain_text("✓ Identical texts (80 tokens)")
+    plain, speculative = written(tab, 0), written(tab, 1)
+    assert {head for _, head in plain} == {1}
+    assert "".join(text for text, _ in plain) == choice["text"]
+    assert speculative == shown
+    press(tab, "Replay")
+    playwright.expect(status).to_have_text("Replaying …")
+    tab.keyboard.press("Escape")
+    playwright.expect(status).to_have_text("Done.")
+    assert written(tab, 0) == plain and written(tab, 1) == shown
+    assert width(tab) == 390
+
+
+@needs_browser
+def test_stop_frees_the_slot(tab: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = server.service.worker
+    step = worker._step
+
+    def slow(engine: Any) -> Any:
+        time.sleep(0.02)
+        return step(engine)
+
+    monkeypatch.setattr(worker, "_step", slow)
+    tab.goto(server.url)
+    settings_of(tab, max_tokens=480)
+    tab.get_by_label("Speculate").uncheck()
+    press(tab, "Write")
+    tab.locator(".text [data-head]").nth(3).wait_for()
+    press(tab, "Stop")
+    playwright.expect(tab.locator("#status")).to_have_text("Stopped.")
+    playwright.expect(tab.get_by_role("alert")).to_be_hidden()
+    for _ in range(200):
+        if worker.idle:
+            break
+        time.sleep(0.02)
+    assert worker.idle
+    assert 3 < len(written(tab)) < 400
