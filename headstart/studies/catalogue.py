@@ -8,7 +8,16 @@ from typing import Any
 from headstart.errors import UsageError
 from headstart.studies.study import Study
 
-STUDIES = ("polynomial",)
+STUDIES = (
+    "polynomial",
+    "induction",
+    "choice-points",
+    "mutual-information",
+    "bytes",
+    "heads",
+    "scaling",
+    "curriculum",
+)
 """In the order in which they are told; each is the file of that name."""
 
 

@@ -11,25 +11,29 @@ from typing import Any
 
 from headstart import machine
 from headstart.files import replacing_file, write_text
-from headstart.page import figure_style
+from headstart.page import COLOURS, SERIES, figure_style
 from headstart.studies.folder import StudyFolder
 from headstart.studies.study import Findings, Result, Scale, Study, StudySettings
 from headstart.terminal import duration, format_table
+
+INK, MUTED, LINE = (COLOURS[name][0] for name in ("ink", "muted", "line"))
+SMOKE = "A smoke run shows that the study runs, and nothing of its claim. "
 
 
 def results_of(
     study: Study[Any], scale: Scale, settings: StudySettings, results: Sequence[Result], findings: Findings
 ) -> dict[str, Any]:
     """All that is known of a study that was run."""
+    smoke = scale == "smoke"
     return {
         "study": study.name,
         "scale": scale,
         "claim": study.claim,
         "section": study.section,
         "published": study.published,
-        "verdict": findings.verdict,
+        "verdict": "out of reach" if smoke else findings.verdict,
         "ours": findings.ours,
-        "sentence": findings.sentence,
+        "sentence": SMOKE + findings.sentence if smoke else findings.sentence,
         "table": {"headers": list(findings.headers), "rows": [list(row) for row in findings.rows]},
         "notes": list(findings.notes),
         "date": datetime.date.today().isoformat(),
@@ -76,9 +80,16 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
 
 def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Result], path: Path) -> None:
     """Writes the figure as PNG."""
+    import matplotlib
+    from cycler import cycler
     from matplotlib.figure import Figure
 
-    with figure_style():
+    style: Any = {
+        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": MUTED,
+        "legend.labelcolor": INK, "grid.color": LINE, "legend.fontsize": 9, "font.size": 10,
+        "axes.prop_cycle": cycler(color=[COLOURS[name][0] for name in SERIES]),
+    }  # fmt: skip
+    with figure_style(), matplotlib.rc_context(style):
         figure = Figure(figsize=(9.6, 4.0), layout="constrained")
         study.draw(figure, settings, results)
         with replacing_file(path) as temporary:

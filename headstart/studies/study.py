@@ -52,7 +52,7 @@ class Result:
         return all(self.case.conditions.get(name) == value for name, value in conditions.items())
 
 
-def values(results: Sequence[Result], number: Callable[[Result], float], **conditions: object) -> list[float]:
+def values(results: Sequence[Result], number: Callable[[Result], Any], **conditions: object) -> list[Any]:
     """`number` of the results of these conditions, in the order of their seeds."""
     found = sorted((result for result in results if result.of(**conditions)), key=lambda result: result.case.seed)
     return [number(result) for result in found]

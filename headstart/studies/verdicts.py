@@ -37,6 +37,10 @@ class Contrast:
         """The opposite of the claim, with every seed."""
         return len(self.differences) > 1 and max(self.differences) < -self.margin
 
+    @property
+    def seeds_in_words(self) -> str:
+        return "every seed" if self.holds else "every seed, the opposite" if self.reversed else "not every seed"
+
 
 def contrast(what: str, more: Sequence[float], less: Sequence[float], margin: float = 0.0) -> Contrast:
     """`more` above `less`, seed by seed."""
@@ -58,6 +62,6 @@ def in_words(contrasts: Sequence[Contrast], form: str = "+.3f") -> str:
     """How the contrasts came out, one after the other: "n=2 over n=1: +0.031 (every seed)"."""
     return "; ".join(
         f"{each.what} {each.median:{form}} "
-        + ("(every seed)" if each.holds else "(every seed, the opposite)" if each.reversed else "(not every seed)")
+        + (f"({each.seeds_in_words})" if len(each.differences) > 1 else "(one seed)")
         for each in contrasts
     )

@@ -52,7 +52,7 @@ class MadeUp(Study[MadeUpSettings]):
 
 
 def test_a_run_leaves_results_a_report_and_a_figure(tmp_path: Path) -> None:
-    found = run_study(MadeUp(), "smoke", MadeUpSettings(seeds=2), tmp_path)
+    found = run_study(MadeUp(), "cpu", MadeUpSettings(seeds=2), tmp_path)
     assert found == json.loads((tmp_path / "results.json").read_text())
     assert found["verdict"] == "reproduced" and found["settings"] == {
         "seeds": 2, "device": "auto", "heads": [1, 2], "gain": 1.0,
