@@ -17,6 +17,7 @@ STUDIES = (
     "heads",
     "scaling",
     "curriculum",
+    "adapted-heads",
 )
 """In the order in which they are told; each is the file of that name."""
 
