@@ -24,6 +24,19 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 @dataclass
+class Registers:
+    """R register tokens beside the T positions of a row, int64; see `data/registers.py`."""
+
+    tokens: torch.Tensor  # (B, R)
+    after: torch.Tensor  # (B, R), the position behind which each stands, ascending
+    positions: torch.Tensor  # (B, R), the position that each is turned to, behind the row in part
+    targets: torch.Tensor  # (B, R), IGNORE where there is none
+
+    def to(self, device: torch.device) -> Registers:
+        return Registers(*(value.to(device) for value in vars(self).values()))
+
+
+@dataclass
 class Batch:
     """B rows of T positions, int64. `targets[..., k-1]` belongs to head k."""
 
@@ -32,6 +45,7 @@ class Batch:
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
     ahead: torch.Tensor | None = None  # (B, n), the tokens that follow each row, whatever their document
     places: torch.Tensor | None = None  # (B, 2), the source and the row in it that each row is, both from 0
+    registers: Registers | None = None
 
     def read(self, ahead: int) -> torch.Tensor:
         """The tokens that a model reads whose heads read `ahead` tokens behind a row: (B, T + ahead)."""

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T time (positions), H attention heads, K key/value head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,3 +120,26 @@ class DocumentAttention:
         if window not in self._within:
             self._within[window] = within(self.mask, window)
         return _masked_attention(q_BHTE, k_BKTE, v_BKTE, self._within[window])
+
+
+class RegisterAttention:
+    """Of rows of T tokens with R registers behind them (`data/registers.py`): a token sees what `ordinary` lets it see,
+    which has no register; register r sees what a token behind position `after_BR[:, r]` would see, and itself."""
+
+    def __init__(
+        self, ordinary: Callable[..., Tensor], length: int, after_BR: Tensor, documents_BT: Tensor | None = None
+    ) -> None:
+        self._ordinary, self._length = ordinary, length
+        R, device = after_BR.shape[1], after_BR.device
+        self._distance_BRT = after_BR[..., None] - torch.arange(length, device=device)
+        self._seen_BRT = self._distance_BRT >= 0
+        if documents_BT is not None:
+            self._seen_BRT &= documents_BT.gather(1, after_BR)[..., None] == documents_BT[:, None]
+        self._itself_BRR = torch.eye(R, dtype=torch.bool, device=device).expand(len(after_BR), -1, -1)
+
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
+        T, slides = self._length, {} if window is None else {"window": window}
+        ordinary = self._ordinary(q_BHTE[:, :, :T], k_BKTE[:, :, :T], v_BKTE[:, :, :T], **slides)
+        seen = self._seen_BRT if window is None else self._seen_BRT & (self._distance_BRT < window - 1)
+        mask = torch.cat([seen, self._itself_BRR], -1)[:, None]
+        return torch.cat([ordinary, _masked_attention(q_BHTE[:, :, T:], k_BKTE, v_BKTE, mask)], 2)

@@ -132,6 +132,9 @@ class Unembedding(nn.Module):
         )
         others = [nn.Parameter(torch.empty(config.vocab_size, config.dim)) for _ in range(copies - 1)]
         self.weights = nn.ParameterList([first, *others])
+        # A matrix (V, D) beside them while a run trains with token order prediction; in here, where sharding gathers.
+        self.order: nn.Parameter | None
+        self.register_parameter("order", None)
 
     def weight(self, k: int) -> Tensor:
         """The matrix (V, D) of head k."""

@@ -15,6 +15,9 @@ from headstart.model.heads import Unembedding, make_heads
 from headstart.model.layers import Attend, Block
 from headstart.model.rotary import model_tables
 
+TRAINING_ALONE = frozenset({"unembedding.order"})
+"""Names of parameters that are there while a run trains, and that neither copies nor model directories hold."""
+
 
 class ScaledEmbedding(nn.Embedding):
     """Embeddings times the square root of their width, rounded to their dtype first (Gemma's)."""

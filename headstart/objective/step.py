@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.data.batches import IGNORE
+from headstart.data.batches import IGNORE, Registers
+from headstart.data.registers import appended
 from headstart.errors import UsageError
-from headstart.model.attention import DocumentAttention, causal_attention
+from headstart.model.attention import DocumentAttention, RegisterAttention, causal_attention
 from headstart.model.layers import Attend
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.backends import LossConfig
@@ -35,6 +36,9 @@ class HeadLosses:
 
 Seen = tuple[Tensor, Tensor | None]
 """Summed cross-entropy and hits of one head."""
+Extra = Callable[[Tensor, Tensor], Tensor]
+"""(what head 1's logits are made of (B, T, D), with registers (B, T + R, D); its matrix (V, D)) -> a summed loss,
+scalar, that is added to head 1's and scaled as it is."""
 
 
 def count_targets(targets_BTn: Tensor) -> Tensor:
@@ -54,6 +58,8 @@ def walk_step(
     *,
     z_BTD: Tensor | None = None,
     original: tuple[Tensor, Tensor] | None = None,
+    registers: Registers | None = None,
+    extras: Sequence[Extra] = (),
 ) -> HeadLosses:
     """Adds to each parameter's gradient that of sum_k weights[k-1] / counts[k-1] * sum_t CE(head k at t, its target).
 
@@ -77,14 +83,17 @@ def walk_step(
         z_BTD: the trunk's output, where it is known: it then does not run. For a trunk that is not trained.
         original: (B, T, D) and (V, D), of which the logits of a teacher of head 1 are made; head 1's loss is then
             KL(teacher || head 1) in place of cross-entropy (self-distillation, arXiv 2401.10774, section 2.3.2).
+        registers: read beside the tokens; what they learn one of the `extras` says. Not with sequential heads, nor with
+            `z_BTD`.
+        extras: what head 1's latent is trained for besides; not reported here.
 
     Parameters that need no gradient are run through and left alone; below the lowest that does no graph is made.
     """
     config, T = model.config, targets_BTn.shape[1]
     _check_width(model, tokens_BT, targets_BTn)
-    attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
-    dtype = compute_dtype(model.trunk.embedding.weight)
-    rotary = model.rotary(torch.arange(T, device=tokens_BT.device), dtype)
+    attend, positions = _attention(T, documents_BT, registers, tokens_BT.device)
+    rotary = model.rotary(positions, compute_dtype(model.trunk.embedding.weight))
+    tokens_BT = appended(tokens_BT, registers)
     weights = weights or [1.0] * config.heads
     # A head without valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
     scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
@@ -101,13 +110,18 @@ def walk_step(
         return [k for k in config.children(parent) if weights[k - 1] or needed(k)]
 
     def loss_of(k: int, x: Tensor, weight: Tensor) -> CrossEntropy:
+        out = loss_of_row(k, x if registers is None else x[:, :T], weight)
+        more = sum(extra(x, weight) for extra in extras) if k == 1 and extras else None
+        return out if more is None else out._replace(loss=out.loss + more)
+
+    def loss_of_row(k: int, x: Tensor, weight: Tensor) -> CrossEntropy:
         targets = targets_BTn[..., k - 1]
         if k == 1 and original is not None:
             return linear_distillation(x, weight, targets, *original, divergence="kl", budget=budget)
         if k > 1 and head_1 is not None and loss.heads != "cross-entropy":
-            teacher, matrix = head_1
+            teacher, matrix = later(head_1[0][:, :T], k), head_1[1]
             return linear_distillation(
-                x, weight, targets, later(teacher, k), matrix, divergence=loss.heads, share=loss.share, budget=budget
+                x, weight, targets, teacher, matrix, divergence=loss.heads, share=loss.share, budget=budget
             )
         return function(x, weight, targets)
 
@@ -192,6 +206,18 @@ class _Ahead:
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """The embeddings with the sum of their gradients, if there is one."""
         return [] if self._all is None or self._sum is None else [(self._all, self._sum.to(self._all.dtype))]
+
+
+def _attention(
+    T: int, documents_BT: Tensor | None, registers: Registers | None, device: torch.device
+) -> tuple[Attend, Tensor]:
+    """What positions see, and the positions themselves, (T,), or with registers (B, T + R)."""
+    attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
+    positions = torch.arange(T, device=device)
+    if registers is None:
+        return attend, positions
+    attend = RegisterAttention(attend, T, registers.after, documents_BT)
+    return attend, torch.cat([positions.expand(len(registers.after), -1), registers.positions], 1)
 
 
 def _check_width(model: Transformer, tokens_BT: Tensor, targets_BTn: Tensor) -> None:

@@ -13,6 +13,7 @@ from tyro.conf import Suppress
 from headstart.adaptation.settings import AdaptConfig
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.mixture import MixturePart
+from headstart.data.registers import RegisterConfig
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
@@ -20,6 +21,7 @@ from headstart.machine import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
+from headstart.objective.token_order import TokenOrderConfig
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.profiling import ProfileConfig
@@ -115,6 +117,10 @@ class CheckpointConfig:
         _at_least(0, "checkpoints.", self, "every", "keep_last", "keep_every")
 
 
+METHODS = ("masked_inputs", "token_order", "registers")
+"""Sections of a run that are off unless they say otherwise (docs/methods.md)."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A training run."""
@@ -149,6 +155,10 @@ class RunConfig:
     """How the loss of a head is computed."""
     masked_inputs: MaskConfig = field(default_factory=MaskConfig)
     """Inputs hidden from the model: teacherless training, random masks (docs/methods.md)."""
+    token_order: TokenOrderConfig = field(default_factory=TokenOrderConfig)
+    """Token order prediction (docs/methods.md)."""
+    registers: RegisterConfig = field(default_factory=RegisterConfig)
+    """Register tokens (docs/methods.md)."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """When and how much to validate."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -178,6 +188,10 @@ class RunConfig:
         for name in self.methods:
             if self.adapt is not None:
                 raise UsageError(f"{name} is for models trained from nothing; leave it out of headstart adapt")
+            if name == "token_order" and self.head_weights.sampled:
+                raise UsageError(
+                    "token_order is part of head 1's loss, which head_weights.sampled leaves out at times; take one"
+                )
             if self.model.ahead and name != "token_order":
                 raise UsageError(
                     f"{name} does not go with sequential heads, which read tokens behind a position as they are; "
@@ -187,7 +201,7 @@ class RunConfig:
     @property
     def methods(self) -> tuple[str, ...]:
         """The sections of methods that are on (docs/methods.md)."""
-        return tuple(name for name in ("masked_inputs",) if getattr(self, name).on)
+        return tuple(name for name in METHODS if getattr(self, name).on)
 
     @property
     def own_tokens(self) -> tuple[str, ...]:
@@ -204,6 +218,11 @@ class RunConfig:
     def length(self) -> int:
         """Positions of a row."""
         return self.batch.length or self.model.context
+
+    @property
+    def positions(self) -> int:
+        """What the model computes of a row: its tokens, and registers."""
+        return self.length + (self.registers.count(self.length) if self.registers.on else 0)
 
     @property
     def tokens_per_step(self) -> int:
@@ -305,6 +324,7 @@ FIXED = (
     "batch.length",
     "optimizer.kind",
     "adapt",
+    "token_order",
 )
 # What changes nothing about the result that a reader would want to hear of.
 QUIET = (

@@ -260,8 +260,10 @@ def tokenizer_of(model: Path, otherwise: Tokenizer) -> Tokenizer:
 
 def flops_per_token(config: RunConfig) -> int:
     """FLOPs of training on one token, as `ModelConfig.flops_per_token`; what is frozen is only run forward, and the
-    unembedding gets no gradient. Joint runs are counted as in their second stage."""
-    model, whole = config.model, config.model.flops_per_token(config.length)
+    unembedding gets no gradient. Joint runs are counted as in their second stage. Registers are counted as the tokens
+    that they stand beside, token order as one more unembedding."""
+    model, whole = config.model, config.model.flops_per_token(config.length) * config.positions // config.length
+    whole += 6 * model.vocab_size * model.dim if config.token_order.on else 0
     if config.adapt is None or config.adapt.mode == "joint":
         return whole
     decoder = replace(

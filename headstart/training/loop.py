@@ -17,6 +17,7 @@ from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import drawn
+from headstart.objective.token_order import add_token_order
 from headstart.storage.families import family_of
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, say
@@ -255,6 +256,8 @@ def build_model(
         return existing.model, parallelize(existing.model, None, config.parallel, compile=compile, dtype=config.dtype)
     with torch.device("meta"):
         model = Transformer(config.model)
+        if config.token_order.on:
+            add_token_order(model)
     mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))
     compile = blocks_compiled(config, processes)
     sums = parallelize(model, mesh, config.parallel, compile=compile, dtype=config.dtype)

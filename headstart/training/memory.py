@@ -20,6 +20,7 @@ from headstart.model.attention import BLOCK, WRITTEN_OUT_LENGTH
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.cross_entropy import LOGITS_BYTES, PIECE_BYTES, chunk_rows
+from headstart.objective.token_order import add_token_order
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import parameter_groups
 
@@ -95,12 +96,14 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     """
     with torch.device("meta"):
         model = Transformer(config.model)
+        if config.token_order.on:
+            add_token_order(model)
     shape, half, spread = config.model, config.in_bfloat16, layout.processes > 1
     compute = 2 if half else FLOAT32
     # One process computes under autocast: weights, and so the residual stream, stay float32. Several gather weights in
     # the compute dtype (FSDP2's mixed precision), and the residual stream follows.
     residual = compute if spread else FLOAT32
-    tokens = layout.rows * config.length
+    tokens = layout.rows * config.positions
     D, matrix_VD = shape.dim, shape.vocab_size * shape.dim
     parameters, trunk_parameters = _count(model.parameters()), _count(model.trunk.parameters())
     unembedding = _count(model.unembedding.parameters())

@@ -39,6 +39,7 @@ def step_record(
     """
     record: dict[str, Any] = {"step": step, "tokens": tokens}
     record |= {f"loss/head{k}": loss for k, loss in enumerate(result.losses, start=1)}
+    record |= {f"loss/{method}": loss for method, loss in result.extras.items()}
     record |= {f"top1/head{k}": share for k, share in enumerate(accuracies, start=1)}
     if tokens_per_pass is not None:
         record["expected_tokens_per_pass"] = tokens_per_pass

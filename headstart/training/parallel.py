@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from headstart.errors import UsageError
 from headstart.model.heads import SequentialHead
 from headstart.model.layers import Block
-from headstart.model.transformer import Transformer
+from headstart.model.transformer import TRAINING_ALONE, Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -120,7 +120,7 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
     # Gathered once a step, for n losses and n backward passes. Where heads have parameters in it, it is gathered in
     # float32: each loss has some of its own, so at the last one the others' gradients are sums in float32 already, and
     # one sum over processes takes one dtype.
-    if model.config.in_unembedding:
+    if model.config.in_unembedding or model.unembedding.order is not None:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     shard(model.unembedding, reshard_after_forward=False, mp_policy=policy)
     cast(FSDPModule, model.unembedding).set_reshard_after_backward(False)
@@ -243,7 +243,7 @@ def whole_model(model: Transformer, dtype: torch.dtype, keep: bool) -> Transform
     parameters: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         value = whole(parameter.detach())
-        if keep:
+        if keep and name not in TRAINING_ALONE:
             parameters[name] = nn.Parameter(value.to("cpu", dtype))
     if not keep:
         return None

@@ -12,7 +12,7 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
 from headstart.errors import UsageError
-from headstart.model.transformer import Transformer
+from headstart.model.transformer import TRAINING_ALONE, Transformer
 from headstart.training.config import RunConfig
 
 
@@ -38,7 +38,8 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
     dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
     with torch.device("meta"):
         twin = Transformer(model.config)
-    weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in model.state_dict().items()}
+    kept = {name: w for name, w in model.state_dict().items() if name not in TRAINING_ALONE}
+    weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in kept.items()}
     twin.load_state_dict(weights, assign=True)
     prompt = prompt_tokens(tokenizer, config)
     # A handful of tokens is not worth compiling kernels for, nor fixing the shapes of a pass.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from torch.optim import Optimizer
 
 from headstart.data.batches import Batch
 from headstart.data.masked_inputs import masked
+from headstart.data.registers import with_registers
 from headstart.model.transformer import Transformer
 from headstart.objective.distillation import taught_targets
 from headstart.objective.step import count_targets, walk_step
 from headstart.training.config import RunConfig
+from headstart.training.extra_losses import ExtraLosses
 from headstart.training.optimizer import set_learning_rate
 from headstart.training.parallel import GradientSums, whole
 from headstart.training.processes import Processes
@@ -37,6 +39,8 @@ class StepResult:
     """Why the weights are as before: what is wrong with the step; empty where they were updated."""
     stop: bool = False
     """Whether a process of the run was asked to stop."""
+    extras: dict[str, float] = field(default_factory=dict)
+    """Mean loss of what is learnt beside the heads, in nats, by method; see `ExtraLosses`."""
 
 
 def train_step(
@@ -65,13 +69,14 @@ def train_step(
     # 4 x 1 rows do.
     counts = processes.sum(torch.stack([count_targets(batch.targets) for batch in batches]).sum(0))
     losses, hits = torch.zeros(2, len(counts), device=processes.device)
+    extras = ExtraLosses(model, config, batches, counts[0], processes)
     asked = sum(weight != 0 for weight in weights)
     for i, batch in enumerate(batches):
         documents = batch.documents if config.data.attention_within_documents else None
         last = i == len(batches) - 1
         with autocast(config, processes.device), sums.micro_batch(last=last, losses=asked):
             tokens = batch.read(model.config.ahead)
-            more = {} if known is None else known(batch)
+            more = extras.of(batch) | ({} if known is None else known(batch))
             seen = walk_step(model, tokens, batch.targets, counts, weights, documents, config.loss, **more)
         losses += seen.sums
         hits += math.nan if seen.correct is None else seen.correct
@@ -94,13 +99,15 @@ def train_step(
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(means, accuracies, gradient_norm, finite, skipped, stop=stops > 0)
+    return StepResult(means, accuracies, gradient_norm, finite, skipped, stops > 0, extras.means())
 
 
 def inputs_of(batch: Batch, config: RunConfig, step: int) -> Batch:
-    """`batch` as step `step` (from 0) of the run reads it: inputs are hidden where the run says so."""
+    """`batch` as step `step` (from 0) of the run reads it: inputs hidden, registers beside, where the run says so."""
     if config.masked_inputs.on:
         batch = masked(batch, config.masked_inputs, config.token_of("masked_inputs"), config.seed, step)
+    if config.registers.on:
+        batch = with_registers(batch, config.registers, config.token_of("registers"), config.seed, step)
     return batch
 
 
@@ -113,4 +120,6 @@ def move(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
     ahead = None if batch.ahead is None else batch.ahead.to(device)
-    return Batch(batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device), ahead, batch.places)
+    registers = None if batch.registers is None else batch.registers.to(device)
+    tokens, targets, documents = (each.to(device) for each in (batch.tokens, batch.targets, batch.documents))
+    return Batch(tokens, targets, documents, ahead, batch.places, registers)

@@ -12,18 +12,25 @@ import torch
 from chats import chat_tokenizer
 
 from headstart.data.masked_inputs import MaskConfig
+from headstart.data.registers import RegisterConfig
 from headstart.data.shards import prepare
 from headstart.data.units import Selection
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
+from headstart.objective.head_weights import HeadWeights
+from headstart.objective.token_order import TokenOrderConfig
 from headstart.storage.model_directory import load_model
 from headstart.training import loop
 from headstart.training.config import BatchConfig, DataConfig, ValidationConfig, load_config
+from headstart.training.dry_run import dry_run
 from headstart.training.loop import train
+from headstart.training.trackers import WatchConfig
 
 SHAPE: dict[str, Any] = {"dim": 16, "layers": 3, "attention_heads": 2, "context": 24, "heads": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "masked_inputs": {"model": ModelConfig(**SHAPE, vocab_size=257), "masked_inputs": MaskConfig("random")},
+    "token_order": {"model": ModelConfig(**SHAPE), "token_order": TokenOrderConfig(weight=1.0)},
+    "registers": {"model": ModelConfig(**SHAPE, vocab_size=257), "registers": RegisterConfig(weight=0.5, share=0.5)},
 }
 
 
@@ -65,13 +72,19 @@ def test_a_run_that_died_goes_on_exactly(tiny, metrics, weights, monkeypatch, me
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_changes_the_run_and_leaves_an_ordinary_model(tiny, metrics, method) -> None:
-    on, off = tiny("on", steps=2, **METHODS[method]), tiny("off", steps=2, model=METHODS[method]["model"])
+    watch = WatchConfig(sample_tokens=4)
+    on = tiny("on", steps=2, watch=watch, **METHODS[method])
+    off = tiny("off", steps=2, watch=watch, model=METHODS[method]["model"])
     for config in (on, off):
         train(config)
     assert metrics(on.run_dir) != metrics(off.run_dir)
     names = [{str(file.relative_to(run.run_dir)) for file in (run.run_dir / "model").rglob("*")} for run in (on, off)]
     assert {name.replace("on/", "off/") for name in names[0]} == names[1]
     assert load_model(on.run_dir / "model").config == off.model
+    beside = {f"loss/{method}"} - {"loss/masked_inputs"}
+    first = metrics(on.run_dir)[0]
+    assert {name for name in first if name.startswith("loss/")} == {"loss/head1", "loss/head2"} | beside
+    assert all(4.5 < first[name] < 7 for name in beside)  # of a model that knows nothing
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +140,31 @@ def test_what_a_method_needs_is_told(tiny, shards, tmp_path) -> None:
     assert "does not say which tokens are answers" in told and "take kind random" in told
     sequential = ModelConfig(**SHAPE, vocab_size=257, head_kind="sequential", wiring="causal")
     assert said(model=sequential, **random).startswith("masked_inputs does not go with sequential heads")
+    told = said(token_order=TokenOrderConfig(1.0), head_weights=HeadWeights(sampled=True))
+    assert told.startswith("token_order is part of head 1's loss")
+
+
+def test_methods_are_in_a_run_together(tiny, metrics) -> None:
+    """Each with a token of its own."""
+    config = tiny(
+        steps=1,
+        model=ModelConfig(**SHAPE, vocab_size=258),
+        masked_inputs=MaskConfig("random"),
+        token_order=TokenOrderConfig(0.5),
+        registers=RegisterConfig(0.5),
+    )
+    assert (config.token_of("masked_inputs"), config.token_of("registers")) == (256, 257)
+    train(config)
+    assert {"loss/token_order", "loss/registers"} < metrics(config.run_dir)[0].keys()
+
+
+def test_a_dry_run_counts_them(tmp_path, shards) -> None:
+    file, peaks = tmp_path / "run.yaml", []
+    for more in ("", "token_order: {weight: 1}\n", "registers: {weight: 1}\n"):
+        file.write_text(f"steps: 1\ndata: {{path: {shards}}}\nmodel: {{vocab_size: 9000}}\n{more}")
+        peaks.append(dry_run(file, [])["peak_bytes"])
+    # A matrix with gradient and two moments; activations of twice the rows.
+    assert peaks[1] - peaks[0] >= 4 * 4 * 9000 * 256 and peaks[2] > 1.3 * peaks[0]
 
 
 def test_the_vocabulary_has_a_row_for_each_token_of_a_method(tmp_path, shards) -> None:
