@@ -18,6 +18,9 @@ STUDIES = (
     "scaling",
     "curriculum",
     "adapted-heads",
+    "finetune",
+    "speed",
+    "memory",
 )
 """In the order in which they are told; each is the file of that name."""
 

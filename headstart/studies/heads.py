@@ -59,7 +59,7 @@ class HeadsStudy(Study[HeadsSettings]):
         ),
         "cpu": HeadsSettings(
             seeds=2, size="0.06M",
-            training=TrainingSettings(steps=150, rows=12, length=128, lr=3e-3, warmup_steps=15),
+            training=TrainingSettings(steps=120, rows=8, length=128, lr=4e-3, warmup_steps=12),
         ),
         "gpu": HeadsSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,

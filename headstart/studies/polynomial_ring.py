@@ -71,12 +71,12 @@ class Ring:
         answer."""
         return [self.mark("end"), *tokens, *[self.mark("pause")] * pauses, self.mark("=")]
 
-    def documents(self, count: int, operations: int, pauses: int, seed: int) -> list[list[int]]:
-        """Problems with 1 to `operations` operations, answers and end tokens included."""
+    def documents(self, count: int, operations: int, pauses: int, seed: int, least: int = 1) -> list[list[int]]:
+        """Problems with `least` to `operations` operations, answers and end tokens included."""
         rng = np.random.default_rng([seed, 0])
         texts = []
         for _ in range(count):
-            tokens, value = self.problem(int(rng.integers(1, operations + 1)), rng)
+            tokens, value = self.problem(int(rng.integers(least, operations + 1)), rng)
             texts.append([*self.question(tokens, pauses)[1:], *value, self.mark("end")])
         return texts
 

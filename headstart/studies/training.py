@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from headstart.data.batches import Batch, BatchStream
-from headstart.data.shards import TokenShards
+from headstart.data.shards import SplitTokens, TokenShards
 from headstart.errors import UsageError
 from headstart.model.config import PRESETS, ModelConfig
 from headstart.model.transformer import Transformer
@@ -94,11 +94,18 @@ def run_config(
     )
 
 
-def in_memory(documents: Sequence[Sequence[int] | np.ndarray]) -> TokenShards:
-    """Documents, each closed by its end token, as a split of token shards that lies nowhere on disk."""
+def in_memory(
+    documents: Sequence[Sequence[int] | np.ndarray], targets_from: Sequence[int] | None = None
+) -> TokenShards:
+    """Documents, each closed by its end token, as a split of token shards that lies nowhere on disk. With
+    `targets_from` only the tokens of a document from that place on are to be predicted."""
     starts = np.cumsum([0, *map(len, documents[:-1])], dtype=np.int64)
     tokens = np.concatenate([np.asarray(document, dtype=np.uint32) for document in documents])
-    return TokenShards(Path("memory"), "train", {}, tokens, starts, 1.0)
+    is_target = None
+    if targets_from is not None:
+        pieces = [np.arange(len(document)) >= first for document, first in zip(documents, targets_from)]
+        is_target = SplitTokens([np.concatenate(pieces)])
+    return TokenShards(Path("memory"), "train", {}, tokens, starts, 1.0, is_target)
 
 
 def stream_of(

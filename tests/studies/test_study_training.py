@@ -39,6 +39,14 @@ def test_documents_in_memory_are_read_as_shards_are() -> None:
     assert shards.document(1).tolist() == [3, 9]
 
 
+def test_targets_may_begin_within_a_document() -> None:
+    shards = in_memory([[1, 2, 9], [3, 9], [4, 5, 6, 7, 8, 9]], targets_from=[2, 1, 4])
+    config = run_config(replace(TINY, rows=1, length=8), sized("0.06M", vocab_size=10, heads=2), seed=0)
+    batch = next(stream_of(shards, config))
+    assert batch.targets[0, :, 0].tolist() == [-100, 9, -100, 9, -100, -100, -100, -100]
+    assert batch.targets[0, :, 1].tolist() == [9, -100, -100, -100, -100, -100, -100, 8]
+
+
 def test_training_learns_and_is_seeded() -> None:
     shards = in_memory([[1, 2, 3, 9]] * 40)
     config = run_config(TINY, sized("0.06M", vocab_size=10, heads=2), seed=1)
