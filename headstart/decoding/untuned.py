@@ -19,8 +19,8 @@ from headstart.model.transformer import Transformer
 
 LENGTH = 128
 """Cached positions of the passes that are timed."""
-MOST_ROUNDS, SECONDS = 5, 0.1
-"""Timing of one kind of pass ends with the first of them."""
+MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 32, 0.2, 3
+"""Timing of one kind of pass ends with the first of the first two, but not before the last."""
 HOPED = 0.8
 """Of drafts being right, for whether passes of more rows are worth timing."""
 
@@ -72,8 +72,8 @@ class Learned:
 
 
 class UntunedPolicy(DraftPolicy):
-    """Chooses by what it has learned (see `DraftPolicy`). Times passes, about fifteen plain ones, at each power of two
-    of slots that it meets."""
+    """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets:
+    half a second, or as long as about thirty plain passes take."""
 
     RENEW = 32
     """Passes after which the tables are made anew."""
@@ -108,12 +108,17 @@ def timed_costs(model: Transformer, slots: int) -> tuple[float, tuple[float, ...
     n, room = model.config.heads, model.config.context
     length = max(1, min(LENGTH, room - n))
     plain = Pass(model, rows=1, slots=slots, length=length)
-    base, known = math.inf, {}
+    plains: list[float] = []
+    over: dict[int, float] = {}
     for rows in sorted({1, *(r for r in (2, 4, 8) if r < n), n}):
         drafting = Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
-        base, known[rows] = _least(plain, drafting, base)
-        if rows > 1 and known[rows] > base * sum(HOPED**i for i in range(rows)):
+        milliseconds, beside = _fastest(drafting, plain)
+        plains.append(beside)
+        over[rows] = milliseconds / beside
+        if rows > 1 and over[rows] > sum(HOPED**i for i in range(rows)):
             break
+    base = min(plains)
+    known = {rows: base * ratio for rows, ratio in over.items()}
     at = sorted(known)
     costs = []
     for rows in range(1, n + 1):
@@ -124,16 +129,16 @@ def timed_costs(model: Transformer, slots: int) -> tuple[float, tuple[float, ...
     return base, tuple(itertools.accumulate(costs, max))
 
 
-def _least(plain: Pass, drafting: Pass, base: float) -> tuple[float, float]:
-    """Milliseconds of the fastest run of each, taking turns: what disturbs a run only ever adds."""
-    least = [base, math.inf]
+def _fastest(drafting: Pass, plain: Pass) -> tuple[float, float]:
+    """Milliseconds of the fastest run of each, taking turns: whatever disturbs a run only adds to it."""
+    fastest = [math.inf, math.inf]
     began = time.perf_counter()
     for turn in range(1 + MOST_ROUNDS):
-        for i, one in enumerate((plain, drafting)):
+        for i, one in enumerate((drafting, plain)):
             at = time.perf_counter()
             one()
             if turn:  # the first warms up
-                least[i] = min(least[i], 1e3 * (time.perf_counter() - at))
-        if turn and time.perf_counter() - began > SECONDS:
+                fastest[i] = min(fastest[i], 1e3 * (time.perf_counter() - at))
+        if turn >= LEAST_ROUNDS and time.perf_counter() - began > SECONDS:
             break
-    return least[0], least[1]
+    return fastest[0], fastest[1]
