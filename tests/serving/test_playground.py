@@ -23,7 +23,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 HTML = files("headstart.serving").joinpath("playground.html").read_text(encoding="utf-8")
 NOWHERE = "http://playground.test/"
 """Where the page lies in tests that need no server: the browser is answered by the test."""
-MODELS = {"object": "list", "data": [{"id": "some-model", "object": "model", "heads": 3}]}
+MODELS: Any = {"object": "list", "data": [{"id": "some-model", "object": "model", "heads": 3}]}
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or name one in CHROMIUM"
 )
@@ -73,10 +73,11 @@ def tab(browser: Any) -> Iterator[Any]:
 Answer = Callable[[Any], None]
 
 
-def opened(tab: Any, answer: Answer | None = None) -> Any:
+def opened(tab: Any, answer: Answer | None = None, chat: bool = False) -> Any:
     """The page, asking nobody but the test."""
+    models = {"object": "list", "data": [MODELS["data"][0] | {"chat": chat}]}
     tab.route(NOWHERE, lambda route: route.fulfill(body=HTML, content_type="text/html; charset=utf-8"))
-    tab.route(NOWHERE + "v1/models", lambda route: route.fulfill(json=MODELS))
+    tab.route(NOWHERE + "v1/models", lambda route: route.fulfill(json=models))
     if answer is not None:
         tab.route(NOWHERE + "v1/completions", answer)
     tab.goto(NOWHERE)
@@ -143,6 +144,28 @@ def test_each_token_has_the_colour_and_the_name_of_its_head(tab: Any) -> None:
     assert tab.locator("[data-head]").evaluate_all(classes) == ["", "", "h3", "", "", ""]
     assert legend.nth(2).get_attribute("aria-pressed") == "true"
     assert tab.locator('.text [data-head="3"]').get_attribute("title") == "head 3"
+
+
+@needs_browser
+def test_models_that_chat_are_sent_messages(tab: Any) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def answer(route: Any) -> None:
+        sent.append(json.loads(route.request.post_data))
+        parts = {"tokens": [{"text": "Hi", "head": 1}], "tokens_per_pass": 1.0}
+        one = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hi"}, "speculative": parts}]}
+        route.fulfill(body=events(one, usage(1)), content_type="text/event-stream")
+
+    opened(tab, streamed(chunk(("!", 1)), usage(1)), chat=True)
+    tab.route(NOWHERE + "v1/chat/completions", answer)
+    tab.locator("#prompt").fill("Hello")
+    press(tab, "Write")
+    playwright.expect(tab.locator("#status")).to_contain_text("Done")
+    assert written(tab) == [("Hi", 1)]
+    assert sent[0]["messages"] == [{"role": "user", "content": "Hello"}] and "prompt" not in sent[0]
+    tab.get_by_label("As a chat").uncheck()
+    press(tab, "Write")
+    playwright.expect(tab.locator(".text")).to_have_text("Hello!")
 
 
 @needs_browser
