@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 
 from headstart import __version__
+from headstart.data.chat_template import load_chat_template
 from headstart.serving.errors import INTERNAL, ApiError, JsonResponse
 from headstart.serving.protocol import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
@@ -29,6 +30,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
     began = int(time.time())
+    chats = service.tokenizer is not None and load_chat_template(service.tokenizer) is not None
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -84,6 +86,7 @@ def make_app(service: Service) -> FastAPI:
             "owned_by": "headstart",
             "max_model_len": service.context,
             "heads": service.model.config.heads,
+            "chat": chats,
         }
 
     return app

@@ -12,11 +12,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from headstart import page as house
+from headstart.serving.app import make_app
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the playground")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -166,6 +170,16 @@ def test_models_that_chat_are_sent_messages(tab: Any) -> None:
     tab.get_by_label("As a chat").uncheck()
     press(tab, "Write")
     playwright.expect(tab.locator(".text")).to_have_text("Hello!")
+
+
+def test_the_server_says_whether_its_model_chats(tmp_path: Path) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(heads=2))
+    service: Any = SimpleNamespace(name="m", context=8, model=model, tokenizer=SimpleNamespace(directory=tmp_path))
+    for template in (None, "{{ messages }}"):
+        if template is not None:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        card = TestClient(make_app(service)).get("/v1/models").json()["data"][0]
+        assert card["chat"] is (template is not None)
 
 
 @needs_browser
