@@ -40,8 +40,8 @@ class CurriculumStudy(Study[CurriculumSettings]):
             training=TrainingSettings(steps=4, rows=4, length=32),
         ),
         "cpu": CurriculumSettings(
-            seeds=2, size="0.06M",
-            training=TrainingSettings(steps=150, rows=12, length=128, lr=4e-3, warmup_steps=15),
+            seeds=2, size="0.06M", test_pieces=4,
+            training=TrainingSettings(steps=120, rows=12, length=128, lr=4e-3, warmup_steps=15),
         ),
         "gpu": CurriculumSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,

@@ -58,7 +58,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
         "cpu": FinetuneSettings(
             seeds=2, p=3, d=2, operations=1, problems=40_000, finetuning_problems=4000, tests=500, size="0.25M",
             answers_only=True,
-            training=TrainingSettings(steps=400, rows=24, length=64, lr=4e-3, warmup_steps=40),
+            training=TrainingSettings(steps=350, rows=24, length=64, lr=4e-3, warmup_steps=40),
             finetuning=TrainingSettings(steps=100, rows=24, length=64, lr=1e-3, warmup_steps=10),
         ),
         "gpu": FinetuneSettings(

@@ -58,8 +58,8 @@ class HeadsStudy(Study[HeadsSettings]):
             training=TrainingSettings(steps=2, rows=2, length=24),
         ),
         "cpu": HeadsSettings(
-            seeds=2, size="0.06M",
-            training=TrainingSettings(steps=120, rows=8, length=128, lr=4e-3, warmup_steps=12),
+            seeds=2, size="0.06M", test_pieces=4,
+            training=TrainingSettings(steps=80, rows=8, length=128, lr=4e-3, warmup_steps=12),
         ),
         "gpu": HeadsSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,

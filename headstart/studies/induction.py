@@ -23,6 +23,9 @@ from headstart.studies.training import (
 )
 from headstart.studies.verdicts import Contrast, contrast, in_words, judge
 
+FORMED = 0.1
+"""Accuracy above guessing that some model must reach: below, nobody formed induction and nothing is compared."""
+
 
 @dataclass(frozen=True)
 class InductionSettings(StudySettings):
@@ -122,7 +125,7 @@ class InductionStudy(Study[InductionSettings]):
         chance = 1 / settings.second
         best = max(result.numbers["best"] for result in results)
         contrasts = self._contrasts(settings, results)
-        within_reach = best > 2 * chance
+        within_reach = best > chance + FORMED
         sentence = (
             "Accuracy on the second token of new names, at mentions after the first, best of all evaluations "
             f"(guessing: {chance:.3f}): {in_words(contrasts)}."

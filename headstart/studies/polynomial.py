@@ -64,7 +64,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
         "cpu": PolynomialSettings(
             seeds=2, p=3, d=2, operations=1, test_operations=3, problems=40_000, tests=500, sizes=("0.25M",),
             heads=(1, 2, 4), pauses=(0,), answers_only=True,
-            training=TrainingSettings(steps=400, rows=24, length=64, lr=4e-3, warmup_steps=40),
+            training=TrainingSettings(steps=350, rows=24, length=64, lr=4e-3, warmup_steps=40),
         ),
         "gpu": PolynomialSettings(
             seeds=2, problems=4_000_000, sizes=("3M", "10M"), heads=(1, 2, 4), pauses=(0, 5),

@@ -64,9 +64,9 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
         "",
         "![figure](figure.png)",
         "",
-        "| " + " | ".join(headers) + " |",
+        _row(headers),
         "|" + " --- |" * len(headers),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *map(_row, rows),
         "",
         "Medians over seeds, in brackets the range.",
         "",
@@ -78,6 +78,12 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def index_row(found: dict[str, Any]) -> str:
+    """A row of docs/studies/index.md."""
+    cells = [f"[{found['study']}]({found['study']}/report.md)", f"{found['claim']} ({found['section']})"]
+    return _row([*cells, found["published"], found["ours"], f"**{found['verdict']}**"])
+
+
 def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Result], path: Path) -> None:
     """Writes the figure as PNG."""
     import matplotlib
@@ -86,7 +92,8 @@ def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Re
 
     style: Any = {
         "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": MUTED,
-        "legend.labelcolor": INK, "grid.color": LINE, "legend.fontsize": 9, "font.size": 10,
+        "legend.labelcolor": INK, "grid.color": LINE, "legend.fontsize": 9, "legend.frameon": True,
+        "legend.edgecolor": "none", "font.size": 10,
         "axes.prop_cycle": cycler(color=[COLOURS[name][0] for name in SERIES]),
     }  # fmt: skip
     with figure_style(), matplotlib.rc_context(style):
@@ -99,6 +106,10 @@ def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Re
 def write_results(found: dict[str, Any], folder: StudyFolder) -> None:
     write_text(folder.report, format_report(found))
     write_text(folder.results, json.dumps(found, indent=2, allow_nan=False) + "\n")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _setting(value: object) -> str:

@@ -33,8 +33,8 @@ class ScalingStudy(Study[ScalingSettings]):
             training=TrainingSettings(steps=4, rows=4, length=32),
         ),
         "cpu": ScalingSettings(
-            seeds=2, sizes=("0.06M", "0.25M"), heads=(1, 4),
-            training=TrainingSettings(steps=150, rows=12, length=128, lr=3e-3, warmup_steps=15),
+            seeds=2, sizes=("0.06M", "0.25M"), heads=(1, 4), test_pieces=4,
+            training=TrainingSettings(steps=120, rows=12, length=128, lr=3e-3, warmup_steps=15),
         ),
         "gpu": ScalingSettings(
             seeds=2, sizes=("1M", "10M", "30M", "100M"), train_bytes=40_000_000, test_pieces=100,
