@@ -169,12 +169,11 @@ def compiled(constraint: Constraint, tokenizer: Tokenizer | None, vocab_size: in
         raise UsageError("a constraint needs a tokenizer; this model directory has none")
     kept = _compiled.setdefault(tokenizer, OrderedDict())
     key = (constraint, vocab_size)
-    if key not in kept:
-        kept[key] = _compile(constraint, tokenizer, vocab_size)
-        if len(kept) > KEPT_GRAMMARS:
-            kept.popitem(last=False)
-    kept.move_to_end(key)
-    return kept[key].restarted()
+    matcher = kept.pop(key, None) or _compile(constraint, tokenizer, vocab_size)
+    kept[key] = matcher  # last; each line by itself is safe beside other threads, which servers have
+    if len(kept) > KEPT_GRAMMARS:
+        kept.popitem(last=False)
+    return matcher.restarted()
 
 
 def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
@@ -184,7 +183,10 @@ def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> M
         raise UsageError(
             "a constraint needs llguidance, which is not installed: pip install 'headstart[grammar]'"
         ) from error
-    grammar = constraint.grammar()
+    try:
+        grammar = constraint.grammar()
+    except ValueError as error:  # NaN, say, which Python writes and JSON does not know
+        raise UsageError(f"{NAMES[constraint.kind]}: {_gist(str(error))}; change or leave that") from error
     matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
     if matcher.is_error():
         raise UsageError(f"{NAMES[constraint.kind]}: {_gist(matcher.get_error())}; change or leave that")

@@ -18,6 +18,8 @@ from headstart.serving.protocol import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream, GoneError, while_connected
 
+GRACE = 10.0
+"""Seconds that a client has to read an answer once its time is over."""
 PAGE = files("headstart.serving") / "playground.html"
 
 
@@ -97,10 +99,11 @@ async def _answer(service: Service, asked: CompletionRequest | ChatRequest, requ
         raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
     client = request.headers.get("authorization", "") + "@" + (request.client.host if request.client else "")
     answer = await service.prepare(asked, client)
+    seconds = service.settings.request_timeout + GRACE
     if asked.stream:
-        return EventStream(answer.events())
+        return EventStream(answer.events(), seconds)
     try:
-        return JsonResponse(await while_connected(answer.whole(), request.receive))
+        return JsonResponse(await while_connected(answer.whole(), request.receive, seconds))
     except GoneError:
         return Response(status_code=499)  # nobody reads it
 

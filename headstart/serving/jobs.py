@@ -44,7 +44,8 @@ class Inbox:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._pieces: dict[Job, Piece] = {}
-        self._error: Exception | None = None
+        self.error: Exception | None = None
+        """What ended the answer."""
         self._arrived = asyncio.Event()
 
     def put(self, job: Job, piece: Piece) -> None:
@@ -53,14 +54,14 @@ class Inbox:
         self._arrived.set()
 
     def fail(self, error: Exception) -> None:
-        self._error = error
+        self.error = error
         self._arrived.set()
 
     async def take(self) -> dict[Job, Piece]:
         """What has arrived since the last call, at least one piece. Raises what went wrong."""
         await self._arrived.wait()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         self._arrived.clear()
         pieces, self._pieces = self._pieces, {}
         return pieces

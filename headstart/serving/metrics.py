@@ -5,17 +5,21 @@ The four counters of speculation have vLLM's names, so that what was made to wat
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from headstart.serving.jobs import Job
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
+
+
 class Metrics:
     """Of one server. The engine's thread writes them."""
 
     def __init__(self, model: str) -> None:
+        disable_created_metrics()  # a second number for each counter, which nobody reads
         self.registry = CollectorRegistry()
         self._model = model
 
@@ -33,6 +37,7 @@ class Metrics:
             "position",
         )
         self._other_drafts = counter("headstart_other_drafts", "Drafts of no head fed: lookup, forced.", "source")
+        self._requests = counter("headstart_requests", "Answers by their status.", "endpoint", "status")
         self._texts = counter("headstart_texts", "Texts by how they ended.", "outcome")
         self._prompt_tokens = counter("headstart_prompt_tokens", "Tokens of prompts of texts that ended.").labels(model)
         self._reused = counter("headstart_prompt_tokens_reused", "Of these, those that a slot held already.").labels(
@@ -95,6 +100,11 @@ class Metrics:
         for source, count in (("lookup", stats.looked_up), ("forced", stats.forced)):
             if count:
                 self._other_drafts.labels(self._model, source).inc(count)
+
+    def answered(self, path: str, status: int) -> None:
+        """A request to one of the two endpoints that write has been answered; on the event loop."""
+        if path in ENDPOINTS:
+            self._requests.labels(self._model, path, str(status)).inc()
 
     def failed(self) -> None:
         """An engine has."""

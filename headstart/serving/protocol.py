@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from headstart.decoding.acceptance import DEFAULTS
 
 MAX_CHOICES = 128
+MAX_BIASES = 1024
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[Token], Field(min_length=1)]
+TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -86,22 +88,26 @@ class Asked(Strict):
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=1.0, ge=0.01, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     guided_json: dict[str, Any] | None = Field(default=None, description="The answer is JSON of this schema.")
     guided_regex: Text | None = Field(default=None, description="The whole answer matches this regular expression.")
-    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = Field(
+    guided_choice: Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
         default=None, description="The answer is one of these."
     )
     guided_grammar: Text | None = Field(default=None, description="A grammar in llguidance's dialect of Lark.")
     speculative: Speculative | None = None
 
-    @field_validator("logit_bias")
+    @field_validator("logit_bias", mode="before")
     @classmethod
-    def _names_tokens(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        for key in bias or ():
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f"{key[:20]!r} is no token id")
+    def _names_tokens(cls, bias: Any) -> Any:
+        """Before each value is looked at: a hundred thousand wrong ones would be told one by one."""
+        if isinstance(bias, dict):
+            if len(bias) > MAX_BIASES:
+                raise ValueError(f"{len(bias)} tokens; name at most {MAX_BIASES}")
+            for key in bias:
+                if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
+                    raise ValueError(f"{str(key)[:20]!r} is no token id")
         return bias
 
     @model_validator(mode="after")
@@ -116,7 +122,7 @@ class Asked(Strict):
 class CompletionRequest(Asked):
     """/v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -151,7 +157,7 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = Field(default=None, max_length=256)
 
     def plain(self) -> dict[str, Any]:
@@ -164,7 +170,7 @@ class Message(Strict):
 class ChatRequest(Asked):
     """/v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)

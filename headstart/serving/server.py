@@ -10,11 +10,14 @@ from types import FrameType
 
 import torch
 import uvicorn
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from headstart import api, machine
 from headstart.decoding.engine import Engine
 from headstart.errors import UsageError
 from headstart.serving.app import make_app
+from headstart.serving.guard import Guard
 from headstart.serving.metrics import Metrics
 from headstart.serving.service import Service
 from headstart.serving.settings import ServeSettings
@@ -42,6 +45,17 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
     return Service(model, worker, name, settings)
 
 
+def guarded(app: ASGIApp, service: Service) -> ASGIApp:
+    """The application behind its keys and bounds."""
+    settings = service.settings
+    app = Guard(app, settings.api_key, settings.max_body_bytes, service.worker.metrics.answered)
+    if not settings.allow_origin:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=settings.allow_origin, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+    )
+
+
 class Server(uvicorn.Server):
     """Runs until a signal comes; running requests then have some seconds to finish, unless a second one comes.
 
@@ -54,7 +68,7 @@ class Server(uvicorn.Server):
         self.socket = _listen(settings.host, settings.port)
         # An answer that has been written may still be on its way when the last text is done.
         config = uvicorn.Config(
-            make_app(service),
+            guarded(make_app(service), service),
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -63,6 +77,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._hurried = False
 
     @property
     def url(self) -> str:
@@ -74,10 +89,11 @@ class Server(uvicorn.Server):
         await super().serve([self.socket] if sockets is None else sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of a signal."""
-        if self.service.draining:
+        """Of a signal: the first lets texts finish, the second ends them, the third waits for nothing."""
+        if self._hurried:
             self.should_exit = self.force_exit = True
-        else:
+        self._hurried = self.service.draining
+        if not self.service.draining:
             self.drain()
 
     def drain(self) -> None:
@@ -89,7 +105,7 @@ class Server(uvicorn.Server):
     async def _finish(self) -> None:
         worker = self.service.worker
         deadline = time.monotonic() + self.service.settings.drain_seconds
-        while not worker.idle and time.monotonic() < deadline and not self.force_exit:
+        while not worker.idle and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(worker.stop)
         self.should_exit = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from headstart.api import LanguageModel
@@ -143,7 +144,7 @@ class Service:
             message = f"the prompt has {prompt} tokens; the context is {self.context}, which must also hold the answer"
             raise ApiError(400, f"{message}: shorten it", param="prompt", code="context_length_exceeded")
         if wanted is None:
-            return min(room, *([] if chat else [COMPLETION_TOKENS]), *([] if most is None else [most]))
+            return min(room if chat else COMPLETION_TOKENS, room, room if most is None else most)
         if most is not None and wanted > most:
             raise ApiError(400, f"max_tokens is {wanted}; this server writes at most {most}", param="max_tokens")
         if wanted > room:
@@ -167,42 +168,41 @@ class Answer:
     ) -> None:
         self._worker, self._jobs, self._inbox, self._shape = worker, jobs, inbox, shape
         self._prompt_tokens, self._include_usage = prompt_tokens, include_usage
-        self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
 
     async def whole(self) -> dict[str, Any]:
         """All of it."""
         done: dict[Job, Piece] = {}
-        async for pieces in self._pieces():
-            done |= pieces
+        async with aclosing(self._pieces()) as arriving:
+            async for pieces in arriving:
+                done |= pieces
         return self._shape.whole(self._jobs, done, self._prompt_tokens)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """As it is written."""
-        async for pieces in self._pieces():
-            yield b"".join(event(self._shape.chunk(job, piece)) for job, piece in pieces.items())
+        async with aclosing(self._pieces()) as arriving:
+            async for pieces in arriving:
+                yield b"".join(event(self._shape.chunk(job, piece)) for job, piece in pieces.items())
         if self._include_usage:
             yield event(self._shape.usage_chunk(self._jobs, self._prompt_tokens))
         yield DONE
 
-    async def _pieces(self) -> AsyncIterator[dict[Job, Piece]]:
+    async def _pieces(self) -> AsyncGenerator[dict[Job, Piece], None]:
         """Until all jobs are done; whatever ends this ends them."""
+        message = f"not done within the {self._seconds:g} s that this server gives a request"
+        late = ApiError(504, message, code="timeout")
+        alarm = self._inbox.loop.call_later(self._seconds, self._inbox.fail, late)
         left = set(self._jobs)
-        outcome = "cancelled"
         try:
             self._worker.submit(self._jobs)
             while left:
-                async with asyncio.timeout_at(self._deadline):
-                    pieces = await self._inbox.take()
+                pieces = await self._inbox.take()
                 left -= {job for job, piece in pieces.items() if piece.finished}
                 yield pieces
-        except TimeoutError:
-            outcome = "deadline"
-            message = f"not done within the {self._seconds:g} s that this server gives a request"
-            raise ApiError(504, message, code="timeout") from None
         finally:
+            alarm.cancel()
             if left:
-                self._worker.cancel(sorted(left, key=lambda job: job.index), outcome)
+                self._worker.cancel(list(left), "deadline" if self._inbox.error is late else "cancelled")
 
 
 def _constraint(asked: Asked) -> Constraint | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.responses import Response
@@ -33,25 +33,28 @@ class EventStream(Response):
     Args:
         events: the answer. An ApiError before the first event is the answer, with its status; a later one is told in
             an event of its own, and ends the stream.
+        seconds: after which a client that does not read is given up.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], seconds: float) -> None:
         super().__init__()
-        self._events = events
+        self._events, self._seconds = events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(self._send(scope, receive, send), receive)
+        with suppress(GoneError):
+            await while_connected(self._send(scope, receive, send), receive, self._seconds)
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async for body in self._events:
-                if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-                    started = True
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+            async with aclosing(self._events) as events:
+                async for body in events:
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+                        started = True
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except ApiError as error:
             if not started:
                 await error.response()(scope, receive, send)
@@ -61,15 +64,15 @@ class EventStream(Response):
 
 
 class GoneError(Exception):
-    """The client has closed the connection."""
+    """The client has closed the connection, or does not read."""
 
 
-async def while_connected(work: Awaitable[Any], receive: Callable[[], Awaitable[Any]]) -> Any:
-    """What `work` gives, which is cancelled where the client goes. The body must have been read."""
+async def while_connected(work: Awaitable[Any], receive: Receive, seconds: float) -> Any:
+    """What `work` gives, which is cancelled where the client goes or the time is over. The body must have been read."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_until_gone(receive))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise GoneError
         return task.result()
@@ -80,6 +83,6 @@ async def while_connected(work: Awaitable[Any], receive: Callable[[], Awaitable[
                 await each
 
 
-async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

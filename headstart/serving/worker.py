@@ -107,32 +107,37 @@ class Worker:
             return
         finally:
             self._ready.set()
+        try:
+            self._serve(engine)
+        except Exception:  # nothing is known to raise here; whoever waits must not wait for ever
+            traceback.print_exc()
+            self.dead = True
+        with self._lock:
+            left = [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
+        why = ApiError(503, "the engine has failed" if self.dead else "the server is stopping")
+        self._hand_over([], [(job, why) for job in left])
+
+    def _serve(self, engine: Engine) -> None:
+        """Until it is stopped. Raises what kept an engine from being made again."""
         while self._wait():
             begun = self._next_jobs(engine)
             refusals = [(job, self._begin(engine, job)) for job in begun]
             errors = [(job, why) for job, why in refusals if why is not None]
             pieces: list[tuple[Job, Piece]] = []
+            broken = False
             try:
                 pieces = self._step(engine) if engine.busy else []
             except Exception:
                 traceback.print_exc()
+                broken = True
                 self.failures += 1
                 self.metrics.failed()
                 refused = [job for job, _ in errors]
                 errors += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
-                del engine  # its memory is wanted for the next one
-                try:
-                    engine = self._make_engine()
-                except Exception:
-                    traceback.print_exc()
-                    self.dead = True
             self._hand_over(pieces, errors)
-            if self.dead:
-                break
-        with self._lock:
-            left = [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
-        why = "the engine has failed" if self.dead else "the server is stopping"
-        self._hand_over([], [(job, ApiError(503, why)) for job in left])
+            if broken:
+                del engine  # its memory is wanted for the next one
+                engine = self._make_engine()
 
     def _wait(self) -> bool:
         """Until there is something to do; False where that is to stop."""

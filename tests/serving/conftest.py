@@ -1,22 +1,32 @@
-"""One server a module, over the model in the box: it writes real text, and some of its drafts are right."""
+"""Servers for tests: real ones, on free ports. One a module, over the model in the box: it writes real text, and some
+of its drafts are right."""
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+import headstart
 from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
 from headstart.storage.boxed import boxed_model
 
+HTTP = httpx.Client(verify=False, timeout=60)
+"""Made once: a client reads all certificates there are, unless it is told that it needs none."""
+
 
 @contextmanager
 def running(settings: ServeSettings, model: Path | None = None) -> Iterator[Server]:
-    """A real server on a free port, in a thread."""
+    """A server in a thread of this process."""
     server = Server(make_service(model or boxed_model(), settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -28,7 +38,45 @@ def running(settings: ServeSettings, model: Path | None = None) -> Iterator[Serv
         assert not thread.is_alive()
 
 
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Waits for what must come, however slow the machine is."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it has not come"
+        time.sleep(0.005)
+
+
+def metric(server: Server, name: str, **labels: str) -> float:
+    """A number of /metrics; 0 where it is not there yet."""
+    named = {"model_name": server.service.name, **labels}
+    return server.service.worker.metrics.registry.get_sample_value(name, named) or 0.0
+
+
+def raw(server: Server, body: bytes, path: str = "/v1/completions", **headers: str) -> tuple[int, Any]:
+    """Status and JSON of an answer to a body as it stands."""
+    answer = HTTP.post(server.url + path, content=body, headers={"Content-Type": "application/json", **headers})
+    return answer.status_code, json.loads(answer.content)
+
+
+def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
+    """A connection on which a request was sent, and nothing read."""
+    host, port = server.socket.getsockname()[:2]
+    connection = socket.create_connection((host, port))
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + content)
+    return connection
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with running(ServeSettings(port=0, slots=4, queue=64)) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def model() -> headstart.api.LanguageModel:
+    """The same model, for what is written offline."""
+    return headstart.load()

@@ -1,0 +1,88 @@
+"""What stands before the routes: keys, and bounds on the body."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headstart.serving.errors import ApiError
+
+OPEN = ("/", "/health", "/ready")
+"""Paths that need no key: the page asks for one, and those who watch the server have none."""
+BODY_SECONDS = 30.0
+"""A body must be here within this time."""
+
+
+class Guard:
+    """Refuses requests without a key, and bodies that are too large or too slow.
+
+    Args:
+        app: what it guards.
+        keys: those of which one must be shown; none: nobody is asked.
+        max_body_bytes: most bytes of a body.
+        answered: told the path and the status of every answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, answered: Callable[[str, int], None]
+    ) -> None:
+        self.app, self.max_body_bytes, self.answered = app, max_body_bytes, answered
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.answered(scope["path"], message["status"])
+            await send(message)
+
+        headers = dict(scope["headers"])
+        try:
+            if self._keys and scope["path"] not in OPEN:
+                self._check(headers.get(b"authorization", b""))
+            length = headers.get(b"content-length", b"0")
+            if length.isdigit() and int(length) > self.max_body_bytes:
+                raise self._too_large()
+        except ApiError as error:
+            await error.response()(scope, receive, counted)
+            return
+        await self.app(scope, self._bounded(receive), counted)
+
+    def _check(self, authorization: bytes) -> None:
+        kind, _, shown = authorization.partition(b" ")
+        # All are compared, each in the same time whatever it holds.
+        found = [secrets.compare_digest(shown.strip(), key) for key in self._keys]
+        if kind.lower() != b"bearer" or not any(found):
+            message = "no valid key: send the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _too_large(self) -> ApiError:
+        message = f"the body is larger than the {self.max_body_bytes} bytes that this server reads; send less"
+        return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
+
+    def _bounded(self, receive: Receive) -> Receive:
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        size, whole = 0, False
+
+        async def bounded() -> Message:
+            nonlocal size, whole
+            if whole:  # what comes now is the end of the connection
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
+            except asyncio.TimeoutError:
+                late = f"the body was not here within {BODY_SECONDS:g} s"
+                raise ApiError(408, late, headers={"Connection": "close"}) from None
+            size += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if size > self.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return bounded

@@ -1,0 +1,66 @@
+"""Keys, origins, and what is open to everybody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import openai
+import pytest
+from serving.conftest import HTTP, raw, running
+
+from headstart.serving.server import Server
+from headstart.serving.settings import ServeSettings
+
+BODY = {"prompt": "x", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Server]:
+    settings = ServeSettings(
+        port=0, slots=1, api_key=("first", "second"), allow_origin=("https://there.example",), max_tokens=5
+    )
+    with running(settings) as started:
+        yield started
+
+
+@pytest.mark.parametrize("key", ["first", "second"])
+def test_a_key_opens(key: str, locked: Server) -> None:
+    with openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key) as client:
+        assert client.completions.create(model="python-bytes-8", **BODY).choices
+
+
+@pytest.mark.parametrize("header", ["", "Bearer third", "Bearer firs", "Basic first", "first", "Bearer é"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
+def test_nothing_else_does(header: str, path: str, locked: Server) -> None:
+    answer = HTTP.request(
+        "POST" if "completions" in path else "GET",
+        locked.url + path,
+        headers={b"Authorization": header.encode()} if header else {},
+        json=BODY,
+    )
+    assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_what_needs_no_key(locked: Server) -> None:
+    assert HTTP.get(f"{locked.url}/health").json() == {"status": "ok", "engine_failures": 0}
+    assert HTTP.get(f"{locked.url}/ready").json() == {"status": "ready"}
+    page = HTTP.get(f"{locked.url}/")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+
+
+def test_origins(locked: Server, server: Server) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    for origin, allowed in (("https://there.example", "https://there.example"), ("https://other.example", None)):
+        answer = HTTP.options(f"{locked.url}/v1/completions", headers={"Origin": origin, **asked})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+    answer = HTTP.options(f"{server.url}/v1/completions", headers={"Origin": "https://there.example", **asked})
+    assert "access-control-allow-origin" not in answer.headers and answer.status_code == 405
+
+
+def test_the_servers_own_limit_of_tokens(locked: Server) -> None:
+    key = {"Authorization": "Bearer first"}
+    assert raw(locked, json.dumps({**BODY, "max_tokens": 6}).encode(), **key)[1]["error"]["param"] == "max_tokens"
+    status, answer = raw(locked, b'{"prompt": "x", "temperature": 0}', **key)
+    assert status == 200 and answer["usage"]["completion_tokens"] == 5

@@ -1,0 +1,190 @@
+"""What happens when much is asked at once, when clients go, when time is over, and when an engine fails."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from serving.conftest import HTTP, metric, opened, raw, running, until
+
+from headstart.decoding.engine import Engine
+from headstart.serving.server import Server
+from headstart.serving.settings import ServeSettings
+
+LONG = {"prompt": "def f(", "max_tokens": 500, "temperature": 0, "speculative": {"enabled": False}}
+SHORT = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0}).encode()
+
+
+class Gate:
+    """Lets the engine's steps through one by one, while it is shut."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self._one = threading.Semaphore(0)
+        step = Engine.step
+
+        def gated(engine: Engine) -> Any:
+            if not self.open.is_set():
+                while not (self._one.acquire(timeout=0.01) or self.open.is_set()):
+                    pass
+            self.steps += 1
+            return step(engine)
+
+        monkeypatch.setattr(Engine, "step", gated)
+
+    def let(self, steps: int, wait: bool = True) -> None:
+        wanted = self.steps + steps
+        self._one.release(steps)
+        if wait:
+            until(lambda: self.steps >= wanted)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch):
+    made = Gate(monkeypatch)
+    yield made
+    made.open.set()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two slots, room for two more."""
+    with running(ServeSettings(port=0, slots=2, queue=2)) as started:
+        yield started
+
+
+def live(server: Server) -> float:
+    return metric(server, "headstart_live_slots")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_slot_within_a_step(stream: bool, small: Server, gate: Gate) -> None:
+    before = metric(small, "headstart_texts_total", outcome="cancelled")
+    gate.open.clear()
+    connection = opened(small, {**LONG, "stream": stream, "n": 2})
+    gate.let(4)
+    assert live(small) == 2
+    if stream:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    cancelled = small.service.worker._cancelled
+    steps = gate.steps
+    connection.close()
+    until(lambda: len(small.service.worker._cancelled) == 2 or cancelled is not small.service.worker._cancelled)
+    gate.let(1, wait=False)  # the step that was under way, if one was
+    until(lambda: live(small) == 0)
+    assert gate.steps <= steps + 1
+    assert metric(small, "headstart_texts_total", outcome="cancelled") == before + 2
+    gate.open.set()
+    assert raw(small, SHORT)[0] == 200
+
+
+def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gate: Gate, model) -> None:
+    gate.open.clear()
+    body = json.dumps({"prompt": "def f(", "max_tokens": 8, "temperature": 0}).encode()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(raw, small, body) for _ in range(4)]
+        worker = small.service.worker
+        until(lambda: len(worker._running) + len(worker._waiting) == 4)
+        answer = HTTP.post(f"{small.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 60
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        status, refused = raw(small, json.dumps({**LONG, "n": 5}).encode())
+        assert status == 400 and refused["error"]["param"] == "n"  # trying again would not help
+        gate.open.set()
+        wanted = model.generate("def f(", max_new_tokens=8).text
+        assert [(s, a["choices"][0]["text"]) for s, a in (f.result() for f in waiting)] == [(200, wanted)] * 4
+    assert metric(small, "headstart_requests_total", endpoint="/v1/completions", status="429") >= 1
+
+
+def test_one_that_waits_and_goes_leaves_the_queue(small: Server, gate: Gate) -> None:
+    gate.open.clear()
+    first = opened(small, {**LONG, "n": 2})
+    until(lambda: len(small.service.worker._running) == 2)
+    second = opened(small, LONG)
+    until(lambda: len(small.service.worker._waiting) == 1)
+    second.close()
+    until(lambda: len(small.service.worker._waiting) == 0)
+    first.close()
+    gate.open.set()
+    until(lambda: small.service.worker.idle)
+
+
+def test_a_failing_engine_is_told_to_those_in_flight_and_made_anew(
+    small: Server, gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate.open.clear()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(raw, small, json.dumps(LONG).encode())
+        stream = opened(small, {**LONG, "stream": True})
+        worker = small.service.worker
+        until(lambda: len(worker._running) + len(worker._waiting) == 2)
+        gate.let(3)
+        step = Engine.step
+        monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
+        gate.let(1, wait=False)
+        until(lambda: small.service.worker.failures == 1)
+        monkeypatch.setattr(Engine, "step", step)
+        gate.open.set()
+        status, answer = waiting.result()
+    assert status == 500 and answer["error"]["type"] == "server_error" and "division" not in str(answer)
+    said = b""
+    while piece := stream.recv(65536):
+        said += piece
+        if b"server_error" in said:
+            break
+    assert b"HTTP/1.1 200" in said and b"server_error" in said and b"[DONE]" not in said
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert HTTP.get(f"{small.url}/health").json() == {"status": "ok", "engine_failures": 1}
+    assert metric(small, "headstart_engine_failures_total") == 1
+    assert raw(small, SHORT)[0] == 200
+
+
+def test_a_second_signal_does_not_wait_for_texts(gate: Gate) -> None:
+    with running(ServeSettings(port=0, slots=1)) as server:
+        gate.open.clear()
+        connection = opened(server, LONG)
+        until(lambda: len(server.service.worker._running) == 1)
+        server.handle_exit(signal.SIGINT, None)
+        assert HTTP.get(f"{server.url}/ready").status_code == 503 and not server.should_exit
+        server.handle_exit(signal.SIGINT, None)
+        gate.open.set()
+        assert connection.recv(100).startswith(b"HTTP/1.1 503")
+
+
+def test_time_is_over(gate: Gate, model) -> None:
+    with running(ServeSettings(port=0, slots=1, request_timeout=0.3)) as server:
+        gate.open.clear()
+        status, answer = raw(server, json.dumps(LONG).encode())
+        assert status == 504 and answer["error"]["code"] == "timeout"
+        gate.open.set()
+        until(lambda: server.service.worker.idle)
+        assert metric(server, "headstart_texts_total", outcome="deadline") == 1
+        status, answer = raw(server, SHORT)
+        assert status == 200 and answer["choices"][0]["text"] == model.generate("x", max_new_tokens=2).text
+
+
+def test_an_engine_that_cannot_be_made_again_ends_it_all(gate: Gate) -> None:
+    with running(ServeSettings(port=0, slots=1)) as server:
+        worker = server.service.worker
+
+        def none() -> Engine:
+            raise MemoryError
+
+        worker._make_engine = none
+        gate.open.clear()
+        connection = opened(server, LONG)
+        until(lambda: len(worker._running) == 1)
+        worker._running[0].wants_origins = True  # what is not there makes the step fail
+        worker._job_of.clear()
+        gate.open.set()
+        assert b"500" in connection.recv(100)
+        until(lambda: worker.dead)
+        assert HTTP.get(f"{server.url}/health").status_code == 503
+        assert HTTP.get(f"{server.url}/ready").status_code == 503
+        assert raw(server, SHORT)[0] == 503
