@@ -292,7 +292,7 @@ def test_the_text_is_the_servers_and_a_race_ends_in_it_twice(tab: Any, server: A
     fields = {"max_tokens": 80, "temperature": 0.9, "top_p": 0.95, "seed": 5}
     tab.goto(server.url)
     settings_of(tab, prompt=prompt, **fields)
-    tab.get_by_label("Heads").select_option("all 8")  # as many as pay are a matter of time
+    tab.get_by_label("Heads").select_option("all 8")  # what "automatic" takes is a matter of time
     tab.locator("#prompt").press("Control+Enter")
     status = tab.locator("#status")
     playwright.expect(status).to_contain_text("Done: 80 tokens")
