@@ -165,7 +165,8 @@ class MultiTokenTrainer(Trainer):
             assert seen.correct is not None
             found = torch.stack([seen.sums.double(), seen.counts.double(), seen.correct.double()])
             total, samples = found if total is None else total + found, samples + len(inputs["input_ids"])
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)  # type: ignore[has-type]
+            self.control = control
         metrics = {}
         if total is not None:
             sums, counts, correct = total.cpu()

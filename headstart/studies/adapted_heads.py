@@ -161,7 +161,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         for where in conditions:
             curves = values(results, lambda r: r.numbers["acceptance"], **where)
             style = {"cross-entropy": "-", "kl": "--", "total-variation": ":"}[str(where["loss"])]
-            colour = f"C{settings.kinds.index(where['heads'])}"  # type: ignore[arg-type]
+            colour = f"C{settings.kinds.index(where['heads'])}"
             medians = [statistics.median(column) for column in zip(*curves)]
             left.plot(range(2, settings.heads + 1), medians, style, color=colour, marker="o", markersize=3)
         left.set(xlabel="head k", ylabel="heads 2 to k right, held-out text", xticks=range(2, settings.heads + 1))
@@ -169,7 +169,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         names = [f"{where['heads']}, {where['loss']}" for where in conditions]
         for place, where in enumerate(conditions):
             seen = values(results, _free, **where)
-            colour = f"C{settings.kinds.index(where['heads'])}"  # type: ignore[arg-type]
+            colour = f"C{settings.kinds.index(where['heads'])}"
             right.barh(place, statistics.median(seen), color=colour, alpha=0.6)
             right.plot(seen, [place] * len(seen), "k.", markersize=4)
         right.set_yticks(range(len(names)), names, fontsize=8)

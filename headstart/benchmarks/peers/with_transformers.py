@@ -49,7 +49,7 @@ class Peer:
                 self.variants["assisted"] = partial(self.decode, assistant_model=assistant)
         if case["compile"]:
             compiled = CompileConfig(mode="default")
-            compiled._compile_all_devices = True  # type: ignore[assignment]  # else it compiles on GPUs alone
+            compiled._compile_all_devices = True  # else it compiles on GPUs alone
             self.variants["compiled, static cache"] = partial(
                 self.decode, cache_implementation="static", compile_config=compiled
             )
