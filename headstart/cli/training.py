@@ -81,9 +81,9 @@ def prepare(
     from headstart.data import shards
     from headstart.data.bpe import NewBpe
     from headstart.data.hub_datasets import is_dataset
-    from headstart.data.tokenizers import load_tokenizer
     from headstart.data.units import Selection
     from headstart.machine import cores
+    from headstart.storage.model_directory import load_data_tokenizer
     from headstart.terminal import Progress, say
 
     if verify:
@@ -102,7 +102,7 @@ def prepare(
         manifest = shards.prepare(
             sources,
             out,
-            load_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
+            load_data_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
             selection=Selection(text_field, split, hf_config, conversations, each_answer),
             validation_fraction=fraction,
             validation_sources=validation_sources,

@@ -22,7 +22,7 @@ import numpy as np
 
 from headstart.data.chat_template import ChatTemplate, encode_conversation
 from headstart.data.documents import Document, Skipped
-from headstart.data.tokenizers import ByteTokenizer, Tokenizer
+from headstart.data.tokenizers import ByteTokenizer, Tokenizer, prompt_ids
 from headstart.data.units import Selection, Unit, read
 from headstart.data.workers import Advance
 from headstart.errors import UsageError
@@ -181,7 +181,7 @@ class Encoder:
             ids[:-1] = np.frombuffer(content, dtype=np.uint8)
         else:
             try:
-                tokens = self.tokenizer.encode(text)
+                tokens = prompt_ids(self.tokenizer, text)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
             ids = np.empty(len(tokens) + 1, dtype=self.dtype)

@@ -114,6 +114,7 @@ def prepare(
                 "tokenizer": tokenizer.name,
                 "vocab_size": tokenizer.vocab_size,
                 "end_id": tokenizer.end_id,
+                "start_ids": list(tokenizer.start_ids),
                 "dtype": dtype_for(tokenizer.vocab_size),
                 "splits": splits,
                 "sources": sources,
@@ -181,7 +182,8 @@ def _fingerprint(tokenizer: Tokenizer, folder: Path) -> str:
     with replacing_directory(folder) as temporary:
         tokenizer.save(temporary)
     files = [(file.name, sha256_of(file)) for file in sorted(folder.iterdir())]
-    return repr((tokenizer.vocab_size, tokenizer.end_id, files))
+    start = [tokenizer.start_ids] if tokenizer.start_ids else []
+    return repr((tokenizer.vocab_size, tokenizer.end_id, files, *start))
 
 
 def _encode(

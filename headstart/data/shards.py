@@ -21,6 +21,7 @@ import numpy as np
 from headstart.data.manifest import DTYPES, WITH_TARGETS, read_manifest
 from headstart.data.preparation import prepare
 from headstart.data.target_bits import TargetBits, bytes_for
+from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import sha256_of
 
@@ -106,6 +107,12 @@ class TokenShards:
             )
         bits = [_open_bits(directory, shard) for shard in summary["shards"]]
         return cls(directory, split, manifest, tokens, documents, int(summary["bytes"]) / targeted, SplitTokens(bits))
+
+    def tokenizer(self) -> Tokenizer:
+        """That which the documents were encoded with; they begin with its start tokens, where it has any."""
+        tokenizer = load_tokenizer(self.directory / "tokenizer")
+        tokenizer.start_ids = tuple(self.manifest.get("start_ids", ()))
+        return tokenizer
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of document `index` (from 0), its end token included."""

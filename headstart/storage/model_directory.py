@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from headstart.storage.hub import local_directory
 from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, stored_parts
 from headstart.storage.tensor_files import TensorFiles, model_files
 
-__all__ = ["load_config", "load_model", "load_model_tokenizer", "save_model"]
+__all__ = ["load_config", "load_data_tokenizer", "load_model", "load_model_tokenizer", "save_model"]
 
 TOKENIZER_FILE = "tokenizer.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -154,6 +155,19 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
         known = start[:1] == (read_json(directory / CONFIG_FILE).get("bos_token_id"),)
         tokenizer.start_ids = start if known and start[0] != tokenizer.end_id else ()
     return tokenizer
+
+
+def load_data_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer that texts are encoded with: what `load_tokenizer` finds, and of a model directory with the start
+    token that its model knows, so that documents begin as the model has seen them begin.
+
+    Raises UsageError for anything else.
+    """
+    path = Path(source)
+    if (path / CONFIG_FILE).is_file() and (path / TOKENIZER_FILE).is_file():
+        with contextlib.suppress(UsageError):  # of a model that we do not know: it still has a tokenizer
+            return load_model_tokenizer(path) or load_tokenizer(source)
+    return load_tokenizer(source)
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:

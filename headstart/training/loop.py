@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from headstart.data.batches import BatchStream
 from headstart.data.mixture import Source
-from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import drawn
@@ -112,7 +111,7 @@ class Run:
         self.history = LossHistory(**self.position.history)
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
-        self.tokenizer = load_tokenizer(self.sources[0].train.directory / "tokenizer")
+        self.tokenizer = self.sources[0].train.tokenizer()
         if config.adapt is not None:
             self.tokenizer = tokenizer_of(config.adapt.model, self.tokenizer)
         prompt_tokens(self.tokenizer, config)

@@ -13,9 +13,9 @@ from typing import Any
 
 from headstart.data.mixture import MixturePart, Source, open_sources
 from headstart.data.shards import prepare
-from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import replacing_file, take_lock
+from headstart.storage.model_directory import load_data_tokenizer
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
 from headstart.training.config import (
@@ -97,7 +97,7 @@ class RunFolder:
                 prepare(
                     config.data.sources,
                     self.data,
-                    load_tokenizer(config.data.tokenizer),
+                    load_data_tokenizer(config.data.tokenizer),
                     validation_fraction=config.data.validation_fraction,
                     seed=config.seed,
                     progress=bar.update,

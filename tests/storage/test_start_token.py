@@ -9,8 +9,12 @@ import pytest
 import torch
 
 import headstart
+from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer, prompt_ids
-from headstart.storage.model_directory import load_model, load_model_tokenizer, save_model
+from headstart.model.config import ModelConfig
+from headstart.storage.model_directory import load_data_tokenizer, load_model, load_model_tokenizer, save_model
+from headstart.training.config import BatchConfig, DataConfig, RunConfig
+from headstart.training.loop import train
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,3 +71,39 @@ def test_the_directory_says_whether_the_model_knows_it(directory: Path, tmp_path
             assert json.loads((tmp_path / name / file).read_text())["bos_token_id"] == start
         tokenizer = load_model_tokenizer(tmp_path / name)
         assert tokenizer is not None and tokenizer.start_ids == ids
+
+
+def test_documents_for_such_a_model_begin_with_it(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(6):
+        (tmp_path / "text" / f"{i}.txt").write_text("<s>word " * i if i == 5 else f"text {i}")
+    for name, source, start in (("model", directory, [0]), ("alone", directory / "tokenizer.json", [])):
+        tokenizer = load_data_tokenizer(source)
+        prepare([str(tmp_path / "text")], tmp_path / name, tokenizer, validation_fraction=0.3, seed=1)
+        for split in ("train", "validation"):
+            shards = TokenShards.open(tmp_path / name, split)
+            assert shards.manifest["start_ids"] == start and shards.tokenizer().start_ids == tuple(start)
+            for i in range(len(shards.documents)):
+                tokens = shards.document(i).tolist()
+                # A text that has it already does not get another.
+                assert (
+                    tokens.count(1) == 1
+                    and tokens[-1] == 1
+                    and tokens[:2].count(0) == (1 if start or 0 in tokens else 0)
+                )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"architectures": ["Unknown"]}')
+    (tmp_path / "other" / "tokenizer.json").write_bytes((directory / "tokenizer.json").read_bytes())
+    assert load_data_tokenizer(tmp_path / "other").start_ids == ()
+
+
+def test_a_model_trained_on_such_documents_knows_it(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a few words to read " * 40)
+    data = DataConfig(sources=(str(tmp_path / "text.txt"),), tokenizer=str(directory), validation_fraction=0.0)
+    model = ModelConfig(vocab_size=258, dim=16, layers=2, attention_heads=1, context=16)
+    path = train(
+        RunConfig(steps=1, run_dir=tmp_path / "run", device="cpu", model=model, data=data, batch=BatchConfig(1, 1, 16))
+    )
+    tokenizer = load_model_tokenizer(path)
+    assert tokenizer is not None and tokenizer.start_ids == (0,)
+    assert json.loads((path / "config.json").read_text())["bos_token_id"] == 0
