@@ -79,6 +79,15 @@ def train_on_code(
     }
 
 
+def learned(settings: CodeSettings, results: Sequence[Result], head: int = 1, margin: float = 0.02) -> bool:
+    """Whether some model's `head` is right more often than one that always says the most frequent byte, a blank."""
+    _, pieces = code_bytes(settings.train_bytes, settings.test_pieces, settings.piece)
+    content = b"".join(pieces)
+    share = max(content.count(byte) for byte in set(content)) / len(content)
+    known = [result.numbers["top1"] for result in results if len(result.numbers["top1"]) >= head]
+    return max((top1[head - 1] for top1 in known), default=0.0) > share + margin
+
+
 def next_byte(results: Sequence[Result], **conditions: object) -> list[float]:
     """Bits per byte of head 1, by seed."""
     return values(results, lambda result: result.numbers["bits_per_byte"][0], **conditions)
