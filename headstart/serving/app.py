@@ -21,6 +21,13 @@ from headstart.serving.stream import EventStream, GoneError, while_connected
 GRACE = 10.0
 """Seconds that a client has to read an answer once its time is over."""
 PAGE = files("headstart.serving") / "playground.html"
+# The page says itself what it may load; that no other page shows it in a frame, only a header can say.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -78,7 +85,7 @@ def make_app(service: Service) -> FastAPI:
 
         @app.get("/", include_in_schema=False)
         async def page() -> Any:
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 
     def _card() -> dict[str, Any]:
         return {

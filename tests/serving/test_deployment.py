@@ -137,9 +137,8 @@ def gateway(servers: list[Server], tmp_path: Path) -> Iterator[str]:
 def ask(gateway: str, **asked: object) -> Any:
     """The open answer to a request for a text."""
     body = {"prompt": "def f(", "max_tokens": 4, "temperature": 0, **asked}
-    request = urllib.request.Request(
-        gateway + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", "X-Forwarded-For": "203.0.113.9"}  # of a gateway before this one
+    request = urllib.request.Request(gateway + "/v1/completions", json.dumps(body).encode(), headers)
     return urllib.request.urlopen(request, timeout=20)
 
 
@@ -182,13 +181,13 @@ def test_nginx_lets_events_through_and_tells_of_readers_who_go(
     assert all(server.service.worker.idle for server in servers)
 
 
-def test_nginx_passes_on_that_servers_are_full(
+def test_nginx_passes_on_who_asks_and_that_servers_are_full(
     servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked: list[str] = []
 
-    def full(jobs: object) -> None:
-        asked.append(jobs)
+    def full(jobs: list[Any]) -> None:
+        asked.append(jobs[0].client)
         raise ApiError(429, "full", headers={"Retry-After": "7"})
 
     for server in servers:
@@ -197,7 +196,7 @@ def test_nginx_passes_on_that_servers_are_full(
         ask(gateway)
     assert (error.value.code, error.value.headers["Retry-After"]) == (429, "7")
     assert json.load(error.value)["error"]["message"] == "full"
-    assert len(asked) == 1
+    assert asked == ["@203.0.113.9"]  # once, and in the name of who asks
 
 
 def test_nginx_goes_round_servers_that_drain_or_are_gone(

@@ -51,6 +51,7 @@ def usage(tokens: int, *positions: tuple[int, int, int]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    playwright.expect.set_options(timeout=60_000)  # of a busy machine; nothing waits longer than it must
     with playwright.sync_playwright() as driver:
         # Root has no sandbox; what runs here is this repository's.
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
@@ -63,7 +64,7 @@ def tab(browser: Any) -> Iterator[Any]:
     """A page of the width of a phone, that lets nothing wrong pass."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="light")
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -290,7 +291,7 @@ def width(tab: Any) -> int:
 def test_the_text_is_the_servers_and_a_race_ends_in_it_twice(tab: Any, server: Any) -> None:
     prompt = "class Stack:\n    def push(self, item):\n"
     fields = {"max_tokens": 80, "temperature": 0.9, "top_p": 0.95, "seed": 5}
-    tab.goto(server.url)
+    assert tab.goto(server.url).header_value("content-security-policy") == "frame-ancestors 'none'"
     settings_of(tab, prompt=prompt, **fields)
     tab.get_by_label("Heads").select_option("all 8")  # what "automatic" takes is a matter of time
     tab.locator("#prompt").press("Control+Enter")
