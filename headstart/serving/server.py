@@ -123,7 +123,7 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     """Serves a model until a signal ends it."""
     service = make_service(directory, settings)
     server = Server(service)
-    say(f"{service.name}: listening on {server.url}; stop it with Ctrl-C")
+    say(f"{service.name}: listening on {server.url}; open it in a browser to try it, stop it with Ctrl-C")
     key = ' -H "Authorization: Bearer $HEADSTART_API_KEY"' if settings.api_key else ""
     body = '{"prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0}'
     say(f"try: curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
