@@ -53,8 +53,9 @@ def usage(tokens: int, *positions: tuple[int, int, int]) -> dict[str, Any]:
 def browser() -> Iterator[Any]:
     playwright.expect.set_options(timeout=60_000)  # of a busy machine; nothing waits longer than it must
     with playwright.sync_playwright() as driver:
-        # Root has no sandbox; what runs here is this repository's.
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        # Root has no sandbox, and what runs here is this repository's; containers have little shared memory.
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         browser.close()
 
