@@ -43,7 +43,7 @@ def test_systemd_takes_the_unit_and_calls_it_safe(tmp_path: Path) -> None:
     assert run("systemd-analyze", "verify", tmp_path / "headstart@8001.service") == ""
     if (
         int(re.findall(r"^systemd (\d+)", run("systemd-analyze", "--version"))[0]) >= 250
-    ):  # it reads files from there on
+    ):  # reads files
         run("systemd-analyze", "security", "--offline=true", "--threshold=16", unit)
 
 
