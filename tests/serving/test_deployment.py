@@ -41,9 +41,8 @@ def test_systemd_takes_the_unit_and_calls_it_safe(tmp_path: Path) -> None:
     text = (DEPLOY / unit.name).read_text()
     unit.write_text(text.replace("/opt/headstart/bin/headstart", sys.executable))  # it looks for the program
     assert run("systemd-analyze", "verify", tmp_path / "headstart@8001.service") == ""
-    if (
-        int(re.findall(r"^systemd (\d+)", run("systemd-analyze", "--version"))[0]) >= 250
-    ):  # reads files
+    version = re.findall(r"^systemd (\d+)", run("systemd-analyze", "--version"))[0]
+    if int(version) >= 250:  # it reads files from there on
         run("systemd-analyze", "security", "--offline=true", "--threshold=16", unit)
 
 
