@@ -67,7 +67,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
             training=TrainingSettings(steps=350, rows=24, length=64, lr=4e-3, warmup_steps=40),
         ),
         "gpu": PolynomialSettings(
-            seeds=2, problems=4_000_000, sizes=("3M", "10M"), heads=(1, 2, 4), pauses=(0, 5),
+            seeds=2, problems=4_000_000, sizes=("10M", "30M"), heads=(1, 2, 4), pauses=(0, 5),
             training=TrainingSettings(
                 steps=6000, rows=128, length=1024, lr=3e-4, warmup_steps=500, dtype="bfloat16",
             ),
