@@ -40,7 +40,7 @@ class MemoryStudy(Study[MemorySettings]):
     published = "O(V + d) against O(nV + d); no bytes given"
     scales: ClassVar[dict[Scale, Any]] = {
         "smoke": MemorySettings(vocab_size=4000, dim=32, layers=3, length=64, heads=(2,), steps=("walk",)),
-        "cpu": MemorySettings(seeds=2, dim=128, layers=9, length=512),
+        "cpu": MemorySettings(seeds=2, dim=128, layers=9, length=512, heads=(1, 4, 8)),
         "gpu": MemorySettings(seeds=2, dim=2048, layers=24, length=4096, dtype="bfloat16"),
         "paper": MemorySettings(seeds=1, dim=4096, layers=32, length=4096, dtype="bfloat16"),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from headstart.studies.polynomial import STUDY
+from headstart.studies.polynomial import STUDY, PolynomialSettings
 from headstart.studies.polynomial_ring import Ring
 from headstart.studies.study import Result
 
@@ -96,19 +97,36 @@ def test_training_problems_have_all_numbers_of_operations() -> None:
     "gain, wobble, base, verdict",
     [
         (0.2, 0.0, 0.5, "reproduced"),
-        (0.2, 0.25, 0.5, "direction only"),
+        (0.2, 0.45, 0.5, "direction only"),
         (-0.2, 0.0, 0.5, "null"),
         (0.0, 0.0, 0.5, "null"),
         (0.2, 0.0, -0.2, "out of reach"),  # n = 2 guesses, n = 1 not even that
     ],
 )
 def test_findings(gain: float, wobble: float, base: float, verdict: str) -> None:
-    settings = replace(STUDY.scales["cpu"], seeds=3, heads=(1, 2))
-    results = []
-    for case in STUDY.cases(settings):
-        exact = base + (case.conditions["n"] == 2) * (gain - wobble * (case.seed == 1))
-        last = settings.test_operations
-        results.append(Result(case, {"exact": [exact] * last, "guessed": [0.1] * last, "losses": [1.0]}, 1.0))
+    settings = replace(STUDY.scales["gpu"], seeds=3, heads=(1, 2))
+    results = made_up(settings, lambda n, seed: [base + (n == 2) * (gain - wobble * (seed == 1))] * 10)
     found = STUDY.findings(settings, results)
-    assert found.verdict == verdict and len(found.rows) == 2
-    assert ("too short a training" in found.sentence) == (verdict == "out of reach")
+    assert found.verdict == verdict and len(found.rows) == 8
+    assert ("In domain no model" in found.sentence) == (verdict == "out of reach")
+
+
+def test_a_part_of_the_claim_is_not_the_whole() -> None:
+    """Out of domain nobody learned anything, and one size with no pauses was run."""
+    settings = replace(STUDY.scales["gpu"], seeds=3, heads=(1, 2))
+    in_domain = lambda n, seed: [0.5 + 0.2 * (n == 2)] * 5 + [0.1] * 5  # noqa: E731
+    found = STUDY.findings(settings, made_up(settings, in_domain))
+    assert found.verdict == "direction only" and "Out of domain no model" in found.sentence
+    assert "out of domain (10M" not in found.sentence
+    settings = replace(settings, sizes=("10M",), pauses=(0,))
+    found = STUDY.findings(settings, made_up(settings, lambda n, seed: [0.5 + 0.2 * (n == 2)] * 10))
+    assert found.verdict == "direction only" and "larger than what was tested" in found.sentence
+
+
+def made_up(settings: PolynomialSettings, exact: Callable[[int, int], list[float]]) -> list[Result]:
+    return [
+        Result(
+            case, {"exact": exact(int(case.conditions["n"]), case.seed), "guessed": [0.1] * 10, "losses": [1.0]}, 1.0
+        )
+        for case in STUDY.cases(settings)
+    ]
