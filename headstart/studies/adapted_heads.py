@@ -174,6 +174,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
             right.plot(seen, [place] * len(seen), "k.", markersize=4)
         right.set_yticks(range(len(names)), names, fontsize=8)
         right.invert_yaxis()
+        right.grid(False, axis="y")
         right.set(xlabel="tokens per pass, writing greedily", xlim=(1, None))
         figure.suptitle(
             f"{settings.heads} heads on a frozen byte model, {settings.seconds:g} s of training each", fontsize=10
