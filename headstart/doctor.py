@@ -277,8 +277,8 @@ def _affordable_tokens(model: Transformer, prompts: Sequence[tuple[int, ...]]) -
 
 
 def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float) -> Finding:
-    """All heads against head 1 alone, exact: the tokens must be identical."""
-    n = model.config.heads
+    """All heads that draft against head 1 alone, exact: the tokens must be identical."""
+    n = model.config.drafting_heads
 
     def run(heads: int) -> Decoded:
         requests = [Request(p, tokens, Sampling(temperature, seed=seed), heads) for seed, p in enumerate(prompts)]

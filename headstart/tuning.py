@@ -89,6 +89,10 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     model = language_model.transformer
     if model.config.heads == 1:
         raise UsageError(f"{path}: has one head, so there are no drafts to tune")
+    if model.config.drafting_heads < model.config.heads:
+        raise UsageError(
+            f"{path}: its heads predict with gaps between, and tables are of chains without; leave it untuned"
+        )
     if settings.tree_nodes and model.config.ahead:
         raise UsageError(f"{path}: sequential heads draft one chain, not trees; leave --tree-nodes out")
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context, most=128)

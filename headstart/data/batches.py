@@ -43,7 +43,7 @@ class Batch:
     tokens: torch.Tensor  # (B, T)
     targets: torch.Tensor  # (B, T, n), IGNORE where head k's token lies in another document, or is no target
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
-    ahead: torch.Tensor | None = None  # (B, n), the tokens that follow each row, whatever their document
+    ahead: torch.Tensor | None = None  # (B, the last offset), the tokens behind each row, whatever their document
     places: torch.Tensor | None = None  # (B, 2), the source and the row in it that each row is, both from 0
     registers: Registers | None = None
 
@@ -55,22 +55,31 @@ class Batch:
         return torch.cat([self.tokens, self.ahead[:, :ahead]], 1)
 
 
-def targets_of(tokens: Array, documents: Array, heads: int, is_target: Array | None = None) -> Array:
-    """What each head is to predict: `targets[b, t, k-1]` is token t+k of row b, for head k in 1..n (paper, equation 2).
-
-    `tokens` and `documents` (the document that each position lies in) are (B, T+n); the result is (B, T, n) int64, of
-    their kind. Where t and t+k lie in different documents it is IGNORE; a document's end token belongs to the document.
-    `is_target` (B, T+n) bool: tokens that no head is to predict, as a user's in a conversation, are false (None: all
-    are predicted). They are read all the same. Raises UsageError where the shapes leave no position.
-    """
-    if heads < 1:
+def offsets_of(heads: int | Sequence[int]) -> tuple[int, ...]:
+    """How far ahead each head predicts: n heads 1 to n, or as they are given. Raises UsageError where there is none."""
+    offsets = tuple(range(1, heads + 1)) if isinstance(heads, int) else tuple(heads)
+    if not offsets:
         raise UsageError(f"heads {heads}: a model has 1 head or more")
-    if tokens.ndim != 2 or tokens.shape != documents.shape or tokens.shape[1] <= heads:
+    return offsets
+
+
+def targets_of(tokens: Array, documents: Array, heads: int | Sequence[int], is_target: Array | None = None) -> Array:
+    """What each head is to predict: `targets[b, t, k-1]` is token t+k of row b, for head k in 1..n (paper, equation 2);
+    with a list of offsets in place of n, token t + its entry k-1.
+
+    `tokens` and `documents` (the document that each position lies in) are (B, T + the last offset); the result is
+    (B, T, n) int64, of their kind. Where t and t+k lie in different documents it is IGNORE; a document's end token
+    belongs to the document. `is_target`, of the shape of tokens, bool: tokens that no head is to predict, as a user's
+    in a conversation, are false (None: all are predicted). They are read all the same. Raises UsageError where the
+    shapes leave no position.
+    """
+    offsets = offsets_of(heads)
+    if tokens.ndim != 2 or tokens.shape != documents.shape or tokens.shape[1] <= offsets[-1]:
         raise UsageError(
-            f"tokens {tuple(tokens.shape)} and documents {tuple(documents.shape)}: for {heads} heads both must be "
-            f"(rows, length + {heads})"
+            f"tokens {tuple(tokens.shape)} and documents {tuple(documents.shape)}: for {len(offsets)} heads both must "
+            f"be (rows, length + {offsets[-1]})"
         )
-    rows, length = tokens.shape[0], tokens.shape[1] - heads
+    rows, length = tokens.shape[0], tokens.shape[1] - offsets[-1]
     here = documents[:, :length]
     if is_target is not None and is_target.shape != tokens.shape:
         raise UsageError(f"is_target {tuple(is_target.shape)}: must be as the tokens, {tuple(tokens.shape)}")
@@ -78,16 +87,13 @@ def targets_of(tokens: Array, documents: Array, heads: int, is_target: Array | N
         wide = tokens.to(torch.int64)
         if is_target is not None:
             wide = torch.where(is_target, wide, IGNORE)
-        columns = [
-            torch.where(documents[:, k : k + length] == here, wide[:, k : k + length], IGNORE)
-            for k in range(1, heads + 1)
-        ]
+        columns = [torch.where(documents[:, k : k + length] == here, wide[:, k : k + length], IGNORE) for k in offsets]
         return torch.stack(columns, dim=-1)
     if is_target is not None:
         tokens = np.where(is_target, tokens.astype(np.int64), IGNORE)
-    targets = np.empty((rows, length, heads), dtype=np.int64)
-    for k in range(1, heads + 1):
-        targets[..., k - 1] = np.where(documents[:, k : k + length] == here, tokens[:, k : k + length], IGNORE)
+    targets = np.empty((rows, length, len(offsets)), dtype=np.int64)
+    for i, k in enumerate(offsets):
+        targets[..., i] = np.where(documents[:, k : k + length] == here, tokens[:, k : k + length], IGNORE)
     return targets
 
 
@@ -105,6 +111,8 @@ class BatchStream:
     after N rows, source i has given its share, N * w_i / sum(w) rows of T tokens, to less than one row, so it has been
     read N * w_i / sum(w) / `rows_of[i]` times.
 
+    `heads` is how many there are, or how far ahead each predicts, as in `targets_of`.
+
     Raises UsageError where a split is shorter than one row.
     """
 
@@ -114,7 +122,7 @@ class BatchStream:
         *,
         rows: int,
         length: int,
-        heads: int,
+        heads: int | Sequence[int],
         seed: int,
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
@@ -131,10 +139,11 @@ class BatchStream:
         weights = [1.0] * len(sources) if weights is None else weights
         if not sources or len(weights) != len(sources):
             raise UsageError(f"{len(sources)} sources and {len(weights)} weights: both must be at least 1, and equal")
-        self._cutters = [_Cutter(source, length, heads) for source in sources]
+        self._offsets = offsets_of(heads)
+        self._cutters = [_Cutter(source, length, self._offsets[-1]) for source in sources]
         self._visits = [_Visits(cutter.count, seed, i, shuffle) for i, cutter in enumerate(self._cutters)]
         self._turns = Turns(weights)
-        self._rows, self._heads, self._rank, self._ranks = rows, heads, rank, ranks
+        self._rows, self._rank, self._ranks = rows, rank, ranks
 
     @property
     def rows_of(self) -> list[int]:
@@ -148,7 +157,7 @@ class BatchStream:
         count, mine = self._rows * self._ranks, slice(self._rank * self._rows, (self._rank + 1) * self._rows)
         if len(self._visits) == 1:
             numbers = self._visits[0].take(count)[mine]
-            return _batch(*self._cutters[0].cut(numbers), self._heads, np.stack([np.zeros_like(numbers), numbers], 1))
+            return _batch(*self._cutters[0].cut(numbers), self._offsets, np.stack([np.zeros_like(numbers), numbers], 1))
         turns = np.array(self._turns.take([visits.given for visits in self._visits], count))
         tokens, documents = np.empty((2, self._rows, self._cutters[0].width), dtype=np.int64)
         is_target, places = None, np.empty((self._rows, 2), dtype=np.int64)
@@ -163,7 +172,7 @@ class BatchStream:
             tokens[here], documents[here], targets = cutter.cut(numbers[mine][here])
             if is_target is not None:
                 is_target[here] = True if targets is None else targets
-        return _batch(tokens, documents, is_target, self._heads, places)
+        return _batch(tokens, documents, is_target, self._offsets, places)
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch begins, in whole numbers, all from 0.
@@ -226,7 +235,7 @@ class _Visits:
 
 
 def evaluation_batches(
-    shards: TokenShards, *, rows: int, length: int, heads: int, limit_rows: int | None
+    shards: TokenShards, *, rows: int, length: int, heads: int | Sequence[int], limit_rows: int | None
 ) -> Iterator[Batch]:
     """Every row once, in order, the last batch perhaps smaller; `limit_rows` takes that many, spread evenly.
 
@@ -234,26 +243,27 @@ def evaluation_batches(
     """
     if rows < 1 or (limit_rows is not None and limit_rows < 1):
         raise UsageError(f"rows {rows}, limit_rows {limit_rows}: both must be 1 or more (no limit: None)")
-    cutter = _Cutter(shards, length, heads)
+    offsets = offsets_of(heads)
+    cutter = _Cutter(shards, length, offsets[-1])
     count = cutter.count if limit_rows is None else min(limit_rows, cutter.count)
     chosen = np.arange(count) * cutter.count // count
-    return (_batch(*cutter.cut(chosen[start : start + rows]), heads) for start in range(0, count, rows))
+    return (_batch(*cutter.cut(chosen[start : start + rows]), offsets) for start in range(0, count, rows))
 
 
 def _batch(
     tokens: np.ndarray,
     documents: np.ndarray,
     is_target: np.ndarray | None,
-    heads: int,
+    offsets: Sequence[int],
     places: np.ndarray | None = None,
 ) -> Batch:
     """The batch of rows that a cutter cut."""
-    targets = targets_of(tokens, documents, heads, is_target)
+    targets, length = targets_of(tokens, documents, offsets, is_target), tokens.shape[1] - offsets[-1]
     return Batch(
-        torch.from_numpy(np.ascontiguousarray(tokens[:, :-heads])),
+        torch.from_numpy(np.ascontiguousarray(tokens[:, :length])),
         torch.from_numpy(targets),
-        torch.from_numpy(np.ascontiguousarray(documents[:, :-heads])),
-        torch.from_numpy(np.ascontiguousarray(tokens[:, -heads:])),
+        torch.from_numpy(np.ascontiguousarray(documents[:, :length])),
+        torch.from_numpy(np.ascontiguousarray(tokens[:, length:])),
         None if places is None else torch.from_numpy(places),
     )
 
@@ -261,21 +271,21 @@ def _batch(
 class _Cutter:
     """Cuts rows out of a split."""
 
-    def __init__(self, shards: TokenShards, length: int, heads: int) -> None:
-        if length < 1 or heads < 1:
-            raise UsageError(f"length {length}, heads {heads}: both must be 1 or more")
+    def __init__(self, shards: TokenShards, length: int, reach: int) -> None:
+        if length < 1:
+            raise UsageError(f"length {length}: must be 1 or more")
         self._tokens, self._targets = shards.tokens, shards.targets
         self.masked = shards.targets is not None
         self._starts = np.asarray(shards.documents)
-        self._length, self.width = length, length + heads
+        self._length, self.width = length, length + reach
         # The order of an epoch depends on how many rows it has. Had a split one row less for 8 heads than for 1, the
         # two runs would read other batches from the first step on, and their comparison would not be one of heads.
         spare = SPARE if length >= SPARE and len(self._tokens) >= length + SPARE else 0
-        self.count = (len(self._tokens) - max(heads, spare)) // length
+        self.count = (len(self._tokens) - max(reach, spare)) // length
         if self.count < 1:
             raise UsageError(
                 f"{shards.directory}: its {shards.split} split has {len(self._tokens):,} tokens and one row needs "
-                f"{length + heads:,} (length {length:,} + {heads} heads); take a shorter length or prepare more text"
+                f"{length + reach:,} (length {length:,} + {reach} ahead); take a shorter length or prepare more text"
             )
 
     def cut(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

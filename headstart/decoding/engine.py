@@ -87,7 +87,9 @@ class Engine:
             raise UsageError(f"lookup is {lookup}; it must be 0 (no drafts looked up) or more")
         self.lookup, self.odds = lookup, Odds()
         self.width = model.config.heads + lookup
-        self.policy = None if self.fixed_shapes or self.width == 1 else policy
+        # A policy is made for chains of all heads; those behind a gap of the offsets draft nothing.
+        gaps = model.config.drafting_heads < model.config.heads
+        self.policy = None if self.fixed_shapes or self.width == 1 or gaps else policy
         self.tree = self._planted(tree, slots)
         self._rows: TreeRows | None = None
         if self.tree is not None:
@@ -128,8 +130,8 @@ class Engine:
 
     def submit(self, request: Request) -> Generation:
         """Queues a request. Raises UsageError if it does not fit this model."""
-        config = self.model.config
-        heads = config.heads if request.heads is None else request.heads
+        config, drafting = self.model.config, self.model.config.drafting_heads
+        heads = drafting if request.heads is None else request.heads
         if self.fixed_shapes and self.tree is not None and not _knows_trees(request):
             what = "a constraint" if request.constraint else f"acceptance {request.acceptance.kind}"
             rules = "" if request.constraint else f"{' or '.join(TREE_RULES)}, "
@@ -140,8 +142,9 @@ class Engine:
         if config.ahead and request.constraint is not None and request.acceptance.kind == "block":
             # Each later q was computed behind drafts that the constraint may have replaced: more chance than q tells.
             raise UsageError("acceptance block is not lossless for sequential heads with a constraint; take rejection")
-        if not 1 <= heads <= config.heads:
-            raise UsageError(f"heads is {heads}; this model has {config.heads}, take 1 (plain decoding) to that many")
+        if not 1 <= heads <= drafting:
+            gap = "" if drafting == config.heads else " before a gap in its offsets"
+            raise UsageError(f"heads is {heads}; this model has {drafting}{gap}, take 1 (plain decoding) to that many")
         if not request.prompt:
             raise UsageError("the prompt is empty; give at least one token (to start a document, its end token)")
         if request.max_new_tokens < 1:
@@ -258,16 +261,17 @@ class Engine:
             tree = self.policy.tuning.tree_for(slots)
         elif tree is not None and self.lookup:
             raise UsageError("drafts are looked up for chains only; take a draft tree or lookup, not both")
-        if tree is not None and (tree.depth >= config.heads or tree.ranks > config.vocab_size):
+        heads = config.drafting_heads
+        if tree is not None and (tree.depth >= heads or tree.ranks > config.vocab_size):
             raise UsageError(
-                f"the draft tree has depth {tree.depth} and {tree.ranks} ranks; {config.heads} heads draft "
-                f"{config.heads - 1} tokens ahead, of {config.vocab_size}: take a smaller one"
+                f"the draft tree has depth {tree.depth} and {tree.ranks} ranks; {heads} heads draft "
+                f"{heads - 1} tokens ahead, of {config.vocab_size}: take a smaller one"
             )
         if tree is not None and not tree.is_chain and config.ahead:
             raise UsageError(
                 "sequential heads draft one chain, each from the draft before; decode without a draft tree"
             )
-        self.most_heads = config.heads if tree is None else tree.depth + 1
+        self.most_heads = heads if tree is None else tree.depth + 1
         if tree is None or tree.is_chain:
             return None
         if self.policy is not None and not self.policy.plant(tree):

@@ -60,7 +60,7 @@ def score_documents(
     Raises:
         UsageError: `length` is out of range, or no document has two tokens.
     """
-    n = model.config.heads
+    n, drafting, offsets_n = model.config.heads, model.config.drafting_heads, np.array(model.config.offset_of_heads)
     length = model.config.context if length is None else length
     if not 2 <= length <= model.config.context:
         raise UsageError(f"length is {length}; it must lie between 2 and the model's context {model.config.context}")
@@ -72,17 +72,18 @@ def score_documents(
         if len(tokens) < 2:
             continue
         right_Tn = np.zeros((len(tokens), n), dtype=bool)
-        known_Tn = np.arange(len(tokens))[:, None] + np.arange(1, n + 1) < len(tokens)
+        known_Tn = np.arange(len(tokens))[:, None] + offsets_n < len(tokens)
         for start, first, stop in _windows(len(tokens), length):
             nats_Tn, top_Tn = _read(model, tokens, start, stop)
             new, known = slice(first - start, stop - start), known_Tn[first:stop]
             nats += torch.from_numpy(np.where(known, nats_Tn[new], 0.0).sum(0))
-            targets = tokens[np.minimum(np.arange(first, stop)[:, None] + np.arange(1, n + 1), len(tokens) - 1)]
+            targets = tokens[np.minimum(np.arange(first, stop)[:, None] + offsets_n, len(tokens) - 1)]
             right_Tn[first:stop] = (top_Tn[new] == targets) & known
             progress(stop - first)
         hits += torch.from_numpy(right_Tn.sum(0).astype(np.float64))
         counts += torch.from_numpy(known_Tn.sum(0).astype(np.float64))
-        # Drafts of heads 2..k: head 1's own token is what verification writes, right or not.
+        # Drafts of heads 2..k: head 1's own token is what verification writes, right or not. None behind a gap.
+        right_Tn[:, drafting:] = False
         runs_Tn = np.cumprod(np.concatenate([np.ones_like(right_Tn[:, :1]), right_Tn[:, 1:]], 1), 1).astype(bool)
         prefixes += torch.from_numpy((runs_Tn & known_Tn).sum(0).astype(np.float64))
         prefix_counts += torch.from_numpy(known_Tn.sum(0).astype(np.float64))
@@ -125,7 +126,8 @@ def _read(model: Transformer, tokens: np.ndarray, start: int, stop: int) -> tupl
     rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
     nats, top = np.zeros((T, n)), np.zeros((T, n), dtype=np.int64)
     for k in range(1, n + 1):
-        ahead = tokens[start + k : stop + k]
+        offset = model.config.offset_of_heads[k - 1]
+        ahead = tokens[start + offset : stop + offset]
         targets = torch.full((T,), NO_TARGET)
         targets[: len(ahead)] = torch.from_numpy(ahead)
         for row in range(0, T, rows):

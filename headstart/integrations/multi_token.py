@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.data.batches import IGNORE, targets_of
+from headstart.data.batches import IGNORE, offsets_of, targets_of
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
@@ -60,7 +60,7 @@ def multi_token_step(
     Raises:
         UsageError: shapes that do not fit, padding on the left.
     """
-    n, ahead = model.config.heads, model.config.ahead
+    ahead = model.config.ahead
     rows = rows_of(
         {
             "input_ids": input_ids,
@@ -69,25 +69,26 @@ def multi_token_step(
             "position_ids": position_ids,
             "documents": documents,
         },
-        n,
+        model.config.offset_of_heads,
         ahead,
     )
     counts = count_targets(rows.targets) if counts is None else counts
     return walk_step(model, rows.tokens, rows.targets, counts, weights, rows.documents, loss)
 
 
-def step_counts(batches: Iterable[Mapping[str, Any]], heads: int) -> Tensor:
+def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]) -> Tensor:
     """(n,) int64: valid targets of each head in all `batches`, each the arguments of one `multi_token_step`."""
     return torch.stack([count_targets(rows_of(batch, heads).targets) for batch in batches]).sum(0)
 
 
-def rows_of(batch: Mapping[str, Any], heads: int, ahead: int = 0) -> Rows:
+def rows_of(batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0) -> Rows:
     """Tokens, targets and documents of a batch, given as the arguments of `multi_token_step` by name.
 
+    `heads`: how many, or how far ahead each predicts.
     `ahead`: how many tokens behind a row the heads read.
     """
     tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
-    documents = _documents(batch)
+    documents, reach = _documents(batch), offsets_of(heads)[-1]
     for name in ("labels", "attention_mask", "position_ids", "documents"):
         given = batch.get(name)
         if given is not None and given.shape != tokens.shape:
@@ -96,16 +97,16 @@ def rows_of(batch: Mapping[str, Any], heads: int, ahead: int = 0) -> Rows:
         raise UsageError("attention_mask has 1 behind 0: rows must be padded on the right (padding_side='right')")
     if labels is None and mask is None:
         within = torch.zeros_like(tokens) if documents is None else documents
-        targets, length = targets_of(tokens, within, heads), tokens.shape[1] - heads
+        targets, length = targets_of(tokens, within, heads), tokens.shape[1] - reach
     else:
         labels = tokens if labels is None else labels
         if mask is not None:
             labels = torch.where(mask == 0, IGNORE, labels)
         # What is read behind a row has no target, and no position before it sees it.
-        tokens, labels = F.pad(tokens, (0, heads)), F.pad(labels, (0, heads), value=IGNORE)
-        documents = None if documents is None else F.pad(documents, (0, heads), value=-1)
+        tokens, labels = F.pad(tokens, (0, reach)), F.pad(labels, (0, reach), value=IGNORE)
+        documents = None if documents is None else F.pad(documents, (0, reach), value=-1)
         within = torch.zeros_like(labels) if documents is None else documents
-        targets, length = targets_of(labels, within, heads), labels.shape[1] - heads
+        targets, length = targets_of(labels, within, heads), labels.shape[1] - reach
     return Rows(tokens[:, : length + ahead], targets, None if documents is None else documents[:, :length])
 
 

@@ -53,7 +53,7 @@ class MultiTokenModel(nn.Module):
 
 def score_rows(model: Transformer, batch: dict[str, Any]) -> HeadLosses:
     """Sums, counts and hits of each head over a batch, without gradients."""
-    rows = rows_of(batch, model.config.heads, model.config.ahead)
+    rows = rows_of(batch, model.config.offset_of_heads, model.config.ahead)
     scores = score_step(model, rows.tokens, rows.targets, rows.documents)
     return HeadLosses(
         torch.stack([score.loss for score in scores]),
@@ -117,14 +117,16 @@ class MultiTokenTrainer(Trainer):
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of a step; in place of their number of items that of each head's targets, (n,)."""
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)[0]
-        return batches, step_counts(batches, self.transformer.config.heads).to(device) if batches else None
+        return batches, step_counts(batches, self.transformer.config.offset_of_heads).to(device) if batches else None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Adds the gradients of a batch; returns its part of the step's loss, without a graph."""
         model.train()
-        rows = rows_of(self._prepare_inputs(inputs), self.transformer.config.heads, self.transformer.config.ahead)
+        rows = rows_of(
+            self._prepare_inputs(inputs), self.transformer.config.offset_of_heads, self.transformer.config.ahead
+        )
         counts = _per_head(num_items_in_batch, count_targets(rows.targets))
         with self.accelerator.autocast():
             seen = walk_step(

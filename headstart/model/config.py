@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from headstart.errors import UsageError
+from headstart.model.offsets import before_gap, check_offsets
 
 HeadKind = Literal["transformer", "linear", "replicated", "medusa", "stern", "sequential"]
 Wiring = Literal["parallel", "causal", "anticausal"]
@@ -125,6 +126,9 @@ class ModelConfig:
     nope_layers: tuple[int, ...] = ()
     """The layers without rotary positions (SmolLM3)."""
 
+    offsets: tuple[int, ...] | None = None
+    """How far ahead each head predicts, head 1's first: ascending from 1, such as [1, 2, 4] (None: 1 to n)."""
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "layers", "attention_heads", "context", "heads"):
             if getattr(self, name) < 1:
@@ -173,6 +177,7 @@ class ModelConfig:
             raise UsageError(
                 f"model.shared false is for sequential and medusa heads, not {self.head_kind}; leave it out"
             )
+        check_offsets(self.offset_of_heads, self.heads, self.head_kind)
         if not 0 <= self.extra_layers <= self.heads - 1:
             raise UsageError(f"model.extra_layers is {self.extra_layers}; it must lie between 0 and heads - 1")
         if self.head_kind != "transformer" and self.extra_layers:
@@ -182,6 +187,16 @@ class ModelConfig:
                 f"model.heads {self.heads} transformer heads leave no layer of {self.layers} to the trunk; "
                 "take fewer heads, more model.layers, or model.extra_layers"
             )
+
+    @property
+    def offset_of_heads(self) -> tuple[int, ...]:
+        """Entry k-1: how far ahead head k predicts."""
+        return self.offsets or tuple(range(1, self.heads + 1))
+
+    @property
+    def drafting_heads(self) -> int:
+        """Heads 1 to the first gap in the offsets."""
+        return before_gap(self.offset_of_heads)
 
     @property
     def trunk_layers(self) -> int:
@@ -267,13 +282,10 @@ class ModelConfig:
     @property
     def llama_blocks(self) -> bool:
         """Whether blocks compute what Llama's do, biases and stretched rotary positions allowed for."""
-        return (self.qk_norm, self.norm_placement, self.norm_offset, self.activation) == (
-            "none",
-            "pre",
-            False,
-            "silu",
-        ) and (
-            self.score_dim == self.dim_per_head
+        plain = self.qk_norm, self.norm_placement, self.norm_offset, self.activation
+        return (
+            plain == ("none", "pre", False, "silu")
+            and self.score_dim == self.dim_per_head
             and not (self.nope_layers or self.windowed)
             and self.local_rope_theta is None
         )

@@ -11,6 +11,7 @@ position t+k-1, which reads all tokens between and decides. Its distribution p i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -23,13 +24,13 @@ from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, Linear
 Divergence = Literal["kl", "total-variation"]
 
 
-def taught_targets(targets_BTn: Tensor) -> Tensor:
-    """`targets_BTn` with `IGNORE` where head k has no teacher: in the last k - 1 positions of a row, as head 1 would
-    stand behind the row there."""
+def taught_targets(targets_BTn: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
+    """`targets_BTn` with `IGNORE` where head k has no teacher: in the last offsets[k-1] - 1 (None: k - 1) positions of
+    a row, as head 1 would stand behind the row there."""
     T = targets_BTn.shape[1]
     taught = targets_BTn.clone()
-    for k in range(2, targets_BTn.shape[2] + 1):
-        taught[:, max(0, T - k + 1) :, k - 1] = IGNORE
+    for i, ahead in enumerate(offsets or range(1, targets_BTn.shape[2] + 1)):
+        taught[:, max(0, T - ahead + 1) :, i] = IGNORE
     return taught
 
 

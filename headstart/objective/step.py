@@ -100,7 +100,7 @@ def walk_step(
     loss = loss or LossConfig()
     function = loss.function(budget)
     if loss.heads != "cross-entropy":
-        targets_BTn = taught_targets(targets_BTn)
+        targets_BTn = taught_targets(targets_BTn, config.offset_of_heads)
     seen: dict[int, Seen] = {}
     head_1: tuple[Tensor, Tensor] | None = None
     """What head 1's logits are made of, for the heads that learn from it."""
@@ -119,7 +119,7 @@ def walk_step(
         if k == 1 and original is not None:
             return linear_distillation(x, weight, targets, *original, divergence="kl", budget=budget)
         if k > 1 and head_1 is not None and loss.heads != "cross-entropy":
-            teacher, matrix = later(head_1[0][:, :T], k), head_1[1]
+            teacher, matrix = later(head_1[0][:, :T], config.offset_of_heads[k - 1]), head_1[1]
             return linear_distillation(
                 x, weight, targets, teacher, matrix, divergence=loss.heads, share=loss.share, budget=budget
             )

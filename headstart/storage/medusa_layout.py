@@ -50,6 +50,11 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
             f"this model has {kind}; Medusa's layouts hold medusa heads alone (model.head_kind: medusa), and "
             "headstart and hf-code all kinds"
         )
+    if config.drafting_heads < config.heads:
+        raise UsageError(
+            f"this model's heads predict {list(config.offset_of_heads)} ahead; Medusa's layouts know no gaps, "
+            "take headstart"
+        )
     files = stored_tensors(model, None)
     plain = replace(config, heads=1, shared=True)
     base = assemble(plain, lambda part: files[part.file][part.name], files[MODEL_FILE][EMBEDDING].dtype)

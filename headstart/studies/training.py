@@ -112,7 +112,7 @@ def stream_of(
     shards: TokenShards | Sequence[TokenShards], config: RunConfig, weights: Sequence[float] | None = None
 ) -> BatchStream:
     """The rows that `headstart train` would read; several splits are mixed by weight."""
-    rows, length, heads = config.batch.rows, config.length, config.model.heads
+    rows, length, heads = config.batch.rows, config.length, config.model.offset_of_heads
     return BatchStream(shards, rows=rows, length=length, heads=heads, seed=config.seed, weights=weights)
 
 

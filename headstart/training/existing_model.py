@@ -147,7 +147,7 @@ class ExistingModel:
             return
         splits, device = [source.train for source in sources], self.model.trunk.embedding.weight.device
         streams = [
-            BatchStream(split, rows=1, length=config.length, heads=config.model.heads, seed=0, shuffle=False)
+            BatchStream(split, rows=1, length=config.length, heads=config.model.offset_of_heads, seed=0, shuffle=False)
             for split in splits
         ]
         rows = [stream.rows_of[0] for stream in streams]

@@ -89,7 +89,7 @@ class Run:
             weights=[source.weight for source in self.sources],
             rows=rows,
             length=config.length,
-            heads=config.model.heads,
+            heads=config.model.offset_of_heads,
             seed=config.seed,
             rank=processes.rank,
             ranks=processes.count,

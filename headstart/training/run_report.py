@@ -109,7 +109,7 @@ class RunReport:
             seconds_at_peak=self._flops / self._peak,
             memory=memory_in_use(self._processes.device),
             accuracies=result.accuracies,
-            tokens_per_pass=expected_tokens_per_pass(result.accuracies),
+            tokens_per_pass=expected_tokens_per_pass(result.accuracies[: self._config.model.drafting_heads]),
         )
         if result.skipped:
             record["skipped"] = position.skipped

@@ -64,7 +64,8 @@ def train_step(
     whether this process was asked to stop; the result says whether any was.
     """
     if config.loss.heads != "cross-entropy":
-        batches = [replace(batch, targets=taught_targets(batch.targets)) for batch in batches]
+        offsets = model.config.offset_of_heads
+        batches = [replace(batch, targets=taught_targets(batch.targets, offsets)) for batch in batches]
     # Counted over all micro-batches and processes before the first backward, so that 1 x 4 rows weigh every target as
     # 4 x 1 rows do.
     counts = processes.sum(torch.stack([count_targets(batch.targets) for batch in batches]).sum(0))

@@ -30,7 +30,9 @@ def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
             say(f"{source.train.directory}: has no validation documents, so it is left out of validation")
             continue
         try:
-            evaluation_batches(source.validation, rows=1, length=config.length, heads=config.model.heads, limit_rows=1)
+            evaluation_batches(
+                source.validation, rows=1, length=config.length, heads=config.model.offset_of_heads, limit_rows=1
+            )
         except UsageError as error:
             say(f"left out of validation: {error}")
             continue
@@ -81,7 +83,11 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
     n = config.model.heads
     totals = torch.zeros(3, n, dtype=torch.float64, device=processes.device)  # loss, hits, targets
     batches = evaluation_batches(
-        shards, rows=config.batch.rows, length=config.length, heads=n, limit_rows=config.validation.rows
+        shards,
+        rows=config.batch.rows,
+        length=config.length,
+        heads=config.model.offset_of_heads,
+        limit_rows=config.validation.rows,
     )
     for batch in _shared_out(batches, processes):
         if config.masked_inputs.in_use:
