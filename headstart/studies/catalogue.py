@@ -21,6 +21,7 @@ STUDIES = (
     "finetune",
     "speed",
     "memory",
+    "path-star",
 )
 """In the order in which they are told; each is the file of that name."""
 

@@ -1,0 +1,82 @@
+"""Path-star graphs: texts that say what the graph is, and how the study reads them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from headstart.data.batches import IGNORE
+from headstart.errors import UsageError
+from headstart.studies.path_star import STUDY, batches_of, config_of, right_of
+from headstart.studies.star_graphs import StarGraphs
+from headstart.training.loop import build_model
+from headstart.training.processes import joined
+
+SETTINGS = STUDY.scales["smoke"]
+
+
+@pytest.mark.parametrize("graphs", [StarGraphs(2, 3, 8), StarGraphs(3, 4, 10), StarGraphs(1, 2, 2)])
+def test_the_text_is_the_graph_and_its_path(graphs: StarGraphs) -> None:
+    goals = []
+    for text in graphs.draw(60, np.random.default_rng(0)).tolist():
+        bar, equals, slash = range(graphs.labels, graphs.labels + 3)
+        cut, given, path = text.index(slash), text.index(equals), text[graphs.prompt :]
+        edges = [tuple(text[i : i + 2]) for i in range(0, cut, 3)]
+        assert all(text[i] == bar for i in range(2, cut, 3)) and given == graphs.prompt - 1
+        assert len(set(edges)) == graphs.edges == len(edges) and len({v for _, v in edges}) == graphs.edges
+        assert text[cut + 1 : given] == [path[0], path[-1]] and len(path) == graphs.length
+        assert all(step in edges for step in pairwise(path))
+        assert sum(u == path[0] for u, _ in edges) == graphs.degree
+        goals.append(edges.index((path[-2], path[-1])))
+    assert len(set(goals)) == graphs.edges  # edges stand in any order
+
+
+def test_every_arm_is_asked_for_alike_and_a_seed_gives_the_same_graphs() -> None:
+    graphs = StarGraphs(2, 3, 5)
+    texts = graphs.draw(2000, np.random.default_rng(1))
+    arms = texts[:, 1 : 3 * graphs.edges : 3]  # where edges lead to, in the order of the text
+    at = (arms == texts[:, graphs.prompt + 1 : graphs.prompt + 2]).argmax(1)
+    assert np.bincount(at, minlength=4) == pytest.approx(np.full(4, 500), rel=0.2)  # the arm's place tells nothing
+    assert np.array_equal(texts, graphs.draw(2000, np.random.default_rng(1)))
+    with pytest.raises(UsageError, match="labels is 4; a graph of 5 nodes needs as many"):
+        StarGraphs(2, 3, 4)
+
+
+@pytest.mark.parametrize("method", [*SETTINGS.methods, "3 heads"])
+def test_what_a_method_reads_and_learns(method: str) -> None:
+    graphs = StarGraphs(2, 3, 8)
+    config = config_of(SETTINGS, graphs, method, seed=0)
+    batch = next(batches_of(graphs, config, method))
+    P, rows = graphs.prompt, config.batch.rows
+    assert (batch.targets[:, : P - 1] == IGNORE).all()  # the graph is chance
+    path = graphs.draw(rows, np.random.default_rng(0))[:, P:]
+    if method == "reversed":
+        path = path[:, ::-1]
+    assert np.array_equal(batch.targets[:, P - 1 :, 0].numpy(), path)
+    if method == "teacherless":
+        assert (batch.tokens[:, P:] == graphs.spare).all()
+    else:
+        assert np.array_equal(batch.tokens[:, P:].numpy(), path[:, :-1])
+    if method == "3 heads":
+        assert np.array_equal(batch.targets[:, P - 1, 2].numpy(), path[:, 2])  # the goal, from "=" on
+        assert (batch.targets[:, P:, 2] == IGNORE).all()
+    if method == "registers":
+        assert batch.registers is not None and (batch.registers.targets != IGNORE).any(1).all()
+
+
+def test_teacherless_decoding_reads_no_answer() -> None:
+    graphs = StarGraphs(2, 3, 8)
+    config = config_of(SETTINGS, graphs, "teacherless", seed=0)
+    with joined("cpu") as processes:
+        model, _ = build_model(config, processes)
+    texts = graphs.draw(50, np.random.default_rng(3))
+    other = texts.copy()
+    other[:, graphs.prompt :] = 0
+    found = right_of(model, graphs, texts, "teacherless")
+    masked = np.pad(texts[:, : graphs.prompt], ((0, 0), (0, 2)), constant_values=graphs.spare)
+    chosen = model(torch.from_numpy(masked)).argmax(-1)[:, graphs.prompt - 1 :].numpy()
+    assert found.shape == (50, 3) and np.array_equal(found, chosen == texts[:, graphs.prompt :])
+    assert np.array_equal(right_of(model, graphs, other, "teacherless"), chosen == 0)
