@@ -40,8 +40,10 @@ class PathStarSettings(StudySettings):
     labels: int = 8
     """Node labels."""
     dim: int = 64
-    layers: int = 2
+    layers: int = 3
     """Blocks between a token and its prediction; each of heads 2..n has one of its own."""
+    tied: bool = False
+    """Whether the unembedding is the embedding matrix, which makes copying easy to learn."""
     methods: tuple[str, ...] = (NEXT, "3 heads", *SHOWN)
     tests: int = 1000
     """Graphs that are tested on; those of training are drawn anew at each step."""
@@ -196,7 +198,7 @@ def config_of(settings: PathStarSettings, graphs: StarGraphs, method: str, seed:
         attention_heads=max(1, settings.dim // 16),
         context=length + graphs.length,
         heads=heads,
-        tied=True,
+        tied=settings.tied,
     )
     config = run_config(replace(settings.training, length=length), model, seed, settings.device)
     if method == "teacherless":
