@@ -62,8 +62,8 @@ class _Solved(Exception):
 class PathStarStudy(Study[PathStarSettings]):
     name = "path-star"
     claim = (
-        "Trained on the next token alone, a model that finds its way in a path-star graph guesses the arm, since what "
-        "follows can be read off the tokens before; objectives that look further ahead find the arm."
+        "Trained on the next token alone, a model that is asked for the path in a path-star graph guesses the arm, for "
+        "what follows can be read off the tokens before; objectives that look further ahead find the arm."
     )
     section = "arXiv 2403.06963, section 5; arXiv 2508.19228, table of star graphs; arXiv 2505.10518"
     published = "G(3,3), exact match: next token 33.8 %, 2 and 4 heads 100 %, token order 100 % (arXiv 2508.19228)"
