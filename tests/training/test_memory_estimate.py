@@ -73,10 +73,13 @@ def measured(config: RunConfig) -> int:
         pytest.param(run(BYTES), id="bytes, 8 replicated heads"),
         pytest.param(run(TOKENS, dtype="float32"), id="8k tokens, 4 transformer heads, float32"),
         pytest.param(run(LONG, dtype="float32"), id="attention in blocks, float32"),
-        pytest.param(run(TOKENS, rows=2, accumulate=3), id="accumulation"),
+        pytest.param(run(TOKENS, rows=2, accumulate=3, dtype="float32"), id="accumulation, float32"),
         pytest.param(run(replace(TOKENS, wiring="causal")), id="a chain"),
         pytest.param(run(replace(TOKENS, heads=2, tied=True, head_kind="linear")), id="tied, linear heads"),
-        pytest.param(run(replace(TOKENS, head_kind="medusa", shared=False, tied=True)), id="medusa heads"),
+        pytest.param(
+            run(replace(TOKENS, head_kind="medusa", shared=False, tied=True), dtype="float32"),
+            id="medusa heads, float32",
+        ),
         pytest.param(run(replace(BYTES, head_kind="stern")), id="bytes, 8 stern heads"),
         pytest.param(run(replace(BYTES, head_kind="sequential", wiring="causal")), id="bytes, 8 sequential heads"),
         pytest.param(run(WIDE, rows=1), id="mostly weights"),
@@ -91,8 +94,8 @@ def test_it_is_what_a_step_takes(config: RunConfig) -> None:
 
 
 def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run(replace(TOKENS, vocab_size=16384, dim=32), rows=6)
-    budget = 2 * 16384 * 64  # 64 of 768 rows at once
+    config = run(replace(TOKENS, vocab_size=8192, dim=16), rows=6)
+    budget = 2 * 8192 * 64  # 64 of 768 rows at once
     monkeypatch.setattr(step, "walk_step", partial(walk_step, budget=budget))
     chunked = estimate(config, layout(config, 1), "cpu", budget).peak
     assert chunked < 0.7 * estimate(config, layout(config, 1), "cpu").peak
