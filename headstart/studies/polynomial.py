@@ -150,8 +150,9 @@ class PolynomialStudy(Study[PolynomialSettings]):
         notes = [
             f"Trained on m = 1..{inside}; exact match of greedy decoding on {settings.tests} problems for each m. "
             f"The most frequent answer alone is right in {floor:.3f} of those in domain.",
-            "By the paper's parameter matching head 1 of n = 4 stands behind three blocks fewer than that of n = 1, and "
-            "in a short training a shallow model learns sooner: not all of a difference is the loss (docs/lab-notes.md).",
+            "By the paper's parameter matching head 1 of n = 4 stands behind three blocks fewer than that of n = 1, "
+            "and in a short training a shallow model learns sooner: not all of a difference is the loss "
+            "(docs/lab-notes.md).",
             "Questions are no targets here: in so short a training their random coefficients would drown the answers."
             if settings.answers_only
             else "Questions are part of the loss, and their coefficients are random: no head can predict those.",
