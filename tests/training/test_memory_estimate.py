@@ -94,8 +94,8 @@ def test_it_is_what_a_step_takes(config: RunConfig) -> None:
 
 
 def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run(replace(TOKENS, vocab_size=8192, dim=16), rows=6)
-    budget = 2 * 8192 * 64  # 64 of 768 rows at once
+    config = run(replace(TOKENS, vocab_size=16384, dim=32), rows=6)
+    budget = 2 * 16384 * 64  # 64 of 768 rows at once
     monkeypatch.setattr(step, "walk_step", partial(walk_step, budget=budget))
     chunked = estimate(config, layout(config, 1), "cpu", budget).peak
     assert chunked < 0.7 * estimate(config, layout(config, 1), "cpu").peak
