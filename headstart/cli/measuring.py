@@ -57,12 +57,12 @@ def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    """Measure what it costs: headstart bench loss|train|decode|adapt|load [--out DIR] [--json] [settings]."""
+    """Measure what it costs: headstart bench loss|train|decode|adapt|load|serve [--out DIR] [--json] [settings]."""
     json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(bench.__doc__)
         return
-    from headstart.benchmarks import adapt, decode, load, loss, report
+    from headstart.benchmarks import adapt, decode, load, loss, report, serve
     from headstart.benchmarks import train as training
 
     benchmarks: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
@@ -70,6 +70,7 @@ def bench(arguments: list[str]) -> None:
         "train": (training.TrainSettings, training.run),
         "decode": (decode.DecodeSettings, decode.run),
         "adapt": (adapt.AdaptSettings, adapt.run),
+        "serve": (serve.ServeSettings, serve.run),
         "load": (load.LoadSettings, load.run),
     }
     if arguments[0] not in benchmarks:

@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, Response
 
 from headstart import __version__
 from headstart.data.chat_template import load_chat_template
-from headstart.serving.errors import INTERNAL, ApiError, JsonResponse
+from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse
 from headstart.serving.protocol import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream, GoneError, while_connected
@@ -46,19 +46,19 @@ def make_app(service: Service) -> FastAPI:
         """The one model that is served."""
         return JsonResponse({"object": "list", "data": [_card()]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=ANSWERS)
     async def model(name: str) -> Any:
         """Whether a model is served."""
         if name != service.name:
             raise ApiError(404, f"there is no model {name[:80]!r}", param="model", code="model_not_found")
         return JsonResponse(_card())
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=ANSWERS)
     async def completions(asked: CompletionRequest, request: Request) -> Any:
         """Continues a text."""
         return await _answer(service, asked, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=ANSWERS)
     async def chat(asked: ChatRequest, request: Request) -> Any:
         """Answers a conversation, by the model's chat template."""
         return await _answer(service, asked, request)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -44,6 +45,36 @@ class ApiError(HTTPException):
 
     def response(self) -> JsonResponse:
         return JsonResponse(self.content, self.status_code, self.headers)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Of every status from 400 on."""
+
+    error: ErrorDetail
+
+
+_WHY: dict[int | str, str] = {
+    400: "The request is wrong, or more than is allowed.",
+    401: "No valid key.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "Too many wait; Retry-After says when to try again.",
+    500: "The engine has failed.",
+    503: "The server is stopping.",
+    504: "The time is over.",
+    "default": "Any other error.",
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": why} for status, why in _WHY.items()
+}
+"""Of the OpenAPI document."""
 
 
 class JsonResponse(Response):

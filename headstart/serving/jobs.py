@@ -92,19 +92,21 @@ class Job:
         self.origin_stream: OriginStream | None = None
         self.passed = 0
         """Tokens that passes have given it."""
-        self._told = 0
+        self._told, self._told_at = 0, 0.0
+        self._text = ""
 
-    def piece(self, text: str) -> Piece | None:
-        """What is to be handed over after a pass that released `text`; on the engine's thread."""
+    def piece(self, text: str, now: float, interval: float) -> Piece | None:
+        """What is to be handed over after a pass that released `text` at `now`, if the last piece is `interval` seconds
+        ago or the text has ended; on the engine's thread."""
+        self._text += text
         generation = self.generation
         assert generation is not None
         finished, count = generation.finished, len(generation.tokens)
-        if not finished and (not self.streams or count == self._told):
+        if not finished and (not self.streams or count == self._told or now - self._told_at < interval):
             return None
         parts = [] if self.origin_stream is None else self.origin_stream.new()
-        whole = text if self.streams else generation.text
-        piece = Piece(whole, self._told, count, parts, generation.stats.tokens_per_pass, finished)
-        self._told = count
+        piece = Piece(self._text, self._told, count, parts, generation.stats.tokens_per_pass, finished)
+        self._text, self._told, self._told_at = "", count, now
         return piece
 
 

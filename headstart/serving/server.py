@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,8 @@ from headstart.serving.settings import ServeSettings
 from headstart.serving.worker import Worker
 from headstart.terminal import say
 
+SWITCH_SECONDS = 0.0005
+
 
 def make_service(directory: Path, settings: ServeSettings) -> Service:
     """Loads the model, and starts the thread with its engine. Raises UsageError where they cannot be had."""
@@ -40,7 +43,8 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
         return model.engine(settings.slots, settings.context, settings.exact, settings.lookup)
 
     name = settings.name or directory.resolve().name
-    worker = Worker(make_engine, model._tokenizer, settings.slots, settings.queue, Metrics(name))
+    metrics, interval = Metrics(name), settings.stream_interval
+    worker = Worker(make_engine, model._tokenizer, settings.slots, settings.queue, metrics, interval)
     worker.start()
     return Service(model, worker, name, settings)
 
@@ -127,4 +131,6 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     key = ' -H "Authorization: Bearer $HEADSTART_API_KEY"' if settings.api_key else ""
     body = '{"prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0}'
     say(f"try: curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    # The engine's thread waits for the event loop's Python at every return from a kernel, by default up to 5 ms.
+    sys.setswitchinterval(SWITCH_SECONDS)
     server.run()

@@ -28,6 +28,9 @@ from headstart.serving.worker import Worker
 COMPLETION_TOKENS = 16
 """Where a completion names no max_tokens, as OpenAI has it; a chat then goes on to the end of the context."""
 
+SHORT = 2000
+"""Characters or tokens of prompts that are tokenized on the event loop."""
+
 
 class Service:
     """Answers requests with one model."""
@@ -46,8 +49,10 @@ class Service:
             message = f"there is no model {asked.model[:80]!r}; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
         try:
-            # Rendering, tokenizing and compiling take as long as the request makes them.
-            prompts, constraint = await asyncio.to_thread(self._read, asked)
+            if _is_short(asked):
+                prompts, constraint = self._read(asked)
+            else:  # rendering, tokenizing and compiling take as long as the request makes them
+                prompts, constraint = await asyncio.to_thread(self._read, asked)
             return self._answer(asked, client, prompts, constraint)
         except UsageError as error:
             raise ApiError(400, str(error)) from error
@@ -203,6 +208,13 @@ class Answer:
             alarm.cancel()
             if left:
                 self._worker.cancel(list(left), "deadline" if self._inbox.error is late else "cancelled")
+
+
+def _is_short(asked: Asked) -> bool:
+    """Whether it is read sooner than a thread is asked to."""
+    if not isinstance(asked, CompletionRequest) or _constraint(asked) is not None:
+        return False
+    return sum(map(len, asked.prompts)) <= SHORT
 
 
 def _constraint(asked: Asked) -> Constraint | None:

@@ -42,6 +42,9 @@ class ServeSettings:
     """cpu, cuda, ..."""
     threads: int | None = None
     """CPU threads of the decoding (default: one core is left to the server, where there are two or more)."""
+    stream_interval: float = 0.02
+    """Least seconds between two pieces of a stream after its first: what faster passes commit is sent together, so that
+    sending costs the engine little (0: each pass by itself)."""
     queue: int = 128
     """Texts that may wait for a slot; past it requests are answered 429."""
     max_tokens: int | None = None
@@ -60,6 +63,8 @@ class ServeSettings:
         for name in ("request_timeout", "drain_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
+        if not 0 <= self.stream_interval <= 10:
+            raise UsageError(f"--stream-interval is {self.stream_interval}; it must lie between 0 and 10 seconds")
         for name in ("context", "max_tokens", "threads", "heads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -28,13 +28,20 @@ class Worker:
         tokenizer: for telling which head drafted what.
         slots: of the engine.
         queue: how many jobs may wait beside those in slots.
+        stream_interval: least seconds between two pieces of a stream.
     """
 
     def __init__(
-        self, make_engine: Callable[[], Engine], tokenizer: Tokenizer | None, slots: int, queue: int, metrics: Metrics
+        self,
+        make_engine: Callable[[], Engine],
+        tokenizer: Tokenizer | None,
+        slots: int,
+        queue: int,
+        metrics: Metrics,
+        stream_interval: float = 0.0,
     ) -> None:
         self._make_engine, self._tokenizer, self.slots, self.queue = make_engine, tokenizer, slots, queue
-        self.metrics = metrics
+        self.metrics, self.stream_interval = metrics, stream_interval
         self.failures = 0
         """Of the engine."""
         self.dead = False
@@ -182,7 +189,7 @@ class Worker:
             job = self._job_of[generation]
             self.metrics.passed(job, now, len(generation.tokens) - job.passed)
             job.passed = len(generation.tokens)
-            piece = job.piece(text)
+            piece = job.piece(text, now, self.stream_interval)
             if piece is not None:
                 pieces.append((job, piece))
         return pieces

@@ -72,7 +72,7 @@ def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(ServeSettings(port=0, slots=4, queue=64)) as started:
+    with running(ServeSettings(port=0, slots=4, queue=64, stream_interval=0)) as started:
         yield started
 
 

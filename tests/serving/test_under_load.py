@@ -188,3 +188,13 @@ def test_an_engine_that_cannot_be_made_again_ends_it_all(gate: Gate) -> None:
         assert HTTP.get(f"{server.url}/health").status_code == 503
         assert HTTP.get(f"{server.url}/ready").status_code == 503
         assert raw(server, SHORT)[0] == 503
+
+
+def test_passes_faster_than_the_interval_share_a_piece(model) -> None:
+    with running(ServeSettings(port=0, slots=1, stream_interval=10)) as server:
+        asked = {"prompt": "def f(", "max_tokens": 60, "temperature": 0, "stream": True}
+        events = HTTP.post(f"{server.url}/v1/completions", json={**asked, "speculative": {"origins": True}}).text
+    choices = [json.loads(line[6:])["choices"][0] for line in events.splitlines() if line.startswith("data: {")]
+    wanted = model.generate("def f(", max_new_tokens=60).text
+    assert len(choices) == 2 and "".join(choice["text"] for choice in choices) == wanted
+    assert "".join(t["text"] for choice in choices for t in choice["speculative"]["tokens"]) == wanted
