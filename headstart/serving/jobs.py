@@ -94,19 +94,21 @@ class Job:
         """Tokens that passes have given it."""
         self._told, self._told_at = 0, 0.0
         self._text = ""
+        self._parts: list[tuple[str, int]] = []
 
     def piece(self, text: str, now: float, interval: float) -> Piece | None:
         """What is to be handed over after a pass that released `text` at `now`, if the last piece is `interval` seconds
         ago or the text has ended; on the engine's thread."""
         self._text += text
+        if self.origin_stream is not None:
+            self._parts += self.origin_stream.new()  # pass by pass, or tokens of head 1 would run together
         generation = self.generation
         assert generation is not None
         finished, count = generation.finished, len(generation.tokens)
         if not finished and (not self.streams or count == self._told or now - self._told_at < interval):
             return None
-        parts = [] if self.origin_stream is None else self.origin_stream.new()
-        piece = Piece(self._text, self._told, count, parts, generation.stats.tokens_per_pass, finished)
-        self._text, self._told, self._told_at = "", count, now
+        piece = Piece(self._text, self._told, count, self._parts, generation.stats.tokens_per_pass, finished)
+        self._text, self._parts, self._told, self._told_at = "", [], count, now
         return piece
 
 
