@@ -103,7 +103,7 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         """Takes no more requests, and ends when those that run are done, or after `drain_seconds`. From any thread."""
         self.service.draining = True
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             asyncio.run_coroutine_threadsafe(self._finish(), self._loop)
 
     async def _finish(self) -> None:

@@ -152,7 +152,8 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
             "writes itself behind held-out prompts.",
             "The model below is trained for this study, with one head, once for each seed.",
         ]
-        ours = f"{best[0]} heads, {best[1]}: {best[-1]} tokens per pass, greedy, with {settings.heads} heads"
+        kinds = ", ".join(f"{row[0]} {row[-1].split()[0]}" for row in rows if row[1] == settings.losses[0])
+        ours = f"tokens per pass, greedy, n={settings.heads}: {kinds}; of losses {in_words(contrasts, '+.2f')}"
         return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
 
     def draw(self, figure: Any, settings: AdaptedHeadsSettings, results: Sequence[Result]) -> None:

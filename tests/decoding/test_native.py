@@ -250,3 +250,14 @@ def test_without_kernels_everything_still_works() -> None:
         environment = {**os.environ, **setting}
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and "[1, 2, 256]" in done.stdout, done.stderr
+
+
+def test_loading_the_kernels_leaves_denormal_numbers_alone() -> None:
+    """A library linked with -ffast-math makes them zero, in all of the process that loads it."""
+    program = (
+        "import sys; from headstart.decoding import native; import torch\n"
+        "native.kernels(torch.float32), native.kernels(torch.bfloat16), native.chooser()\n"
+        "print(float(sys.argv[1]) * 1.0 > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "5e-324"], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
 """Of a block of packed weights."""
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """How fp32.c tells what packed weights are made of."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
+LINK = ("-shared", "-fopenmp")
+"""Without -ffast-math: linked with it, a library makes denormal numbers zero in all of the process."""
 FAST = ("-ffast-math",)
 STRICT = ("-fno-math-errno", "-ffinite-math-only", "-fno-signed-zeros", "-ffp-contract=off")
 """Nothing that changes a rounding."""
@@ -84,7 +87,7 @@ def _library(source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
 def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     # torch brings its own OpenMP: a second one beside it would keep a second team of threads.
     runtime = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
-    link = [str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []
+    link = [*LINK, *([str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []), "-lm"]
     key = [
         source.read_text(),
         *(header.read_text() for header in sorted(source.parent.glob("*.h"))),
@@ -98,9 +101,10 @@ def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     cache = cache_folder()
     path = cache / f"kernels-{name}.so"
     if not path.exists():
-        with replacing_file(path) as temporary:
-            command = [compiler, *flags, str(source), "-o", str(temporary), *link, "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        with replacing_file(path) as temporary, tempfile.TemporaryDirectory() as folder:
+            made = str(Path(folder) / "kernels.o")
+            for command in ([*flags, "-c", str(source), "-o", made], [made, "-o", str(temporary), *link]):
+                subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
     return path
 
 
