@@ -134,10 +134,10 @@ def case(case: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _read(path: Path) -> bytearray:
-    buffer = bytearray(path.stat().st_size)
+def _read(path: Path) -> torch.Tensor:
+    buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)  # memory as a model's, and not filled first
     with path.open("rb", buffering=0) as file:
-        left = memoryview(buffer)
+        left = memoryview(buffer.numpy())
         while left:
             left = left[file.readinto(left) :]
     return buffer

@@ -1,8 +1,8 @@
 """The policy of a model that was not tuned here: costs are timed when they are first needed, acceptance is learned.
 
 `headstart tune` measures both with more care and keeps them. Without it a policy still must not lose to plain
-decoding: what a row costs is found by a few passes of each kind, and what a draft is worth begins as the probability
-that its head gave it and becomes what was seen.
+decoding: what a row costs is found by a few passes of each kind, and what a draft is worth begins as a hope, by
+the probability that its head gave it, and becomes what was seen.
 """
 
 from __future__ import annotations
@@ -21,8 +21,16 @@ LENGTH = 128
 """Cached positions of the passes that are timed."""
 MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 32, 0.2, 3
 """Timing of one kind of pass ends with the first of the first two, but not before the last."""
+LEAST = 0.35
+"""Of a draft that its head hardly believes in."""
 HOPED = 0.8
 """Of drafts being right, for whether passes of more rows are worth timing."""
+
+
+def hoped(confidence: float) -> float:
+    """What a draft that its head gave this probability is worth before any was seen. More than that: heads are right more
+    often than they are sure, and a draft that is never fed teaches nothing, while one that is fed corrects the hope."""
+    return LEAST + (1 - LEAST) * confidence
 
 
 class AcceptanceCounts:
@@ -30,7 +38,7 @@ class AcceptanceCounts:
 
     def __init__(self, heads: int) -> None:
         bounds = (0.0, *EDGES, 1.0)
-        middles = [(low + high) / 2 for low, high in itertools.pairwise(bounds)]
+        middles = [hoped((low + high) / 2) for low, high in itertools.pairwise(bounds)]
         self._right = [[PRIOR * middle for middle in middles] for _ in range(heads - 1)]
         self._all = [[PRIOR] * len(middles) for _ in range(heads - 1)]
         self._means = [[PRIOR * HOPED, PRIOR] for _ in range(heads - 1)]
@@ -57,13 +65,14 @@ class Learned:
         self.counts = {sampled: AcceptanceCounts(model.config.heads) for sampled in (False, True)}
         self._costs: dict[int, tuple[float, tuple[float, ...]]] = {}
 
-    def time(self, slots: int) -> bool:
-        """Times passes of as many slots, or of the powers of two around; False where they were timed before."""
+    def time(self, slots: int) -> int:
+        """Times passes of as many slots, or of the powers of two around, that were not timed before; how many numbers
+        of slots are known then."""
         below = 1 << (slots.bit_length() - 1)
         new = {below, below if below == slots else 2 * below} - self._costs.keys()
         for some in sorted(new):
             self._costs[some] = timed_costs(self.model, some)
-        return bool(new)
+        return len(self._costs)
 
     def tuning(self) -> Tuning:
         slots = tuple(sorted(self._costs))
@@ -97,7 +106,8 @@ class UntunedPolicy(DraftPolicy):
         self._costs.clear()
 
     def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
-        if self.learned.time(slots):
+        # What another engine of the model has timed is news too.
+        if self.learned.time(slots) != len(self.tuning.costs.slots):
             self._renew()
         return super()._costs_of(slots)
 

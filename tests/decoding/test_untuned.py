@@ -11,7 +11,7 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.policy import EDGES, PRIOR
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.untuned import AcceptanceCounts, Learned, UntunedPolicy
+from headstart.decoding.untuned import AcceptanceCounts, Learned, UntunedPolicy, hoped
 
 PROMPT = tuple(b"the cat then")
 
@@ -28,15 +28,18 @@ def costs(monkeypatch: pytest.MonkeyPatch, first: float, row: float) -> list[int
     return asked
 
 
-def test_a_draft_is_worth_what_its_head_says_until_it_was_seen() -> None:
+def test_a_draft_is_worth_what_is_hoped_until_it_was_seen() -> None:
+    assert 0.3 < hoped(0.0) < hoped(0.5) < hoped(1.0) == 1.0
     counts = AcceptanceCounts(3)
     table = counts.table()
-    assert len(table.mean) == 2 and table.by_confidence[0][0] == pytest.approx(EDGES[0] / 2)
-    assert table.by_confidence[1][-1] == pytest.approx((EDGES[-1] + 1) / 2)
+    assert len(table.mean) == 2 and table.by_confidence[0][0] == pytest.approx(hoped(EDGES[0] / 2))
+    assert table.by_confidence[1][-1] == pytest.approx(hoped((EDGES[-1] + 1) / 2))
     for _ in range(96):
         counts.add([0.05, 0.99], fed=2, accepted=0)  # head 3 was never reached, so nothing is learned of it
     table = counts.table()
-    assert table.by_confidence[0][0] == pytest.approx(PRIOR * EDGES[0] / 2 / (96 + PRIOR)) and table.mean[0] < 0.1
+    assert (
+        table.by_confidence[0][0] == pytest.approx(PRIOR * hoped(EDGES[0] / 2) / (96 + PRIOR)) and table.mean[0] < 0.1
+    )
     assert table.by_confidence[1] == AcceptanceCounts(3).table().by_confidence[1]
     counts.add([0.05, 0.99], fed=1, accepted=1)  # fed alone: again nothing of head 3
     assert counts.table().mean[1] == table.mean[1]
@@ -84,6 +87,17 @@ def test_what_it_saw_makes_it_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drafting < 250
     assert policy.tuning.sampled == UntunedPolicy(policy.learned).tuning.sampled  # of sampled drafts it saw none
     assert UntunedPolicy(policy.learned).tuning.greedy.mean[0] < 0.2  # another engine knows it too
+
+
+def test_what_one_engine_has_timed_another_one_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = costs(monkeypatch, 1.0, 0.1)
+    learned = Learned(packed("replicated", torch.float32))
+    first, second = UntunedPolicy(learned), UntunedPolicy(learned)
+    for policy in (first, second):
+        assert policy.plan(1, [[0.9] * (HEADS - 1)]) == (HEADS, True)
+    assert asked == [1]
+    first.plan(4, [[]])
+    assert second.plan(4, [[0.9]] * 4) == (2, True) and asked == [1, 4]
 
 
 def test_times_of_passes_are_sane() -> None:
