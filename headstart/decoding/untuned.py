@@ -28,8 +28,8 @@ HOPED = 0.8
 
 
 def hoped(confidence: float) -> float:
-    """What a draft that its head gave this probability is worth before any was seen. More than that: heads are right more
-    often than they are sure, and a draft that is never fed teaches nothing, while one that is fed corrects the hope."""
+    """What a draft that its head gave this probability is worth before any was seen. More than that: heads are right
+    more often than they are sure, and a draft that is never fed teaches nothing; one that is fed corrects the hope."""
     return LEAST + (1 - LEAST) * confidence
 
 
