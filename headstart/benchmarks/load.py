@@ -137,7 +137,8 @@ def case(case: dict[str, Any]) -> dict[str, float]:
 def _read(path: Path) -> torch.Tensor:
     buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)  # memory as a model's, and not filled first
     with path.open("rb", buffering=0) as file:
-        left = memoryview(buffer.numpy())
+        held: Any = buffer.numpy()
+        left = memoryview(held)
         while left:
             left = left[file.readinto(left) :]
     return buffer

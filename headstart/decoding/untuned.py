@@ -82,7 +82,8 @@ class Learned:
 
 class UntunedPolicy(DraftPolicy):
     """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets:
-    half a second, or as long as about thirty plain passes take."""
+    up to a second, and of large models as long as about fifty
+    plain passes take."""
 
     RENEW = 32
     """Passes after which the tables are made anew."""
