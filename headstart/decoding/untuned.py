@@ -82,8 +82,7 @@ class Learned:
 
 class UntunedPolicy(DraftPolicy):
     """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets:
-    up to a second, and of large models as long as about fifty
-    plain passes take."""
+    up to a second, and of large models as long as about fifty plain passes take."""
 
     RENEW = 32
     """Passes after which the tables are made anew."""

@@ -140,7 +140,7 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer saved in a model directory, or None where there is none.
 
     Its `start_ids` are what it puts before texts, if the model knows them: config.json names their first as
-    bos_token_id. What we train reads documents without them, and names its end token there.
+    bos_token_id. A model that read documents without them names its end token there.
 
     Raises UsageError where it cannot be read or has more ids than the model.
     """

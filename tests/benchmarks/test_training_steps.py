@@ -39,7 +39,7 @@ def test_a_case_alone_sends_nothing():
     assert len(answer["speeds"]["run"]) == 2 and answer["sent"] == {"run": 0} and answer["memory"] > 0
 
 
-@pytest.mark.slow  # what two processes send, tests/training/test_several_processes.py counts too
+@pytest.mark.slow  # how often two processes send, and what kind of sum, test_parallel.py counts; this counts the bytes
 def test_two_processes_send_what_a_sum_of_gradients_needs():
     config = run_config(MODEL, 2, device="cpu", dtype="float32", parallel=ParallelConfig(sharding="replicate"))
     answer = call_group(config, processes=2, threads=1, steps=1)
