@@ -192,6 +192,10 @@ class DraftPolicy:
         # As if some passes at the expected rate had been seen.
         self._tokens, self._cost, self._passes = 8 * self.tuning.best(1, self.tree), 8.0, 0
 
+    def prepare(self, slots: int) -> None:
+        """What would otherwise be found out while decoding, for any number of slots up to this. What was tuned is known
+        already."""
+
     def plant(self, tree: DraftTree) -> bool:
         """Windows will be this tree; False, and nothing changes, where no tree was measured."""
         if not self.tuning.greedy.rank_mean or not self.tuning.sampled.rank_mean or not self.tuning.costs.tree:

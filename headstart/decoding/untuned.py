@@ -95,6 +95,13 @@ class UntunedPolicy(DraftPolicy):
     def _begin(self) -> None:
         self._tokens, self._cost, self._passes = 8.0, 8.0, 0  # as if as fast as plain decoding
 
+    def prepare(self, slots: int) -> None:
+        """Times passes now, at the powers of two up to `slots` and the next one: seconds."""
+        for power in range(slots.bit_length()):
+            self.learned.time(1 << power)
+        self.learned.time(slots)
+        self._renew()
+
     def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
         self.learned.counts[sampled].add(confidences, fed, accepted)
         self._since += 1

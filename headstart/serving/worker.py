@@ -18,6 +18,7 @@ from headstart.serving.errors import INTERNAL, ApiError
 from headstart.serving.fair_queue import FairQueue
 from headstart.serving.jobs import Job, Piece, hand_out
 from headstart.serving.metrics import Metrics
+from headstart.serving.warm_up import warm_up
 
 
 class Worker:
@@ -25,7 +26,7 @@ class Worker:
 
     Args:
         make_engine: called in the thread; called again if an engine has failed, for what it holds is not known then.
-        tokenizer: for telling which head drafted what.
+        tokenizer: for telling which head drafted what, and for constraints.
         slots: of the engine.
         queue: how many jobs may wait beside those in slots.
         stream_interval: least seconds between two pieces of a stream.
@@ -58,7 +59,7 @@ class Worker:
         self._no_start: Exception | None = None
 
     def start(self) -> None:
-        """Returns when the engine is there; raises what kept it from that."""
+        """Returns when the engine is there and warm; raises what kept it from that."""
         self._thread.start()
         self._ready.wait()
         if self._no_start is not None:
@@ -109,6 +110,7 @@ class Worker:
     def _run(self) -> None:
         try:
             engine = self._make_engine()
+            warm_up(engine, self._tokenizer)
         except Exception as error:
             self._no_start = error
             return

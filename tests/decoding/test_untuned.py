@@ -54,6 +54,16 @@ def test_passes_are_timed_once_at_powers_of_two(monkeypatch: pytest.MonkeyPatch)
         assert asked == expected
 
 
+def test_what_was_prepared_is_not_timed_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = costs(monkeypatch, 1.0, 0.1)
+    policy = UntunedPolicy(Learned(packed("replicated", torch.float32)))
+    policy.prepare(5)
+    assert sorted(asked) == [1, 2, 4, 8]
+    for slots in range(1, 6):
+        policy.plan(slots, [[]] * slots)
+    assert len(asked) == 4
+
+
 @pytest.mark.parametrize("shape", ["replicated", "transformer-parallel"])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_it_drafts_where_that_pays_rests_where_it_does_not_and_writes_the_same(shape, slots, monkeypatch) -> None:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 import headstart
+from headstart.decoding import untuned
 from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
 from headstart.storage.boxed import boxed_model
@@ -68,6 +69,14 @@ def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") 
     )
     connection.sendall(head.encode() + content)
     return connection
+
+
+@pytest.fixture(scope="module", autouse=True)
+def timed_in_haste() -> Iterator[None]:
+    """Servers time passes before they are ready; what comes of it moves no text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(untuned, "SECONDS", 0.01)
+        yield
 
 
 @pytest.fixture(scope="module")

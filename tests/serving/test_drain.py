@@ -33,9 +33,11 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert process.stderr is not None
-    lines = [process.stderr.readline() for _ in range(3)]
-    found = re.search(r"listening on (http://\S+);", lines[1])
-    assert found and "curl" in lines[2] and "HEADSTART_API_KEY" in lines[2] and "k1" not in "".join(lines), lines
+    lines = [process.stderr.readline()]
+    while lines[-1] and "curl" not in lines[-1]:
+        lines.append(process.stderr.readline())
+    found = re.search(r"listening on (http://\S+);", lines[-2])
+    assert found and "HEADSTART_API_KEY" in lines[-1] and "k1" not in "".join(lines), lines
     yield process, found[1]
     process.kill()
     process.wait()

@@ -1,0 +1,31 @@
+"""What is slow the first time, done before anybody asks."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.constraints import Constraint, compiled
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Request
+from headstart.decoding.untuned import UntunedPolicy
+from headstart.errors import UsageError
+from headstart.terminal import say
+
+PROMPT = 8
+"""Tokens of the text that is written, before those of two windows."""
+
+
+def warm_up(engine: Engine, tokenizer: Tokenizer | None) -> None:
+    """Prepares the policy, writes a text that nobody sees, and compiles a constraint. An engine that does not work
+    raises here, so that it is told at the start."""
+    policy, slots = engine.policy, len(engine.state.length_S)
+    if policy is not None:
+        if isinstance(policy, UntunedPolicy):
+            say("the model is not tuned: passes are timed first (headstart tune would keep what it finds)")
+        policy.prepare(slots)
+    written = min(2 * engine.width, engine.context - PROMPT)
+    if written > 0:
+        generate_all(engine, [Request((0,) * PROMPT, written)])
+    with suppress(UsageError):  # no tokenizer, or no llguidance: a request with a constraint is told
+        compiled(Constraint.choice(["a"]), tokenizer, engine.model.config.vocab_size)

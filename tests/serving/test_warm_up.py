@@ -1,0 +1,53 @@
+"""What is slow the first time is over when a server is ready."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from serving.conftest import HTTP, metric, running
+
+from headstart.decoding import constraints, untuned
+from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation, Request
+from headstart.model.transformer import Transformer
+from headstart.serving.server import make_service
+from headstart.serving.settings import ServeSettings
+from headstart.storage.boxed import boxed_model
+
+
+def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[int, int]] = []
+    written: list[Request] = []
+
+    def made_up(model: Transformer, slots: int) -> tuple[float, tuple[float, ...]]:
+        timed.append((slots, torch.get_num_threads()))
+        return 1.0, tuple(1.0 + i for i in range(model.config.heads))
+
+    submit = Engine.submit
+
+    def watched(engine: Engine, request: Request) -> Generation:
+        written.append(request)
+        return submit(engine, request)
+
+    monkeypatch.setattr(untuned, "timed_costs", made_up)
+    monkeypatch.setattr(Engine, "submit", watched)
+    with running(ServeSettings(port=0, slots=3, threads=1)) as server:
+        before = list(timed)
+        # Without the compiled kernels there is no policy, and nothing to time.
+        assert before in ([], [(1, 1), (2, 1), (4, 1)])
+        assert len(written) == 1 and metric(server, "headstart_tokens_total") == 0
+        assert len(constraints._compiled[server.service.tokenizer]) == 1
+        asked = {"prompt": "x", "max_tokens": 4, "n": 3}
+        assert HTTP.post(f"{server.url}/v1/completions", json=asked).status_code == 200
+        assert timed == before
+
+
+def test_an_engine_that_does_not_work_keeps_the_server_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_service(boxed_model(), ServeSettings(slots=1))
+
+
+def test_a_context_without_room_for_it() -> None:
+    with running(ServeSettings(port=0, slots=1, context=3)) as server:
+        assert HTTP.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
