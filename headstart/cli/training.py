@@ -44,6 +44,7 @@ def prepare(
     text_field: str = "text",
     conversations: bool = False,
     each_answer: bool = False,
+    rewards: bool = False,
     split: str = "train",
     hf_config: str | None = None,
     validation_fraction: float | None = None,
@@ -69,6 +70,8 @@ def prepare(
             tokenizer's chat template has them, and only what the assistant wrote is trained on.
         each_answer: of a conversation is a document, with what comes before it: for chat templates that write a
             conversation otherwise once more follows.
+        rewards: rows are problems in the form of CodeContests; each of their Python programs is a document, with the
+            problem and a line that says whether it is correct or incorrect before it.
         split: the split to take from hf: datasets.
         hf_config: the configuration to take of hf: datasets.
         validation_fraction: share of the documents held out (default: 0.02, or none where sources are held out).
@@ -103,7 +106,7 @@ def prepare(
             sources,
             out,
             load_data_tokenizer(tokenizer) if train_bpe is None else NewBpe(train_bpe),
-            selection=Selection(text_field, split, hf_config, conversations, each_answer),
+            selection=Selection(text_field, split, hf_config, conversations, each_answer, rewards),
             validation_fraction=fraction,
             validation_sources=validation_sources,
             seed=seed,

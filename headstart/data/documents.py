@@ -15,12 +15,14 @@ from typing import Any, BinaryIO
 
 from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
 from headstart.data.corpora import SourceFile
+from headstart.data.rewarded_programs import PROBLEM, REWARDS, rewarded_programs
 from headstart.errors import UsageError
 
 READ_BYTES = 1 << 18
 PARQUET_ROWS = 1024
 EMPTY, NULL, NOT_TEXT, UNREADABLE = "empty", "null", "not UTF-8 text", "unreadable"
 NO_CONVERSATION, NO_ANSWER = "not conversations", "without an answer"
+NO_PROBLEM, NO_PROGRAM = "not problems", "without a program in Python"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Field:
-    """What is taken of a row: a text, or a conversation and its tools.
+    """What is taken of a row: a text, or a conversation and its tools, or the programs of a problem with their rewards.
 
     The name may be dotted, "a.b" being what `b` holds in what `a` holds. Conversations in "messages" are also found in
     "conversations", where ShareGPT has them.
@@ -52,22 +54,37 @@ class Field:
 
     name: str = "text"
     conversations: bool = False
+    rewards: bool = False
 
     def columns(self, known: list[str]) -> list[str] | None:
         """Of a table with the columns `known` those that hold it; None where it has no such column."""
+        if self.rewards:
+            return [each for each in (PROBLEM, *REWARDS.values()) if each in known] if PROBLEM in known else None
         name = self._name_in(known)
         column = name if name in known else name.split(".")[0]
         if column not in known:
             return None
         return [column, "tools"] if self.conversations and "tools" in known else [column]
 
-    def document(self, record: Any, name: str, place: str, read: int) -> Document | Skipped:
-        """The document in one row; null is skipped, and a conversation without an answer.
+    def documents(self, record: Any, name: str, place: str, read: int) -> Iterator[Document | Skipped]:
+        """The document in one row; null is skipped, and a conversation without an answer. With rewards there is one for
+        each program, all of the row's name, so that no problem is in two splits.
 
         Raises UsageError, naming `place`, where the field is missing or holds something else.
         """
         if not isinstance(record, dict):
             raise UsageError(f'{place}: not an object with fields; it must be one, such as {{"{self.name}": "..."}}')
+        if not self.rewards:
+            yield self._document(record, name, place, read)
+            return
+        none = True
+        for text in rewarded_programs(record, place):
+            yield _text(text, name, read if none else 0)
+            none = False
+        if none:
+            yield Skipped(NO_PROGRAM, read)
+
+    def _document(self, record: dict[str, Any], name: str, place: str, read: int) -> Document | Skipped:
         field = self._name_in(record)
         value: Any = record
         for part in [field] if field in record else field.split("."):
@@ -89,15 +106,19 @@ class Field:
             raise UsageError(
                 f'{place}: field "{field}" holds {type(value).__name__}, not text; {mend}name another with --text-field'
             )
-        try:
-            size = len(value.encode("utf-8"))
-        except UnicodeEncodeError:  # "\ud800" is JSON, and no text
-            return Skipped(NOT_TEXT, read)
-        return Document(name, value, size, read, conversation) if size else Skipped(EMPTY, read)
+        return _text(value, name, read, conversation)
 
     def _name_in(self, known: Collection[str]) -> str:
         other = self.conversations and self.name == MESSAGES and MESSAGES not in known and SHAREGPT in known
         return SHAREGPT if other else self.name
+
+
+def _text(text: str, name: str, read: int, conversation: Conversation | None = None) -> Document | Skipped:
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:  # "\ud800" is JSON, and no text
+        return Skipped(NOT_TEXT, read)
+    return Document(name, text, size, read, conversation) if size else Skipped(EMPTY, read)
 
 
 def format_of(name: str) -> str:
@@ -184,7 +205,7 @@ def read_rows(file: SourceFile, field: Field, groups: range, row: int, size: int
     try:
         for batch in content.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
             for record in batch.to_pylist():
-                yield field.document(record, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
+                yield from field.documents(record, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
                 row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{file.path}: damaged from row {row} on ({_first_line(error)}); fetch it again") from error
@@ -204,7 +225,7 @@ def _parse_line(raw: bytes, file: SourceFile, field: Field, line: int, read: int
         raise UsageError(f"{place}: not JSON ({_first_line(error)}); mend the line or take it out") from error
     except RecursionError:
         raise UsageError(f"{place}: nested too deeply; take the line out") from None
-    yield field.document(record, f"{file.name}:{line}", place, read)
+    yield from field.documents(record, f"{file.name}:{line}", place, read)
 
 
 def _unzip(content: BinaryIO) -> Iterator[bytes]:

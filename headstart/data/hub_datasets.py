@@ -63,7 +63,7 @@ def read_part(
             raise UsageError(
                 f"{source}: stopped at row {where} ({_first_line(error)}); run the command again"
             ) from error
-        yield field.document(record, f"{label}/{split}:{where}", f"{source}, row {where}", 1)
+        yield from field.documents(record, f"{label}/{split}:{where}", f"{source}, row {where}", 1)
         row += 1
 
 

@@ -53,7 +53,8 @@ def prepare(
 
     Of conversations (`selection.conversations`) all is written as the tokenizer's chat template has it, and what the
     assistant wrote is told from the rest: that alone is to be predicted. `bytes` then counts answers. With
-    `selection.each_answer` each answer is a document, with what comes before it.
+    `selection.each_answer` each answer is a document, with what comes before it. With `selection.rewards` each program
+    of a problem is one, marked as correct or incorrect (`rewarded_programs`).
 
     The output is the same for every number of `workers` (processes). `progress` gets (bytes read, bytes in all), or
     (documents, None) where a dataset is among the sources.
@@ -68,6 +69,8 @@ def prepare(
     selection, say = selection or Selection(), report or (lambda line: None)
     if selection.each_answer and not selection.conversations:
         raise UsageError("each_answer is for conversations; ask for both (--conversations --each-answer)")
+    if selection.rewards and (selection.conversations or selection.text_field != Selection.text_field):
+        raise UsageError("rewards belong to problems of CodeContests; take --rewards without another field")
     template = _template(tokenizer) if selection.conversations else None
     out = Path(os.path.abspath(out))
     check_target(out)

@@ -9,7 +9,8 @@ from pathlib import Path
 from headstart.data import documents, hub_datasets
 from headstart.data.conversations import MESSAGES
 from headstart.data.corpora import STDLIB, SourceFile, list_files
-from headstart.data.documents import NO_CONVERSATION, Document, Field, Skipped
+from headstart.data.documents import NO_CONVERSATION, NO_PROBLEM, Document, Field, Skipped
+from headstart.data.rewarded_programs import PROBLEM
 from headstart.errors import UsageError
 
 UNIT_BYTES = 1 << 24
@@ -25,12 +26,13 @@ class Selection:
     hf_config: str | None = None  # of a dataset
     conversations: bool = False  # the field holds messages
     each_answer: bool = False  # of conversations is a document, with what comes before it
+    rewards: bool = False  # rows are problems, and each of their programs is a document
 
     @property
     def field(self) -> Field:
         default = Selection.text_field
         name = MESSAGES if self.conversations and self.text_field == default else self.text_field
-        return Field(name, self.conversations)
+        return Field(PROBLEM if self.rewards else name, self.conversations, self.rewards)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
     if unit.format == "dataset":
         split, config = selection.split, selection.hf_config
         yield from hub_datasets.read_part(unit.source, split, config, field, unit.begin, unit.end)
-    elif unit.format == "text" and selection.conversations:
-        yield from (Skipped(NO_CONVERSATION, file.size) for file in unit.files)
+    elif unit.format == "text" and (selection.conversations or selection.rewards):
+        reason = NO_PROBLEM if selection.rewards else NO_CONVERSATION
+        yield from (Skipped(reason, file.size) for file in unit.files)
     elif unit.format == "text":
         yield from map(documents.read_text, unit.files)
     elif unit.format == "jsonl":

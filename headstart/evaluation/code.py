@@ -43,6 +43,8 @@ class CodeSettings:
     cut_prompts: bool = False
     """Where a prompt and its program do not fit into the model's context, keep the prompt's end; the report says of how
     many. Without it such a model is refused."""
+    rewarded: bool = False
+    """Prompts of codecontests end in the line that stands above correct programs in training (`prepare --rewards`)."""
     compare_plain: bool = False
     """Write the programs a second time with head 1 alone, to set the times side by side; they must be the same."""
     workers: int = 2
@@ -70,7 +72,7 @@ def run_code(
     that holds samples of another model or other settings, or that another run is writing to.
     """
     _check(settings)
-    problems = load_problems(task, settings.source, settings.problems)
+    problems = load_problems(task, settings.source, settings.problems, settings.rewarded)
     state = _Task(model, settings, batch, out / task, problems)
     cut = _encode(state, task)
     with _own(state.folder, _identity(task, settings, model_name)):
@@ -268,7 +270,8 @@ def _tally(statuses: Any) -> dict[str, int]:
 def _identity(task: str, settings: CodeSettings, model_name: str) -> dict[str, Any]:
     """What samples depend on: a folder holds those of one such setting."""
     kept = {name: getattr(settings, name) for name in ("source", "top_p", "new_tokens", "cut_prompts")}
-    return {"task": task, "model": model_name, **kept}
+    # Named only where it is on: samples of earlier versions go on.
+    return {"task": task, "model": model_name, **kept, **({"rewarded": True} if settings.rewarded else {})}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.hub_datasets import load_rows
+from headstart.data.rewarded_programs import plain_prompt, rewarded_prompt
 from headstart.errors import UsageError
 from headstart.evaluation.sandbox import Program, Verdict
 
@@ -77,12 +78,15 @@ def _close(a: str, b: str) -> bool:
     return abs(x - y) <= 1e-6 * max(1.0, abs(y))
 
 
-def load_problems(task: str, source: str | None = None, limit: int | None = None) -> list[CodeProblem]:
+def load_problems(
+    task: str, source: str | None = None, limit: int | None = None, rewarded: bool = False
+) -> list[CodeProblem]:
     """The problems of `task`, one of `HUB`.
 
     Args:
         source: a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's).
         limit: at most this many, the first ones.
+        rewarded: prompts of codecontests ask for a correct program, as training by `prepare --rewards` annotates it.
 
     Raises:
         UsageError: a source that cannot be read or reached, or a problem without the fields it needs, by its place.
@@ -95,7 +99,7 @@ def load_problems(task: str, source: str | None = None, limit: int | None = None
         if limit is not None and len(problems) >= limit:
             break
         try:
-            problem = _problem(task, row, number)
+            problem = _problem(task, row, number, rewarded)
         except KeyError as error:
             raise UsageError(
                 f"{name}, problem {number}: has no field {error}, which {task} needs; it has {', '.join(row)}"
@@ -139,11 +143,11 @@ def _lines(path: Path) -> Iterator[Row]:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); name a .jsonl file") from error
 
 
-def _problem(task: str, row: Row, number: int) -> CodeProblem | None:
+def _problem(task: str, row: Row, number: int, rewarded: bool) -> CodeProblem | None:
     if task == "apps-introductory":
         return _apps(row, number)
     if task == "codecontests":
-        return _codecontests(row, number)
+        return _codecontests(row, number, rewarded)
     # CodeT's form of MBPP is that of HumanEval.
     return _humaneval(row) if task == "humaneval" or "entry_point" in row else _mbpp(row)
 
@@ -187,7 +191,7 @@ def _apps(row: Row, number: int) -> CodeProblem | None:
     return CodeProblem(name, prompt, SCRIPT_ENDS, "", "", _cases(inputs, outputs), 4.0)
 
 
-def _codecontests(row: Row, number: int) -> CodeProblem:
+def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:
     """CodeContests (Li et al. 2022): all its tests, its own time limits."""
     cases: list[tuple[str, str]] = []
     for part in ("public_tests", "private_tests", "generated_tests"):
@@ -197,7 +201,7 @@ def _codecontests(row: Row, number: int) -> CodeProblem:
         raise KeyError("public_tests")
     limit = row.get("time_limit") or {"seconds": 3}
     seconds = float(limit["seconds"]) + float(limit.get("nanos", 0)) / 1e9
-    prompt = f'"""\n{str(row["description"]).strip()}\n"""\n'
+    prompt = rewarded_prompt(row) if rewarded else plain_prompt(row)
     name = re.sub(r"\s+", " ", str(row.get("name", f"codecontests/{number}")))
     return CodeProblem(name, prompt, SCRIPT_ENDS, "", "", tuple(cases), max(1.0, seconds))
 

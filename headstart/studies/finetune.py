@@ -148,7 +148,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
             f"Pretrained on m = 1..{settings.operations} in F_{settings.p}[X]/(X^{settings.d}), finetuned on "
             f"{settings.finetuning_problems:,} problems of m = {settings.operations + 1}; the most frequent answer is "
             f"right in {floor:.3f}.",
-            "The paper's data, CodeContests' programs with their rewards: headstart/evaluation/reward_conditioned.py.",
+            "The paper's data, CodeContests' programs with their rewards: `headstart prepare --rewards`.",
         ]  # fmt: skip
         headers = ["pretrained, then finetuned with", "exact match before", "exact match after"]
         return Findings(headers, rows, judge(contrasts, within_reach=learned), sentence, ours, notes)
