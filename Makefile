@@ -1,12 +1,18 @@
 # Every target does all the set-up it needs, and nothing twice.
 PYTHON ?= python3
 BIN := .venv/bin
+CHECKS := .venv/.checks-ready
 SETUP := .venv/.headstart-ready
+PIP := $(BIN)/pip install --quiet --no-compile -c constraints.txt
+# Python compiles what is imported when it is, once; all that is installed would take a minute.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all check format bench bench-quick clean
+.PHONY: demo setup test test-all check format bench bench-quick clean
 
 demo: $(SETUP)
 	$(BIN)/headstart demo
+
+setup: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -16,12 +22,12 @@ test-all: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 # What CI runs beside the tests: style, types.
-check: $(SETUP)
+check: $(CHECKS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(SETUP)
+format: $(CHECKS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -38,8 +44,12 @@ bench-quick: $(SETUP)
 clean:
 	rm -rf .venv
 
-# Built anew when the versions or the dependencies change.
-$(SETUP): pyproject.toml constraints.txt
+# Built anew when the versions or the dependencies change. First what checks need, so that CI checks beside the rest.
+$(CHECKS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,report,hf,data,watch,serve]'
+	$(PIP) -e '.[serve,grammar]' mypy ruff types-PyYAML zstandard
+	touch $@
+
+$(SETUP): $(CHECKS)
+	$(PIP) -e '.[dev,report,hf,data,watch,serve]'
 	touch $@
