@@ -247,7 +247,9 @@ def evaluation_batches(
     cutter = _Cutter(shards, length, offsets[-1])
     count = cutter.count if limit_rows is None else min(limit_rows, cutter.count)
     chosen = np.arange(count) * cutter.count // count
-    return (_batch(*cutter.cut(chosen[start : start + rows]), offsets) for start in range(0, count, rows))
+    places = np.stack([np.zeros_like(chosen), chosen], 1)
+    pieces = (slice(start, start + rows) for start in range(0, count, rows))
+    return (_batch(*cutter.cut(chosen[piece]), offsets, places[piece]) for piece in pieces)
 
 
 def _batch(

@@ -117,15 +117,24 @@ class Transformer(nn.Module):
             k = self.config.parents[k - 1]
         return order[::-1]
 
-    def latents(self, tokens_BT: Tensor, ks: list[int], documents_BT: Tensor | None = None) -> dict[int, Tensor]:
+    def latents(
+        self,
+        tokens_BT: Tensor,
+        ks: list[int],
+        documents_BT: Tensor | None = None,
+        attention: tuple[Attend, Tensor] | None = None,
+    ) -> dict[int, Tensor]:
         """Latents (B, T, D) of the heads `ks` and of what they hang on; entry 0 is the trunk's output z.
 
-        `documents_BT` (int64) keeps attention inside documents. Sequential head k reads the token k - 1 behind a
+        `documents_BT` (int64) keeps attention inside documents; `attention`, in its place, is what positions see, and
+        the positions themselves, (T,) or (B, T). Sequential head k reads the token k - 1 behind a
         position; where that is beyond the last one, in the last k - 1 positions, its latents are NaN.
         """
-        attend: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
-        dtype = compute_dtype(self.trunk.embedding.weight)
-        rotary = self.rotary(torch.arange(tokens_BT.shape[1], device=tokens_BT.device), dtype)
+        if attention is None:
+            plain: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
+            attention = plain, torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        attend, positions = attention
+        rotary = self.rotary(positions, compute_dtype(self.trunk.embedding.weight))
         T, reads_ahead = tokens_BT.shape[1], self.config.ahead > 0
         z_BTD = self.trunk(tokens_BT, rotary, lambda layer: attend, T if reads_ahead else None)
         latents = {0: z_BTD[0] if reads_ahead else z_BTD}

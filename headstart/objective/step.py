@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -297,15 +298,28 @@ def _widened(documents_BT: Tensor | None, tokens_BT: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def score_step(
-    model: Transformer, tokens_BT: Tensor, targets_BTn: Tensor, documents_BT: Tensor | None = None
+    model: Transformer,
+    tokens_BT: Tensor,
+    targets_BTn: Tensor,
+    documents_BT: Tensor | None = None,
+    *,
+    registers: Registers | None = None,
+    extras: Sequence[Extra] = (),
 ) -> list[Scores]:
-    """Loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's. Tokens as in `walk_step`."""
+    """Loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's. Arguments as of `walk_step`;
+    the `extras` are asked, and keep what they saw."""
     ks, T = list(range(1, model.config.heads + 1)), targets_BTn.shape[1]
     _check_width(model, tokens_BT, targets_BTn)
-    latents = model.latents(tokens_BT, ks, _widened(documents_BT, tokens_BT))
+    attention = None if registers is None else _attention(T, documents_BT, registers, tokens_BT.device)
+    latents = model.latents(appended(tokens_BT, registers), ks, _widened(documents_BT, tokens_BT), attention)
     scores: list[Scores] = []
+
+    def score(k: int, x: Tensor, weight: Tensor) -> None:
+        scores.append(linear_scores(x[:, :T], weight, targets_BTn[..., k - 1]))
+        for extra in extras if k == 1 else ():
+            extra(x, weight.detach())  # or its gradient would be computed
+
     for k in ks:
-        model.unembedding(
-            latents[k][:, :T], k, using=lambda x, w, k=k: scores.append(linear_scores(x, w, targets_BTn[..., k - 1]))
-        )
+        latent = latents[k] if registers is not None else latents[k][:, :T]
+        model.unembedding(latent, k, using=partial(score, k))
     return scores

@@ -63,8 +63,9 @@ class TokenOrderLoss:
     """Once it was asked: the summed loss of the targets, unweighted."""
 
     def __call__(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        order_VD = self.model.unembedding.order
-        assert order_VD is not None
+        order = self.model.unembedding.order
+        assert order is not None
+        order_VD = order if torch.is_grad_enabled() else order.detach()  # or its gradient would be computed
         x_BTD = x_BTD if x_BTD.shape[1] == self.targets_BT.shape[1] else x_BTD[:, : self.targets_BT.shape[1]]
         given = self.targets_BT, self.documents_BT, self.config.window
         loss = linear_token_order(x_BTD, order_VD, *given, budget=self.budget)

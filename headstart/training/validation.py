@@ -12,12 +12,14 @@ import torch
 from headstart.data.batches import IGNORE, Batch, evaluation_batches
 from headstart.data.masked_inputs import masked
 from headstart.data.mixture import Source
+from headstart.data.registers import with_registers
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.step import score_step
 from headstart.terminal import say
 from headstart.training.config import RunConfig
+from headstart.training.extra_losses import ExtraLosses
 from headstart.training.processes import Processes
 from headstart.training.step import autocast, move
 
@@ -59,43 +61,44 @@ def validate_sources(
     if len(config.data.prepared) <= 1:
         return scores[0][-1]
     whole: dict[str, float] = {}
-    for k in range(1, config.model.heads + 1):
-        loss, bits, top1 = (f"validation/{what}/head{k}" for what in ("loss", "bits_per_byte", "top1"))
-        # A head may have no target in documents that are all short.
-        scored = [(source.weight, size, record) for source, size, record in scores if loss in record]
-        if scored:
-            total = sum(weight for weight, _, _ in scored)
+    # A head may have no target in documents that are all short.
+    for name in dict.fromkeys(name for *_, record in scores for name in record):
+        scored = [(source.weight, size, record) for source, size, record in scores if name in record]
+        total = sum(weight for weight, _, _ in scored)
+        whole[name] = sum(weight * record[name] for weight, _, record in scored) / total
+        if "/bits_per_byte/" in name:
+            nats = name.replace("/bits_per_byte/", "/loss/")
             bytes_per_token = sum(weight * size for weight, size, _ in scored) / total
-            whole[loss] = sum(weight * record[loss] for weight, _, record in scored) / total
-            whole[bits] = whole[loss] / math.log(2) / bytes_per_token
-            whole[top1] = sum(weight * record[top1] for weight, _, record in scored) / total
+            whole[name] = whole[nats] / math.log(2) / bytes_per_token
     for source, _, record in scores:
         whole |= {key.replace("validation", f"validation/{source.name}", 1): value for key, value in record.items()}
     return whole
 
 
 def validate(model: Transformer, shards: TokenShards, config: RunConfig, processes: Processes) -> dict[str, float]:
-    """validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK.
+    """validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK;
+    validation/loss/METHOD of what is learnt beside heads.
 
-    Sums and counts are added up over all rows and processes and divided once. A head without any target is left out.
+    Sums and counts are added up over all rows and processes and divided once. What has no target is left out.
     A model that is trained without its own answers is scored without them.
     """
     n = config.model.heads
     totals = torch.zeros(3, n, dtype=torch.float64, device=processes.device)  # loss, hits, targets
-    batches = evaluation_batches(
+    found = evaluation_batches(
         shards,
         rows=config.batch.rows,
         length=config.length,
         heads=config.model.offset_of_heads,
         limit_rows=config.validation.rows,
     )
-    for batch in _shared_out(batches, processes):
-        if config.masked_inputs.in_use:
-            batch = masked(batch, config.masked_inputs, config.token_of("masked_inputs"), config.seed, step=0)
-        batch = move(batch, processes.device)
+    batches = [move(_inputs_of(batch, config), processes.device) for batch in _shared_out(found, processes)]
+    next_tokens = processes.sum(torch.stack([(batch.targets[..., 0] != IGNORE).sum() for batch in batches]).sum())
+    extras = ExtraLosses(model, config, batches, next_tokens, processes)
+    for batch in batches:
         with autocast(config, processes.device):
             documents = batch.documents if config.data.attention_within_documents else None
-            scores = score_step(model, batch.read(model.config.ahead), batch.targets, documents)
+            tokens = batch.read(model.config.ahead)
+            scores = score_step(model, tokens, batch.targets, documents, **extras.of(batch))
         totals += torch.stack([torch.stack([s.loss.double(), s.correct, s.count]) for s in scores], dim=1)
     record: dict[str, float] = {}
     for k, (loss, correct, count) in enumerate(processes.sum(totals).T.tolist(), start=1):
@@ -103,7 +106,17 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
             record[f"validation/loss/head{k}"] = loss / count
             record[f"validation/bits_per_byte/head{k}"] = loss / count / math.log(2) / shards.bytes_per_token
             record[f"validation/top1/head{k}"] = correct / count
-    return record
+    more = {f"validation/loss/{method}": loss for method, loss in extras.means().items()}
+    return record | {name: loss for name, loss in more.items() if math.isfinite(loss)}
+
+
+def _inputs_of(batch: Batch, config: RunConfig) -> Batch:
+    """As the model is meant to be used, and its registers where they are trained; every validation draws the same."""
+    if config.masked_inputs.in_use:
+        batch = masked(batch, config.masked_inputs, config.token_of("masked_inputs"), config.seed, step=0)
+    if config.registers.on:
+        batch = with_registers(batch, config.registers, config.token_of("registers"), config.seed, step=0)
+    return batch
 
 
 def _shared_out(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:

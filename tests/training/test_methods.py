@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,25 @@ import pytest
 import torch
 from chats import chat_tokenizer
 
+from headstart.data.batches import IGNORE, evaluation_batches
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.registers import RegisterConfig
-from headstart.data.shards import prepare
+from headstart.data.shards import TokenShards, prepare
 from headstart.data.units import Selection
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.objective.token_order import TokenOrderConfig
+from headstart.objective.token_order import TokenOrderConfig, linear_token_order
 from headstart.storage.model_directory import load_model
 from headstart.training import loop
 from headstart.training.config import BatchConfig, DataConfig, ValidationConfig, load_config
 from headstart.training.dry_run import dry_run
-from headstart.training.loop import train
+from headstart.training.loop import build_model, train
+from headstart.training.processes import Processes
 from headstart.training.trackers import WatchConfig
+from headstart.training.validation import validate
 
+ALONE = Processes(torch.device("cpu"))
 SHAPE: dict[str, Any] = {"dim": 16, "layers": 3, "attention_heads": 2, "context": 24, "heads": 2}
 METHODS: dict[str, dict[str, Any]] = {
     "masked_inputs": {"model": ModelConfig(**SHAPE, vocab_size=257), "masked_inputs": MaskConfig("random")},
@@ -156,6 +161,29 @@ def test_methods_are_in_a_run_together(tiny, metrics) -> None:
     assert (config.token_of("masked_inputs"), config.token_of("registers")) == (256, 257)
     train(config)
     assert {"loss/token_order", "loss/registers"} < metrics(config.run_dir)[0].keys()
+
+
+def test_validation_scores_what_is_learnt_beside_heads(tiny, shards) -> None:
+    config = tiny(
+        model=ModelConfig(**SHAPE, vocab_size=257),
+        token_order=TokenOrderConfig(0.5),
+        registers=RegisterConfig(0.5),
+        batch=BatchConfig(rows=3),
+        validation=ValidationConfig(rows=8),
+    )
+    held_out, model = TokenShards.open(shards, "validation"), build_model(config, ALONE)[0]
+    record = validate(model, held_out, config, ALONE)
+    at_once = validate(model, held_out, replace(config, batch=BatchConfig(rows=8)), ALONE)
+    assert record == pytest.approx(at_once, rel=1e-5)
+    (batch,) = evaluation_batches(held_out, rows=8, length=24, heads=2, limit_rows=8)
+    x = model.unembedding(model.latents(batch.tokens, [1])[1], using=lambda x, weight: x)
+    total = linear_token_order(x, model.unembedding.order, batch.targets[..., 0], batch.documents)
+    mean = total.item() / (batch.targets[..., 0] != IGNORE).sum().item()
+    assert record.pop("validation/loss/token_order") == pytest.approx(mean, rel=1e-5)
+    registers = record.pop("validation/loss/registers")
+    off = replace(config, registers=RegisterConfig(), token_order=TokenOrderConfig())
+    assert record == pytest.approx(validate(model, held_out, off, ALONE), rel=1e-5)  # nothing sees registers
+    assert 5 < registers < 6 and registers != pytest.approx(record["validation/loss/head1"], rel=1e-5)
 
 
 def test_a_dry_run_counts_them(tmp_path, shards) -> None:
