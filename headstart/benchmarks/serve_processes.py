@@ -26,8 +26,14 @@ class Answer:
     status: int
     body: str
     sent: float
-    first: float
+    times: list[float]
+    """Of the events of a stream, as they came."""
     end: float
+
+    @property
+    def first(self) -> float:
+        """When the first event came."""
+        return self.times[0]
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -38,7 +44,7 @@ class Answer:
     @property
     def text(self) -> str:
         """Of its one choice."""
-        if not self.body.startswith("data: "):
+        if not self.times:
             return str(json.loads(self.body)["choices"][0]["text"])
         return "".join(choice["text"] for event in self.events for choice in event["choices"])
 
