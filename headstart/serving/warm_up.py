@@ -26,6 +26,7 @@ def warm_up(engine: Engine, tokenizer: Tokenizer | None) -> None:
         policy.prepare(slots)
     written = min(2 * engine.width, engine.context - PROMPT)
     if written > 0:
-        generate_all(engine, [Request((0,) * PROMPT, written)])
+        # Plainly where there is a policy, or it would learn of a text that nobody writes.
+        generate_all(engine, [Request((0,) * PROMPT, written, heads=None if policy is None else 1)])
     with suppress(UsageError):  # no tokenizer, or no llguidance: a request with a constraint is told
         compiled(Constraint.choice(["a"]), tokenizer, engine.model.config.vocab_size)

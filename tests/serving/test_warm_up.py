@@ -9,6 +9,7 @@ from serving.conftest import HTTP, metric, running
 from headstart.decoding import constraints, untuned
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
+from headstart.decoding.untuned import AcceptanceCounts
 from headstart.model.transformer import Transformer
 from headstart.serving.server import make_service
 from headstart.serving.settings import ServeSettings
@@ -37,6 +38,9 @@ def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.Monke
         assert before in ([], [(1, 1), (2, 1), (4, 1)])
         assert len(written) == 1 and metric(server, "headstart_tokens_total") == 0
         assert len(constraints._compiled[server.service.tokenizer]) == 1
+        for learned in server.service.model._learned.values():  # nothing of a text that nobody asked for
+            fresh = AcceptanceCounts(server.service.model.config.heads).table()
+            assert all(counts.table() == fresh for counts in learned.counts.values())
         asked = {"prompt": "x", "max_tokens": 4, "n": 3}
         assert HTTP.post(f"{server.url}/v1/completions", json=asked).status_code == 200
         assert timed == before
