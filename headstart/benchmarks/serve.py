@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from headstart.benchmarks.report import Bar, count, measurement
 from headstart.benchmarks.serve_processes import Answer, ClientProcess, ServerProcess
 from headstart.benchmarks.sizes import Size
 from headstart.data.tokenizers import prompt_ids
-from headstart.decoding.engine import Engine
+from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.evaluation.texts import read_prompts
 from headstart.storage.boxed import model_directory
@@ -148,20 +149,23 @@ def _rate(answers: Sequence[Answer]) -> float:
     return float(tokens / (max(a.end for a in answers) - min(a.sent for a in answers)))
 
 
+def _alone(bench: Bench, engine: Engine, numbers: Iterator[int], streams: int, heads: int | None) -> float:
+    """Tokens per second of the engine without a server, of new prompts."""
+    prompts = [bench.prompt(next(numbers)) for _ in range(streams)]
+    requests = [bench.request(prompt, bench.settings.new_tokens, heads=heads) for prompt in prompts]
+    began = time.monotonic()
+    generations = generate_all(engine, requests)
+    return sum(len(g.tokens) for g in generations) / (time.monotonic() - began)
+
+
 def _overhead(bench: Bench) -> tuple[list[dict[str, Any]], str]:
     settings = bench.settings
     heads = bench.model.config.heads
     engine = bench.model.engine(slots=settings.streams)
-    numbers = iter(range(10**9))
+    numbers = itertools.count()
 
     def alone() -> float:
-        prompts = [bench.prompt(next(numbers)) for _ in range(settings.streams)]
-        requests = [bench.request(prompt, settings.new_tokens, heads=heads) for prompt in prompts]
-        began = time.monotonic()
-        generations = [engine.submit(request) for request in requests]
-        for _ in engine.run():
-            pass
-        return sum(len(g.tokens) for g in generations) / (time.monotonic() - began)
+        return _alone(bench, engine, numbers, settings.streams, heads)
 
     with bench.server("--slots", str(settings.streams)) as server:
 
@@ -184,7 +188,7 @@ def _overhead(bench: Bench) -> tuple[list[dict[str, Any]], str]:
 
 def _first(bench: Bench) -> tuple[list[dict[str, Any]], str]:
     engine: Engine = bench.model.engine(slots=1)
-    numbers = iter(range(10**9))
+    numbers = itertools.count()
 
     def alone() -> float:
         request = bench.request(bench.prompt(next(numbers)), 4)
@@ -212,10 +216,13 @@ def _first(bench: Bench) -> tuple[list[dict[str, Any]], str]:
 
 def _speculation(bench: Bench) -> tuple[list[dict[str, Any]], str]:
     settings = bench.settings
-    numbers = iter(range(10**9))
+    numbers = itertools.count()
     rows = []
     for streams, bar in SPECULATION_BARS.items():
         per_pass: list[float] = []
+        engine = bench.model.engine(slots=streams)
+        if engine.policy is not None:
+            engine.policy.prepare(streams)
         with bench.server("--slots", str(streams)) as server:
 
             def asked(
@@ -228,10 +235,21 @@ def _speculation(bench: Bench) -> tuple[list[dict[str, Any]], str]:
                     kept.append(statistics.fmean(a.usage["speculative"]["tokens_per_pass"] for a in answers))
                 return _rate(answers)
 
-            rates = interleave({"on": lambda: asked(True), "off": lambda: asked(False)}, settings.repetitions, warmup=2)
+            def alone(heads: int | None, engine: Engine = engine, streams: int = streams) -> float:
+                return _alone(bench, engine, numbers, streams, heads)
+
+            variants = {
+                "on": lambda: asked(True),
+                "off": lambda: asked(False),
+                "engine alone, on": lambda: alone(None),
+                "engine alone, off": lambda: alone(1),
+            }
+            rates = interleave(variants, settings.repetitions, warmup=2)
         where = "1 stream" if streams == 1 else f"{streams} streams"
         rows += [measurement("speculation", f"{name}, {where}", v, "tokens/s") for name, v in rates.items()]
         gains = ratios(rates["on"], rates["off"])
+        engines = ratios(rates["engine alone, on"], rates["engine alone, off"])
+        rows.append(measurement("speculation", f"engine alone, on / off, {where}", engines))
         tokens = per_pass[-settings.repetitions :]
         rows.append(measurement("speculation", f"tokens per pass, {where}", tokens))
         if streams == 1:
@@ -242,7 +260,8 @@ def _speculation(bench: Bench) -> tuple[list[dict[str, Any]], str]:
             rows.append(measurement("speculation", f"on / off, {where}", gains, bar=bar))
     return (
         rows,
-        "on: nothing is said of heads, so as many draft as are worth it; off: plain decoding in the same server.",
+        "on: nothing is said of heads, so as many draft as are worth it; off: plain decoding in the same server. "
+        "Engine alone: the same without a server, in turns with it.",
     )
 
 

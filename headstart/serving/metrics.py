@@ -52,6 +52,7 @@ class Metrics:
 
         self._waiting = gauge("headstart_queue_length", "Texts that wait for a slot.")
         self._live = gauge("headstart_live_slots", "Slots with a text.")
+        self._loaded = 0, 0
 
         def histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
             return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
@@ -66,20 +67,25 @@ class Metrics:
         )
 
     def load(self, waiting: int, live: int) -> None:
-        """How many texts wait and are written now."""
-        self._waiting.set(waiting)
-        self._live.set(live)
+        """How many texts wait and are written now. Told before every pass: it is cheap where nothing changed."""
+        if (waiting, live) != self._loaded:
+            self._loaded = waiting, live
+            self._waiting.set(waiting)
+            self._live.set(live)
 
-    def passed(self, job: Job, now: float, tokens: int) -> None:
-        """A pass has given a text `tokens`, at `now` on the clock of `time.perf_counter`."""
+    def stepped(self, texts: int, tokens: int) -> None:
+        """A pass of the engine has given so many texts so many tokens together."""
+        self._passes.inc(texts)
+        self._tokens.inc(tokens)
+
+    def passed(self, job: Job, now: float) -> None:
+        """A pass has given a text something, at `now` on the clock of `time.perf_counter`."""
         assert job.generation is not None
         if job.generation.stats.passes == 1:
             self._first.observe(now - job.arrived)
         else:
             self._between.observe(now - job.last)
         job.last = now
-        self._tokens.inc(tokens)
-        self._passes.inc()
 
     def ended(self, job: Job, outcome: str) -> None:
         """A text has left: with its finish reason, or "cancelled", "deadline", "refused", "failed"."""

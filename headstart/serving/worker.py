@@ -184,20 +184,24 @@ class Worker:
         return None
 
     def _step(self, engine: Engine) -> list[tuple[Job, Piece]]:
-        pieces = []
+        pieces, tokens = [], 0
         committed = engine.step()
         now = time.perf_counter()
         for generation, text in committed:
             job = self._job_of[generation]
-            self.metrics.passed(job, now, len(generation.tokens) - job.passed)
+            self.metrics.passed(job, now)
+            tokens += len(generation.tokens) - job.passed
             job.passed = len(generation.tokens)
             piece = job.piece(text, now, self.stream_interval)
             if piece is not None:
                 pieces.append((job, piece))
+        self.metrics.stepped(len(committed), tokens)
         return pieces
 
     def _hand_over(self, pieces: list[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:
         """Tells the event loop, in one call a step."""
+        if not pieces and not errors:
+            return
         done = [(job, piece) for job, piece in pieces if piece.finished]
         with self._lock:
             for job, _ in done:
