@@ -20,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed
 
+from headstart.data.masked_inputs import MaskConfig
+from headstart.data.registers import RegisterConfig
+from headstart.objective.token_order import TokenOrderConfig
 from headstart.training.config import BatchConfig, CheckpointConfig, RunConfig, save_config
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
@@ -79,12 +82,21 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, metrics, weights, 
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> None:
-    changes = {"optimizer": replace(SMOOTH, kind=kind), "batch": BatchConfig(rows=2, accumulate=6)}
+    """And what is learnt beside heads."""
+    changes = {
+        "optimizer": replace(SMOOTH, kind=kind),
+        "batch": BatchConfig(rows=2, accumulate=6),
+        "model": replace(tiny().model, vocab_size=258),
+        "masked_inputs": MaskConfig("random"),
+        "token_order": TokenOrderConfig(1.0),
+        "registers": RegisterConfig(0.5, share=0.5),
+    }
     one, two = tiny("one", **changes), tiny("two", **changes, parallel=ParallelConfig(sharding="hybrid"))
     train(one)
     answers = launch(two)
     assert [status for status, _, _ in answers] == [0, 0], answers[0][2][-2000:]
     assert_close(one.run_dir, two.run_dir, metrics, weights)
+    assert {"validation/loss/token_order", "validation/loss/registers"} < metrics(two.run_dir)[-1].keys()
     names = {path.name for path in (two.run_dir / "checkpoints" / "step-00000006").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng.pt", "state.json"} <= names
 
