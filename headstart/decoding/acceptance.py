@@ -149,15 +149,23 @@ def without(q_SV: Tensor, token_S1: Tensor) -> Tensor:
 
 
 def recursive_rejection(
-    p_SRV: Tensor, q_SDV: Tensor, tree: TreeRows, window_SR: Tensor, drafted_S: Tensor, uniform_SDC: Tensor
+    p_SRV: Tensor,
+    q_SQV: Tensor,
+    tree: TreeRows,
+    window_SR: Tensor,
+    drafted_S: Tensor,
+    uniform_SDC: Tensor,
+    by_row_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rejection on a tree whose siblings were drawn from q one after another without replacement (SpecInfer 2305.09781,
     Sequoia 2402.12374): a sibling is kept with probability min(1, p / q), else p becomes what is left of it, (p - q)+,
     and q what is left without the token. The candidates of a depth are shared by all families of it, which changes
-    nothing: which family is asked depends on the depths before it alone.
+    nothing: which family is asked depends on the depths before it alone. Nor does it where each family's are drawn from
+    a distribution of its own.
 
     Args:
-        p_SRV: target distributions after each row. q_SDV: draft distributions of each depth.
+        p_SRV: target distributions after each row. q_SQV: draft distributions, entry j those of depth j + 1, or where
+            `by_row_S` (bool) those of the children of row j.
         window_SR: the tokens. drafted_S: of how many depths there are drafts.
         uniform_SDC: independent draws in (0, 1), for each depth and rank.
 
@@ -168,7 +176,10 @@ def recursive_rejection(
     alive = torch.ones_like(drafted_S, dtype=torch.bool)
     rest = p_SRV[:, 0]
     for d in range(tree.tree.depth):
-        q, moved = q_SDV[:, d], torch.zeros_like(alive)
+        q, moved = q_SQV[:, d], torch.zeros_like(alive)
+        if by_row_S is not None:  # of a row without children there are none, nor does it ask
+            of_row = q_SQV.gather(1, row.clamp_max(q_SQV.shape[1] - 1)[:, None, None].expand(-1, 1, q.shape[-1]))[:, 0]
+            q = torch.where(by_row_S[:, None], of_row, q)
         children = tree.children_RC[row]
         for r in range(tree.tree.ranks):
             child = children[:, r, None]

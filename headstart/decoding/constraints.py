@@ -250,7 +250,7 @@ class ConstraintRows:
     allocated before a slot has a constraint."""
 
     def __init__(self, slots: int, width: int, vocab_size: int) -> None:
-        self._has = [False] * slots
+        self.has = [False] * slots
         self._shape = (slots, width, vocab_size)
         self._forbidden: Tensor | None = None
         self._drafts: tuple[Tensor, int] | None = None
@@ -259,17 +259,17 @@ class ConstraintRows:
         """A request begins in `slot`."""
         if constrained and self._forbidden is None:
             self._forbidden = torch.zeros(self._shape, dtype=torch.bool)
-        self._has[slot] = constrained
+        self.has[slot] = constrained
 
     def clear(self, slot: int) -> None:
         """The request in `slot` has ended."""
-        if self._forbidden is not None and self._has[slot]:
+        if self._forbidden is not None and self.has[slot]:
             self._forbidden[slot] = False
-        self._has[slot] = False
+        self.has[slot] = False
 
     def any(self, slots: slice) -> bool:
         """Whether any of these slots is constrained."""
-        return any(self._has[slots])
+        return any(self.has[slots])
 
     def rows(self, slot: int) -> np.ndarray:
         """The rows (W, V) bool of a constrained slot, to be written; on the host."""

@@ -12,6 +12,7 @@ from headstart.decoding.lookup import Lookup
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
+from headstart.decoding.tree import DraftTree
 
 FORCED = -1
 """Stands for the head of a draft that the constraint left no choice about."""
@@ -142,6 +143,10 @@ class Generation:
         self.confidences: list[float] = []
         """Of the drafts in its window, in a tree of the best of each head; empty where there are none, or where nothing
         asks for them."""
+        self.nodes: dict[int, int] | None = None
+        """Of a tree under a constraint, the rows that hold drafts, with their depths; of others None, for all do."""
+        self.forced: set[tuple[int, ...]] = set()
+        """The beginnings of drafts of which the last one was forced."""
         self.prefixes: list[float] = []
         """Entry j-1: the probability that the first j drafts in its window are right, in a tree that the path to node j
         is; where something estimates it."""
@@ -172,11 +177,27 @@ class Generation:
     def finished(self) -> bool:
         return self._stopper.finish_reason is not None
 
+    def fed(self, rows: int, tree: DraftTree | None) -> tuple[int, int]:
+        """Of how many drafts, or depths of a tree, one was fed with the first `rows` rows of the window, and how many
+        more beside those."""
+        if tree is None:
+            return min(len(self.sources), rows - 1), 0
+        if self.nodes is None:
+            fed = min(len(self.sources), tree.depth)
+            return fed, tree.within(rows, fed) - fed
+        depths = [depth for row, depth in self.nodes.items() if row < rows]
+        fed = max(depths, default=0)
+        return fed, len(depths) - fed
+
     def commit(self, tokens: list[int], fed: int, beside: int = 0) -> str:
         """Takes the tokens of one pass that was fed the first `fed` drafts, and in a tree `beside` more of the same
         depths: those accepted, then head 1's own token."""
         before, accepted = len(self.tokens), len(tokens) - 1
-        for i, head in enumerate(self.sources[:fed]):
+        sources = self.sources[:fed]
+        for i in range(accepted if self.forced else 0):  # of several candidates some may be forced
+            if tuple(tokens[: i + 1]) in self.forced:
+                sources[i] = FORCED
+        for i, head in enumerate(sources):
             if head > 0:
                 self.stats.drafted[head - 2] += 1
                 self.stats.accepted[head - 2] += i < accepted
@@ -188,7 +209,7 @@ class Generation:
         self.stats.beside += beside
         self.stats.passes += 1
         released = self._stopper.push(tokens)
-        self.origins += [*self.sources[:accepted], 1][: len(self.tokens) - before]
+        self.origins += [*sources[:accepted], 1][: len(self.tokens) - before]
         self.stats.tokens = len(self.tokens)
         self.stats.seconds = time.perf_counter() - self._started
         return released

@@ -179,6 +179,8 @@ class TreeRows:
         self.sees_RR[torch.arange(R, device=device)[:, None], self.path_RD] = True
         self.candidate_G = tensor([(len(path) - 1) * C + path[-1] for path in tree.paths])
         """(R - 1,): the place of a node's token among candidates (D, C)."""
+        self.parents = self.parent_R.tolist()
+        self.children = [[row for row in range(1, R) if self.parents[row] == parent] for parent in range(R)]
         self.depth_first = sorted(range(R), key=lambda row: nodes[row])
         self._first: dict[int, TreeRows] = {R: self}
 

@@ -68,8 +68,11 @@ def judge_tree(
         torch.arange(C, device=length.device) << 32
     )
     uniform = sampling.uniform(asked.flatten(1), slots).view(-1, D, C)
-    p_SRV, q_SDV = sampling.probabilities(logits_SRV, slots), state.draft_q()[slots, :D]
-    row, rest_SV = recursive_rejection(p_SRV, q_SDV, tree, window, drafted, uniform)
+    by_row = None
+    if state.constraints.any(slots):
+        by_row = torch.tensor(state.constraints.has[slots], device=length.device)
+    p_SRV, q_SQV = sampling.probabilities(logits_SRV, slots), state.draft_q()[slots]
+    row, rest_SV = recursive_rejection(p_SRV, q_SQV, tree, window, drafted, uniform, by_row)
     accepted = tree.depth_R[row]
     # The noise of the position after the last draft kept: nothing was drawn with it yet.
     last = (rest_SV.log() + pick(noise_SRV, row, 1)[:, 0]).argmax(-1)

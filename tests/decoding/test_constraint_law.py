@@ -97,8 +97,9 @@ class Ahead(DraftPolicy):
         return [0.5**i for i, _ in enumerate(confidences, start=1)]
 
     def plan(self, slots, prefixes):
-        # What is forced before anything is drawn is sure; nothing else is known beyond what the heads are in general.
-        assert prefixes[0] in ([], [0.5, 0.25], [1.0, 0.5], [1.0, 1.0])
+        # What is forced before anything is drawn is sure, and that the text is over then; nothing else is known beyond
+        # what the heads are in general.
+        assert prefixes[0] in ([], [0.5, 0.25], [1.0, 0.5], [1.0, 1.0], [1.0, 0.0])
         return 3 if len(prefixes[0]) > 1 and prefixes[0][1] > 0.9 * prefixes[0][0] else 1, True
 
 
@@ -122,11 +123,11 @@ def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> No
     """Negative controls: drafts weighed by their distributions without the mask; masks that come a row late."""
     raw, model = _small()
 
-    def without_its_distribution(state, slots, head, position, forbidden, share):
+    def without_its_distribution(state, slots, head, position, forbidden, count, row):
         logits = state.constraints.kept(slots.start, head)
         logits = logits.masked_fill(torch.from_numpy(forbidden), float("-inf"))[None, None]
         noise = state.sampling.draft_noise(torch.tensor([[position]]), state.vocab_size, slots)
-        return int(state.sampling.choose(logits, noise, slots)), share
+        return [int(state.sampling.choose(logits, noise, slots))], []
 
     with monkeypatch.context() as patch:
         patch.setattr(constrained_drafts, "_drawn", without_its_distribution)

@@ -219,8 +219,8 @@ def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
         root, window = engine._lengths[0], engine.state.window_SW[0].tolist()
         nothing = np.zeros(128, dtype=bool)
         for k in range(2, HEADS + 1):
-            token, _ = constrained_drafts._drawn(engine.state, slice(0, 1), k, root + k - 1, nothing, 1.0)
-            assert token == window[k - 1]
+            tokens, _ = constrained_drafts._drawn(engine.state, slice(0, 1), k, root + k - 1, nothing, 1, k - 2)
+            assert tokens == [window[k - 1]]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
