@@ -32,16 +32,17 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         [sys.executable, "-m", "headstart", "serve", "--port", "0", "--slots", "2", "--drain-seconds", "60"],
         stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path,
     )  # fmt: skip
-    assert process.stderr is not None
-    lines = [process.stderr.readline()]
-    while lines[-1] and "curl" not in lines[-1]:
-        lines.append(process.stderr.readline())
-    found = re.search(r"listening on (http://\S+);", lines[-2])
-    assert found and "HEADSTART_API_KEY" in lines[-1] and "k1" not in "".join(lines), lines
-    yield process, found[1]
-    process.kill()
-    process.wait()
-    process.stderr.close()
+    try:
+        assert process.stderr is not None
+        lines = [process.stderr.readline()]
+        while lines[-1] and "curl" not in lines[-1]:
+            lines.append(process.stderr.readline())
+        found = re.search(r"listening on (http://\S+);", lines[-2])
+        assert found and "HEADSTART_API_KEY" in lines[-1] and "k1" not in "".join(lines), lines
+        yield process, found[1]
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_signal_lets_texts_finish_and_takes_no_more(started: tuple[subprocess.Popen[str], str], model) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
 from serving.conftest import HTTP, raw, running
 
+from headstart.decoding.engine import Engine
+from headstart.serving import guard
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
 
@@ -64,3 +69,32 @@ def test_the_servers_own_limit_of_tokens(locked: Server) -> None:
     assert raw(locked, json.dumps({**BODY, "max_tokens": 6}).encode(), **key)[1]["error"]["param"] == "max_tokens"
     status, answer = raw(locked, b'{"prompt": "x", "temperature": 0}', **key)
     assert status == 200 and answer["usage"]["completion_tokens"] == 5
+
+
+def sent(server: Server, head: str) -> bytes:
+    """What is answered to a head without its body."""
+    with socket.create_connection(server.socket.getsockname()[:2], timeout=20) as connection:
+        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
+        return connection.recv(1000)
+
+
+def test_a_body_is_not_waited_for_longer_than_that(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sent(server, "Content-Length: 100000000").startswith(b"HTTP/1.1 413")  # at once
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
+    for length in ("Content-Length: 100", "Transfer-Encoding: chunked"):
+        assert sent(server, length).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_may_take_longer_than_its_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    step = server.service.worker._step
+
+    def slow(engine: Engine) -> Any:
+        time.sleep(0.06)
+        return step(engine)
+
+    monkeypatch.setattr(server.service.worker, "_step", slow)
+    for stream in (False, True):
+        body = {"prompt": "x", "max_tokens": 8, "temperature": 0, "stream": stream, "speculative": {"enabled": False}}
+        answer = HTTP.post(f"{server.url}/v1/completions", json=body)
+        assert answer.status_code == 200 and ('"length"' in answer.text) and "error" not in answer.text

@@ -346,6 +346,9 @@ def test_stop_frees_the_slot(tab: Any, server: Any, monkeypatch: pytest.MonkeyPa
     tab.get_by_label("Speculate").uncheck()
     press(tab, "Write")
     tab.locator(".text [data-head]").nth(3).wait_for()
+    tab.evaluate("document.querySelector('#panels').style.paddingBottom = '3000px'; scrollTo(0, 2500)")
+    assert tab.evaluate("scrollY") == 2500
+    playwright.expect(tab.get_by_role("button", name="Stop")).to_be_in_viewport(ratio=1)
     press(tab, "Stop")
     playwright.expect(tab.locator("#status")).to_have_text("Stopped.")
     playwright.expect(tab.get_by_role("alert")).to_be_hidden()
