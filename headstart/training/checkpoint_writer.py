@@ -41,8 +41,6 @@ class CheckpointWriter:
     ) -> None:
         self._root, self._model, self._optimizers = root, model, optimizers
         self._config, self._processes = config, processes
-        # Weights change while they are written: the copy is made before `save` returns.
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[UsageError | None] | None = None
         self._step = -1
@@ -67,15 +65,18 @@ class CheckpointWriter:
             "model": checkpoints.digest(self._model.config),
         }
         random = checkpoints.random_state()
+        # Weights change while they are written: the copy is made before `save` returns. One stager for each checkpoint:
+        # torch 2.11 closes the one that it is given, and then it copies nothing more.
+        stager = DefaultStager(StagingOptions(False, False, False, False))
         with checkpoints.plain_dcp():
             tensors: Any = dcp.async_save(
                 checkpoints.tensors_of(self._model, self._optimizers)[0],
                 storage_writer=dcp.FileSystemWriter(temporary),
                 process_group=self._processes.checkpoint_group,
-                async_stager=self._stager,
+                async_stager=stager,
                 no_dist=self._processes.count == 1,
             )
-        self._writing = self._thread.submit(self._finish, tensors, path, temporary, state, random)
+        self._writing = self._thread.submit(self._finish, tensors, stager, path, temporary, state, random)
 
     def wait(self, needed: bool = False) -> None:
         """Until what is being written is on disk. Where it could not be, and it is `needed`, raises UsageError."""
@@ -92,10 +93,15 @@ class CheckpointWriter:
     def close(self) -> None:
         """Whatever is being written is finished."""
         self._thread.shutdown(wait=True)
-        self._stager.close()
 
     def _finish(
-        self, tensors: Future[Any], path: Path, temporary: Path, state: dict[str, Any], random: dict[str, torch.Tensor]
+        self,
+        tensors: Future[Any],
+        stager: DefaultStager,
+        path: Path,
+        temporary: Path,
+        state: dict[str, Any],
+        random: dict[str, torch.Tensor],
     ) -> UsageError | None:
         """In the thread: waits for every process's files, makes the checkpoint visible; what went wrong, if it did."""
         try:
@@ -111,6 +117,8 @@ class CheckpointWriter:
         except UsageError as error:
             say(f"warning: {str(error).split(';')[0]}; training goes on, and the checkpoint before it stays")
             return error
+        finally:
+            stager.close()
         if self._processes.main:
             self._delete_old(int(state["position"]["step"]))
         return None

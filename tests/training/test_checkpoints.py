@@ -111,6 +111,26 @@ def test_what_is_written_is_what_was_there(tmp_path, monkeypatch) -> None:
     assert torch.equal(other_optimizers[0].state[next(other.parameters())]["exp_avg"], moment)
 
 
+def test_torch_may_close_what_copies_the_weights(tmp_path, monkeypatch) -> None:
+    """torch 2.11 does: what had copied the weights of one checkpoint failed at the next."""
+    original = checkpoint_writer.dcp.async_save
+
+    def as_in_2_11(*args, async_stager, **more):
+        answer = original(*args, async_stager=async_stager, **more)
+        async_stager.close()
+        return answer
+
+    monkeypatch.setattr(checkpoint_writer.dcp, "async_save", as_in_2_11)
+    model, optimizers = make(kind="muon")
+    writer = CheckpointWriter(tmp_path, model, optimizers, CheckpointConfig(), ALONE)
+    for step in (2, 4):
+        writer.save(Position(step=step))
+        writer.wait(needed=True)
+    writer.close()
+    other, other_optimizers = make(seed=1, kind="muon")
+    assert restore(tmp_path / "step-00000004", other, other_optimizers) == Position(step=4)
+
+
 def test_one_that_cannot_be_written_is_told_and_tried_again(tmp_path, monkeypatch, capsys) -> None:
     model, optimizers = make()
     save(tmp_path, model, optimizers, Position(step=2))
