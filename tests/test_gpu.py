@@ -1,4 +1,4 @@
-"""The same promises on a GPU. Written without one at hand: not yet run."""
+"""The same promises on a GPU (on an H200, 2026-11-26: all but the one of two GPUs, which was not run)."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from headstart.benchmarks import fresh_process, peer_speed, report, row_speed, speedup, sweep
-from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, ratios
+from headstart.benchmarks import decode_passes, fresh_process, peer_speed, report, row_speed, speedup, sweep
+from headstart.benchmarks.measure import ratios
 from headstart.benchmarks.report import Bar, count, measurement
 from headstart.benchmarks.sizes import Size
 from headstart.decoding.int8 import Quantize
@@ -19,12 +19,9 @@ from headstart.storage.model_directory import load_config
 from headstart.terminal import say
 
 PEER_BAR = Bar(">=", 1.5)
-BANDWIDTH_BARS = {0: Bar(">=", 0.65), 100_000_000: Bar(">=", 0.75)}
-"""By how many parameters a model has at least: a small one does not wait for its weights alone."""
-WINDOW_BAR = Bar("<=", 1.3)
 EFFICIENCY_BAR = Bar(">=", 0.88)
 
-Part = Literal["plain", "bandwidth", "window", "deferred", "sweep", "peers", "rows", "model"]
+Part = Literal["plain", "bandwidth", "window", "merged", "deferred", "sweep", "peers", "rows", "model"]
 Peer = Literal["transformers", "llama.cpp", "vllm"]
 QUICK: dict[str, Any] = {
     "sizes": PRESETS["1M"],
@@ -51,10 +48,11 @@ class DecodeSettings:
     """Speed of decoding. The part "model" takes a trained model; the others use random weights."""
 
     parts: tuple[Part, ...] = ("plain", "bandwidth", "window", "deferred", "sweep", "peers")
-    """plain: against transformers; bandwidth: share of the memory bandwidth; window: 8 rows against 1; deferred: heads
-    on one row against all rows; sweep: heads, batch, lengths, temperature at the paper's acceptance; peers: against
-    transformers, llama.cpp and vLLM; rows: passes by rows, also in int8, of --model if given; model: a trained model
-    for K = 1, 2, 4, 8 (runs whenever --model is given)."""
+    """plain: against transformers; bandwidth: share of the memory bandwidth; window: 8 rows against 1; merged:
+    verifying and drafting in one pass, against the bytes it reads; deferred: heads on one row against all rows; sweep:
+    heads, batch, lengths, temperature at the paper's acceptance; peers: against transformers, llama.cpp and vLLM; rows:
+    passes by rows, also in int8, of --model if given; model: a trained model for K = 1, 2, 4, 8 (runs whenever --model
+    is given)."""
     quick: bool = False
     """Small models, few and short rounds, whatever else is asked for: to see in minutes that all of it runs."""
     sizes: ModelConfig = field(default_factory=lambda: PRESETS["100M"])
@@ -94,6 +92,8 @@ class DecodeSettings:
     """Batch sizes of the part "peers"."""
     sweep_sizes: tuple[Size, ...] = ("105M",)
     """Models with random weights of the part "sweep"."""
+    sweep_kinds: tuple[Literal["tokens", "bytes"], ...] = ("tokens", "bytes")
+    """Heads of the part "sweep": four transformer heads (Table S2), eight byte heads (Table S3)."""
     sweep_batches: tuple[int, ...] = (1, 4, 16, 64)
     """Its batch sizes. Of each of its settings the first is kept while another one changes."""
     sweep_lengths: tuple[tuple[int, int], ...] = ((64, 64), (512, 64), (64, 256))
@@ -135,7 +135,14 @@ def run(settings: DecodeSettings) -> dict[str, Any]:
         if not getattr(settings, name):
             raise UsageError(f"--{name.replace('_', '-')} names nothing; name one or more")
     settings = replace(settings, dtype=dtype_on(settings.device, settings.dtype))
-    runners = {"plain": _plain, "bandwidth": _bandwidth, "window": _window, "deferred": _deferred}
+    alone = decode_passes
+    runners = {
+        "plain": _plain,
+        "bandwidth": alone.bandwidth,
+        "window": alone.window,
+        "merged": alone.merged,
+        "deferred": alone.deferred,
+    }
     measurements: list[dict[str, Any]] = []
     tables: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -156,25 +163,14 @@ def run(settings: DecodeSettings) -> dict[str, Any]:
     return report.result("decode", settings, measurements, notes, tables)
 
 
-def _case(settings: DecodeSettings, config: ModelConfig, **more: Any) -> dict[str, Any]:
-    """What every measuring process is told."""
-    return {
-        "config": asdict(config),
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "passes": settings.passes,
-        "repetitions": settings.repetitions,
-        "length": settings.prompt_tokens + settings.new_tokens // 2,
-        **more,
-    }
-
-
 def _plain(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
     rows: list[dict[str, Any]] = []
     agreement: list[int] = []
     config = replace(settings.sizes, heads=1)
     for threads in settings.threads:
-        case = _case(settings, config, prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens)
+        case = decode_passes.case_of(
+            settings, config, prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens
+        )
         answer = fresh_process.call("headstart.benchmarks.transformers_peer:case", case, threads=threads)
         speeds = answer["tokens_per_second"]
         agreement.append(answer["same_tokens_at_start"])
@@ -194,87 +190,10 @@ def _plain(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
     )
 
 
-def _bandwidth(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]] = []
-    config = replace(settings.sizes, heads=1)
-    shares: dict[int, list[float]] = {}
-    size = 0
-    for threads in settings.threads:
-        case = _case(settings, config, stream_mebibytes=settings.stream_mebibytes)
-        answer = fresh_process.call("headstart.benchmarks.passes:bandwidth_case", case, threads=threads)
-        size, stream = answer["bytes"], answer["stream_gb_per_second"]
-        milliseconds = [1e3 * s for s in answer["seconds"]]
-        shares[threads] = [size / s / 1e9 / stream for s in answer["seconds"]]
-        rows.append(
-            measurement("bandwidth", f"plain pass, {count(threads, 'thread')}", milliseconds, "ms", threads=threads)
-        )
-        rows.append(
-            measurement("bandwidth", f"stream read, {count(threads, 'thread')}", [stream], "GB/s", threads=threads)
-        )
-        what = f"bytes of a pass / its time / stream read, {count(threads, 'thread')}"
-        rows.append(measurement("bandwidth", what, shares[threads], threads=threads, bytes=size))
-    best = max(rows[2::3], key=lambda row: row["median"])["threads"]
-    what = f"the same at the best setting ({count(best, 'thread')})"
-    parameters = config.parameters()["total"]
-    bar = BANDWIDTH_BARS[max(least for least in BANDWIDTH_BARS if parameters >= least)]
-    rows.append(measurement("bandwidth", what, shares[best], bar=bar, threads=best))
-    return rows, (
-        f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
-        f"values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 "
-        "with as many threads."
-    )
-
-
-def _window(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]] = []
-    config, window = replace(settings.sizes, heads=1), settings.window
-    for threads in settings.threads:
-        case = _case(settings, config, rows=window)
-        answer = fresh_process.call("headstart.benchmarks.passes:window_case", case, threads=threads)
-        timings = []
-        for name, seconds in answer.items():
-            label = f"{window} rows" if name == "window" else name
-            milliseconds = [1e3 * s for s in seconds]
-            timings.append(
-                measurement("window", f"{label}, {count(threads, 'thread')}", milliseconds, "ms", threads=threads)
-            )
-        faster = min(("one row", "one row, own layout"), key=lambda name: sorted(answer[name])[len(answer[name]) // 2])
-        what = f"{window} rows / {faster}, {count(threads, 'thread')}"
-        values = ratios(answer["window"], answer[faster], PASSES_OF_A_BLOCK)
-        rows += [*timings, measurement("window", what, values, bar=WINDOW_BAR, threads=threads)]
-    return rows, (
-        f"trunk, head 1 and unembedding on {window} rows against one row of the same {config.layers} layers, batch 1, "
-        f"at {settings.prompt_tokens + settings.new_tokens // 2} cached positions. The faster of two one-row passes is "
-        f"the denominator: weights laid out for {window} rows, and for one (own layout)."
-    )
-
-
-def _deferred(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]] = []
-    for threads in settings.threads:
-        for n in settings.deferred_heads:
-            case = _case(settings, replace(settings.sizes, heads=n), batches=list(settings.deferred_batches))
-            answer = fresh_process.call("headstart.benchmarks.passes:deferred_case", case, threads=threads)
-            for batch in settings.deferred_batches:
-                fast, full = answer[f"deferred {batch}"], answer[f"all {batch}"]
-                where = f"K = n = {n}, batch {batch}, {count(threads, 'thread')}"
-                details: dict[str, Any] = {"threads": threads, "heads": n, "batch": batch}
-                rows += [
-                    measurement("deferred", f"accepted row, {where}", [1e3 * s for s in fast], "ms", **details),
-                    measurement("deferred", f"all rows, {where}", [1e3 * s for s in full], "ms", **details),
-                    measurement(
-                        "deferred",
-                        f"accepted row / all rows, {where}",
-                        ratios(fast, full, PASSES_OF_A_BLOCK),
-                        **details,
-                    ),
-                ]
-    return rows, "a whole pass whose drafting heads (transformer, parallel) run on the accepted row, against all rows."
-
-
 def _sweep(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     return sweep.run(
         settings.sweep_sizes,
+        kinds=settings.sweep_kinds,
         at=sweep.points(settings.sweep_batches, settings.sweep_lengths, settings.temperatures),
         threads=settings.threads[-1],
         dtype=settings.dtype,
@@ -331,7 +250,7 @@ def _model(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
     tables = []
     ks = sorted(k for k in settings.heads if k <= config.heads)
     for temperature in settings.temperatures:
-        case = _case(
+        case = decode_passes.case_of(
             settings,
             config,
             model=str(settings.model),

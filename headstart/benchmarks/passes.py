@@ -37,6 +37,19 @@ def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: i
     return (weights + config.dim) * weight_bytes + cache * cache_bytes
 
 
+def merged_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: int) -> int:
+    """Bytes that a pass of one window which verifies and drafts with all heads reads: all weights but the embedding, an
+    unembedding that heads share once for verification and once for all drafts, keys and values of every block."""
+    weights = config.parameters()["total"]
+    V, D = config.vocab_size, config.dim
+    if not config.tied:
+        weights -= V * D
+    if config.head_kind != "replicated":
+        weights += V * D
+    cache = 2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * span
+    return (weights + config.heads * D) * weight_bytes + cache * cache_bytes
+
+
 def pass_costs(
     model: Transformer, batches: tuple[int, ...], length: int, seconds: float, tree: DraftTree | None = None
 ) -> PassCosts:
@@ -76,7 +89,9 @@ def pass_costs(
 def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:
     """Random weights; their values do not matter to what a pass costs."""
     torch.manual_seed(0)
-    return Transformer(config).to(device=device, dtype=DTYPES[dtype])
+    with torch.device(device):  # billions of weights are drawn in seconds on a GPU, in minutes on a CPU
+        model = Transformer(config)
+    return model.to(DTYPES[dtype])
 
 
 def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +110,20 @@ def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "bytes": pass_bytes(config, plain.span, weight_bytes, cache_bytes),
         "stream_gb_per_second": stream,
+    }
+
+
+def merged_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of whole passes, which verify and draft with all heads, and of plain ones, over the same weights; the
+    bytes of each. Runs in a process of its own."""
+    config, length = ModelConfig(**case["config"]), case["length"]
+    n, model = config.heads, pack(random_model(config, case["dtype"], case["device"]))
+    plain, merged = Pass(model, rows=1, length=length), Pass(model, rows=n, heads=n, length=length)
+    size, cached = (x.element_size() for x in (model.trunk.embedding.weight, plain.state.cache.keys))
+    seconds = interleave({"plain": timed(plain), "merged": timed(merged)}, case["passes"], warmup=5)
+    return seconds | {
+        "plain bytes": pass_bytes(config, plain.span, size, cached),
+        "merged bytes": merged_bytes(config, plain.span, size, cached),
     }
 
 

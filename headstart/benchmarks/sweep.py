@@ -93,6 +93,7 @@ def points(batches: Sequence[int], lengths: Sequence[tuple[int, int]], temperatu
 def run(
     sizes: Sequence[str],
     *,
+    kinds: Sequence[str] = tuple(KINDS),
     at: Sequence[Point],
     threads: int,
     dtype: str,
@@ -104,7 +105,8 @@ def run(
     rows: list[dict[str, Any]] = []
     tables: list[dict[str, Any]] = []
     for size in sizes:
-        for name, kind in KINDS.items():
+        for name in kinds:
+            kind = KINDS[name]
             config = kind.of(SIZES[size])
             case = {
                 "config": asdict(config),

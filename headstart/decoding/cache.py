@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -127,28 +128,34 @@ class CachedAttention:
         self.tree, self.row_by_row = tree, row_by_row
         self.compiled_tree = tree.compiled if tree is not None and cache.compiled else None
         self._masks: dict[int, Tensor] = {}
-        if not cache.compiled:
-            columns = torch.arange(span, device=positions_SW.device)
-            # Which position each row stands for, and each column. A row that sees nothing would be NaN.
-            self._rows_SW, self._columns = positions_SW.clamp_min(0), columns[None]
-            if tree is None:
-                self.mask = (columns <= self._rows_SW[..., None])[:, None]  # (S, 1, W, span)
-            else:
-                # Before the window all of it; inside, the path; nothing beyond.
-                inside = F.pad(F.pad(tree.sees_RR, (1, 0), value=True), (0, 1))
-                start_S1 = self._rows_SW[:, :1]
-                place = (columns - start_S1).clamp(-1, tree.rows)  # (S, span)
-                self.mask = inside[:, place + 1].transpose(0, 1)[:, None]
-                self._rows_SW = start_S1 + tree.depth_R
-                self._columns = torch.where(place < 0, columns, start_S1 + tree.depth_R[place.clamp(0, tree.rows - 1)])
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which columns each row sees, (S, 1, W, span), and the positions that rows (S, W) and columns stand for."""
+        columns = torch.arange(self.span, device=self.positions.device)
+        rows_SW = self.positions.clamp_min(0)  # a row that sees nothing would be NaN
+        if self.tree is None:
+            return (columns <= rows_SW[..., None])[:, None], rows_SW, columns[None]
+        # Before the window all of it; inside, the path; nothing beyond.
+        tree = self.tree
+        inside = F.pad(F.pad(tree.sees_RR, (1, 0), value=True), (0, 1))
+        start_S1 = rows_SW[:, :1]
+        place = (columns - start_S1).clamp(-1, tree.rows)  # (S, span)
+        depths = start_S1 + tree.depth_R[place.clamp(0, tree.rows - 1)]
+        return (
+            inside[:, place + 1].transpose(0, 1)[:, None],
+            start_S1 + tree.depth_R,
+            torch.where(place < 0, columns, depths),
+        )
 
     def _mask(self, window: int | None) -> Tensor:
         """Which columns each row sees, (S, 1, W, span); of those that its path has, the last `window` positions."""
+        mask, rows_SW, columns = self._places
         if window is None or window >= self.span:
-            return self.mask
+            return mask
         if window not in self._masks:
-            near = self._columns[:, None] > self._rows_SW[..., None] - window
-            self._masks[window] = self.mask & near[:, None]
+            near = columns[:, None] > rows_SW[..., None] - window
+            self._masks[window] = mask & near[:, None]
         return self._masks[window]
 
     def _write(self, cache_SKTE: Tensor, rows_SKWE: Tensor) -> None:
@@ -167,20 +174,7 @@ class CachedAttention:
         if self.cache.compiled:
             return CompiledAttention(keys, values, self.positions, row_S, self.compiled_tree)
 
-        def attend(q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
-            # A row that asks alone only drafts: its last bits do not matter.
-            alone = self.row_by_row and self.tree is not None and row_S is None
-            y = self._row_by_row(q_SHWE, k_SKWE, v_SKWE, keys, values, window) if alone else None
-            self._write(keys, k_SKWE)
-            self._write(values, v_SKWE)
-            if y is None:
-                mask = self._mask(window)
-                if row_S is not None:
-                    q_SHWE, mask = pick(q_SHWE, row_S, 2), pick(mask, row_S, 2)
-                y = self._attend(q_SHWE, keys, values, mask)
-            return y.to(v_SKWE.dtype)
-
-        return attend
+        return LayerAttention(self, keys, values, row_S)
 
     def _attend(self, q_SHWE: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -207,6 +201,32 @@ class CachedAttention:
             mask = mask[:, None, None]
             done[row] = self._attend(q_SHWE[:, :, row : row + 1], keys, values, mask)
         return torch.cat([done[row] for row in range(len(done))], dim=2)
+
+
+@dataclass
+class LayerAttention:
+    """The attention of one block through torch: an `Attend`, and what kernels need to do it themselves."""
+
+    whole: CachedAttention
+    keys: Tensor
+    """(S, K, capacity, E), as values."""
+    values: Tensor
+    row_S: Tensor | None
+    """The one row of each slot that asks (None: all of them)."""
+
+    def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
+        whole, keys, values = self.whole, self.keys, self.values
+        # A row that asks alone only drafts: its last bits do not matter.
+        alone = whole.row_by_row and whole.tree is not None and self.row_S is None
+        y = whole._row_by_row(q_SHWE, k_SKWE, v_SKWE, keys, values, window) if alone else None
+        whole._write(keys, k_SKWE)
+        whole._write(values, v_SKWE)
+        if y is None:
+            mask = whole._mask(window)
+            if self.row_S is not None:
+                q_SHWE, mask = pick(q_SHWE, self.row_S, 2), pick(mask, self.row_S, 2)
+            y = whole._attend(q_SHWE, keys, values, mask)
+        return y.to(v_SKWE.dtype)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from headstart.decoding.generation import Generation, Request
 from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.lookup import Lookup, Odds
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
-from headstart.decoding.packing import is_row_exact
+from headstart.decoding.packing import exact_rows, is_row_exact
 from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.step import DecodingState, decode_step
 from headstart.decoding.stopping import Stopper
@@ -82,11 +82,11 @@ class Engine:
             raise UsageError(f"an engine needs at least one slot, not {slots}")
         self.model, self.tokenizer, self.exact, self.deferred = model, tokenizer, exact, deferred
         self.context = context or model.config.context
-        self.fixed_shapes = exact and not is_row_exact(model)
         if lookup < 0:
             raise UsageError(f"lookup is {lookup}; it must be 0 (no drafts looked up) or more")
         self.lookup, self.odds = lookup, Odds()
         self.width = model.config.heads + lookup
+        self.fixed_shapes = exact and slots * self.width > exact_rows(model)
         # A policy is made for chains of all heads; those behind a gap of the offsets draft nothing.
         gaps = model.config.drafting_heads < model.config.heads
         self.policy = None if self.fixed_shapes or self.width == 1 or gaps else policy
@@ -106,11 +106,11 @@ class Engine:
         on_gpu = self.state.length_S.device.type == "cuda"
         if graphs and not on_gpu:
             raise UsageError("graphs are for CUDA devices; leave graphs out, or load the model with device='cuda'")
-        self._decode: Callable[..., tuple[Tensor, Tensor]] = partial(decode_step, model, self.state)
+        self.decode_pass: Callable[..., tuple[Tensor, Tensor]] = partial(decode_step, model, self.state)
         if graphs or (graphs is None and on_gpu):
-            self._decode = GraphedStep(model, self.state, cuda_capture())
+            self.decode_pass = GraphedStep(model, self.state, cuda_capture())
         self.admission = Admission(
-            model, self.state, budget=prefill_budget, reuse=prefix_reuse, fixed_shapes=self.fixed_shapes
+            model, self.state, budget=prefill_budget, reuse=prefix_reuse, fixed_shapes=exact and not is_row_exact(model)
         )
         self._live: list[Generation | None] = [None] * slots
         """The requests that are being decoded; `admission` has those whose prompts are read, and those who wait."""
@@ -197,7 +197,7 @@ class Engine:
         starts = self._lengths[slots]
         wanted = max((-1 if g.request.logprobs is None else g.request.logprobs for _, g in live), default=-1)
         confident = heads > 1 and (self.policy is not None or self.watch is not None)
-        tokens_SW, accepted_S = self._decode(
+        tokens_SW, accepted_S = self.decode_pass(
             slots,
             rows=rows,
             heads=heads,

@@ -3,7 +3,7 @@ to run. A graph launches all of them, verification and drafting alike, at once.
 
 A pass may be captured because nothing in it goes to the host, and because all that it reads and changes lies in
 `DecodingState`, at addresses that stay. What the host does decide is the graph's key: shapes, and which transforms of
-logits any slot asks for. Not yet run on a GPU; tests replay through a stand-in.
+logits any slot asks for. Where there is no GPU, tests replay through a stand-in.
 """
 
 from __future__ import annotations

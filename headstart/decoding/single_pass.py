@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from headstart.decoding.engine import SPAN, Engine
-from headstart.decoding.step import decode_step
 from headstart.decoding.tree import DraftTree, TreeRows
 from headstart.model.transformer import Transformer
 
@@ -33,6 +32,7 @@ class Pass:
         self.confident = confident
         engine = Engine(model, slots=slots, context=length + rows, exact=False, tree=tree)
         self.state = state = engine.state
+        self._decode = engine.decode_pass  # through graphs, where the engine's passes are
         width = max(rows, engine.width)
         device = state.length_S.device
         state.window_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
@@ -46,9 +46,7 @@ class Pass:
     @torch.no_grad()
     def __call__(self) -> list[list[int]]:
         self.state.length_S[:] = self.length
-        tokens, accepted = decode_step(
-            self.model,
-            self.state,
+        tokens, accepted = self._decode(
             self.slots,
             rows=self.rows,
             heads=self.heads,

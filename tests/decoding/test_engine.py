@@ -93,3 +93,14 @@ def test_rows_of_a_packed_product_do_not_depend_on_their_neighbours() -> None:
 def test_the_decoding_form_has_no_gradients() -> None:
     model = pack(copy.deepcopy(trained("transformer-parallel")))
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_shapes_are_free_where_so_few_rows_are_exact_and_prompts_are_read_in_equal_chunks(monkeypatch) -> None:
+    """As with the kernels for GPUs: exact up to some number of rows, prompts apart."""
+    monkeypatch.setattr("headstart.decoding.engine.exact_rows", lambda model: 8)
+    monkeypatch.setattr("headstart.decoding.engine.is_row_exact", lambda model: False)
+    model = packed("replicated", torch.float32)
+    few, many = Engine(model, slots=8 // model.config.heads), Engine(model, slots=8 // model.config.heads + 1)
+    assert (few.fixed_shapes, many.fixed_shapes) == (False, True)
+    assert few.admission.fixed_shapes and many.admission.fixed_shapes
+    assert not Engine(model, slots=1, exact=False).admission.fixed_shapes

@@ -37,7 +37,7 @@ class Recorder:
 
 def graphed(shape: str, slots: int, **settings) -> tuple[Engine, Recorder]:
     engine, recorder = Engine(packed(shape, torch.float32), slots=slots, **settings), Recorder()
-    engine._decode = GraphedStep(engine.model, engine.state, recorder)
+    engine.decode_pass = GraphedStep(engine.model, engine.state, recorder)
     return engine, recorder
 
 

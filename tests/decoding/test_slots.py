@@ -450,4 +450,4 @@ def test_a_parked_slot_computes_nothing_that_is_not_finite(model) -> None:
     assert (state.cache.values[:, 0, :, : 64 - HEADS] == 3).all()
     if not state.cache.compiled:  # not every attention makes a number of a row that sees nothing
         attention = CachedAttention(state.cache, slice(0, 2), torch.tensor([[-2, -1], [5, 6]]), 64)
-        assert attention.mask.any(-1).all()
+        assert attention._mask(None).any(-1).all()

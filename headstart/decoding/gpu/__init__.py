@@ -1,0 +1,1 @@
+"""What a decoding pass runs on a GPU: kernels in Triton, and blocks that call them."""
