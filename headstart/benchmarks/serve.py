@@ -276,7 +276,7 @@ def _soak(bench: Bench) -> tuple[list[dict[str, Any]], str]:
     with bench.server("--slots", "8", "--queue", "32") as server:
         bench.client.ask(server.port, kinds, settings.clients, seconds=min(20.0, settings.soak_seconds / 3))
         before = server.resident_bytes
-        answers = bench.client.ask(server.port, kinds, settings.clients, seconds=settings.soak_seconds)
+        answers = bench.client.ask(server.port, kinds, settings.clients, seconds=settings.soak_seconds, limit=600.0)
         after = server.resident_bytes
     done = [a for a in answers if a.status == 200]
     wrong = [a for a in done if a.text != wanted[a.number]]
