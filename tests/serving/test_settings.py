@@ -1,0 +1,52 @@
+"""What a server is told wrongly is told back in a line, before anything runs."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+import headstart
+from headstart.errors import UsageError
+from headstart.serving import server
+from headstart.serving.settings import ServeSettings
+from headstart.storage.boxed import boxed_model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"slots": 0}, "--slots is 0"),
+        ({"queue": -1}, "--queue is -1"),
+        ({"max_body_bytes": 0}, "--max-body-bytes is 0"),
+        ({"port": -1}, "--port is -1"),
+        ({"port": 65536}, "--port is 65536"),
+        ({"request_timeout": 0.0}, "--request-timeout is 0"),
+        ({"drain_seconds": float("inf")}, "--drain-seconds is inf"),
+        ({"stream_interval": -0.1}, "--stream-interval is -0.1"),
+        ({"context": 0}, "--context is 0"),
+        ({"max_tokens": 0}, "--max-tokens is 0"),
+        ({"threads": 0}, "--threads is 0"),
+        ({"heads": 0}, "--heads is 0"),
+        ({"api_key": ("x", "")}, "--api-key is empty"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_no_server_can_be_told(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(UsageError, match=line):
+        ServeSettings(**wrong)
+
+
+@pytest.mark.parametrize(("wrong", "line"), [({"context": 513}, "this model's is 512"), ({"heads": 9}, "has 8")])
+def test_what_this_model_has_not(wrong: dict[str, Any], line: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headstart.api, "load", lambda *_, **__: model)
+    with pytest.raises(UsageError, match=line):
+        server.make_service(boxed_model(), ServeSettings(**wrong))
+
+
+def test_an_address_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"127.0.0.1:{port}: .*; name another --port or --host"):
+            server._listen("127.0.0.1", port)
