@@ -13,7 +13,7 @@ import torch
 from headstart.data.batches import IGNORE, Batch, targets_of
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.registers import RegisterConfig
-from headstart.model.config import ModelConfig
+from headstart.model.config import HeadKind, ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.token_order import TokenOrderConfig
 from headstart.studies.star_graphs import StarGraphs
@@ -41,7 +41,10 @@ class PathStarSettings(StudySettings):
     """Node labels."""
     dim: int = 64
     layers: int = 3
-    """Blocks between a token and its prediction; each of heads 2..n has one of its own."""
+    """Blocks between a token and its prediction."""
+    head_kind: HeadKind = "transformer"
+    """Of several heads. Transformer heads have a block each of their own, and can know the arm while the trunk does
+    not; linear ones know nothing that is not in the trunk, where head 1 finds it."""
     tied: bool = False
     """Whether the unembedding is the embedding matrix, which makes copying easy to learn."""
     methods: tuple[str, ...] = (NEXT, "3 heads", *SHOWN)
@@ -73,8 +76,10 @@ class PathStarStudy(Study[PathStarSettings]):
             training=TrainingSettings(steps=4, rows=8, warmup_steps=2),
         ),
         "cpu": PathStarSettings(
-            seeds=3,
-            training=TrainingSettings(steps=800, rows=128, lr=3e-3, warmup_steps=100, final_lr_ratio=0.3),
+            seeds=3, degree=3, labels=10, head_kind="linear",
+            training=TrainingSettings(
+                steps=600, rows=64, optimizer="muon", lr=1e-2, warmup_steps=100, final_lr_ratio=0.1,
+            ),
         ),
         "gpu": PathStarSettings(
             seeds=3, degree=5, length=5, labels=30, dim=384, layers=8,
@@ -145,7 +150,7 @@ class PathStarStudy(Study[PathStarSettings]):
             "(reversed: all).",
             "Losses are of positions from '=' on, for every head. Graphs of training are drawn anew, so none is seen "
             f"twice; at most {settings.training.steps} steps, fewer where {SOLVED:.0%} of 250 graphs are right at two "
-            f"tests in a row. Models of equal depth from token to prediction, heads 2..n with a block each beside.",
+            f"tests in a row. Models of equal depth from token to prediction; heads 2..n are {settings.head_kind}.",
         ]
         return Findings(headers, rows, judge(contrasts, within_reach=learned), sentence, ours, notes)
 
@@ -194,10 +199,11 @@ def config_of(settings: PathStarSettings, graphs: StarGraphs, method: str, seed:
         vocab_size=graphs.vocab_size,
         dim=settings.dim,
         layers=settings.layers,
-        extra_layers=heads - 1,
+        extra_layers=heads - 1 if settings.head_kind == "transformer" else 0,
         attention_heads=max(1, settings.dim // 16),
         context=length + graphs.length,
         heads=heads,
+        head_kind=settings.head_kind,
         tied=settings.tied,
     )
     config = run_config(replace(settings.training, length=length), model, seed, settings.device)

@@ -45,6 +45,8 @@ class TrainingSettings:
     length: int = 128
     accumulate: int = 1
     """Micro-batches of `rows` rows in a step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """The paper's, or the one that needs fewer steps."""
     lr: float = 1e-3
     warmup_steps: int = 20
     final_lr_ratio: float = 0.03
@@ -88,7 +90,10 @@ def run_config(
         model=model,
         batch=BatchConfig(settings.rows, settings.accumulate, settings.length),
         optimizer=OptimizerConfig(
-            lr=settings.lr, warmup_steps=settings.warmup_steps, final_lr_ratio=settings.final_lr_ratio
+            kind=settings.optimizer,
+            lr=settings.lr,
+            warmup_steps=settings.warmup_steps,
+            final_lr_ratio=settings.final_lr_ratio,
         ),
         head_weights=head_weights or HeadWeights(),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.studies.path_star import STUDY, batches_of, config_of, right_of
 from headstart.studies.star_graphs import StarGraphs
+from headstart.studies.study import Case
 from headstart.training.loop import build_model
 from headstart.training.processes import joined
 
@@ -80,3 +83,22 @@ def test_teacherless_decoding_reads_no_answer() -> None:
     chosen = model(torch.from_numpy(masked)).argmax(-1)[:, graphs.prompt - 1 :].numpy()
     assert found.shape == (50, 3) and np.array_equal(found, chosen == texts[:, graphs.prompt :])
     assert np.array_equal(right_of(model, graphs, other, "teacherless"), chosen == 0)
+
+
+def found_by(method: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """What the study finds at its scale cpu, but for `changes`."""
+    return STUDY.run(replace(STUDY.scales["cpu"], **changes), Case({"method": method}, seed), lambda **_: None)
+
+
+def test_the_next_token_alone_learns_all_but_the_arm() -> None:
+    training = replace(STUDY.scales["cpu"].training, steps=120, rows=32, lr=2e-2, warmup_steps=20)
+    found = found_by("next token", degree=2, labels=6, dim=32, tests=300, watched=100, training=training)
+    start, arm, goal = found["places"]
+    assert start > 0.9 < goal and arm < 0.65 and found["exact"] < 0.65
+
+
+@pytest.mark.slow  # three minutes of one core at most, idle
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_next_token_guesses_the_arm_and_three_heads_find_it(seed: int) -> None:
+    assert found_by("next token", seed)["exact"] <= 0.65
+    assert found_by("3 heads", seed)["exact"] >= 0.95
