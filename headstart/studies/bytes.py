@@ -42,8 +42,10 @@ class BytesStudy(Study[BytesSettings]):
             training=TrainingSettings(steps=6, rows=4, length=32),
         ),
         "cpu": BytesSettings(
-            seeds=2, size="0.06M", heads=(1, 8), test_pieces=4,
-            training=TrainingSettings(steps=400, rows=12, length=128, lr=4e-3, warmup_steps=15),
+            seeds=2, size="0.06M", test_pieces=4,
+            training=TrainingSettings(
+                steps=1200, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
+            ),
         ),
         "gpu": BytesSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,

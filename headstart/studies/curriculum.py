@@ -41,7 +41,9 @@ class CurriculumStudy(Study[CurriculumSettings]):
         ),
         "cpu": CurriculumSettings(
             seeds=2, size="0.06M", test_pieces=4,
-            training=TrainingSettings(steps=300, rows=12, length=128, lr=4e-3, warmup_steps=15),
+            training=TrainingSettings(
+                steps=800, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
+            ),
         ),
         "gpu": CurriculumSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,

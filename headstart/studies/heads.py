@@ -59,7 +59,9 @@ class HeadsStudy(Study[HeadsSettings]):
         ),
         "cpu": HeadsSettings(
             seeds=2, size="0.06M", test_pieces=4,
-            training=TrainingSettings(steps=400, rows=12, length=128, lr=4e-3, warmup_steps=12),
+            training=TrainingSettings(
+                steps=500, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
+            ),
         ),
         "gpu": HeadsSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,
