@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+from forks import Forks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
@@ -18,3 +20,10 @@ def folder_of_all_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where processes that run tests side by side leave one another what takes long to make."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["TESTS_SHARE"] = str(tmp_path_factory.getbasetemp().parent)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    server = Forks()
+    yield server
+    server.close()

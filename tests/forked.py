@@ -1,7 +1,8 @@
 """Runs commands and programs in processes forked from this one, which has everything imported: seconds less each.
 
-Reads JSON lines from standard input: {"headstart": [arguments]} or {"program": text}, and "output", a file for what the
-process prints. Answers each with its exit status on a line.
+Reads JSON lines from standard input: {"headstart": [arguments]} or {"program": text}; "outputs", a file for what each
+process of the request prints; "environments", what is changed in that of each; "folder", where they run. Answers each
+with two lines: the process ids, and when all have ended their exit statuses. tests/forks.py asks.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import sys
 import traceback
 from typing import Any
 
+import torch
+
 import headstart.benchmarks
 import headstart.comparison.report
 import headstart.doctor
 import headstart.training.dry_run
 import headstart.training.loop  # noqa: F401
 from headstart import entry
+
+torch.set_num_threads(1)
 
 
 def run(request: dict[str, Any]) -> None:
@@ -28,10 +33,12 @@ def run(request: dict[str, Any]) -> None:
         entry.main()
 
 
-def child(request: dict[str, Any]) -> int:
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def child(request: dict[str, Any], output: str, environment: dict[str, str]) -> int:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
-        os.dup2(output, stream)
+        os.dup2(file, stream)
+    os.environ.update(environment)
+    os.chdir(request["folder"])
     try:
         run(request)
     except SystemExit as end:
@@ -47,10 +54,14 @@ def child(request: dict[str, Any]) -> int:
 
 def main() -> None:
     for line in sys.stdin:
-        if (pid := os.fork()) == 0:
-            status = child(json.loads(line))
-            os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        request = json.loads(line)
+        pids = []
+        for output, environment in zip(request["outputs"], request["environments"]):
+            if (pid := os.fork()) == 0:
+                os._exit(child(request, output, environment))
+            pids.append(pid)
+        print(json.dumps(pids), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).parent.parent
-FORKED = Path(__file__).with_name("forked.py")
 SMALL = {
     "configs/smoke.yaml": ["--model.dim", "16", "--batch.length", "32", "--batch.rows", "2", "--validation.rows", "2"],
     "configs/bytes-8-heads.yaml": [
@@ -50,27 +46,18 @@ def small(command: list[str]) -> list[str]:
     return command
 
 
-def test_everything_in_the_readme_runs(tmp_path: Path) -> None:
+def test_everything_in_the_readme_runs(tmp_path: Path, forks: Forks) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for folder in ("my-project", "notes/deep"):
         (tmp_path / folder).mkdir(parents=True)
         for i in range(4):
             (tmp_path / folder / f"text{i}.md").write_text(f"# Note {i}\n" + "Words and more words. " * 60)
     (tmp_path / "prompts.txt").write_text("Words and\n# Note\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-    server = subprocess.Popen(
-        [sys.executable, str(FORKED)],
-        cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert server.stdin is not None and server.stdout is not None
-    output = tmp_path.parent / "output.txt"
 
     def run(**request: object) -> str:
-        print(json.dumps({**request, "output": str(output)}), file=server.stdin, flush=True)
-        status = server.stdout.readline().strip()
-        assert status == "0", f"{request}\n{output.read_text()[-3000:]}"
-        return output.read_text()
+        status, said = forks.run(tmp_path.parent / "output.txt", tmp_path, **request)
+        assert status == 0, f"{request}\n{said[-3000:]}"
+        return said
 
     found = commands()
     assert len(found) > 10
@@ -84,8 +71,6 @@ def test_everything_in_the_readme_runs(tmp_path: Path) -> None:
     assert len(programs) == 2
     for text in programs:
         run(program=text)
-    server.stdin.close()
-    assert server.wait(60) == 0
     plain = next(text for command, text in said.items() if "--heads 1" in command)
     assert plain.strip()
 

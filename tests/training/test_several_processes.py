@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,14 +37,35 @@ KILLS = int(os.environ.get("HEADSTART_KILLS", "5"))
 SMOOTH = OptimizerConfig(lr=1e-2, warmup_steps=2, eps=1e-3)
 
 
-def launch(config: RunConfig, *arguments: str, count: int = 2) -> list[tuple[int, str, str]]:
-    return distributed.run(command(config, *arguments), count)
+@pytest.fixture
+def launch(forks: Forks, tmp_path: Path) -> Callable[..., list[tuple[int, str]]]:
+    """(status, what was printed) of each of `count` processes that train together; what to do `meanwhile` is given
+    their process ids."""
+
+    def run(
+        config: RunConfig, *arguments: str, count: int = 2, meanwhile: Callable[[list[int]], None] = lambda pids: None
+    ) -> list[tuple[int, str]]:
+        port, outputs = distributed.free_port(), [tmp_path / f"process-{rank}.txt" for rank in range(count)]
+        environments = [distributed.environment(rank, count, port) for rank in range(count)]
+        pids = forks.start(outputs, tmp_path, environments, headstart=command(config, *arguments))
+        meanwhile(pids)
+        return [(status, output.read_text()) for status, output in zip(forks.finish(), outputs)]
+
+    return run
 
 
 def command(config: RunConfig, *arguments: str) -> list[str]:
     file = config.run_dir.with_suffix(".yaml")
     save_config(config, file)
-    return ["-m", "headstart", "train", str(file), *arguments]
+    return ["train", str(file), *arguments]
+
+
+def wait_for_steps(config: RunConfig) -> None:
+    file = config.run_dir / "metrics.jsonl"
+    for _ in range(3000):
+        time.sleep(0.01)
+        if file.exists() and file.stat().st_size > 500:
+            break
 
 
 def assert_close(a: Path, b: Path, metrics: Any, weights: Any) -> None:
@@ -61,17 +84,17 @@ def assert_close(a: Path, b: Path, metrics: Any, weights: Any) -> None:
     [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)],
     ids=["from one process to two", "from two processes to one"],
 )
-def test_a_run_goes_on_with_another_number_of_processes(tiny, metrics, weights, before, after) -> None:
+def test_a_run_goes_on_with_another_number_of_processes(tiny, launch, metrics, weights, before, after) -> None:
     tied = replace(tiny().model, tied=True)
     whole = tiny("whole", optimizer=SMOOTH, model=tied)
     split = tiny("split", optimizer=SMOOTH, model=tied)
     train(whole)
     for count, steps in ((before, 4), (after, 6)):
         answers = launch(replace(split, steps=steps), "--steps", str(steps), count=count)
-        assert [status for status, _, _ in answers] == [0] * count, answers[0][2][-2000:]
+        assert [status for status, _ in answers] == [0] * count, answers[0][1][-2000:]
         if count == 2:
-            assert "2 processes, 1 copy each shared by 2" in answers[0][2]
-            assert answers[1][2] == ""  # one speaks for all
+            assert "2 processes, 1 copy each shared by 2" in answers[0][1]
+            assert answers[1][1] == ""  # one speaks for all
     # The schedule of the first part was one of 4 steps, so the learning rates differ there: compare with the same.
     again = tiny("again", optimizer=SMOOTH, model=tied)
     train(replace(again, steps=4))
@@ -81,7 +104,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, metrics, weights, 
 
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
-def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> None:
+def test_two_processes_train_what_one_trains(tiny, launch, metrics, weights, kind) -> None:
     """And what is learnt beside heads."""
     changes = {
         "optimizer": replace(SMOOTH, kind=kind),
@@ -94,7 +117,7 @@ def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> No
     one, two = tiny("one", **changes), tiny("two", **changes, parallel=ParallelConfig(sharding="hybrid"))
     train(one)
     answers = launch(two)
-    assert [status for status, _, _ in answers] == [0, 0], answers[0][2][-2000:]
+    assert [status for status, _ in answers] == [0, 0], answers[0][1][-2000:]
     assert_close(one.run_dir, two.run_dir, metrics, weights)
     assert {"validation/loss/token_order", "validation/loss/registers"} < metrics(two.run_dir)[-1].keys()
     names = {path.name for path in (two.run_dir / "checkpoints" / "step-00000006").iterdir()}
@@ -102,17 +125,12 @@ def test_two_processes_train_what_one_trains(tiny, metrics, weights, kind) -> No
 
 
 @pytest.mark.slow
-def test_a_scheduler_stops_it_through_torchrun_and_it_goes_on(tiny, metrics) -> None:
+def test_a_scheduler_stops_it_through_torchrun_and_it_goes_on(tiny, launch, metrics) -> None:
     config = tiny("run", steps=4000, checkpoints=CheckpointConfig(every=0))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [*launcher, *command(config)], env=distributed.environment(0, 1, 0), stderr=subprocess.PIPE, text=True
-    )
-    file = config.run_dir / "metrics.jsonl"
-    for _ in range(3000):
-        time.sleep(0.01)
-        if file.exists() and file.stat().st_size > 500:
-            break
+    arguments = [*launcher, "-m", "headstart", *command(config)]
+    process = subprocess.Popen(arguments, env=distributed.environment(0, 1, 0), stderr=subprocess.PIPE, text=True)
+    wait_for_steps(config)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -122,21 +140,19 @@ def test_a_scheduler_stops_it_through_torchrun_and_it_goes_on(tiny, metrics) -> 
     assert f"stopped after step {step}, saved as {checkpoint}" in said
     assert metrics(config.run_dir)[-1]["step"] == step
     answers = launch(replace(config, steps=step + 2), "--steps", str(step + 2))
-    assert [status for status, _, _ in answers] == [0, 0] and f"going on from {checkpoint}" in answers[0][2]
+    assert [status for status, _ in answers] == [0, 0] and f"going on from {checkpoint}" in answers[0][1]
 
 
-def test_a_signal_to_one_process_stops_all_with_the_status_for_a_requeue(tiny) -> None:
+def test_a_signal_to_one_process_stops_all_with_the_status_for_a_requeue(tiny, launch) -> None:
     config = tiny("run", steps=4000, checkpoints=CheckpointConfig(every=0))
-    processes = distributed.start(command(config))
-    file = config.run_dir / "metrics.jsonl"
-    for _ in range(3000):
-        time.sleep(0.01)
-        if file.exists() and file.stat().st_size > 500:
-            break
-    processes[1].send_signal(signal.SIGUSR1)
-    processes[1].send_signal(signal.SIGTERM)  # launcher and scheduler may both send one: the second does not tear it
-    answers = distributed.finish(processes)
-    assert [status for status, _, _ in answers] == [75, 75], answers
+
+    def stop(pids: list[int]) -> None:
+        wait_for_steps(config)
+        os.kill(pids[1], signal.SIGUSR1)
+        os.kill(pids[1], signal.SIGTERM)  # launcher and scheduler may both send one: the second does not tear it
+
+    answers = launch(config, meanwhile=stop)
+    assert [status for status, _ in answers] == [75, 75], answers
     assert len(list((config.run_dir / "checkpoints").glob("step-*"))) == 1
 
 
@@ -179,30 +195,30 @@ def test_kill_9_at_random_moments(tiny, metrics, weights, count) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_share_is_named_and_all_go_back(tiny) -> None:
+def test_a_damaged_share_is_named_and_all_go_back(tiny, launch) -> None:
     config = tiny("run")
-    assert [status for status, _, _ in launch(config)] == [0, 0]
+    assert [status for status, _ in launch(config)] == [0, 0]
     checkpoint = config.run_dir / "checkpoints" / "step-00000006"
     file = checkpoint / "__1_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     answers = launch(config, "--steps", "8")
-    assert [status for status, _, _ in answers] == [0, 0], answers
-    assert f"warning: {checkpoint}: damaged, {file.name} differs from what was written; delete it" in answers[0][2]
-    assert f"going on from {checkpoint.parent}/step-00000004" in answers[0][2]
+    assert [status for status, _ in answers] == [0, 0], answers
+    assert f"warning: {checkpoint}: damaged, {file.name} differs from what was written; delete it" in answers[0][1]
+    assert f"going on from {checkpoint.parent}/step-00000004" in answers[0][1]
 
 
-def test_errors_are_told_once_and_end_all(tiny, tmp_path) -> None:
+def test_errors_are_told_once_and_end_all(tiny, launch) -> None:
     answers = launch(tiny("run", batch=BatchConfig(rows=3)))
-    assert [status for status, _, _ in answers] == [2, 2]
-    for _, _, said in answers:
+    assert [status for status, _ in answers] == [2, 2]
+    for _, said in answers:
         assert "3 rows a step cannot be shared by 2 processes; take a multiple of 2 rows" in said
     config = tiny("other")
     train(config)
     answers = launch(replace(config, seed=1))
-    assert [status for status, _, _ in answers] == [2, 2]
-    assert "holds a run with seed 0, not 1" in answers[0][2] and answers[1][2] == ""
+    assert [status for status, _ in answers] == [2, 2]
+    assert "holds a run with seed 0, not 1" in answers[0][1] and answers[1][1] == ""
 
 
 def test_a_process_that_does_not_come(tiny, monkeypatch) -> None:
