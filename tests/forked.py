@@ -1,12 +1,14 @@
 """Runs commands and programs in processes forked from this one, which has everything imported: seconds less each.
 
-Reads JSON lines from standard input: {"headstart": [arguments]} or {"program": text}; "outputs", a file for what each
-process of the request prints; "environments", what is changed in that of each; "folder", where they run. Answers each
-with two lines: the process ids, and when all have ended their exit statuses. tests/forks.py asks.
+Reads JSON lines from standard input: {"headstart": [arguments]} or {"program": text, "arguments": [...]}; "outputs", a
+file for what each process of the request prints; "environments", what is changed in that of each; "folder", where
+they run; "load", modules that are imported here first, if any. Answers each with two lines: the process ids, and when
+all have ended their exit statuses. tests/forks.py asks.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -14,6 +16,7 @@ import traceback
 from typing import Any
 
 import torch
+import torch._dynamo  # with the first optimiser: two seconds
 
 import headstart.benchmarks
 import headstart.comparison.report
@@ -27,6 +30,7 @@ torch.set_num_threads(1)
 
 def run(request: dict[str, Any]) -> None:
     if "program" in request:
+        sys.argv = ["<program>", *request.get("arguments", [])]
         exec(compile(request["program"], "<program>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = ["headstart", *request["headstart"]]
@@ -55,6 +59,8 @@ def child(request: dict[str, Any], output: str, environment: dict[str, str]) -> 
 def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
+        for module in request.get("load", []):
+            importlib.import_module(module)
         pids = []
         for output, environment in zip(request["outputs"], request["environments"]):
             if (pid := os.fork()) == 0:

@@ -28,7 +28,7 @@ class Forks:
         self, outputs: Sequence[Path], folder: Path, environments: Sequence[dict[str, str]] = ({},), **task: Any
     ) -> list[int]:
         """Process ids of as many processes as `outputs`, files for what they print, that do `headstart=[arguments]` or
-        `program=text` in `folder`. `finish` comes before the next `start`."""
+        `program=text` (with `arguments`) in `folder`. `finish` comes before the next `start`."""
         assert self._server.stdin is not None
         request = {"outputs": [str(each) for each in outputs], "folder": str(folder), "environments": environments}
         print(json.dumps({**request, **task}), file=self._server.stdin, flush=True)

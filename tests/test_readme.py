@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -11,6 +12,12 @@ import pytest
 from forks import Forks
 
 ROOT = Path(__file__).parent.parent
+# Imported once for all commands that use them.
+LOADED = [
+    name for name in ("transformers.models.llama.modeling_llama", "matplotlib.figure")
+    if importlib.util.find_spec(name.partition(".")[0])
+]  # fmt: skip
+FEWER = {"tune": ["--seconds", "0.3", "--prompt-count", "4"], "evaluate": ["--prompt-count", "3"]}
 SMALL = {
     "configs/smoke.yaml": ["--model.dim", "16", "--batch.length", "32", "--batch.rows", "2", "--validation.rows", "2"],
     "configs/bytes-8-heads.yaml": [
@@ -32,6 +39,8 @@ def commands() -> list[list[str]]:
 
 def small(command: list[str]) -> list[str]:
     """The same command, on a model of a few thousand weights. A dry run builds none."""
+    if command[1] in FEWER:
+        return [*command, *FEWER[command[1]]]
     if command[1] == "adapt":
         at = command.index("--steps")
         return [*command[: at + 1], "3", *command[at + 2 :]]
@@ -55,7 +64,7 @@ def test_everything_in_the_readme_runs(tmp_path: Path, forks: Forks) -> None:
     (tmp_path / "prompts.txt").write_text("Words and\n# Note\n")
 
     def run(**request: object) -> str:
-        status, said = forks.run(tmp_path.parent / "output.txt", tmp_path, **request)
+        status, said = forks.run(tmp_path.parent / "output.txt", tmp_path, load=LOADED, **request)
         assert status == 0, f"{request}\n{said[-3000:]}"
         return said
 

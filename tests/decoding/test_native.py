@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -233,7 +231,7 @@ def test_kernels_take_only_what_they_can_read() -> None:
     assert torch.allclose(pack(copy.deepcopy(odd))(tokens).float(), want.float(), atol=0.05)
 
 
-def test_without_kernels_everything_still_works() -> None:
+def test_without_kernels_everything_still_works(tmp_path, forks) -> None:
     program = (
         "from headstart.decoding import native\n"
         "import torch\n"
@@ -244,20 +242,16 @@ def test_without_kernels_everything_still_works() -> None:
         "model = pack(Transformer(ModelConfig(dim=32, layers=2, attention_heads=2)).bfloat16())\n"
         "print(model(torch.tensor([[1, 2]])).shape)"
     )
-    import os
-
     for setting in ({"HEADSTART_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"XDG_CACHE_HOME": "/proc/nowhere"}):
-        environment = {**os.environ, **setting}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0 and "[1, 2, 256]" in done.stdout, done.stderr
+        status, said = forks.run(tmp_path / "said.txt", tmp_path, environments=[setting], program=program)
+        assert status == 0 and "[1, 2, 256]" in said, said
 
 
-def test_loading_the_kernels_leaves_denormal_numbers_alone() -> None:
+def test_loading_the_kernels_leaves_denormal_numbers_alone(tmp_path, forks) -> None:
     """A library linked with -ffast-math makes them zero, in all of the process that loads it."""
     program = (
         "import sys; from headstart.decoding import native; import torch\n"
         "native.kernels(torch.float32), native.kernels(torch.bfloat16), native.chooser()\n"
         "print(float(sys.argv[1]) * 1.0 > 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program, "5e-324"], capture_output=True, text=True)
-    assert done.stdout == "True\n", done.stderr
+    assert forks.run(tmp_path / "said.txt", tmp_path, program=program, arguments=["5e-324"]) == (0, "True\n")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from safetensors import safe_open
 from torch import Tensor
 
@@ -431,7 +430,7 @@ def test_a_save_that_fails_midway_leaves_the_previous_model(
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_killed_save_leaves_the_previous_model(saved: Path) -> None:
+def test_a_killed_save_leaves_the_previous_model(saved: Path, tmp_path: Path, forks: Forks) -> None:
     before = content(saved)
     program = f"""
 import os
@@ -445,7 +444,7 @@ def die(*arguments, **named):
 model_directory.save_file = die
 model_directory.save_model(Transformer(ModelConfig(dim=32, layers=2, attention_heads=4)), {str(saved)!r})
 """
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert forks.run(tmp_path / "said.txt", tmp_path, program=program)[0] == 9
     assert content(saved) == before
     load_model(saved)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,8 +143,6 @@ def test_a_second_signal_stops_at_once(tiny, monkeypatch) -> None:
 KILLED = """
 import os, signal, shutil, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
 from headstart import files
 from headstart.training import checkpoint_writer, loop
 from headstart.training.config import load_config
@@ -193,18 +189,16 @@ loop.train(load_config(sys.argv[1]))
 @pytest.mark.parametrize(
     "moment", ["tensors written", "before the rename", "after the rename", "while the old one is deleted"]
 )
-def test_kill_9_during_a_save(tiny, metrics, weights, tmp_path, moment) -> None:
+def test_kill_9_during_a_save(tiny, metrics, weights, tmp_path, forks, moment) -> None:
     from headstart.training.config import CheckpointConfig
 
     one_kept = CheckpointConfig(every=2, keep_last=1)
     whole, broken = tiny("whole", checkpoints=one_kept), tiny("broken", checkpoints=one_kept)
     train(whole)
     save_config(broken, tmp_path / "broken.yaml")
-    (tmp_path / "killed.py").write_text(KILLED)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "killed.py", tmp_path / "broken.yaml", moment], capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    arguments = [str(tmp_path / "broken.yaml"), moment]
+    status, said = forks.run(tmp_path / "said.txt", tmp_path, program=KILLED, arguments=arguments)
+    assert status == -signal.SIGKILL, said
     newest = {"tensors written": 2, "before the rename": 2}.get(moment, 4)
     assert loop.checkpoints.latest(broken.run_dir) == broken.run_dir / "checkpoints" / f"step-{newest:08d}"
     train(broken)
