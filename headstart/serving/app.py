@@ -121,6 +121,12 @@ async def _unfit(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     message = str(first["msg"]).removeprefix("Value error, ")
+    if not place and first["type"] in (
+        "model_attributes_type",
+        "missing",
+    ):  # text, say, which is what curl sends unasked
+        wanted = "send one, with the header Content-Type: application/json"
+        return ApiError(400, f"the body is no JSON object; {wanted}").response()
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON; send an object of the fields that /openapi.json names").response()
     return ApiError(400, f"{place}: {message}" if place else message, param=place or None).response()
@@ -130,7 +136,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error.response()
-    return ApiError(error.status_code, error.detail, headers=error.headers).response()
+    told = error.detail
+    if error.status_code in (404, 405):
+        told = f"there is no {request.method} {request.url.path[:80]}; /openapi.json names what there is"
+    return ApiError(error.status_code, told, headers=error.headers).response()
 
 
 async def _failed(request: Request, error: Exception) -> Response:

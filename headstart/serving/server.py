@@ -120,11 +120,13 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise UsageError(f"{host}:{port}: {error.strerror}; name another --port or --host") from error
+        why = str(error.strerror).split(" (while")[0]  # Python adds the address once more
+        raise UsageError(f"{host}:{port}: {why}; name another --port or --host") from error
 
 
 def serve(directory: Path, settings: ServeSettings) -> None:
     """Serves a model until a signal ends it."""
+    _listen(settings.host, settings.port).close()  # what cannot be had is told before the model is loaded
     service = make_service(directory, settings)
     server = Server(service)
     say(f"{service.name}: listening on {server.url}; open it in a browser to try it, stop it with Ctrl-C")

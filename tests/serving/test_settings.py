@@ -45,8 +45,9 @@ def test_what_this_model_has_not(wrong: dict[str, Any], line: str, model: Any, m
         server.make_service(boxed_model(), ServeSettings(**wrong))
 
 
-def test_an_address_that_is_taken() -> None:
+def test_an_address_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"127.0.0.1:{port}: .*; name another --port or --host"):
-            server._listen("127.0.0.1", port)
+        monkeypatch.setattr(server, "make_service", lambda *_: pytest.fail("it is told before a model is loaded"))
+        with pytest.raises(UsageError, match=f"{port}: Address already in use; name another --port or --host"):
+            server.serve(boxed_model(), ServeSettings(port=port))
