@@ -54,7 +54,7 @@ class Engine:
         prefix_reuse: whether a prompt goes on from the keys and values of a text that begins like it, in any slot. The
             output does not depend on it.
         tree: the heads' drafts fill a tree instead of a chain (None: the policy's, where it has one). Requests whose
-            acceptance knows no trees, or with a constraint, get chains, and so do those decoded beside them.
+            acceptance knows no trees get chains, and so do those decoded beside them.
         watch: called after each pass over drafts of which the confidence is known, with the generation, how many were
             fed and how many accepted. (`generation.confidences` are still those of the drafts fed.) It makes the engine
             ask for confidences without a policy too.
@@ -133,11 +133,9 @@ class Engine:
         config, drafting = self.model.config, self.model.config.drafting_heads
         heads = drafting if request.heads is None else request.heads
         if self.fixed_shapes and self.tree is not None and not _knows_trees(request):
-            what = "a constraint" if request.constraint else f"acceptance {request.acceptance.kind}"
-            rules = "" if request.constraint else f"{' or '.join(TREE_RULES)}, "
             raise UsageError(
-                f"{what} knows no draft trees, and exact decoding fixes windows here: "
-                f"take {rules}no tree, or exact=False"
+                f"acceptance {request.acceptance.kind} knows no draft trees, and exact decoding fixes windows here: "
+                f"take {' or '.join(TREE_RULES)}, no tree, or exact=False"
             )
         if config.ahead and request.constraint is not None and request.acceptance.kind == "block":
             # Each later q was computed behind drafts that the constraint may have replaced: more chance than q tells.
@@ -222,12 +220,11 @@ class Engine:
             self._lengths[slot] += len(committed)
             self.admission.slots.wrote(slot, committed, heads)
             total += len(committed)
-            fed = min(len(generation.sources), rows - 1 if tree is None else tree.tree.depth)
+            fed, beside = generation.fed(rows, None if tree is None else tree.tree)
             if self.watch is not None and generation.confidences and fed:
                 self.watch(generation, fed, accepted[at])
             self._learn(generation, fed, accepted[at])
             before = len(generation.tokens)
-            beside = 0 if tree is None else tree.tree.within(rows, fed) - fed
             results.append((generation, generation.commit(committed, fed, beside)))
             if logprobs is not None and generation.request.logprobs is not None:
                 generation.keep_logprobs(len(generation.tokens) - before, *(part[at] for part in logprobs))
@@ -341,8 +338,10 @@ class Engine:
         """What the constraint of a slot, where it has one, makes of its window."""
         if generation.matcher is not None and not generation.finished:
             end_id = None if self.tokenizer is None else self.tokenizer.end_id
-            most = 1 if self._branching else self.width  # beside trees a text begins without drafts
-            constrain(self.state, slot, generation, self._lengths[slot], end_id, most)
+            tree = self._rows if self._branching and _knows_trees(generation.request) else None
+            # Beside trees a text that will get a chain begins without drafts.
+            most = 1 if self._branching and tree is None else self.width
+            constrain(self.state, slot, generation, self._lengths[slot], end_id, most, tree)
 
     def run(self) -> Iterator[tuple[Generation, str]]:
         """Steps until nothing is left."""
@@ -385,7 +384,7 @@ class Engine:
 
 
 def _knows_trees(request: Request) -> bool:
-    return request.acceptance.kind in TREE_RULES and request.constraint is None
+    return request.acceptance.kind in TREE_RULES
 
 
 def _round_up(number: int, multiple: int) -> int:

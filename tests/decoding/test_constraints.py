@@ -25,8 +25,6 @@ from headstart.decoding.generation import FORCED, Generation, Request
 from headstart.decoding.packing import is_row_exact, pack
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling, position_noise
-from headstart.decoding.tree import DraftTree
-from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -377,21 +375,3 @@ def test_what_was_refused_is_taken_back_too() -> None:
             assert not matcher.allowed().any() and not matcher.may_end
             matcher.back(size)
             assert np.array_equal(matcher.allowed(), before)
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_beside_draft_trees(exact: bool) -> None:
-    """Constrained texts get chains, also where they begin while others have trees."""
-    model = packed("transformer-parallel", torch.float32, compiled=exact)
-    if exact and not is_row_exact(model):
-        pytest.skip("no compiled kernels here: exact decoding refuses")
-    requests = [
-        Request(PROMPT, 12 + 9 * i, Sampling(0.8, seed=i), constraint=CASES["words"] if i % 3 == 1 else None)
-        for i in range(6)
-    ]
-    plain = [generate_all(Engine(model, tokenizer=BYTES, exact=exact), [request])[0].tokens for request in requests]
-    engine = Engine(model, slots=2, tokenizer=BYTES, exact=exact, tree=DraftTree.parse("0,1,0.0,0.1,1.0"))
-    assert [g.tokens for g in generate_all(engine, requests)] == plain
-    fixed = Engine(packed("transformer-parallel", torch.float32, False), tokenizer=BYTES, tree=engine.tree)
-    with pytest.raises(UsageError, match="a constraint knows no draft trees"):
-        fixed.submit(requests[1])
