@@ -58,7 +58,7 @@ class TuneSettings:
     batches: tuple[int, ...] = (1, 4, 16)
     """Batch sizes to time passes at; others are judged by the nearest two."""
     seconds: float = 4.0
-    """Spent on timing passes at each batch size."""
+    """Spent on timing passes at each batch size, greedy ones and sampled ones."""
     dtype: str | None = None
     """bfloat16 or float32 (None: as `headstart generate` would take)."""
     quantize: Quantize | None = None
@@ -108,8 +108,11 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     greedy, seen = _acceptance(model, prompts, new, 0.0, ranks)
     sampled, _ = _acceptance(model, prompts, new, settings.temperature, ranks)
     largest = grow(greedy.rank_mean, settings.tree_nodes) if settings.tree_nodes else None
-    costs = pass_costs(model, batches, length + new // 2, settings.seconds, largest)
-    tuning = Tuning(greedy, sampled, costs)
+    costs, sampled_costs = (
+        pass_costs(model, batches, length + new // 2, settings.seconds, largest, temperature)
+        for temperature in (0.0, settings.temperature)
+    )
+    tuning = Tuning(greedy, sampled, costs, sampled_costs=sampled_costs)
     trees = [] if largest is None else _trees(tuning, largest, seen)
     if trees and (best := max(trees, key=lambda tree: tree["expected_speedup"]))["expected_speedup"] > PAYS * max(
         tree["expected_speedup"] for tree in trees if tree["chain"]
@@ -195,6 +198,7 @@ def _found(path: Path, tuning: Tuning) -> dict[str, Any]:
                 "plain_ms": plain,
                 "drafting_ms": drafting,
                 "expected_speedup": [tuning.expected(slots, rows) for rows in range(1, n + 1)],
+                "expected_sampled": [tuning.expected(slots, rows, sampled=True) for rows in range(1, n + 1)],
             }
             for slots, plain, drafting in zip(tuning.costs.slots, tuning.costs.plain, tuning.costs.drafting)
         ],
@@ -209,13 +213,14 @@ def format_tuning(found: dict[str, Any]) -> str:
         found["model"],
         "Drafts right where all before them are:",
         format_table(["", *(f"head {k}" for k in range(2, n + 1))], rows),
-        "A pass, ms, and what fixed windows would write over plain decoding, greedily:",
+        "A greedy pass, ms, and what fixed windows would write over plain decoding, greedily and sampled:",
     ]
     costs = []
     for batch in found["batches"]:
         milliseconds = [f"{cost:.2f}" for cost in (batch["plain_ms"], *batch["drafting_ms"])]
         costs.append([f"batch {batch['batch']}, ms", *milliseconds])
-        costs.append(["    times plain", "1.00", *(f"{speedup:.2f}" for speedup in batch["expected_speedup"])])
+        for label, kind in (("times plain", "expected_speedup"), ("sampled", "expected_sampled")):
+            costs.append([f"    {label}", "1.00", *(f"{speedup:.2f}" for speedup in batch[kind])])
     parts.append(format_table(["", "plain", *(f"{w} rows" for w in range(1, n + 1))], costs))
     if found["trees"]:
         best = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from headstart import machine
 from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
 from headstart.decoding.packing import pack
 from headstart.decoding.policy import PassCosts
+from headstart.decoding.sampling import Sampling
 from headstart.decoding.single_pass import Pass
+from headstart.decoding.single_step import Step
 from headstart.decoding.tree import DraftTree
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -51,27 +54,26 @@ def merged_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes:
 
 
 def pass_costs(
-    model: Transformer, batches: tuple[int, ...], length: int, seconds: float, tree: DraftTree | None = None
+    model: Transformer,
+    batches: tuple[int, ...],
+    length: int,
+    seconds: float,
+    tree: DraftTree | None = None,
+    temperature: float = 0.0,
 ) -> PassCosts:
-    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, timed for `seconds` at each of
-    the batch sizes, ascending. Only the ratios to plain passes matter to the policy, so those are what is taken with
-    care: of passes a few milliseconds apart, over long enough that neighbours on the machine come and go. With a `tree`
-    passes of its beginnings too."""
+    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, with all that the engine does
+    for one, timed for `seconds` at each of the batch sizes, ascending. Only the ratios to plain passes matter to the
+    policy, so those are what is taken with care: of passes a few milliseconds apart, over long enough that neighbours
+    on the machine come and go. With a `tree` passes of its beginnings too; with a `temperature` all are sampled."""
     n = model.config.heads
     plain, drafting, trees = [], [], []
     tree_rows = () if tree is None else tuple(sorted({r for r in TREE_ROWS if r < tree.rows} | {tree.rows}))
-    with Progress("passes", len(batches), unit="batch sizes") as bar:
+    with Progress("passes, sampled" if temperature else "passes, greedy", len(batches), unit="batch sizes") as bar:
         for slots in batches:
-            passes = {0: Pass(model, rows=1, heads=1, slots=slots, length=length)}
-            # As the engine runs them under a policy: with the confidence of the drafts.
-            passes |= {
-                rows: Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
-                for rows in range(1, n + 1)
-            }
-            variants = {str(w): timed(p) for w, p in passes.items()}
-            for r in tree_rows:
-                one = Pass(model, rows=r, heads=n, slots=slots, length=length, confident=True, tree=tree)
-                variants[f"tree {r}"] = timed(one)
+            step = partial(Step, model, slots=slots, length=length, sampling=Sampling(temperature))
+            variants = {"0": timed(step(drafting=False))}
+            variants |= {str(rows): timed(step(rows=rows)) for rows in range(1, n + 1)}
+            variants |= {f"tree {rows}": timed(step(rows=rows, tree=tree)) for rows in tree_rows}
             interleave(variants, 0, warmup=3)
             seen: dict[str, list[float]] = {w: [] for w in variants}
             began = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from headstart.decoding.constrained_drafts import constrain
 from headstart.decoding.constraints import compiled
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.graphs import GraphedStep, cuda_capture
+from headstart.decoding.logprobs import log_probabilities
 from headstart.decoding.lookup import Lookup, Odds
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
 from headstart.decoding.packing import exact_rows, is_row_exact
@@ -180,7 +180,7 @@ class Engine:
         released text)."""
         self.admission.admit([slot for slot, g in enumerate(self._live) if g is not None])
         for slot, generation in self.admission.fill():
-            self._start(slot, generation)
+            self.begin(slot, generation)
         live = [(slot, g) for slot, g in enumerate(self._live) if g is not None]
         if not live:
             return []
@@ -209,7 +209,8 @@ class Engine:
             row_by_row=self.fixed_shapes,
         )
         self._branching = draft_tree is not None
-        logprobs = self._logprobs(tokens_SW, wanted) if wanted >= 0 else None
+        logits = self.state.logits_SRV
+        logprobs = None if wanted < 0 or logits is None else log_probabilities(logits, tokens_SW, wanted)
         tokens, accepted = tokens_SW.tolist(), accepted_S.tolist()
         confidences = self.state.confidence_SK[slots].tolist() if confident else []
         windows = self.state.window_SW[slots].tolist() if self.lookup else []
@@ -236,9 +237,8 @@ class Engine:
             generation.confidences = confidences[at][: len(generation.sources)] if confident else []
             generation.prefixes = []
             if self.policy is not None:
-                sampled = generation.request.sampling.temperature > 0
                 worth = self.policy.chances if self._branching else self.policy.prefixes
-                generation.prefixes = worth(sampled, generation.confidences)
+                generation.prefixes = worth(generation.sampled, generation.confidences)
             if generation.lookup is not None and not generation.finished:
                 self._look_up(slot, generation, committed, windows[at])
             self._constrain(slot, generation)
@@ -275,19 +275,12 @@ class Engine:
             self.policy = None
         return tree
 
-    def _logprobs(self, tokens_SW: Tensor, alternatives: int) -> tuple[list[Any], list[Any], list[Any]]:
-        """Of each slot and row the log-probability of its token, and the best `alternatives` tokens with theirs."""
-        assert self.state.logits_SRV is not None
-        logits = self.state.logits_SRV
-        logs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-        best = logs.topk(alternatives, dim=-1)
-        own = logs.gather(-1, tokens_SW[..., None])[..., 0]
-        return own.tolist(), best.indices.tolist(), best.values.tolist()
-
     def _shape(self, live: list[Generation], slots: int) -> tuple[int, int]:
         """Rows and heads of the next pass."""
         named = [g for g in live if self.policy is None or g.request.heads is not None]
         fixed = max((g.heads for g in named), default=1)
+        if self.policy is not None:
+            self.policy.sampled = any(g.sampled for g in live)
         planted = self.tree if self._branching else None
         if self.fixed_shapes:
             return self.width if self.tree is None else self.tree.rows, fixed
@@ -303,8 +296,7 @@ class Engine:
         """How the drafts of a pass fared."""
         heads = sum(source > 0 for source in generation.sources)
         if self.policy is not None and generation.confidences:
-            sampled = generation.request.sampling.temperature > 0
-            self.policy.learn(sampled, generation.confidences, min(fed, heads), min(accepted, heads))
+            self.policy.learn(generation.sampled, generation.confidences, min(fed, heads), min(accepted, heads))
         if generation.match and fed > heads and accepted >= heads:
             self.odds.saw(generation.match, fed - heads, accepted - heads)
 
@@ -354,6 +346,11 @@ class Engine:
         if not self.admission.remove(generation) and generation in self._live:
             self._free(self._live.index(generation))
 
+    def rewind(self, length: int) -> None:
+        """All slots hold `length` positions again, whatever stands there: for timing the same step many times."""
+        self._lengths = [length] * len(self._lengths)
+        self.state.length_S.fill_(length)
+
     def _free(self, slot: int) -> None:
         self._live[slot] = None
         self.admission.left(slot)
@@ -365,8 +362,8 @@ class Engine:
         state.penalties.clear(slot)
         state.constraints.clear(slot)
 
-    def _start(self, slot: int, generation: Generation) -> None:
-        """The prompt but its last token is in the caches; the last one is the root of the first window."""
+    def begin(self, slot: int, generation: Generation) -> None:
+        """Decoding begins: the prompt but its last token is in the caches, the last one the root of a window."""
         state, request = self.state, generation.request
         prompt = torch.tensor(request.prompt, device=state.length_S.device)
         self._live[slot] = generation

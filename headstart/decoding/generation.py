@@ -165,6 +165,10 @@ class Generation:
         return self._stopper.text
 
     @property
+    def sampled(self) -> bool:
+        return self.request.sampling.temperature > 0
+
+    @property
     def matcher(self) -> Matcher | None:
         """Where the text stands in the request's constraint."""
         return self._stopper.matcher

@@ -144,19 +144,27 @@ class Tuning:
     costs: PassCosts
     tree: DraftTree | None = None
     """What windows are best, if no chain."""
+    sampled_costs: PassCosts | None = None
+    """Of passes in which some text is sampled: noise is made for every row (None: taken for those of greedy ones)."""
 
-    def expected(self, slots: int, rows: int) -> float:
-        """Tokens per second of greedy windows of `rows` rows, over those of plain decoding."""
-        plain, drafting = self.costs.at(slots)
-        tokens = 1 + sum(itertools.accumulate(self.greedy.mean[: rows - 1], lambda a, b: a * b))
+    def kind(self, sampled: bool) -> tuple[AcceptanceTable, PassCosts]:
+        """What holds for passes that are sampled, or greedy."""
+        return (self.sampled, self.sampled_costs or self.costs) if sampled else (self.greedy, self.costs)
+
+    def expected(self, slots: int, rows: int, sampled: bool = False) -> float:
+        """Tokens per second of windows of `rows` rows, over those of plain decoding."""
+        table, costs = self.kind(sampled)
+        plain, drafting = costs.at(slots)
+        tokens = 1 + sum(itertools.accumulate(table.mean[: rows - 1], lambda a, b: a * b))
         return tokens * plain / drafting[rows - 1]
 
-    def best(self, slots: int, tree: DraftTree | None = None) -> float:
+    def best(self, slots: int, tree: DraftTree | None = None, sampled: bool = False) -> float:
         """The highest of `expected` for any number of rows, of a chain or of `tree`."""
+        table, pass_costs = self.kind(sampled)
         if tree is None:
-            return max(self.expected(slots, rows) for rows in range(1, len(self.greedy.mean) + 2))
-        plain, drafting = self.costs.at_tree(slots)
-        tokens = itertools.accumulate(tree.chances(self.greedy.rank_mean), initial=1.0)
+            return max(self.expected(slots, rows, sampled) for rows in range(1, len(table.mean) + 2))
+        plain, drafting = pass_costs.at_tree(slots)
+        tokens = itertools.accumulate(tree.chances(table.rank_mean), initial=1.0)
         return max(count * plain / _of_rows(drafting, rows) for rows, count in enumerate(tokens, start=1))
 
     def tree_for(self, slots: int) -> DraftTree | None:
@@ -183,7 +191,9 @@ class DraftPolicy:
         self.tuning = tuning
         self.tree: DraftTree | None = None
         """What the engine's windows are, if no chains."""
-        self._costs: dict[int, tuple[tuple[float, ...], bool]] = {}
+        self.sampled = False
+        """Whether any text of the passes asked about is sampled; the engine says."""
+        self._costs: dict[tuple[int, bool], tuple[tuple[float, ...], bool]] = {}
         self._rest = self.REST[0]
         self._resting = 0
         self._begin()
@@ -198,7 +208,11 @@ class DraftPolicy:
 
     def plant(self, tree: DraftTree) -> bool:
         """Windows will be this tree; False, and nothing changes, where no tree was measured."""
-        if not self.tuning.greedy.rank_mean or not self.tuning.sampled.rank_mean or not self.tuning.costs.tree:
+        if (
+            not self.tuning.greedy.rank_mean
+            or not self.tuning.sampled.rank_mean
+            or not all(self.tuning.kind(sampled)[1].tree for sampled in (False, True))
+        ):
             return False
         self.tree = tree
         self._begin()
@@ -265,11 +279,13 @@ class DraftPolicy:
     def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
         """Of a drafting pass by rows, in plain passes; and whether drafting cannot pay at this batch size. (Feeding
         only likely drafts gains something over the best fixed number of rows, but not a fifth.)"""
-        if slots not in self._costs:
-            costs = self.tuning.costs
+        key = slots, self.sampled
+        if key not in self._costs:
+            _, costs = self.tuning.kind(self.sampled)
             plain, drafting = costs.at(slots) if self.tree is None else costs.at_tree(slots)
-            self._costs[slots] = tuple(cost / plain for cost in drafting), self.tuning.best(slots, self.tree) < 0.8
-        return self._costs[slots]
+            hopeless = self.tuning.best(slots, self.tree, self.sampled) < 0.8
+            self._costs[key] = tuple(cost / plain for cost in drafting), hopeless
+        return self._costs[key]
 
 
 def _of_rows(costs: Sequence[float], rows: int) -> float:
@@ -312,27 +328,31 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
         )
         for a in (measured["greedy"], measured["sampled"])
     )
-    costs = PassCosts(
+    text, of_sampled = entry.get("draft_tree"), entry.get("sampled")
+    tree = None if text is None else DraftTree.parse(text)
+    tuning = Tuning(greedy, sampled, _costs_from(entry), tree, None if of_sampled is None else _costs_from(of_sampled))
+    both = [tuning.costs, tuning.kind(True)[1]]
+    n = model.config.heads
+    tables = [*tuning.greedy.by_confidence, *tuning.sampled.by_confidence]
+    if (
+        any(len(a.mean) != n - 1 for a in (tuning.greedy, tuning.sampled))
+        or any(len(table) != len(EDGES) + 1 for table in tables)
+        or any(len(rows) != n for costs in both for rows in costs.drafting)
+        or any(len(rows) != len(costs.tree_rows) for costs in both for rows in costs.tree)
+        or (tree is not None and (tree.depth >= n or not tuning.greedy.rank_mean or not all(c.tree for c in both)))
+    ):
+        raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
+    return tuning
+
+
+def _costs_from(entry: dict[str, Any]) -> PassCosts:
+    return PassCosts(
         tuple(entry["slots"]),
         tuple(entry["plain"]),
         tuple(map(tuple, entry["drafting"])),
         tuple(entry.get("tree_rows", ())),
         tuple(map(tuple, entry.get("tree", ()))),
     )
-    text = entry.get("draft_tree")
-    tree = None if text is None else DraftTree.parse(text)
-    tuning = Tuning(greedy, sampled, costs, tree)
-    n = model.config.heads
-    tables = [*tuning.greedy.by_confidence, *tuning.sampled.by_confidence]
-    if (
-        any(len(a.mean) != n - 1 for a in (tuning.greedy, tuning.sampled))
-        or any(len(table) != len(EDGES) + 1 for table in tables)
-        or any(len(rows) != n for rows in tuning.costs.drafting)
-        or any(len(rows) != len(tuning.costs.tree_rows) for rows in tuning.costs.tree)
-        or (tree is not None and (tree.depth >= n or not tuning.greedy.rank_mean or not tuning.costs.tree))
-    ):
-        raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
-    return tuning
 
 
 def content_with(
@@ -340,7 +360,8 @@ def content_with(
 ) -> dict[str, Any]:
     """`content` with this tuning in it, beside those of other settings; `more` says how it was measured."""
     tree = None if tuning.tree is None else str(tuning.tree)
-    entry = {"setting": here, **asdict(tuning.costs), "draft_tree": tree, **more}
+    of_sampled = None if tuning.sampled_costs is None else asdict(tuning.sampled_costs)
+    entry = {"setting": here, **asdict(tuning.costs), "sampled": of_sampled, "draft_tree": tree, **more}
     others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
     kept = {name: value for name, value in (content or {}).items() if name.startswith("acceptance")}
     tables = {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)}

@@ -14,13 +14,17 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from headstart.decoding.policy import EDGES, PRIOR, AcceptanceTable, DraftPolicy, PassCosts, Tuning
-from headstart.decoding.single_pass import Pass
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.single_step import Step
 from headstart.model.transformer import Transformer
 
 LENGTH = 128
 """Cached positions of the passes that are timed."""
 MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 32, 0.2, 3
 """Timing of one kind of pass ends with the first of the first two, but not before the last."""
+TEMPERATURE = 0.8
+"""Of the sampled ones; no other setting changes what a pass costs as much as being sampled does."""
+NO_COSTS = PassCosts((), (), ())
 LEAST = 0.35
 """Of a draft that its head hardly believes in."""
 HOPED = 0.8
@@ -63,26 +67,28 @@ class Learned:
     def __init__(self, model: Transformer) -> None:
         self.model = model
         self.counts = {sampled: AcceptanceCounts(model.config.heads) for sampled in (False, True)}
-        self._costs: dict[int, tuple[float, tuple[float, ...]]] = {}
+        self._costs: dict[bool, dict[int, tuple[float, tuple[float, ...]]]] = {False: {}, True: {}}
 
-    def time(self, slots: int) -> int:
+    def time(self, slots: int, sampled: bool) -> int:
         """Times passes of as many slots, or of the powers of two around, that were not timed before; how many numbers
         of slots are known then."""
-        below = 1 << (slots.bit_length() - 1)
-        new = {below, below if below == slots else 2 * below} - self._costs.keys()
+        below, known = 1 << (slots.bit_length() - 1), self._costs[sampled]
+        new = {below, below if below == slots else 2 * below} - known.keys()
         for some in sorted(new):
-            self._costs[some] = timed_costs(self.model, some)
-        return len(self._costs)
+            known[some] = timed_costs(self.model, some, sampled)
+        return len(known)
 
     def tuning(self) -> Tuning:
-        slots = tuple(sorted(self._costs))
-        costs = PassCosts(slots, tuple(self._costs[s][0] for s in slots), tuple(self._costs[s][1] for s in slots))
-        return Tuning(self.counts[False].table(), self.counts[True].table(), costs)
+        greedy, sampled = (
+            PassCosts(tuple(sorted(known)), *zip(*(known[slots] for slots in sorted(known)))) if known else NO_COSTS
+            for known in self._costs.values()
+        )
+        return Tuning(self.counts[False].table(), self.counts[True].table(), greedy, sampled_costs=sampled)
 
 
 class UntunedPolicy(DraftPolicy):
-    """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets:
-    up to a second, and of large models as long as about fifty plain passes take."""
+    """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets, of
+    greedy and of sampled texts: up to a second, and of large models as long as about fifty plain passes take."""
 
     RENEW = 32
     """Passes after which the tables are made anew."""
@@ -97,9 +103,10 @@ class UntunedPolicy(DraftPolicy):
 
     def prepare(self, slots: int) -> None:
         """Times passes now, at the powers of two up to `slots` and the next one: seconds."""
-        for power in range(slots.bit_length()):
-            self.learned.time(1 << power)
-        self.learned.time(slots)
+        for sampled in (False, True):
+            for power in range(slots.bit_length()):
+                self.learned.time(1 << power, sampled)
+            self.learned.time(slots, sampled)
         self._renew()
 
     def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
@@ -114,21 +121,22 @@ class UntunedPolicy(DraftPolicy):
 
     def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
         # What another engine of the model has timed is news too.
-        if self.learned.time(slots) != len(self.tuning.costs.slots):
+        if self.learned.time(slots, self.sampled) != len(self.tuning.kind(self.sampled)[1].slots):
             self._renew()
         return super()._costs_of(slots)
 
 
-def timed_costs(model: Transformer, slots: int) -> tuple[float, tuple[float, ...]]:
-    """Milliseconds of a plain pass of `slots` windows, and of drafting ones by rows, 1 to n. Numbers of rows between
-    those timed lie on the straight line; more rows than could pay are not timed, and cost as much more each."""
+def timed_costs(model: Transformer, slots: int, sampled: bool) -> tuple[float, tuple[float, ...]]:
+    """Milliseconds of an engine's plain step of `slots` windows, and of drafting ones by rows, 1 to n. Numbers of rows
+    between those timed lie on the straight line; more rows than could pay are not timed, and cost as much more each."""
     n, room = model.config.heads, model.config.context
     length = max(1, min(LENGTH, room - n))
-    plain = Pass(model, rows=1, slots=slots, length=length)
+    sampling = Sampling(TEMPERATURE if sampled else 0.0)
+    plain = Step(model, drafting=False, slots=slots, length=length, sampling=sampling)
     plains: list[float] = []
     over: dict[int, float] = {}
     for rows in sorted({1, *(r for r in (2, 4, 8) if r < n), n}):
-        drafting = Pass(model, rows=rows, heads=n, slots=slots, length=length, confident=True)
+        drafting = Step(model, rows=rows, slots=slots, length=length, sampling=sampling)
         milliseconds, beside = _fastest(drafting, plain)
         plains.append(beside)
         over[rows] = milliseconds / beside
@@ -146,7 +154,7 @@ def timed_costs(model: Transformer, slots: int) -> tuple[float, tuple[float, ...
     return base, tuple(itertools.accumulate(costs, max))
 
 
-def _fastest(drafting: Pass, plain: Pass) -> tuple[float, float]:
+def _fastest(drafting: Step, plain: Step) -> tuple[float, float]:
     """Milliseconds of the fastest run of each, taking turns: whatever disturbs a run only adds to it."""
     fastest = [math.inf, math.inf]
     began = time.perf_counter()

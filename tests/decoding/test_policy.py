@@ -24,6 +24,8 @@ from headstart.decoding.policy import (
     tuning_from,
 )
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.single_step import Step
+from headstart.decoding.tree import DraftTree
 
 PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05
@@ -217,3 +219,49 @@ def test_watching_sees_every_draft_with_its_confidence() -> None:
     right = [confidence for confidence, accepted in seen if accepted]
     wrong = [confidence for confidence, accepted in seen if not accepted]
     assert sum(right) / len(right) > sum(wrong) / len(wrong)
+
+
+def test_sampled_passes_have_costs_of_their_own() -> None:
+    table = acceptance()
+    greedy, sampled = (PassCosts((1,), (1.0,), (costs,)) for costs in ((1.1, 1.2, 1.3, 1.4), (1.1, 2.5, 4.0, 5.5)))
+    found = Tuning(table, table, greedy, sampled_costs=sampled)
+    policy = DraftPolicy(found)
+    sure = policy.prefixes(False, [SURE] * 3)
+    assert policy.plan(1, [sure]) == (4, True)
+    policy.sampled = True
+    assert policy.plan(1, [sure]) == (1, True)
+    # The file keeps both; one written before they were measured has greedy ones alone.
+    model = packed("replicated", torch.float32)
+    content = json.loads(json.dumps(content_with(None, setting(model), found, {})))
+    assert tuning_from(content, model) == found
+    del content["costs"][0]["sampled"]
+    old = tuning_from(content, model)
+    assert old is not None and old.kind(True)[1] == old.costs == greedy
+
+
+def test_the_engine_says_which_passes_are_sampled() -> None:
+    told = []
+
+    class Noting(Whim):
+        def plan(self, slots, prefixes):
+            told.append(self.sampled)
+            return super().plan(slots, prefixes)
+
+    engine = Engine(packed("replicated", torch.float32), slots=2, policy=Noting(0), exact=False)
+    generate_all(engine, [Request(PROMPT, 40), Request(PROMPT, 8, Sampling(1.0))])
+    assert told[0] and not told[-1]
+
+
+@pytest.mark.parametrize("tree", [None, DraftTree.parse("0,1,0.0,0.1")])
+def test_a_step_alone_feeds_what_it_is_told_at_the_same_length(tree: DraftTree | None) -> None:
+    model = packed("transformer-parallel", torch.float32)
+    drafting = Step(model, rows=3, slots=2, length=20, sampling=Sampling(0.8), tree=tree)
+    plain = Step(model, drafting=False, length=20)
+    for _ in range(4):
+        drafting()
+        plain()
+        generations = [g for g in (*drafting.engine._live, *plain.engine._live) if g is not None]
+        assert [g.finished for g in generations] == [False] * 3
+        assert all(20 < length <= 23 for length in drafting.engine._lengths) and plain.engine._lengths == [21]
+    assert generations[0].stats.rows_per_pass == 2.5  # the first pass has no drafts yet
+    assert generations[2].stats.rows_per_pass == 1

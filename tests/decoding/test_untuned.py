@@ -20,7 +20,7 @@ def costs(monkeypatch: pytest.MonkeyPatch, first: float, row: float) -> list[int
     """Made up for timed ones; the list grows by the slots that are asked for."""
     asked: list[int] = []
 
-    def made_up(model, slots):
+    def made_up(model, slots, sampled):
         asked.append(slots)
         return 1.0, tuple(first + row * i for i in range(HEADS))
 
@@ -58,10 +58,11 @@ def test_what_was_prepared_is_not_timed_while_decoding(monkeypatch: pytest.Monke
     asked = costs(monkeypatch, 1.0, 0.1)
     policy = UntunedPolicy(Learned(packed("replicated", torch.float32)))
     policy.prepare(5)
-    assert sorted(asked) == [1, 2, 4, 8]
+    assert sorted(asked) == [1, 1, 2, 2, 4, 4, 8, 8]  # greedy and sampled
     for slots in range(1, 6):
-        policy.plan(slots, [[]] * slots)
-    assert len(asked) == 4
+        for policy.sampled in (False, True):
+            policy.plan(slots, [[]] * slots)
+    assert len(asked) == 8
 
 
 @pytest.mark.parametrize("shape", ["replicated", "transformer-parallel"])
@@ -111,6 +112,6 @@ def test_what_one_engine_has_timed_another_one_knows(monkeypatch: pytest.MonkeyP
 
 
 def test_times_of_passes_are_sane() -> None:
-    plain, drafting = untuned.timed_costs(packed("replicated", torch.float32), 2)
+    plain, drafting = untuned.timed_costs(packed("replicated", torch.float32), 2, True)
     assert plain > 0 and len(drafting) == HEADS
     assert list(drafting) == sorted(drafting)
