@@ -20,13 +20,15 @@ from headstart.model.transformer import Transformer
 
 LENGTH = 128
 """Cached positions of the passes that are timed."""
-MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 32, 0.2, 3
+MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 128, 0.2, 3
 """Timing of one kind of pass ends with the first of the first two, but not before the last."""
 TEMPERATURE = 0.8
 """Of the sampled ones; no other setting changes what a pass costs as much as being sampled does."""
 NO_COSTS = PassCosts((), (), ())
 LEAST = 0.35
 """Of a draft that its head hardly believes in."""
+PATIENCE = 1.25
+"""A kind of pass that costs so many times what it could bring is the last one timed: less may be noise."""
 HOPED = 0.8
 """Of drafts being right, for whether passes of more rows are worth timing."""
 
@@ -140,7 +142,7 @@ def timed_costs(model: Transformer, slots: int, sampled: bool) -> tuple[float, t
         milliseconds, beside = _fastest(drafting, plain)
         plains.append(beside)
         over[rows] = milliseconds / beside
-        if rows > 1 and over[rows] > sum(HOPED**i for i in range(rows)):
+        if rows > 1 and over[rows] > PATIENCE * sum(HOPED**i for i in range(rows)):
             break
     base = min(plains)
     known = {rows: base * ratio for rows, ratio in over.items()}
