@@ -60,7 +60,7 @@ class HeadsStudy(Study[HeadsSettings]):
         "cpu": HeadsSettings(
             seeds=2, size="0.06M", test_pieces=4,
             training=TrainingSettings(
-                steps=500, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
+                steps=300, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
             ),
         ),
         "gpu": HeadsSettings(
