@@ -157,6 +157,17 @@ def test_a_second_signal_does_not_wait_for_texts(gate: Gate) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 503")
 
 
+def test_texts_have_so_many_seconds_to_finish(gate: Gate) -> None:
+    with running(ServeSettings(port=0, slots=1, drain_seconds=0.05)) as server:
+        gate.open.clear()
+        connection = opened(server, LONG)
+        until(lambda: len(server.service.worker._running) == 1)
+        server.drain()
+        until(lambda: server.service.worker._stopping, 5)
+        gate.open.set()
+        assert connection.recv(100).startswith(b"HTTP/1.1 503")
+
+
 def test_time_is_over(gate: Gate, model) -> None:
     with running(ServeSettings(port=0, slots=1, request_timeout=0.3)) as server:
         gate.open.clear()
