@@ -117,7 +117,12 @@ class CheckpointConfig:
         _at_least(0, "checkpoints.", self, "every", "keep_last", "keep_every")
 
 
-METHODS = ("masked_inputs", "token_order", "registers")
+NOT_ADAPTED = {
+    "masked_inputs": "whose model has no row for a mask, and a trunk that does not learn to read one",
+    "token_order": "where heads learn before the trunk that it is to teach",
+    "registers": "whose model has no row for a register, and a trunk that does not learn to read one",
+}
+METHODS = tuple(NOT_ADAPTED)
 """Sections of a run that are off unless they say otherwise (docs/methods.md)."""
 
 
@@ -187,7 +192,7 @@ class RunConfig:
         """That what docs/methods.md tells of fits the model and one another."""
         for name in self.methods:
             if self.adapt is not None:
-                raise UsageError(f"{name} is for models trained from nothing; leave it out of headstart adapt")
+                raise UsageError(f"{name} does not go with headstart adapt, {NOT_ADAPTED[name]}; leave it out")
             if name == "token_order" and self.head_weights.sampled:
                 raise UsageError(
                     "token_order is part of head 1's loss, which head_weights.sampled leaves out at times; take one"

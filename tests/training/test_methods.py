@@ -12,6 +12,7 @@ import pytest
 import torch
 from chats import chat_tokenizer
 
+from headstart.adaptation.settings import AdaptConfig
 from headstart.data.batches import IGNORE, evaluation_batches
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.registers import RegisterConfig
@@ -145,6 +146,10 @@ def test_what_a_method_needs_is_told(tiny, shards, tmp_path) -> None:
     assert "does not say which tokens are answers" in told and "take kind random" in told
     sequential = ModelConfig(**SHAPE, vocab_size=257, head_kind="sequential", wiring="causal")
     assert said(model=sequential, **random).startswith("masked_inputs does not go with sequential heads")
+    adapt = AdaptConfig(model=Path("model"))
+    assert said(adapt=adapt, **METHODS["registers"]).startswith(
+        "registers does not go with headstart adapt, whose model"
+    )
     told = said(token_order=TokenOrderConfig(1.0), head_weights=HeadWeights(sampled=True))
     assert told.startswith("token_order is part of head 1's loss")
 
