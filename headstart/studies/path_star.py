@@ -48,6 +48,8 @@ class PathStarSettings(StudySettings):
     tied: bool = False
     """Whether the unembedding is the embedding matrix, which makes copying easy to learn."""
     methods: tuple[str, ...] = (NEXT, "3 heads", *SHOWN)
+    seeds_beside: int | None = None
+    """Seeds of the methods without further heads, which are then shown and not judged (None: as many as the rest)."""
     tests: int = 1000
     """Graphs that are tested on; those of training are drawn anew at each step."""
     watched: int = 50
@@ -76,7 +78,7 @@ class PathStarStudy(Study[PathStarSettings]):
             training=TrainingSettings(steps=4, rows=8, warmup_steps=2),
         ),
         "cpu": PathStarSettings(
-            seeds=3, degree=3, labels=10, head_kind="linear",
+            seeds=3, seeds_beside=1, degree=3, labels=10, head_kind="linear",
             training=TrainingSettings(
                 steps=600, rows=64, optimizer="muon", lr=1e-2, warmup_steps=100, final_lr_ratio=0.1,
             ),
@@ -94,7 +96,10 @@ class PathStarStudy(Study[PathStarSettings]):
     }  # fmt: skip
 
     def cases(self, settings: PathStarSettings) -> list[Case]:
-        return sorted(crossed(settings.seeds, method=settings.methods), key=lambda case: case.seed)
+        cases = crossed(settings.seeds, method=settings.methods)
+        fewer = settings.seeds if settings.seeds_beside is None else settings.seeds_beside
+        kept = [case for case in cases if case.seed < fewer or case.conditions["method"] not in SHOWN]
+        return sorted(kept, key=lambda case: case.seed)
 
     def run(self, settings: PathStarSettings, case: Case, tell: Tell) -> dict[str, Any]:
         graphs = StarGraphs(settings.degree, settings.length, settings.labels)
@@ -130,14 +135,16 @@ class PathStarStudy(Study[PathStarSettings]):
             row += [spread(values(results, place_of(at), method=method)) for at in range(settings.length)]
             steps = spread(values(results, lambda r: float(r.numbers["steps"]), method=method), ".0f")
             rows.append([*row, steps, spread(values(results, lambda r: r.seconds, method=method), ".0f")])
-        contrasts = self._contrasts(settings, results)
+        judged, beside = self._contrasts(settings, results)
         chance = 1 / settings.degree
         plain = values(results, exact_of, method=NEXT)
         learned = statistics.median(plain) > chance / 2
         sentence = (
             f"Exact match in G({settings.degree},{settings.length}) with {settings.labels} labels, next token "
-            f"{spread(plain)} where guessing the arm gives {chance:.3f}; over it: {in_words(contrasts)}."
+            f"{spread(plain)} where guessing the arm gives {chance:.3f}; over it: {in_words(judged)}."
         )
+        if beside:
+            sentence += f" Beside it, not judged: {in_words(beside)}."
         if not learned:
             sentence += " Next-token prediction did not learn to write a path at all: too short a training."
         solved = [m for m in settings.methods if min(values(results, exact_of, method=m)) >= 0.95]
@@ -152,13 +159,18 @@ class PathStarStudy(Study[PathStarSettings]):
             f"twice; at most {settings.training.steps} steps, fewer where {SOLVED:.0%} of 250 graphs are right at two "
             f"tests in a row. Models of equal depth from token to prediction; heads 2..n are {settings.head_kind}.",
         ]
-        return Findings(headers, rows, judge(contrasts, within_reach=learned), sentence, ours, notes)
+        return Findings(headers, rows, judge(judged, within_reach=learned), sentence, ours, notes)
 
-    def _contrasts(self, settings: PathStarSettings, results: Sequence[Result]) -> list[Contrast]:
+    def _contrasts(
+        self, settings: PathStarSettings, results: Sequence[Result]
+    ) -> tuple[list[Contrast], list[Contrast]]:
+        """Of each method to the next token: those that are judged, and those that are shown beside."""
         plain = values(results, exact_of, method=NEXT)
         margin = 2 / settings.tests**0.5  # two standard errors of a difference, and more
         others = [method for method in settings.methods if method != NEXT]
-        return [contrast(method, values(results, exact_of, method=method), plain, margin) for method in others]
+        found = {m: contrast(m, values(results, exact_of, method=m), plain, margin) for m in others}
+        aside = SHOWN if settings.seeds_beside is not None else ()
+        return [found[m] for m in others if m not in aside], [found[m] for m in others if m in aside]
 
     def draw(self, figure: Any, settings: PathStarSettings, results: Sequence[Result]) -> None:
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 2]})

@@ -14,7 +14,7 @@ from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.studies.path_star import STUDY, batches_of, config_of, right_of
 from headstart.studies.star_graphs import StarGraphs
-from headstart.studies.study import Case
+from headstart.studies.study import Case, Result
 from headstart.training.loop import build_model
 from headstart.training.processes import joined
 
@@ -102,3 +102,15 @@ def test_the_next_token_alone_learns_all_but_the_arm() -> None:
 def test_the_next_token_guesses_the_arm_and_three_heads_find_it(seed: int) -> None:
     assert found_by("next token", seed)["exact"] <= 0.65
     assert found_by("3 heads", seed)["exact"] >= 0.95
+
+
+def test_methods_shown_beside_have_fewer_seeds_and_no_say_in_the_verdict() -> None:
+    settings = replace(SETTINGS, seeds=2, seeds_beside=1, methods=("next token", "2 heads", "reversed"), tests=1000)
+    exact = {"next token": 0.5, "2 heads": 1.0, "reversed": 0.2}
+    cases = STUDY.cases(settings)
+    assert [case.conditions["method"] for case in cases] == [*exact, "next token", "2 heads"]
+    numbers = {"places": [1.0, 0.5, 1.0], "steps": 4}
+    results = [Result(case, numbers | {"exact": exact[str(case.conditions["method"])]}, 1.0) for case in cases]
+    found = STUDY.findings(settings, results)
+    assert found.verdict == "reproduced" and "Beside it, not judged: reversed -0.300 (one seed)" in found.sentence
+    assert STUDY.findings(replace(settings, seeds_beside=None), results).verdict == "null"
