@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -41,6 +42,7 @@ def child(request: dict[str, Any], output: str, environment: dict[str, str]) -> 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
+    signal.alarm(600)  # whoever waits for what does not come is ended, and the tests go on
     os.environ.update(environment)
     os.chdir(request["folder"])
     try:

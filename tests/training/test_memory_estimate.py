@@ -74,7 +74,7 @@ def measured(config: RunConfig) -> int:
         pytest.param(run(TOKENS, dtype="float32"), id="8k tokens, 4 transformer heads, float32"),
         pytest.param(run(LONG, dtype="float32"), id="attention in blocks, float32"),
         pytest.param(run(TOKENS, rows=2, accumulate=3, dtype="float32"), id="accumulation, float32"),
-        pytest.param(run(replace(TOKENS, wiring="causal")), id="a chain"),
+        pytest.param(run(replace(TOKENS, wiring="causal"), dtype="float32"), id="a chain, float32"),
         pytest.param(run(replace(TOKENS, heads=2, tied=True, head_kind="linear")), id="tied, linear heads"),
         pytest.param(
             run(replace(TOKENS, head_kind="medusa", shared=False, tied=True), dtype="float32"),
@@ -86,7 +86,9 @@ def measured(config: RunConfig) -> int:
         pytest.param(
             run(replace(WIDE, dim=128), rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"
         ),
-        pytest.param(run(WIDE, data=DataConfig(attention_within_documents=True)), id="documents"),
+        pytest.param(
+            run(WIDE, data=DataConfig(attention_within_documents=True), dtype="float32"), id="documents, float32"
+        ),
     ],
 )
 def test_it_is_what_a_step_takes(config: RunConfig) -> None:
