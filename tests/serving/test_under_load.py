@@ -209,3 +209,31 @@ def test_passes_faster_than_the_interval_share_a_piece(model) -> None:
     wanted = model.generate("def f(", max_new_tokens=60).text
     assert len(choices) == 2 and "".join(choice["text"] for choice in choices) == wanted
     assert "".join(t["text"] for choice in choices for t in choice["speculative"]["tokens"]) == wanted
+
+
+def test_what_nobody_thought_of_is_a_500_that_tells_nothing(
+    small: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("/home/somebody/secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "submit", broken)
+        status, answer = raw(small, SHORT)
+    assert status == 500 and answer["error"]["type"] == "server_error" and "somebody" not in str(answer)
+    assert raw(small, SHORT)[0] == 200
+    assert "somebody" in capsys.readouterr().err
+
+
+def test_a_client_is_a_key_and_an_address(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients: list[str] = []
+    submit = small.service.worker.submit
+
+    def watched(jobs: Any) -> None:
+        clients.extend(job.client for job in jobs)
+        submit(jobs)
+
+    monkeypatch.setattr(small.service.worker, "submit", watched)
+    for key in ("a", "b", "a"):
+        assert raw(small, SHORT, Authorization=f"Bearer {key}")[0] == 200
+    assert clients[0] == clients[2] != clients[1] and all("127.0.0.1" in client for client in clients)
