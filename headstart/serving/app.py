@@ -143,5 +143,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Anything else; the log has the traceback."""
-    return ApiError(500, INTERNAL).response()
+    """Anything else; the log has the traceback. uvicorn then closes the connection, so nobody may use it again."""
+    return ApiError(500, INTERNAL, headers={"Connection": "close"}).response()

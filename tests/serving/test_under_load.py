@@ -225,6 +225,16 @@ def test_what_nobody_thought_of_is_a_500_that_tells_nothing(
     assert "somebody" in capsys.readouterr().err
 
 
+def test_a_route_that_fails_tells_nothing_and_ends_the_connection(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(small.service, "_answer", lambda *_: 1 / 0)
+        status, answer = raw(small, SHORT)
+    assert status == 500 and "division" not in str(answer)
+    assert raw(small, SHORT)[0] == 200
+
+
 def test_a_client_is_a_key_and_an_address(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     clients: list[str] = []
     submit = small.service.worker.submit
