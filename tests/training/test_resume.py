@@ -164,11 +164,11 @@ moment = sys.argv[2]
 if moment == "tensors written":
     writer = checkpoint_writer.CheckpointWriter
     finish = writer._finish
-    def tensors_written(self, tensors, path, *rest):
+    def tensors_written(self, tensors, stager, path, *rest):
         tensors.result()
         if "step-00000004" in path.name:
             kill()
-        finish(self, tensors, path, *rest)
+        finish(self, tensors, stager, path, *rest)
     writer._finish = tensors_written
 elif moment == "before the rename":
     files.os.replace = at_step_4(os.replace, before=True)
