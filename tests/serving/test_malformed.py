@@ -14,7 +14,10 @@ from serving.conftest import HTTP, raw, running
 from headstart.benchmarks.malformed import bodies
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
+from headstart.storage.boxed import boxed_model
+from headstart.storage.model_directory import load_config
 
+CONTEXT = load_config(boxed_model()).context
 GOOD = {"prompt": "def f(", "max_tokens": 2, "temperature": 0}
 
 
@@ -43,8 +46,8 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [256]}, None),
         ({"prompt": "\ud800"}, None),
-        ({"prompt": "x" * 512}, "prompt"),
-        ({"prompt": "x" * 500, "max_tokens": 20}, "max_tokens"),
+        ({"prompt": "x" * CONTEXT}, "prompt"),
+        ({"prompt": "x" * (CONTEXT - 12), "max_tokens": 20}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),

@@ -12,6 +12,9 @@ from headstart.errors import UsageError
 from headstart.serving import server
 from headstart.serving.settings import ServeSettings
 from headstart.storage.boxed import boxed_model
+from headstart.storage.model_directory import load_config
+
+CONTEXT = load_config(boxed_model()).context
 
 
 @pytest.mark.parametrize(
@@ -38,7 +41,9 @@ def test_what_no_server_can_be_told(wrong: dict[str, Any], line: str) -> None:
         ServeSettings(**wrong)
 
 
-@pytest.mark.parametrize(("wrong", "line"), [({"context": 513}, "this model's is 512"), ({"heads": 9}, "has 8")])
+@pytest.mark.parametrize(
+    ("wrong", "line"), [({"context": CONTEXT + 1}, f"this model's is {CONTEXT}"), ({"heads": 9}, "has 8")]
+)
 def test_what_this_model_has_not(wrong: dict[str, Any], line: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headstart.api, "load", lambda *_, **__: model)
     with pytest.raises(UsageError, match=line):
