@@ -93,7 +93,9 @@ class ScalingStudy(Study[ScalingSettings]):
             sentence += " No model did better than always saying the most frequent byte: too short a training."
         headers = ["size", "n", "head 1, bits per byte", "over n=1"]
         notes = ["The same number of parameters and the same bytes for every n; held-out code of Python's own library."]
-        return Findings(headers, rows, judge(contrasts, within_reach=within_reach), sentence, ours, notes)
+        whole = "1.3B" in settings.sizes  # the smallest that gains in the paper
+        verdict = judge(contrasts, within_reach=within_reach, whole=whole)
+        return Findings(headers, rows, verdict, sentence, ours, notes)
 
     def draw(self, figure: Any, settings: ScalingSettings, results: Sequence[Result]) -> None:
         left, right = figure.subplots(1, 2)

@@ -47,13 +47,13 @@ def contrast(what: str, more: Sequence[float], less: Sequence[float], margin: fl
     return Contrast(what, [a - b for a, b in zip(more, less)], margin)
 
 
-def judge(contrasts: Sequence[Contrast], *, within_reach: bool = True) -> Verdict:
+def judge(contrasts: Sequence[Contrast], *, within_reach: bool = True, whole: bool = True) -> Verdict:
     """reproduced: every contrast holds with every one of two seeds or more. direction only: more than half of them lean
-    as claimed, by their medians. null: anything else, the opposite included. out of reach: the setting could not have
-    shown the claim (`within_reach`), or nothing was compared."""
+    as claimed, by their medians, or the claim says more than they do (`whole`). null: anything else, the opposite
+    included. out of reach: the setting could not have shown the claim (`within_reach`), or nothing was compared."""
     if not within_reach or not contrasts:
         return "out of reach"
-    if all(each.holds for each in contrasts):
+    if whole and all(each.holds for each in contrasts):
         return "reproduced"
     return "direction only" if sum(each.leans for each in contrasts) > len(contrasts) / 2 else "null"
 

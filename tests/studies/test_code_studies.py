@@ -71,7 +71,7 @@ AS_THE_PAPER = {"constant": 2.2, "forward": 2.1, "reverse": 2.0}
         ("heads", by_kind(PARALLEL_BEST), "reproduced"),
         ("heads", by_kind({**PARALLEL_BEST, "linear, parallel": 1.9}), "direction only"),
         ("heads", by_kind({"next token alone": 1.9, "transformer, parallel": 2.6}), "null"),
-        ("scaling", by_size({"0.06M": 0.2, "0.25M": 0.1}), "reproduced"),
+        ("scaling", by_size({"0.06M": 0.2, "0.25M": 0.1}), "direction only"),
         ("scaling", by_size({"0.06M": -0.2, "0.25M": 0.3}), "null"),
         ("curriculum", by_schedule(AS_THE_PAPER, {"forward": 1.5, "reverse": 1.0}), "reproduced"),
         ("curriculum", by_schedule(AS_THE_PAPER, {"forward": 1.0, "reverse": 1.5}), "direction only"),
