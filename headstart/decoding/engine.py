@@ -91,6 +91,8 @@ class Engine:
         gaps = model.config.drafting_heads < model.config.heads
         self.policy = None if self.fixed_shapes or self.width == 1 or gaps else policy
         self.tree = self._planted(tree, slots)
+        if self.tree is not None and exact and not is_row_exact(model):  # trees are for torch's attention there
+            self.fixed_shapes, self.policy = True, None
         self._rows: TreeRows | None = None
         if self.tree is not None:
             self.width = max(self.width, self.tree.rows)

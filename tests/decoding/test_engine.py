@@ -10,6 +10,7 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import PackedLinear, can_pack, pack
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tree import DraftTree
 from headstart.errors import UsageError
 
 PROMPT = tuple(b"the cat then")
@@ -104,3 +105,4 @@ def test_shapes_are_free_where_so_few_rows_are_exact_and_prompts_are_read_in_equ
     assert (few.fixed_shapes, many.fixed_shapes) == (False, True)
     assert few.admission.fixed_shapes and many.admission.fixed_shapes
     assert not Engine(model, slots=1, exact=False).admission.fixed_shapes
+    assert Engine(model, tree=DraftTree.parse("0,1")).fixed_shapes, "a tree's attention is torch's"
