@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headstart.decoding import native
 from headstart.decoding.cache import CachedAttention, CompiledAttention
 from headstart.decoding.int8 import Quantize, quantize_weight
+from headstart.decoding.native.weights import pack_int8, pack_weight
 from headstart.model.attention import causal_attention
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Trunk
@@ -26,7 +27,7 @@ class NativeLinear(nn.Module):
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, quantize: Quantize | None = None) -> None:
         super().__init__()
         self.shape, weight_NK = weight_NK.shape, weight_NK.detach()
-        self.packed = native.pack_int8(*quantize_weight(weight_NK)) if quantize else native.pack_weight(weight_NK)
+        self.packed = pack_int8(*quantize_weight(weight_NK)) if quantize else pack_weight(weight_NK)
         self.bias = None if bias_N is None else bias_N.detach().float()
         self._linear = _native(weight_NK.dtype).linear
         self._options = () if weight_NK.dtype == torch.bfloat16 else (native.STORED[self.packed.dtype],)

@@ -24,8 +24,6 @@ from headstart.errors import UsageError
 from headstart.files import cache_folder, replacing_file
 
 SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
-COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
-"""Of a block of packed weights."""
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """How fp32.c tells what packed weights are made of."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
@@ -217,33 +215,3 @@ def compact(keys: Tensor, values: Tensor, start_S: Tensor, row_S: Tensor, tree: 
     compiled.compact(
         *(*pointers, layers, values.stride(0)), *(start_S.data_ptr(), row_S.data_ptr(), tree), *(S, G, E, capacity)
     )
-
-
-def pack_weight(weight_NK: Tensor) -> Tensor:
-    """The layout of `linear`, the last block filled up with zeros.
-
-    (N, K) bf16, K even -> [ceil(N/32)][K/2][32][2] bf16. (N, K) fp32 -> [ceil(N/16)][K][16]: bf16 where that holds
-    every weight exactly, else fp32.
-    """
-    N, K = weight_NK.shape
-    columns = COLUMNS[weight_NK.dtype]
-    padded = torch.zeros(-(-N // columns) * columns, K, dtype=weight_NK.dtype)
-    padded[:N] = weight_NK
-    if weight_NK.dtype == torch.bfloat16:
-        return padded.view(-1, columns, K // 2, 2).transpose(1, 2).contiguous()
-    narrow = padded.bfloat16()
-    kept = narrow if torch.equal(narrow.float(), padded) else padded
-    return kept.view(-1, columns, K).transpose(1, 2).contiguous()
-
-
-def pack_int8(whole_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """The layout of int8.h for weights of `int8.quantize_weight`: (ceil(N/16), 128 + 64 ceil(K/4)) int8."""
-    N, K = whole_NK.shape
-    blocks = -(-N // 16)
-    padded = torch.zeros(16 * blocks, -(-K // 4) * 4, dtype=torch.int8)
-    padded[:N, :K] = whole_NK
-    scale = torch.zeros(16 * blocks)
-    scale[:N] = scale_N
-    shift = 128 * padded.sum(1, dtype=torch.int32)
-    weights = padded.view(blocks, 16, -1, 4).transpose(1, 2).reshape(blocks, -1)
-    return torch.cat([shift.view(blocks, 16).view(torch.int8), scale.view(blocks, 16).view(torch.int8), weights], dim=1)

@@ -21,38 +21,72 @@ typedef float real;
 static inline float to_float(float x) { return x; }
 static inline float from_float(float x) { return x; }
 
-static inline __attribute__((always_inline)) __m256 load_weight(const int narrow, const void *w, long i) {
-    if (!narrow) return _mm256_loadu_ps((const float *)w + i);
-    const __m128i bits = _mm_loadu_si128((const __m128i *)((const uint16_t *)w + i));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+// Sixteen weights of a row of a block. Narrow ones lie in pairs, (0, 8), (1, 9), ..., the first in the lower bits.
+static inline __attribute__((always_inline)) void load_weights(const int narrow, const void *w, long i, __m256 *low, __m256 *high) {
+    if (!narrow) {
+        *low = _mm256_loadu_ps((const float *)w + i);
+        *high = _mm256_loadu_ps((const float *)w + i + 8);
+        return;
+    }
+    const __m256i pairs = _mm256_loadu_si256((const __m256i *)((const uint16_t *)w + i));
+    *low = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    *high = _mm256_and_ps(_mm256_castsi256_ps(pairs), _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000)));
 }
 
-// y[m][16 block .. ) for M rows and B blocks of 16 columns, M * B <= 4. x: [M][K]; w: packed weights [.][K][16].
-static inline __attribute__((always_inline)) void tile(const int M, const int B, const int narrow, const float *x, long K,
-                                                       const void *w, const float *bias, float *y, long N, long block) {
-    __m256 sum[4][2];
-#pragma GCC unroll 4
-    for (int i = 0; i < M * B; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
-    const long begin = block * K * 16;
-    for (long k = 0; k < K; k++) {
-#pragma GCC unroll 4
-        for (int b = 0; b < B; b++) {
-            const long at = begin + (b * K + k) * 16;
-            __m256 w0 = load_weight(narrow, w, at), w1 = load_weight(narrow, w, at + 8);
-            KEEP(w0);
-            KEEP(w1);
-#pragma GCC unroll 4
-            for (int m = 0; m < M; m++) {
-                const __m256 a = _mm256_broadcast_ss(x + m * K + k);
-                sum[m * B + b][0] = _mm256_fmadd_ps(a, w0, sum[m * B + b][0]);
-                sum[m * B + b][1] = _mm256_fmadd_ps(a, w1, sum[m * B + b][1]);
-            }
+// What a tile asks the memory for while it computes: lines of 64 bytes, up to four for each four of its steps, each in a part
+// of its own. The processor reads ahead by itself within a page of one stream, and so keeps the memory half busy when there
+// is arithmetic between; these requests, of several streams, go on through it (docs/lab-notes.md).
+typedef struct {
+    const char *from;
+    long part;
+    int lines;
+} Ahead;
+
+static inline __attribute__((always_inline)) void fetch(const Ahead *ahead, long k) {
+    const char *from = ahead->from + k * 16;  // 64 bytes of a part for four steps
+    if (ahead->lines > 0) _mm_prefetch(from, _MM_HINT_T1);
+    if (ahead->lines > 1) _mm_prefetch(from + ahead->part, _MM_HINT_T1);
+    if (ahead->lines > 2) _mm_prefetch(from + 2 * ahead->part, _MM_HINT_T1), _mm_prefetch(from + 3 * ahead->part, _MM_HINT_T1);
+}
+
+// Adds the products of place k.
+static inline __attribute__((always_inline)) void step(const int M, const int B, const int narrow, const float *x, long K,
+                                                       const void *w, long begin, long k, __m256 sum[6][2]) {
+#pragma GCC unroll 6
+    for (int b = 0; b < B; b++) {
+        const long at = begin + (b * K + k) * 16;
+        __m256 w0, w1;
+        load_weights(narrow, w, at, &w0, &w1);
+        KEEP(w0);
+        KEEP(w1);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+            const __m256 a = _mm256_broadcast_ss(x + m * K + k);
+            sum[m * B + b][0] = _mm256_fmadd_ps(a, w0, sum[m * B + b][0]);
+            sum[m * B + b][1] = _mm256_fmadd_ps(a, w1, sum[m * B + b][1]);
         }
     }
+}
+
+// y[m][16 block .. ) for M rows and B blocks of 16 columns, M * B <= 6. x: [M][K]; w: packed weights [.][K][16].
+static inline __attribute__((always_inline)) void tile(const int M, const int B, const int narrow, const float *x, long K,
+                                                       const void *w, const float *bias, float *y, long N, long block,
+                                                       const Ahead ahead) {
+    __m256 sum[6][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < M * B; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    const long begin = block * K * 16;
+    long k = 0;
+    for (; M > 1 && k + 4 <= K; k += 4) {
+        fetch(&ahead, k);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) step(M, B, narrow, x, K, w, begin, k + i, sum);
+    }
+    for (; k < K; k++) step(M, B, narrow, x, K, w, begin, k, sum);
 #pragma GCC unroll 4
     for (int b = 0; b < B; b++) {
         const long first = (block + b) * 16, count = N - first < 16 ? N - first : 16;
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
             float line[16];
             _mm256_storeu_ps(line, sum[m * B + b][0]);
@@ -62,28 +96,46 @@ static inline __attribute__((always_inline)) void tile(const int M, const int B,
     }
 }
 
-static inline __attribute__((always_inline)) void product(const int narrow, const float *x, const void *w, const float *bias,
-                                                          float *y, long rows, long N, long K, int threads) {
-    const long blocks = (N + 15) / 16;
+// Functions of their own: where several are inlined side by side, gcc keeps sums on the stack.
+typedef void Tile(const float *x, long K, const void *w, const float *bias, float *y, long N, long block, Ahead ahead);
+#define TILE(M, B, NARROW)                                                                                                  \
+    static __attribute__((noinline)) void tile_##M##x##B##_##NARROW(const float *x, long K, const void *w, const float *bias, \
+                                                                    float *y, long N, long block, Ahead ahead) {            \
+        tile(M, B, NARROW, x, K, w, bias, y, N, block, ahead);                                                              \
+    }
+#define TILES(NARROW)                                                                                                       \
+    TILE(1, 1, NARROW) TILE(2, 1, NARROW) TILE(3, 1, NARROW) TILE(4, 1, NARROW) TILE(5, 1, NARROW) TILE(6, 1, NARROW)       \
+    TILE(1, 4, NARROW) TILE(2, 2, NARROW)
+TILES(0)
+TILES(1)
+#define BY_ROWS(NARROW) {tile_1x1_##NARROW, tile_2x1_##NARROW, tile_3x1_##NARROW, tile_4x1_##NARROW, tile_5x1_##NARROW, tile_6x1_##NARROW}
+static Tile *const tall[2][6] = {BY_ROWS(0), BY_ROWS(1)};
+static Tile *const wide[2][2] = {{tile_1x4_0, tile_2x2_0}, {tile_1x4_1, tile_2x2_1}};
+
+static void product(int narrow, const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads) {
+    const long blocks = (N + 15) / 16, bytes = K * 16 * (narrow ? 2 : 4), part = K * 16;
+    // A tile has as many rows as registers hold the sums of, the last one no fewer than the others by more than one. The tiles
+    // of a block ask for the next block, each for its share of it.
+    const long most = narrow ? 5 : 6, tiles = (rows + most - 1) / most;
+    const int whole = narrow ? 2 : 4, lines = rows < 3 ? 0 : tiles == 1 ? whole : tiles < whole ? 2 : 1;
     // Waking a second thread costs some microseconds: small products are done before it is there.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
-    for (long four = 0; four < (blocks + 3) / 4; four++) {
-        const long begin = 4 * four, end = begin + 4 < blocks ? begin + 4 : blocks, left = rows % 4, m = rows - left;
-        for (long block = begin; block < end; block++)  // stays in cache for the next rows
-            for (long first = 0; first < m; first += 4)
-                tile(4, 1, narrow, x + first * K, K, w, bias, y + first * N, N, block);
-        const float *xm = x + m * K;
-        float *ym = y + m * N;
-        // A chain of additions waits for itself: few rows go through several blocks at once.
-        if (left == 1 && end - begin == 4) {
-            tile(1, 4, narrow, xm, K, w, bias, ym, N, begin);
-            continue;
+    for (long four = 0; four < blocks; four += 4) {
+        const long end = four + 4 < blocks ? four + 4 : blocks;
+        long block = four;
+        // A chain of additions waits for itself: one row or two go through several blocks at once. One row's four streams
+        // keep the memory busy.
+        for (const long B = 4 / rows; B > 1 && block + B <= end; block += B) {
+            const Ahead ahead = {(const char *)w + (block + B) * bytes, part, rows == 2 && narrow ? 4 : 0};
+            wide[narrow][rows - 1](x, K, w, bias, y, N, block, ahead);
         }
-        for (long block = begin; left && block < end;) {
-            if (left == 2 && end - block >= 2) tile(2, 2, narrow, xm, K, w, bias, ym, N, block), block += 2;
-            else if (left == 3) tile(3, 1, narrow, xm, K, w, bias, ym, N, block), block++;
-            else if (left == 2) tile(2, 1, narrow, xm, K, w, bias, ym, N, block), block++;
-            else tile(1, 1, narrow, xm, K, w, bias, ym, N, block), block++;
+        for (; block < end; block++) {
+            for (long i = 0, row = 0; i < tiles; i++) {
+                const long M = (rows - row + tiles - i - 1) / (tiles - i), from = i * lines * part;
+                const Ahead ahead = {(const char *)w + (block + 1) * bytes + from, part, from < bytes ? lines : 0};
+                tall[narrow][M - 1](x + row * K, K, w, bias, y + row * N, N, block, ahead);
+                row += M;
+            }
         }
     }
 }
@@ -107,8 +159,7 @@ enum { FP32, BF16, INT8 };
 // y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16], fp32 or bf16 by `stored`, or as int8.h has it.
 void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int stored) {
     if (stored == INT8) product8(x, w, bias, y, rows, N, K, threads);
-    else if (stored == BF16) product(1, x, w, bias, y, rows, N, K, threads);
-    else product(0, x, w, bias, y, rows, N, K, threads);
+    else product(stored == BF16, x, w, bias, y, rows, N, K, threads);
 }
 
 // exp(x) to 2 ulp for x <= 88; exactly 0 below -87. The same instructions for every element: no scalar tail.

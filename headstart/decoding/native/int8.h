@@ -17,12 +17,6 @@ static inline __m256i dot4(__m256i sum, __m256i x, __m256i w) {
 #endif
 }
 
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-#define INT8_ROWS 4
-#else
-#define INT8_ROWS 2  // with 4, gcc 12 keeps sums on the stack: 1.3 times the time
-#endif
-
 // One row (K,) -> q, padded with zeros to a multiple of 32; the value of one step of it.
 static float quantize(const float *x, long K, uint8_t *q) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -48,60 +42,97 @@ static float quantize(const float *x, long K, uint8_t *q) {
     return top * (1.0f / 127.0f);
 }
 
-// y[m][first .. first + 16) for M rows. q: [M][stride]; w: one block of packed weights.
-static inline __attribute__((always_inline)) void tile8(const int M, const uint8_t *q, long stride, const float *scale,
-                                                        const uint8_t *w, const float *bias, float *y, long N, long K,
-                                                        long first) {
-    __m256i sum[INT8_ROWS][2];
-    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm256_setzero_si256();
-    const uint8_t *at = w + INT8_HEADER;
-    for (long k = 0; k < K; k += 4, at += 64) {
-        const __m256i w0 = _mm256_loadu_si256((const __m256i *)at), w1 = _mm256_loadu_si256((const __m256i *)(at + 32));
+// Adds the products of places k to k + 3, for M rows and B blocks, which lie `size` apart.
+static inline __attribute__((always_inline)) void step8(const int M, const int B, const uint8_t *q, long stride, const uint8_t *w,
+                                                        long size, long k, __m256i sum[4][2]) {
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) {
+        const uint8_t *at = w + b * size + 16 * k;
+        __m256i w0 = _mm256_loadu_si256((const __m256i *)at), w1 = _mm256_loadu_si256((const __m256i *)(at + 32));
+        KEEP(w0);
+        KEEP(w1);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
             int32_t four;
             memcpy(&four, q + m * stride + k, 4);
             const __m256i a = _mm256_set1_epi32(four);
-            sum[m][0] = dot4(sum[m][0], a, w0);
-            sum[m][1] = dot4(sum[m][1], a, w1);
+            sum[m * B + b][0] = dot4(sum[m * B + b][0], a, w0);
+            sum[m * B + b][1] = dot4(sum[m * B + b][1], a, w1);
         }
-    }
-    const long count = N - first < 16 ? N - first : 16;
-    float add[16] = {0};
-    if (bias) memcpy(add, bias + first, sizeof(float) * count);
-#pragma GCC unroll 4
-    for (int m = 0; m < M; m++) {
-        float line[16];
-        for (int half = 0; half < 2; half++) {
-            const __m256i shift = _mm256_loadu_si256((const __m256i *)(w + 32 * half));
-            const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[m][half], shift));
-            const __m256 unit = _mm256_mul_ps(_mm256_set1_ps(scale[m]), _mm256_loadu_ps((const float *)(w + 64) + 8 * half));
-            // One rounding, however the compiler lays the loop out.
-            _mm256_storeu_ps(line + 8 * half, _mm256_fmadd_ps(total, unit, _mm256_loadu_ps(add + 8 * half)));
-        }
-        memcpy(y + m * N + first, line, sizeof(float) * count);
     }
 }
 
-// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)] of a header and [ceil(K/4)][16][4] int8.
+// The sums of one row and block, times their scales -> y[0 .. count).
+static inline __attribute__((always_inline)) void finish8(const __m256i sum[2], float scale, const uint8_t *w, const float *bias,
+                                                          float *y, long count) {
+    float add[16] = {0}, line[16];
+    if (bias) memcpy(add, bias, sizeof(float) * count);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        const __m256i shift = _mm256_loadu_si256((const __m256i *)(w + 32 * half));
+        const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[half], shift));
+        const __m256 unit = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_loadu_ps((const float *)(w + 64) + 8 * half));
+        // One rounding, however the compiler lays the loop out.
+        _mm256_storeu_ps(line + 8 * half, _mm256_fmadd_ps(total, unit, _mm256_loadu_ps(add + 8 * half)));
+    }
+    memcpy(y, line, sizeof(float) * count);
+}
+
+// y[m][16 block .. ) for M rows and B blocks, M * B <= 4. q: [M][stride]; w: packed weights, a block every `size` bytes.
+static inline __attribute__((always_inline)) void tile8(const int M, const int B, const uint8_t *q, long stride, const float *scale,
+                                                        const uint8_t *w, long size, const float *bias, float *y, long N, long K,
+                                                        long block, const Ahead ahead) {
+    __m256i sum[4][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < M * B; i++) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+    w += block * size;
+    long k = 0;
+    for (; k + 16 <= K; k += 16) {
+        if (M > 2) fetch(&ahead, k / 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += 4) step8(M, B, q, stride, w + INT8_HEADER, size, k + i, sum);
+    }
+    for (; k < K; k += 4) step8(M, B, q, stride, w + INT8_HEADER, size, k, sum);
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) {
+        const long first = 16 * (block + b), count = N - first < 16 ? N - first : 16;
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++)
+            finish8(sum[m * B + b], scale[m], w + b * size, bias ? bias + first : NULL, y + m * N + first, count);
+    }
+}
+
+typedef void Tile8(const uint8_t *q, long stride, const float *scale, const uint8_t *w, long size, const float *bias, float *y,
+                   long N, long K, long block, Ahead ahead);
+#define TILE8(M, B)                                                                                                             \
+    static __attribute__((noinline)) void tile8_##M##x##B(const uint8_t *q, long stride, const float *scale, const uint8_t *w,    \
+                                                          long size, const float *bias, float *y, long N, long K, long block,   \
+                                                          Ahead ahead) {                                                        \
+        tile8(M, B, q, stride, scale, w, size, bias, y, N, K, block, ahead);                                                    \
+    }
+TILE8(1, 1) TILE8(2, 1) TILE8(3, 1) TILE8(4, 1) TILE8(1, 4) TILE8(2, 2)
+static Tile8 *const tall8[] = {tile8_1x1, tile8_2x1, tile8_3x1, tile8_4x1}, *const wide8[] = {tile8_1x4, tile8_2x2};
+
+// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)] of a header and [ceil(K/4)][16][4] int8. Tiles as in
+// `product`.
 static void product8(const float *x, const uint8_t *w, const float *bias, float *y, long rows, long N, long K, int threads) {
-    const long stride = (K + 31) / 32 * 32, blocks = (N + 15) / 16, size = INT8_HEADER + (K + 3) / 4 * 64;
+    const long stride = (K + 31) / 32 * 32, blocks = (N + 15) / 16, size = INT8_HEADER + (K + 3) / 4 * 64, part = (K + 15) / 16 * 64;
+    const long tiles = (rows + 3) / 4, lines = tiles == 1 ? 4 : tiles < 4 ? 2 : 1;
     float *scale = malloc(rows * (sizeof(float) + stride));
     uint8_t *q = (uint8_t *)(scale + rows);
     for (long r = 0; r < rows; r++) scale[r] = quantize(x + r * K, K, q + r * stride);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 19)
-    for (long block = 0; block < blocks; block++) {
-        const uint8_t *wb = w + block * size;
-        for (long m = 0; m < rows; m += INT8_ROWS) {  // the block stays in cache for the next rows
-            const uint8_t *qm = q + m * stride;
-            float *ym = y + m * N;
-            switch (rows - m < INT8_ROWS ? rows - m : INT8_ROWS) {
-                case 1: tile8(1, qm, stride, scale + m, wb, bias, ym, N, K, block * 16); break;
-#if INT8_ROWS > 2
-                case 2: tile8(2, qm, stride, scale + m, wb, bias, ym, N, K, block * 16); break;
-                case 3: tile8(3, qm, stride, scale + m, wb, bias, ym, N, K, block * 16); break;
-#endif
-                default: tile8(INT8_ROWS, qm, stride, scale + m, wb, bias, ym, N, K, block * 16);
+    for (long four = 0; four < blocks; four += 4) {
+        const long end = four + 4 < blocks ? four + 4 : blocks;
+        long block = four;
+        for (const long B = 4 / rows; B > 1 && block + B <= end; block += B)
+            wide8[rows - 1](q, stride, scale, w, size, bias, y, N, K, block, (Ahead){0});
+        for (; block < end; block++) {
+            for (long i = 0, row = 0; i < tiles; i++) {
+                const long M = (rows - row + tiles - i - 1) / (tiles - i), from = i * lines * part;
+                const Ahead ahead = {(const char *)w + (block + 1) * size + from, part, from < size ? (int)lines : 0};
+                tall8[M - 1](q + row * stride, stride, scale + row, w, size, bias, y + row * N, N, K, block, ahead);
+                row += M;
             }
         }
     }
