@@ -53,13 +53,32 @@ def enumerated(text: str, seed: int, drafted: int, monkeypatch: pytest.MonkeyPat
         for depth, one in enumerate(drawn):
             chance *= chance_of(one, depth)
         if chance:
-            cases += [(drawn, chance, below) for below in itertools.product((True, False), repeat=D * C)]
+            cases.append((drawn, chance))
     nodes = [(), *rows.tree.paths]
-    tokens = [[tuple(drawn[d][r] for d, r in enumerate(path)) for path in nodes] for drawn, _, _ in cases]
-    window = torch.tensor([[0, *(node[-1] for node in case[1:])] for case in tokens])
-    p = torch.stack([torch.stack([target[node] for node in case]) for case in tokens])
-    outcome = torch.tensor([below for _, _, below in cases])
-    weight = torch.tensor([chance for _, chance, _ in cases], dtype=torch.float64)
+    windows = [tuple(tuple(drawn[d][r] for d, r in enumerate(path)) for path in nodes) for drawn, _ in cases]
+    played = [chance for _, chance in cases]
+    return error_of(rows, windows, played, target, q.expand(len(cases), -1, -1), None, drafted, monkeypatch)
+
+
+def error_of(
+    rows: TreeRows,
+    windows: list[tuple[tuple[int, ...], ...]],
+    chances: list[float],
+    target: dict[tuple[int, ...], torch.Tensor],
+    q_SQV: torch.Tensor,
+    by_row_S: torch.Tensor | None,
+    drafted: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> float:
+    """Of windows, given as the path of each row, that are drawn with those chances."""
+    D, C = rows.tree.depth, rows.tree.ranks
+    outcomes = list(itertools.product((True, False), repeat=D * C))
+    S, count = len(windows), len(outcomes)
+    window = torch.tensor([[0, *(path[-1] for path in case[1:])] for case in windows]).repeat_interleave(count, 0)
+    p = torch.stack([torch.stack([target[path] for path in case]) for case in windows]).repeat_interleave(count, 0)
+    outcome = torch.tensor(outcomes).repeat(S, 1)
+    weight = torch.tensor(chances, dtype=torch.float64).repeat_interleave(count)
+    by_row = None if by_row_S is None else by_row_S.repeat_interleave(count)
     original, asked = acceptance_module.chain_probabilities, iter(outcome.T)
 
     def noted(*arguments: torch.Tensor) -> torch.Tensor:
@@ -68,20 +87,27 @@ def enumerated(text: str, seed: int, drafted: int, monkeypatch: pytest.MonkeyPat
         weight = weight * torch.where(next(asked), kept[:, 0], 1 - kept[:, 0])
         return kept
 
-    monkeypatch.setattr(acceptance_module, "chain_probabilities", noted)
-    draws = torch.where(outcome, -1.0, 2.0).view(-1, D, C).double()
-    row, rest = recursive_rejection(
-        p, q.expand(len(cases), -1, -1), rows, window, torch.full((len(cases),), drafted), draws
-    )
-    monkeypatch.setattr(acceptance_module, "chain_probabilities", original)
+    with monkeypatch.context() as patch:
+        patch.setattr(acceptance_module, "chain_probabilities", noted)
+        draws = torch.where(outcome, -1.0, 2.0).view(-1, D, C).double()
+        row, rest = recursive_rejection(
+            p,
+            q_SQV.repeat_interleave(count, 0),
+            rows,
+            window,
+            torch.full((S * count,), drafted),
+            draws,
+            by_row,
+        )
     assert int(rows.depth_R[row].max()) == min(drafted, D)
     joint = dict.fromkeys(itertools.product(range(V), repeat=D + 1), 0.0)
-    rest = rest / rest.sum(-1, keepdim=True)
     # Cases that came out alike are one.
     ends: dict[tuple[int, ...], float] = {}
-    for case, last, chance, after in zip(tokens, row.tolist(), weight.tolist(), rest.tolist()):
-        for token, share in enumerate(after):
-            start = (*case[last], token)
+    for i, (last, chance, after) in enumerate(zip(row.tolist(), weight.tolist(), rest)):
+        if not chance:  # what is left of nothing is nothing
+            continue
+        for token, share in enumerate((after / after.sum()).tolist()):
+            start = (*windows[i // count][last], token)
             ends[start] = ends.get(start, 0.0) + chance * share
     for start, chance in ends.items():
         for tail in itertools.product(range(V), repeat=D + 1 - len(start)):
@@ -89,6 +115,57 @@ def enumerated(text: str, seed: int, drafted: int, monkeypatch: pytest.MonkeyPat
             joint[whole] += chance * _probability(target, whole, len(start))
     assert sum(joint.values()) == pytest.approx(1)
     return max(abs(chance - _probability(target, whole, 0)) for whole, chance in joint.items())
+
+
+def constrained(text: str, seed: int, monkeypatch: pytest.MonkeyPatch, masked: bool = True) -> float:
+    """The same where a constraint decides along every path what may come: the target is masked, and siblings are drawn
+    from their head's distribution under the mask of their parent; where one token is allowed, it is the first of them,
+    and what is left holds a token that is forbidden there, as `constrained_drafts` has it. `masked`: the rule is told
+    each family's distribution, not that without masks."""
+    rows = TreeRows(DraftTree.parse(text), "cpu")
+    D = rows.tree.depth
+    generator = torch.Generator().manual_seed(seed)
+    allowed = {
+        path: torch.rand(V, generator=generator) < 0.6
+        for length in range(D + 1)
+        for path in itertools.product(range(V), repeat=length)
+    }
+    heads = torch.rand(D, V, generator=generator, dtype=torch.float64).pow(2) + 1e-3
+
+    def masked_law(x: torch.Tensor, path: tuple[int, ...]) -> torch.Tensor:
+        x = torch.where(allowed[path], x, 0.0) if allowed[path].any() else x
+        return x / x.sum()
+
+    target = {p: masked_law(torch.rand(V, generator=generator, dtype=torch.float64) + 1e-3, p) for p in allowed}
+    windows: list[tuple[tuple[int, ...], ...]] = []
+    laws, chances = [], []
+
+    def draw(row: int, window: dict[int, tuple[int, ...]], law: dict[int, torch.Tensor], chance: float) -> None:
+        """Rows up to here have their paths; draws the children of `row` in every way."""
+        if row == rows.rows:
+            windows.append(tuple(window[r] for r in range(row)))
+            chances.append(chance)
+            laws.append(torch.stack([law.get(r, torch.zeros(V, dtype=torch.float64)) for r in range(row)]))
+            return
+        children, path = rows.children[row], window[row]
+        if not children:
+            draw(row + 1, window, law, chance)
+            return
+        q = masked_law(heads[len(path)], path)
+        stray = int((q == 0).to(torch.int64).argmax())
+        for drawn in itertools.permutations(range(V), min(len(children), int((q > 0).sum()))):
+            left, share = q.clone(), 1.0
+            for token in drawn:
+                share *= float(left[token] / left.sum()) if left[token] else 0.0
+                left[token] = 0
+            if share:
+                tokens = (*drawn, *[stray] * (len(children) - len(drawn)))
+                more = {child: (*path, token) for child, token in zip(children, tokens)}
+                draw(row + 1, window | more, law | {row: q if masked else heads[len(path)]}, chance * share)
+
+    draw(0, {0: ()}, {}, 1.0)
+    by_row = torch.ones(len(windows), dtype=torch.bool)
+    return error_of(rows, windows, chances, target, torch.stack(laws), by_row, D, monkeypatch)
 
 
 def _probability(target: dict[tuple[int, ...], torch.Tensor], tokens: tuple[int, ...], start: int) -> float:
@@ -117,6 +194,16 @@ def test_wrong_rules_fail_the_enumeration(text: str, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as wrong:
         wrong.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
         assert enumerated(text, 0, depth, wrong) > 1e-3
+
+
+@pytest.mark.parametrize("text", TREES)
+def test_under_a_constraint_it_has_the_masked_targets_joint_distribution(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(6):
+        assert constrained(text, seed, monkeypatch) < 1e-12
+    # Negative control: weighed by distributions that know nothing of the masks.
+    assert max(constrained(text, seed, monkeypatch, masked=False) for seed in range(6)) > 1e-3
 
 
 def test_texts_drawn_with_it_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
