@@ -17,9 +17,10 @@ from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.int8 import Quantize, known
 from headstart.decoding.packing import decoding_dtype, is_row_exact, pack
 from headstart.decoding.penalties import Penalties
-from headstart.decoding.policy import DraftPolicy, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.tree import wanted_tree
+from headstart.decoding.tuning import Tuning
 from headstart.decoding.untuned import Learned, UntunedPolicy
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig

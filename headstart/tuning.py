@@ -17,9 +17,9 @@ from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import AcceptanceTable, Tuning
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.tree import DraftTree, grow
+from headstart.decoding.tuning import AcceptanceTable, Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.evaluation.texts import sizes

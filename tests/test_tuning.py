@@ -14,9 +14,9 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import PRIOR, AcceptanceTable
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.tree import DraftTree
+from headstart.decoding.tuning import PRIOR, AcceptanceTable
 from headstart.decoding.untuned import UntunedPolicy
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks

@@ -12,11 +12,11 @@ import torch
 from headstart import machine
 from headstart.benchmarks.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
 from headstart.decoding.packing import pack
-from headstart.decoding.policy import PassCosts
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.single_pass import Pass
 from headstart.decoding.single_step import Step
 from headstart.decoding.tree import DraftTree
+from headstart.decoding.tuning import PassCosts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.terminal import Progress

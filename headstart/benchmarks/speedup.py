@@ -15,8 +15,9 @@ from headstart.data.shards import TokenShards
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request, Stats
 from headstart.decoding.packing import is_row_exact, pack
-from headstart.decoding.policy import DraftPolicy, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tuning import Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.repetition import repeated
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts

@@ -22,8 +22,9 @@ from headstart.benchmarks.synthetic_acceptance import acceptance_table, share_ri
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import is_row_exact, pack
-from headstart.decoding.policy import DraftPolicy, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tuning import Tuning
 from headstart.model.config import ModelConfig
 
 POLICY_BAR = Bar(">=", 0.97)

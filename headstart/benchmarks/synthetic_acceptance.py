@@ -15,7 +15,7 @@ import torch
 
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation
-from headstart.decoding.policy import EDGES, AcceptanceTable
+from headstart.decoding.tuning import EDGES, AcceptanceTable
 from headstart.errors import UsageError
 
 

@@ -2,174 +2,16 @@
 
 A window of more rows costs more and commits more. What a draft is worth is known before it is fed: the probability that
 its head gave it, through a table measured of this model (`AcceptanceTable`). What a row costs is measured of this
-machine (`PassCosts`). `headstart tune` measures both; which rows are fed changes no output.
+machine (`PassCosts`). Which rows are fed changes no output.
 """
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_left, bisect_right
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
 
-import torch
-
-from headstart import machine
-from headstart.decoding.packing import is_quantized, is_row_exact
 from headstart.decoding.tree import DraftTree
-from headstart.errors import UsageError
-from headstart.model.transformer import Transformer
-
-EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Between the bins of confidence."""
-PRIOR = 4.0
-"""Observations that a bin starts with, at the mean of its head."""
-
-
-@dataclass(frozen=True)
-class AcceptanceTable:
-    """How often the draft of head k is right where those of heads 2..k-1 are; entry k-2."""
-
-    mean: tuple[float, ...]
-    by_confidence: tuple[tuple[float, ...], ...]
-    """[k-2][bin]: by the probability that head k gave its draft, bins between `EDGES`."""
-    rank_mean: tuple[tuple[float, ...], ...] = ()
-    """[k-2][r]: how often the candidate of rank r of head k is right where heads 2..k-1 had the right ones among their
-    candidates; empty where that was not measured."""
-    rank_by_confidence: tuple[tuple[tuple[float, ...], ...], ...] = ()
-    """[k-2][r][bin]: the same by the probability that head k gave its best candidate."""
-
-    @classmethod
-    def of(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
-        """Of passes that fed all drafts: the confidence of each and how many were accepted."""
-        means, tables = [], []
-        for i in range(heads - 1):
-            reached = [(confidences[i], accepted > i) for confidences, accepted in observed if accepted >= i]
-            mean = (sum(right for _, right in reached) + 0.5) / (len(reached) + 1)
-            right_in, all_in = [PRIOR * mean] * (len(EDGES) + 1), [PRIOR] * (len(EDGES) + 1)
-            for confidence, right in reached:
-                at = bisect_right(EDGES, confidence)
-                right_in[at] += right
-                all_in[at] += 1
-            means.append(mean)
-            tables.append(tuple(a / b for a, b in zip(right_in, all_in)))
-        return cls(tuple(means), tuple(tables))
-
-    def with_ranks(self, observed: Sequence[Sequence[tuple[float, int]]], ranks: int) -> AcceptanceTable:
-        """Of drafts made: entry k-2 the probability that head k gave its best candidate, and the rank of the right
-        token. Ranks from `ranks` on count as none."""
-        means, tables = [], []
-        for i in range(len(self.mean)):
-            reached = [heads[i] for heads in observed if all(rank < ranks for _, rank in heads[:i])]
-            mean = [(sum(r == rank for _, r in reached) + 0.1) / (len(reached) + 1) for rank in range(ranks)]
-            in_bin: list[list[float]] = [[PRIOR * share] * (len(EDGES) + 1) for share in mean]
-            all_in = [PRIOR] * (len(EDGES) + 1)
-            for confidence, rank in reached:
-                at = bisect_right(EDGES, confidence)
-                all_in[at] += 1
-                if rank < ranks:
-                    in_bin[rank][at] += 1
-            means.append(tuple(mean))
-            tables.append(tuple(tuple(a / b for a, b in zip(counts, all_in)) for counts in in_bin))
-        return replace(self, rank_mean=tuple(means), rank_by_confidence=tuple(tables))
-
-    def chances(self, confidences: Sequence[float], tree: DraftTree) -> list[float]:
-        """Of each node of `tree` that its path is right; of none where nothing was drafted."""
-        if not confidences:
-            return []
-        bins = [bisect_right(EDGES, confidence) for confidence in confidences]
-        return tree.chances([[ranks[at] for ranks in head] for head, at in zip(self.rank_by_confidence, bins)])
-
-    def prefixes(self, confidences: Sequence[float]) -> list[float]:
-        """Entry j-1: the probability that the first j drafts are all right."""
-        reached, prefixes = 1.0, []  # a plain loop: this runs in every pass
-        for table, confidence in zip(self.by_confidence, confidences):
-            reached *= table[bisect_right(EDGES, confidence)]
-            prefixes.append(reached)
-        return prefixes
-
-
-@dataclass(frozen=True)
-class PassCosts:
-    """Milliseconds of a pass on one machine, by slots and rows."""
-
-    slots: tuple[int, ...]
-    """Batch sizes measured, ascending."""
-    plain: tuple[float, ...]
-    """[slots]: one row a slot, no drafting."""
-    drafting: tuple[tuple[float, ...], ...]
-    """[slots][W-1]: W rows a slot, and all heads draft."""
-    tree_rows: tuple[int, ...] = ()
-    """Rows of the trees measured, ascending."""
-    tree: tuple[tuple[float, ...], ...] = ()
-    """[slots][i]: windows that are trees of `tree_rows[i]` rows."""
-
-    def at_tree(self, slots: int) -> tuple[float, tuple[float, ...]]:
-        """`at` for windows that are trees; between the rows measured by the straight line."""
-        known = (1, *self.tree_rows)
-        by_rows = []
-        for drafting, measured in zip(self.drafting, self.tree):
-            costs = (drafting[0], *measured)
-            row = []
-            for rows in range(1, known[-1] + 1):
-                high = max(1, bisect_left(known, rows))
-                share = (rows - known[high - 1]) / (known[high] - known[high - 1])
-                row.append(costs[high - 1] + share * (costs[high] - costs[high - 1]))
-            by_rows.append(tuple(row))
-        return replace(self, drafting=tuple(by_rows)).at(slots)
-
-    def at(self, slots: int) -> tuple[float, tuple[float, ...]]:
-        """(plain, drafting by rows) for any number of slots, by the straight line through the nearest two measured."""
-        if len(self.slots) == 1:
-            return self.plain[0], self.drafting[0]
-        high = min(max(bisect_right(self.slots, slots), 1), len(self.slots) - 1)
-        low = high - 1
-        share = (slots - self.slots[low]) / (self.slots[high] - self.slots[low])
-
-        def between(a: float, b: float) -> float:
-            return max(a + share * (b - a), 1e-6)
-
-        rows = tuple(between(a, b) for a, b in zip(self.drafting[low], self.drafting[high]))
-        # More rows are never cheaper: where they were measured so, that was noise.
-        return between(self.plain[low], self.plain[high]), tuple(itertools.accumulate(rows, max))
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `headstart tune` measured of a model on a machine."""
-
-    greedy: AcceptanceTable
-    sampled: AcceptanceTable
-    costs: PassCosts
-    tree: DraftTree | None = None
-    """What windows are best, if no chain."""
-    sampled_costs: PassCosts | None = None
-    """Of passes in which some text is sampled: noise is made for every row (None: taken for those of greedy ones)."""
-
-    def kind(self, sampled: bool) -> tuple[AcceptanceTable, PassCosts]:
-        """What holds for passes that are sampled, or greedy."""
-        return (self.sampled, self.sampled_costs or self.costs) if sampled else (self.greedy, self.costs)
-
-    def expected(self, slots: int, rows: int, sampled: bool = False) -> float:
-        """Tokens per second of windows of `rows` rows, over those of plain decoding."""
-        table, costs = self.kind(sampled)
-        plain, drafting = costs.at(slots)
-        tokens = 1 + sum(itertools.accumulate(table.mean[: rows - 1], lambda a, b: a * b))
-        return tokens * plain / drafting[rows - 1]
-
-    def best(self, slots: int, tree: DraftTree | None = None, sampled: bool = False) -> float:
-        """The highest of `expected` for any number of rows, of a chain or of `tree`."""
-        table, pass_costs = self.kind(sampled)
-        if tree is None:
-            return max(self.expected(slots, rows, sampled) for rows in range(1, len(table.mean) + 2))
-        plain, drafting = pass_costs.at_tree(slots)
-        tokens = itertools.accumulate(tree.chances(table.rank_mean), initial=1.0)
-        return max(count * plain / _of_rows(drafting, rows) for rows, count in enumerate(tokens, start=1))
-
-    def tree_for(self, slots: int) -> DraftTree | None:
-        """`tree` if it can be expected to beat chains at this batch size."""
-        return self.tree if self.tree is not None and self.best(slots, self.tree) > self.best(slots) else None
+from headstart.decoding.tuning import Tuning, cost_of_rows
 
 
 class DraftPolicy:
@@ -183,9 +25,15 @@ class DraftPolicy:
     MEMORY = 0.97
     """What a pass weighs, against the one after it, in the rate achieved."""
     PROBE = 24
-    """Passes before the rate achieved is believed."""
+    """Windows before the rate achieved is believed."""
+    SURPRISE = 3.5
+    """Standard deviations that drafts fall short of what was foreseen, to be believed before that."""
     REST = (64, 2048)
     """Plain passes between two looks: at first, and at most."""
+    DOUBT = 256
+    """Plain passes before the first look where no fixed number of rows can be expected to pay."""
+    GAIN = 0.2
+    """What feeding only likely drafts may gain over the best of them."""
 
     def __init__(self, tuning: Tuning) -> None:
         self.tuning = tuning
@@ -193,14 +41,22 @@ class DraftPolicy:
         """What the engine's windows are, if no chains."""
         self.sampled = False
         """Whether any text of the passes asked about is sampled; the engine says."""
-        self._costs: dict[tuple[int, bool], tuple[tuple[float, ...], bool]] = {}
+        self._costs: dict[tuple[int, bool], tuple[tuple[float, ...], float]] = {}
+        self._doubted: set[tuple[int, bool]] = set()
         self._rest = self.REST[0]
         self._resting = 0
         self._begin()
 
     def _begin(self) -> None:
+        self._windows = 0
+        self._seen, self._spent = 0.0, 0.0  # tokens and cost of passes since
+        self._foreseen = 0.0, 0.0  # of the pass planned: tokens and their variance
+        self._short, self._variance = 0.0, 0.0
+        self._expect(1.0)
+
+    def _expect(self, rate: float) -> None:
         # As if some passes at the expected rate had been seen.
-        self._tokens, self._cost, self._passes = 8 * self.tuning.best(1, self.tree), 8.0, 0
+        self._tokens, self._cost = 8 * rate, 8.0
 
     def prepare(self, slots: int) -> None:
         """What would otherwise be found out while decoding, for any number of slots up to this. What was tuned is known
@@ -240,21 +96,30 @@ class DraftPolicy:
             prefixes: of each live slot the probabilities that the first j drafts in its window are right, or that the
                 path to node j of a tree is (none after a pass without drafting).
         """
-        costs, hopeless = self._costs_of(slots)
+        costs, expected = self._costs_of(slots)
+        hopeless = expected < 1 - self.GAIN
+        if hopeless:
+            self._despair()
         drafting = not (self._resting or hopeless)
+        if not self._windows:
+            self._expect(expected)
         # Without drafting by heads there may still be drafts that were looked up.
         saved = 0.0 if drafting else costs[0] - 1
         rate, live = max(self.rate, 1.0) if not drafting else self.rate, len(prefixes)
         price = live * rate
         best, best_worth, tokens = 1, live - price * (costs[0] - saved), float(live)
+        self._foreseen = tokens, 0.0
         for drafts in range(1, max(map(len, prefixes), default=0) + 1):
             for ahead in prefixes:
                 if len(ahead) >= drafts:
                     tokens += ahead[drafts - 1]
-            cost = costs[drafts] if drafts < len(costs) else _of_rows(costs, drafts + 1)
+            cost = costs[drafts] if drafts < len(costs) else cost_of_rows(costs, drafts + 1)
             worth = tokens - price * (cost - saved)
             if worth > best_worth:
                 best, best_worth = drafts + 1, worth
+                # At most that of numbers of drafts, none to all, with this mean.
+                kept = tokens - live
+                self._foreseen = tokens, kept * drafts - kept * kept / live
         return best, drafting
 
     def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
@@ -264,110 +129,51 @@ class DraftPolicy:
         """What became of a pass: `tokens` committed by `live` slots."""
         costs, _ = self._costs_of(slots)
         if not drafted:
-            self._resting = max(0, self._resting - 1)
+            if self._resting:
+                self._resting -= 1
+                if not self._resting:
+                    self._wake()
             return
-        self._tokens = self.MEMORY * self._tokens + tokens / live
-        self._cost = self.MEMORY * self._cost + _of_rows(costs, rows)
-        self._passes += 1
-        if self._passes >= self.PROBE:
-            if self.rate < 1:
-                self._resting, self._rest = self._rest, min(2 * self._rest, self.REST[1])
-                self._begin()
-            else:
-                self._rest = self.REST[0]
+        gained, cost = tokens / live, cost_of_rows(costs, rows)
+        self._tokens = self.MEMORY * self._tokens + gained
+        self._cost = self.MEMORY * self._cost + cost
+        probing = self._windows < self.PROBE
+        self._windows += live
+        if probing and self._is_surprised(gained, cost, tokens):
+            self._tokens, self._cost = self._seen, self._spent  # what was expected was wrong
+        elif self._windows < self.PROBE:
+            return
+        if self.rate < 1:
+            self._sleep()
+        else:
+            self._rest = self.REST[0]
 
-    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
-        """Of a drafting pass by rows, in plain passes; and whether drafting cannot pay at this batch size. (Feeding
-        only likely drafts gains something over the best fixed number of rows, but not a fifth.)"""
+    def _is_surprised(self, gained: float, cost: float, tokens: int) -> bool:
+        """Whether drafts since the beginning fell short of what was foreseen by more than chance may do."""
+        self._seen, self._spent = self._seen + gained, self._spent + cost
+        foreseen, variance = self._foreseen
+        self._short, self._variance = self._short + foreseen - tokens, self._variance + variance
+        return self._short > self.SURPRISE * math.sqrt(max(self._variance, 0.0)) > 0
+
+    def _sleep(self) -> None:
+        self._resting, self._rest = self._rest, min(2 * self._rest, self.REST[1])
+        self._begin()
+
+    def _wake(self) -> None:
+        """After a rest."""
+
+    def _despair(self) -> None:
+        """Where nothing is to be expected of drafts. What was tuned will not change."""
+
+    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], float]:
+        """Of a drafting pass by rows, in plain passes; and the best rate to be expected of a fixed number of them."""
         key = slots, self.sampled
         if key not in self._costs:
             _, costs = self.tuning.kind(self.sampled)
             plain, drafting = costs.at(slots) if self.tree is None else costs.at_tree(slots)
-            hopeless = self.tuning.best(slots, self.tree, self.sampled) < 0.8
-            self._costs[key] = tuple(cost / plain for cost in drafting), hopeless
+            best = self.tuning.best(slots, self.tree, self.sampled)
+            self._costs[key] = tuple(cost / plain for cost in drafting), best
+            if best < 1 and not self._windows and key not in self._doubted:
+                self._doubted.add(key)
+                self._resting = max(self._resting, self.DOUBT)
         return self._costs[key]
-
-
-def _of_rows(costs: Sequence[float], rows: int) -> float:
-    """The cost of this many rows; beyond those measured, by the average row."""
-    beyond = rows - len(costs)
-    if beyond <= 0:
-        return costs[rows - 1]
-    return costs[-1] + beyond * ((costs[-1] - costs[0]) / (len(costs) - 1) if len(costs) > 1 else costs[0])
-
-
-def setting(model: Transformer) -> dict[str, Any]:
-    """What costs depend on, beside the model: an entry of costs holds where this is equal."""
-    weight = model.trunk.embedding.weight
-    here = machine.describe()
-    return {
-        "processor": here["gpus"][0]["name"] if weight.device.type == "cuda" and here["gpus"] else here["cpu"],
-        "instruction_sets": here["instruction_sets"],
-        "threads": torch.get_num_threads(),
-        "dtype": "int8" if is_quantized(model) else str(weight.dtype).removeprefix("torch."),
-        "compiled": is_row_exact(model),
-    }
-
-
-def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
-    """The tuning of `model` as it runs here, out of a file's content; None where this setting was not measured.
-
-    Raises UsageError for content that does not fit the model.
-    """
-    here = setting(model)
-    entry = next((e for e in content["costs"] if e["setting"] == here), None)
-    if entry is None:
-        return None
-    measured = content[_acceptance_key(here)]
-    greedy, sampled = (
-        AcceptanceTable(
-            tuple(a["mean"]),
-            tuple(map(tuple, a["by_confidence"])),
-            tuple(map(tuple, a.get("rank_mean", ()))),
-            tuple(tuple(map(tuple, head)) for head in a.get("rank_by_confidence", ())),
-        )
-        for a in (measured["greedy"], measured["sampled"])
-    )
-    text, of_sampled = entry.get("draft_tree"), entry.get("sampled")
-    tree = None if text is None else DraftTree.parse(text)
-    tuning = Tuning(greedy, sampled, _costs_from(entry), tree, None if of_sampled is None else _costs_from(of_sampled))
-    both = [tuning.costs, tuning.kind(True)[1]]
-    n = model.config.heads
-    tables = [*tuning.greedy.by_confidence, *tuning.sampled.by_confidence]
-    if (
-        any(len(a.mean) != n - 1 for a in (tuning.greedy, tuning.sampled))
-        or any(len(table) != len(EDGES) + 1 for table in tables)
-        or any(len(rows) != n for costs in both for rows in costs.drafting)
-        or any(len(rows) != len(costs.tree_rows) for costs in both for rows in costs.tree)
-        or (tree is not None and (tree.depth >= n or not tuning.greedy.rank_mean or not all(c.tree for c in both)))
-    ):
-        raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
-    return tuning
-
-
-def _costs_from(entry: dict[str, Any]) -> PassCosts:
-    return PassCosts(
-        tuple(entry["slots"]),
-        tuple(entry["plain"]),
-        tuple(map(tuple, entry["drafting"])),
-        tuple(entry.get("tree_rows", ())),
-        tuple(map(tuple, entry.get("tree", ()))),
-    )
-
-
-def content_with(
-    content: dict[str, Any] | None, here: dict[str, Any], tuning: Tuning, more: dict[str, Any]
-) -> dict[str, Any]:
-    """`content` with this tuning in it, beside those of other settings; `more` says how it was measured."""
-    tree = None if tuning.tree is None else str(tuning.tree)
-    of_sampled = None if tuning.sampled_costs is None else asdict(tuning.sampled_costs)
-    entry = {"setting": here, **asdict(tuning.costs), "sampled": of_sampled, "draft_tree": tree, **more}
-    others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
-    kept = {name: value for name, value in (content or {}).items() if name.startswith("acceptance")}
-    tables = {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)}
-    return {**kept, _acceptance_key(here): tables, "costs": [*others, entry]}
-
-
-def _acceptance_key(here: dict[str, Any]) -> str:
-    """What heads know belongs to the weights, whatever machine runs them; those of int8 are others."""
-    return "acceptance_int8" if here["dtype"] == "int8" else "acceptance"

@@ -8,10 +8,11 @@ import torch
 
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
-from headstart.decoding.policy import EDGES, AcceptanceTable, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
 from headstart.decoding.tree import DraftTree
+from headstart.decoding.tuning import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.model.transformer import Transformer
 
 ENDLESS = 1 << 40

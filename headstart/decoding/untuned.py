@@ -13,9 +13,10 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from headstart.decoding.policy import EDGES, PRIOR, AcceptanceTable, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.single_step import Step
+from headstart.decoding.tuning import EDGES, PRIOR, AcceptanceTable, PassCosts, Tuning
 from headstart.model.transformer import Transformer
 
 LENGTH = 128
@@ -29,6 +30,8 @@ LEAST = 0.35
 """Of a draft that its head hardly believes in."""
 PATIENCE = 1.25
 """A kind of pass that costs so many times what it could bring is the last one timed: less may be noise."""
+KEPT = 0.25
+"""Of what was seen of drafts, after a rest."""
 HOPED = 0.8
 """Of drafts being right, for whether passes of more rows are worth timing."""
 
@@ -57,6 +60,13 @@ class AcceptanceCounts:
             self._all[i][at] += 1
             self._means[i][0] += right
             self._means[i][1] += 1
+
+    def fade(self) -> None:
+        """Forgets most of what was seen: it was some time ago, and of what nobody feeds nothing is learned."""
+        fresh = AcceptanceCounts(len(self._right) + 1)
+        for mine, hope in ((self._right, fresh._right), (self._all, fresh._all), (self._means, fresh._means)):
+            for row, hoped_row in zip(mine, hope):
+                row[:] = [h + KEPT * (x - h) for x, h in zip(row, hoped_row)]
 
     def table(self) -> AcceptanceTable:
         by_confidence = (tuple(a / b for a, b in zip(right, of)) for right, of in zip(self._right, self._all))
@@ -100,8 +110,16 @@ class UntunedPolicy(DraftPolicy):
         self._since = 0
         super().__init__(learned.tuning())
 
-    def _begin(self) -> None:
-        self._tokens, self._cost, self._passes = 8.0, 8.0, 0  # as if as fast as plain decoding
+    def _expect(self, rate: float) -> None:
+        super()._expect(1.0)  # as fast as plain decoding: to hope is not to expect
+
+    def _despair(self) -> None:
+        if not self._resting:
+            self._sleep()
+
+    def _wake(self) -> None:
+        self.learned.counts[self.sampled].fade()
+        self._renew()
 
     def prepare(self, slots: int) -> None:
         """Times passes now, at the powers of two up to `slots` and the next one: seconds."""
@@ -121,7 +139,7 @@ class UntunedPolicy(DraftPolicy):
         self.tuning, self._since = self.learned.tuning(), 0
         self._costs.clear()
 
-    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], bool]:
+    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], float]:
         # What another engine of the model has timed is news too.
         if self.learned.time(slots, self.sampled) != len(self.tuning.kind(self.sampled)[1].slots):
             self._renew()

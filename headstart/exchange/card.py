@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headstart.decoding.policy import AcceptanceTable, PassCosts, Tuning
+from headstart.decoding.tuning import AcceptanceTable, PassCosts, Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.run import ACCEPTANCE_FILE
 from headstart.model.config import ModelConfig

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headstart.decoding.policy import Tuning, content_with, setting, tuning_from
+from headstart.decoding.tuning import Tuning, content_with, setting, tuning_from
 from headstart.errors import UsageError
 from headstart.files import write_text
 from headstart.model.transformer import Transformer

@@ -8,8 +8,9 @@ from headstart.benchmarks.streams import Synthetic
 from headstart.benchmarks.synthetic_acceptance import acceptance_table, share_right
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
-from headstart.decoding.policy import DraftPolicy, PassCosts, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tuning import PassCosts, Tuning
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 

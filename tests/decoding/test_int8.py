@@ -16,8 +16,8 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.int8 import ROW_STEPS, WEIGHT_STEPS, Int8Linear, quantize_rows, quantize_weight
 from headstart.decoding.packing import NativeLinear, is_quantized, is_row_exact, pack
-from headstart.decoding.policy import setting
 from headstart.decoding.sampling import Sampling
+from headstart.decoding.tuning import setting
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 

@@ -12,20 +12,20 @@ from conftest import HEADS, packed
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import (
+from headstart.decoding.policy import DraftPolicy
+from headstart.decoding.sampling import Sampling
+from headstart.decoding.single_step import Step
+from headstart.decoding.tree import DraftTree
+from headstart.decoding.tuning import (
     EDGES,
     PRIOR,
     AcceptanceTable,
-    DraftPolicy,
     PassCosts,
     Tuning,
     content_with,
     setting,
     tuning_from,
 )
-from headstart.decoding.sampling import Sampling
-from headstart.decoding.single_step import Step
-from headstart.decoding.tree import DraftTree
 
 PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05
@@ -85,7 +85,7 @@ def test_it_feeds_the_drafts_that_are_worth_their_rows() -> None:
     assert policy.plan(1, [unsure]) == (1, True)
     assert policy.plan(1, [policy.prefixes(False, [SURE, UNSURE, SURE])]) == (2, True)
     assert policy.plan(1, [[]]) == (1, True)  # no drafts yet: they are made
-    dear = DraftPolicy(tuning(first=1.05, row=1.1))
+    dear = DraftPolicy(tuning(first=1.0, row=1.1))
     assert dear.plan(1, [sure]) == (1, True)
     # In a batch all windows are as long: what counts is what they gain together.
     assert policy.plan(1, [sure, unsure]) == (4, True)
@@ -122,6 +122,45 @@ def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely(
         rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
         policy.saw(1, 1, rows, drafts, rows)
     assert drafts and rows == 4 and policy.rate > 2
+
+
+@pytest.mark.parametrize(("slots", "most"), [(1, 8), (4, 3), (16, 1)])
+def test_drafts_that_fall_far_short_of_what_was_foreseen_are_given_up_at_once(slots: int, most: int) -> None:
+    policy = DraftPolicy(tuning(first=1.1, row=0.1))
+    drafting = 0
+    for _ in range(64):
+        rows, drafts = policy.plan(slots, [policy.prefixes(False, [SURE] * 3)] * slots)
+        drafting += drafts
+        policy.saw(slots, slots, rows, drafts, slots)
+    assert 0 < drafting <= most
+
+
+def test_drafts_that_fare_as_foreseen_are_no_surprise() -> None:
+    rng, given_up = random.Random(0), 0
+    for _ in range(200):
+        policy = DraftPolicy(tuning(first=1.1, row=0.1, table=acceptance(0.7, 0.7)))
+        for _ in range(40):
+            rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
+            right = next((i for i in range(rows - 1) if rng.random() > 0.7), rows - 1)
+            given_up += not drafts
+            policy.saw(1, 1, rows, drafts, 1 + right)
+    assert given_up < 0.01 * 200 * 40
+
+
+def test_where_drafting_is_not_expected_to_pay_it_is_tried_late() -> None:
+    """Feeding likely drafts alone may pay where no fixed number of rows does."""
+    policy = DraftPolicy(tuning(first=1.1, row=0.6))
+    sure = policy.prefixes(False, [SURE] * 3)
+    drafts = [policy.plan(1, [[]])[1]]
+    for _ in range(policy.DOUBT):
+        policy.saw(1, 1, 1, False, 1)
+        drafts.append(policy.plan(1, [[]])[1])
+    assert drafts == [False] * policy.DOUBT + [True]
+    for _ in range(3 * policy.PROBE):
+        rows, drafting = policy.plan(1, [sure])
+        assert drafting
+        policy.saw(1, 1, rows, drafting, rows)
+    assert policy.plan(1, [sure])[1] and policy.plan(2, [sure] * 2)[1]  # with more slots too
 
 
 class Whim(DraftPolicy):
@@ -229,7 +268,7 @@ def test_sampled_passes_have_costs_of_their_own() -> None:
     sure = policy.prefixes(False, [SURE] * 3)
     assert policy.plan(1, [sure]) == (4, True)
     policy.sampled = True
-    assert policy.plan(1, [sure]) == (1, True)
+    assert policy.plan(1, [sure]) == (1, False)
     # The file keeps both; one written before they were measured has greedy ones alone.
     model = packed("replicated", torch.float32)
     content = json.loads(json.dumps(content_with(None, setting(model), found, {})))

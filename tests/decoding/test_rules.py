@@ -16,8 +16,9 @@ from headstart.decoding.acceptance import Rule, block_probabilities, chain_proba
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
-from headstart.decoding.policy import EDGES, AcceptanceTable, DraftPolicy, PassCosts, Tuning
+from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling, SamplingRows
+from headstart.decoding.tuning import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

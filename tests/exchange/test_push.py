@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.policy import EDGES, AcceptanceTable, PassCosts, Tuning
+from headstart.decoding.tuning import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.entry import main
 from headstart.errors import UsageError
 from headstart.exchange.convert import convert
