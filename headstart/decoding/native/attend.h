@@ -13,7 +13,7 @@ void attend(const real *q, const long *q_stride, const real *k, const long *k_st
             long E, long capacity, int threads) {
     const long group = H / G, Q = row ? 1 : W;
     const float scale = 1.0f / sqrtf((float)E);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * at[W - 1] > 1 << 14)
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * at[W - 1] * E > 1 << 17)
     for (long s = 0; s < S; s++) {
         for (long g = 0; g < G; g++) {
             if (at[s * W] < 0) {

@@ -215,6 +215,54 @@ void silu_times(const float *x, float *y, long rows, long H) {
     }
 }
 
+// Of how many times 16 columns of the values registers hold the sums, for R rows.
+static inline __attribute__((always_inline)) long mix_columns(const int R, long left) {
+    return R == 1 && left >= 64 ? 4 : R <= 2 && left >= 32 ? 2 : 1;
+}
+
+// y[r][e ..) for C times 16 columns: the values weighed by the scores, of the positions in order.
+static inline __attribute__((always_inline)) void mix_values(const int R, const int C, long e, const long *const *path,
+                                                             const long *depth, long start, const float *values, long E, long span,
+                                                             const float *score, const __m256 *total, float *y) {
+    const int tree = path[0] != NULL;
+    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
+    __m256 mix[4][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < R * C; i++) mix[i][0] = mix[i][1] = _mm256_setzero_ps();
+    for (long t = 0; t < shared; t++) {
+        const float *v = values + t * E + e;
+        if (e == 0)  // the lines that are read later, of a page that is read now
+            for (long ahead = 16 * C; ahead < E; ahead += 16) _mm_prefetch((const char *)(v + ahead), _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+            __m256 v0 = _mm256_loadu_ps(v + 16 * c), v1 = _mm256_loadu_ps(v + 16 * c + 8);
+            KEEP(v0);
+            KEEP(v1);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                const __m256 p = _mm256_broadcast_ss(score + r * span + t);
+                mix[r * C + c][0] = _mm256_fmadd_ps(p, v0, mix[r * C + c][0]);
+                mix[r * C + c][1] = _mm256_fmadd_ps(p, v1, mix[r * C + c][1]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+            __m256 *sum = mix[r * C + c];
+            for (long j = 0; tree && j <= depth[r]; j++) {
+                const float *v = values + (start + path[r][j]) * E + e + 16 * c;
+                const __m256 p = _mm256_broadcast_ss(score + r * span + start + j);
+                sum[0] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v), sum[0]);
+                sum[1] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v + 8), sum[1]);
+            }
+            _mm256_storeu_ps(y + r * E + e + 16 * c, _mm256_mul_ps(sum[0], total[r]));
+            _mm256_storeu_ps(y + r * E + e + 16 * c + 8, _mm256_mul_ps(sum[1], total[r]));
+        }
+    }
+}
+
 // Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
 // [position][E]. Row r sees positions 0 .. last[r], or of a tree (path[0] is no NULL) the first `start` and its path. score:
 // 4 x span floats. Sums run over positions in order, in lanes that depend on the position alone, and what a row does not see
@@ -254,7 +302,6 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
     }
     for (int r = 0; tree && r < R; r++)
         largest[r] = _mm256_set1_ps(arrange(score + r * span, path[r], depth[r], start, span));
-    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
     for (int r = 0; r < R; r++) {
         const __m256 top = _mm256_set1_ps(max8(largest[r]));
         __m256 sum = _mm256_setzero_ps();
@@ -265,36 +312,11 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
         }
         total[r] = _mm256_set1_ps(1.0f / sum8(sum));
     }
-    for (long e = 0; e < E; e += 16) {
-        __m256 mix[4][2];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) mix[r][0] = mix[r][1] = _mm256_setzero_ps();
-        for (long t = 0; t < shared; t++) {
-            __m256 v0 = _mm256_loadu_ps(values + t * E + e), v1 = _mm256_loadu_ps(values + t * E + e + 8);
-            KEEP(v0);
-            KEEP(v1);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                const __m256 p = _mm256_broadcast_ss(score + r * span + t);
-                mix[r][0] = _mm256_fmadd_ps(p, v0, mix[r][0]);
-                mix[r][1] = _mm256_fmadd_ps(p, v1, mix[r][1]);
-            }
-        }
-        if (tree) {
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) {
-                for (long j = 0; j <= depth[r]; j++) {
-                    const float *v = values + (start + path[r][j]) * E + e;
-                    const __m256 p = _mm256_broadcast_ss(score + r * span + start + j);
-                    mix[r][0] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v), mix[r][0]);
-                    mix[r][1] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v + 8), mix[r][1]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            _mm256_storeu_ps(y + r * E + e, _mm256_mul_ps(mix[r][0], total[r]));
-            _mm256_storeu_ps(y + r * E + e + 8, _mm256_mul_ps(mix[r][1], total[r]));
+    for (long e = 0; e < E; e += 16 * mix_columns(R, E - e)) {
+        switch (mix_columns(R, E - e)) {
+            case 4: mix_values(R, 4, e, path, depth, start, values, E, span, score, total, y); break;
+            case 2: mix_values(R, 2, e, path, depth, start, values, E, span, score, total, y); break;
+            default: mix_values(R, 1, e, path, depth, start, values, E, span, score, total, y);
         }
     }
 }
