@@ -215,23 +215,25 @@ void silu_times(const float *x, float *y, long rows, long H) {
     }
 }
 
+#define MIXED 256  // positions whose values are weighed at a time
+
 // Of how many times 16 columns of the values registers hold the sums, for R rows.
 static inline __attribute__((always_inline)) long mix_columns(const int R, long left) {
     return R == 1 && left >= 64 ? 4 : R <= 2 && left >= 32 ? 2 : 1;
 }
 
-// y[r][e ..) for C times 16 columns: the values weighed by the scores, of the positions in order.
-static inline __attribute__((always_inline)) void mix_values(const int R, const int C, long e, const long *const *path,
-                                                             const long *depth, long start, const float *values, long E, long span,
-                                                             const float *score, const __m256 *total, float *y) {
-    const int tree = path[0] != NULL;
-    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
+// Adds to y[r][e ..), C times 16 columns, the values of positions `from` to `to` weighed by their scores, in order.
+static inline __attribute__((always_inline)) void mix_values(const int R, const int C, long e, long from, long to,
+                                                             const float *values, long E, long span, const float *score, float *y) {
     __m256 mix[4][2];
 #pragma GCC unroll 4
-    for (int i = 0; i < R * C; i++) mix[i][0] = mix[i][1] = _mm256_setzero_ps();
-    for (long t = 0; t < shared; t++) {
+    for (int i = 0; i < R * C; i++) {
+        const float *at = y + i / C * E + e + i % C * 16;
+        mix[i][0] = _mm256_loadu_ps(at), mix[i][1] = _mm256_loadu_ps(at + 8);
+    }
+    for (long t = from; t < to; t++) {
         const float *v = values + t * E + e;
-        if (e == 0)  // the lines that are read later, of a page that is read now
+        if (e == 0)  // the lines of the columns after these
             for (long ahead = 16 * C; ahead < E; ahead += 16) _mm_prefetch((const char *)(v + ahead), _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
@@ -247,19 +249,9 @@ static inline __attribute__((always_inline)) void mix_values(const int R, const 
         }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
-        for (int c = 0; c < C; c++) {
-            __m256 *sum = mix[r * C + c];
-            for (long j = 0; tree && j <= depth[r]; j++) {
-                const float *v = values + (start + path[r][j]) * E + e + 16 * c;
-                const __m256 p = _mm256_broadcast_ss(score + r * span + start + j);
-                sum[0] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v), sum[0]);
-                sum[1] = _mm256_fmadd_ps(p, _mm256_loadu_ps(v + 8), sum[1]);
-            }
-            _mm256_storeu_ps(y + r * E + e + 16 * c, _mm256_mul_ps(sum[0], total[r]));
-            _mm256_storeu_ps(y + r * E + e + 16 * c + 8, _mm256_mul_ps(sum[1], total[r]));
-        }
+    for (int i = 0; i < R * C; i++) {
+        float *at = y + i / C * E + e + i % C * 16;
+        _mm256_storeu_ps(at, mix[i][0]), _mm256_storeu_ps(at + 8, mix[i][1]);
     }
 }
 
@@ -312,11 +304,27 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
         }
         total[r] = _mm256_set1_ps(1.0f / sum8(sum));
     }
-    for (long e = 0; e < E; e += 16 * mix_columns(R, E - e)) {
-        switch (mix_columns(R, E - e)) {
-            case 4: mix_values(R, 4, e, path, depth, start, values, E, span, score, total, y); break;
-            case 2: mix_values(R, 2, e, path, depth, start, values, E, span, score, total, y); break;
-            default: mix_values(R, 1, e, path, depth, start, values, E, span, score, total, y);
+    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
+    memset(y, 0, sizeof(float) * R * E);
+    for (long from = 0; from < shared; from += MIXED) {  // their values stay in cache for all columns
+        const long to = from + MIXED < shared ? from + MIXED : shared;
+        for (long e = 0; e < E; e += 16 * mix_columns(R, E - e)) {
+            switch (mix_columns(R, E - e)) {
+                case 4: mix_values(R, 4, e, from, to, values, E, span, score, y); break;
+                case 2: mix_values(R, 2, e, from, to, values, E, span, score, y); break;
+                default: mix_values(R, 1, e, from, to, values, E, span, score, y);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+        for (long e = 0; e < E; e += 8) {
+            __m256 mix = _mm256_loadu_ps(y + r * E + e);
+            for (long j = 0; tree && j <= depth[r]; j++) {
+                const __m256 p = _mm256_broadcast_ss(score + r * span + start + j);
+                mix = _mm256_fmadd_ps(p, _mm256_loadu_ps(values + (start + path[r][j]) * E + e), mix);
+            }
+            _mm256_storeu_ps(y + r * E + e, _mm256_mul_ps(mix, total[r]));
         }
     }
 }
