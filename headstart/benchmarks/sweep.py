@@ -24,7 +24,7 @@ from headstart.decoding.generation import Request
 from headstart.decoding.packing import is_row_exact, pack
 from headstart.decoding.policy import DraftPolicy
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.tuning import Tuning
+from headstart.decoding.tuning import Tuning, cost_of_rows
 from headstart.model.config import ModelConfig
 
 POLICY_BAR = Bar(">=", 0.97)
@@ -32,6 +32,23 @@ RAGGED_BAR = Bar(">=", 0.9)
 LOW = 1.1
 """Tokens per pass at which drafting loses, for the policy to find out."""
 PLAIN, POLICY, POLICY_LOW = "plain", "policy", "policy, low"
+
+
+class Counted(DraftPolicy):
+    """A policy that adds up what its passes cost and bring, by the costs that it knows: a ratio to plain decoding in
+    which the neighbours of a busy machine have no part."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        super().__init__(tuning)
+        self.passes = self.drafting = 0
+        self.spent = self.gained = 0.0
+
+    def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
+        costs, _ = self._costs_of(slots)
+        super().saw(slots, live, rows, drafted, tokens)
+        self.passes, self.drafting = self.passes + 1, self.drafting + drafted
+        self.spent += cost_of_rows(costs, rows) if drafted else 1.0
+        self.gained += tokens / live
 
 
 @dataclass(frozen=True)
@@ -129,8 +146,9 @@ def run(
         "with all heads), so the output stays that of plain decoding. Tokens/s of all rows together, while all of them "
         "write; prompts are not timed. Plain: K = 1, exact=False. The policy has measured what passes cost here and "
         f"knows how often drafts are right; at the low rate, {LOW} tokens per pass, it can only lose; it is one policy "
-        "through all rounds, as in a server. Ragged: prompts from half to one and a half times as long, every row its "
-        "own acceptance, against equal prompts and acceptance."
+        "through all rounds, as in a server. By the costs of its passes: the tokens of all rounds over what "
+        "their passes cost, each as it was timed beforehand. Ragged: prompts from half to one and a half times as long, every row "
+        "its own acceptance, against equal prompts and acceptance."
     )
     return rows, tables, [note]
 
@@ -158,6 +176,9 @@ def _tell(
                 kept = [gain / per_pass for gain in gains]
                 what = f"{where}: {shown} / plain over its tokens per pass"
                 rows.append(measurement("sweep", what, kept, bar=kind.bar))
+        for name, (ratio, share) in found["by_costs"].items():
+            what = f"{where}: {name} / plain, by the costs of its passes"
+            rows.append(measurement("sweep", what, [ratio], bar=POLICY_BAR, passes_that_draft=share))
         differing = found["differing"]
         what = f"{where}: numbers of heads whose output differs from K = 1"
         rows.append(measurement("sweep", what, [len(differing)], bar=Bar("<=", 0), differing=differing))
@@ -212,6 +233,7 @@ def case(case: dict[str, Any]) -> list[dict[str, Any]]:
     for point in at:
         engines.clear()
         kept: dict[str, list[Stream]] = {}
+        policies: dict[str, Counted] = {}
         equal = _requests(config, point, [point.prompt_tokens] * point.batch)
         texts = streams.plain_texts(model, equal)
         variants = {PLAIN: partial(decode, _with(equal, 1), kept, PLAIN, exact=False)}
@@ -220,7 +242,7 @@ def case(case: dict[str, Any]) -> list[dict[str, Any]]:
         for name, right in ((POLICY, share), (POLICY_LOW, low)):
             if costs is not None:
                 table = acceptance_table(right, n)
-                policy = DraftPolicy(Tuning(table, table, costs))
+                policies[name] = policy = Counted(Tuning(table, table, costs))
                 drafts = Synthetic(texts, right)
                 variants[name] = partial(decode, _with(equal, None), kept, name, drafts, policy=policy)
         if point.batch == 16:
@@ -238,6 +260,7 @@ def case(case: dict[str, Any]) -> list[dict[str, Any]]:
             "tokens_per_second": speeds,
             "tokens_per_pass": per_pass,
             "differing": [name for name in exact if kept[name][-1].tokens != reference],
+            "by_costs": {n: (p.gained / p.spent, p.drafting / p.passes) for n, p in policies.items()},
             "gaps_ms": {},
         }
         if point is at[0]:

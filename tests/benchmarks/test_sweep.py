@@ -54,6 +54,8 @@ def test_sweep(in_process, monkeypatch):
     assert bars == [0.9, 0.9]
     policies = [row for what, row in rows.items() if "policy" in what and row["bar"]]
     assert all(row["bar"]["value"] == 0.97 for row in policies)  # none where shapes are fixed
+    by_costs = [row for what, row in rows.items() if "policy, low / plain, by the costs" in what]
+    assert len(by_costs) in (0, 6) and all(row["median"] > 0 and 0 <= row["passes_that_draft"] <= 1 for row in by_costs)
     assert result["tables"][0]["headers"][1:] == [
         "batch 1, 6 + 12 tokens",
         "batch 16, 6 + 12 tokens",
