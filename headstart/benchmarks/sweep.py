@@ -147,8 +147,8 @@ def run(
         "write; prompts are not timed. Plain: K = 1, exact=False. The policy has measured what passes cost here and "
         f"knows how often drafts are right; at the low rate, {LOW} tokens per pass, it can only lose; it is one policy "
         "through all rounds, as in a server. By the costs of its passes: the tokens of all rounds over what "
-        "their passes cost, each as it was timed beforehand. Ragged: prompts from half to one and a half times as long, every row "
-        "its own acceptance, against equal prompts and acceptance."
+        "their passes cost, each as it was timed beforehand. Ragged: prompts from half to one and a half times as "
+        "long, every row its own acceptance, against equal prompts and acceptance."
     )
     return rows, tables, [note]
 
