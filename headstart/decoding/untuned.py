@@ -21,7 +21,7 @@ from headstart.model.transformer import Transformer
 
 LENGTH = 128
 """Cached positions of the passes that are timed."""
-MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 128, 0.2, 3
+MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 128, 0.03, 3
 """Timing of one kind of pass ends with the first of the first two, but not before the last."""
 TEMPERATURE = 0.8
 """Of the sampled ones; no other setting changes what a pass costs as much as being sampled does."""
@@ -100,7 +100,7 @@ class Learned:
 
 class UntunedPolicy(DraftPolicy):
     """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets, of
-    greedy and of sampled texts: up to a second, and of large models as long as about fifty plain passes take."""
+    greedy and of sampled texts: tenths of a second, and of large models as long as about fifty plain passes take."""
 
     RENEW = 32
     """Passes after which the tables are made anew."""
