@@ -50,7 +50,8 @@ class DraftPolicy:
     def _begin(self) -> None:
         self._windows = 0
         self._seen, self._spent = 0.0, 0.0  # tokens and cost of passes since
-        self._foreseen = 0.0, 0.0  # of the pass planned: tokens and their variance
+        # Tokens of the pass planned, and their variance; None for one that was not asked about.
+        self._foreseen: tuple[float, float] | None = None
         self._short, self._variance = 0.0, 0.0
         self._expect(1.0)
 
@@ -151,7 +152,9 @@ class DraftPolicy:
     def _is_surprised(self, gained: float, cost: float, tokens: int) -> bool:
         """Whether drafts since the beginning fell short of what was foreseen by more than chance may do."""
         self._seen, self._spent = self._seen + gained, self._spent + cost
-        foreseen, variance = self._foreseen
+        if self._foreseen is None:
+            return False
+        (foreseen, variance), self._foreseen = self._foreseen, None
         self._short, self._variance = self._short + foreseen - tokens, self._variance + variance
         return self._short > self.SURPRISE * math.sqrt(max(self._variance, 0.0)) > 0
 

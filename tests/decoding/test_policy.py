@@ -135,6 +135,16 @@ def test_drafts_that_fall_far_short_of_what_was_foreseen_are_given_up_at_once(sl
     assert 0 < drafting <= most
 
 
+def test_passes_that_nobody_asked_about_are_no_surprise() -> None:
+    """Where every request names its number of heads."""
+    policy = DraftPolicy(tuning(first=1.1, row=0.1))
+    sure = policy.prefixes(False, [SURE] * 3)
+    policy.plan(1, [sure])
+    for _ in range(policy.PROBE - 1):
+        policy.saw(1, 1, 1, True, 1)
+    assert policy.plan(1, [sure])[1]
+
+
 def test_drafts_that_fare_as_foreseen_are_no_surprise() -> None:
     rng, given_up = random.Random(0), 0
     for _ in range(200):
