@@ -71,3 +71,24 @@ def test_resident_memory_grows_with_what_is_written_to() -> None:
     after = resident_memory()
     assert before is not None and after is not None
     assert after - before > 0.9 * block.nbytes
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages")
+def test_huge_pages_are_asked_for_where_there_is_room_for_one() -> None:
+    def advised(address: int) -> bool:
+        inside = False
+        with open("/proc/self/smaps") as lines:
+            for line in lines:
+                first = line.split()[0]
+                if not first.endswith(":"):
+                    begin, end = (int(part, 16) for part in first.split("-"))
+                    inside = begin <= address < end
+                elif inside and first == "VmFlags:":
+                    return "hg" in line.split()
+        raise AssertionError("no such mapping")
+
+    x = torch.empty(64 << 20, dtype=torch.uint8)  # a mapping of its own, whatever was freed before
+    middle = x.data_ptr() + x.nbytes // 2
+    assert not advised(middle)
+    assert machine.huge_pages(x) is x and advised(middle)
+    assert machine.huge_pages(torch.ones(4)).tolist() == [1.0] * 4  # less than a page: nothing to ask for
