@@ -10,7 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from headstart.errors import UsageError
 from headstart.serving.settings import ServeSettings
 
-PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client")
+PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client")
 
 
 def serve(model: Positional[str | None] = None, *, settings: OmitArgPrefixes[ServeSettings]) -> None:

@@ -18,6 +18,7 @@ from headstart import api, machine
 from headstart.decoding.engine import Engine
 from headstart.errors import UsageError
 from headstart.serving.app import make_app
+from headstart.serving.connection import Connections, connection_limits
 from headstart.serving.guard import Guard
 from headstart.serving.metrics import Metrics
 from headstart.serving.service import Service
@@ -69,10 +70,15 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service) -> None:
         self.service = service
         settings = service.settings
-        self.socket = _listen(settings.host, settings.port)
+        most, backlog = connection_limits(settings.max_connections)
+        self.socket = _listen(settings.host, settings.port, backlog)
         # An answer that has been written may still be on its way when the last text is done.
         config = uvicorn.Config(
             guarded(make_app(service), service),
+            http=Connections(settings, most).make,  # type: ignore[arg-type]  # called like a class
+            ws="none",
+            backlog=backlog,
+            timeout_keep_alive=settings.idle_timeout,  # type: ignore[arg-type]  # any number of seconds
             log_level="warning",
             access_log=False,
             lifespan="off",
@@ -115,10 +121,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, backlog: int = 1) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=backlog)
     except OSError as error:
         why = str(error.strerror).split(" (while")[0]  # Python adds the address once more
         raise UsageError(f"{host}:{port}: {why}; name another --port or --host") from error

@@ -51,21 +51,30 @@ class ServeSettings:
     """Most tokens that a request may ask for (default: what the context holds)."""
     max_body_bytes: int = 4 * 1024 * 1024
     """Largest request."""
+    max_header_bytes: int = 65536
+    """Largest head of a request: its line and its headers."""
+    header_timeout: float = 10.0
+    """Seconds that a client has to send a head, from its first byte or from connecting."""
+    idle_timeout: float = 75.0
+    """Seconds that a connection stays open between two requests. Keep it above a gateway's, which is often 60."""
+    max_connections: int | None = None
+    """Most open connections; above it the one that has been idle longest is closed, and where all are being answered
+    only /health and /ready are (default: 1000, or what the limit of open files, `ulimit -n`, allows)."""
     request_timeout: float = 600.0
     """Seconds that a request may take, waiting included."""
     drain_seconds: float = 30.0
     """After SIGTERM, seconds that running requests have to finish."""
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("queue", 0), ("max_body_bytes", 1), ("port", 0)):
+        for name, least in (("slots", 1), ("queue", 0), ("max_body_bytes", 1), ("max_header_bytes", 1024), ("port", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("request_timeout", "drain_seconds"):
+        for name in ("request_timeout", "drain_seconds", "header_timeout", "idle_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
         if not 0 <= self.stream_interval <= 10:
             raise UsageError(f"--stream-interval is {self.stream_interval}; it must lie between 0 and 10 seconds")
-        for name in ("context", "max_tokens", "threads", "heads"):
+        for name in ("context", "max_tokens", "threads", "heads", "max_connections"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
