@@ -11,6 +11,8 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig, RopeScaling
 
 Content = dict[str, Any]
+SLIDING, FULL = "sliding_attention", "full_attention"
+LAYER_TYPES = {SLIDING, FULL}
 LARGEST = 1e15
 """No number of a model is larger, and whole ones beyond are no floating-point numbers."""
 MOST_LAYERS = 10_000
@@ -77,17 +79,19 @@ def check_type(file: Path, name: str, value: object, kind: type, optional: bool 
 
 
 def read_rope(fields: Fields, default_theta: float, context: int) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from transformers 5's `rope_parameters`, or from the fields that it replaced."""
-    theta = fields.get("rope_theta", float, default_theta)
-    scaling = None
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.content.get(name)
-        if rope is not None and not (
-            isinstance(rope, dict) and {"sliding_attention", "full_attention"} & rope.keys()
-        ):  # Gemma 3's
-            theta, scaling = read_scaling(fields, name, rope, theta, context)
-    fields.only("partial_rotary_factor", 1)
-    return theta, scaling
+    """Return base and scaling as transformers 5 takes them.
+
+    `rope_scaling`, where it says anything, replaces `rope_parameters` as a whole. A base outside of it is `rope_theta`,
+    and `original_max_position_embeddings` outside goes before the one inside.
+    """
+    name = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
+    rope = fields.content.get(name) or {}
+    if isinstance(rope, dict):
+        if LAYER_TYPES & rope.keys():
+            raise fields.refuse(name, rope, "one object for all layers")
+        original = fields.optional("original_max_position_embeddings", int)
+        rope = rope if original is None else rope | {"original_max_position_embeddings": original}
+    return read_scaling(fields, name, rope, fields.get("rope_theta", float, default_theta), context)
 
 
 def read_scaling(

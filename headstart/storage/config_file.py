@@ -97,6 +97,8 @@ def _config_path(directory: Path) -> Path:
 def _named_family(file: Path, content: dict[str, Any]) -> Family:
     """By `model_type`. What a directory brings as code of its own (`auto_map`) is never run, nor needed for these."""
     named = content.get("model_type")
+    if named == "mistral" and "layer_types" in content:
+        named = "ministral"  # as transformers takes it: a Mistral whose layers differ in their windows
     if isinstance(named, str) and named in FAMILIES:
         return FAMILIES[named]
     why = NOT_COMPUTED.get(str(named), "it would run code of its own" if content.get("auto_map") else "")

@@ -15,7 +15,10 @@ from typing import Any
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.storage.config_fields import (
+    FULL,
+    LAYER_TYPES,
     MOST_LAYERS,
+    SLIDING,
     Content,
     Fields,
     read_rope,
@@ -24,8 +27,6 @@ from headstart.storage.config_fields import (
     written_scaling,
 )
 from headstart.storage.llama_names import llama_layers
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,18 @@ class Family:
     norm_eps: float = 1e-6
     tied: bool = False
     rope_theta: float = 10000.0
+    rope_by_layer_type: bool = False
+    """Whether `rope_parameters` holds an object for each type of layer; `read` then reads rotary positions."""
 
 
 def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
     """The model with one head that the fields of `family` in `content` describe; the last layer is head 1."""
     fields = Fields(file, content)
-    for name in ("mlp_bias", "quantization_config"):
+    for name in ("mlp_bias", "quantization_config", "per_layer_config"):
         if content.get(name):
             raise fields.refuse(name, content[name], f"a {family.model_type} without it")
+    fields.only("partial_rotary_factor", 1)
+    fields.only("is_causal", True)
     layers, attention_heads = fields.get("num_hidden_layers", int), fields.get("num_attention_heads", int)
     if layers > MOST_LAYERS:
         raise UsageError(f"{file}: num_hidden_layers is {layers}; headstart reads models of up to {MOST_LAYERS:,}")
@@ -59,7 +64,7 @@ def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
     head_dim = fields.optional("head_dim", int, family.head_dim)
     kv_heads = fields.optional("num_key_value_heads", int, family.kv_heads)
     try:
-        sizes = {
+        sizes: Content = {
             "vocab_size": fields.get("vocab_size", int),
             "dim": dim,
             "layers": layers,
@@ -76,9 +81,9 @@ def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
             # A Llama is what a model is that says nothing.
             "family": None if family.model_type == "llama" else family.model_type,
         }
-        theta, scaling = read_rope(fields, family.rope_theta, context)
-        rope: Content = {"rope_theta": theta, "rope_scaling": scaling}
-        return ModelConfig(**(sizes | rope | family.read(fields, layers)))
+        if not family.rope_by_layer_type:
+            sizes["rope_theta"], sizes["rope_scaling"] = read_rope(fields, family.rope_theta, context)
+        return ModelConfig(**(sizes | family.read(fields, layers)))
     except UsageError as error:
         raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error
 
@@ -170,14 +175,18 @@ def _slides(window: int | None, layers: Iterable[int], of: int) -> Content:
     return {"window": window, "window_layers": None if sliding == tuple(range(of)) else sliding}
 
 
-def _layer_types(fields: Fields, layers: int, default: Callable[[int], bool]) -> list[int]:
-    """The layers whose type is sliding; without types those of which `default` says so."""
+def _read_windows(fields: Fields, layers: int, window: int | None, default: Callable[[int], bool]) -> Content:
+    """Return which layers slide over `window` positions, by `layer_types`; without types those of which `default` says
+    so. Layers that slide without a window are refused."""
     types = fields.content.get("layer_types")
     if types is None:
-        return [layer for layer in range(layers) if default(layer)]
-    if not isinstance(types, list) or len(types) < layers or any(x not in (SLIDING, FULL) for x in types):
-        raise fields.refuse("layer_types", types, f'"{FULL}" or "{SLIDING}" for each of the {layers} layers')
-    return [layer for layer in range(layers) if types[layer] == SLIDING]
+        return _slides(window, filter(default, range(layers)), layers)
+    supported = LAYER_TYPES if window is not None else {FULL}
+    if not isinstance(types, list) or len(types) != layers or any(x not in supported for x in types):
+        names = " or ".join(json.dumps(name) for name in sorted(supported))
+        why = "" if window is not None else ", as no sliding_window is in use"
+        raise fields.refuse("layer_types", types, f"{names} for each of the {layers} layers{why}")
+    return _slides(window, [layer for layer in range(layers) if types[layer] == SLIDING], layers)
 
 
 def _sliding(config: ModelConfig, layers: int) -> list[bool]:
@@ -192,7 +201,7 @@ def _read_llama(fields: Fields, layers: int) -> Content:
     fields.only("hidden_act", "silu", "swish")
     if fields.content.get("sliding_window"):
         raise fields.refuse("sliding_window", fields.content["sliding_window"], "this family without it")
-    return _biases(fields)
+    return {**_biases(fields), **_read_windows(fields, layers, None, lambda layer: False)}
 
 
 def _write_llama(config: ModelConfig, layers: int) -> Content:
@@ -201,20 +210,28 @@ def _write_llama(config: ModelConfig, layers: int) -> Content:
 
 def _read_mistral(fields: Fields, layers: int) -> Content:
     fields.only("hidden_act", "silu", "swish")
-    return _slides(fields.optional("sliding_window", int, 4096), range(layers), layers)
+    return _read_windows(fields, layers, fields.optional("sliding_window", int, 4096), lambda layer: True)
 
 
 def _write_mistral(config: ModelConfig, layers: int) -> Content:
     return {"sliding_window": config.window}
 
 
+def _write_ministral(config: ModelConfig, layers: int) -> Content:
+    # transformers makes the mask of layers that slide even where there are none.
+    return {"sliding_window": config.window or config.context, "layer_types": _written_types(config, layers)}
+
+
+def _window_in_use(fields: Fields, default: int | None) -> int | None:
+    """Return the window of families that turn it on by `use_sliding_window`."""
+    on = fields.get("use_sliding_window", bool, False)
+    return fields.optional("sliding_window", int, default) if on else None
+
+
 def _read_qwen_windows(fields: Fields, layers: int) -> Content:
     fields.only("hidden_act", "silu", "swish")
-    if not fields.get("use_sliding_window", bool, False):
-        return {}
     first = fields.get("max_window_layers", int, 28)
-    sliding = _layer_types(fields, layers, lambda layer: layer >= first)
-    return _slides(fields.optional("sliding_window", int, 4096), sliding, layers)
+    return _read_windows(fields, layers, _window_in_use(fields, 4096), lambda layer: layer >= first)
 
 
 def _write_qwen_windows(config: ModelConfig, layers: int) -> Content:
@@ -249,10 +266,7 @@ def _read_smollm3(fields: Fields, layers: int) -> Content:
         if len(turned) < layers:
             raise UsageError(f"{fields.file}: no_rope_layers names {len(turned)} of {layers} layers; name them all")
     still = tuple(layer for layer in range(layers) if not turned[layer])
-    windows: Content = {}
-    if fields.get("use_sliding_window", bool, False):
-        sliding = _layer_types(fields, layers, lambda layer: layer in still)
-        windows = _slides(fields.optional("sliding_window", int), sliding, layers)
+    windows = _read_windows(fields, layers, _window_in_use(fields, None), lambda layer: layer in still)
     return {"nope_layers": still, **_biases(fields), **windows}
 
 
@@ -281,18 +295,9 @@ def _read_gemma3(fields: Fields, layers: int) -> Content:
         if fields.content.get(name):
             raise fields.refuse(name, fields.content[name], "a gemma3_text without it")
     pattern = fields.positive("sliding_window_pattern", 6)
-    sliding = _layer_types(fields, layers, lambda layer: (layer + 1) % pattern != 0)
-    windows = _slides(fields.optional("sliding_window", int, 4096), sliding, layers)
-    ropes = fields.mapping("rope_parameters")
-    context, everywhere = fields.get("max_position_embeddings", int, 131072), fields.get("rope_theta", float, 1e6)
-    full = Fields(fields.file, ropes).mapping(FULL) | fields.mapping("rope_scaling")
-    theta, scaling = read_scaling(fields, f"rope_parameters.{FULL}", full, everywhere, context)
-    if windows:
-        near = fields.get("rope_local_base_freq", float, 10000.0)
-        local, stretched = read_scaling(fields, f"rope_parameters.{SLIDING}", ropes.get(SLIDING) or {}, near, context)
-        if stretched is not None:
-            raise fields.refuse(f"rope_parameters.{SLIDING}", ropes[SLIDING], 'rope_type "default"')
-        windows["local_rope_theta"] = local
+    window = fields.optional("sliding_window", int, 4096)
+    windows = _read_windows(fields, layers, window, lambda layer: (layer + 1) % pattern != 0)
+    ropes = _read_gemma3_ropes(fields, bool(windows))
     scalar = fields.get("query_pre_attn_scalar", float, 256)
     return {
         "qk_norm": "head",
@@ -301,11 +306,34 @@ def _read_gemma3(fields: Fields, layers: int) -> Content:
         "activation": "gelu_tanh",
         "scaled_embedding": True,
         "query_scalar": None if scalar == fields.optional("head_dim", int, 256) else scalar,
-        "rope_theta": theta,
-        "rope_scaling": scaling,
         **_biases(fields),
         **windows,
+        **ropes,
     }
+
+
+def _read_gemma3_ropes(fields: Fields, slides: bool) -> Content:
+    """Return bases and scaling as transformers 5 takes them: `rope_scaling` adds to what `rope_parameters` says of
+    layers that do not slide, and a base in neither is `rope_theta` or `rope_local_base_freq`."""
+    ropes, given = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
+    if ropes and not LAYER_TYPES & ropes.keys():
+        raise fields.refuse("rope_parameters", ropes, f'an object each for "{FULL}" and "{SLIDING}"')
+    context = fields.get("max_position_embeddings", int, 131072)
+    full = Fields(fields.file, ropes).mapping(FULL)
+    if given and "type" in given and "rope_type" not in given:
+        raise fields.refuse("rope_scaling", given, '"rope_type" in place of "type", which transformers passes over')
+    where = "rope_scaling" if given else f"rope_parameters.{FULL}"
+    full = full | given
+    if full.get("truncate", True) is not True:
+        raise fields.refuse(f"{where}.truncate", full["truncate"], "true")
+    theta, scaling = read_scaling(fields, where, full, fields.get("rope_theta", float, 1e6), context)
+    if not slides:
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    near = fields.get("rope_local_base_freq", float, 10000.0)
+    local, stretched = read_scaling(fields, f"rope_parameters.{SLIDING}", ropes.get(SLIDING) or {}, near, context)
+    if stretched is not None:
+        raise fields.refuse(f"rope_parameters.{SLIDING}", ropes[SLIDING], 'rope_type "default"')
+    return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local}
 
 
 def _write_gemma3(config: ModelConfig, layers: int) -> Content:
@@ -333,6 +361,7 @@ FAMILIES = {
     for family in (
         Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, 2048),
         Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, 4096 * 32, kv_heads=8),
+        Family("ministral", "MinistralForCausalLM", _read_mistral, _write_ministral, 4096 * 32, kv_heads=8),
         Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen_windows, 32768, kv_heads=32),
         Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, 32768, kv_heads=32, head_dim=128),
         Family(
@@ -349,6 +378,7 @@ FAMILIES = {
             head_dim=256,
             tied=True,
             rope_theta=1e6,
+            rope_by_layer_type=True,
         ),
     )
 }

@@ -50,12 +50,20 @@ YARN = {
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}
 DEFAULT = {"rope_type": "default", "rope_theta": 700.0}
 GEMMA3 = {"sliding_attention": {"rope_type": "default", "rope_theta": 77.0}, "full_attention": LINEAR}
+ORIGINAL = "original_max_position_embeddings"
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+def _without(content: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != name}
+
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "mistral": ("Mistral", {"sliding_window": 7, "rope_parameters": LINEAR}),
     "mistral-wide": ("Mistral", {"sliding_window": None}),
+    "ministral": ("Ministral", {"sliding_window": 7, "layer_types": MIXED, "rope_parameters": YARN}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen2-yarn": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": YARN | {"attention_factor": 1.3}}),
     "qwen3": ("Qwen3", {"rope_parameters": DEFAULT}),
@@ -194,6 +202,39 @@ def test_which_models_the_compiled_kernels_compute_exactly(tmp_path: Path) -> No
     assert exact == [*blocks[:3], "qwen2-yarn", "qwen3", "smollm3", "olmo2"]
 
 
+ODD_ROPES: dict[str, dict[str, Any]] = {
+    "the context before next to yarn": {"rope_scaling": _without(YARN, ORIGINAL), ORIGINAL: 16},
+    "another context before next to llama3": {"rope_scaling": LLAMA3, ORIGINAL: 48},
+    "the context before where it says nothing": {"rope_scaling": LINEAR, ORIGINAL: 16},
+    "an empty rope_scaling": {"rope_scaling": {}, "rope_parameters": LINEAR},
+    "rope_scaling in place of rope_parameters": {
+        "rope_scaling": _without(YARN, "rope_theta"),
+        "rope_parameters": DEFAULT,
+    },
+    "with rope_theta": {"rope_scaling": _without(YARN, "rope_theta"), "rope_parameters": DEFAULT, "rope_theta": 99.0},
+    "rope_scaling default": {"rope_scaling": {"type": "default"}, "rope_parameters": LINEAR, "rope_theta": 99.0},
+}
+
+
+@pytest.mark.parametrize("name", ODD_ROPES)
+@torch.no_grad()
+def test_rotary_fields_that_contradict_are_read_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
+    random_model("olmo2").save_pretrained(tmp_path)
+    content = _without(json.loads((tmp_path / "config.json").read_text()), "rope_parameters")
+    (tmp_path / "config.json").write_text(json.dumps(content | ODD_ROPES[name]))
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits
+    assert (load_model(tmp_path)(tokens()) - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_mistral_with_types_of_layers_is_a_ministral(tmp_path: Path) -> None:
+    random_model("ministral").save_pretrained(tmp_path)
+    edit(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"])
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits
+    ours = load_model(tmp_path)
+    assert ours.config.window_layers == (0, 2) and (ours(tokens()) - expected).abs().max() < 1e-5
+
+
 def refusal(directory: Path, *words: str) -> None:
     with pytest.raises(UsageError) as caught:
         load_model(directory)
@@ -214,9 +255,26 @@ def test_what_a_family_does_not_compute_is_refused(tmp_path: Path) -> None:
         ("smollm3", {"no_rope_layers": [1, 0]}, ["no_rope_layers", "2 of 4"]),
         ("smollm3", {"no_rope_layers": "all"}, ["no_rope_layers", "a list"]),
         ("olmo2", {"sliding_window": 3}, ["sliding_window", "without"]),
+        ("llama3", {"layer_types": MIXED}, ["layer_types", "full_attention", "no sliding_window"]),
+        ("mistral", {"sliding_window": None, "layer_types": MIXED}, ["layer_types", "no sliding_window"]),
+        ("qwen2", {"use_sliding_window": False}, ["layer_types", "no sliding_window"]),
+        ("smollm3-windows", {"use_sliding_window": False}, ["layer_types", "no sliding_window"]),
+        ("gemma3", {"sliding_window": None}, ["layer_types", "no sliding_window"]),
+        ("qwen3-windows", {"layer_types": MIXED * 2}, ["layer_types", "4 layers"]),
+        ("qwen3", {"per_layer_config": {"1": {"rope_theta": 3.0}}}, ["per_layer_config"]),
+        ("llama3", {"is_causal": False}, ["is_causal"]),
+        ("llama3", {"rope_parameters": GEMMA3}, ["rope_parameters", "one object"]),
+        ("olmo2", {"rope_scaling": {"full_attention": LINEAR}}, ["rope_scaling", "one object"]),
+        ("gemma3", {"rope_parameters": LINEAR}, ["rope_parameters", "an object each"]),
+        ("gemma3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "rope_type"]),
+        ("gemma3", {"rope_parameters": {"full_attention": YARN | {"truncate": False}}}, ["truncate"]),
         ("gemma3", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping", "gemma3_text without"]),
         ("gemma3", {"hidden_activation": "relu"}, ["hidden_activation", "gelu_pytorch_tanh"]),
-        ("qwen2", {"model_type": "llama", "use_sliding_window": False, "sliding_window": None}, ["holds", "bias"]),
+        (
+            "qwen2",
+            {"model_type": "llama", "use_sliding_window": False, "sliding_window": None, "layer_types": None},
+            ["holds", "bias"],
+        ),
         ("olmo2", {"attention_bias": False}, ["holds", "model.layers.0.self_attn.k_proj.bias, ", "13 more"]),
         ("llama3", {"attention_bias": True}, ["lacks", "q_proj.bias, ", "13 more"]),
         ("qwen3", {"head_dim": 8}, ["q_proj", "[64, 32]", "[32, 32]"]),
