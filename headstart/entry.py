@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from headstart.arguments import add_repeated
 from headstart.cli import COMMANDS, RAW
 from headstart.errors import UsageError
 
@@ -29,7 +30,7 @@ def _dispatch(name: str, arguments: list[str]) -> None:
     if command in RAW:
         command(arguments)
         return
-    tyro.cli(command, prog=f"headstart {name}", args=arguments)
+    tyro.cli(command, prog=f"headstart {name}", args=add_repeated(command, arguments))
 
 
 def main() -> None:

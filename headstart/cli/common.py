@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from headstart.arguments import add_repeated
 from headstart.errors import UsageError
 
 
@@ -30,7 +31,9 @@ def measure(
     """A command that parses `arguments` into its settings, and prints what it finds (--json: as JSON)."""
     json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
     once = (tyro.conf.AvoidSubcommands,)
-    settings = tyro.cli(settings_type, prog=f"headstart {command}", args=arguments, config=once)
+    settings = tyro.cli(
+        settings_type, prog=f"headstart {command}", args=add_repeated(settings_type, arguments), config=once
+    )
     use_threads(settings.threads)
     found = run(settings)
     print_json(found) if json else print(text(found))

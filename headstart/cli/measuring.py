@@ -8,6 +8,7 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
+from headstart.arguments import add_repeated
 from headstart.cli.common import measure, print_json
 from headstart.errors import UsageError
 
@@ -77,7 +78,12 @@ def bench(arguments: list[str]) -> None:
         raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(benchmarks)}")
     settings_type, run = benchmarks[arguments[0]]
     once = (tyro.conf.AvoidSubcommands,)
-    settings = tyro.cli(settings_type, prog=f"headstart bench {arguments[0]}", args=arguments[1:], config=once)
+    settings = tyro.cli(
+        settings_type,
+        prog=f"headstart bench {arguments[0]}",
+        args=add_repeated(settings_type, arguments[1:]),
+        config=once,
+    )
     result = run(settings)
     report.write(result, settings.out)
     print_json(result) if json else print(report.format_markdown(result))

@@ -31,5 +31,8 @@ def serve(model: Positional[str | None] = None, *, settings: OmitArgPrefixes[Ser
             f"serving needs {error.name}, which is not installed: pip install 'headstart[serve]'"
         ) from error
 
-    keys = settings.api_key or tuple(filter(None, os.environ.get("HEADSTART_API_KEY", "").split(",")))
+    named = os.environ.get("HEADSTART_API_KEY", "")
+    keys = settings.api_key or tuple(key for part in named.split(",") if (key := part.strip()))
+    if named and not keys:
+        raise UsageError("HEADSTART_API_KEY holds no key; put keys in it, parted by commas, or unset it")
     run(model_directory(model), replace(settings, api_key=keys))

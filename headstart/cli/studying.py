@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from headstart.arguments import add_repeated
 from headstart.cli.common import print_json, use_threads
 from headstart.errors import UsageError
 
@@ -48,7 +49,13 @@ def study(arguments: list[str]) -> None:
 
     default = chosen.scales[scale]
     prog = f"headstart study {name} --scale {scale}"
-    settings = tyro.cli(type(default), prog=prog, args=rest, default=default, config=(tyro.conf.AvoidSubcommands,))
+    settings = tyro.cli(
+        type(default),
+        prog=prog,
+        args=add_repeated(type(default), rest),
+        default=default,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     use_threads(None if threads is None else int(threads))
     found = run_study(chosen, scale, settings, None if out is None else Path(out))
     if json:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress
 
 from headstart.adaptation.settings import AdaptConfig
+from headstart.arguments import add_repeated
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.mixture import MixturePart
 from headstart.data.registers import RegisterConfig
@@ -273,7 +274,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         # changes it, and no flag is a subcommand.
         config = tyro.cli(
             RunConfig,
-            args=list(overrides),
+            args=add_repeated(RunConfig, overrides),
             default=config,
             prog=f"headstart train {path}",
             config=(tyro.conf.AvoidSubcommands,),

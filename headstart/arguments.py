@@ -1,0 +1,80 @@
+"""Command-line arguments before they are parsed: values of a list that is named several times."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from headstart.errors import UsageError
+
+
+def add_repeated(target: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """Return `arguments` with all values of a list option behind its first mention.
+
+    `--stop a --stop b` means `--stop a b`; tyro alone would keep the last mention without a word. Of an option with one
+    value the last mention counts, as everywhere.
+
+    Args:
+        target: the function or dataclass that `tyro.cli` parses the arguments for.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    named = Counter(_option(argument) for argument in arguments[:end])
+    repeated = {option for option in _list_options(target) if named[option] > 1}
+    found: list[str] = []
+    values: dict[str, list[str]] = {}
+    places: dict[str, int] = {}
+    current: str | None = None
+    for argument in arguments[:end]:
+        option = _option(argument)
+        if option is not None:
+            current = option if option in repeated else None
+        if current is None:
+            found.append(argument)
+        elif option is None:
+            values[current].append(argument)
+        else:
+            name, equals, value = argument.partition("=")
+            if option not in places:
+                found.append(name)
+                places[option], values[option] = len(found), []
+            if value.startswith("-"):
+                raise UsageError(
+                    f"{argument}: a value with a dash in front needs the only {name}; name the others there"
+                )
+            values[option] += [value] if equals else []
+    for option, at in reversed(places.items()):
+        found[at:at] = values[option]
+    return [*found, *arguments[end:]]
+
+
+def _option(argument: str) -> str | None:
+    """Return the name of the option that an argument is, if it is one."""
+    return argument[2:].partition("=")[0].replace("_", "-") if argument.startswith("--") else None
+
+
+def _list_options(target: Any, prefix: str = "", bare: bool = False) -> set[str]:
+    """Return the names of options with any number of values, without dashes in front; `bare`: without their group."""
+    from tyro.conf import OmitArgPrefixes
+
+    found = set()
+    for name, hint in get_type_hints(target, include_extras=True).items():
+        option = prefix + name.replace("_", "-")
+        within = bare or OmitArgPrefixes in getattr(hint, "__metadata__", ())
+        for part in _parts(hint):
+            if get_origin(part) is list or (get_origin(part) is tuple and get_args(part)[-1:] == (...,)):
+                found.add(option)
+            elif is_dataclass(part) and name != "return":
+                found |= _list_options(part, "" if within else option + ".", within)
+    return found
+
+
+def _parts(hint: Any) -> list[Any]:
+    """Return the alternatives of a union, and what annotations are about."""
+    if get_origin(hint) is Annotated:
+        return _parts(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [part for alternative in get_args(hint) for part in _parts(alternative)]
+    return [hint]
