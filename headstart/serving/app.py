@@ -33,7 +33,12 @@ PAGE_HEADERS = {
 def make_app(service: Service) -> FastAPI:
     """The application over `service`, without what guards it."""
     app = FastAPI(
-        title="Headstart", version=__version__, docs_url=None, redoc_url=None, default_response_class=JsonResponse
+        title="Headstart",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=JsonResponse,
+        redirect_slashes=False,  # a redirect names the host that the client claims
     )
     app.add_exception_handler(RequestValidationError, _unfit)
     app.add_exception_handler(HTTPException, _http_error)

@@ -1,10 +1,13 @@
-"""What stands before the routes: keys, and bounds on the body."""
+"""What stands before the routes: hosts, keys, and bounds on the body."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import re
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,6 +19,24 @@ BODY_SECONDS = 30.0
 """A body must be here within this time."""
 
 
+def is_allowed_host(header: str, names: Sequence[str]) -> bool:
+    """Return whether a request with this Host header is answered.
+
+    A web page on a name that its owner lets point to this machine (DNS rebinding) sends that name. Addresses and names
+    without a dot are always allowed, since no such page has one for its own.
+    """
+    parts = re.fullmatch(r"(?:\[([^]]+)\]|([^:\[\]]*?)\.?)(?::\d*)?", header.strip().lower())
+    if parts is None:
+        return False
+    host = parts[1] or parts[2]
+    with suppress(ValueError):
+        ipaddress.ip_address(host)
+        return True
+    if parts[1]:
+        return False
+    return "." not in host or host.endswith(".localhost") or host in (name.lower() for name in names)
+
+
 class Guard:
     """Refuses requests without a key, and bodies that are too large or too slow.
 
@@ -24,12 +45,18 @@ class Guard:
         keys: those of which one must be shown; none: nobody is asked.
         max_body_bytes: most bytes of a body.
         answered: told the path and the status of every answer.
+        hosts: names that requests may be for, see `is_allowed_host`; None: any.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, answered: Callable[[str, int], None]
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        max_body_bytes: int,
+        answered: Callable[[str, int], None],
+        hosts: Sequence[str] | None = None,
     ) -> None:
-        self.app, self.max_body_bytes, self.answered = app, max_body_bytes, answered
+        self.app, self.max_body_bytes, self.answered, self._hosts = app, max_body_bytes, answered, hosts
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,8 +69,11 @@ class Guard:
                 self.answered(scope["path"], message["status"])
             await send(message)
 
+        if scope["method"] == "HEAD":  # the answer to GET; the protocol leaves the body out
+            scope = {**scope, "method": "GET"}
         headers = dict(scope["headers"])
         try:
+            self._check_hosts(scope)
             if self._keys and scope["path"] not in OPEN:
                 self._check(headers.get(b"authorization", b""))
             length = headers.get(b"content-length", b"0")
@@ -53,6 +83,15 @@ class Guard:
             await error.response()(scope, receive, counted)
             return
         await self.app(scope, self._bounded(receive), counted)
+
+    def _check_hosts(self, scope: Scope) -> None:
+        if self._hosts is None:
+            return
+        for name, value in scope["headers"]:
+            host = value.decode("latin-1")
+            if name == b"host" and not is_allowed_host(host, self._hosts):
+                message = f"requests for the host {host[:80]!r} are not answered; --allow-host NAME allows them"
+                raise ApiError(403, message, code="host_not_allowed")
 
     def _check(self, authorization: bytes) -> None:
         kind, _, shown = authorization.partition(b" ")

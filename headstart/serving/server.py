@@ -53,7 +53,7 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
 def guarded(app: ASGIApp, service: Service) -> ASGIApp:
     """The application behind its keys and bounds."""
     settings = service.settings
-    app = Guard(app, settings.api_key, settings.max_body_bytes, service.worker.metrics.answered)
+    app = Guard(app, settings.api_key, settings.max_body_bytes, service.worker.metrics.answered, settings.hosts)
     if not settings.allow_origin:
         return app
     return CORSMiddleware(

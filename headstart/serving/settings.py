@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Literal
 
 from headstart.errors import UsageError
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on is seen by this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost"
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,10 @@ class ServeSettings:
     by commas; none: everybody is served)."""
     allow_origin: tuple[str, ...] = ()
     """Web pages of these origins may ask too (CORS); * for all."""
+    allow_host: tuple[str, ...] = ()
+    """Names in the Host header of requests that are answered; * for all. Addresses and names without a dot are always
+    (default: no others on a loopback address without keys, which keeps web pages out that point their name here; any
+    elsewhere)."""
     slots: int = 8
     """Texts decoded at once."""
     context: int | None = None
@@ -65,6 +78,13 @@ class ServeSettings:
     drain_seconds: float = 30.0
     """After SIGTERM, seconds that running requests have to finish."""
 
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names that requests may be for; None: any."""
+        if self.allow_host:
+            return None if "*" in self.allow_host else self.allow_host
+        return (self.host,) if not self.api_key and is_loopback(self.host) else None
+
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("queue", 0), ("max_body_bytes", 1), ("max_header_bytes", 1024), ("port", 0)):
             if getattr(self, name) < least:
@@ -82,3 +102,5 @@ class ServeSettings:
             raise UsageError(f"--port is {self.port}; ports end at 65535")
         if any(not key for key in self.api_key):
             raise UsageError("--api-key is empty; name a key, or leave it out to serve everybody")
+        if any(key != key.strip() for key in self.api_key):
+            raise UsageError("--api-key begins or ends with a space, which no header can carry; leave it out")

@@ -55,6 +55,44 @@ def test_what_needs_no_key(locked: Server) -> None:
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
 
 
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        *((host, True) for host in ("localhost:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "10.0.0.7", "my-box")),
+        *((host, True) for host in ("a.localhost", "LOCALHOST.", "mine.example:8000", "MINE.example.", "")),
+        *((host, False) for host in ("evil.example", "evil.example:8000", "evil.example.", "127.0.0.1.evil.example")),
+        *((host, False) for host in ("localhost.evil.example", "notmine.example", "[mine.example]", "[::1].evil.net")),
+    ],
+)
+def test_hosts(host: str, allowed: bool) -> None:
+    assert guard.is_allowed_host(host, ("mine.example",)) is allowed
+
+
+def test_a_page_on_a_name_that_points_here_gets_nothing(server: Server, locked: Server) -> None:
+    body = b'{"prompt": "x", "max_tokens": 1}'
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        answer = HTTP.get(server.url + path, headers={"Host": "evil.example"})
+        assert answer.status_code == 403 and "--allow-host" in answer.json()["error"]["message"]
+    status, answer = raw(server, body, Host="evil.example:8000")
+    assert status == 403 and answer["error"]["code"] == "host_not_allowed"
+    assert raw(server, body, Host="localhost:1")[0] == 200
+    assert sent(server, "Host: evil.example").startswith(b"HTTP/1.1 403")  # a second one
+    assert raw(locked, body, Host="evil.example", Authorization="Bearer first")[0] == 200  # no page has the key
+
+
+@pytest.mark.parametrize("path", ["/metrics/", "/health/", "/v1/models/", "//metrics"])
+def test_no_redirect_names_the_host_of_a_request(path: str, server: Server) -> None:
+    answer = HTTP.get(server.url + path, headers={"Host": "somewhere"}, follow_redirects=False)
+    assert answer.status_code == 404 and "location" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/v1/models", "/metrics", "/openapi.json"])
+def test_head_is_get_without_its_body(path: str, server: Server) -> None:
+    head, get = HTTP.head(server.url + path), HTTP.get(server.url + path)
+    assert (head.status_code, head.content) == (200, b"") and get.content
+    assert head.headers["content-type"] == get.headers["content-type"] and int(head.headers["content-length"])
+
+
 def test_origins(locked: Server, server: Server) -> None:
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     for origin, allowed in (("https://there.example", "https://there.example"), ("https://other.example", None)):

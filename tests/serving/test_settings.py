@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import headstart
+from headstart.cli.serving import serve
 from headstart.errors import UsageError
 from headstart.serving import server
 from headstart.serving.settings import ServeSettings
@@ -33,12 +34,50 @@ CONTEXT = load_config(boxed_model()).context
         ({"threads": 0}, "--threads is 0"),
         ({"heads": 0}, "--heads is 0"),
         ({"api_key": ("x", "")}, "--api-key is empty"),
+        ({"api_key": ("x ",)}, "--api-key begins or ends with a space"),
+        ({"max_header_bytes": 1023}, "--max-header-bytes is 1023"),
+        ({"header_timeout": 0.0}, "--header-timeout is 0"),
+        ({"idle_timeout": float("nan")}, "--idle-timeout is nan"),
+        ({"max_connections": 0}, "--max-connections is 0"),
     ],
     ids=lambda value: str(value)[:30],
 )
 def test_what_no_server_can_be_told(wrong: dict[str, Any], line: str) -> None:
     with pytest.raises(UsageError, match=line):
         ServeSettings(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "hosts"),
+    [
+        ({}, ("127.0.0.1",)),
+        ({"host": "::1"}, ("::1",)),
+        ({"host": "localhost", "allow_host": ("a.example",)}, ("a.example",)),
+        ({"api_key": ("k",)}, None),
+        ({"host": "0.0.0.0"}, None),
+        ({"host": "0.0.0.0", "allow_host": ("a.example",)}, ("a.example",)),
+        ({"allow_host": ("*",)}, None),
+    ],
+    ids=str,
+)
+def test_hosts_are_checked_where_no_key_is_asked_for(given: dict[str, Any], hosts: tuple[str, ...] | None) -> None:
+    assert ServeSettings(**given).hosts == hosts
+
+
+@pytest.mark.parametrize(("variable", "keys"), [(" a, b,", ("a", "b")), ("", ())])
+def test_keys_of_the_environment(variable: str, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[ServeSettings] = []
+    monkeypatch.setenv("HEADSTART_API_KEY", variable)
+    monkeypatch.setattr(server, "serve", lambda _, settings: found.append(settings))
+    serve(settings=ServeSettings())
+    serve(settings=ServeSettings(api_key=("c",)))
+    assert [settings.api_key for settings in found] == [keys, ("c",)]
+
+
+def test_an_environment_without_a_key_closes_nothing_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADSTART_API_KEY", " , ")
+    with pytest.raises(UsageError, match="HEADSTART_API_KEY holds no key"):
+        serve(settings=ServeSettings())
 
 
 @pytest.mark.parametrize(
