@@ -7,8 +7,8 @@ import sys
 
 import tyro
 
-from headstart.arguments import add_repeated
 from headstart.cli import COMMANDS, RAW
+from headstart.command_line import add_repeated
 from headstart.errors import UsageError
 
 

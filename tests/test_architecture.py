@@ -21,7 +21,7 @@ FLOORS = {
     "files": 0,
     "machine": 0,
     "page": 0,
-    "arguments": 0,
+    "command_line": 0,
     "terminal": 0,
     "model": 1,
     "data": 1,

@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from headstart.arguments import add_repeated
+from headstart.command_line import add_repeated
 from headstart.errors import UsageError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import tyro
 from tyro.conf import Positional
 
-from headstart.arguments import add_repeated
 from headstart.cli.common import measure, print_json
+from headstart.command_line import add_repeated
 from headstart.errors import UsageError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from headstart.arguments import add_repeated
 from headstart.cli.common import print_json, use_threads
+from headstart.command_line import add_repeated
 from headstart.errors import UsageError
 
 

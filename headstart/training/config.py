@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress
 
 from headstart.adaptation.settings import AdaptConfig
-from headstart.arguments import add_repeated
+from headstart.command_line import add_repeated
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.mixture import MixturePart
 from headstart.data.registers import RegisterConfig

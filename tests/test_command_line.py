@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from headstart import cli
-from headstart.arguments import _list_options, add_repeated
+from headstart.command_line import _list_options, add_repeated
 from headstart.training.config import RunConfig, load_config
 
 
