@@ -11,6 +11,7 @@ import torch
 from tyro.conf import Positional
 
 import headstart
+from headstart.api import LanguageModel
 from headstart.benchmarks.passes import pass_costs
 from headstart.benchmarks.speedup import load_prompts
 from headstart.decoding.engine import Engine
@@ -23,7 +24,6 @@ from headstart.decoding.tuning import AcceptanceTable, Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.evaluation.texts import sizes
-from headstart.model.transformer import Transformer
 from headstart.storage.boxed import model_directory
 from headstart.storage.tuning_file import write_tuning
 from headstart.terminal import Progress, format_table, say
@@ -105,8 +105,8 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         room=new,
     )
     ranks = RANKS if settings.tree_nodes else 0
-    greedy, seen = _acceptance(model, prompts, new, 0.0, ranks)
-    sampled, _ = _acceptance(model, prompts, new, settings.temperature, ranks)
+    greedy, seen = _acceptance(language_model, prompts, new, 0.0, ranks)
+    sampled, _ = _acceptance(language_model, prompts, new, settings.temperature, ranks)
     largest = grow(greedy.rank_mean, settings.tree_nodes) if settings.tree_nodes else None
     costs, sampled_costs = (
         pass_costs(model, batches, length + new // 2, settings.seconds, largest, temperature)
@@ -130,9 +130,9 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
 
 
 def _acceptance(
-    model: Transformer, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float, ranks: int
+    language_model: LanguageModel, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float, ranks: int
 ) -> tuple[AcceptanceTable, list[list[int]]]:
-    """Of texts that the model writes with all heads in chains, without end; and with `ranks`, of every pass the ranks
+    """Of texts that the model writes with all heads in chains; and with `ranks`, of every pass the ranks
     that the tokens which came had among the candidates of the heads."""
     observed: list[tuple[list[float], int]] = []
     drafted_at: dict[Generation, list[int]] = {}
@@ -142,7 +142,8 @@ def _acceptance(
         root = len(generation.request.prompt) + len(generation.tokens) - 1
         drafted_at.setdefault(generation, []).append(root - 1)
 
-    engine = Engine(model, slots=min(8, len(prompts)), watch=watch, prefill_budget=None)
+    model, tokenizer = language_model.transformer, language_model.tokenizer
+    engine = Engine(model, slots=min(8, len(prompts)), tokenizer=tokenizer, watch=watch, prefill_budget=None)
     for seed, prompt in enumerate(prompts):
         engine.submit(Request(prompt, new_tokens, Sampling(temperature, seed=seed)))
     with Progress("drafts, sampled" if temperature else "drafts, greedy", len(prompts), unit="prompts") as bar:

@@ -63,6 +63,20 @@ class ChatTemplate:
             raise UsageError(f"the chat template does not take these messages ({why}); mend them, or it") from error
         return text
 
+    def turn_ends(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Return the special token that the template puts behind an answer: none where that is plain text, or where
+        the template does not take one question and one answer."""
+        said = [{"role": "user", "content": "x"}, {"role": ASSISTANT, "content": "y"}]
+        try:
+            before, behind = self.render(said[:1], prompt=True), self.render(said)
+        except UsageError:
+            return frozenset()
+        if not behind.startswith(before):
+            return frozenset()
+        end = tokenizer.encode(behind[len(before) :].strip().removeprefix("y").strip())
+        special: frozenset[int] = getattr(tokenizer, "skipped", frozenset())
+        return frozenset(token for token in end[:1] if token in special)
+
     def answers(self, conversation: Conversation, each: bool = False) -> list[tuple[str, list[Span]]]:
         """The text of a conversation, and which characters of it the assistant wrote, its ends of turns among them.
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, dropwhile, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headstart.data.tokenizers import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+TAIL = 8
+"""Most tokens of a prompt that the tokens after it are decoded behind."""
 
 
 class TextStream:
     """Incremental `tokenizer.decode`.
 
-    The pieces that `push` returns, joined, plus `finish()`, equal `tokenizer.decode` of all tokens pushed. A piece
+    The pieces that `push` returns, joined, plus `finish()`, equal the text that the tokens pushed add to the text of
+    the tokens `before` them: without any, `tokenizer.decode` of all tokens pushed. Some decoders strip the space at the
+    beginning of a text (Llama 2, Mistral), and the first token of a completion is not at the beginning. A piece
     never holds half a character, nor a U+FFFD that a later token would mend: such tokens wait. The work per token does
     not grow with the length of the text.
 
@@ -23,10 +28,11 @@ class TextStream:
     byte turns the *whole* run into U+FFFD, so nothing of it is certain before.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._skipped: frozenset[int] = getattr(tokenizer, "skipped", frozenset([tokenizer.end_id]))
         token_bytes: Callable[[int], bytes] | None = getattr(tokenizer, "token_bytes", None)
-        self._assembly = _Window(tokenizer) if token_bytes is None else _Bytes(token_bytes)
+        backwards = (token for token in reversed(before) if token not in self._skipped)
+        self._assembly = _Window(tokenizer, backwards) if token_bytes is None else _Bytes(token_bytes)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes the next tokens and returns the text they complete, "" where they complete none."""
@@ -59,10 +65,10 @@ class _Window:
     first token of a text (strip its space, say) then happens inside the context, in both decodings that are compared.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, backwards: Iterator[int]) -> None:
         self._tokenizer = tokenizer
         self._is_partial: Callable[[int], bool] | None = getattr(tokenizer, "is_partial", None)
-        self._context: list[int] = []
+        self._context = self._tail(self._before(backwards))
         self._pending: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -87,12 +93,26 @@ class _Window:
                 return ""
             if self._is_partial is None and after.endswith(REPLACEMENT):
                 return ""
-        self._context = tokens
+        self._context, self._pending = self._tail(tokens), []
+        return after[len(before) :]
+
+    def _tail(self, tokens: list[int]) -> list[int]:
+        """Return the shortest tail of `tokens` that decodes to some text, all of them where none does."""
         size = 1
         while size < len(tokens):
-            if decode(tokens[-size:]):
-                self._context = tokens[-size:]
-                break
+            if self._tokenizer.decode(tokens[-size:]):
+                return tokens[-size:]
             size *= 2
-        self._pending = []
-        return after[len(before) :]
+        return tokens
+
+    def _before(self, backwards: Iterator[int]) -> list[int]:
+        """Return the last tokens of a prompt, given from its end. Bytes at the end are left out: bytes that follow
+        would change their text."""
+        last = next(backwards, None)
+        if last is None:
+            return []
+        rest = dropwhile(self._is_partial or (lambda token: False), chain([last], backwards))
+        tokens = list(islice(rest, TAIL))[::-1] or self._tokenizer.encode("a")
+        while tokens and self._tokenizer.decode(tokens).endswith(REPLACEMENT):
+            tokens.pop()
+        return tokens

@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int  # one more than the largest id
     end_id: int  # closes every document; also the start token where a prompt is empty
+    end_ids: frozenset[int]  # end a generation: `end_id`, and what the model's directory names
     start_ids: tuple[int, ...]  # what `prompt_ids` puts before a text; none for models that never saw it
 
     def encode(self, text: str) -> list[int]:
@@ -93,6 +94,9 @@ class ByteTokenizer:
     end_id = 255
     start_ids: tuple[int, ...] = ()
     end_name = "<|end|>"
+
+    def __init__(self) -> None:
+        self.end_ids = frozenset([self.end_id])
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of `text`."""
@@ -161,6 +165,7 @@ class PretrainedTokenizer:
         self.name = self._file.parent.resolve().name
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end_id = self._find_end(ids)
+        self.end_ids = frozenset([self.end_id])
         special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
         self.skipped = frozenset(special | {self.end_id})
         self.start_ids: tuple[int, ...] = ()

@@ -29,7 +29,6 @@ def constrain(
     slot: int,
     generation: Generation,
     root: int,
-    end_id: int | None,
     most: int,
     tree: TreeRows | None = None,
 ) -> None:
@@ -44,7 +43,7 @@ def constrain(
     # A request for plain decoding gets plain decoding, unless drafts are looked up anyhow.
     if generation.request.heads == 1 and generation.lookup is None:
         most = 1
-    walk = _Walk(state, slot, generation, root, end_id, most, tree)
+    walk = _Walk(state, slot, generation, root, most, tree)
     walk.visit(0, ())
     depth_of = {row: len(path) for row, path in walk.paths.items() if len(path) <= walk.limit}
     deepest = max(depth_of.values(), default=0)
@@ -73,13 +72,12 @@ class _Walk:
         slot: int,
         generation: Generation,
         root: int,
-        end_id: int | None,
         most: int,
         tree: TreeRows | None,
     ) -> None:
         assert generation.matcher is not None
         self.state, self.slots, self.generation, self.tree = state, slice(slot, slot + 1), generation, tree
-        self.matcher, self.root, self.end_id, self.most = generation.matcher, root, end_id, most
+        self.matcher, self.root, self.most = generation.matcher, root, most
         self.weighs = state.sampling.rules[slot].weighs
         self.proposed = state.window_SW[slot].tolist()
         self.forbidden = state.constraints.rows(slot)
@@ -112,7 +110,7 @@ class _Walk:
             self.limit = min(self.limit, depth)
         self.strays |= dict.fromkeys(lacking, int(forbidden.argmax()))
         for child, (token, source, share) in drafts.items():
-            ends = token == self.end_id
+            ends = token in self.generation.ends
             if not ends and not self.matcher.push(token):
                 self.matcher.back(0)
                 self.strays[child] = token

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,17 +106,18 @@ class Constraint:
 class Matcher:
     """Where one text stands in its constraint."""
 
-    def __init__(self, beginning: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, beginning: LLMatcher, vocab_size: int, ends: Collection[int]) -> None:
         self._beginning, self._vocab_size = beginning, vocab_size
+        self._ends = [end for end in ends if 0 <= end < vocab_size]
         self._matcher = beginning.deep_copy()
         self._tokens: list[int] = []
 
-    def restarted(self) -> Matcher:
-        """Another one, at the beginning."""
-        return Matcher(self._beginning, self._vocab_size)
+    def restarted(self, ends: Collection[int]) -> Matcher:
+        """Another one, at the beginning, for a text that each of the tokens `ends` ends."""
+        return Matcher(self._beginning, self._vocab_size, ends)
 
     def allowed(self) -> np.ndarray:
-        """Which tokens (V,) bool may come next, the end token among them where the text may end. None where a text has
+        """Which tokens (V,) bool may come next, the end tokens among them where the text may end. None where a text has
         got stuck: its grammar grew too complex, or the model's vocabulary has no token to go on with."""
         if self._matcher.is_error():
             return np.zeros(self._vocab_size, dtype=bool)
@@ -125,6 +126,8 @@ class Matcher:
         allowed[: len(bits)] = bits[: self._vocab_size]
         if self._matcher.is_error():  # computing the mask is where a grammar grows too complex
             allowed[:] = False
+        else:
+            allowed[self._ends] = self.may_end
         return allowed
 
     def push(self, token: int) -> bool:
@@ -158,9 +161,11 @@ _vocabularies: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
 _compiled: WeakKeyDictionary[Tokenizer, OrderedDict[tuple[Constraint, int], Matcher]] = WeakKeyDictionary()
 
 
-def compiled(constraint: Constraint, tokenizer: Tokenizer | None, vocab_size: int) -> Matcher:
+def compiled(
+    constraint: Constraint, tokenizer: Tokenizer | None, vocab_size: int, ends: Collection[int] | None = None
+) -> Matcher:
     """A matcher at the beginning of `constraint`, for a model of `vocab_size` tokens. The last `KEPT_GRAMMARS` are kept
-    for each tokenizer.
+    for each tokenizer. Each token of `ends` ends a text (None: the tokenizer's `end_ids`).
 
     Raises UsageError: it cannot be compiled, nothing satisfies it, the tokenizer is of no kind that llguidance knows,
     or llguidance is not there.
@@ -173,7 +178,7 @@ def compiled(constraint: Constraint, tokenizer: Tokenizer | None, vocab_size: in
     kept[key] = matcher  # last; each line by itself is safe beside other threads, which servers have
     if len(kept) > KEPT_GRAMMARS:
         kept.popitem(last=False)
-    return matcher.restarted()
+    return matcher.restarted(tokenizer.end_ids if ends is None else ends)
 
 
 def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
@@ -190,9 +195,8 @@ def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> M
     matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
     if matcher.is_error():
         raise UsageError(f"{NAMES[constraint.kind]}: {_gist(matcher.get_error())}; change or leave that")
-    result = Matcher(matcher, vocab_size)
-    possible = result.allowed()
-    if not result.may_end and not possible[np.arange(vocab_size) != tokenizer.end_id].any():
+    result = Matcher(matcher, vocab_size, tokenizer.end_ids)
+    if not result.may_end and not result.allowed().any():
         raise UsageError(f"{NAMES[constraint.kind]}: no text of this model's tokens satisfies it; loosen it")
     return result
 
@@ -206,8 +210,9 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
         vocabulary = LLTokenizer(TokenizerWrapper(_Bytes()))
     elif isinstance(tokenizer, PretrainedTokenizer):
         try:
-            definition = json.dumps(tokenizer.definition())
-            vocabulary = LLTokenizer(definition, n_vocab=tokenizer.vocab_size, eos_token=tokenizer.end_id)
+            definition = tokenizer.definition()
+            definition["decoder"] = _plain_decoder(definition.get("decoder"))
+            vocabulary = LLTokenizer(json.dumps(definition), n_vocab=tokenizer.vocab_size, eos_token=tokenizer.end_id)
         except ValueError as error:
             raise UsageError(
                 f"tokenizer {tokenizer.name}: constraints cannot be had with its kind ({_gist(str(error))}); "
@@ -225,6 +230,16 @@ def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
         raise UsageError("constraints need the byte tokenizer or one of a tokenizer.json")
     _vocabularies[tokenizer] = vocabulary
     return vocabulary
+
+
+def _plain_decoder(decoder: Any) -> Any:
+    """Return a tokenizer.json's decoder with each Metaspace step as the replacement that it does, which is all that
+    llguidance understands."""
+    if isinstance(decoder, dict) and decoder.get("type") == "Sequence":
+        return decoder | {"decoders": [_plain_decoder(step) for step in decoder.get("decoders", [])]}
+    if isinstance(decoder, dict) and decoder.get("type") == "Metaspace":
+        return {"type": "Replace", "pattern": {"String": decoder.get("replacement", "▁")}, "content": " "}
+    return decoder
 
 
 class _Bytes:

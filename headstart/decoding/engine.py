@@ -164,10 +164,11 @@ class Engine:
             bad = smallest if smallest < 0 else largest
             raise UsageError(f"the prompt holds token {bad}; this model's vocabulary has {config.vocab_size} tokens")
         room = self.context - len(request.prompt)
-        end_id = None if self.tokenizer is None else self.tokenizer.end_id
+        ends = request.ends if self.tokenizer is None else request.ends | self.tokenizer.end_ids
         constraint = request.constraint
-        matcher = None if constraint is None else compiled(constraint, self.tokenizer, config.vocab_size)
-        stopper = Stopper(min(request.max_new_tokens, room), end_id, request.stop, self.tokenizer, matcher)
+        matcher = None if constraint is None else compiled(constraint, self.tokenizer, config.vocab_size, ends)
+        limit = min(request.max_new_tokens, room)
+        stopper = Stopper(limit, ends, request.stop, self.tokenizer, matcher, request.prompt)
         generation = Generation(request, min(heads, self.most_heads), stopper)
         self.admission.waiting.append(generation)
         return generation
@@ -331,11 +332,10 @@ class Engine:
     def _constrain(self, slot: int, generation: Generation) -> None:
         """What the constraint of a slot, where it has one, makes of its window."""
         if generation.matcher is not None and not generation.finished:
-            end_id = None if self.tokenizer is None else self.tokenizer.end_id
             tree = self._rows if self._branching and _knows_trees(generation.request) else None
             # Beside trees a text that will get a chain begins without drafts.
             most = 1 if self._branching and tree is None else self.width
-            constrain(self.state, slot, generation, self._lengths[slot], end_id, most, tree)
+            constrain(self.state, slot, generation, self._lengths[slot], most, tree)
 
     def run(self) -> Iterator[tuple[Generation, str]]:
         """Steps until nothing is left."""

@@ -39,6 +39,8 @@ class Request:
     """Keep the log-probability of every token, and of this many most probable ones beside it (None: none)."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the text in addition to the tokenizer's `end_ids`, such as the end of a turn of a chat."""
 
 
 @dataclass
@@ -172,6 +174,11 @@ class Generation:
     def matcher(self) -> Matcher | None:
         """Where the text stands in the request's constraint."""
         return self._stopper.matcher
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end it."""
+        return self._stopper.ends
 
     @property
     def finish_reason(self) -> str | None:

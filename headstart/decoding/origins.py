@@ -17,7 +17,7 @@ class OriginStream:
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
         self.generation = generation
-        self._stream = TextStream(tokenizer)
+        self._stream = TextStream(tokenizer, generation.request.prompt)
         self._tokens = self._characters = 0
         self._waiting: list[tuple[str, int]] = []  # of tokens whose text is held back: it may be that of a stop string
 

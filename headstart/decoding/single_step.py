@@ -48,7 +48,7 @@ class Step:
             prompt = torch.randint(model.config.vocab_size, (length + 1,), generator=generator).tolist()
             request = Request(tuple(prompt), ENDLESS, sampling or Sampling(), None if drafting else 1)
             heads = self.engine.most_heads if drafting else 1
-            self.engine.begin(slot, Generation(request, heads, Stopper(ENDLESS, None)))
+            self.engine.begin(slot, Generation(request, heads, Stopper(ENDLESS)))
 
     def __call__(self) -> None:
         self.engine.rewind(self.length)

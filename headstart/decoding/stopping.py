@@ -1,8 +1,8 @@
-"""Where a generation ends: end token, token limit, stop strings, a constraint. Exact at every offset inside a burst."""
+"""Where a generation ends: end tokens, token limit, stop strings, a constraint. Exact anywhere inside a burst."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from headstart.data.textstream import TextStream
@@ -11,7 +11,7 @@ from headstart.decoding.constraints import Matcher
 from headstart.errors import UsageError
 
 FinishReason = Literal["end", "length", "stop", "cancelled", "stuck"]
-"""end: by the end token, or a constraint is satisfied and nothing may follow. stuck: a constraint allows nothing more,
+"""end: by an end token, or a constraint is satisfied and nothing may follow. stuck: a constraint allows nothing more,
 and not the end either."""
 
 
@@ -20,30 +20,35 @@ class Stopper:
 
     Tokens are judged one by one, so where it ends does not depend on how many came in a burst. Text that may turn out
     to be the beginning of a stop string is held back until that is decided; the stop string itself is never released.
+
+    Args:
+        ends: tokens that end the generation; they are not kept.
+        matcher: advanced by the tokens kept.
+        prompt: tokens that the text is decoded behind.
     """
 
     def __init__(
         self,
         max_new_tokens: int,
-        end_id: int | None,
+        ends: Collection[int] = (),
         stop: Sequence[str] = (),
         tokenizer: Tokenizer | None = None,
         matcher: Matcher | None = None,
+        prompt: Sequence[int] = (),
     ) -> None:
         if stop and tokenizer is None:
             raise UsageError("stop strings need a tokenizer; this model directory has none, stop by tokens instead")
         if any(not s for s in stop):
             raise UsageError("a stop string is empty; leave it out")
         self.remaining = max_new_tokens
-        self.end_id = end_id
+        self.ends = frozenset(ends)
         self.stop = tuple(stop)
         self.matcher = matcher
-        """It is moved on by the tokens kept."""
         self.tokens: list[int] = []
         self.text = ""
         """Released text so far."""
         self.finish_reason: FinishReason | None = None
-        self._stream = TextStream(tokenizer) if tokenizer is not None else None
+        self._stream = TextStream(tokenizer, prompt) if tokenizer is not None else None
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -53,7 +58,7 @@ class Stopper:
             if self.finish_reason is not None:
                 break
             matcher = self.matcher
-            if token == self.end_id:
+            if token in self.ends:
                 return released + self._finish("end" if matcher is None or matcher.may_end else "stuck")
             if matcher is not None and not matcher.push(token):
                 return released + self._finish("stuck")

@@ -34,8 +34,8 @@ def run_freely(
     temperature: float,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> FreeRunning:
-    """Continues `prompts` with all heads, greedily (temperature 0) or sampled; prompt i with seed i. An engine without
-    a tokenizer writes past end tokens, so that every prompt counts alike."""
+    """Continues `prompts` with all heads, greedily (temperature 0) or sampled; prompt i with seed i. An output
+    ends where the model ends it: drafts of text that nobody asks for do not count."""
     generations = [
         engine.submit(Request(tuple(prompt), new_tokens, Sampling(temperature, seed=i)))
         for i, prompt in enumerate(prompts)

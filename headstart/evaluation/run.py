@@ -156,10 +156,8 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
             texts = read_prompts(prompts, tokenizer, length)[: settings.prompt_count]
         else:
             texts = cut_prompts(documents, settings.prompt_count, length, new)
-        # Without its tokenizer the engine writes past end tokens.
-        engine = Engine(
-            model if settings.quantize else pack(model), slots=min(settings.batch, len(texts)), prefill_budget=None
-        )
+        packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(texts))
+        engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
         found["acceptance"] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new}
         for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
             with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:

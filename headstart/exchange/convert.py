@@ -12,6 +12,8 @@ from headstart.errors import UsageError
 from headstart.exchange.formats import Format, known_format
 from headstart.files import replacing_directory, replacing_file
 from headstart.model.transformer import Transformer
+from headstart.storage.generation_file import keep_generation, named_ends
+from headstart.storage.hub import local_directory
 from headstart.storage.medusa_layout import BASE, is_medusa, load_medusa
 from headstart.storage.mimo_layout import is_mimo, load_mimo
 from headstart.storage.model_directory import TOKENIZER_FILE, load_model, load_model_tokenizer
@@ -68,6 +70,9 @@ def convert(
     else:
         with replacing_directory(path) as temporary:
             left += form.write(model, temporary, words)
+            folder = source_folder(source)
+            if tokenizer is None or named_ends(folder):
+                keep_generation(folder, temporary / form.folder)
             checks = form.check(model, temporary, words)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
 
@@ -79,10 +84,18 @@ def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
     """
     path = Path(source)
     if is_mimo(path):
-        return load_mimo(path), load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
+        words = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
+        if words is not None:
+            words.end_ids |= named_ends(path)
+        return load_mimo(path), words
     if is_medusa(path):
         return load_medusa(path), load_model_tokenizer(path / BASE)
     return load_model(source), load_model_tokenizer(source)
+
+
+def source_folder(source: str | Path) -> Path:
+    """Return the folder that holds config.json and generation_config.json of the model at `source`."""
+    return Path(source) / BASE if is_medusa(source) else local_directory(source)
 
 
 def _check_target(form: Format, name: str, source: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from headstart.storage.assembly import refuse_other_blocks
 from headstart.storage.config_file import CONFIG_FILE
 from headstart.storage.gguf_file import save_gguf
 from headstart.storage.hf_export import GENERATE_FILE, MODELING_FILE, save_hf_code, written_code
-from headstart.storage.medusa_layout import TGI, VLLM, is_medusa, load_medusa, save_medusa
+from headstart.storage.medusa_layout import BASE, TGI, VLLM, is_medusa, load_medusa, save_medusa
 from headstart.storage.meta_release import is_meta_release, load_meta_release, save_meta_release
 from headstart.storage.mimo_layout import drafts_as_engines_compute, is_mimo, load_mimo, save_mimo
 from headstart.storage.model_directory import load_model, save_model
@@ -47,6 +47,8 @@ class Format:
     holds: Callable[[Path], bool]
     """Whether a path holds a result of this format, which may be replaced."""
     is_file: bool = False
+    folder: str = ""
+    """Where in the result the ordinary model lies."""
 
 
 def _drops_heads(model: Transformer) -> list[str]:
@@ -190,6 +192,7 @@ FORMATS: dict[str, Format] = {
         save_medusa,
         _check_medusa,
         is_medusa,
+        folder=BASE,
     ),
     "mimo": Format(
         "sequential heads for vLLM and SGLang, in MiMo's layout",

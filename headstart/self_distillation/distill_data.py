@@ -8,7 +8,6 @@ of prompts, so the output depends neither on how many are written at once nor on
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -95,7 +94,7 @@ def distill(
     with ordered_lines(out, kept) as lines:
         if lines.next_place:
             report(f"{out}: going on behind prompt {lines.next_place:,} of {len(prompts):,}")
-        writer = _Writer(model, tokenizer, template, prompts, lines, settings, heads, directory)
+        writer = _Writer(model, tokenizer, template, prompts, lines, settings, heads)
         try:
             writer.run(slots, exact, progress)
         except KeyboardInterrupt:
@@ -155,11 +154,10 @@ class _Writer:
         lines: OrderedLines,
         settings: DistillSettings,
         heads: int | None,
-        directory: Path,
     ) -> None:
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._prompts, self._lines, self._settings, self._heads = prompts, lines, settings, heads
-        self._ends = _end_ids(directory, tokenizer, template)
+        self._turn_ends = frozenset() if template is None else template.turn_ends(tokenizer)
         self._on_its_way: dict[int, tuple[Generation, _Text]] = {}
         self.stats: list[Stats] = []
         self.too_long = self.unfinished = 0
@@ -180,24 +178,17 @@ class _Writer:
             if not engine.busy:
                 break
             for generation, _ in engine.step():
-                ended = self._end_of(generation)
-                if ended is None and not generation.finished:
-                    continue
                 if not generation.finished:
-                    engine.cancel(generation)
+                    continue
                 _, text = self._on_its_way.pop(id(generation))
                 self.stats.append(generation.stats)
                 tokens += len(generation.tokens)
-                self._take(text, generation, ended)
+                self._take(text, generation)
             if self._lines.next_place != done:
                 done = self._lines.next_place
                 rate = tokens / max(time.monotonic() - began, 1e-9)
                 progress(done, len(self._prompts), {"tokens/s": f"{rate:,.0f}"})
         progress(len(self._prompts), len(self._prompts), {})
-
-    def _end_of(self, generation: Generation) -> int | None:
-        """How many of its tokens lie before one that ends a turn of this model; None where none does."""
-        return next((i for i, token in enumerate(generation.tokens) if token in self._ends), None)
 
     def _text(self, place: int, turn: int, said: list[dict[str, Any]]) -> _Text:
         prompt = self._prompts[place]
@@ -232,15 +223,14 @@ class _Writer:
         digest = hashlib.sha256(f"{settings.seed}\0{text.place}\0{text.turn}".encode()).digest()
         seed = int.from_bytes(digest[:8], "big", signed=True)
         sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, seed)
-        request = Request(text.ids, settings.max_new_tokens, sampling, self._heads)
+        request = Request(text.ids, settings.max_new_tokens, sampling, self._heads, ends=self._turn_ends)
         generation = self._engine.submit(request)
         self._on_its_way[id(generation)] = generation, text
 
-    def _take(self, text: _Text, generation: Generation, ended: int | None) -> None:
+    def _take(self, text: _Text, generation: Generation) -> None:
         """Keeps an answer, and asks what comes next in its conversation."""
-        finished = ended is not None or generation.finish_reason == "end"
-        reason = "end" if finished else "length"
-        answer = self._decoded(text.ids, generation.tokens[:ended])
+        finished = generation.finish_reason == "end"
+        reason, answer = "end" if finished else "length", generation.text
         if not text.prompt.groups:
             self._finish(text, [], reason, answer)
             return
@@ -249,12 +239,6 @@ class _Writer:
             self._ask(self._text(text.place, text.turn + 1, said))
         else:
             self._finish(text, said, reason)
-
-    def _decoded(self, before: tuple[int, ...], tokens: list[int]) -> str:
-        """The text that `tokens` add: some tokenizers drop the space at the beginning of a text."""
-        # A few tokens are enough to stand before it.
-        start, whole = (self._tokenizer.decode(ids) for ids in (before[-8:], [*before[-8:], *tokens]))
-        return whole[len(start) :] if whole.startswith(start) else self._tokenizer.decode(tokens)
 
     def _as_content(self, text: _Text, answer: str) -> str:
         """The content of a message that the template makes this answer of; most put no space before it, some do."""
@@ -277,21 +261,3 @@ class _Writer:
             prompt = text.prompt.text
             record = {"prompt": prompt, "text": prompt + answer, "finish_reason": reason}
         self._lines.give(text.place, record)
-
-
-def _end_ids(directory: Path, tokenizer: Tokenizer, template: ChatTemplate | None) -> frozenset[int]:
-    """Tokens that end an answer beside the tokenizer's end token: those of generation_config.json, and the special
-    token that the chat template puts behind one."""
-    found: set[int] = set()
-    file = directory / "generation_config.json"
-    if file.is_file():
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= {int(token) for token in (ids if isinstance(ids, list) else [ids]) if token is not None}
-    if template is not None:
-        said = [{"role": "user", "content": "x"}, {"role": ASSISTANT, "content": "y"}]
-        before, behind = template.render(said[:1], prompt=True), template.render(said)
-        if behind.startswith(before):
-            end = tokenizer.encode(behind[len(before) :].strip().removeprefix("y").strip())
-            special: frozenset[int] = getattr(tokenizer, "skipped", frozenset())
-            found |= {token for token in end[:1] if token in special}
-    return frozenset(found)

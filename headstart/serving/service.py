@@ -42,6 +42,7 @@ class Service:
         self.draining = False
         """No new requests are taken."""
         self._template: ChatTemplate | None = None
+        self._turn_ends: frozenset[int] = frozenset()
 
     async def prepare(self, asked: CompletionRequest | ChatRequest, client: str) -> Answer:
         """Raises ApiError for what the model or the server's limits do not allow."""
@@ -66,7 +67,9 @@ class Service:
             texts = asked.prompts
             return [prompt_ids(self.model.tokenizer, t) if isinstance(t, str) else t for t in texts], constraint
         if self._template is None:
-            self._template = need_chat_template(self.model.tokenizer)
+            template = need_chat_template(self.model.tokenizer)
+            self._turn_ends = template.turn_ends(self.model.tokenizer)
+            self._template = template  # last: other threads look at it alone
         text = self._template.render([message.plain() for message in asked.messages], prompt=True)
         return [self.model.tokenizer.encode(text)], constraint
 
@@ -114,6 +117,7 @@ class Service:
                     constraint=constraint,
                     logprobs=asked.alternatives,
                     stop=_stops(asked.stop),
+                    ends=self._turn_ends if chat else frozenset(),
                 )
                 streams, origins = bool(asked.stream), speculative.origins
                 jobs.append(Job(request, client, len(jobs), inbox, streams=streams, origins=origins))

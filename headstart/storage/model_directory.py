@@ -20,6 +20,7 @@ from headstart.model.transformer import Transformer
 from headstart.storage.assembly import assemble_in_place
 from headstart.storage.config_file import CONFIG_FILE, config_json, load_config, read_json
 from headstart.storage.families import family_of
+from headstart.storage.generation_file import GENERATION_FILE, named_ends
 from headstart.storage.hub import local_directory
 from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, stored_parts
 from headstart.storage.tensor_files import TensorFiles, model_files
@@ -69,7 +70,7 @@ def save_model(
     ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": end_id}
     with replacing_directory(directory) as temporary:
         _write_json(temporary / CONFIG_FILE, config_json(config, name, end_id) | {"bos_token_id": start_id})
-        _write_json(temporary / "generation_config.json", {} if end_id is None else ids)
+        _write_json(temporary / GENERATION_FILE, {} if end_id is None else ids)
         for file, tensors in files.items():
             (temporary / file).parent.mkdir(exist_ok=True)
             try:
@@ -140,7 +141,8 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer saved in a model directory, or None where there is none.
 
     Its `start_ids` are what it puts before texts, if the model knows them: config.json names their first as
-    bos_token_id. A model that read documents without them names its end token there.
+    bos_token_id. A model that read documents without them names its end token there. Its `end_ids` are its own end
+    token and all that the directory names (`generation_file.named_ends`).
 
     Raises UsageError where it cannot be read or has more ids than the model.
     """
@@ -150,6 +152,7 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     tokenizer = load_tokenizer(directory)
     _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
+    tokenizer.end_ids |= named_ends(directory)
     if isinstance(tokenizer, PretrainedTokenizer) and (directory / CONFIG_FILE).is_file():
         start = tokenizer.own_start()
         known = start[:1] == (read_json(directory / CONFIG_FILE).get("bos_token_id"),)

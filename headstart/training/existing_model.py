@@ -24,7 +24,7 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.objective.step import made_of
-from headstart.storage.config_file import CONFIG_FILE, read_json
+from headstart.storage.generation_file import keep_generation
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer, save_model
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
@@ -33,7 +33,6 @@ from headstart.training.optimizer import learning_rate
 from headstart.training.processes import Processes
 from headstart.training.step import autocast
 
-GENERATION_FILE = "generation_config.json"
 SOURCE_FILE = "source.json"
 """In the run folder: what the files of the existing model were when the run began."""
 
@@ -133,11 +132,7 @@ class ExistingModel:
         if self.lora is not None:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
         save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
-        if (generation := self._adapt.model / GENERATION_FILE).is_file():
-            write_text(directory / GENERATION_FILE, generation.read_text(encoding="utf-8"))
-        old, new = (read_json(place / CONFIG_FILE) for place in (self._adapt.model, directory))
-        new |= {name: old[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in old}
-        write_text(directory / CONFIG_FILE, json.dumps(new, indent=2) + "\n")
+        keep_generation(self._adapt.model, directory)
 
     def cache_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> None:
         """Makes the hidden states of all rows of `sources`, or what is missing of them, where the run reads such.

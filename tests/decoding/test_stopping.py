@@ -74,7 +74,7 @@ def test_bursts_of_any_size_give_what_single_tokens_give(text, stops, bursts, li
     tokens = [*tokenizer.encode(text), tokenizer.end_id, *tokenizer.encode("after")]
 
     def feed(sizes: list[int]) -> Stopper:
-        stopper = Stopper(limit, tokenizer.end_id, stops, tokenizer)
+        stopper = Stopper(limit, [tokenizer.end_id], stops, tokenizer)
         at, i, pieces = 0, 0, []
         while at < len(tokens) and stopper.finish_reason is None:
             size = sizes[i % len(sizes)]
@@ -94,9 +94,9 @@ def test_bursts_of_any_size_give_what_single_tokens_give(text, stops, bursts, li
 
 def test_stop_strings_need_text() -> None:
     with pytest.raises(UsageError, match="tokenizer"):
-        Stopper(5, None, ["x"], None)
+        Stopper(5, (), ["x"], None)
     with pytest.raises(UsageError, match="empty"):
-        Stopper(5, None, [""], ByteTokenizer())
+        Stopper(5, (), [""], ByteTokenizer())
 
 
 def test_cancelling_frees_the_slot_and_leaves_the_neighbour_alone() -> None:

@@ -56,6 +56,36 @@ def test_out_to_metas_format_and_back(saved: Path, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "meta/consolidated.pth")["norm.weight"].dtype == torch.bfloat16
 
 
+def test_where_a_text_ends_is_kept(tmp_path: Path) -> None:
+    config = replace(TINY, heads=2, head_kind="medusa", layers=2)
+    chained = replace(TINY, heads=2, head_kind="sequential", wiring="causal")
+    generation = {"eos_token_id": [255, 10], "bos_token_id": 3, "temperature": 0.5}
+    for name, shape in (("medusa", config), ("sequential", chained)):
+        save_model(lively(shape), tmp_path / name, ByteTokenizer())
+        (tmp_path / name / "generation_config.json").write_text(json.dumps(generation))
+        file = tmp_path / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token_id": 3, "eos_token_id": [255, 10]}))
+    save_model(lively(TINY), tmp_path / "plain", ByteTokenizer())
+    (tmp_path / "plain" / "generation_config.json").write_text(json.dumps(generation))
+
+    targets = [("medusa", "headstart", ""), ("medusa", "hf-code", ""), ("medusa", "medusa", "base")]
+    for source, to, folder in [*targets, ("sequential", "mimo", ""), ("plain", "meta", "")]:
+        out = tmp_path / f"as-{to}"
+        convert(tmp_path / source, out, to)
+        assert json.loads((out / folder / "generation_config.json").read_text()) == generation, to
+        if to != "meta":
+            written = json.loads((out / folder / "config.json").read_text())
+            assert (written["bos_token_id"], written["eos_token_id"]) == (3, [255, 10]), to
+        # And back.
+        convert(out, tmp_path / f"back-{to}", tokenizer="bytes")
+        assert json.loads((tmp_path / f"back-{to}" / "generation_config.json").read_text()) == generation, to
+        assert headstart.load(tmp_path / f"back-{to}").tokenizer.end_ids == {255, 10}
+    # A source that names no ends takes those of the tokenizer that is given.
+    save_model(lively(TINY), tmp_path / "bare")
+    convert(tmp_path / "bare", tmp_path / "named", tokenizer="bytes")
+    assert json.loads((tmp_path / "named" / "generation_config.json").read_text())["eos_token_id"] == 255
+
+
 def test_another_dtype(saved: Path, tmp_path: Path) -> None:
     found = convert(saved, tmp_path / "half", dtype="bfloat16")
     assert found["left_out"] == ["weights: rounded from float32 to bfloat16"]

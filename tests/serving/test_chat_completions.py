@@ -54,6 +54,20 @@ def test_a_chat_is_the_offline_output_of_its_template(limit, chatting) -> None:
     assert [delta.role for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
 
 
+def test_a_chat_ends_with_its_turn(chatting) -> None:
+    client, model = chatting
+    turn_end = model.tokenizer.encode("<|im_end|>")[0]
+    assert turn_end != model.tokenizer.end_id
+    settings = {"model": "talks", "max_tokens": 4, "temperature": 0, "logit_bias": {str(turn_end): 100}}
+    answer = client.chat.completions.create(messages=MESSAGES, **settings)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("stop", 0)
+    stream = list(client.chat.completions.create(messages=MESSAGES, stream=True, **settings))
+    assert stream[-1].choices[0].finish_reason == "stop" and len(stream) == 1
+    # A completion does not know of turns.
+    plain = client.completions.create(prompt="a", **settings)
+    assert (plain.choices[0].finish_reason, plain.usage.completion_tokens) == ("length", 4)
+
+
 def test_without_a_limit_a_chat_goes_to_the_end_of_the_context(chatting) -> None:
     client, model = chatting
     prompt = model.tokenizer.encode(RENDERED)
