@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -48,13 +48,16 @@ class ChatTemplate:
         *,
         prompt: bool = False,
         mark: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of `messages`; with `prompt` up to where the assistant begins to write.
+        """The text of `messages`; with `prompt` up to where the assistant begins to write. `variables`: more for the
+        template, such as `enable_thinking`.
 
         `mark` puts OPEN and CLOSE around the parts that the template marks as the assistant's. Raises UsageError with
         what the template says of messages that it does not take.
         """
-        context: dict[str, Any] = dict(self.tokens) | {"add_generation_prompt": prompt, "mark_answers_": mark}
+        context: dict[str, Any] = dict(self.tokens) | dict(variables or {})
+        context |= {"add_generation_prompt": prompt, "mark_answers_": mark}
         try:
             template = _compiled(self.source)
             text: str = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **context)

@@ -17,6 +17,7 @@ from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse
 from headstart.serving.protocol import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream, GoneError, while_connected
+from headstart.serving.validation import validation_error
 
 GRACE = 10.0
 """Seconds that a client has to read an answer once its time is over."""
@@ -123,18 +124,7 @@ async def _answer(service: Service, asked: CompletionRequest | ChatRequest, requ
 async def _unfit(request: Request, error: Exception) -> Response:
     """A request that is not of the shape asked for."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if not place and first["type"] in (
-        "model_attributes_type",
-        "missing",
-    ):  # text, say, which is what curl sends unasked
-        wanted = "send one, with the header Content-Type: application/json"
-        return ApiError(400, f"the body is no JSON object; {wanted}").response()
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON; send an object of the fields that /openapi.json names").response()
-    return ApiError(400, f"{place}: {message}" if place else message, param=place or None).response()
+    return validation_error(error.errors(), error.body).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

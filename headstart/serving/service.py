@@ -18,6 +18,7 @@ from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.serving.answers import Shape
+from headstart.serving.conversation import rendered
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job, Piece
 from headstart.serving.protocol import Asked, ChatRequest, CompletionRequest, Speculative
@@ -65,13 +66,19 @@ class Service:
             compiled(constraint, self.tokenizer, self.model.config.vocab_size)
         if isinstance(asked, CompletionRequest):
             texts = asked.prompts
-            return [prompt_ids(self.model.tokenizer, t) if isinstance(t, str) else t for t in texts], constraint
+            encode = self._encode_bare if asked.add_special_tokens is False else self._encode
+            return [encode(text) if isinstance(text, str) else text for text in texts], constraint
         if self._template is None:
             template = need_chat_template(self.model.tokenizer)
             self._turn_ends = template.turn_ends(self.model.tokenizer)
             self._template = template  # last: other threads look at it alone
-        text = self._template.render([message.plain() for message in asked.messages], prompt=True)
-        return [self.model.tokenizer.encode(text)], constraint
+        return [self.model.tokenizer.encode(rendered(asked, self._template))], constraint
+
+    def _encode(self, text: str) -> list[int]:
+        return prompt_ids(self.model.tokenizer, text)
+
+    def _encode_bare(self, text: str) -> list[int]:
+        return self.model.tokenizer.encode(text)
 
     def _answer(
         self,

@@ -8,12 +8,19 @@ import re
 from typing import Any
 
 import httpx
+import openai.types.chat
 import pytest
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+from pydantic import ValidationError
 from serving.conftest import HTTP, raw, running
 
 from headstart.benchmarks.malformed import bodies
+from headstart.serving.fields import HARMLESS, NEUTRAL, NEUTRAL_IN_MESSAGES
+from headstart.serving.protocol import ChatRequest, CompletionRequest, Message
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
+from headstart.serving.validation import validation_error
 from headstart.storage.boxed import boxed_model
 from headstart.storage.model_directory import load_config
 
@@ -55,9 +62,9 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"),
-        ({"n": 2, "best_of": 3}, None),
-        ({"suffix": "x"}, None),
-        ({"echo": True, "logprobs": 1}, None),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
@@ -68,7 +75,12 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
         ({"logit_bias": {str(i): 0 for i in range(2000)}}, "logit_bias"),
         ({"guided_regex": "("}, None),
         ({"guided_json": {"minimum": float("nan")}}, None),
-        ({"guided_regex": "a", "guided_choice": ["b"]}, None),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"guided_regex": "a", "structured_outputs": {"json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+        ({"guided_json": "[1"}, "guided_json"),
         ({"guided_grammar": "start: nothing"}, None),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "tree"}}}}, None),
@@ -103,9 +115,71 @@ def test_other_models_paths_and_methods(server: Server) -> None:
     assert status == 400 and "Content-Type: application/json" in answer["error"]["message"]
 
 
-def test_unknown_fields_are_ignored(server: Server) -> None:
+@pytest.mark.parametrize(
+    ("change", "param", "message"),
+    [
+        ({"prompt": None}, "prompt", "must be a string, a list of strings"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [1, -1]}, "prompt", "prompt[1]: must be greater"),
+        ({"prompt": ["x", 1]}, "prompt", "must be a string, a list of strings"),
+        ({"stop": 5}, "stop", "a list of at most 16 strings"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items"),
+        ({"stop": ["x", ""]}, "stop", "stop[1]: must have at least 1 character"),
+        ({"temperature": "hot"}, "temperature", "must be a valid number"),
+        ({"logit_bias": {"7": 101}}, "logit_bias.7", "less than or equal to 100"),
+        ({"spice": 1}, "spice", "no such field; leave it out"),
+        ({"bad\nname": 1}, "bad name", "no such field"),
+        ({"speculative": {"spice": 1}}, "speculative.spice", "no such field"),
+        ({"stream_options": {"spice": 1}}, "stream_options.spice", "no such field"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "no such field"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "give the schema"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_told_of_the_field_as_it_was_sent(
+    change: dict[str, Any], param: str, message: str, server: Server
+) -> None:
+    error = refused(server, {**GOOD, **change})
+    assert error["param"] == param and message in error["message"] and param.split(".")[0] in error["message"]
+
+
+CHANGING: dict[str, Any] = {
+    "allowed_token_ids": [97], "audio": {"voice": "a"}, "bad_words": ["e"], "chat_template": "x", "documents": [{}],
+    "early_stopping": True, "function_call": {"name": "f"}, "functions": [{}], "guided_whitespace_pattern": " ",
+    "length_penalty": 2.0, "logits_processors": ["x"], "min_tokens": 3, "modalities": ["text", "audio"],
+    "moderation": {"model": "x"}, "prompt_logprobs": 1, "reasoning_effort": "low", "return_token_ids": True,
+    "return_tokens_as_token_ids": True, "skip_special_tokens": False, "tool_choice": "required", "tools": [{}],
+    "truncate_prompt_tokens": 2, "use_beam_search": True, "verbosity": "low", "web_search_options": {},
+}  # fmt: skip
+"""A value of each field of `NEUTRAL` with which the answer would be another one."""
+
+
+def test_fields_that_would_change_the_answer_are_refused_by_name() -> None:
+    """At once, for completions and chats; with their neutral values, and null, they are taken."""
+    assert CHANGING.keys() == NEUTRAL.keys()
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    for name, value in CHANGING.items():
+        for kind, body in ((CompletionRequest, GOOD), (ChatRequest, chat)):
+            for neutral in (None, *NEUTRAL[name][0]):
+                kind.model_validate({**body, name: neutral})
+            with pytest.raises(ValidationError) as failed:
+                kind.model_validate({**body, name: value})
+            error = validation_error(failed.value.errors(), {**body, name: value})
+            assert error.param == name and error.detail.startswith(f"{name}: ") and "leave" in error.detail
+
+
+def test_every_field_of_the_official_client_is_decided() -> None:
+    for kind, params in ((CompletionRequest, completion_create_params), (ChatRequest, chat_create_params)):
+        of_client = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
+        assert of_client <= {*kind.model_fields, *NEUTRAL, *HARMLESS}
+    for role in ("System", "Developer", "User", "Assistant", "Tool"):
+        of_client = set(getattr(openai.types.chat, f"ChatCompletion{role}MessageParam").__annotations__)
+        assert of_client <= {*Message.model_fields, *NEUTRAL_IN_MESSAGES}
+
+
+def test_harmless_fields_are_ignored(server: Server) -> None:
     wanted = raw(server, json.dumps(GOOD).encode())[1]["choices"]
-    assert raw(server, json.dumps({**GOOD, "user": "me", "store": True, "spice": [1]}).encode())[1]["choices"] == wanted
+    assert raw(server, json.dumps({**GOOD, **{name: "x" for name in HARMLESS}}).encode())[1]["choices"] == wanted
 
 
 def test_the_body_is_bounded() -> None:

@@ -152,6 +152,11 @@ def test_log_probabilities_are_those_of_decoding(stream, client, model) -> None:
             Constraint.json_schema({"type": "boolean"}),
         ),
         ({"extra_body": {"guided_json": {"enum": [1, 2]}}}, Constraint.json_schema({"enum": [1, 2]})),
+        ({"extra_body": {"guided_json": '{"enum": [1, 2]}'}}, Constraint.json_schema({"enum": [1, 2]})),
+        ({"extra_body": {"structured_outputs": {"json": {"enum": [1, 2]}}}}, Constraint.json_schema({"enum": [1, 2]})),
+        ({"extra_body": {"structured_outputs": {"regex": "[a-c]{3}"}}}, Constraint.regex("[a-c]{3}")),
+        ({"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}}, Constraint.choice(["yes", "no"])),
+        ({"extra_body": {"structured_outputs": {"grammar": 'start: "ab"'}}}, Constraint.lark('start: "ab"')),
     ],
 )  # fmt: skip
 def test_constraints_hold(asked, constraint, client, model) -> None:

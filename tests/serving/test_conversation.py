@@ -1,0 +1,145 @@
+"""Messages of a chat as the text that the model reads, and messages that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from headstart.data.chat_template import ChatTemplate
+from headstart.errors import UsageError
+from headstart.serving.conversation import rendered
+from headstart.serving.errors import ApiError
+from headstart.serving.protocol import ChatRequest
+from headstart.serving.validation import validation_error
+
+PLAIN = ChatTemplate(
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_call_id or '' }}{{ m.name or '' }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}{{ more or '' }}"
+)
+CALLING = ChatTemplate(
+    "{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<{{ c.function.name }} {{ c.function.arguments.x }}>{% endfor %}{% endfor %}"
+)
+USER = {"role": "user", "content": "hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 3}'}}
+
+
+def request(*messages: dict[str, Any], **fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"messages": list(messages), **fields})
+
+
+def refusal(*messages: dict[str, Any], **fields: Any) -> ApiError:
+    body = {"messages": list(messages), **fields}
+    with pytest.raises(ValidationError) as failed:
+        ChatRequest.model_validate(body)
+    # FastAPI puts "body" before every place.
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in failed.value.errors()]
+    return validation_error(errors, body)
+
+
+def test_an_assistant_may_say_nothing() -> None:
+    asked = request(USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER)
+    assert rendered(asked, PLAIN) == "[user]hi;[assistant];[assistant];[user]hi;[assistant]"
+
+
+def test_an_answer_of_the_official_client_is_taken_back() -> None:
+    answer = {"role": "assistant", "content": "a", "refusal": None, "annotations": None, "audio": None}
+    answer |= {"function_call": None, "tool_calls": None}
+    assert rendered(request(USER, answer, USER), PLAIN).startswith("[user]hi;[assistant]a;[user]hi;")
+
+
+def test_calls_reach_a_template_that_shows_them() -> None:
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "y"}
+    assert rendered(request(USER, called, result), CALLING) == "hi<f 3>y"
+    as_object = {**CALL, "function": {"name": "f", "arguments": {"x": 3}}}
+    assert rendered(request(USER, {**called, "tool_calls": [as_object]}), CALLING) == "hi<f 3>"
+    with pytest.raises(ApiError, match=r"messages\[1\].tool_calls: this model's chat template does not show") as found:
+        rendered(request(USER, called, result), PLAIN)
+    assert found.value.param == "messages[1].tool_calls"
+    assert rendered(request(USER, {**called, "tool_calls": []}, result), PLAIN).endswith("[tool]y1;[assistant]")
+
+
+def test_calls_that_a_template_needs_are_shown() -> None:
+    needs = ChatTemplate("{% for m in messages %}{{ m.tool_calls[0].id }}{% endfor %}")
+    assert rendered(request({"role": "assistant", "tool_calls": [CALL]}), needs) == "1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "[user]hi;[assistant]"),
+        ({"add_generation_prompt": False}, "[user]hi;"),
+        ({"add_generation_prompt": True, "continue_final_message": False}, "[user]hi;[assistant]"),
+        ({"chat_template_kwargs": {"more": "x"}}, "[user]hi;[assistant]x"),
+    ],
+    ids=str,
+)
+def test_how_the_text_ends(fields: dict[str, Any], text: str) -> None:
+    assert rendered(request(USER, **fields), PLAIN) == text
+
+
+@pytest.mark.parametrize(
+    ("said", "text"), [("Well", "[user]hi;[assistant]Well"), ("  Well ", "[user]hi;[assistant]  Well ")]
+)
+def test_the_last_message_is_continued(said: str, text: str) -> None:
+    last = {"role": "assistant", "content": said}
+    assert rendered(request(USER, last, continue_final_message=True, add_generation_prompt=False), PLAIN) == text
+    trimming = ChatTemplate("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
+    assert rendered(request(USER, last, continue_final_message=True), trimming) == "[hi][Well"
+    shouting = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    with pytest.raises(ApiError, match="continue_final_message: the chat template changes"):
+        rendered(request(USER, last, continue_final_message=True), shouting)
+
+
+def test_a_template_that_refuses_says_so() -> None:
+    with pytest.raises(UsageError, match="no systems"):
+        rendered(request(USER), ChatTemplate("{{ raise_exception('no systems') }}"))
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "why"),
+    [
+        ({"role": "user", "content": None}, "messages[1].content", "only an assistant's may be null"),
+        ({"role": "user"}, "messages[1].content", "only an assistant's may be null"),
+        ({"role": "user", "content": 5}, "messages[1].content", "must be a string, or a list of parts"),
+        ({"content": "x"}, "messages[1].role", "is required"),
+        ({"role": "king", "content": "x"}, "messages[1].role", "must be 'system', 'developer'"),
+        ({"role": "user", "content": [IMAGE]}, "messages[1].content[0].type", "must be 'text'"),
+        ({"role": "assistant", "content": "x", "refusal": "no"}, "messages[1].refusal", "send it as content"),
+        ({"role": "assistant", "function_call": {}}, "messages[1].function_call", "use tool_calls"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[1].tool_calls", "only an assistant"),
+        ({"role": "assistant", "tool_calls": [{}]}, "messages[1].tool_calls[0].function", "is required"),
+        ({"role": "user", "content": "x", "spice": 1}, "messages[1].spice", "no such field"),
+        ("hi", "messages", "must be"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_a_message_cannot_be(message: Any, param: str, why: str) -> None:
+    error = refusal(USER, message)
+    assert error.param == param and why in error.detail and error.detail.startswith("messages[1]")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"echo": True}, "echo"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"messages": []}, "messages"),
+    ],
+    ids=str,
+)
+def test_what_a_chat_cannot_ask_for(fields: dict[str, Any], param: str) -> None:
+    body = {"messages": [USER], **fields}
+    error = refusal(*body.pop("messages"), **body)
+    assert error.param == param and error.detail.startswith(param)
