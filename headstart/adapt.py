@@ -121,6 +121,8 @@ class AdaptSettings:
     """Steps between validations."""
     checkpoints_every: int = 200
     """Steps between checkpoints."""
+    allow_changed_data: bool = False
+    """Resume although the data or its tokenizer is another than when the checkpoint was written."""
     seed: int = 0
     """Of first weights, the order of the data and the documents held out."""
     device: str = "auto"
@@ -213,17 +215,21 @@ def _data(settings: AdaptSettings) -> DataConfig:
         raise UsageError(
             f"{prepared[0]}: is prepared, and other --data is not; prepare all, with --tokenizer {settings.model}"
         )
+    allow = settings.allow_changed_data
     if len(prepared) == 1:
-        return DataConfig(path=prepared[0])
+        return DataConfig(path=prepared[0], allow_changed=allow)
     if prepared:
-        return DataConfig(mixture=tuple(MixturePart(path) for path in prepared))
+        return DataConfig(mixture=tuple(MixturePart(path) for path in prepared), allow_changed=allow)
     if load_model_tokenizer(settings.model) is None:
         raise UsageError(
             f"{settings.model}: has no tokenizer to read text with; add a tokenizer.json to the directory, or give "
             "folders that headstart prepare wrote"
         )
     return DataConfig(
-        sources=settings.data, tokenizer=str(settings.model), validation_fraction=settings.validation_fraction
+        sources=settings.data,
+        tokenizer=str(settings.model),
+        validation_fraction=settings.validation_fraction,
+        allow_changed=allow,
     )
 
 

@@ -8,6 +8,8 @@ see `target_bits`), further `validation.names.json` (names of the held-out docum
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ import numpy as np
 from headstart.data.manifest import DTYPES, WITH_TARGETS, read_manifest
 from headstart.data.preparation import prepare
 from headstart.data.target_bits import TargetBits, bytes_for
-from headstart.data.tokenizers import Tokenizer, load_tokenizer
+from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.files import sha256_of
 
@@ -114,6 +116,21 @@ class TokenShards:
         tokenizer.start_ids = tuple(self.manifest.get("start_ids", ()))
         return tokenizer
 
+    def digests(self) -> dict[str, str]:
+        """Return what identifies the tokens of all splits and the tokenizer: two SHA-256, by "tokens" and "tokenizer".
+
+        The first is made from the digests in the manifest. Names of sources and times do not change it.
+        """
+        splits = {split: _identity(content) for split, content in self.manifest["splits"].items()}
+        text = json.dumps([self.manifest["dtype"], splits], sort_keys=True)
+        file = self.directory / "tokenizer" / TOKENIZER_FILE
+        try:
+            return {"tokens": hashlib.sha256(text.encode()).hexdigest(), "tokenizer": sha256_of(file)}
+        except OSError as error:
+            raise UsageError(
+                f"{file}: cannot be read ({error.strerror}); copy the folder again or run prepare again"
+            ) from error
+
     def document(self, index: int) -> np.ndarray:
         """The tokens of document `index` (from 0), its end token included."""
         if not 0 <= index < len(self.documents):
@@ -157,6 +174,12 @@ def faults_of(directory: Path, split: str, manifest: dict[str, Any]) -> list[str
         except UsageError as error:
             found.append(str(error))
     return found
+
+
+def _identity(content: dict[str, Any]) -> list[object]:
+    """Return the numbers and digests that say which tokens a split of the manifest holds."""
+    entries = [*content["shards"], content["starts"], *(x["targets"] for x in content["shards"] if "targets" in x)]
+    return [content["tokens"], content["documents"], *(entry["sha256"] for entry in entries)]
 
 
 def _open_bits(directory: Path, shard: dict[str, Any]) -> TargetBits:

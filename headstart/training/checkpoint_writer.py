@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import copy
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from headstart.files import becoming_directory, sha256_of
 from headstart.model.transformer import Transformer
 from headstart.terminal import say
 from headstart.training import checkpoints
-from headstart.training.checkpoints import Position
+from headstart.training.checkpoint_state import STATE_FILE, Position, name_of, state_text
 from headstart.training.config import CheckpointConfig
 from headstart.training.processes import Processes
 
@@ -44,6 +43,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[UsageError | None] | None = None
         self._step = -1
+        self._rotated = -1
 
     def saved(self, step: int) -> None:
         """The checkpoint of `step` is there already."""
@@ -55,15 +55,11 @@ class CheckpointWriter:
             return
         self.wait()
         self._step = position.step
-        path = self._root / checkpoints.name_of(position.step)
+        path = self._root / name_of(position.step)
         # One name for all processes: each writes its files there.
         temporary = path.with_name(f".{path.name}.writing-together")
         self._processes.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        state = {
-            "format": checkpoints.FORMAT,
-            "position": dataclasses.asdict(position),
-            "model": checkpoints.digest(self._model.config),
-        }
+        position = copy.deepcopy(position)
         random = checkpoints.random_state()
         # Weights change while they are written: the copy is made before `save` returns. One stager for each checkpoint:
         # torch 2.11 closes the one that it is given, and then it copies nothing more.
@@ -76,7 +72,18 @@ class CheckpointWriter:
                 async_stager=stager,
                 no_dist=self._processes.count == 1,
             )
-        self._writing = self._thread.submit(self._finish, tensors, stager, path, temporary, state, random)
+        self._writing = self._thread.submit(self._finish, tensors, stager, path, temporary, position, random)
+
+    def rotate(self) -> None:
+        """Delete the checkpoints that `keep_last` and `keep_every` do not keep, behind what is being written.
+
+        Called once a step from the newest checkpoint's weights was applied: until then they may be those of a run that
+        has diverged, and the one before is what the run can return to.
+        """
+        if self._rotated != self._step:
+            self._rotated = self._step
+            if self._processes.main:
+                self._thread.submit(self._delete_old, self._step)
 
     def wait(self, needed: bool = False) -> None:
         """Until what is being written is on disk. Where it could not be, and it is `needed`, raises UsageError."""
@@ -100,7 +107,7 @@ class CheckpointWriter:
         stager: DefaultStager,
         path: Path,
         temporary: Path,
-        state: dict[str, Any],
+        position: Position,
         random: dict[str, torch.Tensor],
     ) -> UsageError | None:
         """In the thread: waits for every process's files, makes the checkpoint visible; what went wrong, if it did."""
@@ -110,17 +117,16 @@ class CheckpointWriter:
                     tensors.result()
                 if self._processes.main:
                     torch.save(random, temporary / "rng.pt")
-                state["sha256"] = self._digests(temporary)
+                sha256 = self._digests(temporary)
                 if self._processes.main:
-                    state["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-                    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+                    files = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+                    text = state_text(position, checkpoints.digest(self._model.config), files, sha256)
+                    (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         except UsageError as error:
             say(f"warning: {str(error).split(';')[0]}; training goes on, and the checkpoint before it stays")
             return error
         finally:
             stager.close()
-        if self._processes.main:
-            self._delete_old(int(state["position"]["step"]))
         return None
 
     def _digests(self, folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
     checkpoints/step-00000500/
         *.distcp, .metadata    weights and optimiser state (torch.distributed.checkpoint: other layouts can read it)
         rng.pt                 torch's random state
-        state.json             position of the run, digest of the model's shape, size and SHA-256 of every other file
+        state.json             position of the run, digests of model shape, data and every other file, and of itself
 
 A folder appears under its name only when all of it is on disk, so whatever has the name is complete unless something
 damaged it later; sizes and SHA-256 tell that. `checkpoint_writer.py` writes them. Several processes write and
@@ -15,10 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +39,8 @@ from headstart.files import sha256_of
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.terminal import say
+from headstart.training.checkpoint_state import GO_BACK, Position, name_of, read_state
 from headstart.training.processes import Processes
-
-FORMAT = 1
-GO_BACK = "delete it to go on from the one before it"
-
-
-@dataclass
-class Position:
-    """How far a run is."""
-
-    step: int = 0
-    """Optimiser steps done, skipped ones included."""
-    tokens: int = 0
-    """Positions trained on."""
-    skipped: int = 0
-    """Steps that were not applied: not finite, or a spike."""
-    skipped_in_a_row: int = 0
-    """How many of the last steps were skipped without a good one between them."""
-    data: dict[str, int] = field(default_factory=dict)
-    """`BatchStream.state_dict`."""
-    history: dict[str, Any] = field(default_factory=dict)
-    """The fields of `LossHistory`."""
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def all_steps(root: Path) -> dict[int, Path]:
@@ -75,22 +51,51 @@ def all_steps(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def in_order(root: Path) -> list[Path]:
+    """Return the checkpoints in `root` in the order in which a run tries to resume from them: the newest first, those
+    that were written while steps were being skipped last. Their weights may be those that made every step fail."""
+    order = []
+    for step, path in all_steps(root).items():
+        in_streak = False
+        with suppress(UsageError):
+            in_streak = read_state(path).position.skipped_in_a_row > 0
+        order.append((in_streak, step if in_streak else -step, path))
+    return [path for _, _, path in sorted(order)]
+
+
 def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder."""
-    for path in reversed(all_steps(run_dir / "checkpoints").values()):
-        try:
-            _read_state(path)
+    """Return the checkpoint that a run resumes from, by a look at its files' sizes alone."""
+    for path in in_order(run_dir / "checkpoints"):
+        with suppress(UsageError):
+            read_state(path)
             return path
-        except UsageError:
-            continue
     return None
+
+
+def set_aside(root: Path, step: int) -> Path | None:
+    """Return the newest sound checkpoint up to `step`, to resume from after all steps behind `step` were skipped.
+
+    The weights of `step` itself are the ones that those steps failed with: where an older checkpoint is sound, that of
+    `step` is renamed to `diverged-...`, which no run resumes from.
+    """
+    sound = []
+    for number, path in all_steps(root).items():
+        with suppress(UsageError):
+            if number <= step and not read_state(path).position.skipped_in_a_row:
+                sound.append(path)
+    if len(sound) > 1 and sound[-1].name == name_of(step):
+        failed = sound.pop()
+        diverged = failed.with_name(f"diverged-{failed.name}")
+        shutil.rmtree(diverged, ignore_errors=True)
+        failed.rename(diverged)
+    return sound[-1] if sound else None
 
 
 def restore(path: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes) -> Position:
     """Loads weights, optimiser state and random state. Raises UsageError where `path` is damaged or another model's."""
-    state = _read_state(path)
-    _check_contents(path, state["sha256"], processes)
-    if state["model"] != digest(model.config):
+    state = read_state(path)
+    _check_contents(path, state.sha256, processes)
+    if state.model != digest(model.config):
         raise UsageError(f"{path}: a checkpoint of another model shape; give another --run-dir or move it away")
     tensors, param_groups = tensors_of(model, optimizers)
     try:
@@ -104,62 +109,45 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
         # The groups stay this run's own: a new learning rate or weight decay takes effect.
         wanted: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
         set_optimizer_state_dict(model, optimizers, wanted)
-        position = Position(**state["position"])
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
     except Exception as error:  # DCP, zip and pickle each have their own kinds of error for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f"{path}: a damaged or foreign checkpoint ({reason}); {GO_BACK}") from error
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-    return position
+    return state.position
 
 
 def restore_newest(
     root: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes
 ) -> Position | None:
-    """Goes on from the newest checkpoint in `root` that is sound, None where there is none at all.
+    """Resume from the first sound checkpoint of `in_order`; return None where there is none at all.
 
-    Says a line for each damaged one that it passes; raises UsageError where all are damaged. All processes take the
-    same one.
+    Says a line for each newer one that it passes over; raises UsageError where all are damaged. All processes take the
+    same one. A streak of skipped steps does not continue: the weights, or the settings, are others.
     """
-    paths = processes.on_main(lambda: list(reversed(all_steps(root).values())))
-    for path in paths:
+    paths = processes.on_main(lambda: in_order(root))
+    for place, path in enumerate(paths):
         failure: UsageError | None = None
         try:
-            processes.on_main(lambda path=path: _read_state(path))  # type: ignore[misc]
+            processes.on_main(lambda path=path: read_state(path))  # type: ignore[misc]
             position = restore(path, model, optimizers, processes)
         except UsageError as error:
             failure = error
         if processes.all(failure is None):
-            say(f"going on from {path}")
+            if position.skipped_in_a_row:
+                say(f"warning: {path}: was written while steps were being skipped, but there is no other")
+            for newer in sorted(other for other in paths[place + 1 :] if other > path):
+                say(f"warning: {newer}: was written while steps were being skipped; taking one from before them")
+            say(f"resuming from {path}")
+            position.skipped_in_a_row = 0
             return position
         failure = failure or UsageError(f"{path}: another process could not read its share", said=True)
-        if path == paths[-1]:
+        if place == len(paths) - 1:
             anew = f"there is no older one that is sound: move {root} away to start anew"
             raise UsageError(str(failure).replace(GO_BACK, anew), said=failure.said)
         say(f"warning: {failure}; taking the one before it")
     return None
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, after a look at what lies beside it."""
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UsageError(
-                f"{path}: of format {state['format']}, this Headstart reads {FORMAT}; give another --run-dir"
-            )
-        for name, size in state["files"].items():
-            found = (path / name).stat().st_size
-            if found != size:
-                raise UsageError(f"{path}: damaged, {name} has {found:,} bytes instead of {size:,}; {GO_BACK}")
-        return {
-            "position": dict(state["position"]),
-            "model": state["model"],
-            "sha256": dict(state.get("sha256", {})),  # not in those of the first Headstart
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: not a whole checkpoint ({error}); {GO_BACK}") from error
 
 
 def _check_contents(path: Path, digests: dict[str, str], processes: Processes) -> None:

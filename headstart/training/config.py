@@ -56,6 +56,9 @@ class DataConfig:
     attention_within_documents: bool = False
     """Whether attention stops at document boundaries (the paper does not say; its peers let rows be plain)."""
 
+    allow_changed: bool = False
+    """Resume although the data or its tokenizer is another than when the checkpoint was written; for one start."""
+
     def __post_init__(self) -> None:
         if self.path is not None and self.mixture is not None:
             raise UsageError(f"data.path {self.path} and data.mixture are both given; leave one of them out")
@@ -343,6 +346,7 @@ QUIET = (
     "parallel",
     "watch",
     "profile",
+    "data.allow_changed",
     "adapt.cache_states",
     "adapt.cache_gib",
 )

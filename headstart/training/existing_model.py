@@ -205,9 +205,11 @@ def check_shape(old: ModelConfig, config: RunConfig) -> None:
 
 
 def check_unchanged(model: Path, run_dir: Path) -> None:
-    """Keeps what the model's files are when the run begins. Raises UsageError where they are others later: weights that
-    are never trained are in no checkpoint."""
+    """Keep what the model's files are when the run begins. Raises UsageError where they are others later: weights that
+    are never trained are in no checkpoint, and neither is the tokenizer."""
     now = digests(model)
+    if (tokenizer := model / TOKENIZER_FILE).is_file():
+        now[TOKENIZER_FILE] = sha256_of(tokenizer)
     known = run_dir / SOURCE_FILE
     if not checkpoints.all_steps(run_dir / "checkpoints"):
         known.unlink(missing_ok=True)
@@ -218,6 +220,8 @@ def check_unchanged(model: Path, run_dir: Path) -> None:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{known}: cannot be read ({error}); give another --run-dir") from error
+    if TOKENIZER_FILE not in before:  # a run of an older Headstart, which did not record it
+        now.pop(TOKENIZER_FILE, None)
     if before != now:
         raise UsageError(f"{model}: is another than when {run_dir} began; put it back, or give another --run-dir")
 

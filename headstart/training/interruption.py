@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from headstart.training.checkpoint_state import name_of
+
 REQUEUE = 75
 """Exit status of a run that was pre-empted: EX_TEMPFAIL of sysexits.h, "try again later". No error of ours has it."""
 
@@ -20,13 +22,16 @@ class Interrupted(Exception):
     """A run was stopped from outside and can go on. The command line prints the message and exits with `status`: 130
     after Ctrl-C, 75 after a signal that a scheduler sends."""
 
-    def __init__(self, run_dir: Path, step: int, checkpoint: Path, number: int | None) -> None:
+    def __init__(self, run_dir: Path, step: int, checkpoint: Path | None, number: int | None) -> None:
+        """`checkpoint`: what the run resumes from; of an earlier step where the last steps were skipped."""
         self.status = 130 if number == signal.SIGINT else REQUEUE
         folder = shlex.quote(str(run_dir))
         config = shlex.quote(str(run_dir / "config.yaml"))
-        super().__init__(
-            f"stopped after step {step}, saved as {checkpoint}; go on with: headstart train {config} --run-dir {folder}"
-        )
+        saved = f", saved as {checkpoint}; resume with"
+        if checkpoint is None or checkpoint.name != name_of(step):
+            saved = " and skipped steps, which are not saved; "
+            saved += "start again with" if checkpoint is None else f"resume from {checkpoint} with"
+        super().__init__(f"stopped after step {step}{saved}: headstart train {config} --run-dir {folder}")
 
 
 @dataclass

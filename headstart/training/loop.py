@@ -21,8 +21,8 @@ from headstart.storage.families import family_of
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
+from headstart.training.checkpoint_state import Position
 from headstart.training.checkpoint_writer import CheckpointWriter
-from headstart.training.checkpoints import Position
 from headstart.training.compilation import blocks_compiled
 from headstart.training.config import RunConfig
 from headstart.training.existing_model import ExistingModel, check_vocabulary, tokenizer_of
@@ -43,6 +43,9 @@ SKIPS_IN_A_ROW = 20
 SAMPLED_TOGETHER = 500_000_000
 """Several processes: up to this many parameters the model is made whole on one of them to decode a sample. The others
 wait."""
+
+OTHER = {"tokens": "other tokens", "tokenizer": "another tokenizer"}
+"""What has changed in a source, by the names of `TokenShards.digests`."""
 
 
 def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) -> Path:
@@ -103,11 +106,13 @@ class Run:
             self.existing.cache_states(self.sources, progress)
         self.model, self.sums = build_model(config, processes, self.existing)
         self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device, config.dtype)
+        digests = processes.on_main(lambda: [source.train.digests() for source in self.sources])
         self.position = Position(data=self.stream.state_dict())
         restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers, processes)
         if restored is not None:
             self.position = restored
-            self.stream.load_state_dict(restored.data)
+            self.stream.load_state_dict(position_in_data(restored, digests, self.sources, config))
+        self.position.sources = digests
         self.history = LossHistory(**self.position.history)
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
@@ -121,7 +126,7 @@ class Run:
     def loop(self, progress: Callable[..., Progress]) -> None:
         """Steps, validations and checkpoints until the last step; then the model directory."""
         config, position, started = self.config, self.position, time.monotonic()
-        first = position.step
+        first, due = position.step, False
         with (
             watching_signals(alone=self.processes.count == 1) as interruption,
             progress("train", config.steps, unit="steps", start=position.step) as bar,
@@ -133,16 +138,21 @@ class Run:
                 last = position.step >= config.steps
                 if last or _due(position.step, config.validation.every):
                     self.validate()
-                if not last and (result.stop or _due(position.step, config.checkpoints.every)):
+                due = due or _due(position.step, config.checkpoints.every)
+                # Weights that steps fail with are no place to return to: the first step that is applied is saved.
+                if not last and not result.skipped and (result.stop or due):
                     self.save()
+                    due = False
                 if not last and result.stop:
                     self.writer.wait(needed=True)
-                    checkpoint = self.folder.checkpoints / checkpoints.name_of(position.step)
-                    raise Interrupted(self.folder.path, position.step, checkpoint, interruption.signal)
+                    newest = self.processes.on_main(lambda: checkpoints.latest(self.folder.path))
+                    raise Interrupted(self.folder.path, position.step, newest, interruption.signal)
             # The model first: a checkpoint of the last step then means that nothing is left to do.
             self.save_model()
             self.save()
             self.writer.wait(needed=True)
+            if not position.skipped_in_a_row:
+                self.writer.rotate()
         self.report.say_end(position, position.step - first, time.monotonic() - started)
 
     def step(self, interruption: Interruption) -> tuple[StepResult, float]:
@@ -181,16 +191,27 @@ class Run:
         position.skipped += bool(result.skipped)
         self.report.step(result, position, lr, seconds)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
-            raise UsageError(
-                f"{self.folder.path}: {SKIPS_IN_A_ROW} steps in a row were skipped, up to step {position.step}: "
-                f"{result.skipped}; lower optimizer.lr, raise optimizer.warmup_steps, "
-                + (
-                    "or take dtype float32"
-                    if not result.finite
-                    else "or raise optimizer.spike_threshold (0: skip none)"
-                )
-            )
+            raise self.diverged(result)
+        if not result.skipped:
+            self.writer.rotate()
         return result, seconds
+
+    def diverged(self, result: StepResult) -> UsageError:
+        """Return the error of a run whose last steps were all skipped; it names the checkpoint from before them."""
+        position, root = self.position, self.folder.checkpoints
+        self.writer.wait()
+        applied = position.step - position.skipped_in_a_row
+        before = self.processes.on_main(lambda: checkpoints.set_aside(root, applied))
+        if before is None:
+            back = f"there is no checkpoint from before them, so move {root} away and start anew"
+        else:
+            back = f"the same command then resumes from {before}, from before them"
+        other = "take dtype float32" if not result.finite else "raise optimizer.spike_threshold (0: skip none)"
+        return UsageError(
+            f"{self.folder.path}: {position.skipped_in_a_row} steps in a row were skipped, up to step {position.step}: "
+            f"{result.skipped}; lower optimizer.lr, raise optimizer.warmup_steps, or {other}; {back}",
+            said=not self.processes.main,
+        )
 
     def validate(self) -> None:
         """Scores held-out documents and decodes the sample, whichever of the two this run has."""
@@ -242,6 +263,36 @@ def check_answers(sources: Sequence[Source], config: RunConfig) -> None:
                 f"{source.train.directory}: does not say which tokens are answers, so masked_inputs.kind teacherless "
                 "would hide all; prepare conversations (headstart prepare), or take kind random"
             )
+
+
+def position_in_data(
+    position: Position, digests: list[dict[str, str]], sources: Sequence[Source], config: RunConfig
+) -> dict[str, int]:
+    """Return where the stream of batches continues from a checkpoint: where that says, unless the data has changed.
+
+    `digests`: those of `sources` as they are now. Raises UsageError where they are others and the configuration does
+    not allow that; where it does, a single source is read from the start of its next epoch.
+    """
+    if not position.sources:
+        say("warning: the checkpoint does not record which data it was trained on; the data is taken for the same")
+        return position.data
+    changed = [
+        f"{source.train.directory} has {' and '.join(names)}"
+        for source, now, before in zip(sources, digests, position.sources)
+        if (names := [words for name, words in OTHER.items() if now[name] != before.get(name)])
+    ]
+    if not changed:
+        return position.data
+    flag = "--data.allow-changed" if config.adapt is None else "--allow-changed-data"
+    if not config.data.allow_changed:
+        raise UsageError(
+            f"{config.run_dir}: was trained on other data: {', '.join(changed)} than at step {position.step}; put the "
+            f"old data back, give another --run-dir, or continue on this data with {flag}"
+        )
+    say(f"continuing on other data, as {flag} says: {', '.join(changed)} than at step {position.step}")
+    if "epoch" in position.data:
+        return {"epoch": position.data["epoch"] + 1, "row": 0}
+    return position.data
 
 
 def build_model(

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ class RunFolder:
             for name, (before, now) in changed.items():
                 if started and not is_under(name, QUIET):
                     say(f"changed since the last start: {name} {before} -> {now}")
-        save_config(config, self.config)
+        once = replace(config, data=replace(config.data, allow_changed=False))
+        save_config(once, self.config)
 
     def prepare_shards(self, config: RunConfig, progress: Callable[..., Progress]) -> None:
         """Without prepared folders in `config`: prepares data/, once, so that a resume reads the same bytes."""

@@ -13,7 +13,7 @@ from headstart.data.mixture import Source
 from headstart.machine import peak_flops
 from headstart.objective.acceptance import expected_tokens_per_pass
 from headstart.terminal import duration, say
-from headstart.training.checkpoints import Position
+from headstart.training.checkpoint_state import Position
 from headstart.training.config import RunConfig
 from headstart.training.existing_model import flops_per_token
 from headstart.training.metrics import memory_in_use, step_record
@@ -87,7 +87,7 @@ class RunReport:
         visits = []
         for source, rows in zip(sources, rows_of):
             epoch = rows * config.length
-            visits.append(f"{tokens * source.weight / total / epoch:.2f} times over {epoch:,} tokens")
+            visits.append(f"{tokens * source.weight / total / epoch:.2f} epochs of {epoch:,} tokens")
         steps = f"{config.steps:,} steps of {config.tokens_per_step:,} tokens: "
         if len(visits) == 1:
             say(steps + visits[0])
@@ -136,6 +136,8 @@ class RunReport:
         say(f"done: {steps:,} steps, {steps * self._config.tokens_per_step:,} tokens in {duration(seconds)}")
         if position.skipped:
             say(f"{position.skipped} steps were skipped: their loss or gradient was not finite, or their loss a spike")
+        if position.skipped_in_a_row:
+            say(f"warning: the last {position.skipped_in_a_row} of them, so the weights may be those of a diverged run")
         say(f"model in {self._folder.model}, numbers in {self._folder.metrics}")
 
 

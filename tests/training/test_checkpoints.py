@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import threading
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.training import checkpoint_writer, checkpoints
+from headstart.training import checkpoint_state, checkpoint_writer, checkpoints
+from headstart.training.checkpoint_state import Position, read_state
 from headstart.training.checkpoint_writer import CheckpointWriter
-from headstart.training.checkpoints import Position, all_steps, latest
+from headstart.training.checkpoints import all_steps, latest
 from headstart.training.config import CheckpointConfig
 from headstart.training.optimizer import OptimizerConfig, build_optimizers
 from headstart.training.processes import Processes
@@ -33,10 +35,11 @@ def make(config: ModelConfig = CONFIG, seed: int = 0, kind: str = "adamw"):
 
 
 def save(root, model, optimizers, position, **settings):
-    """Writes one checkpoint and waits for it."""
+    """Write one checkpoint, wait for it and delete older ones."""
     writer = CheckpointWriter(root, model, optimizers, CheckpointConfig(**settings), ALONE)
     writer.save(position)
     writer.wait(needed=True)
+    writer.rotate()
     writer.close()
     return root / checkpoints.name_of(position.step)
 
@@ -221,11 +224,77 @@ def test_a_damaged_one_is_refused_or_passed(tmp_path, capsys, damage) -> None:
     position = restore_newest(root, *make(seed=1))
     assert position == Position(step=2)
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"warning: {newest}") and said[1] == f"going on from {root}/step-00000002"
+    assert said[0].startswith(f"warning: {newest}") and said[1] == f"resuming from {root}/step-00000002"
     damage(root / "step-00000002")
     end = "give another" if damage is future else f"there is no older one that is sound: move {root} away to start anew"
     with pytest.raises(UsageError, match=rf"step-00000002: [^\n]*; {end}"):
         restore_newest(root, *make())
+
+
+def test_a_flipped_bit_of_state_json_is_found(tmp_path) -> None:
+    """Bits all over the file: 11 of 150 were taken for another position."""
+    position = Position(
+        step=4, tokens=96, skipped=2, data={"epoch": 1, "row": 4}, history={"count": 4, "mean": 3.25, "variance": 0.5},
+        sources=[{"tokens": "ab", "tokenizer": "cd"}],
+    )  # fmt: skip
+    path = save(tmp_path, *make(), position)
+    file = path / "state.json"
+    text = file.read_bytes()
+    assert read_state(path).position == position
+    for bit in range(0, 8 * len(text), 17):
+        damaged = bytearray(text)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(UsageError, match="step-00000004: "):
+            read_state(path)
+    for length in range(0, len(text), 37):
+        file.write_bytes(text[:length])
+        with pytest.raises(UsageError, match="step-00000004: "):
+            read_state(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 5},
+        {"step": "4"},
+        {"step": True},
+        {"tokens": -1},
+        {"skipped": None},
+        {"skipped_in_a_row": [1]},
+        {"data": {"epoch": 1, "sow": 4}},
+        {"data": {"epoch": 1, "row": 4.0}},
+        {"data": [1, 4]},
+        {"history": {"count": 4, "mdan": 3.25, "variance": 0.5}},
+        {"history": {"count": 4, "mean": None, "variance": 0.5}},
+        {"history": {"count": 4, "mean": math.nan, "variance": 0.5}},
+        {"history": None},
+        {"sources": [1]},
+        {"stop": 4},
+    ],
+)
+@pytest.mark.parametrize("digested", [False, True], ids=["format 1", "format 2"])
+def test_a_position_of_other_types_is_passed(tmp_path, capsys, changes, digested) -> None:
+    """Also in checkpoints of format 1, whose state.json has no digest."""
+    model, optimizers = make()
+    save(tmp_path, model, optimizers, Position(step=2))
+    newest = save(tmp_path, model, optimizers, Position(step=4))
+    state = json.loads((newest / "state.json").read_text())
+    state.pop("digest")
+    state["position"] |= changes
+    text = checkpoint_state._with_digest(state) if digested else json.dumps({**state, "format": 1})
+    (newest / "state.json").write_text(text)
+    assert restore_newest(tmp_path, *make(seed=1)) == Position(step=2)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"warning: {newest}") and said[1] == f"resuming from {tmp_path}/step-00000002"
+
+
+def test_format_1_is_read(tmp_path) -> None:
+    path = save(tmp_path, *make(), Position(step=4, data={"row": 3, "source0": 1, "source1": 2}))
+    state = json.loads((path / "state.json").read_text())
+    del state["digest"], state["position"]["sources"]
+    (path / "state.json").write_text(json.dumps({**state, "format": 1}))
+    assert restore(path, *make(seed=1)) == Position(step=4, data={"row": 3, "source0": 1, "source1": 2})
 
 
 def test_one_of_another_shape_is_refused(tmp_path) -> None:

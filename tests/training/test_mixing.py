@@ -119,7 +119,7 @@ def test_a_mixture_trains_and_says_what_it_reads(mixed, metrics, shards, books, 
     for name, path, share, weight in (("data", shards, "75.0%", 0.75), ("books", books, "25.0%", 0.25)):
         epoch = (len(TokenShards.open(path, "train").tokens) - 2) // 24 * 24
         times = 6 * 96 * weight / epoch
-        assert f"  {name} ({path}): weight {weight * 4:g} ({share}), {times:.2f} times over {epoch:,} tokens" in said
+        assert f"  {name} ({path}): weight {weight * 4:g} ({share}), {times:.2f} epochs of {epoch:,} tokens" in said
 
 
 def test_validation_of_a_mixture_is_the_mean_of_its_parts_by_weight(mixed, metrics, shards, books) -> None:

@@ -76,7 +76,7 @@ def test_a_run_that_died_goes_on_exactly(tiny, metrics, weights, monkeypatch, ca
     assert [line["step"] for line in metrics(broken.run_dir)] == [1, 2, 2, 3]
     capsys.readouterr()
     train(broken)
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert_same_run(whole.run_dir, broken.run_dir, metrics, weights)
 
 

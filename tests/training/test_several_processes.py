@@ -140,7 +140,7 @@ def test_a_scheduler_stops_it_through_torchrun_and_it_goes_on(tiny, launch, metr
     assert f"stopped after step {step}, saved as {checkpoint}" in said
     assert metrics(config.run_dir)[-1]["step"] == step
     answers = launch(replace(config, steps=step + 2), "--steps", str(step + 2))
-    assert [status for status, _ in answers] == [0, 0] and f"going on from {checkpoint}" in answers[0][1]
+    assert [status for status, _ in answers] == [0, 0] and f"resuming from {checkpoint}" in answers[0][1]
 
 
 def test_a_signal_to_one_process_stops_all_with_the_status_for_a_requeue(tiny, launch) -> None:
@@ -206,7 +206,7 @@ def test_a_damaged_share_is_named_and_all_go_back(tiny, launch) -> None:
     answers = launch(config, "--steps", "8")
     assert [status for status, _ in answers] == [0, 0], answers
     assert f"warning: {checkpoint}: damaged, {file.name} differs from what was written; delete it" in answers[0][1]
-    assert f"going on from {checkpoint.parent}/step-00000004" in answers[0][1]
+    assert f"resuming from {checkpoint.parent}/step-00000004" in answers[0][1]
 
 
 def test_errors_are_told_once_and_end_all(tiny, launch) -> None:

@@ -1,0 +1,112 @@
+"""state.json of a checkpoint: position of the run, digests of the other files, and a digest of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import UsageError
+from headstart.training.spikes import LossHistory
+
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Format 1 has no digest of state.json itself."""
+STATE_FILE = "state.json"
+GO_BACK = "delete it to resume from the one before it"
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimiser steps done, skipped ones included."""
+    tokens: int = 0
+    """Positions trained on."""
+    skipped: int = 0
+    """Steps that were not applied: not finite, or a spike."""
+    skipped_in_a_row: int = 0
+    """How many of the last steps were skipped without a good one between them."""
+    data: dict[str, int] = field(default_factory=dict)
+    """`BatchStream.state_dict`."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """The fields of `LossHistory`."""
+    sources: list[dict[str, str]] = field(default_factory=list)
+    """`TokenShards.digests` of each source that was read; empty in checkpoints that do not record them."""
+
+
+@dataclass(frozen=True)
+class State:
+    """The content of state.json."""
+
+    position: Position
+    model: str
+    """Digest of the model's shape."""
+    files: dict[str, int]
+    """Bytes of every other file."""
+    sha256: dict[str, str]
+    """SHA-256 of every other file; empty in checkpoints of the first Headstart."""
+
+
+def state_text(position: Position, model: str, files: dict[str, int], sha256: dict[str, str]) -> str:
+    """Return the text of state.json."""
+    content = {"format": FORMAT, "position": asdict(position), "model": model, "files": files, "sha256": sha256}
+    return _with_digest(content)
+
+
+def read_state(path: Path) -> State:
+    """Read state.json of the checkpoint `path` and check it, and the sizes of the files that it names.
+
+    Raises UsageError for one that is damaged, of a later format, or another step's than the folder's name says.
+    """
+    try:
+        text = (path / STATE_FILE).read_bytes().decode()
+        content = json.loads(text)
+        if content["format"] not in READABLE:
+            raise UsageError(
+                f"{path}: of format {content['format']}, this Headstart reads {FORMAT}; give another --run-dir"
+            )
+        digested = content["format"] == FORMAT or "digest" in content
+        if digested and text != _with_digest({k: value for k, value in content.items() if k != "digest"}):
+            raise UsageError(f"{path}: damaged, {STATE_FILE} differs from what was written; {GO_BACK}")
+        for name, size in content["files"].items():
+            found = (path / name).stat().st_size
+            if found != size:
+                raise UsageError(f"{path}: damaged, {name} has {found:,} bytes instead of {size:,}; {GO_BACK}")
+        position = _position(content["position"])
+        if path.name != name_of(position.step):
+            raise UsageError(f"{path}: damaged, its {STATE_FILE} is that of step {position.step}; {GO_BACK}")
+        return State(position, str(content["model"]), dict(content["files"]), dict(content.get("sha256", {})))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path}: not a whole checkpoint ({error}); {GO_BACK}") from error
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _with_digest(content: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=2) + "\n"
+
+
+def _position(values: dict[str, Any]) -> Position:
+    """Return the position, every value of its type. Raises ValueError or TypeError where one is not."""
+    position = Position(**values)
+    history = LossHistory(**position.history)
+    counts = (position.step, position.tokens, position.skipped, position.skipped_in_a_row, history.count)
+    if not all(type(count) is int and count >= 0 for count in (*counts, *position.data.values())):
+        raise ValueError("a count of its position is no whole number")
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (history.mean, history.variance)):
+        raise ValueError("the mean loss is no number")
+    names = sorted(position.data)
+    if names not in ([], ["epoch", "row"], ["row", *(n for n in names if re.fullmatch(r"source\d+", n))]):
+        raise ValueError(f"no position in the data is called {', '.join(names)}")
+    if not all(isinstance(value, str) for source in position.sources for value in dict(source).values()):
+        raise ValueError("the digests of its data are no text")
+    return position
