@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from headstart.data.conversations import ASSISTANT, Conversation
-from headstart.data.tokenizers import CONFIG_FILE, Tokenizer
+from headstart.data.special_tokens import CONFIG_FILE, special_tokens
+from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 
 TEMPLATE_FILE = "chat_template.jinja"
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 NOW = datetime(2024, 7, 26)
 """The day that templates are told, the one that Llama's own names where it is told none."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -129,9 +129,7 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
         source = {each["name"]: each["template"] for each in source}.get("default")
     if not isinstance(source, str):
         return None
-    named = [(name, config.get(name)) for name in SPECIAL_NAMES]
-    tokens = [(name, each["content"] if isinstance(each, dict) else each) for name, each in named if each]
-    return ChatTemplate(source, tuple(tokens))
+    return ChatTemplate(source, tuple(special_tokens(directory).items()))
 
 
 def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:

@@ -13,14 +13,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from headstart.data.special_tokens import (
+    ADDED_FILE,
+    CONFIG_FILE,
+    MAP_FILE,
+    added_tokens,
+    read_json,
+    special_tokens,
+)
 from headstart.data.textstream import TextStream
 from headstart.errors import UsageError
 
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-OTHER_FILES = ("special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -150,7 +157,7 @@ class PretrainedTokenizer:
         source = Path(source)
         self._file = source / TOKENIZER_FILE if source.is_dir() else source
         self._directory = self._file.parent
-        content = _read_json(self._file)
+        content = read_json(self._file, f"name a {TOKENIZER_FILE} you may read")
         try:
             self._engine = Engine.from_file(str(self._file))
         except Exception as error:  # the library raises bare Exception for every fault
@@ -161,6 +168,7 @@ class PretrainedTokenizer:
         # A tokenizer.json may carry the truncation and padding of whoever saved it; documents must be cut by neither.
         self._engine.no_truncation()
         self._engine.no_padding()
+        self._add_tokens()
         ids = self._engine.get_vocab(with_added_tokens=True)
         self.name = self._file.parent.resolve().name
         self.vocab_size = max(ids.values(), default=-1) + 1
@@ -169,6 +177,7 @@ class PretrainedTokenizer:
         special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
         self.skipped = frozenset(special | {self.end_id})
         self.start_ids: tuple[int, ...] = ()
+        self._without_rows: dict[int, str] = {}
 
         steps = _decoder_steps(content.get("decoder"))
         self._falls_back_to_bytes = "ByteFallback" in steps
@@ -186,14 +195,35 @@ class PretrainedTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, no special token added."""
         _check_text(text)
-        return list(self._engine.encode(text, add_special_tokens=False).ids)
+        return self._with_rows(self._engine.encode(text, add_special_tokens=False).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode`, and the characters of `text` that each token stands for, begin and end. Tokens that share a
         character all have it."""
         _check_text(text)
         encoding = self._engine.encode(text, add_special_tokens=False)
-        return list(encoding.ids), list(encoding.offsets)
+        return self._with_rows(encoding.ids), list(encoding.offsets)
+
+    @property
+    def needed_rows(self) -> int:
+        """How many ids a model must have: all but added tokens at the end, which text names only by spelling them."""
+        ordinary = self._engine.get_vocab(with_added_tokens=False).values()
+        return max(self.end_id, *self.start_ids, *ordinary) + 1
+
+    def fit(self, rows: int) -> None:
+        """Leave out the tokens beyond `rows`, for which a model has none; from then on a text that names one raises."""
+        added = self._engine.get_added_tokens_decoder()
+        self._without_rows = {i: token.content for i, token in added.items() if i >= rows}
+        self.vocab_size = min(self.vocab_size, rows)
+
+    def _with_rows(self, ids: list[int]) -> list[int]:
+        for token in ids if self._without_rows else ():
+            if token in self._without_rows:
+                raise UsageError(
+                    f"text: {self._without_rows[token]} is token {token}, and the model has {self.vocab_size} rows; "
+                    "take it out of the text"
+                )
+        return list(ids)
 
     @property
     def directory(self) -> Path:
@@ -207,8 +237,9 @@ class PretrainedTokenizer:
         return str(self._engine.decode(kept, skip_special_tokens=True))
 
     def definition(self) -> dict[str, Any]:
-        """What its `tokenizer.json` says, for those who write it in another format."""
+        """What its `tokenizer.json` says, for those who write it in another format; tokens without a row left out."""
         content: dict[str, Any] = json.loads(self._engine.to_str())
+        content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] not in self._without_rows]
         return content
 
     def save(self, directory: Path) -> None:
@@ -231,14 +262,23 @@ class PretrainedTokenizer:
             }
             (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    def _add_tokens(self) -> None:
+        """Add the tokens that only the files next to it name: as in transformers, text names them too."""
+        from tokenizers import AddedToken
+
+        known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        wanted = added_tokens(self._directory)
+        for text in special_tokens(self._directory).values():
+            if self._engine.token_to_id(text) is not None:
+                wanted.append({"content": text, "special": True, "normalized": False})
+        for each in wanted:
+            if each["content"] not in known:
+                known.add(each["content"])
+                self._engine.add_tokens([AddedToken(**each)])
+
     def _find_end(self, ids: dict[str, int]) -> int:
-        names: list[Any] = []
-        for file in (CONFIG_FILE, "special_tokens_map.json"):
-            if (self._directory / file).is_file():
-                entry = _read_json(self._directory / file).get("eos_token")
-                names.append(entry.get("content") if isinstance(entry, dict) else entry)
-        for name in (*names, *END_NAMES):
-            if isinstance(name, str) and name in ids:
+        for name in (special_tokens(self._directory).get("eos_token"), *END_NAMES):
+            if name in ids:
                 return ids[name]
         raise UsageError(
             f"{self._file}: no end-of-document token found; name one of its tokens as eos_token in "
@@ -298,8 +338,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     config = (path if path.is_dir() else path.parent) / CONFIG_FILE
-    if config.is_file() and _read_json(config).get("headstart_tokenizer") == "bytes":
-        tokenizer_file = _read_json(path / TOKENIZER_FILE if path.is_dir() else path)
+    if config.is_file() and read_json(config).get("headstart_tokenizer") == "bytes":
+        tokenizer_file = read_json(path / TOKENIZER_FILE if path.is_dir() else path)
         # Someone may have added tokens to the saved files: then they are no longer plain bytes, whatever the mark says.
         if len(tokenizer_file.get("added_tokens") or []) == 1:
             return ByteTokenizer()
@@ -313,7 +353,7 @@ def _fetch(repository: str) -> Path:
 
     try:
         folder = Path(hf_hub_download(repository, TOKENIZER_FILE)).parent
-        for name in (CONFIG_FILE, "special_tokens_map.json", "chat_template.jinja"):
+        for name in (CONFIG_FILE, MAP_FILE, ADDED_FILE, "chat_template.jinja"):
             with suppress(EntryNotFoundError):
                 hf_hub_download(repository, name)
     except Exception as error:  # of the hub, of the network, of the disk: many kinds
@@ -331,18 +371,6 @@ def _decoder_steps(decoder: Any) -> list[str]:
     if decoder.get("type") == "Sequence":
         return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
     return [str(decoder.get("type"))]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); name a {TOKENIZER_FILE} you may read") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({_first_line(error)}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a JSON object; fetch the file again")
-    return content
 
 
 def _first_line(error: Exception) -> str:

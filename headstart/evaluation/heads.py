@@ -44,6 +44,7 @@ def score_documents(
     *,
     length: int | None = None,
     end_id: int | None = None,
+    start_tokens: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> HeadScores:
     """Scores `documents` (token ids), each read on its own from its beginning.
@@ -55,6 +56,7 @@ def score_documents(
         bytes: of UTF-8 in all documents.
         end_id: put before each document, so that its first token is predicted too, and the state of the model is the
             one that it was trained in; None: the first token of each document is only read.
+        start_tokens: how many of them each document begins with, which are read and never predicted.
         progress: told how many tokens were read.
 
     Raises:
@@ -72,7 +74,8 @@ def score_documents(
         if len(tokens) < 2:
             continue
         right_Tn = np.zeros((len(tokens), n), dtype=bool)
-        known_Tn = np.arange(len(tokens))[:, None] + offsets_n < len(tokens)
+        aims_Tn = np.arange(len(tokens))[:, None] + offsets_n
+        known_Tn = (aims_Tn < len(tokens)) & (aims_Tn >= start_tokens)
         for start, first, stop in _windows(len(tokens), length):
             nats_Tn, top_Tn = _read(model, tokens, start, stop)
             new, known = slice(first - start, stop - start), known_Tn[first:stop]
@@ -88,12 +91,15 @@ def score_documents(
         prefixes += torch.from_numpy((runs_Tn & known_Tn).sum(0).astype(np.float64))
         prefix_counts += torch.from_numpy(known_Tn.sum(0).astype(np.float64))
         for k in range(1, n + 1):
-            steps, written = _walk(runs_Tn[:, :k].sum(1), len(tokens))
+            read = max(0, start_tokens - 1)  # of several start tokens the last is where the first pass stands
+            steps, written = _walk(runs_Tn[read:, :k].sum(1), len(tokens) - read)
             passes[k - 1] += steps
             committed[k - 1] += written
     if not counts[0]:
         raise UsageError("no document has two tokens; there is nothing to predict")
-    per_byte = sum(map(len, documents)) / bytes / math.log(2)  # tokens of a byte, bits of a nat
+    per_byte = (
+        sum(len(document) - start_tokens for document in documents) / bytes / math.log(2)
+    )  # tokens of a byte, bits of a nat
     return HeadScores(
         tokens=int(counts[0]),
         bytes=bytes,

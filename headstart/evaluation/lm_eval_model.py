@@ -15,6 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headstart.api import LanguageModel, load
+from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.generation import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
@@ -52,6 +53,7 @@ class HeadstartLM(TemplateLM):
         self.tokens = 0
         self.passes = 0
         """Written, and passes that took, in all texts."""
+        self._start = list(self.model.tokenizer.start_ids)
         self._end = self.model.tokenizer.end_id
         if self._end is None:
             raise UsageError("this tokenizer has no token that ends a text, which lm-eval puts before texts; name one")
@@ -62,11 +64,26 @@ class HeadstartLM(TemplateLM):
         return self._end
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before texts without a context: the start token, or else the end token."""
+        return self._start[0] if self._start else self.eot_token_id
+
+    @property
     def tokenizer_name(self) -> str:
         return self.model.tokenizer.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.model.tokenizer.encode(string))
+        """The ids of a text, behind the start token that the model knows texts by, unless that is asked not to be."""
+        tokenizer = self.model.tokenizer
+        return tokenizer.encode(string) if add_special_tokens is False else prompt_ids(tokenizer, string)
+
+    def _fitted(self, ids: list[int], room: int) -> list[int]:
+        """The end of `ids` that fits into `room`, behind the start tokens if they were there."""
+        if len(ids) <= room:
+            return ids
+        self.cut += 1
+        kept = self._start if ids[: len(self._start)] == self._start and len(self._start) < room else []
+        return kept + ids[len(kept) - room :]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
@@ -88,10 +105,9 @@ class HeadstartLM(TemplateLM):
         rows, sizes = [], []
         for _, before, after in requests:
             # The last token is not read: nothing follows it.
-            row = [*before, *after][-(self.context + 1) :]
-            self.cut += len(before) + len(after) > self.context + 1
+            row = self._fitted([*before, *after], self.context + 1)
             rows.append(row)
-            sizes.append(min(len(after), len(row) - 1))
+            sizes.append(min(len(after), len(row) - max(1, len(self._start))))
         width = max(map(len, rows)) - 1
         # Padded behind, where nothing looks.
         weight = self.model.transformer.trunk.embedding.weight
@@ -116,7 +132,7 @@ class HeadstartLM(TemplateLM):
         for i, request in enumerate(requests):
             (text,) = request.args
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
+                token_list=self.tok_encode(text, add_special_tokens=False),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.context,
                 context_len=1,
@@ -144,7 +160,7 @@ class HeadstartLM(TemplateLM):
                     f"ask for fewer: --lm-eval.new-tokens {self.context // 2}"
                 )
             prompt = self.tok_encode(text) or [self.eot_token_id]
-            self.cut += len(prompt) > self.context - new
+            prompt = self._fitted(prompt, self.context - new)
             sampling = Sampling(
                 temperature,
                 top_k=int(options.pop("top_k", 0) or 0),
@@ -152,7 +168,7 @@ class HeadstartLM(TemplateLM):
                 seed=number,
             )
             stops = (until,) if isinstance(until, str) else tuple(until)
-            asked.append(Request(tuple(prompt[-(self.context - new) :]), new, sampling, self.heads, stop=stops))
+            asked.append(Request(tuple(prompt), new, sampling, self.heads, stop=stops))
         if not asked:
             return []
         engine = self.model.engine(min(self.batch, len(asked)), prefill_budget=None)

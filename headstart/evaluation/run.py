@@ -147,7 +147,8 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
                 documents,
                 size,
                 length=settings.length,
-                end_id=tokenizer.end_id,
+                end_id=None if tokenizer.start_ids else tokenizer.end_id,
+                start_tokens=len(tokenizer.start_ids),
                 progress=bar.advance,
             )
         found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}

@@ -30,15 +30,26 @@ def sizes(prompt: int | None, new: int | None, context: int | None, most: int = 
     return length, after
 
 
-def read_documents(sources: Sequence[str], tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
-    """Token ids of every document of `sources`, which are what `headstart prepare` takes, and the UTF-8 bytes of all.
-    Raises UsageError for what cannot be read, and where there is no document."""
+class Documents(list[list[int]]):
+    """Token ids of documents, each behind the start tokens that the model knows texts by."""
+
+    def __init__(self, start: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.start = tuple(start)
+
+
+def read_documents(sources: Sequence[str], tokenizer: Tokenizer) -> tuple[Documents, int]:
+    """Return token ids of every document of `sources`, which are what `headstart prepare` takes, behind the start token
+    that the model knows texts by, and the UTF-8 bytes of all.
+
+    Raises UsageError for what cannot be read, and where there is no document.
+    """
     selection = Selection(split="test" if any(map(is_dataset, sources)) else "train")
-    documents, size = [], 0
+    documents, size = Documents(tokenizer.start_ids), 0
     for unit in plan(sources, selection, Path("\0")):
         for document in read(unit, selection):
             if isinstance(document, Document):
-                documents.append(tokenizer.encode(document.text))
+                documents.append(prompt_ids(tokenizer, document.text))
                 size += document.bytes
     if not documents:
         raise UsageError(f"{', '.join(sources)}: hold no text; name files or folders of text")
@@ -51,19 +62,23 @@ def cut_prompts(
     """`count` prompts of `length` tokens that go on for `room` tokens more, spread evenly over `documents`.
 
     Documents are cut into pieces of length + room, from the middle of what is left over; fewer pieces give fewer
-    prompts. Raises UsageError where no document is long enough.
+    prompts. Each prompt begins with the start tokens of `Documents`, its first ones. Raises UsageError where no
+    document is long enough.
     """
-    size = length + room
+    start = documents.start if isinstance(documents, Documents) else ()
+    size = length + room - len(start)
     places = []
     for number, document in enumerate(documents):
-        pieces = len(document) // size
-        first = (len(document) - pieces * size) // 2
+        pieces = (len(document) - len(start)) // size if size > 0 else 0
+        first = len(start) + (len(document) - len(start) - pieces * size) // 2
         places += [(number, first + piece * size) for piece in range(pieces)]
     if not places:
+        size += len(start)
         raise UsageError(f"no document has {size} tokens ({length} to read and {room} to go on for); ask for fewer")
     count = min(count, len(places))
     chosen = [places[i * len(places) // count] for i in range(count)]
-    return [tuple(int(t) for t in documents[number][start : start + length]) for number, start in chosen]
+    taken = length - len(start)
+    return [(*start, *(int(t) for t in documents[number][first : first + taken]))[:length] for number, first in chosen]
 
 
 def read_prompts(file: Path, tokenizer: Tokenizer, length: int | None = None) -> list[tuple[int, ...]]:

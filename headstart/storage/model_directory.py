@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -69,7 +70,10 @@ def save_model(
     start_id = end_id if tokenizer is None or not tokenizer.start_ids else tokenizer.start_ids[0]
     ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": end_id}
     with replacing_directory(directory) as temporary:
-        _write_json(temporary / CONFIG_FILE, config_json(config, name, end_id) | {"bos_token_id": start_id})
+        content = config_json(config, name, end_id) | {"bos_token_id": start_id}
+        if tokenizer is not None and tokenizer.start_ids:
+            content["headstart"]["start_ids"] = list(tokenizer.start_ids)
+        _write_json(temporary / CONFIG_FILE, content)
         _write_json(temporary / GENERATION_FILE, {} if end_id is None else ids)
         for file, tensors in files.items():
             (temporary / file).parent.mkdir(exist_ok=True)
@@ -140,11 +144,11 @@ def stored_dtype(directory: str | Path) -> torch.dtype:
 def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     """The tokenizer saved in a model directory, or None where there is none.
 
-    Its `start_ids` are what it puts before texts, if the model knows them: config.json names their first as
-    bos_token_id. A model that read documents without them names its end token there. Its `end_ids` are its own end
-    token and all that the directory names (`generation_file.named_ends`).
+    Its `start_ids` are what it puts before texts, if the model knows them so: one of ours that read documents without
+    them names its end token as bos_token_id. Added tokens for which the model has no row are left out (Gemma 3 has
+    one). Its `end_ids` are its own end token and all that the directory names (`generation_file.named_ends`).
 
-    Raises UsageError where it cannot be read or has more ids than the model.
+    Raises UsageError where it cannot be read or other tokens are more than the model's.
     """
     directory = local_directory(directory)
     config = load_config(directory)
@@ -152,12 +156,23 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     tokenizer = load_tokenizer(directory)
     _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
-    tokenizer.end_ids |= named_ends(directory)
-    if isinstance(tokenizer, PretrainedTokenizer) and (directory / CONFIG_FILE).is_file():
-        start = tokenizer.own_start()
-        known = start[:1] == (read_json(directory / CONFIG_FILE).get("bos_token_id"),)
-        tokenizer.start_ids = start if known and start[0] != tokenizer.end_id else ()
+    tokenizer.end_ids |= {token for token in named_ends(directory) if 0 <= token < config.vocab_size}
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.fit(config.vocab_size)
+        if (directory / CONFIG_FILE).is_file():
+            tokenizer.start_ids = _start_ids(tokenizer, read_json(directory / CONFIG_FILE))
     return tokenizer
+
+
+def _start_ids(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return what the tokenizer puts before texts, if the model of this config.json knows them so.
+
+    Of foreign models transformers asks the tokenizer alone. Ours say `start_ids`, or name the first as bos_token_id.
+    """
+    start, own = tokenizer.own_start(), content.get("headstart")
+    if own is None or (isinstance(own, dict) and own.get("start_ids")):
+        return start
+    return start if start[:1] == (content.get("bos_token_id"),) and start[0] != tokenizer.end_id else ()
 
 
 def load_data_tokenizer(source: str | Path) -> Tokenizer:
@@ -174,9 +189,10 @@ def load_data_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:
-    if tokenizer.vocab_size > vocab_size:
+    needed = tokenizer.needed_rows if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.vocab_size
+    if needed > vocab_size:
         raise UsageError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}; "
+            f"tokenizer {tokenizer.name} has {needed} ids, the model's vocabulary {vocab_size}; "
             f"{action} with the tokenizer it was trained with"
         )
 

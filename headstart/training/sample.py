@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from headstart.data.tokenizers import Tokenizer
+from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
@@ -18,7 +18,7 @@ from headstart.training.config import RunConfig
 
 def prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
     """`watch.sample_prompt` as token ids. Raises UsageError for one that fills the context, so call it at the start."""
-    prompt = tuple(tokenizer.encode(config.watch.sample_prompt)) or (tokenizer.end_id,)
+    prompt = tuple(prompt_ids(tokenizer, config.watch.sample_prompt)) or (tokenizer.end_id,)
     if len(prompt) >= config.model.context:
         raise UsageError(
             f"watch.sample_prompt has {len(prompt)} tokens, model.context is {config.model.context}; shorten the prompt"

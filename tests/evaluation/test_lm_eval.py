@@ -155,3 +155,25 @@ def test_folders_and_data_that_are_not_there(directory, tmp_path) -> None:
     (tmp_path / "made.yaml").write_text(TASK.replace("FILE", str(tmp_path / "gone.json")))
     with pytest.raises(UsageError, match="made_up: the data cannot be reached"):
         run_lm_eval(model, ["made_up"], LmEvalSettings(include_path=tmp_path, defaults=False), 2)
+
+
+def test_texts_begin_as_the_model_knows_them(directory) -> None:
+    """The start token once: before contexts and texts without one, kept where only the end of a context fits."""
+    model = headstart.load(directory)
+    model.tokenizer.start_ids = (7,)
+    judged = HeadstartLM(model)
+    assert judged.prefix_token_id == 7
+    assert judged.tok_encode("ab") == judged.tok_encode("\x07ab") == [7, 97, 98]
+    assert judged.tok_encode("ab", add_special_tokens=False) == [97, 98]
+    for before, after in (("abc", " de"), ("", "xyz"), ("y" * 40, "zz")):
+        ((chance, _),) = judged.loglikelihood(requests("loglikelihood", (before, after)))
+        row = [7, *(before + after).encode()[-CONTEXT:]]
+        logits = model.logits([row[:-1]])[0, -len(after) :, 0].float().log_softmax(-1)
+        assert chance == pytest.approx(sum(float(x[i]) for x, i in zip(logits, after.encode())), abs=1e-4)
+    (chance,) = judged.loglikelihood_rolling(requests("loglikelihood_rolling", ("abcd",)))
+    logits = model.logits([[7, *b"abc"]])[0, :, 0].float().log_softmax(-1)
+    assert chance == pytest.approx(sum(float(x[i]) for x, i in zip(logits, b"abcd")), abs=1e-4)
+    for text in ("abc", "y" * 50):
+        (written,) = judged.generate_until(requests("generate_until", (text, {"max_gen_toks": 8})))
+        prompt = [7, *text.encode()][-(CONTEXT - 8) :]
+        assert written == model.generate([7, *prompt[1:]], max_new_tokens=8).text

@@ -261,7 +261,10 @@ def refusal(directory: Path, *words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, ["model_type", "gpt2", "llama, mistral, qwen2, qwen3, smollm3, olmo2, gemma3_text"]),
+        (
+            {"model_type": "gpt2"},
+            ["model_type", "gpt2", "llama, mistral, ministral, qwen2, qwen3, smollm3, olmo2, gemma3_text"],
+        ),
         ({"model_type": "gemma2"}, ["gemma2", "caps", "llama"]),
         ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, ["own", "code of its own", "llama"]),
         ({"model_type": None}, ["model_type", "llama"]),

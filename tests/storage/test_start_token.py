@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import headstart
+from headstart.data.chat_template import load_chat_template
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer, prompt_ids
+from headstart.decoding.constraints import Constraint
+from headstart.errors import UsageError
+from headstart.evaluation.heads import score_documents
+from headstart.evaluation.texts import cut_prompts, read_documents
+from headstart.exchange.convert import convert
 from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import load_data_tokenizer, load_model, load_model_tokenizer, save_model
 from headstart.training.config import BatchConfig, DataConfig, RunConfig
 from headstart.training.loop import train
@@ -107,3 +116,119 @@ def test_a_model_trained_on_such_documents_knows_it(directory: Path, tmp_path: P
     tokenizer = load_model_tokenizer(path)
     assert tokenizer is not None and tokenizer.start_ids == (0,)
     assert json.loads((path / "config.json").read_text())["bos_token_id"] == 0
+
+
+def test_what_is_evaluated_begins_with_it(directory: Path, tmp_path: Path) -> None:
+    """Documents and prompts cut out of them. The start token is read and never predicted: no score counts it."""
+    text = "the model writes several tokens at once" * 2
+    (tmp_path / "a.txt").write_text(text)
+    model = headstart.load(directory, dtype="float32")
+    documents, size = read_documents([str(tmp_path / "a.txt")], model.tokenizer)
+    assert documents == [[0, *model.tokenizer.encode(text)]] and size == len(text)
+    prompts = cut_prompts(documents, 3, 8, 12)
+    assert len(prompts) == 3 and all(len(prompt) == 8 and prompt[0] == 0 for prompt in prompts)
+    assert all(
+        model.tokenizer.decode(prompt) in text and len(model.tokenizer.decode(prompt)) == 7 for prompt in prompts
+    )
+    assert cut_prompts(documents, 1, 1, 60) == [(0,)]
+
+    scores = score_documents(model.transformer, documents, size, length=64, start_tokens=1)
+    logits = model.logits([documents[0][:64]])[0, :-1, 0].double().log_softmax(-1)
+    assert scores.tokens == len(text)  # a byte a token here
+    short = score_documents(model.transformer, [documents[0][:64]], 63, length=64, start_tokens=1)
+    nats = -logits.gather(1, torch.tensor(documents[0][1:64])[:, None]).mean()
+    assert short.bits_per_byte[0] == pytest.approx(float(nats) / math.log(2), rel=1e-5)
+    two = score_documents(model.transformer, [documents[0][:64]], 62, length=64, start_tokens=2)
+    assert two.tokens == 62 and two.bits_per_byte[0] == pytest.approx(
+        float(-logits[1:].gather(1, torch.tensor(documents[0][2:64])[:, None]).mean()) / math.log(2), rel=1e-5
+    )
+
+
+def copied(directory: Path, target: Path, **config: object) -> Path:
+    """Return a copy of the model directory; `config` changes its config.json, None takes a field out."""
+    shutil.copytree(directory, target)
+    content = json.loads((target / "config.json").read_text()) | config
+    content = {name: value for name, value in content.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(content))
+    return target
+
+
+@pytest.mark.parametrize("named", [None, 1, 7])
+def test_of_a_foreign_model_the_tokenizer_says_how_texts_begin(directory: Path, tmp_path: Path, named: object) -> None:
+    """Whatever config.json names as bos_token_id, transformers puts the start token of the tokenizer there."""
+    foreign = copied(directory, tmp_path / "foreign", bos_token_id=named)
+    tokenizer = load_model_tokenizer(foreign)
+    assert tokenizer is not None and tokenizer.start_ids == (0,)
+    assert prompt_ids(tokenizer, "a b") == transformers.AutoTokenizer.from_pretrained(foreign)("a b").input_ids
+    # And after a conversion, which keeps the ids of config.json.
+    convert(foreign, tmp_path / "ours")
+    again = load_model_tokenizer(tmp_path / "ours")
+    assert again is not None and again.start_ids == (0,)
+
+
+def add_token(directory: Path, text: str, token: int) -> None:
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"].append({"id": token, "content": text, **flags})
+    file.write_text(json.dumps(content))
+
+
+def test_an_added_token_for_which_the_model_has_no_row(directory: Path, tmp_path: Path) -> None:
+    """As in Gemma 3. The model loads and writes the same; what names the token is refused in a line."""
+    more = copied(directory, tmp_path / "more")
+    add_token(more, "<picture>", 258)
+    ours, same = headstart.load(more), headstart.load(directory)
+    assert ours.generate("def f(", max_new_tokens=12).tokens == same.generate("def f(", max_new_tokens=12).tokens
+    digits = Constraint.regex("[0-9]+x")
+    assert ours.generate("a", 12, constraint=digits).tokens == same.generate("a", 12, constraint=digits).tokens
+    for prompt, message in (("see <picture>", "<picture> is token 258, and the model has 258 rows"), ([258], "258")):
+        with pytest.raises(UsageError, match=message):
+            ours.generate(prompt)
+    (tmp_path / "a.txt").write_text("see <picture>")
+    with pytest.raises(UsageError, match="<picture>"):
+        read_documents([str(tmp_path / "a.txt")], ours.tokenizer)
+    with pytest.raises(UsageError, match="<picture>"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "shards", load_data_tokenizer(more), validation_fraction=0.0)
+    save_model(load_model(more), tmp_path / "again", load_model_tokenizer(more))
+    assert headstart.load(tmp_path / "again").tokenizer.vocab_size == 258
+
+    few = copied(directory, tmp_path / "few")
+    save_model(Transformer(ModelConfig(vocab_size=200, dim=16, layers=2, attention_heads=1)), few)
+    shutil.copy(directory / "tokenizer.json", few)
+    shutil.copy(directory / "tokenizer_config.json", few)
+    with pytest.raises(UsageError, match="has 258 ids, the model's vocabulary 200"):
+        load_model_tokenizer(few)
+
+
+def test_tokens_that_only_the_files_beside_name(directory: Path, tmp_path: Path) -> None:
+    """As transformers has them: special tokens of special_tokens_map.json, and tokens of added_tokens_decoder."""
+    named = copied(directory, tmp_path / "named")
+    config = json.loads((named / "tokenizer_config.json").read_text())
+    tokens = {name: config.pop(name) for name in ("bos_token", "eos_token")}
+    config["chat_template"] = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    (named / "tokenizer_config.json").write_text(json.dumps(config))
+    (named / "special_tokens_map.json").write_text(json.dumps(tokens | {"eos_token": {"content": "</s>"}}))
+    tokenizer = load_model_tokenizer(named)
+    assert tokenizer is not None and (tokenizer.end_id, tokenizer.start_ids) == (1, (0,))
+    template = load_chat_template(tokenizer)
+    assert template is not None and template.render([{"role": "user", "content": "x"}]) == "<s>x</s>"
+
+    added = copied(directory, tmp_path / "added", vocab_size=300)
+    flags = {"lstrip": False, "rstrip": True, "single_word": False, "normalized": False}
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | {
+        "added_tokens_decoder": {
+            "259": {"content": "<|b|>", "special": False, **flags},
+            "258": {"content": "<|a|>", "special": True, **flags},
+        }
+    }
+    (added / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(added), load_model_tokenizer(added)
+    assert ours is not None
+    for text in ("<|a|> x<|b|>  y", "</s><|b|><|a|>"):
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    assert max(ours.encode("<|a|><|b|>")) == 259 and ours.decode([258, 259]) == "<|b|>"
+    config["added_tokens_decoder"] = {"x": 3}
+    (added / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="added_tokens_decoder must hold tokens by their ids"):
+        load_model_tokenizer(added)
