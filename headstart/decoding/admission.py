@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from headstart.decoding.generation import Generation
+from headstart.decoding.logprobs import log_probabilities
 from headstart.decoding.slots import Slots
 from headstart.decoding.step import DecodingState, prefill
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
+SCORED = 32
+"""Most positions of a prompt whose logits exist at once, where its log-probabilities are asked for."""
 CHUNK = 256
 """Most positions of a prompt that are computed at once."""
 
@@ -87,7 +92,7 @@ class Admission:
                 first = generation.stats.prompt_tokens_reused
                 prefill(
                     self.model, self.state, slot, tokens, generation.heads,
-                    chunk=size, start=start, root=root, first=first,
+                    chunk=size, start=start, root=root, first=first, read=self._scoring(generation, start),
                 )  # fmt: skip
                 self.slots.filled(slot, piece, generation.heads)
             if start + size == len(prompt) - 1:
@@ -95,6 +100,22 @@ class Admission:
                 ready.append((slot, self.filling.pop(slot)))
             generation.stats.prefill_seconds += time.perf_counter() - began
         return ready
+
+    def _scoring(self, generation: Generation, start: int) -> Callable[[Tensor], None] | None:
+        """Return the function that scores a chunk of the prompt from position `start` on, if that is asked for."""
+        prompt, alternatives = generation.request.prompt, generation.request.prompt_logprobs
+        if alternatives is None:
+            return None
+
+        def score(z_1WD: Tensor) -> None:
+            for done in range(0, z_1WD.shape[1], SCORED):
+                z_1RD = z_1WD[:, done : done + SCORED]
+                behind = prompt[start + done + 1 : start + done + 1 + z_1RD.shape[1]]
+                tokens_1R = torch.tensor([behind], device=z_1RD.device)
+                found = log_probabilities(self.model.unembedding(z_1RD), tokens_1R, alternatives)
+                generation.keep_prompt_logprobs(*(part[0] for part in found))
+
+        return score
 
     def remove(self, generation: Generation) -> bool:
         """A request that is cancelled before its first pass leaves; what was read of its prompt stays in the slot.
@@ -119,6 +140,8 @@ class Admission:
         use."""
         cache = self.state.cache
         donor, count = self.slots.donor(slot, generation.request.prompt, generation.heads)
+        if generation.request.prompt_logprobs is not None:
+            donor, count = slot, 0  # scores need the latents of every position
         if donor != slot:
             cache.copy(donor, slot, count)
         self.slots.take(slot, donor, count)

@@ -154,8 +154,9 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens; the context is {self.context}, which must also hold "
                 "what is generated: shorten the prompt"
             )
-        if request.logprobs is not None and not 0 <= request.logprobs <= config.vocab_size:
-            raise UsageError(f"logprobs is {request.logprobs}; ask for 0 to {config.vocab_size} alternatives")
+        for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            if count is not None and not 0 <= count <= config.vocab_size:
+                raise UsageError(f"{name} is {count}; ask for 0 to {config.vocab_size} alternatives")
         beyond = next((token for token, _ in request.penalties.bias if token >= config.vocab_size), None)
         if beyond is not None:
             raise UsageError(f"logit bias names token {beyond}; the vocabulary has {config.vocab_size} tokens")

@@ -37,6 +37,8 @@ class Request:
     """What the text must be."""
     logprobs: int | None = None
     """Keep the log-probability of every token, and of this many most probable ones beside it (None: none)."""
+    prompt_logprobs: int | None = None
+    """Like `logprobs`, for the tokens of the prompt. The whole prompt is then read: nothing of it is reused."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     ends: frozenset[int] = frozenset()
@@ -138,6 +140,10 @@ class Generation:
         request asks for them."""
         self.top_logprobs: list[list[tuple[int, float]]] = []
         """For each token the (token, log-probability) of the most probable ones, best first."""
+        self.prompt_logprobs: list[float] = []
+        """Log-probabilities of the prompt's tokens from the second one on, where the request asks for them."""
+        self.prompt_top_logprobs: list[list[tuple[int, float]]] = []
+        """Like `top_logprobs`, for the prompt's tokens from the second one on."""
         self.slot: int | None = None
         self.sources: list[int] = []
         """For each draft in its window, or depth of its tree, the head that proposed it; 0 where it was looked up,
@@ -230,6 +236,11 @@ class Generation:
         alternatives = self.request.logprobs or 0
         self.logprobs += own[:count]
         self.top_logprobs += [list(zip(*pair))[:alternatives] for pair in zip(best[:count], of_best[:count])]
+
+    def keep_prompt_logprobs(self, own: list[float], best: list[list[int]], of_best: list[list[float]]) -> None:
+        """Keep the log-probabilities of the next tokens of the prompt."""
+        self.prompt_logprobs += own
+        self.prompt_top_logprobs += [list(zip(*pair)) for pair in zip(best, of_best)]
 
     def cancel(self) -> str:
         return self._stopper.cancel()

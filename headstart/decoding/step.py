@@ -7,6 +7,7 @@ but not yet cached, followed by drafts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -364,13 +365,14 @@ def prefill(
     *,
     root: Tensor | None = None,
     first: int = 0,
+    read: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Fills the caches of `slot` with `tokens` (T,) int64 from position `start` on; no logits are made, and its length
     is left to the caller.
 
     Heads 2..K get keys and values of the whole prompt: they saw them in training, and draft worse without. `root` (1,)
     is the token behind `tokens`, which sequential heads must read, and `first` the position from which on this prompt
-    is read: what they have before it stays.
+    is read: what they have before it stays. `read` is called with head 1's latents (1, W, D) of each chunk.
     """
     assert root is not None or not model.config.ahead
     follow = tokens if root is None else torch.cat([tokens, root])
@@ -386,6 +388,10 @@ def prefill(
         if model.config.ahead:
             behind = follow[None, done + 1 : done + piece.shape[1] + 1]
             read_chain(model, state, slot, latents[0], behind, begin, first, heads)
+        if read is not None:
+            for step in model.path(1):
+                _head(model, step, latents, rotary, attention)
+            read(latents[1])
         if model.config.head_kind != "transformer":
             continue
         for k in range(1, heads + 1):
