@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from headstart.data.tokenizers import Tokenizer
@@ -27,6 +28,7 @@ class Shape:
         logprobs: whether log-probabilities are told.
         origins: whether it is told which head drafted which token.
         echo: what stands before the text of each choice; none without echo.
+        silent: nothing but the echo is returned, though the engine writes one token.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Shape:
         logprobs: bool,
         origins: bool,
         echo: Sequence[str] = (),
+        silent: bool = False,
     ) -> None:
         self.chat, self.tokenizer, self.logprobs, self.origins, self.echo = chat, tokenizer, logprobs, origins, echo
+        self.silent = silent
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "seed": seed}
         self._begun: set[Job] = set()
@@ -55,7 +59,7 @@ class Shape:
                 choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
             choices.append(choice)
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": usage(jobs, prompt_tokens)}
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage(jobs, prompt_tokens)}
 
     def chunk(self, job: Job, piece: Piece) -> dict[str, Any]:
         """Of a stream."""
@@ -68,7 +72,11 @@ class Shape:
 
     def usage_chunk(self, jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
         """The last one of a stream, where it is asked for."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage(jobs, prompt_tokens)}
+        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": self._usage(jobs, prompt_tokens)}
+
+    def _usage(self, jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
+        told = usage(jobs, prompt_tokens)
+        return told | {"completion_tokens": 0, "total_tokens": prompt_tokens} if self.silent else told
 
     @property
     def _chunk_kind(self) -> str:
@@ -77,29 +85,36 @@ class Shape:
     def _choice(self, job: Job, piece: Piece) -> dict[str, Any]:
         generation = job.generation
         assert generation is not None
-        text = piece.text
-        if job not in self._begun:
-            self._begun.add(job)
-            text = self.echo[job.index] + text if self.echo else text
+        first = job not in self._begun
+        self._begun.add(job)
         reason = generation.finish_reason if piece.finished else None
+        if self.silent:
+            piece, reason = replace(piece, text="", stop=piece.start, parts=[]), reason and "length"
+        text = self.echo[job.index] + piece.text if self.echo and first else piece.text
         choice: dict[str, Any] = {"index": job.index, "text": text, "logprobs": None, "finish_reason": None}
         if reason is not None:
             choice |= {"finish_reason": FINISHED[reason], "finish_detail": reason}
         if self.tokenizer is None:
             choice["token_ids"] = generation.tokens[piece.start : piece.stop]
         if self.logprobs:
-            choice["logprobs"] = self._logprobs(job, generation, piece)
+            choice["logprobs"] = self._logprobs(job, generation, piece, bool(self.echo) and first)
         if self.origins:
             tokens = [{"text": part, "head": head} for part, head in piece.parts]
             choice["speculative"] = {"tokens": tokens, "tokens_per_pass": round(piece.tokens_per_pass, 3)}
         return choice
 
-    def _logprobs(self, job: Job, generation: Generation, piece: Piece) -> dict[str, Any]:
+    def _logprobs(self, job: Job, generation: Generation, piece: Piece, echoed: bool) -> dict[str, Any]:
+        """Return the log-probabilities of a piece, behind those of the prompt where it is `echoed`."""
         span = slice(piece.start, piece.stop)
-        of_tokens = list(zip(generation.tokens[span], generation.logprobs[span], generation.top_logprobs[span]))
+        of_tokens: list[tuple[int, float | None, list[tuple[int, float]] | None]] = []
+        if echoed:  # nothing predicts the first token
+            scores = [None, *generation.prompt_logprobs], [None, *generation.prompt_top_logprobs]
+            of_tokens += zip(job.request.prompt, *scores)
+        of_tokens += zip(generation.tokens[span], generation.logprobs[span], generation.top_logprobs[span])
         if self.chat:
             content = []
             for token, own, best in of_tokens:
+                assert own is not None and best is not None  # chats are not echoed
                 top = [self._token(other, logprob) for other, logprob in best]
                 content.append({**self._token(token, own), "top_logprobs": top})
             return {"content": content, "refusal": None}
@@ -111,8 +126,10 @@ class Shape:
         self._offsets[job] = at
         return {
             "tokens": names,
-            "token_logprobs": [finite(own) for _, own, _ in of_tokens],
-            "top_logprobs": [{self._name(t): finite(lp) for t, lp in best} for _, _, best in of_tokens],
+            "token_logprobs": [None if own is None else finite(own) for _, own, _ in of_tokens],
+            "top_logprobs": [
+                None if best is None else {self._name(t): finite(lp) for t, lp in best} for _, _, best in of_tokens
+            ],
             "text_offset": offsets,
         }
 

@@ -194,7 +194,7 @@ class CompletionRequest(Asked):
     """/v1/completions."""
 
     prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
-    echo: bool | None = False
+    echo: bool | None = Field(default=False, description="The prompt is part of the text, and of logprobs.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     suffix: str | None = None
@@ -206,10 +206,8 @@ class CompletionRequest(Asked):
             raise refused("best_of", "the best of several texts is not chosen; leave it out, or give it as n")
         if self.suffix:
             raise refused("suffix", "the models write what follows only; leave it out")
-        if self.max_tokens == 0:
-            raise refused("max_tokens", "0 gives no text; give at least 1")
-        if self.echo and self.logprobs is not None:
-            raise refused("echo", "log-probabilities of the prompt are not told; take echo or logprobs")
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "0 gives no text; give at least 1, or set echo")
         return self
 
     @property

@@ -105,7 +105,7 @@ class Service:
         inbox = Inbox()
         jobs: list[Job] = []
         for prompt in prompts:
-            tokens = self._max_tokens(len(prompt), wanted, chat)
+            tokens = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat)
             for i in range(n):
                 sampling = Sampling(
                     _or(asked.temperature, 1.0),
@@ -123,6 +123,7 @@ class Service:
                     penalties=penalties,
                     constraint=constraint,
                     logprobs=asked.alternatives,
+                    prompt_logprobs=asked.logprobs if isinstance(asked, CompletionRequest) and asked.echo else None,
                     stop=_stops(asked.stop),
                     ends=self._turn_ends if chat else frozenset(),
                 )
@@ -140,6 +141,7 @@ class Service:
             logprobs=asked.alternatives is not None,
             origins=speculative.origins,
             echo=echo,
+            silent=wanted == 0,
         )
         include = bool(asked.stream_options and asked.stream_options.include_usage)
         prompt_tokens = sum(map(len, prompts))

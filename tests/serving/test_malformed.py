@@ -64,7 +64,6 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
         ({"n": 0}, "n"),
         ({"n": 2, "best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),

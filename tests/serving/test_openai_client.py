@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+import torch
 
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.penalties import Penalties
@@ -140,6 +141,48 @@ def test_log_probabilities_are_those_of_decoding(stream, client, model) -> None:
     assert "".join(token for part in told for token in part.tokens) == offline.text
     assert [at for part in told for at in part.text_offset] == list(range(12))
     assert all(len(best) == 2 for part in told for best in part.top_logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+def test_an_echo_has_the_log_probabilities_of_the_prompt(stream, ids, client, model) -> None:
+    """As lm-eval's local-completions reads them."""
+    tokens = model.tokenizer.encode(PROMPT)
+    asked = {"model": NAME, "prompt": tokens if ids else PROMPT, "max_tokens": 2, "temperature": 0, "echo": True}
+    asked |= {"logprobs": 1, "stream": stream}
+    answers = list(client.completions.create(**asked)) if stream else [client.completions.create(**asked)]
+    told = [answer.choices[0].logprobs for answer in answers]
+    offline = model.generate(PROMPT, max_new_tokens=2, logprobs=1)
+    wanted = model.logits([tokens], heads=1)[0, :-1, 0].float().log_softmax(-1)
+    own = wanted.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
+    first, *others = [chance for part in told for chance in part.token_logprobs]
+    assert first is None and others == pytest.approx([*own, *offline.logprobs], abs=1e-4)
+    assert "".join(answer.choices[0].text for answer in answers) == PROMPT + offline.text
+    assert "".join(token for part in told for token in part.tokens) == PROMPT + offline.text
+    assert [at for part in told for at in part.text_offset] == list(range(len(tokens) + 2))
+    first, *best = [pairs for part in told for pairs in part.top_logprobs]
+    assert first is None and [max(pairs.values()) for pairs in best[:-2]] == pytest.approx(
+        wanted.max(-1).values.tolist(), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echo_alone_writes_nothing(stream, client, model) -> None:
+    asked = {"model": NAME, "prompt": [PROMPT, "x"], "max_tokens": 0, "echo": True, "logprobs": 0, "stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+        *chunks, last = list(client.completions.create(**asked))
+        choices, usage = [chunk.choices[0] for chunk in chunks], last.usage
+    else:
+        answer = client.completions.create(**asked)
+        choices, usage = answer.choices, answer.usage
+    for choice in choices:
+        text = (PROMPT, "x")[choice.index]
+        assert (choice.text, choice.finish_reason) == (text, "length")
+        assert len(choice.logprobs.tokens) == len(text) and choice.logprobs.token_logprobs[0] is None
+    assert len(choices) == 2 and (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (7, 0, 7)
+    plain = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=0, echo=True)
+    assert plain.choices[0].text == PROMPT and plain.choices[0].logprobs is None
 
 
 @pytest.mark.parametrize(
