@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headstart.data.tokenizers import Tokenizer, prompt_ids
+from headstart.arguments import whole_number
+from headstart.data.prompts import Prompt, encode_prompt, split_prompts
+from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
@@ -29,8 +31,6 @@ from headstart.storage.boxed import boxed_model
 from headstart.storage.hub import local_directory
 from headstart.storage.model_directory import load_model, load_model_tokenizer
 from headstart.storage.tuning_file import read_tuning
-
-Prompt = str | Sequence[int]
 
 
 @dataclass
@@ -148,7 +148,7 @@ class LanguageModel:
         seed: int | Sequence[int] = 0,
         heads: int | None = None,
         exact: bool = True,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         top_k: int = 0,
         min_p: float = 0.0,
         acceptance: str = "match",
@@ -158,9 +158,11 @@ class LanguageModel:
         lookup: int = 0,
         tree: int | str | None = None,
     ) -> Output | list[Output]:
-        """Continues a prompt (text or token ids), or a list of prompts as one ragged batch.
+        """Continues a prompt, or a list of prompts as one ragged batch.
 
         Args:
+            prompt: text, token ids (a list, an array or a tensor), or messages, [{"role": "user", "content": "..."}],
+                which the model's chat template writes; the assistant's turn is then open.
             max_new_tokens: at most this many tokens; fewer where the model's context ends.
             temperature: 0 is greedy. top_k, top_p, min_p: see `Sampling`.
             seed: of the sampling noise; with a list of prompts also a list. The same seed gives the same text.
@@ -187,9 +189,9 @@ class LanguageModel:
             UsageError: an empty prompt, one longer than the context, unknown tokens, settings out of range, a
                 constraint that cannot be compiled or satisfied.
         """
-        many = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], int)
-        prompts: list[Prompt] = list(prompt) if many else [prompt]  # type: ignore[arg-type, list-item]
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        prompts, many = split_prompts(prompt)
+        several = isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1
+        seeds: list[int] = list(seed) if several else [seed] * len(prompts)  # type: ignore[arg-type, list-item]
         if len(seeds) != len(prompts):
             raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
         requests = [
@@ -202,7 +204,7 @@ class LanguageModel:
                 penalties=penalties or Penalties(),
                 constraint=constraint,
                 logprobs=logprobs,
-                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                stop=stop,  # type: ignore[arg-type]  # it is made a tuple there
             )
             for text, key in zip(prompts, seeds)
         ]
@@ -219,7 +221,7 @@ class LanguageModel:
         seed: int = 0,
         heads: int | None = None,
         exact: bool = True,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] | None = (),
         top_k: int = 0,
         min_p: float = 0.0,
         acceptance: str = "match",
@@ -238,7 +240,7 @@ class LanguageModel:
             acceptance=Rule.parse(acceptance),
             penalties=penalties or Penalties(),
             constraint=constraint,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=stop,  # type: ignore[arg-type]  # it is made a tuple there
         )
         engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None, tree=tree)
         engine.submit(request)
@@ -246,19 +248,33 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor | Sequence[Sequence[int]], heads: int | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, K, V) logits of heads 1..K (None: all), entry k-1 predicting t+k; no gradient."""
-        if heads is not None and not 1 <= heads <= self.config.heads:
-            raise UsageError(f"heads is {heads}; it must lie between 1 and the {self.config.heads} of this model")
-        tokens_BT = torch.as_tensor(tokens, device=self.transformer.trunk.embedding.weight.device)
-        return self.transformer(tokens_BT, heads=self.config.heads if heads is None else heads)
+        """(B, T) int64 -> (B, T, K, V) logits of heads 1..K (None: all), entry k-1 predicting t+k; no gradient.
+
+        Raises UsageError for tokens of another shape or type or beyond the vocabulary, and for heads out of range.
+        """
+        heads = self.config.heads if heads is None else whole_number("heads", heads, 1, self.config.heads)
+        try:
+            given = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError("the tokens are no table of ids; give rows of one length, as [[1, 2], [3, 4]]") from error
+        if given.ndim != 2 or not given.numel() or given.dtype == torch.bool or given.is_floating_point():
+            kind = f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
+            raise UsageError(f"the tokens are {kind}; give whole numbers of shape (batch, time), as [[1, 2], [3, 4]]")
+        tokens_BT = given.to(self.transformer.trunk.embedding.weight.device, torch.int64)
+        for token in (int(tokens_BT.min()), int(tokens_BT.max())):
+            if not 0 <= token < self.config.vocab_size:
+                raise UsageError(
+                    f"the tokens hold {token}; this model's vocabulary has {self.config.vocab_size} tokens"
+                )
+        return self.transformer(tokens_BT, heads=heads)
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
-        return tuple(prompt_ids(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
+        return encode_prompt(self._tokenizer, prompt)
 
     def _context_for(self, requests: Sequence[Request]) -> int:
         """No more cache than these requests can fill."""
         longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        return min(self.config.context, longest)
+        return max(1, min(self.config.context, longest))
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}

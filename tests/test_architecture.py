@@ -17,6 +17,7 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "headstart"
 FLOORS = {
+    "arguments": 0,
     "errors": 0,
     "files": 0,
     "machine": 0,

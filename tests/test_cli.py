@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chats import chat_tokenizer
 
 from headstart import __version__, cli, entry
 from headstart.data.tokenizers import ByteTokenizer
@@ -73,6 +74,14 @@ def one_line(captured: str) -> str:
         (["generate", "MODEL", "--prompt", "x", "--heads", "4"], "has 3"),
         (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p"),
         (["generate", "MODEL", "--prompt", "x", "--threads", "0"], "--threads"),
+        (["generate", "MODEL", "--prompt", "x", "--threads", "99999999999999999999"], "--threads"),
+        (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "-3"], "max_new_tokens is -3"),
+        (["generate", "MODEL", "--prompt", "x", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "MODEL", "--prompt", "x", "--tree", "1000000"], "1,024"),
+        (["generate", "MODEL", "--prompt", "x", "--lookup", "1000000000"], "lookup is"),
+        (["generate", "MODEL", "--prompt", "x", "--repetition-penalty", "1e-46"], "repetition penalty"),
+        (["generate", "MODEL", "--prompt", "x", "--chat"], "no chat template"),
+        (["generate", "MODEL", "--prompt", "x", "--system", "y"], "--chat"),
         (["compare", "nowhere"], "not a run folder"),
         (["compare", "MODEL"], "not a run folder"),
         (["inspect", "nowhere"], "nowhere"),
@@ -200,6 +209,20 @@ def test_profile_alone_records_three_steps(monkeypatch) -> None:
     monkeypatch.setattr(loop, "train", seen.append)
     assert call("train", SMOKE, "--profile", "--steps", "7") == 0
     assert (seen[0].profile.steps, seen[0].profile.start, seen[0].steps) == (3, None, 7)
+
+
+def test_generate_chat_answers_a_question_as_the_template_asks_it(capsys, tmp_path) -> None:
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    config = ModelConfig(vocab_size=264, dim=16, layers=3, attention_heads=2, heads=2, context=128)
+    save_model(Transformer(config), tmp_path / "model", tokenizer)
+    place = str(tmp_path / "model")
+    common = ("--max-new-tokens", "8", "--json")
+    assert call("generate", place, "--prompt", "hello", "--chat", "--system", "be brief", *common) == 0
+    chat = json.loads(capsys.readouterr().out)["tokens"]
+    text = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert call("generate", place, "--prompt", text, *common) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == chat
 
 
 def test_generate_text_of_a_given_form(model, capsys, tmp_path) -> None:

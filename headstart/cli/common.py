@@ -11,13 +11,15 @@ import tyro
 from headstart.command_line import add_repeated
 from headstart.errors import UsageError
 
+MOST_THREADS = 4096
+
 
 def use_threads(threads: int | None) -> None:
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"--threads is {threads}; it must be at least 1")
+        if not 1 <= threads <= MOST_THREADS:
+            raise UsageError(f"--threads is {threads}; it must be at least 1, and at most {MOST_THREADS}")
         torch.set_num_threads(threads)
 
 

@@ -8,12 +8,15 @@ from typing import Literal
 from tyro.conf import Positional
 
 from headstart.cli.common import print_json, use_threads
+from headstart.errors import UsageError
 
 
 def generate(
     model: Positional[str | None] = None,
     *,
     prompt: str,
+    chat: bool = False,
+    system: str | None = None,
     max_new_tokens: int = 200,
     heads: int | None = None,
     temperature: float = 0.0,
@@ -45,6 +48,8 @@ def generate(
     Args:
         model: a model directory (default: the model in the box).
         prompt: text to continue; - reads it from standard input.
+        chat: the prompt is a user's message: the model's chat template writes it, and the assistant answers.
+        system: with --chat, a system message before it.
         max_new_tokens: at most this many tokens.
         heads: how many heads decode, 1 being plain decoding (default: those worth it by what `headstart tune` measured;
             without that by what shows). The output does not depend on it.
@@ -75,7 +80,7 @@ def generate(
         json: print text, tokens and statistics as JSON instead of streaming.
     """
     import headstart
-    from headstart.data.tokenizers import prompt_ids
+    from headstart.data.prompts import Prompt, encode_prompt
     from headstart.decoding.acceptance import Rule
     from headstart.decoding.constraints import Constraint
     from headstart.decoding.generation import Request
@@ -88,8 +93,12 @@ def generate(
     use_threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = headstart.load(model_directory(model), dtype=dtype, device=device, quantize=quantize)
+    if system is not None and not chat:
+        raise UsageError("--system is for conversations; give --chat too")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    asked: Prompt = [*before, {"role": "user", "content": text}] if chat else text
     request = Request(
-        prompt=tuple(prompt_ids(loaded.tokenizer, text)),
+        prompt=encode_prompt(loaded.tokenizer, asked),
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p, seed),
         heads=heads,
@@ -99,7 +108,7 @@ def generate(
         logprobs=logprobs,
         stop=stop,
     )
-    context = min(loaded.config.context, len(request.prompt) + max_new_tokens)
+    context = max(1, min(loaded.config.context, len(request.prompt) + max_new_tokens))
     engine = loaded.engine(1, context, exact, lookup, tree=tree)
     generation = engine.submit(request)
     if show and not json:

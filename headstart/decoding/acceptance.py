@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.arguments import number
 from headstart.decoding.tree import TreeRows
 from headstart.errors import UsageError
 
@@ -29,6 +30,8 @@ DEFAULTS: dict[str, tuple[float, ...]] = {
     "lossy-minimum": (2,),
 }
 """Each kind's numbers where none are given."""
+MOST = 1e9
+"""Largest number of a rule."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ class Rule:
         wanted = len(DEFAULTS[self.kind])
         if self.numbers and len(self.numbers) != wanted:
             raise UsageError(f"acceptance {self.kind} takes {wanted} numbers after it, not {len(self.numbers)}")
-        if any(not 0 <= x < float("inf") for x in self.numbers):
-            raise UsageError(f"acceptance {self.kind}: {self.numbers} must be numbers of at least 0")
+        given = tuple(number(f"a number of acceptance {self.kind}", x) for x in self.numbers)
+        if any(not 0 <= x <= MOST for x in given):
+            shown = ", ".join(f"{x:g}" for x in given)
+            raise UsageError(f"acceptance {self.kind} has the numbers {shown}; they must lie between 0 and {MOST:g}")
+        object.__setattr__(self, "numbers", given)
         object.__setattr__(self, "numbers", self.numbers or DEFAULTS[self.kind])
 
     @classmethod
-    def parse(cls, text: str) -> Rule:
+    def parse(cls, text: str | Rule) -> Rule:
         """ "block", "lossy-top-k:3", "lossy-typical:0.09:0.3"; raises UsageError for anything else."""
+        if isinstance(text, Rule):
+            return text
+        if not isinstance(text, str):
+            raise UsageError(f"acceptance is {text!r}; give text, one of {', '.join(DEFAULTS)}")
         kind, *numbers = text.split(":")
         try:
             return cls(kind, tuple(map(float, numbers)))

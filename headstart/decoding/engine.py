@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from headstart.arguments import whole_number
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.admission import CHUNK, Admission
 from headstart.decoding.constrained_drafts import constrain
@@ -31,6 +32,8 @@ EXACT_SPAN = 512
 spans inside a block the last bits of a row depend on the span, hence on where its window happened to start; whole
 blocks of masked positions add exactly nothing (docs/lab-notes.md)."""
 SPAN = 64
+MOST_LOOKUP = 1024
+"""Drafts of a pass that may be looked up; a window of so many rows costs far more than they can bring."""
 
 
 class Engine:
@@ -78,12 +81,11 @@ class Engine:
         watch: Callable[[Generation, int, int], None] | None = None,
         graphs: bool | None = None,
     ) -> None:
-        if slots < 1:
-            raise UsageError(f"an engine needs at least one slot, not {slots}")
+        slots = whole_number("slots", slots, 1)
+        context = None if context is None else whole_number("context", context, 1)
+        lookup = whole_number("lookup", lookup, 0, MOST_LOOKUP)
         self.model, self.tokenizer, self.exact, self.deferred = model, tokenizer, exact, deferred
         self.context = context or model.config.context
-        if lookup < 0:
-            raise UsageError(f"lookup is {lookup}; it must be 0 (no drafts looked up) or more")
         self.lookup, self.odds = lookup, Odds()
         self.width = model.config.heads + lookup
         self.fixed_shapes = exact and slots * self.width > exact_rows(model)

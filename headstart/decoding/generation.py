@@ -6,13 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from headstart.arguments import any_whole_number, token_ids
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, Matcher
 from headstart.decoding.lookup import Lookup
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.stopping import Stopper
+from headstart.decoding.stopping import Stopper, stop_strings
 from headstart.decoding.tree import DraftTree
+from headstart.errors import UsageError
 
 FORCED = -1
 """Stands for the head of a draft that the constraint left no choice about."""
@@ -43,6 +45,20 @@ class Request:
     """Strings that end the text; they are not part of it."""
     ends: frozenset[int] = frozenset()
     """Tokens that end the text in addition to the tokenizer's `end_ids`, such as the end of a turn of a chat."""
+
+    def __post_init__(self) -> None:
+        """Take NumPy numbers, arrays and tensors too. Raises UsageError for what is of another kind."""
+        object.__setattr__(self, "prompt", token_ids(self.prompt))
+        for name in ("max_new_tokens", "heads", "logprobs"):
+            value = getattr(self, name)
+            if value is not None or name == "max_new_tokens":
+                object.__setattr__(self, name, any_whole_number(name, value))
+        object.__setattr__(self, "stop", stop_strings(self.stop))
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise UsageError(f"constraint is {type(self.constraint).__name__}; make one, as Constraint.regex(...)")
+        if not isinstance(self.penalties, Penalties):
+            raise UsageError(f"penalties is {type(self.penalties).__name__}; make them, as Penalties(repetition=1.1)")
+        self.penalties.check_size()
 
 
 @dataclass

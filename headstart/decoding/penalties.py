@@ -7,13 +7,19 @@ if they are kept. So penalised decoding with drafts is penalised plain decoding,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from headstart.arguments import any_whole_number, number
 from headstart.decoding.tree import TreeRows
 from headstart.errors import UsageError
+
+MOST_REPETITION, MOST_PENALTY, MOST_BIAS = 1e6, 1e9, 1e30
+"""Bounds of what callers may ask for: within them no penalised logit overflows float32."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +37,45 @@ class Penalties:
     """(token, what is added to its logit)."""
 
     def __post_init__(self) -> None:
+        for name in ("repetition", "presence", "frequency"):
+            object.__setattr__(self, name, number(f"{name} penalty", getattr(self, name)))
         if not 0 < self.repetition < math.inf:
             raise UsageError(f"repetition penalty is {self.repetition}; it must be a positive number, 1 for none")
         for name in ("presence", "frequency"):
             if not math.isfinite(getattr(self, name)):
                 raise UsageError(f"{name} penalty is {getattr(self, name)}; it must be a number, 0 for none")
-        for token, value in self.bias:
+        try:
+            pairs = [(token, value) for token, value in _pairs(self.bias)]
+        except (TypeError, ValueError) as error:
+            raise UsageError("the logit bias is no list of (token, number); write it as ((101, -5.0),)") from error
+        bias = tuple((any_whole_number("token of a logit bias", t), number("logit bias", b)) for t, b in pairs)
+        for token, value in bias:
             if token < 0 or math.isnan(value) or value == math.inf:
                 raise UsageError(f"logit bias {token}: {value}: name a token, and a number or -inf (never)")
+        object.__setattr__(self, "bias", bias)
+
+    def check_size(self) -> None:
+        """Raise UsageError for numbers that would overflow float32, in which logits are penalised."""
+        if not 1 / MOST_REPETITION <= self.repetition <= MOST_REPETITION:
+            least = 1 / MOST_REPETITION
+            raise UsageError(
+                f"repetition penalty is {self.repetition}; it must lie between {least:g} and {MOST_REPETITION:g}"
+            )
+        for name in ("presence", "frequency"):
+            if abs(getattr(self, name)) > MOST_PENALTY:
+                bounds = f"{-MOST_PENALTY:g} and {MOST_PENALTY:g}"
+                raise UsageError(f"{name} penalty is {getattr(self, name)}; it must lie between {bounds}")
+        for token, value in self.bias:
+            if value > MOST_BIAS:
+                raise UsageError(f"logit bias of token {token} is {value}; it must be at most {MOST_BIAS:g}")
 
     @property
     def none(self) -> bool:
         return self == Penalties()
+
+
+def _pairs(bias: Any) -> Iterable[Any]:
+    return bias.items() if isinstance(bias, Mapping) else bias
 
 
 class PenaltyRows:
@@ -72,7 +105,7 @@ class PenaltyRows:
         self._prompt[slot, prompt] = True
         self._bias[slot] = 0
         for token, value in penalties.bias:
-            self._bias[slot, token] = max(value, -1e30)  # never, and yet finite
+            self._bias[slot, token] = max(value, -MOST_BIAS)  # never, and yet finite
         numbers = (penalties.repetition, penalties.presence, penalties.frequency)
         self._numbers[:, slot, 0, 0] = torch.tensor(numbers, device=self._device)
 

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.arguments import any_whole_number, number, whole_number
 from headstart.decoding import native
 from headstart.decoding.acceptance import Rule
 from headstart.errors import UsageError
+
+COLDEST, HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Bounds of a temperature above 0: the kernels compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Sampling:
     """How a token is drawn from logits. The transforms apply in this order: temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0
-    """0: greedy."""
+    """0: greedy. Less than the smallest normal number of float32 counts as 0."""
     top_k: int = 0
     """Keep the k most probable tokens (0: all). Tokens tied with the k-th are kept too."""
     top_p: float = 1.0
@@ -34,10 +38,14 @@ class Sampling:
     """Key of the noise. The same seed gives the same text."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise UsageError(f"top_k is {self.top_k}; it must be 0 (all) or more")
+        for name in ("temperature", "top_p", "min_p"):
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
+        object.__setattr__(self, "seed", any_whole_number("seed", self.seed))
+        if not 0 <= self.temperature <= HOTTEST:
+            raise UsageError(f"temperature is {self.temperature}; it must lie between 0 (greedy) and {HOTTEST:.2g}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
@@ -115,8 +123,8 @@ class SamplingRows:
         self._of[slot], self.rules[slot] = sampling, rule
         self.weighs[slot], self.block[slot] = rule.weighs, rule.kind == "block"
         self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = sampling.top_k
-        self.top_p[slot] = sampling.top_p
+        self.top_k[slot] = min(sampling.top_k, 2**62)  # more than any vocabulary, and an int64
+        self.top_p[slot] = max(sampling.top_p, COLDEST)  # not 0 in float32: the best token stays
         self.min_p[slot] = sampling.min_p
         self.seed[slot] = _folded(sampling.seed)
         self.draft_seed[slot] = _folded(_stream(sampling.seed, 1) if rule.weighs else sampling.seed)
@@ -222,7 +230,9 @@ class SamplingRows:
             compiled.confidence(*pointers, S * R, R, V)
             return confidence
         temperature = self.temperature[slots, None, None]
-        x = logits_SRV.float() / torch.where(temperature > 0, temperature, 1)
+        x = logits_SRV.float()
+        # Relative to the largest, as in `_transformed`.
+        x = (x - x.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
         return (x.gather(-1, tokens_SR[..., None])[..., 0] - x.logsumexp(-1)).exp()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from headstart.data.textstream import TextStream
 from headstart.data.tokenizers import Tokenizer
@@ -13,6 +13,17 @@ from headstart.errors import UsageError
 FinishReason = Literal["end", "length", "stop", "cancelled", "stuck"]
 """end: by an end token, or a constraint is satisfied and nothing may follow. stuck: a constraint allows nothing more,
 and not the end either."""
+
+
+def stop_strings(given: Any) -> tuple[str, ...]:
+    """Return stop strings as a tuple: none of None, one of a string. Raise UsageError for anything but strings."""
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, Sequence) or any(not isinstance(each, str) for each in given):
+        raise UsageError(f"stop is {str(given)[:60]!r}; give a string, a list of strings, or None")
+    return tuple(given)
 
 
 class Stopper:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headstart.arguments import whole_number
 from headstart.decoding import native
 from headstart.errors import UsageError
 
 Path = tuple[int, ...]
+
+MOST_NODES = 1024
+"""Nodes of a draft tree at most. A window of so many rows costs far more than its drafts can bring."""
 
 TYPICAL = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
 """How often each rank of a head is right, where nothing was measured: roughly what Medusa's first head reports."""
@@ -41,6 +46,7 @@ class DraftTree:
         seen: set[Path] = {()}
         if not self.paths:
             raise UsageError("a draft tree has at least one node, such as 0, the best draft of head 2")
+        _check_size(len(self.paths))
         for path in self.paths:
             name = ".".join(map(str, path))
             if not path or min(path) < 0:
@@ -59,7 +65,8 @@ class DraftTree:
         try:
             return cls(tuple(tuple(map(int, node.split("."))) for node in text.split(",")))
         except ValueError as error:
-            raise UsageError(f"draft tree {text!r}: write its nodes as ranks, such as 0,1,0.0,0.1") from error
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise UsageError(f"draft tree {shown!r}: write its nodes as ranks, such as 0,1,0.0,0.1") from error
 
     def __str__(self) -> str:
         return ",".join(".".join(map(str, path)) for path in self.paths)
@@ -121,6 +128,7 @@ def grow(ranks: Sequence[Sequence[float]], nodes: int) -> DraftTree:
     counts as at least as good as a worse one, so that no node is worth more than its parent or its better sibling, and
     taking the best node next to the tree again and again is optimal.
     """
+    _check_size(nodes)
     sorted_ranks = [sorted(depth, reverse=True) for depth in ranks]
     if nodes < 1 or not sorted_ranks or not sorted_ranks[0]:
         raise UsageError(f"a draft tree of {nodes} nodes for {len(ranks)} drafting heads; both must be at least 1")
@@ -138,6 +146,11 @@ def grow(ranks: Sequence[Sequence[float]], nodes: int) -> DraftTree:
     return DraftTree(tuple(paths))
 
 
+def _check_size(nodes: int) -> None:
+    if nodes > MOST_NODES:
+        raise UsageError(f"a draft tree of {nodes:,} nodes is too large; take at most {MOST_NODES:,}")
+
+
 def wanted_tree(wanted: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
     """The tree that somebody asks for: a number of nodes (0: none), or a text as `DraftTree.parse` takes.
 
@@ -147,12 +160,12 @@ def wanted_tree(wanted: int | str, heads: int, ranks: Sequence[Sequence[float]] 
 
     Raises UsageError for one that there is not.
     """
-    text = str(wanted)
-    if not text.lstrip("-").isdecimal():
-        return DraftTree.parse(text)
-    if int(text) == 0:
-        return None
-    return grow(ranks or [TYPICAL] * (heads - 1), int(text))
+    if isinstance(wanted, str):
+        if not re.fullmatch(r"-?[0-9]{1,12}", wanted):
+            return DraftTree.parse(wanted)
+        wanted = int(wanted)
+    nodes = whole_number("tree", wanted, 0, MOST_NODES)
+    return grow(ranks or [TYPICAL] * (heads - 1), nodes) if nodes else None
 
 
 class TreeRows:
@@ -180,7 +193,9 @@ class TreeRows:
         self.candidate_G = tensor([(len(path) - 1) * C + path[-1] for path in tree.paths])
         """(R - 1,): the place of a node's token among candidates (D, C)."""
         self.parents = self.parent_R.tolist()
-        self.children = [[row for row in range(1, R) if self.parents[row] == parent] for parent in range(R)]
+        self.children: list[list[int]] = [[] for _ in range(R)]
+        for row in range(1, R):
+            self.children[self.parents[row]].append(row)
         self.depth_first = sorted(range(R), key=lambda row: nodes[row])
         self._first: dict[int, TreeRows] = {R: self}
 

@@ -1,0 +1,49 @@
+"""Prompts as callers give them: text, token ids, conversations, or a list of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headstart.arguments import token_ids
+from headstart.data.chat_template import need_chat_template
+from headstart.data.conversations import parse_conversation
+from headstart.data.tokenizers import Tokenizer, prompt_ids
+from headstart.errors import UsageError
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids (also an array or a tensor), or the messages of a conversation."""
+
+
+def split_prompts(given: Any) -> tuple[list[Any], bool]:
+    """Return the prompts in `given`, one or a list of them, and whether it is a list."""
+    if hasattr(given, "ndim"):
+        return (list(given), True) if given.ndim == 2 else ([given], False)
+    if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) or not given:
+        return [given], False
+    many = isinstance(given[0], Sequence) or getattr(given[0], "ndim", 0) == 1
+    return (list(given), True) if many else ([given], False)
+
+
+def encode_prompt(tokenizer: Tokenizer | None, prompt: Any) -> tuple[int, ...]:
+    """Return the ids of a prompt: of text behind its start tokens, of a conversation up to the assistant's turn.
+
+    Raises UsageError for a prompt of another kind, where text or messages meet no tokenizer, and messages no chat
+    template.
+    """
+    if isinstance(prompt, Mapping):
+        raise UsageError("the prompt is one message; give a list of messages, [{'role': 'user', 'content': '...'}]")
+    chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not chat and not isinstance(prompt, str):
+        return token_ids(prompt)
+    if tokenizer is None:
+        raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
+    return tuple(prompt_ids(tokenizer, prompt)) if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+
+
+def chat_ids(tokenizer: Tokenizer, messages: Sequence[Any], tools: Any = None) -> tuple[int, ...]:
+    """Return the ids of a conversation, written by the tokenizer's chat template, with the assistant's turn opened."""
+    conversation = parse_conversation(list(messages), tools, "prompt")
+    rendered = need_chat_template(tokenizer).render(conversation.messages, conversation.tools, prompt=True)
+    return tuple(tokenizer.encode(rendered))
