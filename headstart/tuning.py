@@ -13,17 +13,18 @@ from tyro.conf import Positional
 import headstart
 from headstart.api import LanguageModel
 from headstart.benchmarks.passes import pass_costs
-from headstart.benchmarks.speedup import load_prompts
+from headstart.benchmarks.speedup import find_prompts
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import is_row_exact
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.tree import DraftTree, grow
+from headstart.decoding.tree import MOST_NODES, DraftTree, grow
 from headstart.decoding.tuning import AcceptanceTable, Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
-from headstart.evaluation.texts import sizes
+from headstart.evaluation.report import left_out
+from headstart.evaluation.texts import LongPrompts, prompt_limit, sizes
 from headstart.storage.boxed import model_directory
 from headstart.storage.tuning_file import write_tuning
 from headstart.terminal import Progress, format_table, say
@@ -41,14 +42,18 @@ class TuneSettings:
     model: Positional[str | None] = None
     """A model directory (None: the model in the box). `tuning.json` is written into it."""
     prompts: Path | None = None
-    """.jsonl with "prompt" or "text", or text with a prompt a line (None: the prompts in the model directory, or pieces
-    of held-out documents of its run)."""
+    """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line (None: the prompts in the
+    model directory, or pieces of held-out documents of its run). Conversations go through the chat template."""
     data: Path | None = None
     """Folder of prepared tokens to take held-out documents from (None: that of the model's run)."""
     prompt_count: int = 32
     """At most this many prompts."""
     prompt_tokens: int | None = None
-    """At most this many tokens of each (None: 128, or half the model's context)."""
+    """Tokens of a piece of a document, and of the longest prompt of a file (None: 128, or half the model's context; of
+    a file whatever the context has room for)."""
+    long_prompts: LongPrompts | None = None
+    """Longer prompts of a file are left out (skip), cut in their middle (middle), or cut to their start (start, which
+    leaves conversations out); they are counted (None: skip, and start where --prompt-tokens is given)."""
     new_tokens: int | None = None
     """Written after each, greedily and sampled (None: 128, or what the prompt leaves of the context)."""
     temperature: float = 0.8
@@ -78,8 +83,10 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if settings.seconds <= 0:
         raise UsageError(f"--seconds is {settings.seconds}; passes need some time to be timed in, more than 0")
-    if settings.tree_nodes < 0:
-        raise UsageError(f"--tree-nodes is {settings.tree_nodes}; it must be 0 (chains only) or more")
+    if not 0 <= settings.tree_nodes <= MOST_NODES:
+        raise UsageError(
+            f"--tree-nodes is {settings.tree_nodes}; it must be 0 (chains only) or more, and at most {MOST_NODES}"
+        )
     batches = tuple(sorted(set(settings.batches)))
     if not batches or batches[0] < 1:
         raise UsageError(f"--batches {' '.join(map(str, batches))}: name batch sizes of at least 1")
@@ -96,14 +103,13 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     if settings.tree_nodes and model.config.ahead:
         raise UsageError(f"{path}: sequential heads draft one chain, not trees; leave --tree-nodes out")
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context, most=128)
-    prompts = load_prompts(
-        path,
-        prompts=settings.prompts,
-        data=settings.data,
-        count=settings.prompt_count,
-        tokens=length,
-        room=new,
-    )
+    limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
+    given = find_prompts(path, settings.prompts, settings.data, settings.prompt_count, length, new, limit)
+    prompts = given.prompts
+    length = sum(map(len, prompts)) // len(prompts)
+    counts = {"prompts": len(prompts), "skipped_prompts": given.skipped, "cut_prompts": given.cut}
+    if left_out(counts):
+        say(f"{len(prompts)} prompts are used{left_out(counts)}")
     ranks = RANKS if settings.tree_nodes else 0
     greedy, seen = _acceptance(language_model, prompts, new, 0.0, ranks)
     sampled, _ = _acceptance(language_model, prompts, new, settings.temperature, ranks)
@@ -121,12 +127,12 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     more = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "prompts": len(prompts),
+        **counts,
         "temperature": settings.temperature,
     }
     file = write_tuning(path, model, tuning, more)
     say(f"tuning: {file}")
-    return {**_found(path, tuning), "trees": trees, "exact": is_row_exact(model)}
+    return {**_found(path, tuning), "trees": trees, "exact": is_row_exact(model), **counts}
 
 
 def _acceptance(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from headstart.decoding.sampling import Sampling
 from headstart.decoding.tuning import Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.repetition import repeated
-from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
+from headstart.evaluation.texts import PROMPTS_FILE, FilePrompts, LongPrompts, cut_prompts, fitting_prompts
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer
 from headstart.storage.tuning_file import read_tuning
@@ -126,8 +126,21 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
 def load_prompts(
     model: Path, *, prompts: Path | None, data: Path | None, count: int, tokens: int, room: int
 ) -> list[tuple[int, ...]]:
-    """`count` prompts of `tokens` tokens: of a file (`read_prompts`), of the model directory's own, or pieces of
-    held-out documents that go on for `room` tokens more.
+    """`count` prompts of `tokens` tokens, as `find_prompts`; texts of a file are cut to their start."""
+    return find_prompts(model, prompts, data, count, tokens, room, (tokens, "start")).prompts
+
+
+def find_prompts(
+    model: Path,
+    prompts: Path | None,
+    data: Path | None,
+    count: int,
+    tokens: int,
+    room: int,
+    limit: tuple[int, LongPrompts],
+) -> FilePrompts:
+    """At most `count` prompts: of a file or the model directory's own (`fitting_prompts` with
+    `limit`), or pieces of `tokens` tokens of held-out documents that go on for `room` tokens more.
 
     Documents come from the shards folder `data`, or that of the run in which the model lies (RUN/model).
     """
@@ -137,17 +150,18 @@ def load_prompts(
     if prompts is not None:
         if tokenizer is None:
             raise UsageError(f"{model}: has no tokenizer to read {prompts} with; give --data, prepared tokens")
-        found = read_prompts(prompts, tokenizer, tokens)
+        given = fitting_prompts(prompts, tokenizer, *limit)
     else:
         shards = TokenShards.open(data or _data_of_run(model), "validation")
-        found = cut_prompts([shards.document(i) for i in range(len(shards.documents))], count, tokens, room)
+        documents = [shards.document(i) for i in range(len(shards.documents))]
+        given = FilePrompts(cut_prompts(documents, count, tokens, room))
     vocab_size = load_config(model).vocab_size
-    largest = max((max(p) for p in found), default=0)
+    largest = max((max(p) for p in given.prompts), default=0)
     if largest >= vocab_size:
         raise UsageError(
             f"the prompts hold token {largest}, the vocabulary of {model} has {vocab_size}; give data of that model"
         )
-    return found[:count]
+    return replace(given, prompts=given.prompts[:count])
 
 
 def _data_of_run(model: Path) -> Path:

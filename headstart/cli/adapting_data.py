@@ -15,6 +15,7 @@ def distill_data(
     *,
     prompts: Path,
     out: Path,
+    chat: bool = False,
     max_new_tokens: int = 256,
     temperature: float = 0.3,
     top_k: int = 0,
@@ -38,6 +39,8 @@ def distill_data(
         model: a model directory (default: the model in the box).
         prompts: .jsonl with "prompt", "text" or "messages" in each line, or plain text, a prompt a line. In
             conversations every question is answered in turn, whatever answers the file has.
+        chat: prompts that are text are messages of a user: the model's chat template writes them, and conversations are
+            written. (Text is otherwise continued as it stands, which a chat model was not trained for.)
         out: the .jsonl to write; headstart prepare reads it (conversations with --conversations).
         max_new_tokens: at most this many tokens an answer.
         temperature: 0 is greedy.
@@ -62,7 +65,7 @@ def distill_data(
     use_threads(threads)
     directory = model_directory(model)
     loaded = headstart.load(directory, dtype=dtype, device=device)
-    settings = DistillSettings(max_new_tokens, temperature, top_k, top_p, min_p, seed, drop_unfinished)
+    settings = DistillSettings(max_new_tokens, temperature, top_k, top_p, min_p, seed, drop_unfinished, chat)
     with Progress("distill", unit="prompts") as bar:
 
         def progress(done: int, total: int, numbers: dict[str, Any]) -> None:

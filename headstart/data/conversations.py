@@ -6,10 +6,10 @@ ShareGPT's [{"from": "human", "value": "..."}, ...] in a field "conversations".
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
+from headstart.data.lines import parse_json
 from headstart.errors import UsageError
 
 MESSAGES, SHAREGPT = "messages", "conversations"
@@ -55,7 +55,7 @@ def parse_conversation(value: Any, tools: Any, place: str) -> Conversation:
     messages = tuple(_message(each, f"{place}, message {number}") for number, each in enumerate(value, start=1))
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError:
             raise UsageError(f'{place}: "tools" is text but not JSON; write a list of tools') from None
     return Conversation(messages, tuple(tools) if isinstance(tools, list) else ())

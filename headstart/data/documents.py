@@ -6,19 +6,16 @@ their files so), `.parquet`; any other file is one document of plain text. Lines
 
 from __future__ import annotations
 
-import json
-import re
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
 from headstart.data.corpora import SourceFile
+from headstart.data.lines import Damaged, first_line, format_of, parse_json, unzip, unzstd
 from headstart.data.rewarded_programs import PROBLEM, REWARDS, rewarded_programs
 from headstart.errors import UsageError
 
-READ_BYTES = 1 << 18
 PARQUET_ROWS = 1024
 EMPTY, NULL, NOT_TEXT, UNREADABLE = "empty", "null", "not UTF-8 text", "unreadable"
 NO_CONVERSATION, NO_ANSWER = "not conversations", "without an answer"
@@ -121,14 +118,6 @@ def _text(text: str, name: str, read: int, conversation: Conversation | None = N
     return Document(name, text, size, read, conversation) if size else Skipped(EMPTY, read)
 
 
-def format_of(name: str) -> str:
-    """ "text", "jsonl", "jsonl.gz", "jsonl.zst" or "parquet"."""
-    match = re.search(r"\.(?:jsonl|json(?=\.(?:gz|zst)$))(?:\.(gz|zst))?$|\.(parquet)$", name.lower())
-    if match is None:
-        return "text"
-    return match[2] or ("jsonl" if match[1] is None else f"jsonl.{match[1]}")
-
-
 def read_text(file: SourceFile) -> Document | Skipped:
     """A plain text file as one document; line ends stay as they are, and a NUL means that it is no text."""
     try:
@@ -162,7 +151,7 @@ def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document |
     line, rest, before = 1, b"", 0
     try:
         with file.path.open("rb") as content:
-            blocks = _unzip(content) if format_of(file.name).endswith("gz") else _unzstd(content)
+            blocks = unzip(content) if format_of(file.name).endswith("gz") else unzstd(content)
             for block in blocks:
                 *lines, rest = (rest + block).split(b"\n")
                 for raw in lines:
@@ -173,7 +162,7 @@ def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document |
             yield from _parse_line(rest, file, field, line, 0)
     except OSError as error:
         raise _unreadable(file, error) from error
-    except _Damaged as error:
+    except Damaged as error:
         raise UsageError(f"{file.path}: damaged from line {line} on ({error}); fetch the file again") from error
 
 
@@ -187,7 +176,7 @@ def open_parquet(file: SourceFile) -> Any:
     try:
         return parquet.ParquetFile(file.path)
     except pyarrow.ArrowInvalid as error:
-        raise UsageError(f"{file.path}: not a whole Parquet file ({_first_line(error)}); fetch it again") from error
+        raise UsageError(f"{file.path}: not a whole Parquet file ({first_line(error)}); fetch it again") from error
     except OSError as error:
         raise _unreadable(file, error) from error
 
@@ -208,11 +197,7 @@ def read_rows(file: SourceFile, field: Field, groups: range, row: int, size: int
                 yield from field.documents(record, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
                 row += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{file.path}: damaged from row {row} on ({_first_line(error)}); fetch it again") from error
-
-
-class _Damaged(Exception):
-    """What a decompressor says of its input."""
+        raise UsageError(f"{file.path}: damaged from row {row} on ({first_line(error)}); fetch it again") from error
 
 
 def _parse_line(raw: bytes, file: SourceFile, field: Field, line: int, read: int) -> Iterator[Document | Skipped]:
@@ -220,45 +205,10 @@ def _parse_line(raw: bytes, file: SourceFile, field: Field, line: int, read: int
         return
     place = f"{file.path}, line {line}"
     try:
-        record = json.loads(raw)
+        record = parse_json(raw)
     except ValueError as error:
-        raise UsageError(f"{place}: not JSON ({_first_line(error)}); mend the line or take it out") from error
-    except RecursionError:
-        raise UsageError(f"{place}: nested too deeply; take the line out") from None
+        raise UsageError(f"{place}: not JSON ({error}); mend the line or take it out") from error
     yield from field.documents(record, f"{file.name}:{line}", place, read)
-
-
-def _unzip(content: BinaryIO) -> Iterator[bytes]:
-    yield from _decompress(content, lambda: zlib.decompressobj(wbits=31), zlib.error)
-
-
-def _unzstd(content: BinaryIO) -> Iterator[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        raise UsageError("reading .zst files needs zstandard; pip install 'headstart[data]'") from None
-    # Not zstandard's stream reader: it takes a file that is cut short for a whole one. The window is the largest there
-    # is (`zstd --long=31`); memory is only taken where a file needs it.
-    engine = zstandard.ZstdDecompressor(max_window_size=2**31)
-    yield from _decompress(content, engine.decompressobj, zstandard.ZstdError)
-
-
-def _decompress(content: BinaryIO, start: Any, failure: type[Exception]) -> Iterator[bytes]:
-    """The content of all frames, one after the other; `start` gives the decompressor of a frame."""
-    engine: Any = None
-    pending = b""
-    while pending or (pending := content.read(READ_BYTES)):
-        engine = engine or start()
-        try:
-            block = engine.decompress(pending)
-        except failure as error:
-            raise _Damaged(_first_line(error)) from error
-        pending = b""
-        if engine.eof:
-            engine, pending = None, engine.unused_data.lstrip(b"\0")  # gzip allows zeros between and behind
-        yield block
-    if engine is not None:
-        raise _Damaged("cut short")
 
 
 def _fields(record: dict[str, Any]) -> list[str]:
@@ -274,7 +224,3 @@ def _no_field(place: str, field: str, known: list[str]) -> UsageError:
 
 def _unreadable(file: SourceFile, error: OSError) -> UsageError:
     return UsageError(f"{file.path}: cannot be read ({error.strerror or error}); allow reading it")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import json
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headstart.data.hub_datasets import load_rows
+from headstart.data.lines import parse_json, read_file_lines
 from headstart.data.rewarded_programs import plain_prompt, rewarded_prompt
 from headstart.errors import UsageError
 from headstart.evaluation.sandbox import Program, Verdict
+from headstart.terminal import say
 
 Row = Mapping[str, Any]
 
@@ -45,6 +48,8 @@ class CodeProblem:
     cases: tuple[tuple[str, str], ...] = ()
     """(standard input, expected output): a program is right if it is in every case."""
     seconds: float = 3.0
+    tested: bool = True
+    """Whether there is any test."""
 
     def programs(self, completion: str) -> list[Program]:
         """What is to be run; the completion is right if all of it passes and `agrees`."""
@@ -91,10 +96,16 @@ def load_problems(
     Raises:
         UsageError: a source that cannot be read or reached, or a problem without the fields it needs, by its place.
     """
+    with any_number_of_digits():
+        return _load(task, source, limit, rewarded)
+
+
+def _load(task: str, source: str | None, limit: int | None, rewarded: bool) -> list[CodeProblem]:
     if task not in HUB:
         raise UsageError(f"there is no set of problems {task!r}; take one of {', '.join(HUB)}")
     name, rows = _rows(task, source)
     problems: list[CodeProblem] = []
+    untested = 0
     for number, row in enumerate(rows, start=1):
         if limit is not None and len(problems) >= limit:
             break
@@ -106,8 +117,12 @@ def load_problems(
             ) from error
         except (TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{name}, problem {number}: is not in the form of {task} ({error}); mend it") from error
-        if problem is not None:
+        if problem is not None and not problem.tested:
+            untested += 1
+        elif problem is not None:
             problems.append(problem)
+    if untested:
+        say(f"{name}: {untested} problems without a test are left out, for every program would pass them")
     if not problems:
         raise UsageError(f"{name}: holds no problem of {task}; name its file with --code.source")
     names = [problem.name for problem in problems]
@@ -127,20 +142,31 @@ def _rows(task: str, source: str | None) -> tuple[str, Iterator[Row]]:
         raise UsageError(f"{error}; or give the problems as a file: --code.source {task}.jsonl") from error
 
 
-def _lines(path: Path) -> Iterator[Row]:
+@contextmanager
+def any_number_of_digits() -> Iterator[None]:
+    """Let Python read and write whole numbers of any length: APPS has some of more than 4,300 digits."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UsageError(f"{path}, line {number}: is no JSON object; mend that line")
-                yield row
-    except ValueError as error:
-        raise UsageError(f"{path}: is not JSON lines in UTF-8 ({error}); mend it") from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); name a .jsonl file") from error
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    for number, line in read_file_lines(path):
+        try:
+            row = _parsed(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: is not JSON lines in UTF-8 ({error}); correct it") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, line {number}: is no JSON object; correct that line")
+        yield row
+
+
+def _parsed(text: str) -> Any:
+    """JSON with its whole numbers exact. Raises ValueError."""
+    return parse_json(text, int)
 
 
 def _problem(task: str, row: Row, number: int, rewarded: bool) -> CodeProblem | None:
@@ -165,7 +191,9 @@ def _mbpp(row: Row) -> CodeProblem:
     prompt = f'"""\n{task}\n' + "\n".join(tests) + '\n"""\n'
     # Set-up code behind the program: two problems of MBPP build on what it defines.
     set_up = [*row.get("test_imports", []), row.get("test_setup_code", "")]
-    return CodeProblem(f"mbpp/{row['task_id']}", prompt, (*SCRIPT_ENDS, "\nprint("), "", "\n".join([*set_up, *tests]))
+    judged = "\n".join([*set_up, *tests])
+    name = f"mbpp/{row['task_id']}"
+    return CodeProblem(name, prompt, (*SCRIPT_ENDS, "\nprint("), "", judged, tested=any(map(str.strip, tests)))
 
 
 def _apps(row: Row, number: int) -> CodeProblem | None:
@@ -173,22 +201,36 @@ def _apps(row: Row, number: int) -> CodeProblem | None:
     if row.get("difficulty", "introductory") != "introductory":
         return None
     examples = row["input_output"]
-    examples = json.loads(examples) if isinstance(examples, str) else examples
+    if not examples:  # so do some problems of the data set say that they have no test
+        examples = {"inputs": [], "outputs": []}
+    examples = _parsed(examples) if isinstance(examples, str) else examples
     called, starter = examples.get("fn_name"), str(row.get("starter_code") or "")
     prompt = f"\nQUESTION:\n{row['question']}\n{starter}\n"
     prompt += "\nUse Call-Based format" if called else "\nUse Standard Input format"
     prompt += "\nANSWER:\n"
     name = f"apps/{row.get('problem_id', row.get('id', number))}"
     inputs, outputs = examples["inputs"], examples["outputs"]
+    _check_pairs(inputs, outputs)
     if called:
         # Solutions are functions, or methods of a class Solution; an answer may stand in a list of its own.
         tests = f"_called = Solution().{called} if 'Solution' in globals() else {called}\n"
         for given, wanted in zip(inputs, outputs):
-            tests += f"_got, _wanted = _called(*{given!r}), {wanted!r}\n"
+            tests += f"_got, _wanted = _called(*{_source(given)}), {_source(wanted)}\n"
             tests += "_got = list(_got) if isinstance(_got, tuple) else _got\n"
             tests += "assert _got == _wanted or [_got] == _wanted\n"
-        return CodeProblem(name, prompt, SCRIPT_ENDS, "", tests, seconds=4.0)
-    return CodeProblem(name, prompt, SCRIPT_ENDS, "", "", _cases(inputs, outputs), 4.0)
+        return CodeProblem(name, prompt, SCRIPT_ENDS, "", tests, seconds=4.0, tested=len(inputs) > 0)
+    return CodeProblem(name, prompt, SCRIPT_ENDS, "", "", _cases(inputs, outputs), 4.0, len(inputs) > 0)
+
+
+def _source(value: Any) -> str:
+    """Python source of a value that JSON can hold; repr writes infinite numbers as names that nobody has defined."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_source, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_source(each)}" for key, each in value.items()) + "}"
+    return repr(value)
 
 
 def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:
@@ -207,9 +249,13 @@ def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:
 
 
 def _cases(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+    _check_pairs(inputs, outputs)
+    return tuple((_text(given), _text(wanted)) for given, wanted in zip(inputs, outputs))
+
+
+def _check_pairs(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
-    return tuple((_text(given), _text(wanted)) for given, wanted in zip(inputs, outputs))
 
 
 def _text(value: Any) -> str:

@@ -52,10 +52,11 @@ def _parts(found: dict[str, Any]) -> list[Part]:
         columns = ["head k", "bits per byte", "top-1 right", "heads 2..k right", "tokens per pass with k heads"]
         parts.append((columns, rows))
     if "acceptance" in found:
-        ways = {name: way for name, way in found["acceptance"].items() if isinstance(way, dict)}
+        acceptance = found["acceptance"]
+        ways = {name: way for name, way in acceptance.items() if isinstance(way, dict)}
         parts.append(
-            f"{found['acceptance']['prompts']} prompts of at most {found['acceptance']['prompt_tokens']} tokens, "
-            f"{found['acceptance']['new_tokens']} tokens written after each"
+            f"{acceptance['prompts']} prompts of at most {acceptance['prompt_tokens']} tokens, "
+            f"{acceptance['new_tokens']} tokens written after each{left_out(acceptance)}"
         )
         columns = ["free running", "tokens per pass", "repeated 8-grams"]
         columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
@@ -66,6 +67,16 @@ def _parts(found: dict[str, Any]) -> list[Part]:
     for task, code in found.get("code", {}).items():
         parts += [_code_line(task, code), _code_table(code)]
     return parts
+
+
+def left_out(counts: dict[str, Any]) -> str:
+    """Say how many prompts of a file were too long, where any was."""
+    said = ""
+    if counts.get("skipped_prompts"):
+        said += f"; {counts['skipped_prompts']} longer prompts were left out"
+    if counts.get("cut_prompts"):
+        said += f"; {counts['cut_prompts']} prompts were cut"
+    return said
 
 
 def _row(name: str, way: dict[str, Any]) -> list[str]:

@@ -20,7 +20,15 @@ from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.heads import score_documents
 from headstart.evaluation.lm_eval_tasks import PREFIX, LmEvalSettings, run_lm_eval
 from headstart.evaluation.report import format_evaluation, page_of
-from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_documents, read_prompts, sizes
+from headstart.evaluation.texts import (
+    PROMPTS_FILE,
+    LongPrompts,
+    cut_prompts,
+    fitting_prompts,
+    prompt_limit,
+    read_documents,
+    sizes,
+)
 from headstart.files import write_text
 from headstart.storage.boxed import model_directory
 from headstart.storage.model_directory import load_model, load_model_tokenizer
@@ -46,12 +54,16 @@ class EvaluateSettings:
     text: tuple[str, ...] = ()
     """Files, folders, globs or hf:NAME, as `headstart prepare` takes. Give text that the model was not trained on."""
     prompts: Path | None = None
-    """.jsonl with "prompt" or "text", or text with a prompt a line, for the task acceptance (None: the prompts in the
-    model directory, or pieces of the text)."""
+    """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line, for the task acceptance
+    (None: the prompts in the model directory, or pieces of the text). Conversations go through the chat template."""
     prompt_count: int = 200
     """At most this many prompts."""
     prompt_tokens: int | None = None
-    """At most this many tokens of each (None: 256, or half the model's context)."""
+    """Tokens of a piece of the text, and of the longest prompt of a file (None: 256, or half the model's context; of a
+    file whatever the context has room for)."""
+    long_prompts: LongPrompts | None = None
+    """Longer prompts of a file are left out (skip), cut in their middle (middle), or cut to their start (start, which
+    leaves conversations out); they are counted (None: skip, and start where --prompt-tokens is given)."""
     new_tokens: int | None = None
     """Written after each (None: 256, or what the prompt leaves of the context)."""
     temperature: float = 0.8
@@ -154,12 +166,17 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
         found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}
     if "acceptance" in settings.tasks:
         if prompts is not None:
-            texts = read_prompts(prompts, tokenizer, length)[: settings.prompt_count]
+            limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
+            given = fitting_prompts(prompts, tokenizer, *limit)
+            texts, counts = given.prompts[: settings.prompt_count], {"skipped": given.skipped, "cut": given.cut}
+            length = max(map(len, texts))
         else:
+            counts = {}
             texts = cut_prompts(documents, settings.prompt_count, length, new)
         packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(texts))
         engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
         found["acceptance"] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new}
+        found["acceptance"] |= {f"{what}_prompts": count for what, count in counts.items()}
         for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
             with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
                 found["acceptance"][name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))

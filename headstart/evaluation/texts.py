@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from headstart.data.conversations import ASSISTANT
 from headstart.data.documents import Document
 from headstart.data.hub_datasets import is_dataset
+from headstart.data.prompt_files import FilePrompt, read_prompt_file
+from headstart.data.prompts import chat_ids
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.data.units import Selection, plan, read
 from headstart.errors import UsageError
 
 PROMPTS_FILE = "prompts.jsonl"
 """Prompts that a model directory carries: texts that it was not trained on."""
+LongPrompts = Literal["skip", "middle", "start"]
+"""Prompts that are too long are left out, cut in their middle, or, where they are text, cut to their start."""
 
 
 def sizes(prompt: int | None, new: int | None, context: int | None, most: int = 256) -> tuple[int, int]:
@@ -81,25 +87,66 @@ def cut_prompts(
     return [(*start, *(int(t) for t in documents[number][first : first + taken]))[:length] for number, first in chosen]
 
 
-def read_prompts(file: Path, tokenizer: Tokenizer, length: int | None = None) -> list[tuple[int, ...]]:
-    """Prompts of a file, cut to their first `length` tokens: .jsonl with "prompt" or "text" in each line, or text, a
-    prompt a line. Raises UsageError, naming the line, for what is not that."""
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({error}); give a UTF-8 text file, a prompt a line") from error
-    texts = lines
-    if file.suffix == ".jsonl":
-        texts = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-                texts.append(str(record["prompt"] if "prompt" in record else record["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(
-                    f'{file}, prompt {number}: no JSON object with "prompt" or "text"; mend that line'
-                ) from error
-    found = [tuple(ids) for ids in (prompt_ids(tokenizer, text)[:length] for text in texts) if ids]
+@dataclass(frozen=True)
+class FilePrompts:
+    """Prompts of a file that fit, as token ids, and how many were too long."""
+
+    prompts: list[tuple[int, ...]]
+    skipped: int = 0
+    cut: int = 0
+
+
+def fitting_prompts(
+    file: Path, tokenizer: Tokenizer, longest: int | None = None, long: LongPrompts = "skip"
+) -> FilePrompts:
+    """Read the prompts of a file (`read_prompt_file`); conversations are written by the chat template, up to where the
+    assistant answers their last question.
+
+    Prompts of more than `longest` tokens are skipped, cut in the middle, or cut to their start; with "start"
+    conversations are skipped, for their end is never cut. Raises UsageError, naming the prompt, for what is no prompt,
+    and where none is left.
+    """
+    found, skipped, cut = [], 0, 0
+    for each in read_prompt_file(file):
+        ids = _prompt_ids(each, tokenizer)
+        if longest is not None and len(ids) > longest:
+            if long == "skip" or (long == "start" and each.conversation is not None):
+                skipped += 1
+                continue
+            cut += 1
+            ids = ids[:longest] if long == "start" else ids[: longest - longest // 2] + ids[len(ids) - longest // 2 :]
+        if ids:
+            found.append(ids)
+    if not found and skipped:
+        raise UsageError(
+            f"{file}: all {skipped} prompts are longer than {longest} tokens; take more --prompt-tokens or fewer "
+            "--new-tokens, or --long-prompts middle"
+        )
     if not found:
         raise UsageError(f"{file}: holds no prompt; write one a line")
-    return found
+    return FilePrompts(found, skipped, cut)
+
+
+def prompt_limit(tokens: int | None, long: LongPrompts | None, new: int, context: int) -> tuple[int, LongPrompts]:
+    """Return the most tokens of a prompt of a file, and what happens to longer ones, for settings of a command: without
+    `tokens` whatever the context has room for, and longer ones are left out; with it texts are cut to their start."""
+    return tokens or context - new, long or ("skip" if tokens is None else "start")
+
+
+def read_prompts(file: Path, tokenizer: Tokenizer, length: int | None = None) -> list[tuple[int, ...]]:
+    """Return the prompts of a file, texts cut to their first `length` tokens."""
+    return fitting_prompts(file, tokenizer, length, "start").prompts
+
+
+def _prompt_ids(prompt: FilePrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+    try:
+        if prompt.conversation is None:
+            return tuple(prompt_ids(tokenizer, prompt.text))
+        messages = list(prompt.conversation.messages)
+        while messages and messages[-1]["role"] == ASSISTANT:
+            messages.pop()
+        if messages:
+            return chat_ids(tokenizer, messages, list(prompt.conversation.tools) or None)
+    except UsageError as error:
+        raise UsageError(f"{prompt.place}: {error}") from error
+    raise UsageError(f"{prompt.place}: asks nothing; take it out")

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from headstart.data.prompt_files import read_prompt_file
 from headstart.errors import UsageError
+from headstart.evaluation.texts import PROMPTS_FILE
 from headstart.exchange.card import MARK, write_card
 from headstart.files import replacing_directory
 from headstart.storage.config_file import CONFIG_FILE, load_config, read_json
@@ -19,7 +21,7 @@ CARD = "README.md"
 SENT = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("heads/*.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("tokenizer.model", "chat_template.jinja", "acceptance.json", "tuning.json", "prompts.jsonl", CARD),
+    *("tokenizer.model", "chat_template.jinja", "acceptance.json", "tuning.json", PROMPTS_FILE, CARD),
     *("modeling_headstart.py", "custom_generate/generate.py", "LICENSE*", "NOTICE*"),
 )
 """What of a model directory goes out: nothing that merely lies beside a model."""
@@ -57,6 +59,8 @@ def push(
     directory = Path(model)
     load_config(directory)
     repository = hub_id(to)
+    if (directory / PROMPTS_FILE).is_file():
+        read_prompt_file(directory / PROMPTS_FILE)  # a broken one would stop `evaluate` and `tune` of whoever gets it
     results = None
     if evaluation is not None:
         file = Path(evaluation)

@@ -46,6 +46,8 @@ class DistillSettings:
     seed: int = 0
     drop_unfinished: bool = False
     """Leave out what was still going on after `max_new_tokens`."""
+    chat: bool = False
+    """Texts are messages of a user, which the chat template writes."""
 
 
 def distill(
@@ -82,13 +84,14 @@ def distill(
     if out.suffix != ".jsonl":
         raise UsageError(f"{out}: is to hold JSON lines; name a file that ends with .jsonl")
     directory = local_directory(directory)
-    prompts, tokenizer = read_prompts(prompts_file), model.tokenizer
+    prompts, tokenizer = read_prompts(prompts_file, settings.chat), model.tokenizer
     template = need_chat_template(tokenizer) if any(prompt.groups for prompt in prompts) else None
     kept = {
         "model": fingerprint(directory),
         "prompts": sha256_of(prompts_file),
         "dtype": str(model.transformer.trunk.embedding.weight.dtype),
         **asdict(settings),
+        "chat": settings.chat or None,  # files of versions without it say nothing of it
     }
     began = time.perf_counter()
     with ordered_lines(out, kept) as lines:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.data.conversations import ASSISTANT, MESSAGES, SHAREGPT, Conversation, parse_conversation
+from headstart.data.conversations import ASSISTANT, Conversation
+from headstart.data.prompt_files import read_prompt_file
 from headstart.errors import UsageError
 
 ASKING = ("system", "developer", "user")
@@ -23,37 +23,22 @@ class Prompt:
     tools: tuple[Any, ...] = ()
 
 
-def read_prompts(file: Path) -> list[Prompt]:
+def read_prompts(file: Path, as_chat: bool = False) -> list[Prompt]:
     """Prompts of a file: .jsonl with "prompt", "text" or "messages" (ShareGPT's "conversations" too) in each line, or
     plain text, a prompt a line.
 
-    Of a conversation what the assistant says is left out: the model answers for itself. Raises UsageError, naming the
-    line, for what is none of these.
+    Of a conversation what the assistant says is left out: the model answers for itself. With `as_chat` a text is the
+    message of a user. Raises UsageError, naming the line, for what is none of these.
     """
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({error}); give a UTF-8 file, a prompt a line") from error
-    if not lines:
-        raise UsageError(f"{file}: holds no prompt; write one a line")
-    if file.suffix != ".jsonl":
-        return [Prompt(line) for line in lines]
-    return [_prompt(line, f"{file}, prompt {number}") for number, line in enumerate(lines, start=1)]
-
-
-def _prompt(line: str, place: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{place}: not JSON ({error}); mend that line") from error
-    known = record.keys() if isinstance(record, dict) else ()
-    for field in (MESSAGES, SHAREGPT):
-        if field in known:
-            return _of_conversation(parse_conversation(record[field], record.get("tools"), place), place)
-    for field in ("prompt", "text"):
-        if field in known and isinstance(record[field], str) and record[field]:
-            return Prompt(record[field])
-    raise UsageError(f'{place}: no JSON object with "prompt", "text" or "messages"; mend that line')
+    prompts = []
+    for found in read_prompt_file(file):
+        if found.conversation is not None:
+            prompts.append(_of_conversation(found.conversation, found.place))
+        elif as_chat:
+            prompts.append(Prompt(groups=(({"role": "user", "content": found.text},),)))
+        else:
+            prompts.append(Prompt(found.text))
+    return prompts
 
 
 def _of_conversation(conversation: Conversation, place: str) -> Prompt:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from headstart.data import units
-from headstart.data.documents import Document, Skipped, format_of
+from headstart.data.documents import Document, Skipped
+from headstart.data.lines import format_of
 from headstart.data.units import Selection, plan, read
 from headstart.errors import UsageError
 

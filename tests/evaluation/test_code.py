@@ -114,6 +114,41 @@ def test_a_file_that_is_wrong_is_named_by_its_place(tmp_path, lines, words) -> N
         load_problems("humaneval", str(tmp_path / "made.jsonl"))
 
 
+def test_numbers_of_any_length_and_infinite_ones_are_tests(sandbox, tmp_path) -> None:
+    """APPS holds numbers of 9,131 digits, which Python's json refuses to read and repr to write by themselves."""
+    digits, before = "1" + "0" * 9000, sys.get_int_max_str_digits()
+    one = APPS | {"problem_id": 1, "input_output": f'{{"fn_name": "f", "inputs": [[{digits}]], "outputs": [{digits}]}}'}
+    infinite = {"fn_name": "f", "inputs": [[float("inf"), [{"a": -float("inf")}]]], "outputs": [float("inf")]}
+    two = APPS | {"problem_id": 2, "input_output": json.dumps(infinite)}
+    row = json.dumps(APPS | {"problem_id": 3, "input_output": "PLACE"})
+    three = row.replace('"PLACE"', f'{{"inputs": [[{digits}]], "outputs": [[{digits}]]}}')
+    (tmp_path / "apps.jsonl").write_text("\n".join([json.dumps(one), json.dumps(two), three]), encoding="utf-8-sig")
+    problems = load_problems("apps-introductory", str(tmp_path / "apps.jsonl"))
+    assert sys.get_int_max_str_digits() == before
+    programs = ["inf = 7\ndef f(x):\n    return x\n", "inf = 7\ndef f(x, y):\n    return x + inf - 7\n"]
+    programs.append("print(int(input()))\n")
+    for problem, program in zip(problems, programs, strict=True):
+        verdicts = sandbox.run(problem.programs(program))
+        assert problem.agrees(verdicts), (problem.name, verdicts)
+
+
+@pytest.mark.parametrize(
+    "empty", ["", None, '{"inputs": [], "outputs": []}', {"fn_name": "f", "inputs": [], "outputs": []}]
+)
+def test_problems_without_a_test_are_left_out_and_counted(tmp_path, capsys, empty) -> None:
+    rows = [APPS | {"problem_id": 0, "input_output": empty}, APPS | {"problem_id": 1, "input_output": CASES}]
+    assert [p.name for p in load_problems("apps-introductory", write(tmp_path / "a.jsonl", *rows))] == ["apps/1"]
+    assert "1 problems without a test are left out" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="holds no problem"):
+        load_problems("mbpp", write(tmp_path / "m.jsonl", {"task_id": 1, "text": "x", "test_list": []}))
+
+
+def test_unequal_numbers_of_inputs_and_outputs_of_a_function_are_refused(tmp_path) -> None:
+    row = APPS | {"input_output": {"fn_name": "f", "inputs": [[1], [2]], "outputs": [1]}}
+    with pytest.raises(UsageError, match="2 inputs and 1 outputs"):
+        load_problems("apps-introductory", write(tmp_path / "apps.jsonl", row))
+
+
 def test_what_cannot_be_had_says_how_else(tmp_path) -> None:
     with pytest.raises(UsageError, match=r"gone.jsonl: cannot be read \(No such file or directory\)"):
         load_problems("mbpp", str(tmp_path / "gone.jsonl"))
