@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart.arguments import whole_number
+from headstart.arguments import any_whole_number
 from headstart.decoding import native
 from headstart.errors import UsageError
 
@@ -148,7 +148,7 @@ def grow(ranks: Sequence[Sequence[float]], nodes: int) -> DraftTree:
 
 def _check_size(nodes: int) -> None:
     if nodes > MOST_NODES:
-        raise UsageError(f"a draft tree of {nodes:,} nodes is too large; take at most {MOST_NODES:,}")
+        raise UsageError(f"a draft tree of more than {MOST_NODES:,} nodes is too large; take fewer")
 
 
 def wanted_tree(wanted: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
@@ -164,7 +164,7 @@ def wanted_tree(wanted: int | str, heads: int, ranks: Sequence[Sequence[float]] 
         if not re.fullmatch(r"-?[0-9]{1,12}", wanted):
             return DraftTree.parse(wanted)
         wanted = int(wanted)
-    nodes = whole_number("tree", wanted, 0, MOST_NODES)
+    nodes = any_whole_number("tree", wanted)
     return grow(ranks or [TYPICAL] * (heads - 1), nodes) if nodes else None
 
 
