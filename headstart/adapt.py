@@ -104,6 +104,8 @@ class AdaptSettings:
     """joint: learning rate of the heads as a multiple of the rest's."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises (None: 40, at most a tenth of all)."""
+    extension: Literal["hold", "rewarm"] = "hold"
+    """The learning rate of steps added to a finished run: hold keeps the final rate; rewarm warms up once more."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""
     frozen_dtype: FrozenDtype = "float32"
@@ -163,6 +165,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
             head_lr_ratio=settings.head_lr_ratio if joint else 1.0,
             warmup_steps=min(40, settings.steps // 10) if settings.warmup_steps is None else settings.warmup_steps,
             weight_decay=settings.weight_decay,
+            extension=settings.extension,
         ),
         head_weights=head_weights(settings),
         loss=LossConfig(heads=settings.loss, share=settings.loss_share),

@@ -159,6 +159,10 @@ def test_a_joint_run_trains_everything_after_the_heads(settings: Any, model: Pat
     assert [line["loss/head1"] is None for line in steps] == [True] * 4 + [False] * 4
     assert [stage_of(step, config).begin for step in (0, 3, 4, 7)] == [0, 0, 4, 4]
     assert steps[0]["lr"] == steps[4]["lr"] and steps[3]["lr"] == steps[7]["lr"]  # a rise and a fall for each part
+    adapt(replace(asked, steps=10))  # continues with everything, at the final rate
+    added = [line for line in lines(asked.run_dir) if "lr" in line][8:]
+    assert [line["loss/head1"] is None for line in added] == [False, False]
+    assert [line["lr"] for line in added] == pytest.approx([steps[7]["lr"]] * 2)
 
 
 def test_self_distillation_keeps_the_model_nearer_to_what_it_was(settings: Any, model: Path) -> None:
@@ -290,6 +294,11 @@ def test_a_model_that_changed_is_not_gone_on_with(settings: Any, model: Path, tm
     adapt(settings(model=mine))
     # Where it ends a text is the model's own.
     assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [10, 255]
+    tokenizer = (mine / "tokenizer.json").read_text()
+    (mine / "tokenizer.json").write_text(tokenizer + "\n")
+    with pytest.raises(UsageError, match="is another than when"):
+        adapt(settings(model=mine, steps=9))
+    (mine / "tokenizer.json").write_text(tokenizer)
     changed = load_model(mine)
     with torch.no_grad():
         changed.trunk.embedding.weight[0] += 1

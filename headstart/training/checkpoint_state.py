@@ -38,6 +38,14 @@ class Position:
     """The fields of `LossHistory`."""
     sources: list[dict[str, str]] = field(default_factory=list)
     """`TokenShards.digests` of each source that was read; empty in checkpoints that do not record them."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
+    planned: int = 0
+    """Steps of the whole run, as planned when this was the position; 0 in checkpoints that do not record it."""
+    extended: int = 0
+    """How many steps had been done when the present extension of a finished run began; 0: the run is none."""
+    extension: str = ""
+    """The `OptimizerConfig.extension` of the present extension."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +107,13 @@ def _position(values: dict[str, Any]) -> Position:
     """Return the position, every value of its type. Raises ValueError or TypeError where one is not."""
     position = Position(**values)
     history = LossHistory(**position.history)
-    counts = (position.step, position.tokens, position.skipped, position.skipped_in_a_row, history.count)
-    if not all(type(count) is int and count >= 0 for count in (*counts, *position.data.values())):
+    counts = [position.step, position.tokens, position.skipped, position.skipped_in_a_row, history.count]
+    counts += [position.planned, position.extended, *position.data.values()]
+    if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("a count of its position is no whole number")
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in (history.mean, history.variance)):
-        raise ValueError("the mean loss is no number")
+    numbers = (history.mean, history.variance, position.lr)
+    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers):
+        raise ValueError("the mean loss or the learning rate is no number")
     names = sorted(position.data)
     if names not in ([], ["epoch", "row"], ["row", *(n for n in names if re.fullmatch(r"source\d+", n))]):
         raise ValueError(f"no position in the data is called {', '.join(names)}")

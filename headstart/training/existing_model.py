@@ -29,7 +29,6 @@ from headstart.storage.model_directory import load_config, load_model, load_mode
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
 from headstart.training.config import RunConfig
-from headstart.training.optimizer import learning_rate
 from headstart.training.processes import Processes
 from headstart.training.step import autocast
 
@@ -92,19 +91,18 @@ class ExistingModel:
             self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
             self._original.requires_grad_(False)
 
-    def begin_step(self, step: int) -> tuple[list[float], float]:
-        """Freezes what step `step` (from 0) does not train. Gives the heads' weights and the learning rate."""
-        stage = stage_of(step, self._config)
+    def begin_step(self, step: int, extended: int = 0) -> list[float]:
+        """Freeze what step `step` (from 0) does not train and return the heads' weights. `extended`:
+        `Position.extended`."""
+        stage = stage_of(step, self._config, extended)
         freeze(self.model, self.heads if stage.heads_alone else self._trained)
         done, weights = step - stage.begin, self._config.head_weights
         n = self._config.model.heads
         if stage.heads_alone:
             # Head 1 is frozen: its loss would teach nobody. All others count in full, whatever they do afterwards.
             weights = HeadWeights(decay=weights.decay, sampled=weights.sampled)
-            values = [0.0, *weights.at(0, n)[1:]]
-        else:
-            values = weights.at(done / stage.steps, n)
-        return values, learning_rate(done, stage.steps, self._config.optimizer)
+            return [0.0, *weights.at(0, n)[1:]]
+        return weights.at(1.0 if stage.begin and stage.begin == extended else done / stage.steps, n)
 
     def known(self, batch: Batch) -> dict[str, Any]:
         """What `walk_step` is given for `batch` beside it."""
@@ -182,9 +180,12 @@ class ExistingModel:
         self._states = states
 
 
-def stage_of(step: int, config: RunConfig) -> Stage:
-    """The stage that step `step` (from 0) lies in."""
+def stage_of(step: int, config: RunConfig, extended: int = 0) -> Stage:
+    """Return the stage that step `step` (from 0) lies in; steps from `extended` on, where it is not 0, continue the
+    last one."""
     assert config.adapt is not None
+    if extended and step >= extended:
+        return Stage(extended, config.steps - extended, config.adapt.mode == "heads")
     if config.adapt.mode == "heads":
         return Stage(0, config.steps, True)
     first = round(config.steps * config.adapt.heads_first)

@@ -26,8 +26,9 @@ from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.compilation import blocks_compiled
 from headstart.training.config import RunConfig
 from headstart.training.existing_model import ExistingModel, check_vocabulary, tokenizer_of
+from headstart.training.extension import begin_extension, rate_of
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
-from headstart.training.optimizer import build_optimizers, learning_rate
+from headstart.training.optimizer import build_optimizers
 from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined
 from headstart.training.run_folder import RunFolder
@@ -63,10 +64,10 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
         config.loss.require(processes.device)
         processes.on_main(lambda: family_of(config.model))  # what no directory can hold is not worth training
         with folder.claimed(processes.main):
-            processes.on_main(lambda: folder.accept(config))
+            before = processes.on_main(lambda: folder.accept(config))
             done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))
             if done < config.steps or not processes.on_main(folder.model.exists):
-                run = Run(config, folder, processes, progress)
+                run = Run(config, folder, processes, progress, before)
                 try:
                     with run.report:
                         run.loop(progress)
@@ -81,8 +82,14 @@ class Run:
     """A run in memory: model, optimisers, data and position."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, processes: Processes, progress: Callable[..., Progress]
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        processes: Processes,
+        progress: Callable[..., Progress],
+        before: RunConfig | None = None,
     ) -> None:
+        """`before`: the configuration of the run's last start, if there was one."""
         self.config, self.folder, self.processes, self.device = config, folder, processes, processes.device
         self.micro_batches, rows = config.micro_batches(processes.count)
         processes.on_main(lambda: folder.prepare_shards(config, progress))
@@ -107,10 +114,10 @@ class Run:
         self.model, self.sums = build_model(config, processes, self.existing)
         self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device, config.dtype)
         digests = processes.on_main(lambda: [source.train.digests() for source in self.sources])
-        self.position = Position(data=self.stream.state_dict())
+        self.position = Position(data=self.stream.state_dict(), planned=config.steps)
         restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers, processes)
         if restored is not None:
-            self.position = restored
+            self.position = processes.on_main(lambda: begin_extension(restored, config, before))
             self.stream.load_state_dict(position_in_data(restored, digests, self.sources, config))
         self.position.sources = digests
         self.history = LossHistory(**self.position.history)
@@ -161,11 +168,12 @@ class Run:
         began = time.perf_counter()
         read = islice(self.stream, self.micro_batches)
         batches = [move(inputs_of(batch, config, position.step), self.device) for batch in read]
+        lr = rate_of(position.step, config, position.extended)
         if self.existing is None:
-            weights = config.head_weights.at(position.step / config.steps, config.model.heads)
-            lr = learning_rate(position.step, config.steps, config.optimizer)
+            fraction = 1.0 if position.extended else position.step / config.steps
+            weights = config.head_weights.at(fraction, config.model.heads)
         else:
-            weights, lr = self.existing.begin_step(position.step)
+            weights = self.existing.begin_step(position.step, position.extended)
         if config.head_weights.sampled:
             weights = drawn(weights, config.seed, position.step)
         result = train_step(
@@ -185,6 +193,7 @@ class Run:
 
         position.step += 1
         position.tokens += config.tokens_per_step
+        position.lr = lr
         position.data = self.stream.state_dict()
         position.history = dataclasses.asdict(self.history)
         position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.skipped else 0

@@ -33,6 +33,9 @@ class OptimizerConfig:
     """Fraction of all steps, at the end, over which wsd falls."""
     final_lr_ratio: float = 0.03
     """Learning rate of the last step, as a fraction of the peak."""
+    extension: Literal["hold", "rewarm"] = "hold"
+    """The learning rate of the steps added to a run whose schedule had ended: hold keeps the final rate; rewarm warms
+    up to the peak once more and falls over the added steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
@@ -63,6 +66,8 @@ class OptimizerConfig:
             raise UsageError(f"optimizer.kind {self.kind!r} is unknown; take adamw or muon")
         if self.schedule not in ("cosine", "wsd"):
             raise UsageError(f"optimizer.schedule {self.schedule!r} is unknown; take cosine or wsd")
+        if self.extension not in ("hold", "rewarm"):
+            raise UsageError(f"optimizer.extension {self.extension!r} is unknown; take hold or rewarm")
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -79,6 +84,13 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
         fraction = (done - config.warmup_steps) / (steps - config.warmup_steps)
         fall = (1 - math.cos(math.pi * fraction)) / 2
     return config.lr * (1 - fall * (1 - config.final_lr_ratio))
+
+
+def extended_rate(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Return the learning rate of step `step` (from 0) of the `steps` added to a run whose schedule had ended. It never
+    lies below the final rate, where the schedule ended."""
+    final = config.lr * config.final_lr_ratio
+    return final if config.extension == "hold" else max(final, learning_rate(step, steps, config))
 
 
 @dataclass

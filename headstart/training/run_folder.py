@@ -66,8 +66,10 @@ class RunFolder:
                     shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
             yield
 
-    def accept(self, config: RunConfig) -> None:
-        """Writes config.yaml. Raises UsageError where the folder holds a run with another model or other data."""
+    def accept(self, config: RunConfig) -> RunConfig | None:
+        """Write config.yaml and return the configuration that was there. Raises UsageError where the folder holds a run
+        with another model or other data."""
+        old: RunConfig | None = None
         if self.config.exists():
             try:
                 old = load_config(self.config)
@@ -90,6 +92,7 @@ class RunFolder:
                     say(f"changed since the last start: {name} {before} -> {now}")
         once = replace(config, data=replace(config.data, allow_changed=False))
         save_config(once, self.config)
+        return old
 
     def prepare_shards(self, config: RunConfig, progress: Callable[..., Progress]) -> None:
         """Without prepared folders in `config`: prepares data/, once, so that a resume reads the same bytes."""
