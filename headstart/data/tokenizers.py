@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,6 +72,17 @@ def byte_alphabet() -> list[str]:
             characters.append(chr(spare))
             spare += 1
     return characters
+
+
+@contextmanager
+def _one_line(wrong: str, fix: str) -> Iterator[None]:
+    """Raise UsageError for whatever the tokenizers library raises: bare Exception, or PanicException, which is none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UsageError(f"{wrong} ({_first_line(error)}); {fix}") from error
 
 
 def _check_text(text: str) -> None:
@@ -158,13 +169,9 @@ class PretrainedTokenizer:
         self._file = source / TOKENIZER_FILE if source.is_dir() else source
         self._directory = self._file.parent
         content = read_json(self._file, f"name a {TOKENIZER_FILE} you may read")
-        try:
+        unreadable = f"{self._file}: not a tokenizer that the tokenizers library reads"
+        with _one_line(unreadable, "name a directory that AutoTokenizer.save_pretrained wrote"):
             self._engine = Engine.from_file(str(self._file))
-        except Exception as error:  # the library raises bare Exception for every fault
-            raise UsageError(
-                f"{self._file}: not a tokenizer that the tokenizers library reads ({_first_line(error)}); name a "
-                f"directory that AutoTokenizer.save_pretrained wrote"
-            ) from error
         # A tokenizer.json may carry the truncation and padding of whoever saved it; documents must be cut by neither.
         self._engine.no_truncation()
         self._engine.no_padding()
@@ -195,13 +202,16 @@ class PretrainedTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, no special token added."""
         _check_text(text)
-        return self._with_rows(self._engine.encode(text, add_special_tokens=False).ids)
+        with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
+            encoding = self._engine.encode(text, add_special_tokens=False)
+        return self._with_rows(encoding.ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode`, and the characters of `text` that each token stands for, begin and end. Tokens that share a
         character all have it."""
         _check_text(text)
-        encoding = self._engine.encode(text, add_special_tokens=False)
+        with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
+            encoding = self._engine.encode(text, add_special_tokens=False)
         return self._with_rows(encoding.ids), list(encoding.offsets)
 
     @property
@@ -234,7 +244,8 @@ class PretrainedTokenizer:
         """The text of `tokens`; special tokens and ids beyond the vocabulary are dropped, negative ids raise."""
         _check_ids(tokens)
         kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
-        return str(self._engine.decode(kept, skip_special_tokens=True))
+        with _one_line(f"tokenizer {self.name}: fails on these tokens", "fix the decoder in its tokenizer.json"):
+            return str(self._engine.decode(kept, skip_special_tokens=True))
 
     def definition(self) -> dict[str, Any]:
         """What its `tokenizer.json` says, for those who write it in another format; tokens without a row left out."""
@@ -373,7 +384,7 @@ def _decoder_steps(decoder: Any) -> list[str]:
     return [str(decoder.get("type"))]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

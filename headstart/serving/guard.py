@@ -6,12 +6,13 @@ import asyncio
 import ipaddress
 import re
 import secrets
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headstart.serving.errors import ApiError
+from headstart.serving.errors import INTERNAL, ApiError
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page asks for one, and those who watch the server have none."""
@@ -64,8 +65,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        started = False
+
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 self.answered(scope["path"], message["status"])
             await send(message)
 
@@ -82,7 +87,14 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, counted)
             return
-        await self.app(scope, self._bounded(receive), counted)
+        try:
+            await self.app(scope, self._bounded(receive), counted)
+        except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise  # an Exception has been answered
+        except BaseException:  # a panic of a library in Rust, say
+            traceback.print_exc()
+            if not started:
+                await ApiError(500, INTERNAL, headers={"Connection": "close"}).response()(scope, receive, counted)
 
     def _check_hosts(self, scope: Scope) -> None:
         if self._hosts is None:

@@ -186,6 +186,23 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(raised.value) and name in str(raised.value)
 
 
+@pytest.mark.parametrize(("text", "why"), [("a" * 40 + "b", "retry-limit-in-match over"), ("c", "Missing")])
+def test_what_the_library_raises_on_a_text_is_one_line(text, why, tmp_path):
+    """It panics where a pattern takes too long, and a panic is not an Exception."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    engine = Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}, unk_token="missing"))
+    engine.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a") == [0]
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(
+            UsageError, match=rf"tokenizer {tmp_path.name}: fails on this text \([^\n]*{why}[^\n]*\); fix"
+        ):
+            encode(text)
+
+
 def stream(tokenizer, tokens, cuts):
     """The pieces of a stream that gets `tokens` in portions."""
     text_stream = TextStream(tokenizer)

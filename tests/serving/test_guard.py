@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from serving.conftest import HTTP, raw, running
@@ -91,6 +93,23 @@ def test_head_is_get_without_its_body(path: str, server: Server) -> None:
     head, get = HTTP.head(server.url + path), HTTP.get(server.url + path)
     assert (head.status_code, head.content) == (200, b"") and get.content
     assert head.headers["content-type"] == get.headers["content-type"] and int(head.headers["content-length"])
+
+
+def test_a_panic_is_answered_in_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    class Panic(BaseException): ...
+
+    async def app(*_: Any) -> None:
+        raise Panic("secret")
+
+    async def ask() -> tuple[int, Any]:
+        transport = httpx.ASGITransport(guard.Guard(app, (), 1000, lambda *_: None))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            answer = await client.get("/v1/models")
+            return answer.status_code, answer.json()["error"]
+
+    status, error = asyncio.run(ask())
+    assert status == 500 and error["type"] == "server_error" and "secret" not in error["message"]
+    assert "secret" in capsys.readouterr().err
 
 
 def test_origins(locked: Server, server: Server) -> None:
