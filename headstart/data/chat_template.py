@@ -136,9 +136,12 @@ def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """As `load_chat_template`. Raises UsageError where there is none."""
     template = load_chat_template(tokenizer)
     if template is None:
+        # Bytes have no files of their own, where a template would be read.
+        has_files = getattr(tokenizer, "directory", None) is not None
+        beside = f", or put a {TEMPLATE_FILE} beside its tokenizer.json" if has_files else ""
         raise UsageError(
             f"tokenizer {tokenizer.name}: has no chat template, which conversations need; take the tokenizer of a chat "
-            f"model, or put a {TEMPLATE_FILE} beside its tokenizer.json"
+            f"model{beside}"
         )
     return template
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import openai
@@ -11,6 +12,9 @@ from chats import chat_tokenizer
 from serving.conftest import raw, running
 
 import headstart
+from headstart.data.chat_template import need_chat_template
+from headstart.data.tokenizers import load_tokenizer
+from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.serving.settings import ServeSettings
@@ -110,4 +114,17 @@ def test_what_a_chat_cannot_have_is_refused(change, message, chatting) -> None:
 
 def test_a_model_without_a_template_says_so(server) -> None:
     status, answer = raw(server, b'{"messages": [{"role": "user", "content": "x"}]}', "/v1/chat/completions")
-    assert status == 400 and "chat template" in answer["error"]["message"]
+    message = answer["error"]["message"]
+    assert status == 400 and "chat template" in message and "chat_template.jinja" not in message  # it would not be read
+
+
+def test_the_template_that_the_error_asks_for_is_read(tmp_path) -> None:
+    chat_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(UsageError, match=r"put a chat_template\.jinja beside its tokenizer\.json"):
+        need_chat_template(load_tokenizer(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert need_chat_template(load_tokenizer(tmp_path)).render([{"role": "user", "content": "x"}]) == "x"
