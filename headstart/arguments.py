@@ -16,7 +16,7 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
     Raise UsageError, naming the argument, for a bool, a float, text, and a number out of [least, most].
     """
     given = _scalar(value)
-    bounds = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+    bounds = f"of at least {least:,}" if most is None else f"between {least:,} and {most:,}"
     if isinstance(given, bool) or not isinstance(given, int):
         raise UsageError(f"{name} is {_shown(value)}; it must be a whole number {bounds}")
     if given < least or (most is not None and given > most):

@@ -16,7 +16,7 @@ from headstart.decoding.constraints import compiled
 from headstart.decoding.generation import Generation, Request
 from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.logprobs import log_probabilities
-from headstart.decoding.lookup import Lookup, Odds
+from headstart.decoding.lookup import MOST_LOOKUP, Lookup, Odds
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
 from headstart.decoding.packing import exact_rows, is_row_exact
 from headstart.decoding.policy import DraftPolicy
@@ -32,8 +32,6 @@ EXACT_SPAN = 512
 spans inside a block the last bits of a row depend on the span, hence on where its window happened to start; whole
 blocks of masked positions add exactly nothing (docs/lab-notes.md)."""
 SPAN = 64
-MOST_LOOKUP = 1024
-"""Drafts of a pass that may be looked up; a window of so many rows costs far more than they can bring."""
 
 
 class Engine:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 SIZES = (16, 8, 4, 2)
 """Lengths of the matches tried, longest first."""
+MOST_LOOKUP = 1024
+"""Drafts of a pass that may be looked up; a window of so many rows costs far more than they can bring."""
 
 
 class Lookup:

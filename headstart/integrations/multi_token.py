@@ -58,7 +58,8 @@ def multi_token_step(
         loss: z-loss, and who computes the cross-entropy.
 
     Raises:
-        UsageError: shapes that do not fit, padding on the left.
+        UsageError: shapes that do not fit, padding on the left, a token or a label beyond the vocabulary, and a label
+            below 0 that is not -100.
     """
     ahead = model.config.ahead
     rows = rows_of(
@@ -71,6 +72,7 @@ def multi_token_step(
         },
         model.config.offset_of_heads,
         ahead,
+        model.config.vocab_size,
     )
     counts = count_targets(rows.targets) if counts is None else counts
     return walk_step(model, rows.tokens, rows.targets, counts, weights, rows.documents, loss)
@@ -81,11 +83,14 @@ def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]
     return torch.stack([count_targets(rows_of(batch, heads).targets) for batch in batches]).sum(0)
 
 
-def rows_of(batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0) -> Rows:
+def rows_of(
+    batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0, vocab_size: int | None = None
+) -> Rows:
     """Tokens, targets and documents of a batch, given as the arguments of `multi_token_step` by name.
 
     `heads`: how many, or how far ahead each predicts.
     `ahead`: how many tokens behind a row the heads read.
+    `vocab_size`: tokens and targets must lie below it (None: not checked); UsageError names one that does not.
     """
     tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     documents, reach = _documents(batch), offsets_of(heads)[-1]
@@ -107,7 +112,19 @@ def rows_of(batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0
         documents = None if documents is None else F.pad(documents, (0, reach), value=-1)
         within = torch.zeros_like(labels) if documents is None else documents
         targets, length = targets_of(labels, within, heads), labels.shape[1] - reach
+    if vocab_size is not None:
+        _check_ids("input_ids", tokens, vocab_size, tokens < 0)
+        _check_ids("labels", targets, vocab_size, (targets < 0) & (targets != IGNORE))
     return Rows(tokens[:, : length + ahead], targets, None if documents is None else documents[:, :length])
+
+
+def _check_ids(name: str, ids: Tensor, vocab_size: int, negative: Tensor) -> None:
+    wrong = negative | (ids >= vocab_size)
+    if bool(wrong.any()):  # a device would fail without saying where, or count a label of -1 as a target
+        raise UsageError(
+            f"{name} hold {int(ids[wrong][0])}; the vocabulary has {vocab_size} tokens, and a label that is not to be "
+            f"predicted is {IGNORE}"
+        )
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class MultiTokenModel(nn.Module):
 
 def score_rows(model: Transformer, batch: dict[str, Any]) -> HeadLosses:
     """Sums, counts and hits of each head over a batch, without gradients."""
-    rows = rows_of(batch, model.config.offset_of_heads, model.config.ahead)
+    rows = rows_of(batch, model.config.offset_of_heads, model.config.ahead, model.config.vocab_size)
     scores = score_step(model, rows.tokens, rows.targets, rows.documents)
     return HeadLosses(
         torch.stack([score.loss for score in scores]),
@@ -125,7 +125,10 @@ class MultiTokenTrainer(Trainer):
         """Adds the gradients of a batch; returns its part of the step's loss, without a graph."""
         model.train()
         rows = rows_of(
-            self._prepare_inputs(inputs), self.transformer.config.offset_of_heads, self.transformer.config.ahead
+            self._prepare_inputs(inputs),
+            self.transformer.config.offset_of_heads,
+            self.transformer.config.ahead,
+            self.transformer.config.vocab_size,
         )
         counts = _per_head(num_items_in_batch, count_targets(rows.targets))
         with self.accelerator.autocast():
@@ -240,6 +243,9 @@ def _check(args: TrainingArguments, more: dict[str, Any]) -> None:
         "fp16": (args.fp16, "take bf16"),
         "gradient_checkpointing": (args.gradient_checkpointing, "heads are differentiated one by one already"),
         "label_smoothing_factor": (args.label_smoothing_factor, "leave it out"),
+        "neftune_noise_alpha": (getattr(args, "neftune_noise_alpha", None), "leave it out"),
+        "use_liger_kernel": (getattr(args, "use_liger_kernel", None), "give loss=LossConfig(...)"),
+        "compute_loss_func": (more.get("compute_loss_func"), "give head_weights and loss"),
         "compute_metrics": (more.get("compute_metrics"), "losses and top-1 of every head are logged"),
         "several processes": (args.world_size > 1, "headstart train runs under torchrun"),
         "several GPUs in one process": (args.n_gpu > 1, "name one with CUDA_VISIBLE_DEVICES"),

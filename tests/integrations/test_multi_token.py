@@ -109,3 +109,19 @@ def test_padding_and_neighbours_change_nothing() -> None:
     multi_token_step(model, **collate_rows([row]))
     for one, two, three in zip(alone, padded, gradients(model)):
         assert torch.allclose(one, two, rtol=1e-9, atol=1e-12) and torch.allclose(one, three, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("label", [-1, -7, -101, 50, 10**12])
+def test_labels_that_are_no_tokens_are_refused_where_they_count(label: int) -> None:
+    """A label of -1, as nanoGPT ignores it, would be a target whose logit is 0; padding may hold anything."""
+    model, given = make_model(), batch()
+    given["labels"][0, 3] = label
+    with pytest.raises(UsageError, match=f"labels hold {label}; the vocabulary has 50 tokens"):
+        multi_token_step(model, **given)
+    with pytest.raises(UsageError, match=f"input_ids hold {label}"):
+        multi_token_step(model, torch.full((1, 9), label))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    padded = batch()
+    want = multi_token_step(model, **padded).sums
+    padded["labels"][1, 8] = label  # behind its 5 tokens
+    assert torch.equal(multi_token_step(model, **padded).sums, want)

@@ -183,6 +183,11 @@ def test_what_it_does_not_know_is_refused(tmp_path) -> None:
     for more, said in (({"fp16": True}, "fp16; take bf16"), ({"label_smoothing_factor": 0.1}, "label_smoothing")):
         with pytest.raises(UsageError, match=said):
             MultiTokenTrainer(make_model(), arguments(tmp_path, **more))
+    for name in ("neftune_noise_alpha", "use_liger_kernel"):
+        with pytest.raises(UsageError, match=name):
+            wrong = arguments(tmp_path)
+            setattr(wrong, name, 5.0)
+            MultiTokenTrainer(make_model(), wrong)
     with pytest.raises(UsageError, match="2 head_weights for 3 heads"):
         MultiTokenTrainer(make_model(), arguments(tmp_path), head_weights=[1, 1])
     with pytest.raises(UsageError, match="compute_metrics"):
