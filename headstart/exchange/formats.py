@@ -135,8 +135,8 @@ def _check_mimo(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> 
 
 def _write_gguf(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
     refuse_other_blocks(model.config, "a GGUF file")
-    save_gguf(model, path, tokenizer)
     left = _drops_heads(model) if model.config.heads > 1 else []
+    left += save_gguf(model, path, tokenizer)
     if tokenizer is None:
         left.append("tokenizer: the source has none, so the file takes and gives ids")
     return left

@@ -6,19 +6,19 @@ Drafting heads are left out: llama.cpp decodes with head 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer, byte_alphabet
+from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.files import replacing_file
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.assembly import refuse_other_blocks
+from headstart.storage.gguf_vocabulary import add_vocabulary, read_vocabulary
 from headstart.storage.llama_names import MODEL_FILE, llama_layers
 from headstart.storage.model_directory import stored_tensors
 
@@ -27,15 +27,17 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 def save_gguf(
     model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
-) -> None:
-    """Writes trunk and head 1 of `model` as a GGUF file of the architecture "llama".
+) -> list[str]:
+    """Write trunk and head 1 of `model` as a GGUF file of the architecture "llama", and return lines about what it has
+    no place for.
 
     The file is written beside and renamed. Matrices are stored in `dtype`, vectors (norms, biases) in fp32, which is
     what llama.cpp computes them in.
 
     Args:
         model: on any device, with whole (unsharded) parameters; head 1 must be a plain Llama decoder.
-        tokenizer: written along: bytes, or byte-level BPE that splits text as GPT-2 does. None: a model of bare ids.
+        tokenizer: written along with its start and end tokens and its chat template: bytes, BPE that llama.cpp has a
+            name for, or SentencePiece's. None: a model of bare ids.
         dtype: float32, float16 or bfloat16 (None: what the weights are).
 
     Raises:
@@ -50,15 +52,15 @@ def save_gguf(
     dtype = model.trunk.embedding.weight.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype}: a GGUF file is written in float32, float16 or bfloat16")
-    vocabulary = None if tokenizer is None else _vocabulary(tokenizer, config.vocab_size)
+    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer, config.vocab_size)
     with replacing_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, "llama")
         _add_config(writer, config)
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if dtype == torch.float32 else 'MOSTLY'}_{DTYPES[dtype]}"])
-        if vocabulary is None:
+        if tokenizer is None or vocabulary is None:
             writer.add_tokenizer_model("no_vocab")
         else:
-            _add_vocabulary(writer, vocabulary)
+            add_vocabulary(writer, vocabulary, tokenizer)
         for name, tensor in gguf_tensors(model):
             stored = tensor.to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
             # numpy has no bfloat16, so all go as bytes.
@@ -70,6 +72,7 @@ def save_gguf(
             writer.write_tensors_to_file()
         finally:
             writer.close()
+    return [] if vocabulary is None else vocabulary.left
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
@@ -113,68 +116,3 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_dimension_count(config.dim_per_head)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-
-
-@dataclass
-class _Vocabulary:
-    tokens: list[str]
-    control: set[int]
-    """Ids of special tokens: never made of plain text, never shown."""
-    added: set[int]
-    """Ids of added tokens that are not special."""
-    merges: list[str]
-    end_id: int
-
-
-def _add_vocabulary(writer: Any, vocabulary: _Vocabulary) -> None:
-    kind = _gguf().TokenType
-    types = [int(kind.NORMAL if token else kind.UNUSED) for token in vocabulary.tokens]
-    for i in vocabulary.added:
-        types[i] = int(kind.USER_DEFINED)
-    for i in vocabulary.control:
-        types[i] = int(kind.CONTROL)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    # Names must differ: llama.cpp looks tokens up by them.
-    writer.add_token_list([token or f"[UNUSED{i}]" for i, token in enumerate(vocabulary.tokens)])
-    writer.add_token_types(types)
-    # llama.cpp requires the list, and the format has no empty ones: a merge of what is never split off merges nothing.
-    end = vocabulary.tokens[vocabulary.end_id]
-    writer.add_token_merges(vocabulary.merges or [f"{end} {end}"])
-    writer.add_bos_token_id(vocabulary.end_id)
-    writer.add_eos_token_id(vocabulary.end_id)
-    writer.add_pad_token_id(vocabulary.end_id)
-    writer.add_add_bos_token(False)
-
-
-def _vocabulary(tokenizer: Tokenizer, size: int) -> _Vocabulary:
-    """What llama.cpp must know of `tokenizer`, with `size` ids."""
-    if tokenizer.vocab_size > size:
-        raise UsageError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocabulary {size}; "
-            "take the tokenizer that the model was trained with"
-        )
-    tokens = [""] * size
-    if isinstance(tokenizer, ByteTokenizer):
-        tokens[:256] = [*byte_alphabet()[:255], tokenizer.end_name]
-        return _Vocabulary(tokens, {tokenizer.end_id}, set(), [], tokenizer.end_id)
-    refused = UsageError(
-        f"tokenizer {tokenizer.name}: a GGUF file takes bytes, or byte-level BPE that splits text as GPT-2 does; "
-        "write the model without a tokenizer"
-    )
-    if not isinstance(tokenizer, PretrainedTokenizer):
-        raise refused
-    definition = tokenizer.definition()
-    model, splitting = definition["model"], definition.get("pre_tokenizer") or {}
-    plain = splitting.get("type") == "ByteLevel" and splitting.get("use_regex", True)
-    if model.get("type") != "BPE" or not plain or splitting.get("add_prefix_space") or definition.get("normalizer"):
-        raise refused
-    for token, i in model["vocab"].items():
-        tokens[i] = token
-    control: set[int] = {tokenizer.end_id}
-    added: set[int] = set()
-    for entry in definition.get("added_tokens") or []:
-        tokens[entry["id"]] = entry["content"]
-        (control if entry.get("special") else added).add(entry["id"])
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return _Vocabulary(tokens, control, added - control, merges, tokenizer.end_id)

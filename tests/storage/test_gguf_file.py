@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.gguf_file import interleaved, save_gguf
+from headstart.storage.gguf_vocabulary import read_vocabulary
 from headstart.storage.model_directory import load_model, save_model
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
@@ -170,3 +174,129 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, bpe):
     theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=128, n_threads=1, verbose=False)
     for text in ("def add(a, b):\n    return a", "it's  1999\n\n\n  naïve 你好\ttabs", " x", ""):
         assert theirs.tokenize(text.encode(), add_bos=True, special=True) == bpe.encode(text)
+
+
+REGEX = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}%s"
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+
+
+def steps(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+def split_by(regex: str, **changes: object) -> dict[str, Any]:
+    pattern = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} | changes
+    return steps(pattern, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True})
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLIT_NAMES: list[tuple[dict[str, Any], bool, str | None]] = [
+    (BYTES, False, "gpt-2"),
+    (BYTES, True, None),
+    (BYTES | {"add_prefix_space": True}, False, None),
+    (steps(DIGITS, BYTES), False, "smollm"),
+    (steps(DIGITS | {"individual_digits": False}, BYTES), False, None),
+    (steps(BYTES, DIGITS), False, None),
+    (split_by(REGEX % "{1,3}"), True, "llama-bpe"),
+    (split_by(REGEX % "{1,3}"), False, "smaug-bpe"),
+    (split_by(REGEX % ""), False, "qwen2"),
+    (split_by(REGEX % ""), True, None),
+    (split_by(REGEX % "{1,3}", behavior="Removed"), True, None),
+    (split_by("\\s+"), False, None),
+]
+
+
+def changed(folder, source, **changes):
+    """A tokenizer whose tokenizer.json says something else; `model` adds to its part of that name."""
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"] |= changes.pop("model", {})
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
+    shutil.copy(source / "tokenizer_config.json", folder)
+    return PretrainedTokenizer(folder)
+
+
+@pytest.mark.parametrize(("splitting", "whole_words", "name"), SPLIT_NAMES)
+def test_the_name_of_how_text_is_split(tmp_path, bpe, splitting, whole_words, name):
+    tokenizer = changed(tmp_path, bpe.directory, pre_tokenizer=splitting, model={"ignore_merges": whole_words})
+    if name is None:
+        with pytest.raises(UsageError, match="another split"):
+            read_vocabulary(tokenizer, 300)
+    else:
+        found = read_vocabulary(tokenizer, 300)
+        assert (found.model, found.pre, found.left) == ("gpt2", name, [])
+    nfc = changed(tmp_path, bpe.directory, normalizer={"type": "NFC"})
+    assert read_vocabulary(nfc, 300).left == ["normalization NFC: llama.cpp takes text as it is"]
+
+
+def test_where_texts_begin_and_end(tmp_path, bpe):
+    tokenizer = changed(tmp_path, bpe.directory)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    for start, ends, left in (
+        ((), {tokenizer.end_id}, []),
+        ((3,), {tokenizer.end_id, 5, 7}, []),
+        ((3, 4), {tokenizer.end_id, 5, 7, 9}, ["end token *: the file", "start token %: llama.cpp puts one"]),
+    ):
+        tokenizer.start_ids, tokenizer.end_ids = start, frozenset(ends)
+        lines = save_gguf(random_model(SIZES), tmp_path / "m.gguf", tokenizer)
+        by_id = {i: token for token, i in tokenizer.definition()["model"]["vocab"].items()}
+        expected = [line.replace("*", by_id[9]).replace("%", by_id[4]) for line in left]
+        assert len(lines) == len(left) and all(line.startswith(each) for line, each in zip(lines, expected))
+        fields, _ = read(tmp_path / "m.gguf")
+        assert fields["tokenizer.ggml.bos_token_id"] == (start[0] if start else tokenizer.end_id)
+        assert fields["tokenizer.ggml.add_bos_token"] is bool(start)
+        assert fields["tokenizer.ggml.add_eos_token"] is False
+        assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.end_id
+        further = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+        assert further == ([5, 7] if start else [None, None])
+        assert fields["tokenizer.chat_template"] == "{{ messages }}"
+
+
+def sentencepiece(folder, merges, **changes):
+    letters = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581", "a", "b", "c", "ab", "bc", "abc"]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
+        "added_tokens": [{"id": i, "content": text, **flags} for i, text in enumerate(["<unk>", "<s>", "</s>"])],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "\u2581"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+            ],
+        },
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
+    return PretrainedTokenizer(folder)
+
+
+def test_sentencepiece_as_a_vocabulary(tmp_path):
+    """Scores are the order of merges. llama.cpp merges whatever makes a token: where a merge lacks, that is told."""
+    whole = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]
+    tokenizer = sentencepiece(tmp_path, whole)
+    assert save_gguf(random_model(SIZES), tmp_path / "m.gguf", tokenizer) == []
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is True
+    assert fields["tokenizer.ggml.unknown_token_id"] == 0 and "tokenizer.ggml.merges" not in fields
+    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+    of = {token: scores[i] for i, token in enumerate(tokens)}
+    assert of["ab"] > of["bc"] > of["abc"]
+    kinds = gguf.TokenType
+    types = [kinds(fields["tokenizer.ggml.token_type"][i]) for i in (0, 1, 2, 3, 258, 259, 265, 266)]
+    assert types == [kinds.UNKNOWN, *[kinds.CONTROL] * 2, *[kinds.BYTE] * 2, *[kinds.NORMAL] * 2, kinds.UNUSED]
+
+    for merges in (whole[:3], [*whole[:1], whole[2], whole[1], whole[3]]):
+        assert read_vocabulary(sentencepiece(tmp_path, merges), 300).left[0].startswith("the order of merges: 1 tokens")
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}
+    never = sentencepiece(tmp_path, whole, normalizer=None, pre_tokenizer=metaspace)
+    assert not read_vocabulary(never, 300).space_prefix and not read_vocabulary(never, 300).left
+    first = metaspace | {"prepend_scheme": "first"}
+    found = read_vocabulary(sentencepiece(tmp_path, whole, normalizer=None, pre_tokenizer=first), 300)
+    assert found.space_prefix and found.left[0].startswith("the space before text")
+    with pytest.raises(UsageError, match="another way to split text"):
+        read_vocabulary(sentencepiece(tmp_path, whole, pre_tokenizer={"type": "Whitespace"}), 300)
