@@ -128,7 +128,8 @@ class Transformer(nn.Module):
 
         `documents_BT` (int64) keeps attention inside documents; `attention`, in its place, is what positions see, and
         the positions themselves, (T,) or (B, T). Sequential head k reads the token k - 1 behind a
-        position; where that is beyond the last one, in the last k - 1 positions, its latents are NaN.
+        position; where that is beyond the last one, in the last k - 1 positions, its latents are NaN: cut them off
+        before the unembedding, not after it, where gradients are wanted.
         """
         if attention is None:
             plain: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
@@ -154,14 +155,20 @@ class Transformer(nn.Module):
         return latents
 
     def forward(self, tokens_BT: Tensor, heads: int | None = None, documents_BT: Tensor | None = None) -> Tensor:
-        """(B, T) int64 -> (B, T, V) next-token logits; with `heads=K`: (B, T, K, V), entry k-1 predicting token t+k.
+        """Return next-token logits (B, T, V) of tokens (B, T) int64; with `heads=K` those of heads 1..K, (B, T, K, V),
+        entry k-1 predicting token t+k.
 
-        NaN where sequential heads lack the tokens between."""
-        ks = list(range(1, (heads or 1) + 1))
+        The last k - 1 positions of sequential head k, which lack the tokens between, are NaN. No gradient passes
+        through them: a loss over the others is differentiated as usual.
+        """
+        ks, T = list(range(1, (heads or 1) + 1)), tokens_BT.shape[1]
         latents = self.latents(tokens_BT, ks, documents_BT)
         if heads is None:
             return self.unembedding(latents[1])
-        return torch.stack([self.unembedding(latents[k], k) for k in ks], dim=2)
+        # NaN comes in after the product: in it, 0 x NaN would be the gradient of the whole matrix.
+        known = [max(0, T - k + 1) if self.config.ahead else T for k in ks]
+        logits = [self.unembedding(latents[k][:, :rows], k) for k, rows in zip(ks, known)]
+        return torch.stack([F.pad(row, (0, 0, 0, T - row.shape[1]), value=math.nan) for row in logits], dim=2)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

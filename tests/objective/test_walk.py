@@ -313,3 +313,25 @@ def test_no_graph_is_left_behind() -> None:
     assert losses.sums.grad_fn is None and losses.counts.tolist() == count_targets(targets).tolist()
     with pytest.raises(RuntimeError):
         losses.sums.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["sequential", "sequential-own"])
+def test_ordinary_autograd_over_the_logits_of_sequential_heads(kind: str) -> None:
+    """The logits that lack a token are NaN; a loss over the others has the walk's gradients."""
+    model = lively(shaped(kind, "causal"))
+    tokens, targets = batch(model)
+    counts, T = count_targets(targets), targets.shape[1]
+    walk_step(model, tokens, targets, counts)
+    walked = gradients(model)
+    logits = model(tokens, heads=4)
+    for k in range(1, 5):
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :T, k - 1].flatten(0, 1), targets[..., k - 1].flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        (losses / counts[k - 1]).backward(retain_graph=k < 4)
+    assert logits[:, -1, 1:].isnan().all()
+    ours = gradients(model)
+    assert ours and all(gradient.isfinite().all() for gradient in ours.values())
+    assert_equal(walked, ours, 1e-6)
+    model(tokens[:, :2], heads=4).nan_to_num().sum().backward()  # shorter than what heads read ahead
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
