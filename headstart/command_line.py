@@ -1,4 +1,4 @@
-"""Command-line arguments before they are parsed: values of a list that is named several times."""
+"""How command-line arguments are read: values of a list that is named several times, numbers as YAML writes them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,33 @@ def add_repeated(target: Callable[..., Any], arguments: Sequence[str]) -> list[s
     for option, at in reversed(places.items()):
         found[at:at] = values[option]
     return [*found, *arguments[end:]]
+
+
+def number_of(text: str) -> float:
+    """Return the number that `text` is to Python (inf) or to YAML (.inf, -.Inf, .nan), as in a file of settings."""
+    name = text.strip().lower()
+    return float(name.replace(".", "", 1) if name.lstrip("+-") in (".inf", ".nan") else text)
+
+
+def yaml_numbers() -> Any:
+    """Return a registry for `tyro.cli` by which `number_of` reads every float."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+        if kind.type is not float:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda texts: number_of(texts[0]),
+            is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _option(argument: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Suppress
 
 from headstart.adaptation.settings import AdaptConfig
-from headstart.command_line import add_repeated
+from headstart.command_line import add_repeated, yaml_numbers
 from headstart.data.masked_inputs import MaskConfig
 from headstart.data.mixture import MixturePart
 from headstart.data.registers import RegisterConfig
@@ -53,9 +53,6 @@ class DataConfig:
     """bytes, a tokenizer.json, or a folder that holds one."""
     validation_fraction: float = 0.02
     """Fraction of the documents held out for validation."""
-    conversations: bool = False
-    """Whether rows of `sources` with messages are conversations: the tokenizer's chat template writes them, and only
-    what the assistant says is predicted. Rows with a text and files of text are read as they are."""
     attention_within_documents: bool = False
     """Whether attention stops at document boundaries (the paper does not say; its peers let rows be plain)."""
 
@@ -284,6 +281,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             default=config,
             prog=f"headstart train {path}",
             config=(tyro.conf.AvoidSubcommands,),
+            registry=yaml_numbers(),
         )
     flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
     if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
@@ -333,7 +331,6 @@ FIXED = (
     "data.mixture",
     "data.tokenizer",
     "data.validation_fraction",
-    "data.conversations",
     "batch.length",
     "optimizer.kind",
     "adapt",

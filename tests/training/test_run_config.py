@@ -158,3 +158,21 @@ def test_differences_are_named() -> None:
     a = RunConfig(steps=3)
     b = replace(a, steps=4, model=replace(a.model, dim=64))
     assert differences(a, b) == {"steps": (3, 4), "model.dim": (256, 64)}
+
+
+@pytest.mark.parametrize("text", [".inf", "inf", ".Inf", "+.inf", "Infinity"])
+def test_infinity_is_written_as_in_yaml_or_python(tmp_path, text) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"steps: 2\noptimizer: {{clip: {text}}}\n")
+    assert load_config(path).optimizer.clip == math.inf
+    path.write_text("steps: 2\n")
+    assert load_config(path, ["--optimizer.clip", text]).optimizer.clip == math.inf
+    assert load_config(path, [f"--optimizer.clip={text}", "--optimizer.muon-lr", "2e-3"]).optimizer.muon_lr == 2e-3
+
+
+@pytest.mark.parametrize("text", [".nan", "nan", "-.inf", "0"])
+def test_no_other_such_number_is_a_norm(tmp_path, text) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 2\n")
+    with pytest.raises(UsageError, match=r"optimizer.clip is "):
+        load_config(path, [f"--optimizer.clip={text}"])
