@@ -64,7 +64,7 @@ def main() -> None:
             raise
         if not error.said:
             print(f"headstart: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(error.status) from None
     except BrokenPipeError:
         # The reader of our output has gone (`headstart ... | head`): that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,10 +17,19 @@ COPY_BYTES = 1 << 22
 """Files are read and copied in pieces of this size."""
 
 
-def _explain(error: OSError, path: Path) -> UsageError:
-    if error.errno == errno.ENOSPC:
-        return UsageError(f"{path}: the disk is full, nothing was replaced; free some space and run the command again")
-    return UsageError(f"{path}: cannot be written ({error.strerror}); name a place you may write to")
+FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the machine lacks, whatever file is named."""
+
+
+def unwritable(path: Path, error: OSError, advice: str = "name a place you may write to") -> UsageError:
+    """Return the error of a `path` that cannot be written: status 1 where the machine is the reason, as a full disk."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UsageError(
+            f"{path}: the disk is full, nothing was replaced; free some space and run the command again", status=1
+        )
+    if error.errno in FAILURES:
+        return UsageError(f"{path}: cannot be written ({error.strerror}); run the command again", status=1)
+    return UsageError(f"{path}: cannot be written ({error.strerror}); {advice}")
 
 
 def _sync(path: Path) -> None:
@@ -43,7 +52,7 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
-        raise _explain(error, path) from error
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -82,11 +91,11 @@ def becoming_directory(path: Path, temporary: Path, *, mine: bool = True) -> Ite
             os.replace(temporary, path)
             _sync(path.parent)
     except OSError as error:
-        raise _explain(error, path) from error
+        raise unwritable(path, error) from error
     except RuntimeError as error:
         # torch's file writer says "unexpected pos" when the disk is full.
         if shutil.disk_usage(path.parent).free < 2**20:
-            raise _explain(OSError(errno.ENOSPC, "No space left on device"), path) from error
+            raise unwritable(path, OSError(errno.ENOSPC, "No space left on device")) from error
         raise
     finally:
         if mine:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from headstart import entry
 from headstart.errors import UsageError
 from headstart.files import replacing_directory, replacing_file, write_text
 
@@ -47,6 +49,27 @@ def test_a_full_disk_is_told_in_one_line(error: Exception, tmp_path: Path, monke
     with pytest.raises(UsageError, match="disk is full") as told, replacing_directory(tmp_path / "folder"):
         raise error
     assert "\n" not in str(told.value) and not list(tmp_path.iterdir())
+    assert told.value.status == 1  # not wrong use
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EIO, 1), (errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.EROFS, 2)],
+)
+def test_what_the_machine_lacks_is_a_failure_and_another_place_is_wrong_use(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        """Write a file."""
+        with replacing_file(tmp_path / "file"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setitem(entry.COMMANDS, "doctor", command)
+    monkeypatch.setattr("sys.argv", ["headstart", "doctor"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == status and said.startswith(f"headstart: {tmp_path}/file: ") and said.count("\n") == 1
 
 
 def test_another_error_of_torchs_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.data.units import Selection, Unit, plan
 from headstart.data.workers import run_all
 from headstart.errors import UsageError
-from headstart.files import replacing_directory, sha256_of, take_lock
+from headstart.files import replacing_directory, sha256_of, take_lock, unwritable
 
 ALONE_BYTES = 1 << 23
 """Less than this is encoded in this process: others would take longer to start."""
@@ -148,7 +148,7 @@ def _working_folder(out: Path, say: Report) -> Iterator[Path]:
         (work / "units").mkdir(parents=True, exist_ok=True)
         lock = (work / "lock").open("a")
     except OSError as error:
-        raise UsageError(f"{work}: cannot be written ({error.strerror}); give an --out you may write to") from error
+        raise unwritable(work, error, "give an --out you may write to") from error
     with lock:
         if not take_lock(lock):
             raise UsageError(f"{out}: another process is preparing it; wait for it or give another --out")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headstart.errors import UsageError
-from headstart.files import take_lock, write_text
+from headstart.files import take_lock, unwritable, write_text
 
 
 class OrderedLines:
@@ -53,7 +53,7 @@ def ordered_lines(path: Path, settings: Mapping[str, Any]) -> Iterator[OrderedLi
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); name a file you may write") from error
+        raise unwritable(path, error, "name a file you may write") from error
     with lock:
         if not take_lock(lock):
             raise UsageError(f"{path}: another process is writing it; wait for it, or name another file")

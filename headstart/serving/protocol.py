@@ -24,14 +24,11 @@ from headstart.serving.fields import (
 
 MAX_CHOICES = 128
 MAX_BIASES = 1024
-MAX_OPTIONS = 4096
-MAX_STOP = 1024
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
-Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_OPTIONS, fail_fast=True)]
+Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "mark_answers_")
 """Variables of a chat template that requests set by other fields, or not at all."""
 
@@ -128,12 +125,7 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="0: only with echo.")
     n: int | None = Field(default=1, ge=1, le=MAX_CHOICES, description="How many texts; the i-th has seed + i.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    include_stop_str_in_output: bool | None = Field(default=False, description="The stop string is part of the text.")
-    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = Field(
-        default=None, description="Tokens that end the text and are part of it."
-    )
-    ignore_eos: bool | None = Field(default=False, description="The end token is a token like others.")
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="Of the sampling noise; drawn where not given."
     )
@@ -188,8 +180,6 @@ class Asked(Strict):
         given += ["structured_outputs" for part in (*parts, structured.grammar) if part is not None]
         if len(given) > 1:
             raise refused(given[1], f"an answer has one constraint, and {given[0]} is another; leave one out")
-        if given and self.ignore_eos:
-            raise refused("ignore_eos", f"{given[0]} ends the answer where it is satisfied; leave one out")
         # From here on there is one name for each.
         if structured.json_object:
             structured.json_ = {"type": "object"}

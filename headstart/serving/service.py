@@ -6,14 +6,13 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from headstart.api import LanguageModel
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.acceptance import Rule
-from headstart.decoding.constraints import Constraint, Matcher, compiled
+from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.generation import Request
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
@@ -22,7 +21,6 @@ from headstart.serving.answers import Shape
 from headstart.serving.conversation import rendered
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job, Piece
-from headstart.serving.preparation import Preparation
 from headstart.serving.protocol import Asked, ChatRequest, CompletionRequest, Speculative
 from headstart.serving.settings import ServeSettings
 from headstart.serving.stream import DONE, event
@@ -33,10 +31,6 @@ COMPLETION_TOKENS = 16
 
 SHORT = 2000
 """Characters or tokens of prompts that are tokenized on the event loop."""
-PROMPT_THREADS, CONSTRAINT_THREADS = 4, 2
-"""Threads that tokenize prompts and render chats, and threads that compile constraints; one client has at most half."""
-MAX_CONSTRAINT = 65536
-"""Characters of a constraint, in JSON where it is a schema or a list: the largest takes about a second to compile."""
 
 
 class Service:
@@ -50,88 +44,35 @@ class Service:
         """No new requests are taken."""
         self._template: ChatTemplate | None = None
         self._turn_ends: frozenset[int] = frozenset()
-        self._prompts = Preparation(PROMPT_THREADS, PROMPT_THREADS // 2, worker.bound)
-        self._constraints = Preparation(CONSTRAINT_THREADS, CONSTRAINT_THREADS // 2, worker.bound)
-        self._preparing = 0
 
-    @property
-    def idle(self) -> bool:
-        """Whether no request is prepared, waits or is written."""
-        return not self._preparing and self.worker.idle
-
-    @property
-    def stuck(self) -> int:
-        """How many threads still prepare requests that have ended."""
-        return self._prompts.stuck + self._constraints.stuck
-
-    def stop(self) -> None:
-        """Answer the requests that are prepared now, and later ones, with 503."""
-        self._prompts.stop()
-        self._constraints.stop()
-
-    async def whole(self, asked: CompletionRequest | ChatRequest, client: str) -> dict[str, Any]:
-        """Return the answer to a request. Raises ApiError."""
-        answer = await self._prepared(asked, client)
-        return await answer.whole()
-
-    async def events(self, asked: CompletionRequest | ChatRequest, client: str) -> AsyncGenerator[bytes, None]:
-        """Yield the answer to a request as it is written. Raises ApiError."""
-        answer = await self._prepared(asked, client)
-        async with aclosing(answer.events()) as events:
-            async for each in events:
-                yield each
-
-    async def _prepared(self, asked: CompletionRequest | ChatRequest, client: str) -> Answer:
-        """Read a request. Raises ApiError for what the model or the server's limits do not allow, before anything is
-        made that grows with the number of texts."""
+    async def prepare(self, asked: CompletionRequest | ChatRequest, client: str) -> Answer:
+        """Raises ApiError for what the model or the server's limits do not allow."""
         if asked.model is not None and asked.model != self.name:
             message = f"there is no model {asked.model[:80]!r}; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        n, bound = asked.n or 1, self.worker.bound
-        texts = n * (len(asked.prompts) if isinstance(asked, CompletionRequest) else 1)
-        if texts > bound:
-            message = f"the request asks for {texts} texts; this server takes {bound} at once"
-            raise ApiError(400, message, param="n" if n > 1 else "prompt")
-        seconds = self.settings.request_timeout
-        deadline = asyncio.get_running_loop().time() + seconds
-        self._preparing += 1
         try:
-            prompts, matcher = await asyncio.wait_for(self._read(asked, client), seconds)
-            return self._answer(asked, client, prompts, matcher, deadline)
-        except asyncio.TimeoutError:
-            raise _late(seconds) from None
+            if _is_short(asked):
+                prompts, constraint = self._read(asked)
+            else:  # rendering, tokenizing and compiling take as long as the request makes them
+                prompts, constraint = await asyncio.to_thread(self._read, asked)
+            return self._answer(asked, client, prompts, constraint)
         except UsageError as error:
             raise ApiError(400, str(error)) from error
-        finally:
-            self._preparing -= 1
 
-    async def _read(
-        self, asked: CompletionRequest | ChatRequest, client: str
-    ) -> tuple[list[list[int]], Matcher | None]:
-        """Token ids of the prompts, and the constraint, compiled; in threads where that may take long."""
+    def _read(self, asked: CompletionRequest | ChatRequest) -> tuple[list[list[int]], Constraint | None]:
+        """Token ids of the prompts, and the constraint, compiled."""
         constraint = _constraint(asked)
-        if constraint is not None and len(constraint.text) > MAX_CONSTRAINT:
-            message = f"the constraint has {len(constraint.text)} characters; this server compiles {MAX_CONSTRAINT}"
-            raise ApiError(400, f"{message}: make it shorter")
-        if _is_short(asked):
-            prompts = self._encoded(asked)
-        else:
-            prompts = await self._prompts.run(client, partial(self._encoded, asked))
-        if constraint is None:
-            return prompts, None
-        compiling = partial(compiled, constraint, self.tokenizer, self.model.config.vocab_size)
-        return prompts, await self._constraints.run(client, compiling)
-
-    def _encoded(self, asked: CompletionRequest | ChatRequest) -> list[list[int]]:
+        if constraint is not None:
+            compiled(constraint, self.tokenizer, self.model.config.vocab_size)
         if isinstance(asked, CompletionRequest):
             texts = asked.prompts
             encode = self._encode_bare if asked.add_special_tokens is False else self._encode
-            return [encode(text) if isinstance(text, str) else text for text in texts]
+            return [encode(text) if isinstance(text, str) else text for text in texts], constraint
         if self._template is None:
             template = need_chat_template(self.model.tokenizer)
             self._turn_ends = template.turn_ends(self.model.tokenizer)
             self._template = template  # last: other threads look at it alone
-        return [self.model.tokenizer.encode(rendered(asked, self._template))]
+        return [self.model.tokenizer.encode(rendered(asked, self._template))], constraint
 
     def _encode(self, text: str) -> list[int]:
         return prompt_ids(self.model.tokenizer, text)
@@ -144,8 +85,7 @@ class Service:
         asked: CompletionRequest | ChatRequest,
         client: str,
         prompts: list[list[int]],
-        matcher: Matcher | None,
-        deadline: float,
+        constraint: Constraint | None,
     ) -> Answer:
         chat = isinstance(asked, ChatRequest)
         n = asked.n or 1
@@ -162,13 +102,10 @@ class Service:
             _or(asked.frequency_penalty, 0.0),
             bias,
         )
-        # A client's prompts are hidden from those with other keys; without keys all clients share one space.
-        salt = f"{client if self.settings.api_key else ''}\n{asked.cache_salt or ''}"
-        constraint, stops = _constraint(asked), _stops(asked.stop)
         inbox = Inbox()
         jobs: list[Job] = []
         for prompt in prompts:
-            tokens, ids = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat), tuple(prompt)
+            tokens = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat)
             for i in range(n):
                 sampling = Sampling(
                     _or(asked.temperature, 1.0),
@@ -178,22 +115,17 @@ class Service:
                     seed + i,
                 )
                 request = Request(
-                    prompt=ids,
+                    prompt=tuple(prompt),
                     max_new_tokens=tokens,
                     sampling=sampling,
                     heads=self._heads(asked),
                     acceptance=rule,
                     penalties=penalties,
                     constraint=constraint,
-                    matcher=matcher,
                     logprobs=asked.alternatives,
                     prompt_logprobs=asked.logprobs if isinstance(asked, CompletionRequest) and asked.echo else None,
-                    stop=stops,
-                    stop_tokens=frozenset(asked.stop_token_ids or ()),
-                    ignore_ends=bool(asked.ignore_eos),
-                    keep_stop=bool(asked.include_stop_str_in_output),
+                    stop=_stops(asked.stop),
                     ends=self._turn_ends if chat else frozenset(),
-                    cache_salt=salt,
                 )
                 streams, origins = bool(asked.stream), speculative.origins
                 jobs.append(Job(request, client, len(jobs), inbox, streams=streams, origins=origins))
@@ -208,14 +140,12 @@ class Service:
             tokenizer=self.tokenizer,
             logprobs=asked.alternatives is not None,
             origins=speculative.origins,
-            choices=n,
             echo=echo,
             silent=wanted == 0,
         )
         include = bool(asked.stream_options and asked.stream_options.include_usage)
         prompt_tokens = sum(map(len, prompts))
-        late = _late(self.settings.request_timeout)
-        return Answer(self.worker, jobs, inbox, shape, prompt_tokens, deadline, late, include)
+        return Answer(self.worker, jobs, inbox, shape, prompt_tokens, self.settings.request_timeout, include)
 
     def _heads(self, asked: Asked) -> int | None:
         speculative = asked.speculative or Speculative()
@@ -251,13 +181,12 @@ class Answer:
         inbox: Inbox,
         shape: Shape,
         prompt_tokens: int,
-        deadline: float,
-        late: ApiError,
+        seconds: float,
         include_usage: bool,
     ) -> None:
         self._worker, self._jobs, self._inbox, self._shape = worker, jobs, inbox, shape
         self._prompt_tokens, self._include_usage = prompt_tokens, include_usage
-        self._deadline, self._late = deadline, late
+        self._seconds = seconds
 
     async def whole(self) -> dict[str, Any]:
         """All of it."""
@@ -278,7 +207,9 @@ class Answer:
 
     async def _pieces(self) -> AsyncGenerator[dict[Job, Piece], None]:
         """Until all jobs are done; whatever ends this ends them."""
-        alarm = self._inbox.loop.call_at(self._deadline, self._inbox.fail, self._late)
+        message = f"not done within the {self._seconds:g} s that this server gives a request"
+        late = ApiError(504, message, code="timeout")
+        alarm = self._inbox.loop.call_later(self._seconds, self._inbox.fail, late)
         left = set(self._jobs)
         try:
             self._worker.submit(self._jobs)
@@ -289,16 +220,12 @@ class Answer:
         finally:
             alarm.cancel()
             if left:
-                self._worker.cancel(list(left), "deadline" if self._inbox.error is self._late else "cancelled")
-
-
-def _late(seconds: float) -> ApiError:
-    return ApiError(504, f"not done within the {seconds:g} s that this server gives a request", code="timeout")
+                self._worker.cancel(list(left), "deadline" if self._inbox.error is late else "cancelled")
 
 
 def _is_short(asked: Asked) -> bool:
     """Whether it is read sooner than a thread is asked to."""
-    if not isinstance(asked, CompletionRequest):
+    if not isinstance(asked, CompletionRequest) or _constraint(asked) is not None:
         return False
     return sum(map(len, asked.prompts)) <= SHORT
 

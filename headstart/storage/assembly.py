@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
+from headstart.model.transformer import TRAINING_ALONE, Transformer
 from headstart.storage.llama_names import Part, stored_parts
 
 LLAMA = (
@@ -56,6 +56,7 @@ def assemble_in_place(
     model is never there twice."""
     with torch.device("meta"):
         model = Transformer(config)
+    check_names(model)
     state: dict[str, Tensor] = {}
     for name, parts in stored_parts(config).items():
         rows = [part.shape[0] for part in parts]
@@ -67,6 +68,21 @@ def assemble_in_place(
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]
     model.load_state_dict(state, assign=True)
     return model
+
+
+def check_names(model: Transformer) -> None:
+    """Raise UsageError, naming them, where tensors of `model` have no place in a model directory, or places no tensor:
+    saving would drop them, and loading fail."""
+    tied = {"unembedding.weights.0"} if model.config.tied else set()
+    there, placed = set(model.state_dict()) - TRAINING_ALONE - tied, set(stored_parts(model.config))
+    kind = f"a model with {model.config.head_kind} heads"
+    for names, what in ((there - placed, "has no place for"), (placed - there, "needs")):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UsageError(
+                f"{kind}: a model directory {what} {some}; name every tensor in stored_parts "
+                "(headstart/storage/llama_names.py), or save the model without what was added to it or taken from it"
+            )
 
 
 def inexpressible(config: ModelConfig, known: Iterable[str]) -> list[str]:

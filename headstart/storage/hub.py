@@ -17,7 +17,6 @@ FILES = (
     "model.safetensors.index.json",
     "tokenizer*",
     "special_tokens_map.json",
-    "added_tokens.json",
     "chat_template*",
     "vocab.json",
     "merges.txt",

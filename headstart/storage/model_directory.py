@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_token
 from headstart.errors import UsageError
 from headstart.files import replacing_directory
 from headstart.model.transformer import Transformer
-from headstart.storage.assembly import assemble_in_place
+from headstart.storage.assembly import assemble_in_place, check_names
 from headstart.storage.config_file import CONFIG_FILE, config_json, load_config, read_json
 from headstart.storage.families import family_of
 from headstart.storage.generation_file import GENERATION_FILE, named_ends
@@ -52,7 +53,7 @@ def save_model(
 
     Raises:
         UsageError: `directory` is something other than a model, cannot be written, the tokenizer has more ids than
-            the model, or no family's directory can hold such a model.
+            the model, or no family's directory can hold such a model and each of its tensors.
     """
     config = model.config
     # Resolved, so that "." has a name, and a link stays one.
@@ -80,7 +81,7 @@ def save_model(
             try:
                 save_file(tensors, temporary / file, metadata={"format": "pt"})
             except SafetensorError as error:
-                raise UsageError(f"{directory / file}: cannot be written ({error}); is the disk full?") from error
+                raise _system_error(error, directory / file) from error
         if tokenizer is not None:
             tokenizer.save(temporary)
 
@@ -159,12 +160,12 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     tokenizer.end_ids |= {token for token in named_ends(directory) if 0 <= token < config.vocab_size}
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.fit(config.vocab_size)
-        file = directory / CONFIG_FILE
-        tokenizer.start_ids = known_start(tokenizer, read_json(file) if file.is_file() else {})
+        if (directory / CONFIG_FILE).is_file():
+            tokenizer.start_ids = _start_ids(tokenizer, read_json(directory / CONFIG_FILE))
     return tokenizer
 
 
-def known_start(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
+def _start_ids(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
     """Return what the tokenizer puts before texts, if the model of this config.json knows them so.
 
     Of foreign models transformers asks the tokenizer alone. Ours say `start_ids`, or name the first as bos_token_id.
@@ -199,6 +200,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> Non
 
 def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
     """The content of each file: parts of parameters as views where they need no conversion."""
+    check_names(model)
     state = model.state_dict()
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
     for name, pieces in stored_parts(model.config).items():
@@ -216,6 +218,12 @@ def _check_tied(tensors: TensorFiles, tied: bool) -> None:
                 f"{tensors.path(UNEMBEDDING)}: {UNEMBEDDING} differs from the embedding, though config.json ties them; "
                 "set tie_word_embeddings to false"
             )
+
+
+def _system_error(error: SafetensorError, path: Path) -> OSError:
+    """Return what the system said: safetensors gives its errors as text."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error), str(path))
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
-from headstart.files import take_lock, write_text
+from headstart.files import take_lock, unwritable, write_text
 from headstart.studies.study import Case, Result, StudySettings
 
 
@@ -33,7 +33,7 @@ class StudyFolder:
             self.cases.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written ({error.strerror}); give another --out") from error
+            raise unwritable(self.path, error, "give another --out") from error
         with lock:
             if not take_lock(lock):
                 raise UsageError(f"{self.path}: another study is running there; wait for it or give another --out")

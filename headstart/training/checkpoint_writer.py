@@ -95,7 +95,7 @@ class CheckpointWriter:
             return
         self._step = -1  # may be tried again
         if needed:
-            raise failure or UsageError(f"{self._root}: another process could not write its share", said=True)
+            raise failure or UsageError(f"{self._root}: another process could not write its share", said=True, status=1)
 
     def close(self) -> None:
         """Whatever is being written is finished."""

@@ -17,6 +17,7 @@ from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import drawn
 from headstart.objective.token_order import add_token_order
+from headstart.storage.assembly import check_names
 from headstart.storage.families import family_of
 from headstart.storage.model_directory import save_model
 from headstart.terminal import Progress, say
@@ -62,7 +63,7 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     with joined(config.device) as processes:
         config = processes.on_main(lambda: config.on(processes.device.type))
         config.loss.require(processes.device)
-        processes.on_main(lambda: family_of(config.model))  # what no directory can hold is not worth training
+        processes.on_main(lambda: check_storable(config))
         with folder.claimed(processes.main):
             before = processes.on_main(lambda: folder.accept(config))
             done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))
@@ -262,6 +263,13 @@ class Run:
                 save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
 
         self.processes.on_main(write)
+
+
+def check_storable(config: RunConfig) -> None:
+    """Raise UsageError where no model directory can hold the model: it is not worth training."""
+    family_of(config.model)
+    with torch.device("meta"):
+        check_names(Transformer(config.model))
 
 
 def check_answers(sources: Sequence[Source], config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -65,19 +65,19 @@ class Processes:
         """What `function` gives on the first process, on all of them; so too for a UsageError that it raises."""
         if self.count == 1:
             return function()
-        answer: list[object] = [None, None]
+        answer: list[Any] = [None, None, 2]
         failure: BaseException | None = None
         if self.main:
             try:
                 answer[0] = function()
             except UsageError as error:
-                answer[1], failure = str(error), error
+                answer[1:], failure = [str(error), error.status], error
         torch.distributed.broadcast_object_list(answer, src=0, group=self.patient_group)
         if failure is not None:
             raise failure
         if answer[1] is not None:
-            raise UsageError(str(answer[1]), said=True)
-        return answer[0]  # type: ignore[return-value]
+            raise UsageError(answer[1], said=True, status=answer[2])
+        return cast(Result, answer[0])
 
     def merged(self, mine: dict[str, str]) -> dict[str, str]:
         """What all processes have, on each of them. Goes through the group of the thread that writes checkpoints: not

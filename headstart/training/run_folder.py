@@ -14,9 +14,8 @@ from typing import Any
 
 from headstart.data.mixture import MixturePart, Source, open_sources
 from headstart.data.shards import prepare
-from headstart.data.units import Selection
 from headstart.errors import UsageError
-from headstart.files import replacing_file, take_lock
+from headstart.files import replacing_file, take_lock, unwritable
 from headstart.storage.model_directory import load_data_tokenizer
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
@@ -54,9 +53,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise UsageError(
-                f"{self.path}: cannot be written ({error.strerror}); give a --run-dir you may write to"
-            ) from error
+            raise unwritable(self.path, error, "give a --run-dir you may write to") from error
         with lock:
             if not take_lock(lock):
                 raise UsageError(
@@ -104,7 +101,6 @@ class RunFolder:
                     config.data.sources,
                     self.data,
                     load_data_tokenizer(config.data.tokenizer),
-                    selection=Selection(conversations=config.data.conversations, texts=config.data.conversations),
                     validation_fraction=config.data.validation_fraction,
                     seed=config.seed,
                     progress=bar.update,
@@ -132,7 +128,7 @@ class RunLog:
             # Unbuffered: what a full disk refused must not come up again when the file is closed.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise UsageError(f"{path}: cannot be written ({error.strerror}); give another --run-dir") from error
+            raise unwritable(path, error, "give another --run-dir") from error
 
     def write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
@@ -140,9 +136,7 @@ class RunLog:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as error:
-            raise UsageError(
-                f"{self._path}: cannot be written ({error.strerror}); mend that and run the command again"
-            ) from error
+            raise unwritable(self._path, error, "fix that and run the command again") from error
 
     def sync(self) -> None:
         """Before a checkpoint: it must not be on disk without the lines that lead to it."""

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage import model_directory
+from headstart.storage import llama_names, model_directory
 from headstart.storage.model_directory import load_config, load_model, load_model_tokenizer, save_model
 
 transformers = pytest.importorskip("transformers", reason="parity is with transformers; install headstart[hf]")
@@ -439,7 +439,7 @@ def test_a_killed_save_leaves_the_previous_model(saved: Path, tmp_path: Path, fo
 import os
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage import model_directory
+from headstart.storage import llama_names, model_directory
 whole = model_directory.save_file
 def die(*arguments, **named):
     whole(*arguments, **named)
@@ -478,3 +478,35 @@ def test_a_model_can_be_saved_over_the_directory_it_came_from(tmp_path: Path) ->
     save_model(model, tmp_path / "model", tokenizer)
     assert_same(model, load_model(tmp_path / "model"))
     assert load_model_tokenizer(tmp_path / "model") is not None
+
+
+def test_a_tensor_without_a_place_is_refused_and_not_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(replace(SMALL, heads=2, tied=True))
+    model.heads[1].register_parameter("scale", torch.nn.Parameter(torch.ones(3)))
+    model.trunk.register_buffer("seen", torch.zeros(2))
+    with pytest.raises(UsageError, match=r"has no place for heads.1.scale, trunk.seen; name every tensor") as raised:
+        save_model(model, tmp_path / "model")
+    assert "\n" not in str(raised.value) and not (tmp_path / "model").exists()
+    short = Transformer(replace(SMALL, heads=2))
+    del short.heads[1]
+    with pytest.raises(UsageError, match=r"a model directory needs heads.1.\S+, \S+, \S+ and 3 more"):
+        save_model(short, tmp_path / "model")
+
+    # A kind of heads that has its modules and no names in a directory yet.
+    save_model(Transformer(replace(SMALL, heads=3, head_kind="medusa")), tmp_path / "medusa")
+    monkeypatch.setattr(llama_names, "_further_head", lambda config, k: {})
+    with pytest.raises(UsageError, match=r"medusa heads: a model directory has no place for unembedding.residuals"):
+        save_model(Transformer(replace(SMALL, heads=3, head_kind="medusa")), tmp_path / "model")
+    (tmp_path / "medusa" / "heads" / "heads.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"medusa heads: a model directory has no place for unembedding.residuals"):
+        load_model(tmp_path / "medusa")
+
+
+def test_a_full_disk_under_the_weights_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **more: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model_directory, "save_file", full)
+    with pytest.raises(UsageError, match=r"model: the disk is full") as raised:
+        save_model(Transformer(SMALL), tmp_path / "model")
+    assert raised.value.status == 1 and not list(tmp_path.iterdir())
