@@ -164,7 +164,7 @@ class Scores:
     """Sums over valid targets."""
 
     loss: Tensor
-    """Cross-entropy in nats, fp32 scalar."""
+    """Cross-entropy in nats, fp32 scalar (fp64 for fp64 input)."""
     correct: Tensor
     """How often the largest logit was the target, int64 scalar."""
     count: Tensor
@@ -176,11 +176,12 @@ def linear_scores(x: Tensor, weight_VD: Tensor, targets: Tensor, *, budget: int 
     """As `linear_cross_entropy` without gradients, with top-1 hits: for validation."""
     dtype, rows = compute_dtype(x), chunk_rows(weight_VD.shape[0], budget)
     x_ND, weight, targets_N = x.flatten(0, -2).to(dtype), weight_VD.to(dtype), targets.flatten()
-    loss = x_ND.new_zeros((), dtype=torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
+    loss = x_ND.new_zeros((), dtype=wide)
     correct = targets_N.new_zeros(())
     for start in range(0, x_ND.shape[0], rows):
         chunk_targets = targets_N[start : start + rows]
-        logits = (x_ND[start : start + rows] @ weight.T).float()
+        logits = (x_ND[start : start + rows] @ weight.T).to(wide)
         loss += torch.nn.functional.cross_entropy(logits, chunk_targets, ignore_index=IGNORE, reduction="sum")
         correct += (logits.argmax(-1) == chunk_targets).sum()
     return Scores(loss, correct, (targets_N != IGNORE).sum())

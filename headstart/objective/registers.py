@@ -34,4 +34,5 @@ class RegisterLoss:
         x_BRD = x_BTD[:, x_BTD.shape[1] - targets_BR.shape[1] :]
         out = linear_cross_entropy(x_BRD, weight_VD, targets_BR, budget=self.budget)
         self.total = out.total
-        return out.loss * (self.weight * self.next_tokens.clamp_min(1) / self.register_targets.clamp_min(1))
+        scale = self.weight * self.next_tokens.clamp_min(1).to(out.loss.dtype) / self.register_targets.clamp_min(1)
+        return out.loss * scale

@@ -28,7 +28,7 @@ class HeadLosses:
     is not asked: its entries are 0."""
 
     sums: Tensor
-    """(n,) fp32: summed unweighted cross-entropy of each head, in nats; without z-loss."""
+    """(n,) fp32, fp64 of fp64 models: summed unweighted cross-entropy of each head, in nats; without z-loss."""
     counts: Tensor
     """(n,) int64: valid targets of each head."""
     correct: Tensor | None
@@ -96,8 +96,10 @@ def walk_step(
     rotary = model.rotary(positions, compute_dtype(model.trunk.embedding.weight))
     tokens_BT = appended(tokens_BT, registers)
     weights = weights or [1.0] * config.heads
-    # A head without valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
-    scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
+    # In the dtype of the losses: a scale in float32 would leave seven digits of gradients in float64. A head without
+    # valid targets has loss 0; dividing by at least 1 keeps it from becoming NaN.
+    wide = torch.promote_types(compute_dtype(model.trunk.embedding.weight), torch.float32)
+    scales = torch.as_tensor(weights, dtype=wide, device=tokens_BT.device) / counts_n.clamp_min(1)
     loss = loss or LossConfig()
     function = loss.function(budget)
     if loss.heads != "cross-entropy":
@@ -234,7 +236,8 @@ def _check_width(model: Transformer, tokens_BT: Tensor, targets_BTn: Tensor) -> 
 def _head_losses(seen: dict[int, Seen], targets_BTn: Tensor) -> HeadLosses:
     """From the summed cross-entropy and the hits of the heads in `seen`; the entries of others are 0."""
     counts = count_targets(targets_BTn)
-    losses = HeadLosses(counts.new_zeros(len(counts), dtype=torch.float32), torch.zeros_like(counts), None)
+    wide = torch.float64 if any(total.dtype == torch.float64 for total, _ in seen.values()) else torch.float32
+    losses = HeadLosses(counts.new_zeros(len(counts), dtype=wide), torch.zeros_like(counts), None)
     hits = torch.zeros_like(counts)
     for k, (total, correct) in seen.items():
         losses.sums[k - 1], losses.counts[k - 1] = total, counts[k - 1]
@@ -284,8 +287,9 @@ def joint_step(
             logits = logits.detach()  # counting hits is no part of what is differentiated, nor of its memory
             correct = (logits.gather(-1, targets.clamp_min(0)[:, None]) >= logits.amax(-1, keepdim=True))[valid].sum()
             seen[k] = total.detach(), correct
-    scales = torch.as_tensor(weights, device=tokens_BT.device) / counts_n.clamp_min(1)
-    (torch.stack(losses) * scales).sum().backward()
+    # Divides in float64 and on its own: a reference that shared the walk's scales would share their errors.
+    means = [total.double() / max(1, count) for total, count in zip(losses, counts_n.tolist())]
+    torch.stack([weight * mean for weight, mean in zip(weights, means)]).sum().backward()
     return _head_losses(seen, targets_BTn)
 
 

@@ -107,7 +107,7 @@ def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -
     latents = model.latents(tokens, [1, 2, 3])
     logits = torch.stack([model.unembedding(latents[k][:, :T], k) for k in (1, 2, 3)], dim=2)
     total = torch.zeros((), dtype=torch.float64)
-    scales = torch.tensor(WEIGHTS) / counts  # in float32, as the walk has them
+    scales = [weight / count for weight, count in zip(WEIGHTS, counts.tolist())]
     for k in (1, 2, 3):
         for t in range(T - k + 1):
             p = logits[:, t + k - 1, 0] if k > 1 else original[0][:, t] @ original[1].T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,8 +78,8 @@ def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], bound: floa
 
 def assert_losses_equal(mine: HeadLosses, theirs: HeadLosses) -> None:
     assert torch.equal(mine.counts, theirs.counts)
-    assert mine.sums.dtype == torch.float32 and not mine.sums.requires_grad
-    assert torch.allclose(mine.sums, theirs.sums, rtol=1e-6, atol=0)
+    assert mine.sums.dtype == torch.float64 and not mine.sums.requires_grad
+    assert torch.allclose(mine.sums, theirs.sums, rtol=1e-13, atol=0)
     assert mine.correct is not None and theirs.correct is not None
     assert mine.correct.dtype == torch.int64 and torch.equal(mine.correct, theirs.correct)
 
@@ -103,6 +104,32 @@ def test_walk_equals_joint(kind: str, wiring: str, tied: bool, budget: int, weig
     own = ("unembedding.weights.2", "unembedding.residuals.maps.1.", "unembedding.residuals.outputs.1.")
     skipped = (*own, *(["heads.2."] if wiring == "parallel" else [])) if weights else ("none",)
     assert mine.keys() == {name for name in theirs if not name.startswith(skipped)}
+
+
+def by_hand(model: Transformer, tokens: Tensor, targets: Tensor, weights: list[float], z_loss: float) -> Tensor:
+    """The loss without anything of `headstart.objective`: softmax, sums and divisions written out, in float64."""
+    latents = model.latents(tokens, list(range(1, 5)))
+    result = torch.zeros((), dtype=torch.float64)
+    for k, weight in enumerate(weights, start=1):
+        exponentials = model.unembedding(latents[k][:, : targets.shape[1]], k).exp()
+        where = (targets[..., k - 1] != IGNORE).nonzero().tolist()
+        for row, t in where:
+            normaliser = exponentials[row, t].sum()
+            loss = (normaliser / exponentials[row, t, targets[row, t, k - 1]]).log() + z_loss * normaliser.log() ** 2
+            result = result + weight / len(where) * loss
+    return result
+
+
+@every_wiring
+def test_in_float64_gradients_have_all_their_digits(kind: str, wiring: str) -> None:
+    """Counts and weights whose quotients float32 does not hold."""
+    model, weights = lively(shaped(kind, wiring, tied=True)), [1.0, 0.3, 0.7, 2.5]
+    tokens, targets = batch(model, rows=2)
+    by_hand(model, tokens, targets, weights, 0.03).backward()
+    theirs = gradients(model)
+    for step in (partial(walk_step, loss=LossConfig(z_loss=0.03)), partial(joint_step, z_loss=0.03)):
+        step(model, tokens, targets, count_targets(targets), weights)
+        assert_equal(gradients(model), theirs, 2e-14)
 
 
 @every_wiring
@@ -262,7 +289,7 @@ def test_bf16_is_near(wiring: str) -> None:
     counts = count_targets(targets)
     expected = joint_step(wide, tokens, targets, counts)
     losses = walk_step(model, tokens, targets, counts)
-    assert torch.allclose(losses.sums, expected.sums, rtol=1e-2)
+    assert torch.allclose(losses.sums.double(), expected.sums, rtol=1e-2)
     theirs, mine = gradients(wide), gradients(model)
     for name in theirs:
         assert (mine[name].double() - theirs[name]).norm() < 0.05 * theirs[name].norm(), name
