@@ -5,8 +5,9 @@ noise, so the output is plain decoding's token for token. The rules here weigh p
 `block` are lossless in distribution: other tokens for a seed, the same law. Rules called lossy are just that.
 
 Target p and draft q are the distributions after temperature, top-k, top-p and min-p. Head 1's rows give p; q is kept
-from the pass that drafted. Drafts of heads 2..n are independent given the past (product drafts), which is all that the
-proofs need (Leviathan et al. 2211.17192; block verification: Sun et al. 2403.10444).
+from the pass that drafted. The proofs (Leviathan et al. 2211.17192; block verification: Sun et al. 2403.10444) need
+two things: q is the distribution of a draft given the committed tokens and the drafts before it, and no draw was read
+by an earlier window (`sampling.window_key`).
 """
 
 from __future__ import annotations

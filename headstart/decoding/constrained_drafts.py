@@ -139,7 +139,7 @@ class _Walk:
         tokens, shares = [self.proposed[child] for child in children], [self.estimated(child) for child in children]
         if source and (self.weighs or not all(allowed[token] for token in tokens)):
             tokens, found = _drawn(
-                state, self.slots, source, self.root + depth + 1, self.forbidden[row], len(children), row
+                state, self.slots, source, (self.root, depth + 1), self.forbidden[row], len(children), row
             )
             shares = found or shares
         drafts = zip(children, tokens, shares)
@@ -172,17 +172,22 @@ class _Walk:
 
 
 def _drawn(
-    state: DecodingState, slots: slice, head: int, position: int, forbidden_V: np.ndarray, count: int, row: int
+    state: DecodingState, slots: slice, head: int, at: tuple[int, int], forbidden_V: np.ndarray, count: int, row: int
 ) -> tuple[list[int], list[float]]:
-    """The best `count` drafts of `head` under a mask, as `decode_step` would have chosen them, and how probable they
-    are. Where a rule weighs them, their distribution is kept as that of the drafts after `row`, and how probable they
-    are is what it was taken for without the mask: nothing is returned."""
+    """Return the best `count` drafts of `head` under a mask, as `decode_step` would have chosen them, and how probable
+    they are. Where a rule weighs them, their distribution is kept as that of the drafts after `row`, and how probable
+    they are is what it was taken for without the mask: nothing is returned.
+
+    Args:
+        at: the position of the window's root, and how far behind it the drafts are.
+    """
     sampling, V = state.sampling, state.vocab_size
     logits = state.constraints.kept(slots.start, head)
     logits = logits.masked_fill(torch.from_numpy(forbidden_V).to(logits.device), float("-inf"))[None, None]
     noise: Tensor | None = None
     if sampling.any_sampled(slots):
-        noise = sampling.draft_noise(torch.tensor([[position]], device=logits.device), V, slots)
+        root_S, offset_R = torch.tensor(at, device=logits.device)[:, None]
+        noise = sampling.draft_noise(root_S, offset_R, V, slots)
     if count == 1:
         tokens_SC = sampling.choose(logits, noise, slots)
     else:

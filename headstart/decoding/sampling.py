@@ -3,6 +3,12 @@
 A sampled token is argmax(transformed logits + g), where the Gumbel noise g is a hash of (seed, absolute position, token
 id): drawing the same position again, in another window, batch or slot, with or without drafts, gives the same token.
 Draft and verification share it, so a speculative sample *is* the plain sample of that seed (Daliri et al., 2408.07978).
+
+Rules that weigh drafts (`acceptance.Rule.weighs`) need other draws: the noise that drafts are drawn with, and the
+uniforms that decide which drafts are kept. These draws belong to a window, not to a position: each is a hash of (seed,
+position of the window's root, offset in the window). A rejection conditions every draw that the rule has looked at, in
+block verification also the draws behind the rejected draft, and the next window covers the same positions again. Roots
+only move forward, so no window uses a draw of another one.
 """
 
 from __future__ import annotations
@@ -70,6 +76,12 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _M1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _M2
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def window_key(root_S: Tensor, offset_R: Tensor) -> Tensor:
+    """Return the keys (S, R) int64 of draws that belong to windows with roots at positions `root_S` (S,). Keys of other
+    roots or of other offsets, 1 to 2^31, differ."""
+    return root_S[:, None] + (offset_R << 32)
 
 
 def position_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -151,14 +163,17 @@ class SamplingRows:
         """The noise (S, R, V) of these positions."""
         return position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
 
-    def draft_noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
-        """The noise (S, R, V) that drafts for these positions are drawn with."""
-        return position_noise(self.draft_seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
+    def draft_noise(self, root_S: Tensor, offset_R: Tensor, vocab_size: int, slots: slice) -> Tensor:
+        """Return the noise (S, R, V) of drafts so many positions behind the roots at positions `root_S`: that of the
+        window where the slot's rule weighs drafts, else that of the draft's position, which verification shares."""
+        at_SR = torch.where(self.weighs[slots, None], window_key(root_S, offset_R), root_S[:, None] + offset_R)
+        return position_noise(self.draft_seed[slots, None].expand_as(at_SR), at_SR, vocab_size)
 
-    def uniform(self, positions_SR: Tensor, slots: slice) -> Tensor:
-        """Draws (S, R) in (0, 1), one for each seed and position, independent of the noise."""
-        key = _mix(_mix(self.draft_seed[slots, None] ^ _M1) + positions_SR * _STEP)
-        return (key >> 40 & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    def uniform(self, root_S: Tensor, offset_R: Tensor, slots: slice) -> Tensor:
+        """Return draws (S, R) in [0, 1) for windows with roots at positions `root_S`, independent of all noise. A draw
+        is below h with probability h, to 2^-24: always for h = 1, never for h = 0."""
+        key = _mix(_mix(self.draft_seed[slots, None] ^ _M1) + window_key(root_S, offset_R) * _STEP)
+        return (key >> 40 & 0xFFFFFF).float().mul_(2.0**-24)
 
     def plain_rules(self, slots: slice) -> bool:
         """Whether all these slots keep the drafts that plain decoding would write."""

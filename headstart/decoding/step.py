@@ -193,11 +193,12 @@ def decode_step(
     state.penalties.wrote(tokens, accepted, slots)
     if heads > 1:
         if noise is not None:
-            ahead = accepted[:, None] + torch.arange(1, heads, device=window.device)
+            offset = torch.arange(1, heads, device=window.device)
             if plain:
+                ahead = accepted[:, None] + offset
                 noise = noise.gather(1, ahead[..., None].expand(-1, -1, noise.shape[-1]))
-            else:
-                noise = state.sampling.draft_noise(length[:, None] + ahead + 1, logits.shape[-1], slots)
+            else:  # lengths have moved on: each is the position of the next root
+                noise = state.sampling.draft_noise(state.length_S[slots], offset, logits.shape[-1], slots)
         if model.config.ahead:  # a chain: trees are refused (`Engine`)
 
             def decide(logits_S1V: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -296,7 +297,7 @@ def _judge(
     weighs = sampling.weighs[slots]
     if noise_SRV is not None:
         q_SGV = state.draft_q()[slots, :G]
-        uniform = sampling.uniform(length_S[:, None] + number, slots)
+        uniform = sampling.uniform(length_S, number, slots)
         weighed_accepted, rest_SV = weighed(p_SRV, q_SGV, drafts_SG, fed_S, sampling.block[slots], uniform)
         # The noise of the position after the last draft kept: nothing was drawn with it yet.
         weighed_last = (rest_SV.log() + pick(noise_SRV, weighed_accepted, 1)[:, 0]).argmax(-1)

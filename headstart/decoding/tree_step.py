@@ -64,10 +64,8 @@ def judge_tree(
         return matched
     D, C = tree.tree.depth, tree.tree.ranks
     # A draw for each depth and rank of a slot: of all siblings' families one at most is asked.
-    asked = (length[:, None, None] + 1 + torch.arange(D, device=length.device)[:, None]) + (
-        torch.arange(C, device=length.device) << 32
-    )
-    uniform = sampling.uniform(asked.flatten(1), slots).view(-1, D, C)
+    depth, rank = (torch.arange(count, device=length.device) for count in (D, C))
+    uniform = sampling.uniform(length, (depth[:, None] + 1 + (rank << 16)).flatten(), slots).view(-1, D, C)
     by_row = None
     if state.constraints.any(slots):
         by_row = torch.tensor(state.constraints.has[slots], device=length.device)

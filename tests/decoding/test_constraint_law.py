@@ -123,10 +123,10 @@ def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> No
     """Negative controls: drafts weighed by their distributions without the mask; masks that come a row late."""
     raw, model = _small()
 
-    def without_its_distribution(state, slots, head, position, forbidden, count, row):
+    def without_its_distribution(state, slots, head, at, forbidden, count, row):
         logits = state.constraints.kept(slots.start, head)
         logits = logits.masked_fill(torch.from_numpy(forbidden), float("-inf"))[None, None]
-        noise = state.sampling.draft_noise(torch.tensor([[position]]), state.vocab_size, slots)
+        noise = state.sampling.draft_noise(*torch.tensor(at)[:, None], state.vocab_size, slots)
         return [int(state.sampling.choose(logits, noise, slots))], []
 
     with monkeypatch.context() as patch:

@@ -182,8 +182,8 @@ def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, model = _small()
     drawn = constrained_drafts._drawn
 
-    def unmasked(state, slots, head, position, forbidden, count, row):
-        found = drawn(state, slots, head, position, forbidden, count, row)
+    def unmasked(state, slots, head, at, forbidden, count, row):
+        found = drawn(state, slots, head, at, forbidden, count, row)
         logits = state.constraints.kept(slots.start, head)[None, None]
         state.draft_q()[slots, row] = state.sampling.probabilities(logits, slots)[:, 0]
         return found

@@ -211,7 +211,7 @@ def test_texts_drawn_with_it_follow_the_models_law(monkeypatch: pytest.MonkeyPat
     original = Engine.__init__
     tree = DraftTree.parse("0,1,0.0,1.0,0.1")
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, *a, **k, tree=tree))
-    for top_k in (0, 2):  # two of three tokens: heads run out of candidates
-        assert _distance(model, raw, Rule("rejection"), Sampling(1.0, top_k), 512) < 1.8
+    # Two of three tokens: heads run out of candidates. Without top-k: `test_windows_law.py`.
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0, 2), 512) < 1.8
     monkeypatch.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
     assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 3
