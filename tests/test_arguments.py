@@ -263,3 +263,15 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
         LanguageModel(Transformer(ModelConfig(dim=16, layers=2, attention_heads=2, heads=1)), None).generate(chat)  # type: ignore[arg-type]
     assert json.dumps(chat)  # the caller's messages are left as they were
     assert chat[1] == {"role": "user", "content": "hello"} and headstart.load is not None
+
+
+def test_plain_decoding_commits_exactly_one_token_per_pass(model: LanguageModel) -> None:
+    """Also where the last pass commits an end token, which is no part of the output."""
+    free = model.generate("ab", 12, heads=1)
+    end = Penalties(bias=((ByteTokenizer().end_id, 1e4),))
+    ended = model.generate("ab", 12, heads=1, penalties=end)
+    several = model.generate(["ab", "cd", "e"], 7, temperature=0.9, seed=[1, 2, 3], heads=1)
+    assert (ended.finish_reason, ended.tokens, ended.stats.passes, ended.stats.ends) == ("end", [], 1, 1)  # type: ignore[union-attr]
+    stopped = model.generate("ab", 12, heads=1, stop=free.text[3:5])  # type: ignore[union-attr]
+    for output in (free, ended, stopped, *several):  # type: ignore[misc]
+        assert output.stats.tokens_per_pass == output.stats.summary()["tokens_per_pass"] == 1.0

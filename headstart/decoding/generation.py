@@ -69,6 +69,8 @@ class Stats:
     """Trunk passes after the prompt."""
     tokens: int = 0
     """Tokens generated."""
+    ends: int = 0
+    """Tokens that passes committed and the output leaves out: end tokens, and those that a constraint forbids."""
     drafted: list[int] = field(default_factory=list)
     """Entry k-2: passes in which head k had a draft in the window."""
     accepted: list[int] = field(default_factory=list)
@@ -89,7 +91,8 @@ class Stats:
 
     @property
     def tokens_per_pass(self) -> float:
-        return self.tokens / self.passes if self.passes else 0.0
+        """Committed tokens per pass, end tokens included: exactly 1 in plain decoding."""
+        return (self.tokens + self.ends) / self.passes if self.passes else 0.0
 
     @property
     def rows_per_pass(self) -> float:
@@ -112,6 +115,7 @@ class Stats:
         return cls(
             passes=sum(part.passes for part in parts),
             tokens=sum(part.tokens for part in parts),
+            ends=sum(part.ends for part in parts),
             drafted=[sum(column) for column in zip(*(part.drafted for part in parts))],
             accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
             looked_up=sum(part.looked_up for part in parts),
@@ -244,6 +248,7 @@ class Generation:
         released = self._stopper.push(tokens)
         self.origins += [*sources[:accepted], 1][: len(self.tokens) - before]
         self.stats.tokens = len(self.tokens)
+        self.stats.ends = self._stopper.judged - len(self.tokens)
         self.stats.seconds = time.perf_counter() - self._started
         return released
 

@@ -56,6 +56,8 @@ class Stopper:
         self.stop = tuple(stop)
         self.matcher = matcher
         self.tokens: list[int] = []
+        self.judged = 0
+        """Tokens looked at: those kept, and an end that is not kept."""
         self.text = ""
         """Released text so far."""
         self.finish_reason: FinishReason | None = None
@@ -68,6 +70,7 @@ class Stopper:
         for token in tokens:
             if self.finish_reason is not None:
                 break
+            self.judged += 1
             matcher = self.matcher
             if token in self.ends:
                 return released + self._finish("end" if matcher is None or matcher.may_end else "stuck")

@@ -164,6 +164,7 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
 
             stats, seconds = _generate(state, temperature, missing, None, keep)
         sitting = {"written": len(missing), "tokens": stats.tokens, "passes": stats.passes, "seconds": seconds}
+        sitting["committed"] = stats.tokens + stats.ends
         if state.settings.compare_plain:
             again: dict[tuple[str, int], str] = {}
             with Progress(f"{task}, head 1 alone", len(missing), unit="programs") as bar:
@@ -185,7 +186,8 @@ def _speed(sittings: list[dict[str, Any]]) -> dict[str, Any]:
     total = {name: sum(s[name] for s in sittings) for name in ("written", "tokens", "passes", "seconds")}
     if not total["passes"]:
         return total
-    found = total | {"tokens_per_pass": total["tokens"] / total["passes"]}
+    committed = sum(s.get("committed", s["tokens"]) for s in sittings)  # sittings of earlier versions lack it
+    found = total | {"tokens_per_pass": committed / total["passes"]}
     compared = [s for s in sittings if "plain_seconds" in s]
     if compared:
         plain = sum(s["plain_seconds"] for s in compared)

@@ -51,7 +51,7 @@ class HeadstartLM(TemplateLM):
         self.cut = 0
         """Requests of which only the end fitted the context."""
         self.tokens = 0
-        self.passes = 0
+        self.passes = self.committed = 0
         """Written, and passes that took, in all texts."""
         self._start = list(self.model.tokenizer.start_ids)
         self._end = self.model.tokenizer.end_id
@@ -178,4 +178,5 @@ class HeadstartLM(TemplateLM):
                 bar.advance(sum(generation.finished for generation, _ in engine.step()))
         self.tokens += sum(generation.stats.tokens for generation in generations)
         self.passes += sum(generation.stats.passes for generation in generations)
+        self.committed += sum(generation.stats.tokens + generation.stats.ends for generation in generations)
         return [generation.text for generation in generations]

@@ -76,5 +76,5 @@ def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings
     }
     found: dict[str, Any] = {"results": results, "cut_requests": judged.cut}
     if judged.passes:
-        found |= {"tokens": judged.tokens, "tokens_per_pass": judged.tokens / judged.passes}
+        found |= {"tokens": judged.tokens, "tokens_per_pass": judged.committed / judged.passes}
     return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from tyro.conf import Positional
 
 from headstart.api import load
+from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine
 from headstart.decoding.int8 import Quantize
 from headstart.decoding.packing import decoding_dtype, pack
@@ -30,6 +33,7 @@ from headstart.evaluation.texts import (
     sizes,
 )
 from headstart.files import write_text
+from headstart.model.transformer import Transformer
 from headstart.storage.boxed import model_directory
 from headstart.storage.model_directory import load_model, load_model_tokenizer
 from headstart.terminal import Progress, say
@@ -72,6 +76,8 @@ class EvaluateSettings:
     """Prompts that are decoded at once."""
     length: int | None = None
     """Tokens of a window of the task heads (None: the model's context)."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the weights (None: as `headstart generate` takes)."""
     quantize: Quantize | None = None
     """int8: evaluate the model as `headstart generate --quantize int8` decodes it."""
     device: str = "cpu"
@@ -116,14 +122,16 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     if settings.quantize and settings.record:
         raise UsageError("--record keeps the acceptance of the model as it is stored; leave --quantize out")
     found: dict[str, Any] = {"model": str(path)}
+    if settings.dtype:
+        found["dtype"] = settings.dtype
     if settings.quantize:
         found["quantize"] = settings.quantize
     if set(settings.tasks) & set(TASKS):
         found |= _heads_and_acceptance(path, settings)
     if programs or foreign:
-        model = load(path, device=settings.device, quantize=settings.quantize)
+        model = load(path, settings.dtype, settings.device, settings.quantize)
         found["heads_of_model"] = model.config.heads
-        name = str(path.resolve()) + (f" in {settings.quantize}" if settings.quantize else "")
+        name = str(path.resolve()) + "".join(f" in {how}" for how in (settings.dtype, settings.quantize) if how)
     if foreign:
         found["lm_eval"] = run_lm_eval(model, foreign, settings.lm_eval, settings.batch)
     if programs:
@@ -144,8 +152,9 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
     free = "acceptance" in settings.tasks
     if not settings.text and ("heads" in settings.tasks or (free and prompts is None)):
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
-    model = load_model(path, device=settings.device)
-    model = model.to(decoding_dtype(model, settings.quantize)).eval()
+    wanted = None if settings.dtype is None else getattr(torch, settings.dtype)
+    model = load_model(path, dtype=wanted, device=settings.device)
+    model = model.to(wanted or decoding_dtype(model, settings.quantize)).eval()
     if settings.quantize:  # what is read is then the decoding form too
         model = pack(model, quantize=settings.quantize)
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
@@ -164,22 +173,41 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
                 progress=bar.advance,
             )
         found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}
-    if "acceptance" in settings.tasks:
-        if prompts is not None:
-            limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
-            given = fitting_prompts(prompts, tokenizer, *limit)
-            texts, counts = given.prompts[: settings.prompt_count], {"skipped": given.skipped, "cut": given.cut}
-            length = max(map(len, texts))
-        else:
-            counts = {}
-            texts = cut_prompts(documents, settings.prompt_count, length, new)
-        packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(texts))
-        engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
-        found["acceptance"] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new}
-        found["acceptance"] |= {f"{what}_prompts": count for what, count in counts.items()}
-        for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
-            with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
-                found["acceptance"][name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))
+    if free and model.config.drafting_heads == 1:
+        say(f"{path}: has no drafting head, so the task acceptance has nothing to measure and is left out")
+    elif free:
+        if "heads" in settings.tasks:  # what follows takes longer
+            say(format_evaluation({"model": str(path), **found}))
+        found["acceptance"] = _acceptance(model, tokenizer, prompts, documents, settings, length, new)
+    return found
+
+
+def _acceptance(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Path | None,
+    documents: Sequence[Sequence[int]],
+    settings: EvaluateSettings,
+    length: int,
+    new: int,
+) -> dict[str, Any]:
+    """What share of drafts is accepted after prompts of a file, or pieces of `length` tokens of `documents`."""
+    counts: dict[str, int] = {}
+    if prompts is not None:
+        limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
+        given = fitting_prompts(prompts, tokenizer, *limit)
+        texts = given.prompts[: settings.prompt_count]
+        counts = {"skipped_prompts": given.skipped, "cut_prompts": given.cut}
+        length = max(map(len, texts))
+    else:
+        texts = cut_prompts(documents, settings.prompt_count, length, new)
+    packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(texts))
+    engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
+    found: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new, **counts}
+    for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
+        with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
+            found[name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))
+        say(f"acceptance, {name}: {found[name]['tokens_per_pass']:.2f} tokens per pass")
     return found
 
 

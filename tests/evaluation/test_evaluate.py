@@ -112,3 +112,28 @@ def test_wrong_use_is_one_line_and_2(directory, tmp_path, monkeypatch, capsys, a
         run(monkeypatch, directory, *arguments)
     assert end.value.code == 2
     assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_model_of_one_head_has_no_drafts_to_accept(tmp_path, capsys, monkeypatch) -> None:
+    """Nothing is written to measure what there is not; with --dtype."""
+    torch.manual_seed(0)
+    one = ModelConfig(dim=16, layers=2, attention_heads=2, context=64, heads=1)
+    save_model(Transformer(one), tmp_path / "model", ByteTokenizer())
+    (tmp_path / "a.py").write_text("x = 1\n" * 30)
+    monkeypatch.setattr("headstart.evaluation.run.run_freely", None)
+    settings = EvaluateSettings(text=(str(tmp_path / "a.py"),), dtype="float32")
+    found = evaluate(tmp_path / "model", settings)
+    assert found["dtype"] == "float32" and len(found["heads"]["bits_per_byte"]) == 1 and "acceptance" not in found
+    assert "has no drafting head" in capsys.readouterr().err
+    half = evaluate(tmp_path / "model", EvaluateSettings(text=settings.text, tasks=("heads",), dtype="bfloat16"))
+    assert half["heads"]["bits_per_byte"] != found["heads"]["bits_per_byte"]
+
+
+def test_what_was_measured_is_shown_before_what_takes_longer(directory, tmp_path, monkeypatch, capsys) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headstart.evaluation.run.run_freely", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(directory, EvaluateSettings(text=(str(tmp_path / "text"),), prompt_tokens=8, new_tokens=8))
+    assert "bits per byte" in capsys.readouterr().err
