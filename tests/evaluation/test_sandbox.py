@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import functools
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 
 import pytest
 
 from headstart.errors import UsageError
+from headstart.evaluation import confinement, seccomp
 from headstart.evaluation import sandbox as sandbox_module
-from headstart.evaluation import seccomp
 from headstart.evaluation.sandbox import Program, Sandbox, Verdict
 
 pytestmark = pytest.mark.skipif(not seccomp.is_available(), reason="this system has no filter of system calls")
@@ -37,7 +41,20 @@ HONEST = {
     "asyncio": ("import asyncio\nasync def f(): return 3\nr = asyncio.run(f())", "assert r == 3"),
     "reading a file": ("import os\nt = open(os.__file__).read(9)", "assert len(t) == 9"),
     "its limits": ("import resource as r\nl = r.getrlimit(r.RLIMIT_AS)", "assert l == (2**30, 2**30)"),
-    "deep recursion": ("def f(n): return n and 1 + f(n - 1)\nr = f(5000)", "assert r == 5000"),
+    "deep recursion": (
+        "import sys\nsys.setrecursionlimit(9999)\ndef f(n): return n and 1 + f(n - 1)\nr = f(5000)",
+        "assert r == 5000",
+    ),
+    "itself, otherwise": (
+        "import os, signal\nos.sched_setaffinity(0, os.sched_getaffinity(0)); os.nice(1)\n"
+        "signal.signal(signal.SIGUSR1, print); os.kill(os.getpid(), signal.SIGUSR1)",
+        "pass",
+    ),
+    "a pair of streams": ("import socket\na, b = socket.socketpair(); a.send(b'x')", "assert b.recv(9) == b'x'"),
+    "reading here and there": (
+        "import os\nr = open('/proc/self/status').read(4) + open('/proc/meminfo').read(3) + open('/dev/stdin').read()",
+        "assert r == 'NameMem' and os.listdir('/') and open('/dev/urandom', 'rb').read(1)",
+    ),
     "an assertion of its own that it catches": ("try: assert 0\nexcept AssertionError: r = 1", "assert r"),
 }
 
@@ -107,6 +124,38 @@ WRONG = {
         "pass",
         "AssertionError",
     ),
+    # Through what is open or readable.
+    "a signal by a descriptor": ("import fcntl\nfcntl.fcntl(0, fcntl.F_SETOWN, PARENT)", "pass", "PermissionError"),
+    "another signal": ("import fcntl\nfcntl.fcntl(0, fcntl.F_SETSIG, 9)", "pass", "PermissionError"),
+    "typing": ("import fcntl\nfcntl.ioctl(0, 0x5412, b'x')", "pass", "PermissionError"),
+    "flags of a file": ("import fcntl\nfcntl.ioctl(open(VICTIM), 0x40086602, bytes(8))", "pass", "PermissionError"),
+    "a lock": ("import fcntl\nfcntl.flock(open(VICTIM), fcntl.LOCK_EX)", "pass", "PermissionError"),
+    "another lock": ("import fcntl\nfcntl.lockf(open(VICTIM), fcntl.LOCK_SH)", "pass", "PermissionError"),
+    "a pair of datagrams": ("import socket\nsocket.socketpair(type=socket.SOCK_DGRAM)", "pass", "PermissionError"),
+    "an address": (
+        "import socket\na, b = socket.socketpair()\na.sendto(b'x', '/nonexistent')",
+        "pass",
+        "PermissionError",
+    ),
+    "descriptors handed over": (
+        "import socket\na, b = socket.socketpair()\nsocket.send_fds(a, [b'x'], [0])",
+        "pass",
+        "PermissionError",
+    ),
+    "priority of another": ("import os\nos.setpriority(0, PARENT, 19)", "pass", "PermissionError"),
+    "priority of a group": ("import os\nos.setpriority(1, 0, 19)", "pass", "PermissionError"),
+    "processors of another": ("import os\nos.sched_setaffinity(PARENT, {0})", "pass", "PermissionError"),
+    "a scheduler": ("import os\nos.sched_setscheduler(0, 5, os.sched_param(0))", "pass", "PermissionError"),
+    "its server's environment": ("import os\nopen(f'/proc/{os.getppid()}/environ')", "pass", "PermissionError"),
+    "its server's memory": ("import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')", "pass", "PermissionError"),
+    "its server's descriptors": (
+        "import os\nos.open(f'/proc/{os.getppid()}/fd/1', os.O_RDONLY)",
+        "pass",
+        "PermissionError",
+    ),
+    "our environment": ("open(f'/proc/{PARENT}/environ')", "pass", "PermissionError"),
+    "our memory's map": ("open(f'/proc/{PARENT}/maps').read()", "pass", "PermissionError"),
+    "another user": ("import os\nos.setuid(os.getuid())", "pass", "PermissionError"),
     "raising a limit": ("import resource as r; r.setrlimit(r.RLIMIT_AS, (-1, -1))", "pass", "not allowed"),
     # Any other limit is refused as well: not every user may raise one without the filter.
     "setting it otherwise": ("import resource as r; r.prlimit(0, r.RLIMIT_NOFILE, (8, 8))", "pass", "PermissionError"),
@@ -123,7 +172,9 @@ def test_others_do_not_pass_and_do_no_harm(sandbox, tmp_path, name) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.setblocking(False)
-        known = f"VICTIM, PORT, TGKILL = {str(victim)!r}, {listener.getsockname()[1]}, {tgkill}\n"
+        known = (
+            f"VICTIM, PORT, TGKILL = {str(victim)!r}, {listener.getsockname()[1]}, {tgkill}\nPARENT = {os.getpid()}\n"
+        )
         verdict = run(sandbox, known + program, tests)
         with pytest.raises(BlockingIOError):
             listener.accept()
@@ -153,6 +204,109 @@ def test_a_lost_sandbox_is_started_anew(monkeypatch) -> None:
         sandbox._servers.put(server)
         assert run(sandbox, "x = 1").status == "sandbox"
         assert run(sandbox, "x = 1").passed
+
+
+def test_a_verdict_comes_in_time_though_the_sandbox_is_stuck(monkeypatch) -> None:
+    monkeypatch.setattr(sandbox_module, "GRACE", 0.1)
+    with Sandbox(1) as sandbox:
+        assert run(sandbox, "x = 1", seconds=9).passed
+        server = sandbox._servers.get()
+        sandbox._servers.put(server)
+        server.send_signal(signal.SIGSTOP)
+        assert run(sandbox, "x = 1", stdin="x" * 10**6, seconds=0.1).status == "sandbox"
+        assert server.poll() is not None and not server.folder.exists()
+        assert run(sandbox, "x = 1", seconds=9).passed
+
+
+def test_a_program_has_no_privileges(sandbox) -> None:
+    wanted = ("CapInh", "CapPrm", "CapEff", "CapAmb", "NoNewPrivs", "Seccomp")
+    program = "print(open('/proc/self/status').read())"
+    lines = (line.split(":") for line in run(sandbox, program, "").stdout.splitlines() if ":" in line)
+    found = {name: int(value, 16) for name, value in lines if name in wanted}
+    assert found == dict.fromkeys(wanted, 0) | {"NoNewPrivs": 1, "Seccomp": 2}
+
+
+def test_privileges_that_cannot_be_dropped_are_named(monkeypatch, tmp_path) -> None:
+    for name in ("seccomp", "sandbox_server"):
+        source = sandbox_module.SERVER.with_name(f"{name}.py").read_text()
+        (tmp_path / f"{name}.py").write_text(source)
+    (tmp_path / "confinement.py").write_text(
+        "def drop_capabilities(): raise OSError(1, 'no way to give up privileges')"
+    )
+    monkeypatch.setattr(sandbox_module, "SERVER", tmp_path / "sandbox_server.py")
+    with pytest.raises(UsageError, match="cannot be run here: no way to give up privileges; run this as a user"):
+        Sandbox(1)
+
+
+def test_memory_is_hidden_while_programs_run_and_not_longer() -> None:
+    get_dumpable = functools.partial(ctypes.CDLL(None).prctl, 3, 0, 0, 0, 0)
+    before = get_dumpable()
+    with confinement.hidden_memory():
+        with confinement.hidden_memory():
+            assert get_dumpable() == 0
+        assert get_dumpable() == 0
+    assert get_dumpable() == before
+
+
+PID = 4321
+CHECKED = {
+    "OPENAT": (
+        [(0, 9, os.O_RDONLY | os.O_CLOEXEC)],
+        [(0, 9, os.O_WRONLY | os.O_CREAT), (0, 9, 3), (0, 9, os.O_TMPFILE | os.O_RDWR), (0, 9, os.O_APPEND)],
+    ),
+    "CLONE": (
+        [(0x3D0F00,), (0x7D0F00,)],
+        [(17,), (0,), (0x10000,), (0x3D0F00 | 0x40000000,), (0x3D0F00 | 0x20000000,)],
+    ),
+    "KILL": ([(PID, 9)], [(0, 9), (-1 & 0xFFFFFFFF, 9), (PID + 1, 9), (1, 9)]),
+    "TGKILL": ([(PID, 99, 9)], [(99, 99, 9)]),
+    "PRLIMIT64": ([(0, 7, 0, 9), (PID, 7, 0, 9), (0, 3, 9)], [(0, 7, 9), (0, 7, 1 << 32), (99, 3, 9), (99, 7, 0, 9)]),
+    "SETPRIORITY": ([(0, 0, 5), (0, PID, 5)], [(0, 99, 5), (1, 0, 5), (2, 0, 5)]),
+    "SCHED_SETAFFINITY": ([(0,), (PID,)], [(99,)]),
+    "PRCTL": ([(15,), (16,)], [(4, 1), (22,), (1, 0), (38,), (0x59616D61,)]),
+    "IOCTL": ([(0, 0x5401), (0, 0x5451)], [(0, 0x5412), (0, 0x541C), (0, 0x40086602), (0, 0xAA00), (0, 0x8902)]),
+    "FCNTL": ([(0, c) for c in (0, 1, 2, 3, 4, 1030)], [(0, c) for c in (6, 7, 8, 10, 15, 37, 1024, 1026, 1031)]),
+    "SOCKETPAIR": ([(1, 1), (1, 0x80801)], [(1, 2), (1, 5), (2, 1), (16, 3), (1, 0x80002)]),
+    "SENDTO": ([(0, 9, 9, 0, 0)], [(0, 9, 9, 0, 9), (0, 9, 9, 0, 1 << 32)]),
+}
+"""Arguments of calls that are looked at: those that are allowed, and those that are refused."""
+
+
+@pytest.mark.parametrize("machine", seccomp.ARCHITECTURES)
+def test_the_filter_allows_what_is_listed_alone(machine) -> None:
+    """The instructions, run here: also those of the other architecture."""
+    column, code = list(seccomp.ARCHITECTURES).index(machine), seccomp.program(machine, PID)
+
+    def answer(number: int, *arguments: int, architecture: int = seccomp.ARCHITECTURES[machine]) -> object:
+        data = struct.pack("<IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+        place, value = 0, 0
+        while True:
+            operation, if_true, if_false, k = struct.unpack_from("<HBBI", code, 8 * place)
+            if operation == seccomp.GIVE:
+                errors = {seccomp.REFUSE | e: name for e, name in errno.errorcode.items()}
+                return {seccomp.ALLOW: True, seccomp.KILL_PROCESS: "killed"}.get(k) or errors[k]
+            if operation == seccomp.LOAD:
+                (value,) = struct.unpack_from("<I", data, k)
+            elif operation == seccomp.AND:
+                value &= k
+            else:
+                tests = {seccomp.JUMP_IF: value == k, seccomp.JUMP_FROM: value >= k, seccomp.JUMP_IF_ANY: value & k}
+                place += if_true if tests[operation] else if_false
+            place += 1
+
+    listed = {pair[column] for pair in seccomp.ALLOWED.values() if pair[column] is not None}
+    judged = [getattr(seccomp, name)[column] for name in (*CHECKED, "OPEN")]
+    known = {n for first, end in seccomp.KNOWN[machine] for n in range(first, end)}
+    for number in set(range(1000)) - set(judged):
+        absent = number not in known or number in (435, 437)
+        assert answer(number) == (True if number in listed else "ENOSYS" if absent else "EPERM"), number
+    assert answer(10**6) == "ENOSYS" and answer(0, architecture=0x40000003) == "killed"
+    if machine == "x86_64":
+        assert answer(0x40000000) == "killed"
+    for name, (allowed, refused) in CHECKED.items():
+        number = getattr(seccomp, name)[column]
+        assert [answer(number, *arguments) for arguments in allowed] == [True] * len(allowed), name
+        assert [answer(number, *arguments) for arguments in refused] == ["EPERM"] * len(refused), name
 
 
 def test_programs_run_side_by_side_and_answers_keep_their_order() -> None:
