@@ -17,7 +17,7 @@ from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse
 from headstart.serving.protocol import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream, GoneError, while_connected
-from headstart.serving.validation import validation_error
+from headstart.serving.validation import NOT_JSON, validation_error
 
 GRACE = 10.0
 """Seconds that a client has to read an answer once its time is over."""
@@ -131,7 +131,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error.response()
-    told = error.detail
+    told = NOT_JSON if error.status_code == 400 else error.detail  # FastAPI's own is about bodies it cannot parse
     if error.status_code in (404, 405):
         told = f"there is no {request.method} {request.url.path[:80]}; /openapi.json names what there is"
     return ApiError(error.status_code, told, headers=error.headers).response()

@@ -30,7 +30,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "guided_whitespace_pattern": ((), "the spaces between the parts of JSON cannot be chosen"),
     "length_penalty": ((1, 1.0), "beam search is not supported"),
     "logits_processors": (([],), "code of a request is not run"),
-    "min_tokens": ((0,), "an answer may end at once"),
+    "min_tokens": ((0,), "the least length of an answer cannot be set"),
     "modalities": ((["text"],), "there are only models for text"),
     "moderation": ((), "nothing is moderated"),
     "prompt_logprobs": ((), "set echo and logprobs in /v1/completions"),

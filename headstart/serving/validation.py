@@ -19,10 +19,11 @@ WORDS = (
     ("Input should be a valid string", "must be a string"),
     ("Input should ", "must "),
     ("List should have ", "must have "),
-    ("String should have ", "must have "),
+    ("String should ", "must "),
     (" after validation", ""),
     ("Value error, ", ""),
 )
+NOT_JSON = "the body is not JSON in UTF-8; send an object of the fields that /openapi.json names"
 Error = Mapping[str, Any]
 
 
@@ -30,7 +31,7 @@ def validation_error(errors: Sequence[Error], body: Any) -> ApiError:
     """Return the error to answer, from pydantic's and the body that they are about."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON; send an object of the fields that /openapi.json names")
+        return ApiError(400, NOT_JSON)
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "missing"):  # text, say: curl's default
         wanted = "send one, with the header Content-Type: application/json"
         return ApiError(400, f"the body is not a JSON object; {wanted}")
@@ -80,6 +81,8 @@ def _words(error: Error) -> str:
     message = str(error["msg"])
     for pydantic, plain in WORDS:
         message = message.replace(pydantic, plain)
+    if error["type"] == "literal_error" and "content" in error["loc"]:
+        return f"{message}; other parts are not read, leave them out"
     return message
 
 

@@ -110,7 +110,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
         ({"role": "user", "content": 5}, "messages[1].content", "must be a string, or a list of parts"),
         ({"content": "x"}, "messages[1].role", "is required"),
         ({"role": "king", "content": "x"}, "messages[1].role", "must be 'system', 'developer'"),
-        ({"role": "user", "content": [IMAGE]}, "messages[1].content[0].type", "must be 'text'"),
+        ({"role": "user", "content": [IMAGE]}, "messages[1].content[0].type", "'text'; other parts are not read"),
         ({"role": "assistant", "content": "x", "refusal": "no"}, "messages[1].refusal", "send it as content"),
         ({"role": "assistant", "function_call": {}}, "messages[1].function_call", "use tool_calls"),
         ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[1].tool_calls", "only an assistant"),

@@ -103,7 +103,9 @@ def test_the_field_that_is_wrong_is_named(change: dict[str, Any], param: str | N
     ids=lambda body: str(body[:12]),
 )
 def test_what_is_no_object_is_refused(body: bytes, server: Server) -> None:
-    refused(server, body)
+    message = refused(server, body)["message"]
+    if b"1e999" not in body:
+        assert message.startswith("the body is not") and "; send" in message
 
 
 def test_other_models_paths_and_methods(server: Server) -> None:
@@ -126,6 +128,7 @@ def test_other_models_paths_and_methods(server: Server) -> None:
         ({"stop": ["x", ""]}, "stop", "stop[1]: must have at least 1 character"),
         ({"temperature": "hot"}, "temperature", "must be a valid number"),
         ({"logit_bias": {"7": 101}}, "logit_bias.7", "less than or equal to 100"),
+        ({"speculative": {"acceptance": "always"}}, "speculative.acceptance", "must match pattern"),
         ({"spice": 1}, "spice", "no such field; leave it out"),
         ({"bad\nname": 1}, "bad name", "no such field"),
         ({"speculative": {"spice": 1}}, "speculative.spice", "no such field"),
