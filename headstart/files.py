@@ -21,15 +21,20 @@ FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, e
 """What the machine lacks, whatever file is named."""
 
 
+def status_of(error: OSError) -> int:
+    """Return the exit status after `error`: 1 where the machine is the reason, 2 where another path would do."""
+    return 1 if error.errno in FAILURES else 2
+
+
 def unwritable(path: Path, error: OSError, advice: str = "name a place you may write to") -> UsageError:
-    """Return the error of a `path` that cannot be written: status 1 where the machine is the reason, as a full disk."""
+    """Return the error of a `path` that cannot be written."""
+    status = status_of(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UsageError(
-            f"{path}: the disk is full, nothing was replaced; free some space and run the command again", status=1
-        )
-    if error.errno in FAILURES:
-        return UsageError(f"{path}: cannot be written ({error.strerror}); run the command again", status=1)
-    return UsageError(f"{path}: cannot be written ({error.strerror}); {advice}")
+        why, advice = "the disk is full, nothing was replaced", "free some space and run the command again"
+    else:
+        why = f"cannot be written ({error.strerror})"
+        advice = "run the command again" if status == 1 else advice
+    return UsageError(f"{path}: {why}; {advice}", status=status)
 
 
 def _sync(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from headstart.data.mixture import MixturePart, Source, open_sources
 from headstart.data.shards import prepare
 from headstart.errors import UsageError
-from headstart.files import replacing_file, take_lock, unwritable
+from headstart.files import replacing_file, status_of, take_lock, unwritable
 from headstart.storage.model_directory import load_data_tokenizer
 from headstart.terminal import Progress, say
 from headstart.training import checkpoints
@@ -136,7 +136,10 @@ class RunLog:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as error:
-            raise unwritable(self._path, error, "fix that and run the command again") from error
+            raise UsageError(
+                f"{self._path}: cannot be written ({error.strerror}); fix that and run the command again",
+                status=status_of(error),
+            ) from error
 
     def sync(self) -> None:
         """Before a checkpoint: it must not be on disk without the lines that lead to it."""

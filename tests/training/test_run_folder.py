@@ -89,8 +89,9 @@ def test_a_full_disk_under_the_log_gets_a_line(tmp_path) -> None:
     log = RunLog(tmp_path / "metrics.jsonl", 0)
     log.close()
     log._file = io.FileIO("/dev/full", "w")
-    with pytest.raises(UsageError, match=r"metrics.jsonl: cannot be written .No space left"):
+    with pytest.raises(UsageError, match=r"metrics.jsonl: cannot be written .No space left") as raised:
         log.write({"step": 1})
+    assert raised.value.status == 1
     log.close()
 
 
