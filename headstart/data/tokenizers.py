@@ -49,6 +49,12 @@ class Tokenizer(Protocol):
         """The text of `tokens`: special tokens and ids beyond the vocabulary dropped, invalid UTF-8 as U+FFFD."""
         ...
 
+    def __hash__(self) -> int: ...
+
+    def piece(self, token: int) -> str | None:
+        """What the vocabulary calls `token`; None for what it has no name for."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Writes the files from which `transformers.AutoTokenizer.from_pretrained(directory)` gives the same ids."""
         ...
@@ -131,6 +137,10 @@ class ByteTokenizer:
         _check_ids([token])
         return bytes([token]) if token < self.end_id else b""
 
+    def piece(self, token: int) -> str | None:
+        """What the vocabulary calls `token`; None for a byte."""
+        return self.end_name if token == self.end_id else None
+
     def save(self, directory: Path) -> None:
         """Writes `tokenizer.json` (byte-pair encoding without merges, so that id == byte) and its configuration."""
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -187,7 +197,7 @@ class PretrainedTokenizer:
         self._without_rows: dict[int, str] = {}
 
         steps = _decoder_steps(content.get("decoder"))
-        self._falls_back_to_bytes = "ByteFallback" in steps
+        self.falls_back_to_bytes = "ByteFallback" in steps
         self._bytes_of_character: dict[str, int] | None = None
         self._known_bytes: dict[int, bytes] = {}
         # What TextStream may rely on: the bytes of each token, or else which tokens leave a character open. A decoder
@@ -246,6 +256,10 @@ class PretrainedTokenizer:
         kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
         with _one_line(f"tokenizer {self.name}: fails on these tokens", "fix the decoder in its tokenizer.json"):
             return str(self._engine.decode(kept, skip_special_tokens=True))
+
+    def piece(self, token: int) -> str | None:
+        """What the vocabulary calls `token`; None for an id that it does not use."""
+        return self._engine.id_to_token(token)
 
     def definition(self) -> dict[str, Any]:
         """What its `tokenizer.json` says, for those who write it in another format; tokens without a row left out."""
@@ -319,7 +333,7 @@ class PretrainedTokenizer:
 
     def _is_partial(self, token: int) -> bool:
         """Whether `token` does not end a run of byte tokens: it is one, or an unused id, which decoding drops."""
-        if not self._falls_back_to_bytes:
+        if not self.falls_back_to_bytes:
             return False
         text = self._engine.id_to_token(token)
         return text is None or re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", text) is not None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from headstart.data.pieces import TextOffsets, piece_bytes, piece_name
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.generation import Generation, Stats
 from headstart.serving.jobs import Job, Piece
@@ -48,7 +49,7 @@ class Shape:
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "seed": seed}
         self._begun: set[Job] = set()
-        self._offsets: dict[Job, int] = {}
+        self._offsets: dict[Job, TextOffsets] = {}
 
     def whole(self, jobs: Sequence[Job], pieces: dict[Job, Piece], prompt_tokens: int) -> dict[str, Any]:
         """The answer to a request that does not stream."""
@@ -118,38 +119,36 @@ class Shape:
                 top = [self._token(other, logprob) for other, logprob in best]
                 content.append({**self._token(token, own), "top_logprobs": top})
             return {"content": content, "refusal": None}
-        offsets, at = [], self._offsets.get(job, 0)
-        names = [self._name(token) for token, _, _ in of_tokens]
-        for name in names:
-            offsets.append(at)
-            at += len(name)
-        self._offsets[job] = at
         return {
-            "tokens": names,
+            "tokens": [self._name(token) for token, _, _ in of_tokens],
             "token_logprobs": [None if own is None else finite(own) for _, own, _ in of_tokens],
             "top_logprobs": [
                 None if best is None else {self._name(t): finite(lp) for t, lp in best} for _, _, best in of_tokens
             ],
-            "text_offset": offsets,
+            "text_offset": self._places(job, generation.tokens[span], echoed),
         }
+
+    def _places(self, job: Job, tokens: Sequence[int], echoed: bool) -> list[int]:
+        """Return where tokens begin in the text of a choice, behind those of its prompt where it is `echoed`."""
+        prompt = job.request.prompt if echoed else ()
+        if self.tokenizer is None:
+            return [0] * (len(prompt) + len(tokens))
+        if job not in self._offsets:
+            start = len(self.echo[job.index]) if self.echo else 0
+            self._offsets[job] = TextOffsets(self.tokenizer, job.request.prompt, start)
+        before = TextOffsets(self.tokenizer, ())
+        return [before.push(token) for token in prompt] + [self._offsets[job].push(token) for token in tokens]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": finite(logprob), "bytes": self._bytes(token)}
 
     def _bytes(self, token: int) -> list[int] | None:
-        token_bytes = getattr(self.tokenizer, "token_bytes", None)
-        if token_bytes is not None:
-            return list(token_bytes(token))
-        return None if self.tokenizer is None else list(self.tokenizer.decode([token]).encode())
+        """None for a token that is not part of the text."""
+        content = b"" if self.tokenizer is None else piece_bytes(self.tokenizer, token)
+        return list(content) if content else None
 
     def _name(self, token: int) -> str:
-        """Its text; a token that is none by itself is named by its bytes, or its id."""
-        text = "" if self.tokenizer is None else self.tokenizer.decode([token])
-        if not text:
-            return f"token_id:{token}"
-        if "\N{REPLACEMENT CHARACTER}" in text:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._bytes(token) or ())
-        return text
+        return f"token_id:{token}" if self.tokenizer is None else piece_name(self.tokenizer, token)
 
 
 def usage(jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
