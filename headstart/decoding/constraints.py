@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.constraint_vocabulary import Vocabulary, vocabulary_of
 from headstart.errors import UsageError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
     from llguidance._lib import JsonCompileOptions
 
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice", "lark": "Lark grammar"}
@@ -32,8 +33,9 @@ JSON_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator
 """JSON on one line, as `json.dumps` writes it: where any white space goes, nothing is forced, and small models write
 nothing else. A schema's own "x-guidance" goes before it."""
 KEPT_GRAMMARS = 64
-UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
-"""Those that a text may hold."""
+UNWRITABLE = "no text of this model's tokens satisfies it; loosen it"
+FORCED_TOKENS = 256
+"""How far a text that leaves no choice is followed to see whether this model's tokens can write it."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,17 @@ class Constraint:
                 raise UsageError(f"JSON schema {json_schema}: {why}; name a file, or write it out: {{...}}") from error
         return cls.json_schema(json_schema)
 
-    def grammar(self) -> str:
-        """In the words of llguidance. Raises UsageError for what is no JSON, or no list of choices."""
+    def grammar(self, vocabulary: Vocabulary) -> str:
+        """In the words of llguidance, without what these tokens cannot write as far as that shows: choices, and in a
+        regular expression characters. Raises UsageError for what is no JSON, or no list of choices."""
         from llguidance import LLMatcher
 
         if self.kind == "regex":
-            return str(LLMatcher.grammar_from_regex(self.text))
+            grammar = str(LLMatcher.grammar_from_regex(self.text))
+            if vocabulary.writable is None:
+                return grammar
+            pattern = json.loads(grammar)["grammars"][0]["lark_grammar"].removeprefix("start: ")
+            return str(LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {pattern} & /{vocabulary.writable}/"))
         if self.kind == "lark":
             return str(LLMatcher.grammar_from_lark(self.text))
         try:
@@ -97,7 +104,10 @@ class Constraint:
         if self.kind == "choice":
             if not isinstance(content, list) or not content or not all(isinstance(x, str) and x for x in content):
                 raise UsageError(f"choice: {self.text} must be a list of texts, none of them empty")
-            return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, content))))
+            options = [option for option in content if vocabulary.can_write(option)]
+            if not options:
+                raise UsageError(f"choice: {UNWRITABLE}")
+            return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, options))))
         if not isinstance(content, dict):
             raise UsageError(f"JSON schema: it must be an object {{...}}, not {self.text[:40]}")
         return str(LLMatcher.grammar_from_json_schema(self.text, defaults=JSON_LAYOUT))
@@ -106,15 +116,15 @@ class Constraint:
 class Matcher:
     """Where one text stands in its constraint."""
 
-    def __init__(self, beginning: LLMatcher, vocab_size: int, ends: Collection[int]) -> None:
-        self._beginning, self._vocab_size = beginning, vocab_size
+    def __init__(self, beginning: LLMatcher, vocab_size: int, own: int, ends: Collection[int]) -> None:
+        self._beginning, self._vocab_size, self._own = beginning, vocab_size, min(own, vocab_size)
         self._ends = [end for end in ends if 0 <= end < vocab_size]
         self._matcher = beginning.deep_copy()
         self._tokens: list[int] = []
 
     def restarted(self, ends: Collection[int]) -> Matcher:
         """Another one, at the beginning, for a text that each of the tokens `ends` ends."""
-        return Matcher(self._beginning, self._vocab_size, ends)
+        return Matcher(self._beginning, self._vocab_size, self._own, ends)
 
     def allowed(self) -> np.ndarray:
         """Which tokens (V,) bool may come next, the end tokens among them where the text may end. None where a text has
@@ -123,7 +133,7 @@ class Matcher:
             return np.zeros(self._vocab_size, dtype=bool)
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         allowed = np.zeros(self._vocab_size, dtype=bool)
-        allowed[: len(bits)] = bits[: self._vocab_size]
+        allowed[: min(self._own, len(bits))] = bits[: self._own]
         if self._matcher.is_error():  # computing the mask is where a grammar grows too complex
             allowed[:] = False
         else:
@@ -157,7 +167,6 @@ class Matcher:
         return self.may_end and bool(self._matcher.is_stopped())
 
 
-_vocabularies: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
 _compiled: WeakKeyDictionary[Tokenizer, OrderedDict[tuple[Constraint, int], Matcher]] = WeakKeyDictionary()
 
 
@@ -189,69 +198,29 @@ def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> M
             "a constraint needs llguidance, which is not installed: pip install 'headstart[grammar]'"
         ) from error
     try:
-        grammar = constraint.grammar()
+        vocabulary = vocabulary_of(tokenizer)
+        grammar = constraint.grammar(vocabulary)
     except ValueError as error:  # NaN, say, which Python writes and JSON does not know
         raise UsageError(f"{NAMES[constraint.kind]}: {_gist(str(error))}; change or leave that") from error
-    matcher = LLMatcher(_vocabulary(tokenizer), grammar, log_level=0)
+    matcher = LLMatcher(vocabulary.ll, grammar, log_level=0)
     if matcher.is_error():
         raise UsageError(f"{NAMES[constraint.kind]}: {_gist(matcher.get_error())}; change or leave that")
-    result = Matcher(matcher, vocab_size, tokenizer.end_ids)
-    if not result.may_end and not result.allowed().any():
-        raise UsageError(f"{NAMES[constraint.kind]}: no text of this model's tokens satisfies it; loosen it")
+    result = Matcher(matcher, vocab_size, vocabulary.size, tokenizer.end_ids)
+    if not _satisfiable(result.restarted(tokenizer.end_ids), FORCED_TOKENS if vocabulary.lacking else 1):
+        raise UsageError(f"{NAMES[constraint.kind]}: {UNWRITABLE}")
     return result
 
 
-def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
-    if tokenizer in _vocabularies:
-        return _vocabularies[tokenizer]
-    from llguidance import LLTokenizer, TokenizerWrapper
-
-    if isinstance(tokenizer, ByteTokenizer):
-        vocabulary = LLTokenizer(TokenizerWrapper(_Bytes()))
-    elif isinstance(tokenizer, PretrainedTokenizer):
-        try:
-            definition = tokenizer.definition()
-            definition["decoder"] = _plain_decoder(definition.get("decoder"))
-            vocabulary = LLTokenizer(json.dumps(definition), n_vocab=tokenizer.vocab_size, eos_token=tokenizer.end_id)
-        except ValueError as error:
-            raise UsageError(
-                f"tokenizer {tokenizer.name}: constraints cannot be had with its kind ({_gist(str(error))}); "
-                "byte-level BPE and BPE with byte fallback can"
-            ) from error
-        # Without, llguidance forgets what it cannot write of a forced stretch, and its masks are wrong from there on.
-        single = {vocabulary.decode_bytes([token]) for token in range(tokenizer.vocab_size)}
-        lacking = [byte for byte in UTF8_BYTES if bytes([byte]) not in single]
-        if lacking:
-            raise UsageError(
-                f"tokenizer {tokenizer.name}: constraints need a token for every byte, and it has none for "
-                f"0x{lacking[0]:02X}; byte-level BPE and BPE with byte fallback have all"
-            )
-    else:
-        raise UsageError("constraints need the byte tokenizer or one of a tokenizer.json")
-    _vocabularies[tokenizer] = vocabulary
-    return vocabulary
-
-
-def _plain_decoder(decoder: Any) -> Any:
-    """Return a tokenizer.json's decoder with each Metaspace step as the replacement that it does, which is all that
-    llguidance understands."""
-    if isinstance(decoder, dict) and decoder.get("type") == "Sequence":
-        return decoder | {"decoders": [_plain_decoder(step) for step in decoder.get("decoders", [])]}
-    if isinstance(decoder, dict) and decoder.get("type") == "Metaspace":
-        return {"type": "Replace", "pattern": {"String": decoder.get("replacement", "▁")}, "content": " "}
-    return decoder
-
-
-class _Bytes:
-    """`ByteTokenizer` as llguidance wants to see it."""
-
-    eos_token_id = ByteTokenizer.end_id
-    bos_token_id = None
-    tokens = (*(bytes([byte]) for byte in range(eos_token_id)), ByteTokenizer.end_name.encode())
-    special_token_ids = (eos_token_id,)
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return list(text.encode("utf-8") if isinstance(text, str) else text)
+def _satisfiable(matcher: Matcher, most: int) -> bool:
+    """Return whether tokens can follow wherever the constraint leaves one choice, for at most so many tokens."""
+    for _ in range(most):
+        if matcher.may_end:
+            return True
+        allowed = matcher.allowed()
+        if np.count_nonzero(allowed) != 1:
+            return bool(allowed.any())
+        matcher.push(int(allowed.argmax()))
+    return True
 
 
 def _gist(message: str) -> str:
