@@ -192,3 +192,122 @@ def test_what_is_written_depends_on_nothing_else_and_is_short(tmp_path: Path) ->
         with pytest.raises(UsageError, match=words):
             save_hf_code(Transformer(replace(TINY, **change)), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Generates with the code of a small model."""
+    folder = tmp_path_factory.mktemp("coded")
+    save_hf_code(lively(TINY), folder)
+    model = written_code(folder, MODELING_FILE).HeadstartForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generating = written_code(folder, GENERATE_FILE)
+
+    def generate(ids: Any, plain: bool = False, **settings: Any) -> list[list[int]]:
+        settings = {"max_new_tokens": 12, "pad_token_id": 0, "attention_mask": torch.ones_like(ids), **settings}
+        decode = transformers.LlamaForCausalLM.generate if plain else generating.generate
+        found: list[list[int]] = (
+            decode(model, ids, **settings) if plain else decode(ids, model=model, **settings)
+        ).tolist()
+        return found
+
+    return generate
+
+
+IDS = torch.arange(3, 11).reshape(1, 8)
+
+
+class Counting(transformers.LogitsProcessor):
+    def __init__(self) -> None:
+        self.calls, self.seen = 0, torch.zeros(31)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.calls += 1
+        return scores - self.calls * (torch.arange(31) == self.calls % 31)
+
+
+class Remembering(Counting):
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.seen[scores.argmax()] += 1
+        return scores - self.seen
+
+
+class Drawing(Counting):
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores + torch.rand(31)
+
+
+class Pure(Counting):
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores - 3.0 * (torch.arange(31) == input_ids[:, -1:]) + self.seen
+
+
+def closure() -> Any:
+    seen: list[int] = []
+
+    def process(input_ids: Any, scores: Any) -> Any:
+        seen.append(1)
+        return scores - len(seen) * (torch.arange(31) == 5)
+
+    return process
+
+
+@pytest.mark.parametrize("make", [Counting, Remembering, Drawing, closure])
+def test_a_processor_that_keeps_state_is_refused(make: Any, coded: Any) -> None:
+    settings = {"do_sample": False}
+    with pytest.raises(ValueError, match=r"keeps state.*heads=1"):
+        coded(IDS, logits_processor=[make()], **settings)
+    # With one prompt and one head the calls are those of transformers.
+    torch.manual_seed(1)
+    plain = coded(IDS, plain=True, logits_processor=transformers.LogitsProcessorList([make()]), **settings)
+    torch.manual_seed(1)
+    assert coded(IDS, heads=1, logits_processor=[make()], **settings) == plain
+
+
+def test_a_processor_of_the_text_alone_is_taken(coded: Any) -> None:
+    two = torch.cat([IDS, IDS.flip(1)])
+    listed = transformers.LogitsProcessorList
+    for settings in ({"no_repeat_ngram_size": 2}, {"suppress_tokens": [4, 5], "sequence_bias": [[[6], 2.0]]}):
+        assert coded(two, **settings) == coded(two, plain=True, **settings)
+    assert coded(two, logits_processor=listed([Pure()])) == coded(two, plain=True, logits_processor=listed([Pure()]))
+    allowed = {"prefix_allowed_tokens_fn": lambda batch, text: [int(text[-1]) % 30 + 1, 7]}
+    assert coded(IDS, **allowed) == coded(IDS, plain=True, **allowed)
+    calls: list[int] = []
+    with pytest.raises(ValueError, match="keeps state"):
+        coded(IDS, prefix_allowed_tokens_fn=lambda batch, text: calls.append(1) or [len(calls) % 31, 7])
+
+
+class Ends(transformers.StoppingCriteria):
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((len(input_ids),), input_ids.shape[1] > 11)
+
+
+class Nothing:
+    def put(self, value: Any) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompts", "words"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, 1, "penalty_alpha"),
+        ({"penalty_alpha": 0.6, "do_sample": True}, 1, "penalty_alpha"),
+        ({"dola_layers": "low"}, 1, "dola_layers"),
+        ({"prompt_lookup_num_tokens": 3}, 1, "prompt_lookup_num_tokens"),
+        ({"num_beams": 2}, 1, "num_beams"),
+        ({"guidance_scale": 1.5}, 1, "UnbatchedClassifierFreeGuidance.*keeps state"),
+        ({"token_healing": True}, 1, "token_healing"),
+        ({"position_ids": torch.arange(8)[None]}, 1, "position_ids"),
+        ({"stopping_criteria": [Ends()]}, 2, "Ends: .*one prompt at a time"),
+        ({"streamer": Nothing()}, 2, "streamer"),
+    ],
+)
+def test_settings_that_are_not_honoured_are_refused(settings: Any, prompts: int, words: str, coded: Any) -> None:
+    with pytest.raises(ValueError, match=words):
+        coded(IDS.repeat(prompts, 1), **settings)
+
+
+def test_stopping_criteria_of_ones_own_with_one_prompt(coded: Any) -> None:
+    listed = transformers.StoppingCriteriaList
+    found = coded(IDS, stopping_criteria=listed([Ends()]))
+    assert found == coded(IDS, plain=True, stopping_criteria=listed([Ends()])) and len(found[0]) == 12

@@ -9,8 +9,10 @@ to the rounding of logits. Sampling takes its noise as transformers does, a draw
 proposals are made with the noise of their own place: after the same `torch.manual_seed` the tokens are those that
 `generate` of transformers samples, and fewer passes make them.
 
-Logits processors see, for each place, the text before it. Not taken: beams, assistants, `prefix_allowed_tokens_fn`
-with several prompts, caches of yours, and what `return_dict_in_generate` may carry beside `sequences`.
+Logits processors see, for each place, the text before it. Not taken: other ways of decoding (beams, contrastive
+search, assistants), processors that keep state from call to call, `prefix_allowed_tokens_fn`, stopping criteria and
+streamers of yours with several prompts, caches of yours, and what `return_dict_in_generate` may carry in addition to
+`sequences`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,26 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import ModelOutput
+
+OTHER_WAYS = (
+    *("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "diversity_penalty"),
+    *("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
+)
+"""Settings that ask for another way of decoding."""
+PROCESSORS = (
+    *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "EncoderRepetitionPenalty", "NoRepeatNGram"),
+    *("EncoderNoRepeatNGram", "SequenceBias", "NoBadWords", "PrefixConstrained", "ForcedBOSToken", "ForcedEOSToken"),
+    *("InfNanRemove", "SuppressTokensAtBegin", "SuppressTokens", "Watermark"),
+)
+WARPERS = ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")
+STATELESS = {
+    *(f"{name}LogitsProcessor" for name in PROCESSORS),
+    *(f"{name}LogitsWarper" for name in WARPERS),
+    *("ExponentialDecayLengthPenalty", "LogitNormalization"),
+}
+"""Processors of transformers that look at the text alone."""
+ROW_BY_ROW = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
+"""Stopping criteria of transformers that judge each text alone."""
 
 
 @dataclass
@@ -55,6 +77,10 @@ def generate(
         raise ValueError("this model was loaded without its heads; load it with trust_remote_code=True")
     if options.get("assistant_model") is not None:
         raise ValueError("the heads of the model draft; leave assistant_model out")
+    if options.get("position_ids") is not None:
+        raise ValueError("position_ids: decoding with heads counts positions itself; leave it out")
+    if options.get("token_healing", getattr(generation_config or model.generation_config, "token_healing", False)):
+        raise ValueError("token_healing: decoding with heads takes prompts as they are; leave it out")
     tokenizer, stop_strings = options.pop("tokenizer", None), options.pop("stop_strings", None)
     if stop_strings is not None:
         criteria = list(options.pop("stopping_criteria", None) or [])
@@ -81,6 +107,7 @@ def _decode(
     if not 1 <= n <= model.settings.heads:
         raise ValueError(f"heads is {n}; it must lie between 1 and the {model.settings.heads} of this model")
     _refuse(input_ids, generation_config, constrained, more)
+    _refuse_objects(len(input_ids), n, logits_processor, stopping_criteria, stream)
     batch = _Batch(model, input_ids, more.get("attention_mask"), logits_processor, generation_config, n)
     passes = 0  # after the one over the prompt
     index_BW = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -118,6 +145,9 @@ class _Batch:
     ) -> None:
         B, self.start = input_ids.shape
         self.model, self.n, self.processors = model, n, processors
+        # One token a pass of one text: the calls are those of transformers, in order, and may change what they like.
+        self.watched = [] if n == B == 1 else _may_keep_state(processors)
+        self.state = _state(self.watched)
         self.sampled = config.do_sample
         room = config.max_length + n
         self.text = torch.zeros(B, room, dtype=torch.long, device=input_ids.device)
@@ -206,7 +236,10 @@ class _Batch:
         if len(self.processors):
             # They may know the number of texts, so all texts are shown, and what they say of this one is taken.
             shown_BV = scores_V.expand(len(self.text), -1).clone()
+            random = torch.get_rng_state() if self.watched else None
             scores_V = self.processors(self.text[:, :place], shown_BV)[b]
+            if random is not None:
+                _refuse_changes(self.watched, self.state, random)
         if not self.sampled:
             return scores_V.argmax()
         return (scores_V.softmax(-1) / self._noise(place - self.start, scores_V)[b]).argmax()
@@ -228,6 +261,11 @@ def _refuse(input_ids: Tensor, config: Any, constrained: bool, more: dict[str, A
         raise ValueError("give the prompt as input_ids, one token at least")
     if config.num_beams > 1:
         raise ValueError("num_beams: decoding with heads writes one text; take num_beams=1")
+    for name in OTHER_WAYS:
+        if getattr(config, name, None):
+            raise ValueError(f"{name}: decoding with heads knows greedy text and sampling; leave it out")
+    if (getattr(config, "num_beam_groups", None) or 1) > 1 or config.cache_implementation == "quantized":
+        raise ValueError("num_beam_groups and quantized caches: decoding with heads has neither; leave them out")
     if constrained and len(input_ids) > 1:
         raise ValueError("prefix_allowed_tokens_fn: give one prompt at a time")
     if config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
@@ -237,3 +275,52 @@ def _refuse(input_ids: Tensor, config: Any, constrained: bool, more: dict[str, A
         raise ValueError("past_key_values: decoding with heads keeps its own; leave it out")
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise ValueError("attention_mask: pad prompts on the left")
+
+
+def _refuse_objects(B: int, n: int, processors: Any, criteria: Any, stream: Any) -> None:
+    """Refuse objects that would not see what transformers shows them."""
+    for processor in processors:
+        if _of_transformers(processor) and type(processor).__name__ not in STATELESS and not n == B == 1:
+            raise ValueError(f"{type(processor).__name__}: {_KEEPS_STATE}")
+    for criterion in criteria if B > 1 else []:
+        if not (_of_transformers(criterion) and type(criterion).__name__ in ROW_BY_ROW):
+            raise ValueError(f"{type(criterion).__name__}: texts end one by one here; give one prompt at a time")
+    if stream is not None and B > 1:
+        raise ValueError("streamer: give one prompt at a time")
+
+
+_KEEPS_STATE = "it keeps state, and drafts change its calls; take one prompt and heads=1, or leave it out"
+ATTRIBUTES = ("__dict__", "__self__", "__closure__", "cell_contents", "__defaults__")
+
+
+def _of_transformers(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] in ("transformers", "tokenizers")
+
+
+def _may_keep_state(processors: Any) -> list[Any]:
+    """Return the processors, or functions in them, that are not of transformers."""
+    things = [getattr(processor, "_prefix_allowed_tokens_fn", processor) for processor in processors]
+    return [thing for thing in things if not _of_transformers(thing)]
+
+
+def _refuse_changes(watched: list[Any], state: Any, random: Tensor) -> None:
+    """Refuse processors that are no longer what they were, or drew random numbers."""
+    if _state(watched) != state or not torch.equal(torch.get_rng_state(), random):
+        names = ", ".join(getattr(thing, "__name__", type(thing).__name__) for thing in watched)
+        raise ValueError(f"logits processor {names}: {_KEEPS_STATE}")
+
+
+def _state(thing: Any, depth: int = 6) -> Any:
+    """Return what `thing` remembers, in a form to compare with later."""
+    if isinstance(thing, Tensor):
+        return id(thing), thing._version
+    if depth == 0 or isinstance(thing, (torch.nn.Module, type)) or _of_transformers(thing):
+        return id(thing)
+    if isinstance(thing, dict):
+        return [(repr(key), _state(value, depth - 1)) for key, value in thing.items()]
+    if isinstance(thing, (list, tuple)):
+        return [_state(each, depth - 1) for each in thing]
+    parts = [getattr(thing, name, None) for name in ATTRIBUTES]
+    if all(part is None for part in parts):
+        return repr(thing)
+    return [id(thing), *(_state(part, depth - 1) for part in parts)]
