@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.arguments import whole_number
-from headstart.data.prompts import Prompt, encode_prompt, split_prompts
+from headstart.data.prompts import Prompt, encode_prompt, split_prompts, turn_ends
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
@@ -205,6 +205,7 @@ class LanguageModel:
                 constraint=constraint,
                 logprobs=logprobs,
                 stop=stop,  # type: ignore[arg-type]  # it is made a tuple there
+                ends=turn_ends(self._tokenizer, text),
             )
             for text, key in zip(prompts, seeds)
         ]
@@ -241,6 +242,7 @@ class LanguageModel:
             penalties=penalties or Penalties(),
             constraint=constraint,
             stop=stop,  # type: ignore[arg-type]  # it is made a tuple there
+            ends=turn_ends(self._tokenizer, prompt),
         )
         engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None, tree=tree)
         engine.submit(request)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from headstart.data.tokenizers import PretrainedTokenizer, byte_alphabet
+from headstart.data.byte_alphabet import byte_alphabet
+from headstart.data.tokenizers import PretrainedTokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import chat_tokenizer
 from tokenizer_kinds import KINDS, random_model, sentencepiece
 
 from headstart.api import LanguageModel
@@ -16,6 +17,7 @@ from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.origins import OriginStream
+from headstart.decoding.penalties import Penalties
 from headstart.errors import UsageError
 from headstart.storage.model_directory import load_model_tokenizer, save_model
 
@@ -50,7 +52,7 @@ def test_the_directory_names_the_ends(model: LanguageModel) -> None:
     assert ends_of(model, 7, [3, 4]) == {own, 7}
     assert ends_of(model, None, [3, 4]) == {own, 3, 4}
     assert ends_of(model, None, None) == ends_of(model, [], own) == {own}
-    assert ends_of(model, [-1, 9999], None) == {own, -1, 9999}  # ids that the model never writes
+    assert ends_of(model, [-1, 7], None) - {-1} == {own, 7}  # -1 is no id of the vocabulary
     for wrong in ("</s>", [1, "2"], 1.5, True, {"a": 1}):
         with pytest.raises(UsageError, match=r"generation_config.json: eos_token_id is .*a token id or a list"):
             ends_of(model, wrong, None)
@@ -83,6 +85,17 @@ def test_a_constrained_text_ends_by_any_end_when_it_may(model: LanguageModel) ->
     assert matcher.push(tokenizer.encode("xa")[-1]) and matcher.allowed()[[end, tokenizer.end_id]].all()
     alone = compiled(Constraint.regex("ab*"), tokenizer, model.config.vocab_size, [tokenizer.end_id])
     assert alone.push(tokenizer.encode("xa")[-1]) and not alone.allowed()[end]
+
+
+def test_an_answer_to_messages_ends_with_its_turn(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer(tmp_path)
+    model = LanguageModel(random_model(tokenizer.vocab_size), tokenizer)
+    turn_end = tokenizer.encode("<|im_end|>")[0]
+    assert turn_end not in tokenizer.end_ids
+    messages, wanted = [{"role": "user", "content": "x"}], Penalties(bias=((turn_end, 1000.0),))
+    chat, plain = model.generate([messages, "x"], max_new_tokens=3, penalties=wanted)  # type: ignore[list-item, arg-type]
+    assert (chat.tokens, chat.finish_reason) == ([], "end") and plain.tokens == [turn_end] * 3
+    assert "".join(model.stream(messages, max_new_tokens=3, penalties=wanted)) == ""
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -80,7 +80,7 @@ def generate(
         json: print text, tokens and statistics as JSON instead of streaming.
     """
     import headstart
-    from headstart.data.prompts import Prompt, encode_prompt
+    from headstart.data.prompts import Prompt, encode_prompt, turn_ends
     from headstart.decoding.acceptance import Rule
     from headstart.decoding.constraints import Constraint
     from headstart.decoding.generation import Request
@@ -107,6 +107,7 @@ def generate(
         constraint=Constraint.named(json_schema, regex),
         logprobs=logprobs,
         stop=stop,
+        ends=turn_ends(loaded.tokenizer, asked),
     )
     context = max(1, min(loaded.config.context, len(request.prompt) + max_new_tokens))
     engine = loaded.engine(1, context, exact, lookup, tree=tree)

@@ -34,12 +34,22 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Any) -> tuple[int, ...]:
     """
     if isinstance(prompt, Mapping):
         raise UsageError("the prompt is one message; give a list of messages, [{'role': 'user', 'content': '...'}]")
-    chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    if not chat and not isinstance(prompt, str):
+    if not _is_chat(prompt) and not isinstance(prompt, str):
         return token_ids(prompt)
     if tokenizer is None:
         raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
     return tuple(prompt_ids(tokenizer, prompt)) if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+
+
+def turn_ends(tokenizer: Tokenizer | None, prompt: Any) -> frozenset[int]:
+    """Return the tokens that end the answer to a conversation; none for other prompts."""
+    if tokenizer is None or not _is_chat(prompt):
+        return frozenset()
+    return need_chat_template(tokenizer).turn_ends(tokenizer)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Any], tools: Any = None) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from headstart.data.byte_alphabet import byte_alphabet
 from headstart.data.special_tokens import (
     ADDED_FILE,
     CONFIG_FILE,
@@ -65,19 +66,6 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     every text (the start token of Llama, Mistral and Gemma), unless the text has them already."""
     ids, start = tokenizer.encode(text), list(tokenizer.start_ids)
     return ids if ids[: len(start)] == start else start + ids
-
-
-def byte_alphabet() -> list[str]:
-    """GPT-2's 256 visible characters, one per byte value: itself where it prints, else 256 and up, in order."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    characters, spare = [], 256
-    for byte in range(256):
-        if byte in visible:
-            characters.append(chr(byte))
-        else:
-            characters.append(chr(spare))
-            spare += 1
-    return characters
 
 
 @contextmanager

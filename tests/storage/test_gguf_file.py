@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from headstart.data.bpe import train
-from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, byte_alphabet
+from headstart.data.byte_alphabet import byte_alphabet
+from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
 from headstart.decoding.packing import pack
