@@ -60,7 +60,8 @@ class Admission:
             if not free:
                 return
             generation = self.waiting.popleft()
-            slot, spare = self.slots.place(generation.request.prompt, generation.heads, free, busy)
+            request = generation.request
+            slot, spare = self.slots.place(request.prompt, generation.heads, free, busy, request.cache_salt)
             if spare != slot:
                 self._swap(slot, spare)
             generation.slot = slot
@@ -138,13 +139,13 @@ class Admission:
     def _reuse(self, slot: int, generation: Generation) -> None:
         """Brings the rows of other texts that a prompt begins with into its slot, and clears those that it will not
         use."""
-        cache = self.state.cache
-        donor, count = self.slots.donor(slot, generation.request.prompt, generation.heads)
-        if generation.request.prompt_logprobs is not None:
+        cache, request = self.state.cache, generation.request
+        donor, count = self.slots.donor(slot, request.prompt, generation.heads, request.cache_salt)
+        if request.prompt_logprobs is not None:
             donor, count = slot, 0  # scores need the latents of every position
         if donor != slot:
             cache.copy(donor, slot, count)
-        self.slots.take(slot, donor, count)
+        self.slots.take(slot, donor, count, request.cache_salt)
         # Attention multiplies masked rows by 0, and 0 x NaN is NaN: a text that overflowed must not reach the next one.
         cache.clear(slot, count, self._dirty[slot])
         cache.clear(slot, cache.capacity + self.state.parked, cache.capacity)

@@ -166,8 +166,9 @@ class Engine:
             raise UsageError(f"the prompt holds token {bad}; this model's vocabulary has {config.vocab_size} tokens")
         room = self.context - len(request.prompt)
         ends = request.ends if self.tokenizer is None else request.ends | self.tokenizer.end_ids
-        constraint = request.constraint
-        matcher = None if constraint is None else compiled(constraint, self.tokenizer, config.vocab_size, ends)
+        matcher = None if request.matcher is None else request.matcher.restarted()
+        if matcher is None and request.constraint is not None:
+            matcher = compiled(request.constraint, self.tokenizer, config.vocab_size, ends)
         limit = min(request.max_new_tokens, room)
         stopper = Stopper(limit, ends, request.stop, self.tokenizer, matcher, request.prompt)
         generation = Generation(request, min(heads, self.most_heads), stopper)

@@ -45,6 +45,10 @@ class Request:
     """Strings that end the text; they are not part of it."""
     ends: frozenset[int] = frozenset()
     """Tokens that end the text in addition to the tokenizer's `end_ids`, such as the end of a turn of a chat."""
+    cache_salt: str = ""
+    """Only requests with the same salt reuse each other's keys and values."""
+    matcher: Matcher | None = field(default=None, compare=False, repr=False)
+    """`constraint`, compiled by the caller; without it the engine compiles, and other requests wait meanwhile."""
 
     def __post_init__(self) -> None:
         """Take NumPy numbers, arrays and tensors too. Raises UsageError for what is of another kind."""

@@ -1,14 +1,15 @@
 """What the caches of each slot hold: where a request goes, and what is there of its prompt already.
 
 Keys and values of a position depend on the tokens up to it alone, in every head. So a prompt that begins like a text
-some slot holds, or has held last, goes on from a copy of those rows. (As vLLM's prefix caching and SGLang's
+some slot holds, or has held last, goes on from a copy of those rows, if both requests have the same salt: how much a
+request reuses shows in its cost, and would tell one client how another one's prompt continues. (As vLLM's prefix caching and SGLang's
 RadixAttention, with whole slots in place of pages.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headstart.model.config import ModelConfig
 
@@ -30,6 +31,8 @@ class Held:
     """Leading positions that were computed as chunks of a prompt, not in windows."""
     used: int = 0
     """When a request last left the slot, counted in requests."""
+    salt: str = ""
+    """The salt of the request that wrote the positions: only requests with the same salt may use them."""
 
     def usable(self, prompt: Sequence[int], heads: int, chunk: int | None, ahead: int = 0) -> int:
         """How many leading positions a request with this prompt can take. The last token of a prompt is never one: it
@@ -47,7 +50,7 @@ class Held:
     def cut(self, count: int) -> Held:
         """A copy that holds the first `count` positions only."""
         heads = [min(reached, count) for reached in self.heads]
-        return Held(heads, self.tokens[:count], prefilled=min(self.prefilled, count), used=self.used)
+        return replace(self, heads=heads, tokens=self.tokens[:count], root=-1, prefilled=min(self.prefilled, count))
 
     def add(self, tokens: Sequence[int], heads: int) -> None:
         """`tokens` follow, computed with what heads 1..`heads` need."""
@@ -74,11 +77,13 @@ class Slots:
         self.held = [Held([0] * config.heads) for _ in range(count)]
         self._freed = 0
 
-    def place(self, prompt: Sequence[int], heads: int, free: Sequence[int], busy: Sequence[int]) -> tuple[int, int]:
+    def place(
+        self, prompt: Sequence[int], heads: int, free: Sequence[int], busy: Sequence[int], salt: str = ""
+    ) -> tuple[int, int]:
         """The one of the `free` slots that a request takes, and the one which what lies there should change places with
         (itself: it may be lost)."""
 
-        worth = {slot: self._worth(slot, prompt, heads) for slot in free}
+        worth = {slot: self._worth(slot, prompt, heads, salt) for slot in free}
 
         def width(slot: int) -> int:
             return max(*busy, slot) - min(*busy, slot) if busy and self.compact else 0
@@ -87,30 +92,31 @@ class Slots:
         spare = min(free, key=lambda slot: worth[slot])
         return slot, spare if worth[slot][0] and worth[spare] < worth[slot] else slot
 
-    def _worth(self, slot: int, prompt: Sequence[int], heads: int) -> tuple[bool, int]:
+    def _worth(self, slot: int, prompt: Sequence[int], heads: int, salt: str) -> tuple[bool, int]:
         """Orders slots by what a prompt would overwrite there: first those where nothing is lost, the one which holds
         most of the prompt before the others; then those that were left longest ago."""
         if not self.reuse:
             return False, 0
         held = self.held[slot]
-        found = held.usable(prompt, heads, self.chunk, self.config.ahead)
+        found = self._usable(held, prompt, heads, salt)
         lost = len(held.tokens) - found >= SHORTEST
         return lost, held.used if lost else -found
 
-    def donor(self, slot: int, prompt: Sequence[int], heads: int) -> tuple[int, int]:
-        """The slot that holds most of this prompt (`slot` itself, if no other has more), and how many positions."""
+    def donor(self, slot: int, prompt: Sequence[int], heads: int, salt: str = "") -> tuple[int, int]:
+        """The slot that holds most of this prompt (`slot` itself, if no other has more), and how many positions; only
+        slots with this salt are looked at."""
         if not self.reuse:
             return slot, 0
-        found = [held.usable(prompt, heads, self.chunk, self.config.ahead) for held in self.held]
+        found = [self._usable(held, prompt, heads, salt) for held in self.held]
         best = max(found)
         return (slot, best) if found[slot] == best else (found.index(best), best)
 
     def swap(self, a: int, b: int) -> None:
         self.held[a], self.held[b] = self.held[b], self.held[a]
 
-    def take(self, slot: int, donor: int, count: int) -> None:
-        """`slot` now holds the first `count` positions of `donor`."""
-        self.held[slot] = self.held[donor].cut(count)
+    def take(self, slot: int, donor: int, count: int, salt: str = "") -> None:
+        """`slot` now holds the first `count` positions of `donor`, for a request with this salt."""
+        self.held[slot] = replace(self.held[donor].cut(count), salt=salt)
 
     def filled(self, slot: int, tokens: Sequence[int], heads: int) -> None:
         """A chunk of a prompt was computed."""
@@ -128,6 +134,9 @@ class Slots:
         """The request in `slot` has ended; what it has left there stays."""
         self._freed += 1
         self.held[slot].used = self._freed
+
+    def _usable(self, held: Held, prompt: Sequence[int], heads: int, salt: str) -> int:
+        return held.usable(prompt, heads, self.chunk, self.config.ahead) if held.salt == salt else 0
 
     def _computed(self, heads: int) -> int:
         """The heads up to which nothing is missing where heads 1..`heads` were computed: without blocks of their own

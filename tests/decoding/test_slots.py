@@ -299,6 +299,37 @@ def test_so_it_is_in_int8() -> None:
         assert generation.tokens == alone(model, request).tokens
 
 
+def test_prefixes_are_shared_by_requests_of_one_salt_alone() -> None:
+    """Copied from slots in use or left, however requests are admitted; the output does not depend on it."""
+    model, engine = way("compiled"), Engine(way("compiled"), slots=3)
+    asked = [Request(TEXT[:100] + TEXT[i : i + 5], 4, cache_salt=salt) for i, salt in enumerate("aabba")]
+    reused = [generation.stats.prompt_tokens_reused for generation in generate_all(engine, asked)]
+    assert [count >= 100 for count in reused] == [False, True, False, True, True] and reused[0] == reused[2] == 0
+    for salt, some in (("a", True), ("b", True), ("", False), ("c", False)):
+        request = Request(TEXT[:120], 4, cache_salt=salt)
+        found = generate_all(engine, [request])[0]
+        assert (found.stats.prompt_tokens_reused > 0) == some, salt
+        assert found.tokens == alone(model, request).tokens
+
+
+def test_a_slot_that_changes_hands_holds_the_new_salt() -> None:
+    engine = Engine(way("compiled"), slots=1)
+    for salt, reused in (("a", False), ("b", False), ("a", False), ("a", True)):
+        found = generate_all(engine, [Request(TEXT[:100], 1, cache_salt=salt)])[0]
+        assert (found.stats.prompt_tokens_reused > 0) == reused
+
+
+def test_a_prompt_given_up_before_its_turn_leaves_the_slot_to_its_former_salt() -> None:
+    engine = Engine(way("compiled"), slots=2, prefill_budget=8)
+    generate_all(engine, [Request(TEXT[:60], 1, cache_salt="a"), Request(TEXT[100:160], 1, cache_salt="a")])
+    first, second = (engine.submit(Request(TEXT[200:300], 1, cache_salt="b")) for _ in range(2))
+    engine.step()  # the second one has a slot, and waits for the first one's prompt
+    assert second.slot is not None and engine.admission.slots.held[second.slot].salt == "a"
+    engine.cancel(second)
+    engine.cancel(first)
+    assert generate_all(engine, [Request(TEXT[200:300], 1, cache_salt="a")])[0].stats.prompt_tokens_reused == 0
+
+
 # Which slot
 
 
