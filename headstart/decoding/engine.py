@@ -166,7 +166,7 @@ class Engine:
             raise UsageError(f"the prompt holds token {bad}; this model's vocabulary has {config.vocab_size} tokens")
         room = self.context - len(request.prompt)
         ends = request.ends if self.tokenizer is None else request.ends | self.tokenizer.end_ids
-        matcher = None if request.matcher is None else request.matcher.restarted()
+        matcher = None if request.matcher is None else request.matcher.restarted(ends)
         if matcher is None and request.constraint is not None:
             matcher = compiled(request.constraint, self.tokenizer, config.vocab_size, ends)
         limit = min(request.max_new_tokens, room)

@@ -2,8 +2,8 @@
 
 Keys and values of a position depend on the tokens up to it alone, in every head. So a prompt that begins like a text
 some slot holds, or has held last, goes on from a copy of those rows, if both requests have the same salt: how much a
-request reuses shows in its cost, and would tell one client how another one's prompt continues. (As vLLM's prefix caching and SGLang's
-RadixAttention, with whole slots in place of pages.)
+request reuses shows in its cost, and would tell one client how another one's prompt continues. (As vLLM's prefix
+caching and SGLang's RadixAttention, with whole slots in place of pages.)
 """
 
 from __future__ import annotations

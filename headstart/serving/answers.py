@@ -28,6 +28,7 @@ class Shape:
         tokenizer: None for a model without: its texts are empty, `token_ids` tell what it wrote.
         logprobs: whether log-probabilities are told.
         origins: whether it is told which head drafted which token.
+        choices: how many of each prompt.
         echo: what stands before the text of each choice; none without echo.
         silent: nothing but the echo is returned, though the engine writes one token.
     """
@@ -41,11 +42,13 @@ class Shape:
         tokenizer: Tokenizer | None,
         logprobs: bool,
         origins: bool,
+        choices: int = 1,
         echo: Sequence[str] = (),
         silent: bool = False,
     ) -> None:
         self.chat, self.tokenizer, self.logprobs, self.origins, self.echo = chat, tokenizer, logprobs, origins, echo
         self.silent = silent
+        self.choices = choices
         name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "seed": seed}
         self._begun: set[Job] = set()
@@ -76,7 +79,7 @@ class Shape:
         return {**self._head, "object": self._chunk_kind, "choices": [], "usage": self._usage(jobs, prompt_tokens)}
 
     def _usage(self, jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
-        told = usage(jobs, prompt_tokens)
+        told = usage(jobs, prompt_tokens, self.choices)
         return told | {"completion_tokens": 0, "total_tokens": prompt_tokens} if self.silent else told
 
     @property
@@ -151,15 +154,19 @@ class Shape:
         return f"token_id:{token}" if self.tokenizer is None else piece_name(self.tokenizer, token)
 
 
-def usage(jobs: Sequence[Job], prompt_tokens: int) -> dict[str, Any]:
-    """What the texts cost; `prompt_tokens`: of the different prompts."""
+def usage(jobs: Sequence[Job], prompt_tokens: int, choices: int) -> dict[str, Any]:
+    """What the texts cost; `prompt_tokens`: of the different prompts, each with so many choices.
+
+    Tokens are cached where every choice of a prompt found them: the first one to be admitted read the others."""
     parts = [job.generation.stats for job in jobs if job.generation is not None]
+    reused = [0 if job.generation is None else job.generation.stats.prompt_tokens_reused for job in jobs]
+    cached = sum(min(reused[i : i + choices]) for i in range(0, len(jobs), choices))
     stats = Stats.summed(parts)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": stats.tokens,
         "total_tokens": prompt_tokens + stats.tokens,
-        "prompt_tokens_details": {"cached_tokens": min(prompt_tokens, stats.prompt_tokens_reused)},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "speculative": {
             "drafted": sum(stats.drafted) + stats.looked_up,
             "accepted": sum(stats.accepted) + stats.looked_up_accepted,

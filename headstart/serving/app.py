@@ -13,7 +13,8 @@ from starlette.responses import HTMLResponse, Response
 
 from headstart import __version__
 from headstart.data.chat_template import load_chat_template
-from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse
+from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse, stopping
+from headstart.serving.guard import CLIENT
 from headstart.serving.protocol import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream, GoneError, while_connected
@@ -109,14 +110,13 @@ def make_app(service: Service) -> FastAPI:
 
 async def _answer(service: Service, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
     if service.draining:
-        raise ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
-    client = request.headers.get("authorization", "") + "@" + (request.client.host if request.client else "")
-    answer = await service.prepare(asked, client)
+        raise stopping()
+    client = request.scope.get(CLIENT) or (request.client.host if request.client else "")
     seconds = service.settings.request_timeout + GRACE
     if asked.stream:
-        return EventStream(answer.events(), seconds)
+        return EventStream(service.events(asked, client), seconds)
     try:
-        return JsonResponse(await while_connected(answer.whole(), request.receive, seconds))
+        return JsonResponse(await while_connected(service.whole(asked, client), request.receive, seconds))
     except GoneError:
         return Response(status_code=499)  # nobody reads it
 

@@ -47,6 +47,21 @@ class ApiError(HTTPException):
         return JsonResponse(self.content, self.status_code, self.headers)
 
 
+def stopping() -> ApiError:
+    """Return the error of a request that a stopping server does not answer."""
+    return ApiError(503, "the server is stopping", headers={"Retry-After": "5"})
+
+
+def too_many(busy: int, seconds: int) -> ApiError:
+    """Return the error of a request that finds no room, or loses its place to a client with fewer requests."""
+    return ApiError(
+        429,
+        f"{busy} texts are being written or wait; try again in {seconds} s",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(seconds)},
+    )
+
+
 class ErrorDetail(BaseModel):
     message: str
     type: str

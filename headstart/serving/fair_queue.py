@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Container
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -25,11 +26,13 @@ class FairQueue(Generic[Item]):
         self._of.setdefault(client, deque()).append(item)
         self._count += 1
 
-    def next(self) -> Item:
-        """The first item of the client whose turn it is; IndexError where there is none."""
-        if not self._of:
+    def next(self, skipped: Container[str] = ()) -> Item:
+        """The first item of the client whose turn it is, without those who are skipped; IndexError where there is
+        none."""
+        client = next((client for client in self._of if client not in skipped), None)
+        if client is None:
             raise IndexError("nobody waits")
-        client, items = next(iter(self._of.items()))
+        items = self._of[client]
         item = items.popleft()
         self._count -= 1
         if items:
@@ -37,6 +40,20 @@ class FairQueue(Generic[Item]):
         else:
             del self._of[client]
         return item
+
+    def newest_of_longest(self, client: str, more: int, count: int) -> list[Item] | None:
+        """Choose `count` items that leave a full queue for `more` items of `client`: one by one the newest item of the
+        client that has most. None where no other client has more items than this one would have. Nothing is removed."""
+        sizes = {other: len(items) for other, items in self._of.items()}
+        own = sizes.pop(client, 0) + more
+        chosen = []
+        for _ in range(count):
+            longest = max(sizes, key=lambda other: sizes[other], default=None)
+            if longest is None or sizes[longest] <= own:
+                return None
+            sizes[longest] -= 1
+            chosen.append(self._of[longest][sizes[longest]])
+        return chosen
 
     def remove(self, client: str, item: Item) -> bool:
         """Takes an item out; False if it is not here."""

@@ -12,10 +12,12 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headstart.serving.errors import INTERNAL, ApiError
+from headstart.serving.errors import INTERNAL, ApiError, stopping
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page asks for one, and those who watch the server have none."""
+CLIENT = "headstart.client"
+"""Where a request's scope names the client, if it shows a key."""
 BODY_SECONDS = 30.0
 """A body must be here within this time."""
 
@@ -80,7 +82,7 @@ class Guard:
         try:
             self._check_hosts(scope)
             if self._keys and scope["path"] not in OPEN:
-                self._check(headers.get(b"authorization", b""))
+                scope = {**scope, CLIENT: self._check(headers.get(b"authorization", b""))}
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.max_body_bytes:
                 raise self._too_large()
@@ -89,7 +91,10 @@ class Guard:
             return
         try:
             await self.app(scope, self._bounded(receive), counted)
-        except (Exception, asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        except asyncio.CancelledError:  # the server ends, and has waited long enough for this answer
+            if not started:
+                await stopping().response()(scope, receive, counted)
+        except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise  # an Exception has been answered
         except BaseException:  # a panic of a library in Rust, say
             traceback.print_exc()
@@ -105,13 +110,15 @@ class Guard:
                 message = f"requests for the host {host[:80]!r} are not answered; --allow-host NAME allows them"
                 raise ApiError(403, message, code="host_not_allowed")
 
-    def _check(self, authorization: bytes) -> None:
+    def _check(self, authorization: bytes) -> str:
+        """Return a name for the client, that of the key that it shows. Raises ApiError 401 where it shows none."""
         kind, _, shown = authorization.partition(b" ")
         # All are compared, each in the same time whatever it holds.
         found = [secrets.compare_digest(shown.strip(), key) for key in self._keys]
         if kind.lower() != b"bearer" or not any(found):
             message = "no valid key: send the header Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return f"key {found.index(True)}"
 
     def _too_large(self) -> ApiError:
         message = f"the body is larger than the {self.max_body_bytes} bytes that this server reads; send less"

@@ -24,11 +24,14 @@ from headstart.serving.fields import (
 
 MAX_CHOICES = 128
 MAX_BIASES = 1024
+MAX_OPTIONS = 4096
+MAX_STOP = 1024
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_OPTIONS, fail_fast=True)]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "mark_answers_")
 """Variables of a chat template that requests set by other fields, or not at all."""
 
@@ -125,7 +128,7 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="0: only with echo.")
     n: int | None = Field(default=1, ge=1, le=MAX_CHOICES, description="How many texts; the i-th has seed + i.")
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="Of the sampling noise; drawn where not given."
     )

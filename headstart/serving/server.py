@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import time
@@ -27,6 +28,8 @@ from headstart.serving.worker import Worker
 from headstart.terminal import say
 
 SWITCH_SECONDS = 0.0005
+MOST_GRACE = 5
+"""Seconds that clients have to read the answers that are still on their way when the last text is done."""
 
 
 def make_service(directory: Path, settings: ServeSettings) -> Service:
@@ -72,7 +75,6 @@ class Server(uvicorn.Server):
         settings = service.settings
         most, backlog = connection_limits(settings.max_connections)
         self.socket = _listen(settings.host, settings.port, backlog)
-        # An answer that has been written may still be on its way when the last text is done.
         config = uvicorn.Config(
             guarded(make_app(service), service),
             http=Connections(settings, most).make,  # type: ignore[arg-type]  # called like a class
@@ -83,7 +85,9 @@ class Server(uvicorn.Server):
             access_log=False,
             lifespan="off",
             server_header=False,
-            timeout_graceful_shutdown=5,
+            proxy_headers=bool(settings.trusted_proxies),
+            forwarded_allow_ips=list(settings.trusted_proxies),
+            timeout_graceful_shutdown=MOST_GRACE,
         )
         super().__init__(config)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,11 +117,13 @@ class Server(uvicorn.Server):
             asyncio.run_coroutine_threadsafe(self._finish(), self._loop)
 
     async def _finish(self) -> None:
-        worker = self.service.worker
         deadline = time.monotonic() + self.service.settings.drain_seconds
-        while not worker.idle and time.monotonic() < deadline and not self._hurried:
+        while not self.service.idle and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(worker.stop)
+        self.service.stop()
+        await asyncio.to_thread(self.service.worker.stop)
+        left = 0.0 if self._hurried else deadline - time.monotonic()
+        self.config.timeout_graceful_shutdown = max(1, min(MOST_GRACE, int(left)))
         self.should_exit = True
 
 
@@ -142,3 +148,7 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     # The engine's thread waits for the event loop's Python at every return from a kernel, by default up to 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     server.run()
+    if service.stuck:  # a thread inside a library that comes back to an interpreter which has ended aborts the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

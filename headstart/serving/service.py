@@ -6,13 +6,14 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from headstart.api import LanguageModel
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.acceptance import Rule
-from headstart.decoding.constraints import Constraint, compiled
+from headstart.decoding.constraints import Constraint, Matcher, compiled
 from headstart.decoding.generation import Request
 from headstart.decoding.penalties import Penalties
 from headstart.decoding.sampling import Sampling
@@ -21,6 +22,7 @@ from headstart.serving.answers import Shape
 from headstart.serving.conversation import rendered
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job, Piece
+from headstart.serving.preparation import Preparation
 from headstart.serving.protocol import Asked, ChatRequest, CompletionRequest, Speculative
 from headstart.serving.settings import ServeSettings
 from headstart.serving.stream import DONE, event
@@ -31,6 +33,10 @@ COMPLETION_TOKENS = 16
 
 SHORT = 2000
 """Characters or tokens of prompts that are tokenized on the event loop."""
+PROMPT_THREADS, CONSTRAINT_THREADS = 4, 2
+"""Threads that tokenize prompts and render chats, and threads that compile constraints; one client has at most half."""
+MAX_CONSTRAINT = 65536
+"""Characters of a constraint, in JSON where it is a schema or a list: the largest takes about a second to compile."""
 
 
 class Service:
@@ -44,35 +50,88 @@ class Service:
         """No new requests are taken."""
         self._template: ChatTemplate | None = None
         self._turn_ends: frozenset[int] = frozenset()
+        self._prompts = Preparation(PROMPT_THREADS, PROMPT_THREADS // 2, worker.bound)
+        self._constraints = Preparation(CONSTRAINT_THREADS, CONSTRAINT_THREADS // 2, worker.bound)
+        self._preparing = 0
 
-    async def prepare(self, asked: CompletionRequest | ChatRequest, client: str) -> Answer:
-        """Raises ApiError for what the model or the server's limits do not allow."""
+    @property
+    def idle(self) -> bool:
+        """Whether no request is prepared, waits or is written."""
+        return not self._preparing and self.worker.idle
+
+    @property
+    def stuck(self) -> int:
+        """How many threads still prepare requests that have ended."""
+        return self._prompts.stuck + self._constraints.stuck
+
+    def stop(self) -> None:
+        """Answer the requests that are prepared now, and later ones, with 503."""
+        self._prompts.stop()
+        self._constraints.stop()
+
+    async def whole(self, asked: CompletionRequest | ChatRequest, client: str) -> dict[str, Any]:
+        """Return the answer to a request. Raises ApiError."""
+        answer = await self._prepared(asked, client)
+        return await answer.whole()
+
+    async def events(self, asked: CompletionRequest | ChatRequest, client: str) -> AsyncGenerator[bytes, None]:
+        """Yield the answer to a request as it is written. Raises ApiError."""
+        answer = await self._prepared(asked, client)
+        async with aclosing(answer.events()) as events:
+            async for each in events:
+                yield each
+
+    async def _prepared(self, asked: CompletionRequest | ChatRequest, client: str) -> Answer:
+        """Read a request. Raises ApiError for what the model or the server's limits do not allow, before anything is
+        made that grows with the number of texts."""
         if asked.model is not None and asked.model != self.name:
             message = f"there is no model {asked.model[:80]!r}; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        n, bound = asked.n or 1, self.worker.bound
+        texts = n * (len(asked.prompts) if isinstance(asked, CompletionRequest) else 1)
+        if texts > bound:
+            message = f"the request asks for {texts} texts; this server takes {bound} at once"
+            raise ApiError(400, message, param="n" if n > 1 else "prompt")
+        seconds = self.settings.request_timeout
+        deadline = asyncio.get_running_loop().time() + seconds
+        self._preparing += 1
         try:
-            if _is_short(asked):
-                prompts, constraint = self._read(asked)
-            else:  # rendering, tokenizing and compiling take as long as the request makes them
-                prompts, constraint = await asyncio.to_thread(self._read, asked)
-            return self._answer(asked, client, prompts, constraint)
+            prompts, matcher = await asyncio.wait_for(self._read(asked, client), seconds)
+            return self._answer(asked, client, prompts, matcher, deadline)
+        except asyncio.TimeoutError:
+            raise _late(seconds) from None
         except UsageError as error:
             raise ApiError(400, str(error)) from error
+        finally:
+            self._preparing -= 1
 
-    def _read(self, asked: CompletionRequest | ChatRequest) -> tuple[list[list[int]], Constraint | None]:
-        """Token ids of the prompts, and the constraint, compiled."""
+    async def _read(
+        self, asked: CompletionRequest | ChatRequest, client: str
+    ) -> tuple[list[list[int]], Matcher | None]:
+        """Token ids of the prompts, and the constraint, compiled; in threads where that may take long."""
         constraint = _constraint(asked)
-        if constraint is not None:
-            compiled(constraint, self.tokenizer, self.model.config.vocab_size)
+        if constraint is not None and len(constraint.text) > MAX_CONSTRAINT:
+            message = f"the constraint has {len(constraint.text)} characters; this server compiles {MAX_CONSTRAINT}"
+            raise ApiError(400, f"{message}: make it shorter")
+        if _is_short(asked):
+            prompts = self._encoded(asked)
+        else:
+            prompts = await self._prompts.run(client, partial(self._encoded, asked))
+        if constraint is None:
+            return prompts, None
+        compiling = partial(compiled, constraint, self.tokenizer, self.model.config.vocab_size)
+        return prompts, await self._constraints.run(client, compiling)
+
+    def _encoded(self, asked: CompletionRequest | ChatRequest) -> list[list[int]]:
         if isinstance(asked, CompletionRequest):
             texts = asked.prompts
             encode = self._encode_bare if asked.add_special_tokens is False else self._encode
-            return [encode(text) if isinstance(text, str) else text for text in texts], constraint
+            return [encode(text) if isinstance(text, str) else text for text in texts]
         if self._template is None:
             template = need_chat_template(self.model.tokenizer)
             self._turn_ends = template.turn_ends(self.model.tokenizer)
             self._template = template  # last: other threads look at it alone
-        return [self.model.tokenizer.encode(rendered(asked, self._template))], constraint
+        return [self.model.tokenizer.encode(rendered(asked, self._template))]
 
     def _encode(self, text: str) -> list[int]:
         return prompt_ids(self.model.tokenizer, text)
@@ -85,7 +144,8 @@ class Service:
         asked: CompletionRequest | ChatRequest,
         client: str,
         prompts: list[list[int]],
-        constraint: Constraint | None,
+        matcher: Matcher | None,
+        deadline: float,
     ) -> Answer:
         chat = isinstance(asked, ChatRequest)
         n = asked.n or 1
@@ -102,10 +162,13 @@ class Service:
             _or(asked.frequency_penalty, 0.0),
             bias,
         )
+        # A client's prompts are hidden from those with other keys; without keys all clients share one space.
+        salt = f"{client if self.settings.api_key else ''}\n{asked.cache_salt or ''}"
+        constraint, stops = _constraint(asked), _stops(asked.stop)
         inbox = Inbox()
         jobs: list[Job] = []
         for prompt in prompts:
-            tokens = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat)
+            tokens, ids = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat), tuple(prompt)
             for i in range(n):
                 sampling = Sampling(
                     _or(asked.temperature, 1.0),
@@ -115,17 +178,19 @@ class Service:
                     seed + i,
                 )
                 request = Request(
-                    prompt=tuple(prompt),
+                    prompt=ids,
                     max_new_tokens=tokens,
                     sampling=sampling,
                     heads=self._heads(asked),
                     acceptance=rule,
                     penalties=penalties,
                     constraint=constraint,
+                    matcher=matcher,
                     logprobs=asked.alternatives,
                     prompt_logprobs=asked.logprobs if isinstance(asked, CompletionRequest) and asked.echo else None,
-                    stop=_stops(asked.stop),
+                    stop=stops,
                     ends=self._turn_ends if chat else frozenset(),
+                    cache_salt=salt,
                 )
                 streams, origins = bool(asked.stream), speculative.origins
                 jobs.append(Job(request, client, len(jobs), inbox, streams=streams, origins=origins))
@@ -140,12 +205,14 @@ class Service:
             tokenizer=self.tokenizer,
             logprobs=asked.alternatives is not None,
             origins=speculative.origins,
+            choices=n,
             echo=echo,
             silent=wanted == 0,
         )
         include = bool(asked.stream_options and asked.stream_options.include_usage)
         prompt_tokens = sum(map(len, prompts))
-        return Answer(self.worker, jobs, inbox, shape, prompt_tokens, self.settings.request_timeout, include)
+        late = _late(self.settings.request_timeout)
+        return Answer(self.worker, jobs, inbox, shape, prompt_tokens, deadline, late, include)
 
     def _heads(self, asked: Asked) -> int | None:
         speculative = asked.speculative or Speculative()
@@ -181,12 +248,13 @@ class Answer:
         inbox: Inbox,
         shape: Shape,
         prompt_tokens: int,
-        seconds: float,
+        deadline: float,
+        late: ApiError,
         include_usage: bool,
     ) -> None:
         self._worker, self._jobs, self._inbox, self._shape = worker, jobs, inbox, shape
         self._prompt_tokens, self._include_usage = prompt_tokens, include_usage
-        self._seconds = seconds
+        self._deadline, self._late = deadline, late
 
     async def whole(self) -> dict[str, Any]:
         """All of it."""
@@ -207,9 +275,7 @@ class Answer:
 
     async def _pieces(self) -> AsyncGenerator[dict[Job, Piece], None]:
         """Until all jobs are done; whatever ends this ends them."""
-        message = f"not done within the {self._seconds:g} s that this server gives a request"
-        late = ApiError(504, message, code="timeout")
-        alarm = self._inbox.loop.call_later(self._seconds, self._inbox.fail, late)
+        alarm = self._inbox.loop.call_at(self._deadline, self._inbox.fail, self._late)
         left = set(self._jobs)
         try:
             self._worker.submit(self._jobs)
@@ -220,12 +286,16 @@ class Answer:
         finally:
             alarm.cancel()
             if left:
-                self._worker.cancel(list(left), "deadline" if self._inbox.error is late else "cancelled")
+                self._worker.cancel(list(left), "deadline" if self._inbox.error is self._late else "cancelled")
+
+
+def _late(seconds: float) -> ApiError:
+    return ApiError(504, f"not done within the {seconds:g} s that this server gives a request", code="timeout")
 
 
 def _is_short(asked: Asked) -> bool:
     """Whether it is read sooner than a thread is asked to."""
-    if not isinstance(asked, CompletionRequest) or _constraint(asked) is not None:
+    if not isinstance(asked, CompletionRequest):
         return False
     return sum(map(len, asked.prompts)) <= SHORT
 

@@ -36,6 +36,9 @@ class ServeSettings:
     """Names in the Host header of requests that are answered; * for all. Addresses and names without a dot are always
     (default: no others on a loopback address without keys, which keeps web pages out that point their name here; any
     elsewhere)."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks of gateways whose `X-Forwarded-For` names the client (* for all; default: none). Without
+    keys, clients are told apart by address."""
     slots: int = 8
     """Texts decoded at once."""
     context: int | None = None

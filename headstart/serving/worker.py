@@ -14,11 +14,14 @@ from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation
 from headstart.decoding.origins import OriginStream
 from headstart.errors import UsageError
-from headstart.serving.errors import INTERNAL, ApiError
+from headstart.serving.errors import INTERNAL, ApiError, stopping, too_many
 from headstart.serving.fair_queue import FairQueue
 from headstart.serving.jobs import Job, Piece, hand_out
 from headstart.serving.metrics import Metrics
 from headstart.serving.warm_up import warm_up
+
+STOP_SECONDS = 1.0
+"""The step of an engine that is being stopped is waited for so long."""
 
 
 class Worker:
@@ -65,26 +68,33 @@ class Worker:
         if self._no_start is not None:
             raise self._no_start
 
+    @property
+    def bound(self) -> int:
+        """Most texts that are written and wait together."""
+        return self.slots + self.queue
+
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of them or none. Raises ApiError 429 past the bound, with the seconds after which to try again."""
-        bound = self.slots + self.queue
-        if len(jobs) > bound:
-            raise ApiError(400, f"the request asks for {len(jobs)} texts; this server takes {bound} at once", param="n")
+        """Takes all of them or none; at most `bound`, all of one client. Where the queue is full, the newest texts of
+        clients with longer queues leave it. Raises ApiError 429 where that makes no room, with the seconds after which
+        to try again."""
         with self._lock:
             busy = len(self._waiting) + len(self._running)
             if self.dead:
                 raise ApiError(503, "the engine has failed and could not be started again")
-            if busy + len(jobs) > bound:
-                seconds = max(1, min(60, math.ceil(busy * self._seconds / self.slots)))
-                raise ApiError(
-                    429,
-                    f"{busy} texts are being written or wait; try again in {seconds} s",
-                    code="rate_limit_exceeded",
-                    headers={"Retry-After": str(seconds)},
-                )
+            if self._stopping:
+                raise stopping()
+            full = too_many(busy, max(1, min(60, math.ceil(busy * self._seconds / self.slots))))
+            excess = busy + len(jobs) - self.bound
+            thrown_out = self._waiting.newest_of_longest(jobs[0].client, len(jobs), excess)
+            if thrown_out is None:
+                raise full
+            for job in thrown_out:
+                self._waiting.remove(job.client, job)
+                self.metrics.ended(job, "refused")
             for job in jobs:
                 self._waiting.put(job.client, job)
             self._lock.notify()
+        _send([], [(job, full) for job in thrown_out])
 
     def cancel(self, jobs: Sequence[Job], outcome: str = "cancelled") -> None:
         """Ends those that are not done: they leave the queue, or their slots before the next pass."""
@@ -92,7 +102,7 @@ class Worker:
             for job in jobs:
                 if self._waiting.remove(job.client, job):
                     self.metrics.ended(job, outcome)
-                else:
+                elif job in self._running:
                     self._cancelled.append((job, outcome))
             self._lock.notify()
 
@@ -101,11 +111,14 @@ class Worker:
         return not self._waiting and not self._running
 
     def stop(self) -> None:
-        """Ends the thread after its step; whoever waits is told."""
+        """Answers whoever waits with 503, and ends the thread after its step, which is not waited for any longer than
+        `STOP_SECONDS`."""
         with self._lock:
             self._stopping = True
+            left = self._left()
             self._lock.notify()
-        self._thread.join()
+        _send([], [(job, stopping()) for job in left])
+        self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -122,31 +135,41 @@ class Worker:
             traceback.print_exc()
             self.dead = True
         with self._lock:
-            left = [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
-        why = ApiError(503, "the engine has failed" if self.dead else "the server is stopping")
-        self._hand_over([], [(job, why) for job in left])
+            left = self._left()
+        self._hand_over(
+            [], [(job, ApiError(503, "the engine has failed") if self.dead else stopping()) for job in left]
+        )
+
+    def _left(self) -> list[Job]:
+        """The jobs that are not done, out of the queue; the lock is held."""
+        return [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
 
     def _serve(self, engine: Engine) -> None:
         """Until it is stopped. Raises what kept an engine from being made again."""
         while self._wait():
-            begun = self._next_jobs(engine)
-            refusals = [(job, self._begin(engine, job)) for job in begun]
-            errors = [(job, why) for job, why in refusals if why is not None]
-            pieces: list[tuple[Job, Piece]] = []
-            broken = False
-            try:
-                pieces = self._step(engine) if engine.busy else []
-            except Exception:
-                traceback.print_exc()
-                broken = True
-                self.failures += 1
-                self.metrics.failed()
-                refused = [job for job, _ in errors]
-                errors += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
-            self._hand_over(pieces, errors)
-            if broken:
+            if not self._turn(engine):
                 del engine  # its memory is wanted for the next one
                 engine = self._make_engine()
+
+    def _turn(self, engine: Engine) -> bool:
+        """Begins the jobs that there are slots for, runs a pass, and hands over what came of it. False where the engine
+        has failed. Its own function: the thread holds no job of a turn while it waits for the next one."""
+        begun = self._next_jobs(engine)
+        refusals = [(job, self._begin(engine, job)) for job in begun]
+        errors = [(job, why) for job, why in refusals if why is not None]
+        pieces: list[tuple[Job, Piece]] = []
+        broken = False
+        try:
+            pieces = self._step(engine) if engine.busy else []
+        except Exception:
+            traceback.print_exc()
+            broken = True
+            self.failures += 1
+            self.metrics.failed()
+            refused = [job for job, _ in errors]
+            errors += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
+        self._hand_over(pieces, errors)
+        return not broken
 
     def _wait(self) -> bool:
         """Until there is something to do; False where that is to stop."""
@@ -209,9 +232,7 @@ class Worker:
                 self._ended(job, job.generation.finish_reason or "")
             for job, error in errors:
                 self._ended(job, "refused" if error.status_code < 500 else "failed")
-        for loop in {job.inbox.loop for job, _ in (*pieces, *errors)}:
-            with suppress(RuntimeError):  # the loop has ended, and nobody listens
-                loop.call_soon_threadsafe(hand_out, pieces, errors)
+        _send(pieces, errors)
 
     def _ended(self, job: Job, outcome: str) -> None:
         """A job leaves; the lock is held."""
@@ -221,3 +242,10 @@ class Worker:
             self._job_of.pop(job.generation, None)
             self._seconds += 0.1 * (job.generation.stats.seconds - self._seconds)
         self.metrics.ended(job, outcome)
+
+
+def _send(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:
+    """Hand pieces and errors to the event loops of their jobs; from any thread."""
+    for loop in {job.inbox.loop for job, _ in (*pieces, *errors)}:
+        with suppress(RuntimeError):  # the loop has ended, and nobody listens
+            loop.call_soon_threadsafe(hand_out, pieces, errors)

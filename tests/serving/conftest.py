@@ -17,6 +17,7 @@ import pytest
 
 import headstart
 from headstart.decoding import untuned
+from headstart.decoding.engine import Engine
 from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
 from headstart.storage.boxed import boxed_model
@@ -89,3 +90,36 @@ def server() -> Iterator[Server]:
 def model() -> headstart.api.LanguageModel:
     """The same model, for what is written offline."""
     return headstart.load()
+
+
+class Gate:
+    """Lets the engine's steps through one by one, while it is shut."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.steps = 0
+        self._one = threading.Semaphore(0)
+        step = Engine.step
+
+        def gated(engine: Engine) -> Any:
+            if not self.open.is_set():
+                while not (self._one.acquire(timeout=0.01) or self.open.is_set()):
+                    pass
+            self.steps += 1
+            return step(engine)
+
+        monkeypatch.setattr(Engine, "step", gated)
+
+    def let(self, steps: int, wait: bool = True) -> None:
+        wanted = self.steps + steps
+        self._one.release(steps)
+        if wait:
+            until(lambda: self.steps >= wanted)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch):
+    made = Gate(monkeypatch)
+    yield made
+    made.open.set()

@@ -36,3 +36,22 @@ def test_those_who_go_are_gone() -> None:
     assert len(queue) == 4 and taken(queue) == ["a2", "b1", "a3", "b2"]
     with pytest.raises(IndexError):
         queue.next()
+
+
+def test_clients_may_be_skipped() -> None:
+    queue = filled()
+    assert queue.next({"a"}) == "b1" and queue.next({"a", "c"}) == "b2" and len(queue) == 4
+    with pytest.raises(IndexError):
+        queue.next({"a", "c"})
+    assert taken(queue) == ["a1", "c1", "a2", "a3"]
+
+
+def test_the_newest_items_of_the_longest_queues_make_room() -> None:
+    queue = filled()  # three of a, two of b, one of c
+    assert queue.newest_of_longest("d", 1, 1) == ["a3"]
+    assert queue.newest_of_longest("d", 1, 3) == ["a3", "a2", "b2"]
+    assert queue.newest_of_longest("d", 1, 4) is None  # every client has one now
+    assert queue.newest_of_longest("c", 1, 1) == ["a3"] and queue.newest_of_longest("c", 1, 2) is None
+    assert queue.newest_of_longest("c", 2, 1) is None and queue.newest_of_longest("a", 1, 1) is None
+    assert queue.newest_of_longest("a", 1, 0) == [] == queue.newest_of_longest("a", 1, -5)
+    assert len(queue) == 6 and FairQueue[str]().newest_of_longest("a", 1, 1) is None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serving.conftest import HTTP, metric, opened, raw, running, until
+from serving.conftest import HTTP, Gate, metric, opened, raw, running, until
 
 from headstart.decoding.engine import Engine
 from headstart.serving.server import Server
@@ -17,39 +16,6 @@ from headstart.serving.settings import ServeSettings
 
 LONG = {"prompt": "def f(", "max_tokens": 500, "temperature": 0, "speculative": {"enabled": False}}
 SHORT = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0}).encode()
-
-
-class Gate:
-    """Lets the engine's steps through one by one, while it is shut."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.steps = 0
-        self._one = threading.Semaphore(0)
-        step = Engine.step
-
-        def gated(engine: Engine) -> Any:
-            if not self.open.is_set():
-                while not (self._one.acquire(timeout=0.01) or self.open.is_set()):
-                    pass
-            self.steps += 1
-            return step(engine)
-
-        monkeypatch.setattr(Engine, "step", gated)
-
-    def let(self, steps: int, wait: bool = True) -> None:
-        wanted = self.steps + steps
-        self._one.release(steps)
-        if wait:
-            until(lambda: self.steps >= wanted)
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch):
-    made = Gate(monkeypatch)
-    yield made
-    made.open.set()
 
 
 @pytest.fixture(scope="module")
@@ -233,17 +199,3 @@ def test_a_route_that_fails_tells_nothing_and_ends_the_connection(
         status, answer = raw(small, SHORT)
     assert status == 500 and "division" not in str(answer)
     assert raw(small, SHORT)[0] == 200
-
-
-def test_a_client_is_a_key_and_an_address(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    clients: list[str] = []
-    submit = small.service.worker.submit
-
-    def watched(jobs: Any) -> None:
-        clients.extend(job.client for job in jobs)
-        submit(jobs)
-
-    monkeypatch.setattr(small.service.worker, "submit", watched)
-    for key in ("a", "b", "a"):
-        assert raw(small, SHORT, Authorization=f"Bearer {key}")[0] == 200
-    assert clients[0] == clients[2] != clients[1] and all("127.0.0.1" in client for client in clients)
