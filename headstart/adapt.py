@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tyro.conf import Positional
 
 from headstart.adaptation.heads import config_with_heads
@@ -14,6 +15,7 @@ from headstart.adaptation.lora import LoraConfig
 from headstart.adaptation.settings import AdaptConfig, FrozenDtype, Mode
 from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import MixturePart, open_sources
+from headstart.data.units import hold_conversations
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
 from headstart.evaluation.run import ACCEPTANCE_FILE, acceptance_of
@@ -31,6 +33,7 @@ from headstart.training.config import (
     RunConfig,
     ValidationConfig,
 )
+from headstart.training.config import load_config as load_run_config
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.run_folder import RunFolder
@@ -50,8 +53,9 @@ class AdaptSettings:
     """A model directory, such as RUN/model or an ordinary Hugging Face model, or OWNER/NAME on the hub. It is only
     read."""
     data: tuple[str, ...]
-    """Text like that which the model is to write: files, folders, globs or hf:NAME, as `headstart prepare` takes; or
-    folders that it wrote, encoded with the model's tokenizer."""
+    """Text like that which the model is to write: files, folders, globs or hf:NAME, as `headstart prepare` takes, also
+    conversations with "messages" as `headstart distill-data` writes them; or folders that `prepare` wrote, encoded with
+    the model's tokenizer."""
     run_dir: Path
     """Where everything of the run lies: checkpoints/, metrics.jsonl, and the result, model/. The same command goes on
     with a run that was stopped."""
@@ -233,7 +237,14 @@ def _data(settings: AdaptSettings) -> DataConfig:
         tokenizer=str(settings.model),
         validation_fraction=settings.validation_fraction,
         allow_changed=allow,
+        conversations=_conversations(settings),
     )
+
+
+def _conversations(settings: AdaptSettings) -> bool:
+    """Whether the data holds conversations: as the run was started, else by the first rows."""
+    started = RunFolder(settings.run_dir).config
+    return load_run_config(started).data.conversations if started.is_file() else hold_conversations(settings.data)
 
 
 def adapt(settings: AdaptSettings) -> dict[str, Any]:
@@ -249,9 +260,11 @@ def adapt(settings: AdaptSettings) -> dict[str, Any]:
 
 def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
     """What share of drafts of each head would be right if the model wrote the held-out documents of the run's data;
-    also put into the model directory, for `headstart inspect`. {} where nothing is held out."""
+    also put into the model directory, for `headstart inspect`. Of conversations the answers alone count, as in
+    validation. {} where nothing is held out."""
     parts = config.data.prepared or (MixturePart(RunFolder(config.run_dir).data),)
     documents: list[list[int]] = []
+    counted: list[np.ndarray] = []  # which tokens are targets: of conversations the answers
     size = tokens = 0
     for source in open_sources(parts):
         split = source.validation
@@ -261,16 +274,21 @@ def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
         for index in range(len(split.documents)):
             document = split.document(index)[:share].tolist()
             documents.append(document)
+            begin = int(split.documents[index])
+            targets = None if split.targets is None else split.targets[begin : begin + len(document)]
+            counted.append(np.ones(len(document), dtype=bool) if targets is None else targets)
             tokens += len(document)
             size += round(len(document) * split.bytes_per_token)
             share -= len(document)
             if share <= 0:
                 break
-    if not tokens:
+    if not tokens or not any(each[1:].any() for each in counted):
         return {}
     model = load_model(path).float()
     with Progress("acceptance", tokens, unit="tokens") as bar:
-        scores = score_documents(model, documents, max(1, size), length=config.length, progress=bar.advance)
+        scores = score_documents(
+            model, documents, max(1, size), length=config.length, progress=bar.advance, counted=counted
+        )
     found = {"heads": {"prefix": scores.prefix, "tokens_per_pass": scores.tokens_per_pass}}
     write_text(path / ACCEPTANCE_FILE, json.dumps(acceptance_of(found), indent=2) + "\n")
     return {

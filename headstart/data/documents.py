@@ -7,7 +7,7 @@ their files so), `.parquet`; any other file is one document of plain text. Lines
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
@@ -17,6 +17,7 @@ from headstart.data.rewarded_programs import PROBLEM, REWARDS, rewarded_programs
 from headstart.errors import UsageError
 
 PARQUET_ROWS = 1024
+TEXT = "text"
 EMPTY, NULL, NOT_TEXT, UNREADABLE = "empty", "null", "not UTF-8 text", "unreadable"
 NO_CONVERSATION, NO_ANSWER = "not conversations", "without an answer"
 NO_PROBLEM, NO_PROGRAM = "not problems", "without a program in Python"
@@ -52,12 +53,16 @@ class Field:
     name: str = "text"
     conversations: bool = False
     rewards: bool = False
+    texts: bool = False
+    """With conversations: rows without one hold a text in "text"."""
 
     def columns(self, known: list[str]) -> list[str] | None:
         """Of a table with the columns `known` those that hold it; None where it has no such column."""
         if self.rewards:
             return [each for each in (PROBLEM, *REWARDS.values()) if each in known] if PROBLEM in known else None
         name = self._name_in(known)
+        if self.texts and name not in known:
+            return replace(self, name=TEXT, conversations=False).columns(known)
         column = name if name in known else name.split(".")[0]
         if column not in known:
             return None
@@ -83,6 +88,8 @@ class Field:
 
     def _document(self, record: dict[str, Any], name: str, place: str, read: int) -> Document | Skipped:
         field = self._name_in(record)
+        if self.texts and self.conversations and record.get(field) is None:
+            return replace(self, name=TEXT, conversations=False)._document(record, name, place, read)
         value: Any = record
         for part in [field] if field in record else field.split("."):
             if value is None:

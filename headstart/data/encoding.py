@@ -163,7 +163,9 @@ class Encoder:
     def _encoded(self, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
         """Ids, of a conversation which of them the assistant wrote (bool), and the bytes of text that are predicted."""
         if document.conversation is None:
-            yield self._ids(document.text, document.name), None, document.bytes
+            ids = self._ids(document.text, document.name)
+            # Among conversations all of a text is predicted.
+            yield ids, None if self.template is None else np.ones(len(ids), dtype=bool), document.bytes
             return
         assert self.template is not None
         each = self.selection.each_answer

@@ -71,6 +71,18 @@ def read_file_lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UsageError(f"{file}: damaged after line {number} ({error}); fetch the file again") from error
 
 
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a file of JSON lines. Raises UsageError, naming the line, for what is no object."""
+    for number, line in read_file_lines(file):
+        try:
+            record = parse_json(line)
+        except ValueError as error:
+            raise UsageError(f"{file}, line {number}: not JSON ({error}); correct the line or take it out") from error
+        if not isinstance(record, dict):
+            raise UsageError(f"{file}, line {number}: not an object with fields; correct the line or take it out")
+        yield record
+
+
 def _raw_lines(content: BinaryIO, file: Path) -> Iterator[bytes]:
     name = file.name.lower()
     if not name.endswith((".gz", ".zst")):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.data import documents, hub_datasets
-from headstart.data.conversations import MESSAGES
+from headstart.data.conversations import MESSAGES, SHAREGPT
 from headstart.data.corpora import STDLIB, SourceFile, list_files
 from headstart.data.documents import NO_CONVERSATION, NO_PROBLEM, Document, Field, Skipped
+from headstart.data.lines import read_records
 from headstart.data.rewarded_programs import PROBLEM
 from headstart.errors import UsageError
 
@@ -27,12 +28,13 @@ class Selection:
     conversations: bool = False  # the field holds messages
     each_answer: bool = False  # of conversations is a document, with what comes before it
     rewards: bool = False  # rows are problems, and each of their programs is a document
+    texts: bool = False  # with conversations: rows and files without one are documents of text, all of it predicted
 
     @property
     def field(self) -> Field:
         default = Selection.text_field
         name = MESSAGES if self.conversations and self.text_field == default else self.text_field
-        return Field(PROBLEM if self.rewards else name, self.conversations, self.rewards)
+        return Field(PROBLEM if self.rewards else name, self.conversations, self.rewards, self.texts)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
     if unit.format == "dataset":
         split, config = selection.split, selection.hf_config
         yield from hub_datasets.read_part(unit.source, split, config, field, unit.begin, unit.end)
-    elif unit.format == "text" and (selection.conversations or selection.rewards):
+    elif unit.format == "text" and (selection.rewards or (selection.conversations and not selection.texts)):
         reason = NO_PROBLEM if selection.rewards else NO_CONVERSATION
         yield from (Skipped(reason, file.size) for file in unit.files)
     elif unit.format == "text":
@@ -91,6 +93,22 @@ def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
         yield from documents.read_rows(unit.files[0], field, groups, unit.first, unit.size)
     else:
         yield from documents.read_compressed_lines(unit.files[0], field)
+
+
+def hold_conversations(sources: Sequence[str]) -> bool:
+    """Whether the first row of any of `sources` has messages in place of a text, as `headstart distill-data` writes
+    them. Raises UsageError for what cannot be read."""
+    for file in list_files([source for source in sources if not hub_datasets.is_dataset(source)]):
+        kind = documents.format_of(file.name)
+        if kind == "parquet":
+            known: Collection[str] = documents.open_parquet(file).schema_arrow.names
+        elif kind != "text":
+            known = next(read_records(file.path), {}).keys()
+        else:
+            continue
+        if {MESSAGES, SHAREGPT} & set(known) and documents.TEXT not in known:
+            return True
+    return False
 
 
 def _dataset_units(source: str, selection: Selection) -> list[Unit]:

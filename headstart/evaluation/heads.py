@@ -46,6 +46,7 @@ def score_documents(
     end_id: int | None = None,
     start_tokens: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
+    counted: Sequence[np.ndarray] | None = None,
 ) -> HeadScores:
     """Scores `documents` (token ids), each read on its own from its beginning.
 
@@ -58,6 +59,7 @@ def score_documents(
             one that it was trained in; None: the first token of each document is only read.
         start_tokens: how many of them each document begins with, which are read and never predicted.
         progress: told how many tokens were read.
+        counted: of each document (T,) bool, which of its tokens are targets (None: all).
 
     Raises:
         UsageError: `length` is out of range, or no document has two tokens.
@@ -69,13 +71,19 @@ def score_documents(
     nats, hits, counts = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     prefixes, prefix_counts = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
     passes, committed = [0] * n, [0] * n
-    for document in documents:
+    for number, document in enumerate(documents):
         tokens = np.asarray(([] if end_id is None else [end_id]) + list(document), dtype=np.int64)
         if len(tokens) < 2:
             continue
         right_Tn = np.zeros((len(tokens), n), dtype=bool)
         aims_Tn = np.arange(len(tokens))[:, None] + offsets_n
         known_Tn = (aims_Tn < len(tokens)) & (aims_Tn >= start_tokens)
+        spans = [(max(0, start_tokens - 1), len(tokens))]  # of several start tokens the first pass stands on the last
+        if counted is not None:
+            counts_T = np.concatenate([np.zeros(len(tokens) - len(document), dtype=bool), counted[number]])
+            known_Tn &= counts_T[np.minimum(aims_Tn, len(tokens) - 1)]
+            known_Tn = np.minimum.accumulate(known_Tn, axis=1)  # a pass stands before an answer and drafts it
+            spans = _spans(counts_T)
         for start, first, stop in _windows(len(tokens), length):
             nats_Tn, top_Tn = _read(model, tokens, start, stop)
             new, known = slice(first - start, stop - start), known_Tn[first:stop]
@@ -91,10 +99,10 @@ def score_documents(
         prefixes += torch.from_numpy((runs_Tn & known_Tn).sum(0).astype(np.float64))
         prefix_counts += torch.from_numpy(known_Tn.sum(0).astype(np.float64))
         for k in range(1, n + 1):
-            read = max(0, start_tokens - 1)  # of several start tokens the last is where the first pass stands
-            steps, written = _walk(runs_Tn[read:, :k].sum(1), len(tokens) - read)
-            passes[k - 1] += steps
-            committed[k - 1] += written
+            for begin, stop in spans:
+                steps, written = _walk(runs_Tn[begin:stop, :k].sum(1), stop - begin)
+                passes[k - 1] += steps
+                committed[k - 1] += written
     if not counts[0]:
         raise UsageError("no document has two tokens; there is nothing to predict")
     per_byte = (
@@ -108,6 +116,12 @@ def score_documents(
         prefix=[_ratio(a, b) for a, b in zip(prefixes.tolist()[1:], prefix_counts.tolist()[1:])],
         tokens_per_pass=[_ratio(a, b) for a, b in zip(committed, passes)],
     )
+
+
+def _spans(counts_T: np.ndarray) -> list[tuple[int, int]]:
+    """Of each run of tokens that count, the position before it, where the first pass stands, and its end."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], counts_T.astype(np.int8), [0]])))
+    return [(max(0, int(begin) - 1), int(stop)) for begin, stop in zip(edges[::2], edges[1::2])]
 
 
 def _windows(size: int, length: int) -> Iterator[tuple[int, int, int]]:

@@ -53,6 +53,9 @@ class DataConfig:
     """bytes, a tokenizer.json, or a folder that holds one."""
     validation_fraction: float = 0.02
     """Fraction of the documents held out for validation."""
+    conversations: bool = False
+    """Whether rows of `sources` with messages are conversations: the tokenizer's chat template writes them, and only
+    what the assistant says is predicted. Rows with a text and files of text are read as they are."""
     attention_within_documents: bool = False
     """Whether attention stops at document boundaries (the paper does not say; its peers let rows be plain)."""
 
@@ -331,6 +334,7 @@ FIXED = (
     "data.mixture",
     "data.tokenizer",
     "data.validation_fraction",
+    "data.conversations",
     "batch.length",
     "optimizer.kind",
     "adapt",

@@ -14,6 +14,7 @@ from typing import Any
 
 from headstart.data.mixture import MixturePart, Source, open_sources
 from headstart.data.shards import prepare
+from headstart.data.units import Selection
 from headstart.errors import UsageError
 from headstart.files import replacing_file, status_of, take_lock, unwritable
 from headstart.storage.model_directory import load_data_tokenizer
@@ -101,6 +102,7 @@ class RunFolder:
                     config.data.sources,
                     self.data,
                     load_data_tokenizer(config.data.tokenizer),
+                    selection=Selection(conversations=config.data.conversations, texts=config.data.conversations),
                     validation_fraction=config.data.validation_fraction,
                     seed=config.seed,
                     progress=bar.update,

@@ -13,7 +13,9 @@ from headstart.data.corpora import list_files
 from headstart.data.documents import Document, Field, read_lines
 from headstart.data.lines import parse_json, read_file_lines
 from headstart.data.prompt_files import read_prompt_file
+from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.data.units import Selection, hold_conversations
 from headstart.errors import UsageError
 from headstart.evaluation.code_problems import load_problems
 from headstart.evaluation.texts import fitting_prompts, prompt_limit, read_prompts
@@ -138,3 +140,28 @@ def test_texts_to_distill_may_be_messages_of_a_user(tmp_path: Path) -> None:
     assert [prompt.groups for prompt in found] == [
         (({"role": "user", "content": each},),) for each in ("who?", "where?")
     ]
+
+
+def test_conversations_and_texts_are_prepared_together(tmp_path: Path) -> None:
+    """As `adapt --data` takes what distill-data wrote beside other text: of answers and texts every token counts."""
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    own, plain, text = (tmp_path / name for name in ("own.jsonl", "plain.jsonl", "a.txt"))
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    own.write_text(json.dumps({"place": 0, "messages": said, "finish_reason": "end"}) + "\n")
+    plain.write_text(json.dumps({"place": 0, "prompt": "a", "text": "abc"}) + "\n")
+    text.write_text("def")
+    assert hold_conversations([str(plain), str(text), str(own)])
+    assert not hold_conversations([str(plain), str(text)])
+    both = Selection(conversations=True, texts=True)
+    prepare([str(own), str(plain), str(text)], tmp_path / "data", tokenizer, selection=both, validation_fraction=0)
+    shards = TokenShards.open(tmp_path / "data", "train")
+    assert shards.targets is not None
+    targets = shards.targets[0 : len(shards.tokens)]
+    found = {}
+    for index, begin in enumerate(shards.documents.tolist()):
+        ids = shards.document(index)
+        mine = targets[begin : begin + len(ids)]
+        found[tokenizer.decode(ids.tolist()).strip()] = tokenizer.decode(ids[mine].tolist()), int((~mine).sum())
+    assert found["abc"] == ("abc", 0) and found["def"] == ("def", 0)
+    (conversation,) = (value for name, value in found.items() if "yes" in name)
+    assert conversation[0] == "yes" and conversation[1] > 5

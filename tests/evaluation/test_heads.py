@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,3 +96,35 @@ def test_what_cannot_be_scored(model) -> None:
         score_documents(model, [[1], []], 1)
     with pytest.raises(UsageError, match=r"length is 17; it must lie between 2 and the model's context 16"):
         score_documents(model, [[1, 2, 3]], 3, length=17)
+
+
+@torch.no_grad()
+def test_tokens_that_do_not_count_are_read_and_judged_nowhere(model) -> None:
+    """Of conversations answers alone are drafted: passes begin before an answer and end with it."""
+    document = [(7 * i + i * i) % 11 for i in range(14)]
+    answer = np.zeros(14, dtype=bool)
+    answer[5:9] = answer[12:] = True
+    everything = score_documents(model, [document], 14, counted=[np.ones(14, dtype=bool)])
+    assert everything == score_documents(model, [document], 14)
+    hits = (model(torch.tensor([document]), heads=N)[0].argmax(-1)).tolist()  # (T, n)
+    right, known, prefix = [0] * N, [0] * N, [0] * N
+    commits, passes = [0] * N, [0] * N
+    for begin, stop in ((5, 9), (12, 14)):
+        runs = {}
+        for t in range(begin - 1, stop - 1):
+            good = [hits[t][k - 1] == document[t + k] for k in range(1, N + 1) if t + k < stop]
+            for k, hit in enumerate(good, start=1):
+                known[k - 1] += 1
+                right[k - 1] += hit
+                prefix[k - 1] += all(good[1:k])
+            runs[t] = 1 + next((i for i, hit in enumerate(good[1:]) if not hit), len(good) - 1)
+        for k in range(1, N + 1):
+            t = begin - 1
+            while t < stop - 1:
+                t += min(runs[t], k)
+                passes[k - 1] += 1
+            commits[k - 1] += stop - begin
+    found = score_documents(model, [document], 14, counted=[answer])
+    assert found.tokens == 6 and found.top1 == [a / b for a, b in zip(right, known)]
+    assert found.prefix == [a / b for a, b in zip(prefix[1:], known[1:])]
+    assert found.tokens_per_pass == [a / b for a, b in zip(commits, passes)]
