@@ -7,16 +7,23 @@ from typing import Any
 
 import torch
 
-from headstart.data.tokenizers import Tokenizer, load_tokenizer
+from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.exchange.formats import Format, known_format
 from headstart.files import replacing_directory, replacing_file
 from headstart.model.transformer import Transformer
+from headstart.storage.config_file import CONFIG_FILE, read_json
 from headstart.storage.generation_file import keep_generation, named_ends
 from headstart.storage.hub import local_directory
 from headstart.storage.medusa_layout import BASE, is_medusa, load_medusa
 from headstart.storage.mimo_layout import is_mimo, load_mimo
-from headstart.storage.model_directory import TOKENIZER_FILE, load_model, load_model_tokenizer
+from headstart.storage.model_directory import (
+    TOKENIZER_FILE,
+    known_start,
+    load_data_tokenizer,
+    load_model,
+    load_model_tokenizer,
+)
 from headstart.terminal import say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +61,7 @@ def convert(
     _check_target(form, to, Path(source).resolve(), path)
     model, words = read_source(source)
     if tokenizer is not None:
-        words = load_tokenizer(tokenizer)
+        words = load_data_tokenizer(tokenizer)
     if words is None:
         say(f"{source}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
     stored = model.trunk.embedding.weight.dtype
@@ -84,10 +91,15 @@ def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
     """
     path = Path(source)
     if is_mimo(path):
+        model = load_mimo(path)
         words = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
         if words is not None:
             words.end_ids |= named_ends(path)
-        return load_mimo(path), words
+        if isinstance(words, PretrainedTokenizer):
+            words.fit(model.config.vocab_size)
+            # As of a model of ours: texts begin with what bos_token_id names.
+            words.start_ids = known_start(words, read_json(path / CONFIG_FILE) | {"headstart": {}})
+        return model, words
     if is_medusa(path):
         return load_medusa(path), load_model_tokenizer(path / BASE)
     return load_model(source), load_model_tokenizer(source)

@@ -17,6 +17,7 @@ FILES = (
     "model.safetensors.index.json",
     "tokenizer*",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template*",
     "vocab.json",
     "merges.txt",

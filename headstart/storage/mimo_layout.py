@@ -69,6 +69,8 @@ def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None =
         tokenizer.save(directory)
         end_id = tokenizer.end_id
     content = _config_json(config, str(tensors[EMBEDDING].dtype).removeprefix("torch."), end_id)
+    if tokenizer is not None and tokenizer.start_ids:
+        content["bos_token_id"] = tokenizer.start_ids[0]
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (directory / CODE).write_text(template(CODE), encoding="utf-8")
     return _left_out(config)

@@ -160,12 +160,12 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
     tokenizer.end_ids |= {token for token in named_ends(directory) if 0 <= token < config.vocab_size}
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.fit(config.vocab_size)
-        if (directory / CONFIG_FILE).is_file():
-            tokenizer.start_ids = _start_ids(tokenizer, read_json(directory / CONFIG_FILE))
+        file = directory / CONFIG_FILE
+        tokenizer.start_ids = known_start(tokenizer, read_json(file) if file.is_file() else {})
     return tokenizer
 
 
-def _start_ids(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
+def known_start(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
     """Return what the tokenizer puts before texts, if the model of this config.json knows them so.
 
     Of foreign models transformers asks the tokenizer alone. Ours say `start_ids`, or name the first as bos_token_id.

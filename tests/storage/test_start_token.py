@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,23 @@ def test_tokens_that_only_the_files_beside_name(directory: Path, tmp_path: Path)
     (added / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="added_tokens_decoder must hold tokens by their ids"):
         load_model_tokenizer(added)
+
+
+@pytest.mark.parametrize(("source", "start"), [("model", (0,)), ("tokenizer", ())])
+def test_conversion_keeps_how_texts_begin(directory: Path, tmp_path: Path, source: str, start: tuple[int]) -> None:
+    """By way of MiMo's layout, whose directories are no ordinary ones, and where the tokenizer is given."""
+    sizes = ModelConfig(vocab_size=258, dim=32, layers=2, attention_heads=2, context=32, norm_eps=1e-6)
+    config = replace(sizes, heads=2, head_kind="sequential", wiring="causal")
+    words = load_model_tokenizer(directory) if source == "model" else load_tokenizer(directory)
+    save_model(Transformer(config), tmp_path / "first", words)
+    ends = {"eos_token_id": [1, 5], "bos_token_id": 0}
+    (tmp_path / "first" / "generation_config.json").write_text(json.dumps(ends))
+    convert(tmp_path / "first", tmp_path / "mimo", to="mimo")
+    convert(tmp_path / "mimo", tmp_path / "back")
+    again = load_model_tokenizer(tmp_path / "back")
+    assert again is not None and (again.start_ids, again.end_ids) == (start, {1, 5})
+    assert json.loads((tmp_path / "mimo" / "generation_config.json").read_text()) == ends
+    given = directory if source == "model" else directory / "tokenizer.json"
+    convert(tmp_path / "mimo", tmp_path / "given", tokenizer=str(given))
+    other = load_model_tokenizer(tmp_path / "given")
+    assert other is not None and other.start_ids == start
