@@ -164,13 +164,13 @@ class Engine:
         if smallest < 0 or largest >= config.vocab_size:
             bad = smallest if smallest < 0 else largest
             raise UsageError(f"the prompt holds token {bad}; this model's vocabulary has {config.vocab_size} tokens")
-        room = self.context - len(request.prompt)
-        ends = request.ends if self.tokenizer is None else request.ends | self.tokenizer.end_ids
+        ends = request.all_ends(self.tokenizer)
         matcher = None if request.matcher is None else request.matcher.restarted(ends)
         if matcher is None and request.constraint is not None:
             matcher = compiled(request.constraint, self.tokenizer, config.vocab_size, ends)
-        limit = min(request.max_new_tokens, room)
+        limit = min(request.max_new_tokens, self.context - len(request.prompt))
         stopper = Stopper(limit, ends, request.stop, self.tokenizer, matcher, request.prompt)
+        stopper.stop_tokens, stopper.keep_stop = request.stop_tokens, request.keep_stop
         generation = Generation(request, min(heads, self.most_heads), stopper)
         self.admission.waiting.append(generation)
         return generation

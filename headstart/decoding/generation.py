@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headstart.arguments import any_whole_number, token_ids
+from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, Matcher
 from headstart.decoding.lookup import Lookup
@@ -45,10 +46,22 @@ class Request:
     """Strings that end the text; they are not part of it."""
     ends: frozenset[int] = frozenset()
     """Tokens that end the text in addition to the tokenizer's `end_ids`, such as the end of a turn of a chat."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Tokens that end the text and are part of it."""
+    ignore_ends: bool = False
+    """Tokens of `ends` and `end_ids` are tokens like others; not with a constraint, which needs them."""
+    keep_stop: bool = False
+    """The stop string that ends the text is part of it."""
     cache_salt: str = ""
     """Only requests with the same salt reuse each other's keys and values."""
     matcher: Matcher | None = field(default=None, compare=False, repr=False)
     """`constraint`, compiled by the caller; without it the engine compiles, and other requests wait meanwhile."""
+
+    def all_ends(self, tokenizer: Tokenizer | None) -> frozenset[int]:
+        """Return the tokens that end the text and are not part of it."""
+        if self.ignore_ends:
+            return frozenset()
+        return self.ends if tokenizer is None else self.ends | tokenizer.end_ids
 
     def __post_init__(self) -> None:
         """Take NumPy numbers, arrays and tensors too. Raises UsageError for what is of another kind."""
@@ -63,6 +76,8 @@ class Request:
         if not isinstance(self.penalties, Penalties):
             raise UsageError(f"penalties is {type(self.penalties).__name__}; make them, as Penalties(repetition=1.1)")
         self.penalties.check_size()
+        if self.ignore_ends and self.constraint is not None:
+            raise UsageError("ignore_ends: a constraint ends the text where it is satisfied; take one of them")
 
 
 @dataclass

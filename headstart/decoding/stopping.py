@@ -30,7 +30,8 @@ class Stopper:
     """Takes the tokens of one generation as they are committed, keeps those before the end, and releases their text.
 
     Tokens are judged one by one, so where it ends does not depend on how many came in a burst. Text that may turn out
-    to be the beginning of a stop string is held back until that is decided; the stop string itself is never released.
+    to be the beginning of a stop string is held back until that is decided; the stop string itself is released with
+    `keep_stop` only.
 
     Args:
         ends: tokens that end the generation; they are not kept.
@@ -54,6 +55,9 @@ class Stopper:
         self.remaining = max_new_tokens
         self.ends = frozenset(ends)
         self.stop = tuple(stop)
+        self.keep_stop = False
+        self.stop_tokens: frozenset[int] = frozenset()
+        """Tokens that end the generation and are kept."""
         self.matcher = matcher
         self.tokens: list[int] = []
         self.judged = 0
@@ -82,6 +86,8 @@ class Stopper:
                 released += self._release(self._stream.push([token]))
             if self.finish_reason is None and matcher is not None and matcher.ended:
                 released += self._finish("end")
+            if self.finish_reason is None and token in self.stop_tokens:
+                released += self._finish("stop")
             if self.finish_reason is None and self.remaining == 0:
                 released += self._finish("length")
         return released
@@ -92,10 +98,11 @@ class Stopper:
 
     def _release(self, text: str) -> str:
         self._held += text
-        found = [at for at in (self._held.find(s) for s in self.stop) if at >= 0]
+        found = [(at, len(s)) for s in self.stop if (at := self._held.find(s)) >= 0]
         if found:
             self.finish_reason = "stop"
-            text, self._held = self._held[: min(found)], ""
+            at, length = min(found)
+            text, self._held = self._held[: at + length if self.keep_stop else at], ""
         else:
             keep = max((_overlap(self._held, s) for s in self.stop), default=0)
             cut = len(self._held) - keep

@@ -129,6 +129,11 @@ class Asked(Strict):
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="0: only with echo.")
     n: int | None = Field(default=1, ge=1, le=MAX_CHOICES, description="How many texts; the i-th has seed + i.")
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    include_stop_str_in_output: bool | None = Field(default=False, description="The stop string is part of the text.")
+    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = Field(
+        default=None, description="Tokens that end the text and are part of it."
+    )
+    ignore_eos: bool | None = Field(default=False, description="The end token is a token like others.")
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="Of the sampling noise; drawn where not given."
     )
@@ -183,6 +188,8 @@ class Asked(Strict):
         given += ["structured_outputs" for part in (*parts, structured.grammar) if part is not None]
         if len(given) > 1:
             raise refused(given[1], f"an answer has one constraint, and {given[0]} is another; leave one out")
+        if given and self.ignore_eos:
+            raise refused("ignore_eos", f"{given[0]} ends the answer where it is satisfied; leave one out")
         # From here on there is one name for each.
         if structured.json_object:
             structured.json_ = {"type": "object"}

@@ -189,6 +189,9 @@ class Service:
                     logprobs=asked.alternatives,
                     prompt_logprobs=asked.logprobs if isinstance(asked, CompletionRequest) and asked.echo else None,
                     stop=stops,
+                    stop_tokens=frozenset(asked.stop_token_ids or ()),
+                    ignore_ends=bool(asked.ignore_eos),
+                    keep_stop=bool(asked.include_stop_str_in_output),
                     ends=self._turn_ends if chat else frozenset(),
                     cache_salt=salt,
                 )

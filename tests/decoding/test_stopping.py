@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from conftest import HEADS, packed
@@ -9,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
+from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
 from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
 
 PROMPT = tuple(b"the cat then")
 
@@ -90,6 +97,42 @@ def test_bursts_of_any_size_give_what_single_tokens_give(text, stops, bursts, li
         assert one.finish_reason == "stop" and not any(s in one.text for s in stops)
     if not found and limit >= len(tokens):
         assert one.text == text and one.finish_reason == "end"
+
+
+@pytest.mark.parametrize("burst", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("change", "text", "reason"),
+    [
+        ({"stop": ("cd", "c")}, "ab", "stop"),
+        ({"stop": ("cd", "c"), "keep_stop": True}, "abc", "stop"),
+        ({"stop": ("de",), "keep_stop": True}, "abcde", "stop"),
+        ({"stop_tokens": frozenset(b"xd")}, "abcd", "stop"),
+        ({"stop_tokens": frozenset(b"d"), "stop": ("de",)}, "abcd", "stop"),
+        ({}, "abcdef", "end"),
+        ({"ignore_ends": True}, "abcdefgh", "length"),
+    ],
+    ids=str,
+)
+def test_what_ends_a_text_and_what_is_part_of_it(
+    change: dict[str, Any], text: str, reason: str, burst: int, stopper_of: Callable[[Request], Stopper]
+) -> None:
+    stopper = stopper_of(Request((65,), max_new_tokens=9, **change))
+    tokens = [*b"abcdef", ByteTokenizer.end_id, *b"gh"]
+    pieces = [stopper.push(tokens[at : at + burst]) for at in range(0, len(tokens), burst)]
+    assert (stopper.text, "".join(pieces), stopper.finish_reason) == (text, text, reason)
+
+
+@pytest.fixture(scope="module")
+def stopper_of() -> Callable[[Request], Stopper]:
+    """The stopper that an engine makes for a request."""
+    config = ModelConfig(vocab_size=256, dim=16, layers=2, attention_heads=1, heads=1, context=32)
+    engine = Engine(pack(Transformer(config)), tokenizer=ByteTokenizer())
+    return lambda request: engine.submit(request)._stopper
+
+
+def test_ends_are_not_ignored_under_a_constraint() -> None:
+    with pytest.raises(UsageError, match="ignore_ends: a constraint"):
+        Request((65,), constraint=Constraint.regex("a"), ignore_ends=True)
 
 
 def test_stop_strings_need_text() -> None:

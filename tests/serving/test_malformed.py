@@ -77,6 +77,8 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
         ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
         ({"guided_regex": "a", "structured_outputs": {"json": {}}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
         ({"guided_json": "[1"}, "guided_json"),

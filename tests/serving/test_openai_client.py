@@ -118,6 +118,18 @@ def test_stop_strings_are_not_in_the_text(client, model) -> None:
     assert answer.choices[0].finish_detail == "stop"
 
 
+def test_tokens_and_strings_that_stop_may_be_part_of_the_text(client, model) -> None:
+    whole = model.generate(PROMPT, max_new_tokens=60)
+    stop = whole.text[20:23]
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
+    kept = client.completions.create(**asked, stop=stop, extra_body={"include_stop_str_in_output": True})
+    assert kept.choices[0].text == whole.text[: whole.text.index(stop) + 3]
+    token = whole.tokens[12]
+    stopped = client.completions.create(**asked, extra_body={"stop_token_ids": [token], "ignore_eos": True})
+    assert stopped.choices[0].text == model.tokenizer.decode(whole.tokens[: whole.tokens.index(token) + 1])
+    assert stopped.choices[0].finish_reason == "stop"
+
+
 def test_penalties_and_bias_are_those_of_decoding(client, model) -> None:
     answer = client.completions.create(
         model=NAME, prompt=PROMPT, max_tokens=30, temperature=0.9, seed=3, top_p=0.9, presence_penalty=0.5,
