@@ -232,7 +232,8 @@ def test_a_mistral_with_types_of_layers_is_a_ministral(tmp_path: Path) -> None:
     edit(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"])
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits
     ours = load_model(tmp_path)
-    assert ours.config.window_layers == (0, 2) and (ours(tokens()) - expected).abs().max() < 1e-5
+    assert (ours.config.family, ours.config.window_layers) == ("ministral", (0, 2))
+    assert (ours(tokens()) - expected).abs().max() < 1e-5
 
 
 def refusal(directory: Path, *words: str) -> None:

@@ -19,7 +19,7 @@ from headstart.decoding.constraints import Constraint
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
 from headstart.evaluation.texts import cut_prompts, read_documents
-from headstart.exchange.convert import convert
+from headstart.exchange.convert import convert, read_source
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import load_data_tokenizer, load_model, load_model_tokenizer, save_model
@@ -245,6 +245,8 @@ def test_conversion_keeps_how_texts_begin(directory: Path, tmp_path: Path, sourc
     ends = {"eos_token_id": [1, 5], "bos_token_id": 0}
     (tmp_path / "first" / "generation_config.json").write_text(json.dumps(ends))
     convert(tmp_path / "first", tmp_path / "mimo", to="mimo")
+    read = read_source(tmp_path / "mimo")[1]
+    assert read is not None and read.start_ids == start
     convert(tmp_path / "mimo", tmp_path / "back")
     again = load_model_tokenizer(tmp_path / "back")
     assert again is not None and (again.start_ids, again.end_ids) == (start, {1, 5})
