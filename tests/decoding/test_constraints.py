@@ -208,7 +208,7 @@ def test_no_draft_is_fed_that_the_constraint_forbids(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["match", "rejection"])
 def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
-    """The same logits, with the noise of the same position."""
+    """The same logits, with the same noise."""
     engine = Engine(packed("transformer-parallel", torch.float32), tokenizer=BYTES)
     anything = Constraint.regex("[\x00-\x7f]*")
     engine.submit(Request(PROMPT, 40, Sampling(1.5, seed=3), acceptance=Rule(kind), constraint=anything))
@@ -217,7 +217,7 @@ def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
         root, window = engine._lengths[0], engine.state.window_SW[0].tolist()
         nothing = np.zeros(128, dtype=bool)
         for k in range(2, HEADS + 1):
-            tokens, _ = constrained_drafts._drawn(engine.state, slice(0, 1), k, root + k - 1, nothing, 1, k - 2)
+            tokens, _ = constrained_drafts._drawn(engine.state, slice(0, 1), k, (root, k - 1), nothing, 1, k - 2)
             assert tokens == [window[k - 1]]
 
 
