@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,14 @@ from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
 from headstart.objective.step import HeadLosses, count_targets, walk_step
+from headstart.training.parallel import is_parallelized
+
+RIGHT_WAY = (
+    "take headstart.training.parallel.parallelize and its micro_batch, or sum the gradients of the plain model by "
+    "all_reduce (docs/scale-out.md, Loops of your own)"
+)
+_CHECKED: WeakSet[torch.nn.Module] = WeakSet()
+"""Models that `check_model` has found to be right."""
 
 
 @dataclass
@@ -58,9 +68,11 @@ def multi_token_step(
         loss: z-loss, and who computes the cross-entropy.
 
     Raises:
-        UsageError: shapes that do not fit, padding on the left, a token or a label beyond the vocabulary, and a label
+        UsageError: a model whose gradients another wrapper would have to sum over processes (`check_model`), shapes
+            that do not fit, padding on the left, a token or a label beyond the vocabulary, and a label
             below 0 that is not -100.
     """
+    check_model(model)
     ahead = model.config.ahead
     rows = rows_of(
         {
@@ -76,6 +88,37 @@ def multi_token_step(
     )
     counts = count_targets(rows.targets) if counts is None else counts
     return walk_step(model, rows.tokens, rows.targets, counts, weights, rows.documents, loss)
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Raise UsageError unless the step can differentiate `model`: it calls trunk, heads and unembedding apart, and
+    DistributedDataParallel, which then never runs, would not sum the gradients, nor FSDP2 as `fully_shard` alone sets
+    it up. A `Transformer` on one process, or one that `parallelize` has spread, is right.
+    """
+    if model in _CHECKED:
+        return
+    name = type(model).__name__
+    if not isinstance(getattr(model, "_orig_mod", model), Transformer):
+        raise UsageError(f"multi_token_step takes a Transformer, and this is a {name}; {RIGHT_WAY}")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        if not is_parallelized(model) and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise UsageError(f"multi_token_step: this {name} was sharded by fully_shard alone; {RIGHT_WAY}")
+        if _in_ddp(model):
+            raise UsageError(
+                f"multi_token_step: this {name} lies in DistributedDataParallel, which would not sum the gradients of "
+                f"the step; {RIGHT_WAY}"
+            )
+    _CHECKED.add(model)
+
+
+def _in_ddp(model: torch.nn.Module) -> bool:
+    """Return whether a DistributedDataParallel holds `model`. Nothing in a module says so: all of them are asked."""
+    # By `type`, not `isinstance`, which would call into proxies of others.
+    kind = torch.nn.parallel.DistributedDataParallel
+    wrappers: list[Any] = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    return any(module is model for wrapper in wrappers for module in wrapper.modules())
 
 
 def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ def parallelize(
             gradients stay float32; weights are gathered in `dtype`.
 
     Returns:
-        What the training step wraps each micro-batch in.
+        What the training step wraps each micro-batch in. On several processes a forward pass with gradients outside of
+        its `micro_batch` raises UsageError, because gradients would be summed at the wrong time or not at all.
     """
     # 1. Checkpointing first, so that what is compiled contains the recomputation. Heads are not checkpointed: the walk
     #    holds one head's activations at a time.
@@ -94,7 +96,16 @@ def parallelize(
     # 3. Sharding, and with it mixed precision.
     if mesh is not None:
         _shard(model, mesh, config, dtype)
+        _PARALLELIZED.add(model)
     return GradientSums(model, config.reduce_each_micro_batch)
+
+
+_PARALLELIZED: WeakSet[nn.Module] = WeakSet()
+
+
+def is_parallelized(model: nn.Module) -> bool:
+    """Return whether `parallelize` has spread the model over processes."""
+    return model in _PARALLELIZED
 
 
 def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: str) -> None:
@@ -165,6 +176,7 @@ class GradientSums:
         candidates = (model.trunk, *model.heads, model.unembedding)
         self._roots: list[Any] = [module for module in candidates if isinstance(module, FSDPModule)]
         self._losses_left = 0
+        self._inside = False
         self._wanted = True
         self._repeated = _repeated(model) if self._roots else None
         self._runs = 0
@@ -176,12 +188,17 @@ class GradientSums:
 
     @contextmanager
     def micro_batch(self, *, last: bool, losses: int) -> Iterator[None]:
-        """Around a `walk_step` that computes `losses` losses; `last`: of this optimiser step."""
+        """Surround one `walk_step` or `multi_token_step` that computes `losses` losses, one for each head of a weight
+        other than 0; `last`: of this optimiser step."""
         self._wanted, self._losses_left, self._runs = last or self._each, losses, 0
         for root in self._roots:
             late = root is self._model.unembedding or root is self._repeated
             root.set_requires_gradient_sync(self._wanted and not late)
-        yield
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
         if last:
             self.free()
 
@@ -193,6 +210,12 @@ class GradientSums:
     def _before_loss(self, *_: object) -> None:
         # The weight's gradient is complete with the last loss; a tied one's only with the trunk's backward.
         if torch.is_grad_enabled():
+            if not self._inside:
+                raise UsageError(
+                    "a model that parallelize has spread makes gradients only within its GradientSums: wrap each "
+                    "multi_token_step in `with sums.micro_batch(last=..., losses=...)` (docs/scale-out.md, Loops of "
+                    "your own), and other passes in torch.no_grad()"
+                )
             self._losses_left -= 1
             if self._losses_left == 0 and not self._model.config.tied:
                 self._roots[-1].set_requires_gradient_sync(self._wanted)
