@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -147,6 +148,9 @@ def serve(directory: Path, settings: ServeSettings) -> None:
     say(f"try: curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
     # The engine's thread waits for the event loop's Python at every return from a kernel, by default up to 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
+    # Reading a large body makes many objects, and each full collection would go through those of the model's libraries.
+    gc.collect()
+    gc.freeze()
     server.run()
     if service.stuck:  # a thread inside a library that comes back to an interpreter which has ended aborts the process
         sys.stdout.flush()
