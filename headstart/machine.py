@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import platform
 import re
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+ALIGNMENT = 64
+"""Of tensors, as torch aligns them: the compiled kernels read whole cache lines."""
 # Those that decide how fast matrix products are.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16")
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -175,6 +179,20 @@ def huge_pages(x: Tensor) -> Tensor:
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)  # a hint: it may refuse
     return x
+
+
+def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
+    """Return a tensor of zeros, in huge pages where they are had. On a CPU its pages take up memory only once they are
+    written to: torch.zeros writes all of them at once."""
+    import numpy as np
+    import torch
+
+    if torch.device(device).type != "cpu":
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    bytes_ = torch.from_numpy(np.zeros(size + ALIGNMENT, dtype=np.uint8))
+    begin = -bytes_.data_ptr() % ALIGNMENT
+    return huge_pages(bytes_[begin : begin + size].view(dtype).view(tuple(shape)))
 
 
 def stream_bandwidth(threads: int, *, device: str = "cpu", mebibytes: int = 512, repetitions: int = 5) -> float:

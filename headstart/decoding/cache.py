@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.decoding import native
 from headstart.decoding.tree import TreeRows
-from headstart.machine import huge_pages
+from headstart.machine import untouched_zeros
 from headstart.model.config import ModelConfig
 from headstart.model.layers import Attend
 
@@ -45,10 +45,10 @@ class KVCache:
         self.capacity = -(-capacity // 16) * 16 if compiled else capacity
         E = config.dim_per_head
         first = (config.trunk_layers + config.head_blocks, slots, config.key_value_heads)
-        # Zeros, not empty: a masked NaN still poisons a row of attention.
-        self.values = huge_pages(torch.zeros((*first, self.capacity, E), dtype=dtype, device=device))
+        # Zeros, not empty: a masked NaN still poisons a row of attention. Slots that nobody uses take up no memory.
+        self.values = untouched_zeros((*first, self.capacity, E), dtype, device)
         blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
-        self.keys = huge_pages(torch.zeros(blocks, dtype=dtype, device=device))
+        self.keys = untouched_zeros(blocks, dtype, device)
         self.compiled = compiled
         # (n-2, slots, D): of sequential heads 2..n-1 the latent at the last position that is right, see `chain`.
         self.carried = torch.zeros(max(0, config.ahead - 1), slots, config.dim, dtype=dtype, device=device)

@@ -15,6 +15,10 @@ from headstart.model.config import ModelConfig
 SLOT_BYTES = 128
 """Of the numbers kept of a slot beside its window: settings of sampling, lengths."""
 
+SHARE = 0.5
+"""Of the free memory, what caches may take where nobody has said how long texts are to be."""
+LEAST_CONTEXT = 2048
+
 
 @dataclass(frozen=True)
 class DecodingMemory:
@@ -29,6 +33,9 @@ class DecodingMemory:
     workspace: int
     """What a pass over full windows of all slots, or a chunk of a prompt, holds at once; logits and noise are most of
     it."""
+
+    def __str__(self) -> str:
+        return f"{_gib(self.total)}, {_gib(self.caches)} of it keys and values"
 
     @property
     def total(self) -> int:
@@ -76,6 +83,15 @@ def check_memory(plan: Callable[[int, int], DecodingMemory], slots: int, context
         f"{slots} {'slot' if slots == 1 else 'slots'} with a context of {context} need {_gib(needed.total)} "
         f"({_gib(needed.caches)} of keys and values); {device} has {_gib(free)} free: {mend}"
     )
+
+
+def fitting_context(plan: Callable[[int], DecodingMemory], most: int, device: torch.device) -> int:
+    """Return the longest context, at most `most`, for which `plan(context)` takes no more than `SHARE` of what `device`
+    has free, but at least `LEAST_CONTEXT`: whether that fits is for `check_memory` to say."""
+    free = free_memory(device)
+    if free is None or plan(most).total <= SHARE * free:
+        return most
+    return max(min(most, LEAST_CONTEXT), _largest(lambda context: plan(context).total <= SHARE * free, most))
 
 
 def _largest(fits: Callable[[int], bool], below: int) -> int:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +18,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from headstart import api, machine
+from headstart.decoding.admission import CHUNK
 from headstart.decoding.engine import Engine
+from headstart.decoding.memory import DecodingMemory, decoding_memory, fitting_context
 from headstart.errors import UsageError
 from headstart.serving.app import make_app
 from headstart.serving.connection import Connections, connection_limits
@@ -41,17 +44,34 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
         raise UsageError(f"--context is {settings.context}; this model's is {most}")
     if settings.heads is not None and settings.heads > model.config.heads:
         raise UsageError(f"--heads is {settings.heads}; this model has {model.config.heads}")
+    if settings.context is None:
+        settings = replace(settings, context=_likely_context(model, settings))
     threads = settings.threads or max(1, machine.cores() - 1)
 
     def make_engine() -> Engine:
         torch.set_num_threads(threads)
-        return model.engine(settings.slots, settings.context, settings.exact, settings.lookup)
+        engine = model.engine(settings.slots, settings.context, settings.exact, settings.lookup)
+        whole = "" if engine.context == most else f" (the model has {most:,})"
+        slots = f"{settings.slots} slots of {engine.context:,} tokens{whole}"
+        say(f"memory: up to {engine.memory}, for {slots}, taken as texts grow; --slots and --context change it")
+        return engine
 
     name = settings.name or directory.resolve().name
     metrics, interval = Metrics(name), settings.stream_interval
     worker = Worker(make_engine, model._tokenizer, settings.slots, settings.queue, metrics, interval)
     worker.start()
     return Service(model, worker, name, settings)
+
+
+def _likely_context(model: api.LanguageModel, settings: ServeSettings) -> int:
+    """The model's context, or the longest one for which the caches leave half of the free memory to others."""
+    weight, width = model.transformer.trunk.embedding.weight, model.config.heads + settings.lookup
+
+    def plan(context: int) -> DecodingMemory:
+        capacity = context + width + model.config.ahead
+        return decoding_memory(model.config, settings.slots, capacity, width, CHUNK, weight.dtype, weight.device)
+
+    return fitting_context(plan, model.config.context, weight.device)
 
 
 def guarded(app: ASGIApp, service: Service) -> ASGIApp:

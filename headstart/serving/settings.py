@@ -42,7 +42,7 @@ class ServeSettings:
     slots: int = 8
     """Texts decoded at once."""
     context: int | None = None
-    """Most tokens of a prompt and its answer together (default: the model's)."""
+    """Most tokens of a prompt and its answer together (default: the model's, or what half of the free memory holds)."""
     heads: int | None = None
     """Heads that decode where a request names none (default: those worth it by what `headstart tune` measured; without
     that all). The text does not depend on it."""
