@@ -94,3 +94,14 @@ def test_a_missing_model_is_told_before_anything_is_timed(tmp_path, monkeypatch)
     monkeypatch.setattr(doctor, "_dtype", lambda sizes: pytest.fail("timed"))
     with pytest.raises(UsageError, match="no such directory"):
         diagnose(tmp_path / "gone")
+
+
+def test_large_models_are_compared_on_a_few_tokens_and_not_where_memory_is_short(model_directory, monkeypatch):
+    pytest.importorskip("transformers")
+    config = doctor.load_config(model_directory)
+    monkeypatch.setattr(doctor, "COMPARED_PARAMETERS", 10)
+    finding = doctor._transformers(model_directory, config, (1, 2, 3, 4, 5, 6))
+    assert finding.status == "ok" and "at 4 of 4 positions" in finding.sentence
+    monkeypatch.setattr(doctor.machine, "available_memory", lambda: 1000)
+    finding = doctor._transformers(model_directory, config, (1, 2, 3))
+    assert finding.status == "warn" and "are free" in finding.sentence and not finding.values["compared"]

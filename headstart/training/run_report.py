@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -143,8 +144,11 @@ class RunReport:
 
 def in_short(result: StepResult, tokens_per_second: float) -> dict[str, object]:
     """What stands beside the progress bar."""
-    losses = [f"{loss:.3f}" for loss in result.losses]
+    # NaN in a finite step: the head is frozen, or none of its targets was there.
+    known = {k: loss for k, loss in enumerate(result.losses, 1) if not (result.finite and math.isnan(loss))}
+    losses = [f"{loss:.3f}" for loss in known.values()]
+    name = "loss" if len(known) == len(result.losses) else f"loss of heads {', '.join(map(str, known))}"
     return {
-        "loss": " ".join(losses) if len(losses) <= 4 else f"{losses[0]} .. {losses[-1]}",
+        name: " ".join(losses) if len(losses) <= 4 else f"{losses[0]} .. {losses[-1]}",
         "tokens/s": f"{tokens_per_second:,.0f}",
     }
