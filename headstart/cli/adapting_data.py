@@ -33,7 +33,7 @@ def distill_data(
 ) -> None:
     """Let a model write the data that its heads are to be trained on.
 
-    Stopped or killed, the same command goes on where it was.
+    Stopped or killed, the same command resumes where it was.
 
     Args:
         model: a model directory (default: the model in the box).

@@ -56,7 +56,7 @@ def prepare(
 ) -> None:
     """Turn text, code and datasets into token shards for training.
 
-    Stopped or killed, the same command goes on where it was; other arguments start anew.
+    Stopped or killed, the same command resumes where it was; other arguments start anew.
 
     Args:
         sources: files, folders, globs, python-stdlib (the sources of the running interpreter), hf:NAME (a dataset of

@@ -199,7 +199,7 @@ class BatchStream:
         if not fits:
             counts = " + ".join(map(str, self.rows_of))
             raise UsageError(
-                f"data state {state}: does not fit {counts} rows per epoch; go on with the data, the weights and the "
+                f"data state {state}: does not fit {counts} rows per epoch; resume with the data, the weights and the "
                 f"length that the checkpoint was made with, or start a new run"
             )
         for visits, rows in zip(self._visits, given):

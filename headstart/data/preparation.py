@@ -158,7 +158,7 @@ def _working_folder(out: Path, say: Report) -> Iterator[Path]:
             yield work
         except BaseException:
             if any((work / "units").glob("[!.]*")):
-                say(f"stopped; finished work is kept in {work}: the same command goes on with it")
+                say(f"stopped; finished work is kept in {work}: the same command resumes from it")
             raise
         finally:
             if not any((work / "units").glob("[!.]*")) and not any(work.glob("vocabulary-*/[!.]*")):
@@ -205,7 +205,7 @@ def _encode(
     found = {key: summary for key in keys if (summary := encoder.finished(key)) is not None}
     todo = [unit for key, unit in zip(keys, units) if key not in found]
     if found:
-        say(f"going on: {len(found):,} of {len(units):,} pieces of work are done already")
+        say(f"resuming: {len(found):,} of {len(units):,} pieces of work are done already")
     total = None if encoder.count_documents else sum(unit.size for unit in units)
     done = 0
 

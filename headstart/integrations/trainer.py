@@ -219,7 +219,7 @@ class MultiTokenTrainer(Trainer):
         loaded = load_model(resume_from_checkpoint, dtype=wide)
         if loaded.config != self.transformer.config:
             raise UsageError(
-                f"{resume_from_checkpoint}: holds a model of another shape; go on with the model that it was made with"
+                f"{resume_from_checkpoint}: holds a model of another shape; resume with the model that it was made with"
             )
         self.transformer.load_state_dict(loaded.state_dict())
 

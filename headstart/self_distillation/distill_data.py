@@ -96,12 +96,12 @@ def distill(
     began = time.perf_counter()
     with ordered_lines(out, kept) as lines:
         if lines.next_place:
-            report(f"{out}: going on behind prompt {lines.next_place:,} of {len(prompts):,}")
+            report(f"{out}: resuming after prompt {lines.next_place:,} of {len(prompts):,}")
         writer = _Writer(model, tokenizer, template, prompts, lines, settings, heads)
         try:
             writer.run(slots, exact, progress)
         except KeyboardInterrupt:
-            report(f"stopped; {lines.next_place:,} of {len(prompts):,} are kept: the same command goes on")
+            report(f"stopped; {lines.next_place:,} of {len(prompts):,} are kept: the same command resumes")
             raise
         numbers = Stats.summed(writer.stats).summary()
     return {

@@ -26,7 +26,7 @@ from headstart.training.processes import Processes
 class CheckpointWriter:
     """Saves a run's checkpoints into `root`; at most one is being written at a time.
 
-    One that cannot be written (a full disk) is told and given up: training goes on, and the checkpoint before it stays.
+    One that cannot be written (a full disk) is reported and given up; training continues, and the one before it stays.
     Only `wait(needed=True)`, for the last one, makes an error of it.
     """
 
@@ -123,7 +123,7 @@ class CheckpointWriter:
                     text = state_text(position, checkpoints.digest(self._model.config), files, sha256)
                     (temporary / STATE_FILE).write_text(text, encoding="utf-8")
         except UsageError as error:
-            say(f"warning: {str(error).split(';')[0]}; training goes on, and the checkpoint before it stays")
+            say(f"warning: {str(error).split(';')[0]}; training continues, and the checkpoint before it stays")
             return error
         finally:
             stager.close()

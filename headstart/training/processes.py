@@ -135,7 +135,7 @@ def joined(device: str) -> Iterator[Processes]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostProcesses(
                 f"process {rank} of {count}: another process has gone ({_first_line(error)}); "
-                "start all of them again, and the run goes on from its newest checkpoint"
+                "start all of them again, and the run resumes from its newest checkpoint"
             ) from error
         raise
     finally:

@@ -51,7 +51,7 @@ class StepProfiler:
         self._recording: profile | None = None
         self._recorded = 0
         if self._steps and step >= self._steps.start:
-            say(f"profile.start {start} lies behind step {step}, where this run goes on: nothing is profiled")
+            say(f"profile.start {start} lies behind step {step}, where this run resumes: nothing is profiled")
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:

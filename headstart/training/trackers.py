@@ -100,7 +100,7 @@ class Trackers:
                 act(tracker)
             except Exception as error:  # the network, a full disk, a bug of the service: none is worth the run
                 del self._open[name]
-                say(f"warning: {name} failed and is told no more ({_first_line(error)}); metrics.jsonl goes on")
+                say(f"warning: {name} failed and gets no more ({_first_line(error)}); metrics.jsonl has everything")
 
 
 def check_packages(config: WatchConfig) -> None:

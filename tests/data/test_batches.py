@@ -288,7 +288,7 @@ def test_states_of_another_mixture_are_refused():
         {},
     ):
         with pytest.raises(
-            UsageError, match=r"does not fit 11 \+ 7 \+ 7 rows per epoch; go on with the data, the weights"
+            UsageError, match=r"does not fit 11 \+ 7 \+ 7 rows per epoch; resume with the data, the weights"
         ):
             make_mixture().load_state_dict(wrong)
     with pytest.raises(UsageError, match="does not fit 11 rows"):

@@ -91,9 +91,9 @@ def test_an_interrupted_call_is_gone_on_with(corpus, tmp_path):
     first, second, lines = Counting(fatal=40), Counting(), []
     with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tmp_path / "out", first, report=lines.append)
-    assert "the same command goes on" in lines[-1] and not (tmp_path / "out").exists()
+    assert "the same command resumes" in lines[-1] and not (tmp_path / "out").exists()
     prepare([str(corpus)], tmp_path / "out", second, report=lines.append)
-    assert "going on: " in "".join(lines)
+    assert "resuming: " in "".join(lines)
     assert first.seen > 20 and whole.seen == 80
     assert 80 - first.seen <= second.seen <= 80 - first.seen + 10  # of the broken unit only
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -228,7 +228,7 @@ def test_a_full_disk_is_told_and_gone_on_with(corpus, tmp_path, monkeypatch):
     assert "finished work is kept" in lines[-1]
     monkeypatch.setattr(files, "_sync", real)
     prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), report=lines.append)
-    assert any("going on" in line for line in lines)
+    assert any("resuming" in line for line in lines)
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out"}
 
 

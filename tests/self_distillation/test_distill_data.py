@@ -91,11 +91,11 @@ def test_a_stopped_run_goes_on(model, saved, tmp_path):
         distill(model, saved, prompts, out, LIVELY, slots=2, progress=stop, report=said.append)
     kept = out.read_bytes()
     assert whole.read_bytes().startswith(kept) and 4 <= kept.count(b"\n") < len(TEXTS)
-    assert "are kept: the same command goes on" in said[-1]
+    assert "are kept: the same command resumes" in said[-1]
     out.write_bytes(kept + b'{"place": 4, "prom')  # as a kill in the middle of a line leaves it
     found = distill(model, saved, prompts, out, LIVELY, slots=3, report=said.append)
     assert out.read_bytes() == whole.read_bytes()
-    assert found["written"] == len(TEXTS) - kept.count(b"\n") and "going on behind prompt" in said[-1]
+    assert found["written"] == len(TEXTS) - kept.count(b"\n") and "resuming after prompt" in said[-1]
     assert distill(model, saved, prompts, out, LIVELY)["written"] == 0
 
 

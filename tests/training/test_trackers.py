@@ -79,7 +79,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(recorders, tin
     train(tiny(watch=WatchConfig(trackers=("trackio",), sample_tokens=0)))
     assert len(calls) == 1
     said = capsys.readouterr().err
-    assert said.count("warning: trackio failed and is told no more (no route to host); metrics.jsonl goes on") == 1
+    assert said.count("warning: trackio failed and gets no more (no route to host); metrics.jsonl has everything") == 1
 
 
 def test_a_failed_run_is_told_as_failed(recorders, tiny, monkeypatch) -> None:
