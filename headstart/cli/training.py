@@ -50,6 +50,8 @@ def prepare(
     validation_fraction: float | None = None,
     validation_sources: tuple[str, ...] = (),
     seed: int = 0,
+    deduplicate: bool = False,
+    literal: bool = False,
     workers: int | None = None,
     verify: bool = False,
     json: bool = False,
@@ -77,6 +79,8 @@ def prepare(
         validation_fraction: share of the documents held out (default: 0.02, or none where sources are held out).
         validation_sources: sources that are held out whole, also where one of SOURCES contains them.
         seed: chooses the documents held out.
+        deduplicate: leave out documents that equal or nearly equal an earlier one; without it they are counted.
+        literal: special tokens that a document spells stay text (always so with --train-bpe).
         workers: processes (default: all cores); the output does not depend on it.
         verify: prepare nothing; read the folder --out and name its damaged files, exit status 1 if there are any.
         json: print the manifest as JSON.
@@ -84,6 +88,7 @@ def prepare(
     from headstart.data import shards
     from headstart.data.bpe import NewBpe
     from headstart.data.hub_datasets import is_dataset
+    from headstart.data.manifest import read_manifest, sealed
     from headstart.data.units import Selection
     from headstart.machine import cores
     from headstart.storage.model_directory import load_data_tokenizer
@@ -95,7 +100,10 @@ def prepare(
         faults = shards.verify(out)
         for fault in faults:
             say(fault)
-        say(f"{out}: {len(faults)} damaged" if faults else f"{out}: every file is as prepare wrote it")
+        whole = (
+            "every file is" if sealed(read_manifest(out)) else "the tokens are (an older Headstart recorded no more)"
+        )
+        say(f"{out}: {len(faults)} damaged" if faults else f"{out}: {whole} as prepare wrote it")
         raise SystemExit(1 if faults else 0)
     if train_bpe is not None and tokenizer != "bytes":
         raise UsageError("--train-bpe and --tokenizer: give one of the two")
@@ -111,6 +119,8 @@ def prepare(
             validation_sources=validation_sources,
             seed=seed,
             workers=cores() if workers is None else workers,
+            deduplicate=deduplicate,
+            literal=literal,
             progress=bar.update,
             report=say,
         )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from headstart.data.documents import Document
-from headstart.data.tokenizers import CONFIG_FILE, TOKENIZER_FILE
+from headstart.data.tokenizers import CONFIG_FILE, OWN_KIND, TOKENIZER_FILE
 from headstart.data.units import Selection, Unit, read
 from headstart.errors import UsageError
 
 END_NAME = "<|endoftext|>"
 SAMPLE_BYTES = 1 << 28
 """Text to learn from, spread over all sources. More changes the merges little and costs memory."""
+LONGEST_WORD = 256
+"""Characters. The time to learn grows with the square of a word; base64, DNA and minified code are long words."""
+_LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def train(texts: Iterator[str], vocab_size: int, directory: Path) -> int:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    engine.train_from_iterator(texts, trainer)
+    engine.train_from_iterator(_cut(texts), trainer)
     config = {
+        OWN_KIND: "bpe",
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_NAME,
         "bos_token": END_NAME,
@@ -69,3 +74,14 @@ def train(texts: Iterator[str], vocab_size: int, directory: Path) -> int:
     (directory / TOKENIZER_FILE).write_text(engine.to_str(pretty=True) + "\n", encoding="utf-8")
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return int(engine.get_vocab_size())
+
+
+def _cut(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts in pieces that have no word longer than LONGEST_WORD: longer ones are cut every so many."""
+    for text in texts:
+        begin = 0
+        for run in _LONG.finditer(text):
+            for cut in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
+                yield text[begin:cut]
+                begin = cut
+        yield text[begin:]

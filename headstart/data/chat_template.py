@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.conversations import ASSISTANT, Conversation
+from headstart.data.conversations import ASSISTANT, Conversation, is_target
 from headstart.data.special_tokens import CONFIG_FILE, special_tokens
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
@@ -93,10 +93,11 @@ class ChatTemplate:
         whole = self.render(messages, tools)
         if OPEN in whole or CLOSE in whole:
             raise UsageError("a message holds U+FDD0 or U+FDD1, which are no characters; take them out")
-        numbers = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+        numbers = [number for number, message in enumerate(messages) if is_target(message)]
         if _MARKED.search(self.source):
             if not each:
-                return [(whole, _unmarked(self.render(messages, tools, mark=True), whole))]
+                spans = _unmarked(self.render(messages, tools, mark=True), whole)
+                return [(whole, self._of_targets(conversation, spans))]
             texts = [(self.render(messages[: i + 1], tools), messages[: i + 1]) for i in numbers]
             return [(text, _unmarked(self.render(said, tools, mark=True), text)[-1:]) for text, said in texts]
         found = []
@@ -112,6 +113,26 @@ class ChatTemplate:
             length = _answer_length(behind[len(before) :], messages[number]["content"])
             found.append((behind, [(len(before), len(before) + length)]))
         return found if each else [(whole, [span for _, spans in found for span in spans])]
+
+    def _of_targets(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
+        """Return those of the marked spans that messages to be predicted wrote."""
+        messages = conversation.messages
+        if all(is_target(message) for message in messages if message["role"] == ASSISTANT):
+            return spans
+        opened = [
+            self.render(messages[:count], conversation.tools, mark=True).count(OPEN)
+            for count in range(len(messages) + 1)
+        ]
+        if opened[-1] != len(spans) or opened != sorted(opened):
+            raise UsageError(
+                "the chat template marks other answers once more follows, so none can be left out; mend it"
+            )
+        return [
+            span
+            for number, message in enumerate(messages)
+            if is_target(message)
+            for span in spans[opened[number] : opened[number + 1]]
+        ]
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -42,8 +42,13 @@ class Conversation:
 
     @property
     def answered(self) -> bool:
-        """Whether the assistant says anything."""
-        return any(message["role"] == ASSISTANT for message in self.messages)
+        """Return whether any message is to be predicted."""
+        return any(map(is_target, self.messages))
+
+
+def is_target(message: dict[str, Any]) -> bool:
+    """Return whether a message is to be predicted: an assistant's, unless `weight: 0` or `train: false` excludes it."""
+    return message["role"] == ASSISTANT and message.get("weight", 1) != 0 and message.get("train", True) is not False
 
 
 def parse_conversation(value: Any, tools: Any, place: str) -> Conversation:
@@ -74,6 +79,10 @@ def _message(value: Any, place: str) -> dict[str, Any]:
         raise UsageError(f'{place}: says nobody\'s role; a message is {{"role": "user", "content": "..."}}')
     message["role"] = ROLES.get(role, role)
     message["content"] = _text(message.get("content", ""), place)
+    if message.get("weight", 1) not in (0, 1):
+        raise UsageError(f"{place}: weight {message['weight']!r}; write 1 (to be predicted) or 0 (not)")
+    if not isinstance(message.get("train", True), bool):
+        raise UsageError(f"{place}: train {message['train']!r}; write true (to be predicted) or false (not)")
     return message
 
 

@@ -25,13 +25,14 @@ NO_PROBLEM, NO_PROGRAM = "not problems", "without a program in Python"
 
 @dataclass(frozen=True)
 class Document:
-    """One text, not empty and with a UTF-8 form. `name` is stable: it decides the split that the document goes to."""
+    """One text, not empty and with a UTF-8 form. `text` decides the split, unless several documents have `shared`."""
 
     name: str
     text: str
     bytes: int  # of the text in UTF-8
     read: int  # bytes of the file that it took up, for progress
     conversation: Conversation | None = None  # which `text` then is without its roles
+    shared: str | None = None  # what decides the split of this and other documents, such as a problem of its programs
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Field:
 
     def documents(self, record: Any, name: str, place: str, read: int) -> Iterator[Document | Skipped]:
         """The document in one row; null is skipped, and a conversation without an answer. With rewards there is one for
-        each program, all of the row's name, so that no problem is in two splits.
+        each program, which share the problem, so that no problem is in two splits.
 
         Raises UsageError, naming `place`, where the field is missing or holds something else.
         """
@@ -81,7 +82,7 @@ class Field:
             return
         none = True
         for text in rewarded_programs(record, place):
-            yield _text(text, name, read if none else 0)
+            yield _text(text, name, read if none else 0, shared=record[PROBLEM])
             none = False
         if none:
             yield Skipped(NO_PROGRAM, read)
@@ -117,12 +118,14 @@ class Field:
         return SHAREGPT if other else self.name
 
 
-def _text(text: str, name: str, read: int, conversation: Conversation | None = None) -> Document | Skipped:
+def _text(
+    text: str, name: str, read: int, conversation: Conversation | None = None, shared: str | None = None
+) -> Document | Skipped:
     try:
         size = len(text.encode("utf-8"))
     except UnicodeEncodeError:  # "\ud800" is JSON, and no text
         return Skipped(NOT_TEXT, read)
-    return Document(name, text, size, read, conversation) if size else Skipped(EMPTY, read)
+    return Document(name, text, size, read, conversation, shared) if size else Skipped(EMPTY, read)
 
 
 def read_text(file: SourceFile) -> Document | Skipped:

@@ -1,4 +1,4 @@
-"""The manifest of a shards folder: what the folder holds, with a SHA-256 for each file of tokens.
+"""The manifest of a shards folder: what the folder holds, with a SHA-256 for each file, itself among them.
 
 Version 2 lists a split's shards; version 1 had a single SPLIT.bin, and is read as a list of one. Version 3 says of each
 shard which of its tokens are targets; only conversations have it, so that an older Headstart refuses those alone.
@@ -6,6 +6,7 @@ shard which of its tokens are targets; only conversations have it, so that an ol
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import numpy as np
 
 from headstart.errors import UsageError
+from headstart.files import sha256_of
 
 FORMAT, VERSION, WITH_TARGETS = "headstart-shards", 2, 3
 MANIFEST = "manifest.json"
+NAMES = "validation.names.json"
+"""The names of the held-out documents."""
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 
 
@@ -66,6 +70,45 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{file}: damaged (no usable {error}); run prepare again") from error
     return manifest
+
+
+def seal(manifest: dict[str, Any], folder: Path) -> None:
+    """Record the SHA-256 of what the manifest has no other for: the names, the tokenizer's files, and its own content.
+
+    The files of the folder must be written, but for the manifest itself.
+    """
+    files = [folder / NAMES, *sorted((folder / "tokenizer").rglob("*"))]
+    manifest["files"] = {str(file.relative_to(folder)): sha256_of(file) for file in files if file.is_file()}
+    manifest["sha256"] = _content_digest(manifest)
+
+
+def sealed(manifest: dict[str, Any]) -> bool:
+    """Return whether `seal` was called for the manifest: an older Headstart did not."""
+    return "sha256" in manifest or "files" in manifest
+
+
+def faults_of_sealed(directory: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return a line for each sealed file that is missing or changed, and for the manifest itself if it is changed."""
+    found = []
+    if sealed(manifest) and manifest.get("sha256") != _content_digest(manifest):
+        found.append(
+            f"{directory / MANIFEST}: its content is not what prepare wrote; copy it again or run prepare again"
+        )
+    files = manifest.get("files", {})
+    for name, digest in files.items() if isinstance(files, dict) else ():
+        file = directory / name
+        try:
+            if sha256_of(file) != digest:
+                found.append(f"{file}: its content is not what prepare wrote; copy the file again or run prepare again")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "its name in the manifest is damaged"
+            found.append(f"{file}: cannot be read ({why}); copy the file again or run prepare again")
+    return found
+
+
+def _content_digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def check_target(out: Path) -> None:

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from headstart.data.encoding import SPLITS, Summary, nearest_of
+from headstart.data.encoding import RECORD
 from headstart.data.target_bits import write_bits
 from headstart.data.workers import Advance, run_all
 from headstart.errors import UsageError
@@ -33,19 +34,17 @@ class Segment:
     bytes: int
     first_token: int = 0
     first_document: int = 0
-    name: str = ""  # of the document, where it is one that has changed sides
 
     def lengths(self) -> np.ndarray:
-        """(documents,) int64, in tokens."""
-        file = self.folder / f"{self.split}.lengths"
-        return np.fromfile(file, dtype="<i8", count=self.documents, offset=8 * self.first_document)
+        """Return the tokens of each document: (documents,) int64."""
+        offset = RECORD.itemsize * self.first_document
+        file = self.folder / f"{self.split}.documents"
+        lengths: np.ndarray = np.fromfile(file, dtype=RECORD, count=self.documents, offset=offset)["tokens"]
+        return lengths
 
     def names(self) -> list[str]:
-        """Of held-out documents."""
-        if self.name:
-            return [self.name]
-        names: list[str] = json.loads((self.folder / "names.json").read_text(encoding="utf-8"))
-        return names[self.first_document : self.first_document + self.documents]
+        """Return the names of the documents."""
+        return _names(self.folder)[self.split][self.first_document : self.first_document + self.documents]
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,6 @@ class Shard:
     @property
     def target_path(self) -> Path:
         return self.path.with_suffix(".targets")
-
-
-def segments_of(folders: list[Path], summaries: list[Summary], validation_fraction: float) -> dict[str, list[Segment]]:
-    """What each split is made of.
-
-    Small corpora: an empty split gets the document whose hash lies nearest to it, validation from two documents on.
-    """
-    found: dict[str, list[Segment]] = {split: [] for split in SPLITS}
-    for folder, summary in zip(folders, summaries):
-        for split, part in summary.splits.items():
-            found[split].append(Segment(summary.source, folder, split, part.tokens, part.documents, part.bytes))
-    counts = {split: sum(segment.documents for segment in found[split]) for split in SPLITS}
-    if counts["train"] == 0:
-        _move("validation", "train", found, summaries)
-    elif counts["validation"] == 0 and counts["train"] >= 2 and validation_fraction > 0:
-        _move("train", "validation", found, summaries)
-    return {split: [segment for segment in found[split] if segment.documents] for split in SPLITS}
 
 
 def pack(
@@ -121,20 +103,10 @@ def write_names(path: Path, segments: list[Segment]) -> None:
         file.write("\n]\n" if comma == "," else "[]\n")
 
 
-def _move(giver: str, taker: str, found: dict[str, list[Segment]], summaries: list[Summary]) -> None:
-    nearest = nearest_of(giver, [summary.splits[giver] for summary in summaries])
-    assert nearest is not None
-    unit, document = nearest
-    whole = found[giver][unit]
-    moved = (document.tokens, 1, document.bytes)
-    before_bytes = whole.bytes - document.bytes  # of both rests together: only sums over a source are ever told
-    behind = document.first_token + document.tokens, document.index + 1
-    common = (whole.source, whole.folder, giver)
-    found[taker] = [Segment(*common, *moved, document.first_token, document.index, document.name)]
-    found[giver][unit : unit + 1] = [
-        Segment(*common, document.first_token, document.index, before_bytes),
-        Segment(*common, whole.tokens - behind[0], whole.documents - behind[1], 0, *behind),
-    ]
+@lru_cache(maxsize=1)
+def _names(folder: Path) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+    return names
 
 
 def _ranges(segments: list[Segment], item: int) -> Iterator[tuple[tuple[Path, int, int], ...]]:

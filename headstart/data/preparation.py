@@ -17,8 +17,19 @@ from typing import Any
 from headstart.data import bpe
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.encoding import SPLITS, Encoder, Summary
-from headstart.data.manifest import DTYPES, FORMAT, MANIFEST, VERSION, WITH_TARGETS, check_target, dtype_for
-from headstart.data.packing import pack, segments_of, write_names
+from headstart.data.manifest import (
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    NAMES,
+    VERSION,
+    WITH_TARGETS,
+    check_target,
+    dtype_for,
+    seal,
+)
+from headstart.data.packing import pack, write_names
+from headstart.data.splitting import split_documents
 from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.data.units import Selection, Unit, plan
 from headstart.data.workers import run_all
@@ -41,15 +52,23 @@ def prepare(
     validation_sources: Sequence[str] = (),
     seed: int = 0,
     workers: int = 1,
+    deduplicate: bool = False,
+    literal: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Encodes the documents of `sources` (see `units.plan`) into the shards folder `out`; returns its manifest.
 
-    A document goes to validation if a hash of (seed, its name) says so: whatever the order and the other documents.
-    Only where that would leave a split empty does one document change sides (validation takes one from two documents
-    on). All of `validation_sources` goes to validation, and their files to nothing else, even where a source contains
-    them: a split by project, by author, by year.
+    A document goes to validation if a hash of (seed, its content) says so, whatever the order and the other documents:
+    equal documents share a side. If that leaves a split empty, the documents nearest to it change sides (validation
+    takes some if two documents differ). All of `validation_sources` goes to validation, and their files to nothing
+    else, even if a source contains them: a split by project, by author, by year. A document of another source that
+    equals one of theirs is left out.
+
+    Exact and near duplicates are counted, in the manifest and by `report`; with `deduplicate` they are left out.
+
+    With `literal` special tokens that a document spells stay text, as they always do with a vocabulary that
+    `bpe.NewBpe` learnt. Otherwise they become their ids, as in transformers.
 
     Of conversations (`selection.conversations`) all is written as the tokenizer's chat template has it, and what the
     assistant wrote is told from the rest: that alone is to be predicted. `bytes` then counts answers. With
@@ -91,12 +110,18 @@ def prepare(
             count_documents=any(unit.format == "dataset" for unit in units),
             folder=work / "units",
             template=template,
+            literal=literal or getattr(tokenizer, "learnt", False),
         )
         summaries = _encode(encoder, units, workers, progress, say)
         folders = [encoder.folder / encoder.key(unit) for unit in units]
-        segments = segments_of(folders, summaries, validation_fraction)
+        splitting = split_documents(folders, summaries, validation_fraction, deduplicate)
+        segments = splitting.segments
         if not segments["validation"] and validation_fraction > 0:
             say("a single document: it is for training, and there is no validation split")
+        for line in splitting.duplicates.told(deduplicate):
+            say(line)
+        if spelled := sum(summary.spelled for summary in summaries):
+            say(f"{spelled:,} documents spell the end token, which became its id (--literal keeps it as text)")
         with replacing_directory(out) as folder:
             splits = {
                 split: pack(
@@ -109,7 +134,7 @@ def prepare(
                 )
                 for split in SPLITS
             }
-            write_names(folder / "validation.names.json", segments["validation"])
+            write_names(folder / NAMES, segments["validation"])
             tokenizer.save(folder / "tokenizer")
             manifest = {
                 "format": FORMAT,
@@ -125,7 +150,11 @@ def prepare(
                 **asdict(selection),
                 "seed": seed,
                 "validation_fraction": validation_fraction,
+                "literal": encoder.literal,
+                "deduplicated": deduplicate,
+                "duplicates": asdict(splitting.duplicates),
             }
+            seal(manifest, folder)
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
         shutil.rmtree(work)
     return manifest

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.manifest import DTYPES, WITH_TARGETS, read_manifest
+from headstart.data.manifest import DTYPES, WITH_TARGETS, faults_of_sealed, read_manifest
 from headstart.data.preparation import prepare
 from headstart.data.target_bits import TargetBits, bytes_for
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -148,9 +148,14 @@ class TokenShards:
 
 
 def verify(directory: str | os.PathLike[str]) -> list[str]:
-    """What is wrong with the files of a shards folder, a line for each; [] where all is well. Reads everything."""
-    manifest = read_manifest(Path(directory))
-    return [line for split in manifest["splits"] for line in faults_of(Path(directory), split, manifest)]
+    """Return a line for each fault in the files of a shards folder, [] if there is none. Reads everything.
+
+    Folders of an older Headstart have no digests of the tokenizer, the names and the manifest, see `manifest.sealed`.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    found = [line for split in manifest["splits"] for line in faults_of(directory, split, manifest)]
+    return faults_of_sealed(directory, manifest) + found
 
 
 def faults_of(directory: Path, split: str, manifest: dict[str, Any]) -> list[str]:

@@ -29,6 +29,8 @@ __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "l
 
 TOKENIZER_FILE = "tokenizer.json"
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+OWN_KIND = "headstart_tokenizer"
+"""The key of tokenizer_config.json that says how Headstart made a tokenizer: "bytes" or "bpe"."""
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -140,7 +142,7 @@ class ByteTokenizer:
         engine.decoder = decoders.ByteLevel()
         engine.add_special_tokens([AddedToken(self.end_name, special=True, normalized=False)])
         config = {
-            "headstart_tokenizer": "bytes",
+            OWN_KIND: "bytes",
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.end_name,
             "bos_token": self.end_name,
@@ -176,6 +178,8 @@ class PretrainedTokenizer:
         self._add_tokens()
         ids = self._engine.get_vocab(with_added_tokens=True)
         self.name = self._file.parent.resolve().name
+        config = self._directory / CONFIG_FILE
+        self.learnt = config.is_file() and read_json(config).get(OWN_KIND) == "bpe"  # by prepare, from plain documents
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.end_id = self._find_end(ids)
         self.end_ids = frozenset([self.end_id])
@@ -203,6 +207,14 @@ class PretrainedTokenizer:
         with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             encoding = self._engine.encode(text, add_special_tokens=False)
         return self._with_rows(encoding.ids)
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Return the ids of `text` with special tokens that it spells as text, so that it holds no end token."""
+        self._engine.encode_special_tokens = True
+        try:
+            return self.encode(text)
+        finally:
+            self._engine.encode_special_tokens = False
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode`, and the characters of `text` that each token stands for, begin and end. Tokens that share a
@@ -351,7 +363,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             f"AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     config = (path if path.is_dir() else path.parent) / CONFIG_FILE
-    if config.is_file() and read_json(config).get("headstart_tokenizer") == "bytes":
+    if config.is_file() and read_json(config).get(OWN_KIND) == "bytes":
         tokenizer_file = read_json(path / TOKENIZER_FILE if path.is_dir() else path)
         # Someone may have added tokens to the saved files: then they are no longer plain bytes, whatever the mark says.
         if len(tokenizer_file.get("added_tokens") or []) == 1:

@@ -40,6 +40,8 @@ from headstart.training.step import StepResult, inputs_of, move, train_step
 from headstart.training.trackers import check_packages
 from headstart.training.validation import long_enough, validate_sources
 
+STEPS_WITHOUT_TARGET = 100
+"""So many first steps without anything to predict end a run."""
 SKIPS_IN_A_ROW = 20
 """Skipped steps after which a run is given up."""
 SAMPLED_TOGETHER = 500_000_000
@@ -122,6 +124,7 @@ class Run:
             self.stream.load_state_dict(position_in_data(restored, digests, self.sources, config))
         self.position.sources = digests
         self.history = LossHistory(**self.position.history)
+        self.steps, self.targets = 0, 0  # since this process began
         self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
         self.writer.saved(self.position.step if restored is not None else -1)
         self.tokenizer = self.sources[0].train.tokenizer()
@@ -200,11 +203,23 @@ class Run:
         position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.skipped else 0
         position.skipped += bool(result.skipped)
         self.report.step(result, position, lr, seconds)
+        self.count_targets(result)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise self.diverged(result)
         if not result.skipped:
             self.writer.rotate()
         return result, seconds
+
+    def count_targets(self, result: StepResult) -> None:
+        """Raise UsageError if the first steps, or all of a short run, had nothing to predict."""
+        self.targets += result.targets
+        self.steps += 1
+        if not self.targets and (self.steps == STEPS_WITHOUT_TARGET or self.position.step >= self.config.steps):
+            raise UsageError(
+                f"{self.folder.path}: {self.steps} steps had no target for any trained head; take longer documents, "
+                "conversations with answers to be predicted, or head weights above 0",
+                said=not self.processes.main,
+            )
 
     def diverged(self, result: StepResult) -> UsageError:
         """Return the error of a run whose last steps were all skipped; it names the checkpoint from before them."""

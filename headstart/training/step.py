@@ -41,6 +41,8 @@ class StepResult:
     """Whether a process of the run was asked to stop."""
     extras: dict[str, float] = field(default_factory=dict)
     """Mean loss of what is learnt beside the heads, in nats, by method; see `ExtraLosses`."""
+    targets: int = 0
+    """Number of targets, of all heads that have a weight."""
 
 
 def train_step(
@@ -100,7 +102,7 @@ def train_step(
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(means, accuracies, gradient_norm, finite, skipped, stops > 0, extras.means())
+    return StepResult(means, accuracies, gradient_norm, finite, skipped, stops > 0, extras.means(), sum(targets))
 
 
 def inputs_of(batch: Batch, config: RunConfig, step: int) -> Batch:

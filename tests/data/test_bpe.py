@@ -1,5 +1,8 @@
 """Vocabularies learnt from the sources: deterministic, learnt once, read alike by transformers."""
 
+import json
+import re
+
 import pytest
 
 from headstart.data import bpe
@@ -78,3 +81,35 @@ def test_sizes_that_cannot_be(corpus, tmp_path):
     manifest = prepare([str(corpus)], tmp_path / "out", NewBpe(5000), report=lines.append)
     assert manifest["vocab_size"] < 5000
     assert f"the text gives a vocabulary of {manifest['vocab_size']:,} tokens and no more" in lines
+
+
+def test_text_that_spells_the_end_token_stays_text(corpus, tmp_path):
+    """A corpus that a vocabulary is learnt from has no special tokens; with other tokenizers it may, and is counted."""
+    text = "before <|endoftext|> behind"
+    (corpus / "00.txt").write_text(text)
+    prepare([str(corpus)], tmp_path / "own", NewBpe(300))
+    shards = TokenShards.open(tmp_path / "own", "train")
+    tokenizer = shards.tokenizer()
+    ids = shards.document(0).tolist()
+    assert tokenizer.end_id not in ids[:-1] and tokenizer.decode(ids) == text
+    foreign = tmp_path / "foreign"
+    tokenizer.save(foreign)
+    config = json.loads((foreign / "tokenizer_config.json").read_text())
+    del config["headstart_tokenizer"]
+    (foreign / "tokenizer_config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    prepare([str(corpus)], tmp_path / "as ids", load_tokenizer(foreign), report=said.append)
+    assert tokenizer.end_id in TokenShards.open(tmp_path / "as ids", "train").document(0).tolist()[:-1]
+    assert any(line.startswith("1 documents spell the end token") for line in said)
+    prepare(
+        [str(corpus)], tmp_path / "as text", load_tokenizer(foreign), literal=True, report=lambda line: said.clear()
+    )
+    assert TokenShards.open(tmp_path / "as text", "train").document(0).tolist() == ids
+
+
+def test_long_words_are_learnt_from_in_pieces():
+    text = "a " + "L" * 1000 + " b" + " " * 700 + "acgt" * 300 + "\n"
+    pieces = list(bpe._cut([text, "short"]))
+    assert "".join(pieces[:-1]) == text and pieces[-1] == "short"
+    assert max(len(word) for piece in pieces for word in re.findall(r"\S+|\s+", piece)) == bpe.LONGEST_WORD
+    assert list(bpe._cut(["x" * 256 + " y", ""])) == ["x" * 256 + " y", ""]

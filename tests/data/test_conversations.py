@@ -45,6 +45,33 @@ def test_both_ways_of_writing_messages_are_read():
             parse_conversation(value, None, "here")
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("excluded", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+def test_messages_that_are_not_to_be_predicted(tmp_path, template, each, excluded):
+    tokenizer = chat_tokenizer(tmp_path, template)
+    found = load_chat_template(tokenizer)
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "first"}]
+    said += [{"role": "user", "content": "and"}, {"role": "assistant", "content": "second"}]
+
+    def answers(change_first, change_second):
+        value = [said[0], said[1] | change_first, said[2], said[3] | change_second]
+        conversation = parse_conversation(value, None, "here")
+        texts = encode_conversation(conversation, found, tokenizer, each)
+        return conversation.answered, [tokenizer.decode(ids[answered].tolist()).strip() for ids, answered in texts]
+
+    both = ["first", "second"] if each else [answers({}, {})[1][0]]
+    assert answers({"weight": 1}, {"train": True}) == (True, both)
+    assert answers(excluded, {}) == (True, ["second"]) and answers({}, excluded) == (True, ["first"])
+    assert answers(excluded, excluded) == (False, [] if each else [""])
+    for wrong, line in (
+        ({"weight": 0.5}, "message 2: weight 0.5; write 1"),
+        ({"train": "no"}, "message 2: train 'no'"),
+    ):
+        with pytest.raises(UsageError, match=line):
+            answers(wrong, {})
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED, INSTRUCTIONS])
 def test_texts_and_ids_are_those_of_transformers(tmp_path, template):
     transformers = pytest.importorskip("transformers")

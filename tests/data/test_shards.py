@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_every_document_lands_in_exactly_one_split(tmp_path):
     assert isinstance(load_tokenizer(tmp_path / "out" / "tokenizer"), ByteTokenizer)
 
 
-def test_the_split_of_a_document_depends_on_seed_and_name_alone(tmp_path):
+def test_the_split_of_a_document_depends_on_seed_and_content_alone(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
 
     def held_out(name, *sources, seed=0):
@@ -82,6 +83,32 @@ def test_the_split_of_a_document_depends_on_seed_and_name_alone(tmp_path):
     first = (tmp_path / "a" / "train-00000.bin").read_bytes()
     held_out("a", str(corpus))  # over the older folder
     assert (tmp_path / "a" / "train-00000.bin").read_bytes() == first
+
+
+def test_verify_covers_every_file(prepared):
+    """Any bit that flips, and any file that goes, is named."""
+    assert verify(prepared) == []
+    for file in sorted(path for path in prepared.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        for at in range(0, len(content), max(1, len(content) // 8)):
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+            try:
+                found = verify(prepared)
+            except UsageError as error:  # a manifest that cannot be read
+                found = [str(error)]
+            assert found and str(file) in found[0], (file, at)
+        file.unlink()
+        with suppress(UsageError):
+            assert str(file) in verify(prepared)[0]
+        file.write_bytes(content)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    for change in (
+        {"end_id": 32},
+        {"sha256": None},
+        {"splits": {**manifest["splits"], "train": manifest["splits"]["validation"]}},
+    ):
+        (prepared / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        assert "manifest.json: its content is not what prepare wrote" in verify(prepared)[0]
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])

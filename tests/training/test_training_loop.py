@@ -282,3 +282,15 @@ def test_blocks_of_another_family_are_trained_and_saved_as_that(tiny) -> None:
     with pytest.raises(UsageError, match="norm_placement"):
         train(refused)
     assert not refused.run_dir.exists()
+
+
+def test_a_run_without_a_target_is_refused(tiny, tmp_path) -> None:
+    """Head 2 has nothing to predict in documents of one byte and the end."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"text": chr(97 + i)}) + "\n" for i in range(26)))
+    data = DataConfig(sources=(str(source),), validation_fraction=0)
+    weights = HeadWeights(initial=(0, 1), final=(0, 1))
+    config = tiny(data=data, head_weights=weights, validation=ValidationConfig(every=0))
+    with pytest.raises(UsageError, match=r"6 steps had no target for any trained head; take longer documents"):
+        train(config)
+    assert not config.run_dir.joinpath("model").exists()
