@@ -23,8 +23,9 @@ OTHER_FILES = 64
 """File descriptors that are left to everything but connections."""
 RESERVE = 16
 """Connections above the limit that may still ask for `OPEN` paths while all others are being answered."""
-PROBE_SECONDS = 0.5
-"""Interval of the interim answers to a client that has closed its sending side. They fail where it is gone."""
+PROBE_SECONDS = (0.02, 0.5)
+"""First and longest interval of the interim answers to a client that has closed its sending side; each is twice the one
+before. Where the client is gone, the first one that it refuses makes the next one fail."""
 
 
 def connection_limits(max_connections: int | None) -> tuple[int, int]:
@@ -160,7 +161,7 @@ class Connection(HttpToolsProtocol):
         cycle.keep_alive = False
         if not self._ended:
             self._ended = True
-            self.loop.call_later(PROBE_SECONDS, self._probe)
+            self.loop.call_later(PROBE_SECONDS[0], self._probe, PROBE_SECONDS[0])
         return True
 
     def send_400_response(self, msg: str) -> None:
@@ -169,11 +170,12 @@ class Connection(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Stay silent: a log line for each would be written by whoever likes."""
 
-    def _probe(self) -> None:
+    def _probe(self, waited: float) -> None:
         if not self.transport.is_closing() and not self.cycle.response_started:
             if not self.pipeline:  # else an earlier answer may be on its way
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.loop.call_later(PROBE_SECONDS, self._probe)
+            wait = min(2 * waited, PROBE_SECONDS[1])
+            self.loop.call_later(wait, self._probe, wait)
 
     def _late(self) -> None:
         self._alarm = None

@@ -99,13 +99,17 @@ class Gate:
         self.open = threading.Event()
         self.open.set()
         self.steps = 0
+        self.waiting = False
+        """A step is held."""
         self._one = threading.Semaphore(0)
         step = Engine.step
 
         def gated(engine: Engine) -> Any:
             if not self.open.is_set():
+                self.waiting = True
                 while not (self._one.acquire(timeout=0.01) or self.open.is_set()):
                     pass
+                self.waiting = False
             self.steps += 1
             return step(engine)
 

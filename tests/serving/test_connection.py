@@ -207,7 +207,7 @@ def test_many_pipelined_requests_are_answered_and_endless_ones_not() -> None:
 
 
 def test_a_client_that_only_stops_sending_gets_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(connection, "PROBE_SECONDS", (0.01, 0.01))
 
     async def test() -> None:
         async with listening() as server:
@@ -223,7 +223,7 @@ def test_a_client_that_only_stops_sending_gets_its_answer(monkeypatch: pytest.Mo
 
 
 def test_a_client_that_closes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(connection, "PROBE_SECONDS", (0.01, 1e9))  # two early probes are enough
 
     async def test() -> None:
         async with listening() as server:
