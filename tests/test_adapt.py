@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from seeds import trained_seed
 
 from headstart.adapt import AdaptSettings, adapt, run_config
 from headstart.data.shards import prepare
@@ -61,6 +62,7 @@ def model(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder with one head that has learned the text a little, stored in bfloat16."""
     config = RunConfig(
         steps=60,
+        seed=trained_seed(0),
         run_dir=tmp_path_factory.mktemp("old") / "run",
         device="cpu",
         dtype="float32",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import HEADS, packed, trained
+from conftest import HEADS, packed, trained, untrained
 from test_policy import Whim
 
 import headstart
@@ -347,7 +347,7 @@ def test_an_end_token_where_the_text_may_not_end_is_no_end() -> None:
 
 def test_drafts_that_get_stuck_are_no_more_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any d is a trap: the model has no token for what comes after it. Drafts step into it where the text may not."""
-    engine = Engine(packed("transformer-parallel", torch.float32), slots=8, tokenizer=BYTES)
+    engine = Engine(packed("transformer-parallel", torch.float32, made=untrained), slots=8, tokenizer=BYTES)
     trap = Constraint.regex("([^d]|dü){40}")
     apply = ConstraintRows.apply
 

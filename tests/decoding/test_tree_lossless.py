@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import HEADS, SHAPES, packed, trained
+from conftest import HEADS, SHAPES, packed, trained, untrained
 from test_policy import Whim
 from torch import Tensor
 
@@ -149,8 +149,8 @@ def test_caches_after_compaction_equal_a_fresh_prefill(
 
 
 def test_accepted_branches_are_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a chain would have lost."""
-    model, tree = packed("replicated", torch.float32), TREES["bushy"]
+    """A tree accepts drafts that a chain would have lost."""
+    model, tree = packed("replicated", torch.float32, made=untrained), TREES["bushy"]
     paths = noted(monkeypatch)
     wide = run(model, Request(PROMPT, 200, SETTINGS["sampled"]), tree)
     narrow = run(model, Request(PROMPT, 200, SETTINGS["sampled"]), None)
@@ -158,7 +158,9 @@ def test_accepted_branches_are_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> N
     assert ranks == {0, 1, 2} and wide.tokens == narrow.tokens and wide.stats.passes < narrow.stats.passes
     # Of each depth its head is told.
     assert [wide.origins.count(k) <= count for k, count in enumerate(wide.stats.accepted, start=2)] == [True] * 3
-    assert wide.origins.count(1) == wide.stats.passes and set(wide.origins) == {1, 2, 3, 4}
+    # A pass ends with a token of head 1, unless the limit cut the last one after a draft.
+    cut = wide.origins[-1] != 1
+    assert wide.origins.count(1) == wide.stats.passes - cut and set(wide.origins) == {1, 2, 3, 4}
     passes = wide.stats.passes
     assert wide.stats.drafted == [passes - 1] * 3 and wide.stats.beside == (passes - 1) * (len(tree.paths) - 3)
     assert wide.stats.rows_per_pass == pytest.approx(1 + len(tree.paths) * (passes - 1) / passes)

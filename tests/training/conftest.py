@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from seeds import trained_seed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from headstart.data.shards import prepare
@@ -55,6 +56,7 @@ def tiny(shards: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     def make(name: str = "run", **changes: Any) -> RunConfig:
         config = RunConfig(
             steps=6,
+            seed=trained_seed(0),
             run_dir=tmp_path / name,
             device="cpu",
             dtype="float32",
