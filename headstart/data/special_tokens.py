@@ -9,6 +9,9 @@ from typing import Any
 from headstart.errors import UsageError
 
 CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+OWN_KIND = "headstart_tokenizer"
+"""The key of tokenizer_config.json that says how Headstart made a tokenizer: "bytes" or "bpe"."""
 MAP_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headstart.data.byte_alphabet import byte_alphabet
+from headstart.data.byte_tokenizer import ByteTokenizer, check_ids, check_text
 from headstart.data.special_tokens import (
     ADDED_FILE,
     CONFIG_FILE,
     MAP_FILE,
+    OWN_KIND,
+    TOKENIZER_FILE,
     added_tokens,
     read_json,
     special_tokens,
@@ -27,10 +30,7 @@ from headstart.errors import UsageError
 
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
 
-TOKENIZER_FILE = "tokenizer.json"
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
-OWN_KIND = "headstart_tokenizer"
-"""The key of tokenizer_config.json that says how Headstart made a tokenizer: "bytes" or "bpe"."""
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -81,80 +81,6 @@ def _one_line(wrong: str, fix: str) -> Iterator[None]:
         raise UsageError(f"{wrong} ({_first_line(error)}); {fix}") from error
 
 
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"text: character {error.start} is a lone surrogate, which has no UTF-8 form; "
-            "read the text with errors='replace'"
-        ) from None
-
-
-def _check_ids(tokens: Sequence[int]) -> None:
-    if len(tokens) > 0 and min(tokens) < 0:
-        raise UsageError(f"token id {min(tokens)}: ids are not negative; drop padding and ignored positions first")
-
-
-class ByteTokenizer:
-    """The id of a token is the value of a UTF-8 byte; 256 ids, as in the paper's byte-level models (section 3.3).
-
-    Byte 0xFF occurs in no UTF-8 text, so id 255 is the end of a document. The literal text "<|end|>" is seven plain
-    bytes here; transformers, reading the saved files, makes id 255 of it, as it does for every special token.
-    """
-
-    name = "bytes"
-    vocab_size = 256
-    end_id = 255
-    start_ids: tuple[int, ...] = ()
-    end_name = "<|end|>"
-
-    def __init__(self) -> None:
-        self.end_ids = frozenset([self.end_id])
-
-    def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`."""
-        _check_text(text)
-        return list(text.encode("utf-8"))
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of bytes 0 to 254; other ids are dropped, invalid UTF-8 becomes U+FFFD, negative ids raise."""
-        _check_ids(tokens)
-        return bytes(token for token in tokens if token < self.end_id).decode("utf-8", errors="replace")
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` stands for: one, or none for the end and for ids beyond the vocabulary."""
-        _check_ids([token])
-        return bytes([token]) if token < self.end_id else b""
-
-    def piece(self, token: int) -> str | None:
-        """What the vocabulary calls `token`; None for a byte."""
-        return self.end_name if token == self.end_id else None
-
-    def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json` (byte-pair encoding without merges, so that id == byte) and its configuration."""
-        from tokenizers import AddedToken, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as Engine
-
-        alphabet = byte_alphabet()
-        engine = Engine(models.BPE(vocab={alphabet[byte]: byte for byte in range(self.end_id)}, merges=[]))
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        engine.decoder = decoders.ByteLevel()
-        engine.add_special_tokens([AddedToken(self.end_name, special=True, normalized=False)])
-        config = {
-            OWN_KIND: "bytes",
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.end_name,
-            "bos_token": self.end_name,
-            "pad_token": self.end_name,
-            "clean_up_tokenization_spaces": False,
-        }
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / TOKENIZER_FILE).write_text(engine.to_str(pretty=True) + "\n", encoding="utf-8")
-        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 class PretrainedTokenizer:
     """Any Hugging Face `tokenizer.json`, through the `tokenizers` library.
 
@@ -203,7 +129,7 @@ class PretrainedTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, no special token added."""
-        _check_text(text)
+        check_text(text)
         with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             encoding = self._engine.encode(text, add_special_tokens=False)
         return self._with_rows(encoding.ids)
@@ -219,7 +145,7 @@ class PretrainedTokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode`, and the characters of `text` that each token stands for, begin and end. Tokens that share a
         character all have it."""
-        _check_text(text)
+        check_text(text)
         with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             encoding = self._engine.encode(text, add_special_tokens=False)
         return self._with_rows(encoding.ids), list(encoding.offsets)
@@ -252,7 +178,7 @@ class PretrainedTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; special tokens and ids beyond the vocabulary are dropped, negative ids raise."""
-        _check_ids(tokens)
+        check_ids(tokens)
         kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
         with _one_line(f"tokenizer {self.name}: fails on these tokens", "fix the decoder in its tokenizer.json"):
             return str(self._engine.decode(kept, skip_special_tokens=True))
@@ -319,7 +245,7 @@ class PretrainedTokenizer:
         return ()
 
     def _token_bytes(self, token: int) -> bytes:
-        _check_ids([token])
+        check_ids([token])
         known = self._known_bytes.get(token)
         if known is None:
             assert self._bytes_of_character is not None

@@ -44,8 +44,7 @@ class DecodingState:
     draft_q_SKV: Tensor | None
     """(S, W-1, V) fp32: the distribution that each draft was drawn from; None until a slot's rule weighs them."""
     confidence_SK: Tensor
-    """(S, n-1) fp32: the probability that each draft's head gave it, where a pass was asked for it; where a rule weighs
-    drafts, the expectation of that."""
+    """(S, n-1) fp32: the probability that its head gave each draft, or its expectation where a rule weighs drafts."""
     sampling: SamplingRows
     penalties: PenaltyRows
     constraints: ConstraintRows

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import HEADS, packed, trained
+from conftest import HEADS, packed, untrained
 
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, generate_all
@@ -29,7 +29,7 @@ CASES = {
 def reference(shape: str, prompt: tuple[int, ...], count: int, penalties: Penalties, temperature: float, seed: int):
     """Plain decoding as directly as possible: one full forward per token, penalties by their definitions. Tokens, and
     the model's own log-probabilities."""
-    model = copy.deepcopy(trained(shape)).double()
+    model = copy.deepcopy(untrained(shape)).double()
     tokens: list[int] = []
     logs = []
     for _ in range(count):
@@ -56,7 +56,7 @@ def reference(shape: str, prompt: tuple[int, ...], count: int, penalties: Penalt
 def test_drafts_are_judged_as_plain_decoding_judges(name: str, temperature: float) -> None:
     shape = "transformer-parallel"
     expected, _ = reference(shape, PROMPT, 50, CASES[name], temperature, 7)
-    model = packed(shape, torch.float64)
+    model = packed(shape, torch.float64, made=untrained)
     plain = generate_all(Engine(model), [Request(PROMPT, 50, Sampling(temperature, seed=7))])[0]
     assert plain.tokens != expected  # it does something
     for heads in (1, 2, HEADS):
@@ -101,7 +101,7 @@ def test_logprobs_are_those_of_the_model(heads: int, alternatives: int) -> None:
     tokens, logs = reference(shape, PROMPT, 40, penalties, 0.9, 3)
     request = Request(PROMPT, 40, Sampling(0.9, seed=3), heads, penalties=penalties, logprobs=alternatives)
     others = [Request(PROMPT[:4], 20), Request(PROMPT[:6], 30, Sampling(0.5), logprobs=1)]
-    got, silent, one = generate_all(Engine(packed(shape, torch.float64), slots=3), [request, *others])
+    got, silent, one = generate_all(Engine(packed(shape, torch.float64, made=untrained), slots=3), [request, *others])
     assert got.tokens == tokens and len(got.logprobs) == len(got.top_logprobs) == 40
     for i, log in enumerate(logs):
         assert got.logprobs[i] == pytest.approx(float(log[tokens[i]]), abs=1e-9)

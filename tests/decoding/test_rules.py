@@ -312,7 +312,7 @@ def test_what_lossy_rules_keep() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [("maybe", "no acceptance 'maybe'"), ("block:3", "takes 0 numbers"), ("lossy-typical:1", "takes 2 numbers"),
-     ("lossy-top-k:x", "could not convert"), ("lossy-top-k:-1", "at least 0"), ("lossy-top-k:nan", "at least 0")],
+     ("lossy-top-k:x", "could not convert"), ("lossy-top-k:-1", "between 0 and"), ("lossy-top-k:nan", "between 0 and")],
 )  # fmt: skip
 def test_rules_that_there_are_not(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
