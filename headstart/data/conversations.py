@@ -6,6 +6,7 @@ ShareGPT's [{"from": "human", "value": "..."}, ...] in a field "conversations".
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,12 @@ class Conversation:
     def text(self) -> str:
         """What was said, without a template: to learn a vocabulary from, to measure."""
         return "\n\n".join(message["content"] for message in self.messages)
+
+    @property
+    def identity(self) -> bytes:
+        """Return bytes that two conversations share only if they are equal but for the choice of targets."""
+        messages = [{key: message[key] for key in message.keys() - {"weight", "train"}} for message in self.messages]
+        return json.dumps([messages, self.tools], sort_keys=True, default=str).encode()
 
     @property
     def answered(self) -> bool:

@@ -28,7 +28,7 @@ from headstart.data.workers import Advance
 from headstart.errors import UsageError
 from headstart.files import replacing_directory
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised whenever a unit's folder changes its content or form: what an older Headstart left is then encoded anew."""
 
 SPLITS = ("train", "validation")
@@ -101,12 +101,13 @@ class Encoder:
         return hashlib.sha256(repr(settings).encode("utf-8", errors="surrogateescape")).hexdigest()[:24]
 
     def finished(self, key: str) -> Summary | None:
-        """The summary of a unit that is done; None where it is not."""
+        """Return the summary of a unit that is done; None if it is not, or if a crash damaged what was written."""
         try:
-            content = json.loads((self.folder / key / "unit.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            summary = Summary(**json.loads((self.folder / key / "unit.json").read_text(encoding="utf-8")))
+            size = sum((self.folder / key / f"{split}.documents").stat().st_size for split in SPLITS)
+        except (FileNotFoundError, ValueError, TypeError):
             return None
-        return Summary(**content)
+        return summary if summary.key == key and size == summary.documents * RECORD.itemsize else None
 
     def encode(self, unit: Unit, advance: Advance) -> Summary:
         """Writes the folder of a unit; `advance` is told the bytes read, or the documents."""
@@ -158,6 +159,8 @@ class Encoder:
         # Programs of one problem share a side, and the problem, which most of each consists of.
         shared = document.shared is not None
         side = digest_of((document.shared or "").encode("utf-8")) if shared else digest
+        if document.conversation is not None:  # who says it, and the tools called, make it another one
+            digest = digest_of(document.conversation.identity)
         record["place"], record["first"], record["digest"] = place_of(self.seed, side), True, digest
         record["keys"] = 0 if shared else keys_of(content)
         return record

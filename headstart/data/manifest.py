@@ -90,7 +90,7 @@ def sealed(manifest: dict[str, Any]) -> bool:
 def faults_of_sealed(directory: Path, manifest: dict[str, Any]) -> list[str]:
     """Return a line for each sealed file that is missing or changed, and for the manifest itself if it is changed."""
     found = []
-    if sealed(manifest) and manifest.get("sha256") != _content_digest(manifest):
+    if sealed(manifest) and not _is_unchanged(directory / MANIFEST, manifest):
         found.append(
             f"{directory / MANIFEST}: its content is not what prepare wrote; copy it again or run prepare again"
         )
@@ -104,6 +104,17 @@ def faults_of_sealed(directory: Path, manifest: dict[str, Any]) -> list[str]:
             why = getattr(error, "strerror", None) or "its name in the manifest is damaged"
             found.append(f"{file}: cannot be read ({why}); copy the file again or run prepare again")
     return found
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Return the content of the file of a manifest."""
+    return json.dumps(manifest, indent=2, ensure_ascii=True) + "\n"
+
+
+def _is_unchanged(file: Path, manifest: dict[str, Any]) -> bool:
+    """Return whether the file has the sealed content and, byte for byte, the form that prepare gave it."""
+    form = file.read_bytes() == manifest_text(manifest).encode("utf-8")
+    return form and manifest.get("sha256") == _content_digest(manifest)
 
 
 def _content_digest(manifest: dict[str, Any]) -> str:

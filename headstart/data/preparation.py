@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections import Counter
@@ -26,6 +25,7 @@ from headstart.data.manifest import (
     WITH_TARGETS,
     check_target,
     dtype_for,
+    manifest_text,
     seal,
 )
 from headstart.data.packing import pack, write_names
@@ -155,7 +155,7 @@ def prepare(
                 "duplicates": asdict(splitting.duplicates),
             }
             seal(manifest, folder)
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+            (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
         shutil.rmtree(work)
     return manifest
 

@@ -284,3 +284,24 @@ def test_each_answer_can_be_a_document(corpus, tmp_path):
             assert answer[-1] == 262 and text.endswith(tokenizer.decode(answer) + "\n")  # the last answer, and no other
             assert text.count("<think>") == 1 and tokenizer.decode(answer).startswith("<think></think>assistant")
     assert len(found) == len(set(found)) == 20 * (1 + 2 + 3) and len(names) == len(texts)
+
+
+def test_conversations_of_equal_text_that_differ_otherwise_are_no_copies(tmp_path):
+    def user(text, **more):
+        return {"role": "user", "content": text, **more}
+
+    def answer(text, **more):
+        return {"role": "assistant", "content": text, **more}
+
+    talks = [
+        [user("a"), answer("b\n\nc"), user("d"), answer("e")],
+        [user("a\n\nb"), answer("c"), user("d"), answer("e")],
+        [user("q"), answer("", tool_calls=[{"name": "one"}])],
+        [user("q"), answer("", tool_calls=[{"name": "two"}])],
+        [user("q"), answer("", tool_calls=[{"name": "two"}], weight=1)],  # a copy
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    chosen = Selection(conversations=True)
+    tokenizer = chat_tokenizer(tmp_path / "t")
+    manifest = prepare([str(tmp_path / "a.jsonl")], tmp_path / "x", tokenizer, selection=chosen, deduplicate=True)
+    assert manifest["duplicates"] == {"exact": 1, "near": 0, "near_held_out": 0, "left_out": 1}

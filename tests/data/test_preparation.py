@@ -121,6 +121,19 @@ def test_other_arguments_start_anew(corpus, tmp_path, change):
     assert tokenizer.seen >= 20
 
 
+@pytest.mark.parametrize("file", ["unit.json", "train.documents"])
+def test_a_damaged_piece_of_work_is_done_again(corpus, tmp_path, file):
+    prepare([str(corpus)], tmp_path / "whole", ByteTokenizer())
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(corpus)], tmp_path / "out", Counting(fatal=79))
+    pieces = [each for each in (tmp_path / ".out.preparing" / "units").iterdir() if (each / file).stat().st_size]
+    for piece in pieces:
+        (piece / file).write_bytes(b"")
+    manifest = prepare([str(corpus)], tmp_path / "out", Counting())
+    whole = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    assert pieces and manifest["splits"] == whole["splits"]
+
+
 def test_only_what_has_changed_is_encoded_again(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tmp_path / "out", Counting(fatal=59))

@@ -11,6 +11,7 @@ import pytest
 
 from headstart.data import packing
 from headstart.data.batches import evaluation_batches
+from headstart.data.manifest import manifest_text
 from headstart.data.shards import SplitTokens, TokenShards, prepare, verify
 from headstart.data.tokenizers import ByteTokenizer, load_tokenizer
 from headstart.errors import UsageError
@@ -101,13 +102,17 @@ def test_verify_covers_every_file(prepared):
         with suppress(UsageError):
             assert str(file) in verify(prepared)[0]
         file.write_bytes(content)
-    manifest = json.loads((prepared / "manifest.json").read_text())
+    written = (prepared / "manifest.json").read_text()
+    for other in (written[:-1], written + "\n", written.replace(": ", ":")):  # the same content
+        (prepared / "manifest.json").write_text(other)
+        assert "manifest.json: its content is not what prepare wrote" in verify(prepared)[0]
+    manifest = json.loads(written)
     for change in (
         {"end_id": 32},
         {"sha256": None},
         {"splits": {**manifest["splits"], "train": manifest["splits"]["validation"]}},
     ):
-        (prepared / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        (prepared / "manifest.json").write_text(manifest_text({**manifest, **change}))
         assert "manifest.json: its content is not what prepare wrote" in verify(prepared)[0]
 
 
