@@ -131,7 +131,7 @@ class Worker:
             self._ready.set()
         try:
             self._serve(engine)
-        except Exception:  # nothing is known to raise here; whoever waits must not wait for ever
+        except BaseException:  # nothing is known to raise here; whoever waits must not wait for ever
             traceback.print_exc()
             self.dead = True
         with self._lock:
@@ -161,7 +161,7 @@ class Worker:
         broken = False
         try:
             pieces = self._step(engine) if engine.busy else []
-        except Exception:
+        except BaseException:  # a panic in Rust, such as a tokenizer's, is no Exception
             traceback.print_exc()
             broken = True
             self.failures += 1
@@ -198,7 +198,7 @@ class Worker:
             job.generation = engine.submit(job.request)
         except UsageError as error:
             return ApiError(400, str(error))
-        except Exception:
+        except BaseException:  # a panic in Rust, such as a tokenizer's, is no Exception
             traceback.print_exc()
             return ApiError(500, INTERNAL)
         if job.wants_origins and self._tokenizer is not None:

@@ -191,6 +191,25 @@ def test_what_nobody_thought_of_is_a_500_that_tells_nothing(
     assert "somebody" in capsys.readouterr().err
 
 
+class Panic(BaseException):
+    """A panic in Rust, as pyo3 raises it: no Exception."""
+
+
+@pytest.mark.parametrize("place", ["submit", "step"])
+def test_a_panic_in_rust_leaves_the_engine_running(
+    small: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    def panic(*_: Any) -> Any:
+        raise Panic("/home/somebody/secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, place, panic)
+        status, answer = raw(small, SHORT)
+    assert status == 500 and answer["error"]["type"] == "server_error" and "somebody" not in str(answer)
+    assert raw(small, SHORT)[0] == 200
+    assert "somebody" in capsys.readouterr().err
+
+
 def test_a_route_that_fails_tells_nothing_and_ends_the_connection(
     small: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
