@@ -91,7 +91,9 @@ def distill(
         "prompts": sha256_of(prompts_file),
         "dtype": str(model.transformer.trunk.embedding.weight.dtype),
         **asdict(settings),
-        "chat": settings.chat or None,  # files of versions without it say nothing of it
+        # None where files of versions without them say nothing of them.
+        "chat": settings.chat or None,
+        "end_ids": None if tokenizer.end_ids == {tokenizer.end_id} else sorted(tokenizer.end_ids),
     }
     began = time.perf_counter()
     with ordered_lines(out, kept) as lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,17 @@ def test_a_file_has_one_writer_and_one_kind_of_settings(model, saved, tmp_path):
     other = Transformer(model.config)
     save_model(other, tmp_path / "model", model.tokenizer)
     assert fingerprint(tmp_path / "model") != fingerprint(saved)
+
+
+def test_other_ends_of_a_text_or_turn_are_other_settings(model, saved, tmp_path, monkeypatch):
+    prompts, out = write_prompts(tmp_path), tmp_path / "out.jsonl"
+    prompts.write_text("hello")
+    distill(model, saved, prompts, out, LIVELY)
+    with pytest.raises(UsageError, match=r"was written with chat None \(now True\)"):
+        distill(model, saved, prompts, out, replace(LIVELY, chat=True))
+    monkeypatch.setattr(model.tokenizer, "end_ids", model.tokenizer.end_ids | {5})
+    with pytest.raises(UsageError, match=r"was written with end_ids None \(now \[5, \d+\]\)"):
+        distill(model, saved, prompts, out, LIVELY)
 
 
 CONVERSATIONS = [
