@@ -24,7 +24,7 @@ from headstart.decoding.tuning import AcceptanceTable, Tuning
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.evaluation.report import left_out
-from headstart.evaluation.texts import LongPrompts, prompt_limit, sizes
+from headstart.evaluation.texts import FilePrompts, LongPrompts, prompt_limit, sizes
 from headstart.storage.boxed import model_directory
 from headstart.storage.tuning_file import write_tuning
 from headstart.terminal import Progress, format_table, say
@@ -111,8 +111,8 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     if left_out(counts):
         say(f"{len(prompts)} prompts are used{left_out(counts)}")
     ranks = RANKS if settings.tree_nodes else 0
-    greedy, seen = _acceptance(language_model, prompts, new, 0.0, ranks)
-    sampled, _ = _acceptance(language_model, prompts, new, settings.temperature, ranks)
+    greedy, seen = _acceptance(language_model, given, new, 0.0, ranks)
+    sampled, _ = _acceptance(language_model, given, new, settings.temperature, ranks)
     largest = grow(greedy.rank_mean, settings.tree_nodes) if settings.tree_nodes else None
     costs, sampled_costs = (
         pass_costs(model, batches, length + new // 2, settings.seconds, largest, temperature)
@@ -136,7 +136,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
 
 
 def _acceptance(
-    language_model: LanguageModel, prompts: list[tuple[int, ...]], new_tokens: int, temperature: float, ranks: int
+    language_model: LanguageModel, given: FilePrompts, new_tokens: int, temperature: float, ranks: int
 ) -> tuple[AcceptanceTable, list[list[int]]]:
     """Of texts that the model writes with all heads in chains; and with `ranks`, of every pass the ranks
     that the tokens which came had among the candidates of the heads."""
@@ -148,10 +148,10 @@ def _acceptance(
         root = len(generation.request.prompt) + len(generation.tokens) - 1
         drafted_at.setdefault(generation, []).append(root - 1)
 
-    model, tokenizer = language_model.transformer, language_model.tokenizer
+    model, tokenizer, prompts = language_model.transformer, language_model.tokenizer, given.prompts
     engine = Engine(model, slots=min(8, len(prompts)), tokenizer=tokenizer, watch=watch, prefill_budget=None)
-    for seed, prompt in enumerate(prompts):
-        engine.submit(Request(prompt, new_tokens, Sampling(temperature, seed=seed)))
+    for seed, (prompt, ends) in enumerate(zip(prompts, given.ends or [frozenset[int]()] * len(prompts))):
+        engine.submit(Request(prompt, new_tokens, Sampling(temperature, seed=seed), ends=ends))
     with Progress("drafts, sampled" if temperature else "drafts, greedy", len(prompts), unit="prompts") as bar:
         while engine.busy:
             bar.advance(sum(generation.finished for generation, _ in engine.step()))

@@ -161,7 +161,7 @@ def find_prompts(
         raise UsageError(
             f"the prompts hold token {largest}, the vocabulary of {model} has {vocab_size}; give data of that model"
         )
-    return replace(given, prompts=given.prompts[:count])
+    return replace(given, prompts=given.prompts[:count], ends=given.ends[:count])
 
 
 def _data_of_run(model: Path) -> Path:

@@ -33,12 +33,13 @@ def run_freely(
     new_tokens: int,
     temperature: float,
     progress: Callable[[int], None] = lambda tokens: None,
+    ends: Sequence[frozenset[int]] = (),
 ) -> FreeRunning:
     """Continues `prompts` with all heads, greedily (temperature 0) or sampled; prompt i with seed i. An output
-    ends where the model ends it: drafts of text that nobody asks for do not count."""
+    ends where the model ends it, or at a token of `ends[i]`: drafts of text that nobody asks for do not count."""
     generations = [
-        engine.submit(Request(tuple(prompt), new_tokens, Sampling(temperature, seed=i)))
-        for i, prompt in enumerate(prompts)
+        engine.submit(Request(tuple(prompt), new_tokens, Sampling(temperature, seed=i), ends=own))
+        for i, (prompt, own) in enumerate(zip(prompts, ends or [frozenset[int]()] * len(prompts)))
     ]
     while engine.busy:
         progress(sum(generation.finished for generation, _ in engine.step()))

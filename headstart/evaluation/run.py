@@ -193,10 +193,11 @@ def _acceptance(
 ) -> dict[str, Any]:
     """What share of drafts is accepted after prompts of a file, or pieces of `length` tokens of `documents`."""
     counts: dict[str, int] = {}
+    ends: Sequence[frozenset[int]] = ()
     if prompts is not None:
         limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
         given = fitting_prompts(prompts, tokenizer, *limit)
-        texts = given.prompts[: settings.prompt_count]
+        texts, ends = given.prompts[: settings.prompt_count], given.ends[: settings.prompt_count]
         counts = {"skipped_prompts": given.skipped, "cut_prompts": given.cut}
         length = max(map(len, texts))
     else:
@@ -206,7 +207,7 @@ def _acceptance(
     found: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new, **counts}
     for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
         with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
-            found[name] = asdict(run_freely(engine, texts, new, temperature, bar.advance))
+            found[name] = asdict(run_freely(engine, texts, new, temperature, bar.advance, ends))
         say(f"acceptance, {name}: {found[name]['tokens_per_pass']:.2f} tokens per pass")
     return found
 

@@ -13,7 +13,7 @@ from headstart.data.conversations import ASSISTANT
 from headstart.data.documents import Document
 from headstart.data.hub_datasets import is_dataset
 from headstart.data.prompt_files import FilePrompt, read_prompt_file
-from headstart.data.prompts import chat_ids
+from headstart.data.prompts import chat_ids, turn_ends
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.data.units import Selection, plan, read
 from headstart.errors import UsageError
@@ -94,6 +94,8 @@ class FilePrompts:
     prompts: list[tuple[int, ...]]
     skipped: int = 0
     cut: int = 0
+    ends: Sequence[frozenset[int]] = ()
+    """For each prompt the tokens that end its answer in addition to the model's own: a conversation's end of turn."""
 
 
 def fitting_prompts(
@@ -106,7 +108,7 @@ def fitting_prompts(
     conversations are skipped, for their end is never cut. Raises UsageError, naming the prompt, for what is no prompt,
     and where none is left.
     """
-    found, skipped, cut = [], 0, 0
+    found, ends, skipped, cut = [], [], 0, 0
     for each in read_prompt_file(file):
         ids = _prompt_ids(each, tokenizer)
         if longest is not None and len(ids) > longest:
@@ -117,6 +119,7 @@ def fitting_prompts(
             ids = ids[:longest] if long == "start" else ids[: longest - longest // 2] + ids[len(ids) - longest // 2 :]
         if ids:
             found.append(ids)
+            ends.append(turn_ends(tokenizer, each.conversation and each.conversation.messages))
     if not found and skipped:
         raise UsageError(
             f"{file}: all {skipped} prompts are longer than {longest} tokens; take more --prompt-tokens or fewer "
@@ -124,7 +127,7 @@ def fitting_prompts(
         )
     if not found:
         raise UsageError(f"{file}: holds no prompt; write one a line")
-    return FilePrompts(found, skipped, cut)
+    return FilePrompts(found, skipped, cut, ends)
 
 
 def prompt_limit(tokens: int | None, long: LongPrompts | None, new: int, context: int) -> tuple[int, LongPrompts]:

@@ -108,6 +108,8 @@ def test_conversations_are_prompts_whose_end_is_never_cut(tmp_path: Path) -> Non
     assert texts[1] == f"<|im_start|>user\n{'q' * 40}<|im_end|>\n<|im_start|>assistant\n"
     assert texts[2].count("<|im_start|>") == 4 and texts[2].endswith("n<|im_end|>\n<|im_start|>assistant\n")
     assert texts[3] == "plain " * 20 and (whole.skipped, whole.cut) == (0, 0)
+    turn_end = frozenset(tokenizer.encode("<|im_end|>"))
+    assert whole.ends == [turn_end] * 3 + [frozenset()]
     skipping = fitting_prompts(file, tokenizer, 40)
     assert (skipping.prompts, skipping.skipped) == ([whole.prompts[0]], 3)
     start = fitting_prompts(file, tokenizer, 40, "start")

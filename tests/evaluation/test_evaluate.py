@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headstart import entry
+import headstart
+from headstart import entry, tuning
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Request
@@ -18,6 +19,7 @@ from headstart.decoding.packing import pack
 from headstart.decoding.sampling import Sampling
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.run import EvaluateSettings, evaluate
+from headstart.evaluation.texts import FilePrompts
 from headstart.inspection import format_inspection, inspect
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -78,6 +80,20 @@ def test_free_running_counts_what_the_engine_counts(directory) -> None:
     assert found.acceptance == [
         sum(g.stats.accepted[i] for g in alone) / sum(g.stats.drafted[i] for g in alone) for i in range(2)
     ]
+
+
+def test_free_running_and_tune_end_at_the_end_of_a_turn(directory, monkeypatch) -> None:
+    loaded = headstart.load(directory)
+    prompt = (1, 2, 3)
+    whole = generate_all(Engine(loaded.transformer, slots=1), [Request(prompt, 16, Sampling(0.0))])[0].tokens
+    turn_end = frozenset([whole[4]])
+    kept = whole.index(whole[4]) + 1
+    assert run_freely(Engine(loaded.transformer, slots=1), [prompt], 16, 0.0, ends=[turn_end]).tokens <= kept < 16
+    asked: list[Request] = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda engine, request: (asked.append(request), submit(engine, request))[1])
+    tuning._acceptance(loaded, FilePrompts([prompt, prompt], ends=[turn_end, frozenset()]), 4, 0.0, 0)
+    assert [request.ends for request in asked] == [turn_end, frozenset()]
 
 
 def test_its_own_prompts_come_first(directory, tmp_path) -> None:
