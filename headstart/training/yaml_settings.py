@@ -10,24 +10,85 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from headstart.errors import UsageError
 from headstart.files import write_text
 from headstart.model.config import ModelConfig, preset
 
 Settings = TypeVar("Settings")
+STRING_TAG = "tag:yaml.org,2002:str"
+
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 10_000
+"""Nodes of a document, those that aliases and merges repeat counted each time."""
+MAX_DEPTH = 50
+MAX_DIGITS = 100
+"""Characters of a number, date or other scalar that is not text."""
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Refuse documents that are small in bytes and large in memory or time, with the line."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._nodes = 0
+        self._depth = 0
+        self._sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        before = self._nodes
+        self._nodes += 1
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
+        is_alias = self.check_event(yaml.AliasEvent)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if is_alias:
+            if id(node) not in self._sizes:
+                raise ComposerError(None, None, "an anchor that holds itself", mark)
+            self._nodes = before + self._sizes[id(node)]
+        else:
+            self._sizes[id(node)] = self._nodes - before
+        if self._nodes > MAX_NODES:
+            raise ComposerError(None, None, f"more than {MAX_NODES:,} values", mark)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and node.tag != STRING_TAG and len(node.value) > MAX_DIGITS:
+            raise ConstructorError(None, None, f"a number or date of over {MAX_DIGITS} characters", node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # int(), date() and tags that do not fit raise several kinds
+            raise ConstructorError(None, None, f"{shorten(repr(node.value))}: {error}", node.start_mark) from error
+
+
+def shorten(text: str) -> str:
+    """Return `text` as one line of at most 200 characters."""
+    line = text if text.isprintable() else repr(text)
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The top level of a YAML file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UsageError(f"{path}: larger than {MAX_BYTES:,} bytes; name a file of settings")
+        values = yaml.load(content.decode("utf-8"), _BoundedLoader)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); name a YAML file you may read") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
-        problem = getattr(error, "problem", None) or "it is not text"
+        problem = shorten(getattr(error, "problem", None) or "it is not text")
         raise UsageError(f"{path}{line}: not YAML ({problem}); mend that line") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: holds no settings; write `key: value` lines, as in configs/smoke.yaml")
@@ -52,14 +113,18 @@ def build(kind: type[Settings], values: Any, file: Path, prefix: str = "") -> Se
     if values is None:  # `model:` with nothing below it
         values = {}
     if not isinstance(values, dict):
-        raise UsageError(f"{file}: {prefix.rstrip('.')} is {values!r}; it must hold settings, one `key: value` a line")
+        raise UsageError(
+            f"{file}: {prefix.rstrip('.')} is {shorten(repr(values))}; it must hold settings, one `key: value` a line"
+        )
     hints = get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     known = list(fields) + (["preset"] if kind is ModelConfig else [])
     given: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise UsageError(f"{file}: there is no setting {prefix}{key}; {_advice(str(key), known, prefix)}")
+            raise UsageError(
+                f"{file}: there is no setting {shorten(f'{prefix}{key}')}; {_advice(str(key), known, prefix)}"
+            )
         given[key] = value if key == "preset" else _convert(hints[key], value, file, prefix + key)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -82,7 +147,7 @@ def _convert(hint: Any, value: Any, file: Path, key: str) -> Any:
     """`value` as the type `hint`; raises UsageError that names the key where it is something else."""
 
     def refuse(wanted: str) -> UsageError:
-        return UsageError(f"{file}: {key} is {value!r}; it must be {wanted}")
+        return UsageError(f"{file}: {key} is {shorten(repr(value))}; it must be {wanted}")
 
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
