@@ -117,6 +117,7 @@ def test_several_prompts_and_seeds_in_arrays(model: LanguageModel, prompts: obje
         ({"prompt": {97}}, "give text, or a list of token ids"),
         ({"prompt": np.array(97)}, "dimensions"),
         ({"prompt": np.zeros((1, 1, 2), dtype=int)}, "dimensions"),
+        ({"prompt": np.zeros((0, 3), dtype=int)}, "there is no prompt"),
         ({"prompt": np.array([97.0])}, "token 1 of the prompt is 97.0"),
         ({"prompt": [97, 98.5]}, "token 2 of the prompt is 98.5"),
         ({"prompt": [True]}, "token 1 of the prompt is True"),

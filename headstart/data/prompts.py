@@ -19,6 +19,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 def split_prompts(given: Any) -> tuple[list[Any], bool]:
     """Return the prompts in `given`, one or a list of them, and whether it is a list."""
     if hasattr(given, "ndim"):
+        if given.ndim == 2 and not len(given):
+            raise UsageError("there is no prompt: the array has no rows; give at least one")
         return (list(given), True) if given.ndim == 2 else ([given], False)
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence) or not given:
         return [given], False
