@@ -34,10 +34,12 @@ from headstart.training.config import (
     ValidationConfig,
 )
 from headstart.training.config import load_config as load_run_config
-from headstart.training.loop import train
+from headstart.training.dry_run import DryRunSettings, estimate_run
+from headstart.training.existing_model import check_vocabulary
+from headstart.training.loop import check_storable, train
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.run_folder import RunFolder
-from headstart.training.trackers import WatchConfig
+from headstart.training.trackers import WatchConfig, check_packages
 
 SCORED_TOKENS = 100_000
 """Of held-out documents, at most about this many are read for the acceptance at the end."""
@@ -256,6 +258,21 @@ def adapt(settings: AdaptSettings) -> dict[str, Any]:
     path = train(config)
     found: dict[str, Any] = {"model": str(path), "heads": config.model.heads, "head_kind": config.model.head_kind}
     return found | acceptance(config, path)
+
+
+def estimate_adapt_run(settings: AdaptSettings, more: DryRunSettings) -> dict[str, Any]:
+    """Return what the run would need, as `train --dry-run` does. Nothing is trained or written.
+
+    Raises UsageError for settings that `adapt` refuses before it reads the text.
+    """
+    config = run_config(settings)
+    check_packages(config.watch)
+    check_storable(config)
+    found = estimate_run(config, str(settings.run_dir), more)
+    if config.data.prepared:
+        sources = open_sources(config.data.prepared)
+        check_vocabulary(sources, config.adapt.model if config.adapt else settings.model, config.model.vocab_size)
+    return found | {"cache_states_gib": settings.cache_gib if config.adapt and config.adapt.cache_states else None}
 
 
 def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:

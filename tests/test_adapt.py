@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from seeds import trained_seed
 
-from headstart.adapt import AdaptSettings, adapt, run_config
+from headstart.adapt import AdaptSettings, adapt, estimate_adapt_run, run_config
+from headstart.cli.adapting import adapt as command
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
@@ -29,7 +30,7 @@ from headstart.training.config import (
     ValidationConfig,
     load_config,
 )
-from headstart.training.dry_run import dry_run
+from headstart.training.dry_run import DryRunSettings, dry_run
 from headstart.training.existing_model import flops_per_token, stage_of
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
@@ -248,8 +249,7 @@ def test_the_run_is_written_down_and_read_back(settings: Any) -> None:
     config = run_config(asked)
     adapt(asked)
     assert load_config(asked.run_dir / "config.yaml") == replace(config, dtype="float32")
-    with pytest.raises(UsageError, match="--dry-run knows runs that begin from nothing only"):
-        dry_run(asked.run_dir / "config.yaml", [])
+    assert dry_run(asked.run_dir / "config.yaml", [])["steps"] == 1
     with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
         adapt(replace(asked, mode="joint", steps=2))
 
@@ -260,6 +260,29 @@ def test_frozen_weights_cost_less_than_trained_ones(settings: Any) -> None:
     assert flops_per_token(replace(config, adapt=None)) == whole
     trunk = (replace(config.model, heads=1, head_kind="linear").flops_per_token(32) - 6 * V * D) // 3
     assert flops_per_token(config) == trunk + 6 * D * D + 4 * V * D
+
+
+def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
+    settings: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.machine.peak_flops", lambda *_: (3.6e9, "assumed"))
+    alone, joint = settings(head_kind="medusa"), settings(head_kind="medusa", mode="joint")
+    one, other = (estimate_adapt_run(each, DryRunSettings()) for each in (alone, joint))
+    trained = 2 * (32 * 32 + 32)  # two heads of a matrix and a bias
+    update = one["moments"]["the update of the weights"]
+    assert update["optimizer state"] == 8 * trained and update["gradients (float32)"] == 4 * trained
+    assert update["frozen weights (float32)"] == 4 * (one["parameters"] - trained)
+    assert other["moments"]["the update of the weights"]["optimizer state"] == 8 * one["parameters"]
+    assert one["peak_bytes"] < other["peak_bytes"]
+    assert one["hours"] == {"this CPU": one["flops_per_token"] * 8 * 8 * 32 / 3.6e9 / 3600}
+    with pytest.raises(UsageError, match="needs dtype bfloat16"):
+        estimate_adapt_run(settings(frozen_dtype="bfloat16"), DryRunSettings())
+    with pytest.raises(UsageError, match="one process"):
+        estimate_adapt_run(alone, DryRunSettings(processes=2))
+    given = [str(alone.model), "--data", *alone.data, "--run-dir", str(alone.run_dir), "--head-kind", "medusa"]
+    command([*given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
+    assert json.loads(capsys.readouterr().out)["heads"] == 4
+    assert not alone.run_dir.exists()
 
 
 def test_what_cannot_be_adapted_is_told(settings: Any, model: Path, shards: Path, tmp_path: Path) -> None:

@@ -13,8 +13,12 @@ import tyro
 
 from headstart import machine
 from headstart.errors import UsageError
+from headstart.storage.model_directory import load_config as model_config
+from headstart.storage.model_directory import stored_dtype
 from headstart.terminal import duration, format_table
+from headstart.training.adapt_memory import estimate_adapt
 from headstart.training.config import RunConfig, load_config
+from headstart.training.existing_model import check_frozen_dtype, check_processes, check_shape, flops_per_token
 from headstart.training.memory import estimate, layout
 
 SPARE = {"cpu": 0.5, "gpu": 0.1}
@@ -52,24 +56,32 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
     settings, rest = tyro.cli(
         DryRunSettings, args=list(arguments), return_unknown_args=True, prog=f"headstart train {path} --dry-run"
     )
+    return estimate_run(_load(path, rest), str(path), settings)
+
+
+def estimate_run(config: RunConfig, name: str, settings: DryRunSettings) -> dict[str, Any]:
+    """Return the estimate of the run `config`, which the result calls `name`, as plain data."""
     if not 0 < settings.mfu <= 1:
         raise UsageError(f"--mfu is {settings.mfu}; it must be above 0 and at most 1")
     memory = None if settings.device_memory is None else parse_bytes(settings.device_memory)
-    config = _load(path, rest)
     if config.adapt is not None:
-        raise UsageError(f"{path}: begins from an existing model; --dry-run knows runs that begin from nothing only")
+        check_processes(settings.processes)
     spread = layout(config, settings.processes)
     on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or memory or settings.processes > 1)
     if memory is None:
         memory = _memory_here(on_cpu, settings.processes)
     device: Literal["cpu", "gpu"] = "cpu" if on_cpu else "gpu"
     config = config.on("cpu") if on_cpu or config.dtype != "auto" else replace(config, dtype="bfloat16")
-    needed = estimate(config, spread, device)
-    flops = config.model.flops_per_token(config.length)
+    if config.adapt is None:
+        needed, flops = estimate(config, spread, device), config.model.flops_per_token(config.length)
+    else:
+        check_shape(model_config(config.adapt.model), config)
+        check_frozen_dtype(config, stored_dtype(config.adapt.model))
+        needed, flops = estimate_adapt(config, spread, device), flops_per_token(config)
     full = config.dtype == "float32"
     total_flops = flops * config.tokens_per_step * config.steps
     return {
-        "config": str(path),
+        "config": name,
         "device": device,
         "parameters": config.model.parameters()["total"],
         "heads": config.model.heads,
@@ -84,11 +96,11 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
         "flops_per_token": flops,
         "flops": total_flops,
         "mfu": settings.mfu,
-        "hours": {}
+        "hours": _hours_here(config, total_flops)
         if on_cpu
         else {
-            name: total_flops / (machine.GPU_TERAFLOPS[name][full] * 1e12 * settings.mfu * settings.processes) / 3600
-            for name in GPUS
+            gpu: total_flops / (machine.GPU_TERAFLOPS[gpu][full] * 1e12 * settings.mfu * settings.processes) / 3600
+            for gpu in GPUS
         },
         "moments": needed.moments,
         "peak_moment": needed.peak_moment,
@@ -96,6 +108,14 @@ def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
         "device_bytes": memory,
         "fits": None if memory is None else needed.peak * (1 + SPARE[device]) <= memory,
     }
+
+
+def _hours_here(config: RunConfig, flops: int) -> dict[str, float]:
+    """Return the hours of a run on an existing model on this CPU, at the speed measured for large products."""
+    if config.adapt is None:
+        return {}
+    speed, _ = machine.peak_flops(config.dtype, "cpu", config.threads or torch.get_num_threads())
+    return {"this CPU": flops / speed / 3600}
 
 
 def _load(path: Path, overrides: list[str]) -> RunConfig:
@@ -131,6 +151,8 @@ def format_dry_run(found: dict[str, Any]) -> str:
         _verdict(found),
         f"{found['flops']:.3g} FLOP" + _hours(found),
     ]
+    if found.get("cache_states_gib"):
+        lines.append(f"hidden states on disk: at most {found['cache_states_gib']:g} GiB (--cache-gib)")
     return "\n".join(lines)
 
 
@@ -163,6 +185,8 @@ def _mend(found: dict[str, Any]) -> str:
 def _hours(found: dict[str, Any]) -> str:
     if not found["hours"]:
         return ""
+    if "this CPU" in found["hours"]:
+        return f"; on this CPU at least {_time(found['hours']['this CPU'])}"
     hours = ", ".join(f"{gpu} {_time(value)}" for gpu, value in found["hours"].items())
     return f"; at {found['mfu']:.0%} of the peak of {_counted(found['processes'], 'GPU')}: {hours}"
 

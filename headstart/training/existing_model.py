@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headstart.adaptation.heads import blocks_to_head_1, config_with_heads, freeze, new_parameters, with_heads
 from headstart.adaptation.lora import Lora
+from headstart.adaptation.settings import AdaptConfig
 from headstart.adaptation.states import HiddenStates
 from headstart.data.batches import Batch, BatchStream
 from headstart.data.manifest import MANIFEST
@@ -53,8 +54,7 @@ class ExistingModel:
         """Raises UsageError where the model is not there, is another than `config.model` grew from, or has changed
         since the run began; and for several processes."""
         assert config.adapt is not None
-        if processes.count > 1:
-            raise UsageError("adapt runs on one process so far; start it without torchrun")
+        check_processes(processes.count)
         self._config, self._adapt = config, config.adapt
         adapt = config.adapt
         check_shape(load_config(adapt.model), config)
@@ -62,27 +62,13 @@ class ExistingModel:
         old = load_model(adapt.model)
         self.stored_dtype = old.trunk.embedding.weight.dtype
         """Of the existing model."""
-        frozen = getattr(torch, adapt.frozen_dtype)
-        if frozen != torch.float32 and self.stored_dtype != frozen:
-            stored = str(self.stored_dtype).removeprefix("torch.")
-            raise UsageError(
-                f"adapt.frozen_dtype {adapt.frozen_dtype}: {adapt.model} is stored in {stored}, and rounding it would "
-                "change what it writes; take float32"
-            )
-        if frozen != torch.float32 and not config.in_bfloat16:
-            raise UsageError(
-                f"adapt.frozen_dtype {adapt.frozen_dtype} needs dtype bfloat16; this run has {config.dtype}"
-            )
-        model = with_heads(old.to(frozen), config.model, config.seed)
+        check_frozen_dtype(config, self.stored_dtype)
+        model = with_heads(old.to(getattr(torch, adapt.frozen_dtype)), config.model, config.seed)
         del old
         self.model = model.to(processes.device)
         self.heads = new_parameters(self.model)
         """Names of the parameters of the new heads."""
-        self.lora = None if adapt.lora is None else Lora(self.model, adapt.lora, config.seed)
-        if self.lora is not None:
-            trained = self.heads | self.lora.names
-        else:
-            trained = self.heads if adapt.mode == "heads" else {name for name, _ in self.model.named_parameters()}
+        trained, self.lora = trained_parameters(self.model, adapt, config.seed)
         freeze(self.model, trained)
         self._trained = trained
         self._states: HiddenStates | None = None
@@ -190,6 +176,34 @@ def stage_of(step: int, config: RunConfig, extended: int = 0) -> Stage:
         return Stage(0, config.steps, True)
     first = round(config.steps * config.adapt.heads_first)
     return Stage(0, first, True) if step < first else Stage(first, config.steps - first, False)
+
+
+def trained_parameters(model: Transformer, adapt: AdaptConfig, seed: int) -> tuple[set[str], Lora | None]:
+    """Return the names of all that a run trains in its last stage, and LoRA's products, added to `model`, if it trains
+    such."""
+    if adapt.lora is not None:
+        heads, lora = new_parameters(model), Lora(model, adapt.lora, seed)
+        return heads | lora.names, lora
+    return (new_parameters(model) if adapt.mode == "heads" else {name for name, _ in model.named_parameters()}), None
+
+
+def check_processes(count: int) -> None:
+    """Raise UsageError for several processes."""
+    if count > 1:
+        raise UsageError("adapt runs on one process so far; start it without torchrun")
+
+
+def check_frozen_dtype(config: RunConfig, stored: torch.dtype) -> None:
+    """Raise UsageError where frozen weights, stored in `stored`, cannot be held in the dtype asked for."""
+    assert config.adapt is not None
+    name, model = config.adapt.frozen_dtype, config.adapt.model
+    if name != "float32" and stored != getattr(torch, name):
+        raise UsageError(
+            f"adapt.frozen_dtype {name}: {model} is stored in {str(stored).removeprefix('torch.')}, and rounding it "
+            "would change what it writes; take float32"
+        )
+    if name != "float32" and not config.in_bfloat16:
+        raise UsageError(f"adapt.frozen_dtype {name} needs dtype bfloat16; this run has {config.dtype}")
 
 
 def check_shape(old: ModelConfig, config: RunConfig) -> None:
