@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from headstart.data.conversations import ASSISTANT, Conversation, is_target
-from headstart.data.special_tokens import CONFIG_FILE, special_tokens
+from headstart.data.special_tokens import CONFIG_FILE, read_json, special_tokens
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 
 TEMPLATE_FILE = "chat_template.jinja"
+MAX_BYTES = 1 << 20
 NOW = datetime(2024, 7, 26)
 """The day that templates are told, the one that Llama's own names where it is told none."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -59,6 +60,9 @@ class ChatTemplate:
         context: dict[str, Any] = dict(self.tokens) | dict(variables or {})
         context |= {"add_generation_prompt": prompt, "mark_answers_": mark}
         try:
+            from headstart.data.template_limits import reset
+
+            reset()
             template = _compiled(self.source)
             text: str = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **context)
         except Exception as error:  # a program from elsewhere raises what it likes
@@ -140,16 +144,24 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     directory: Path | None = getattr(tokenizer, "directory", None)
     if directory is None:
         return None
-    config: dict[str, Any] = {}
-    if (directory / CONFIG_FILE).is_file():
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    source = config.get("chat_template")
+    file = directory / CONFIG_FILE
+    source = read_json(file).get("chat_template") if file.is_file() else None
     if (directory / TEMPLATE_FILE).is_file():
-        source = (directory / TEMPLATE_FILE).read_text(encoding="utf-8")
+        file = directory / TEMPLATE_FILE
+        with file.open("rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        try:
+            source = content.decode("utf-8") if len(content) <= MAX_BYTES else "x" * len(content)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file}: not UTF-8; fetch the file again") from error
     elif isinstance(source, list):  # several, by name
-        source = {each["name"]: each["template"] for each in source}.get("default")
-    if not isinstance(source, str):
+        if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in source):
+            raise UsageError(f"{file}: chat_template must be a text or a list of name and template; fetch it again")
+        source = next((each["template"] for each in source if each["name"] == "default"), None)
+    if source is None:
         return None
+    if not isinstance(source, str) or len(source) > MAX_BYTES:
+        raise UsageError(f"{file}: the chat template must be a text of at most {MAX_BYTES:,} bytes; fetch it again")
     return ChatTemplate(source, tuple(special_tokens(directory).items()))
 
 
@@ -218,7 +230,8 @@ def _compiled(source: str) -> Any:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from headstart.data.template_limits import BoundedEnvironment
 
     class Generation(Extension):
         """The {% generation %} ... {% endgeneration %} block of transformers."""
@@ -242,7 +255,7 @@ def _compiled(source: str) -> Any:
         # Jinja's own escapes what HTML would take for markup.
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson

@@ -1,0 +1,169 @@
+"""A Jinja sandbox with bounds on steps and sizes: Jinja's own bounds neither time nor memory."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+MAX_STEPS = 4_000_000
+MAX_SIZE = 16 << 20
+"""Characters of a string, items of a list."""
+MAX_BITS = 4096
+_WIDE = re.compile(r"\d{5,}|%[^a-zA-Z]*\*|:[^{}]*\{")
+_PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "wordwrap", "truncate")
+_state = threading.local()
+
+
+def reset() -> None:
+    """Start the count of steps of a rendering on this thread."""
+    _state.steps = 0
+
+
+def _spend(steps: int = 1) -> None:
+    _state.steps = getattr(_state, "steps", 0) + steps
+    if _state.steps > MAX_STEPS:
+        raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+
+
+def _check(size: int) -> None:
+    if size > MAX_SIZE:
+        raise SecurityError(f"it makes a value of more than {MAX_SIZE:,} characters or items")
+
+
+def _counted(value: Iterable[Any]) -> Iterator[Any]:
+    for item in value:
+        _spend()
+        yield item
+
+
+def _joined(pieces: Iterable[Any]) -> str:
+    texts, size = [], 0
+    for piece in pieces:
+        _spend()
+        texts.append(piece if isinstance(piece, str) else str(piece))
+        size += len(texts[-1])
+        _check(size)
+    return "".join(texts)
+
+
+def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a filter or string method whose result would be too large."""
+    given = [*args, *kwargs.values()]
+    largest = max((abs(each) for each in given if isinstance(each, int)), default=0)
+    if name in _PADDING:
+        _check(largest)
+    elif name in ("indent", "expandtabs"):
+        text = str(value)
+        unit = max([largest, 8, *(len(each) for each in given if isinstance(each, str))])
+        _check(len(text) + (text.count("\n") + text.count("\t") + 1) * unit)
+    elif name == "tojson":
+        _check(largest * 2**10)
+    elif name == "replace" and len(given) >= 2:
+        text, old, new = str(value), str(given[0]), str(given[1])
+        _check(len(text) + text.count(old) * len(new))
+    elif name in ("format", "format_map") and _WIDE.search(str(value)):
+        raise SecurityError("a format of such a width is not allowed")
+    elif name == "translate":
+        raise SecurityError("translate is not allowed")
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    at = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @functools.wraps(function)
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        value = args[at] if len(args) > at else None
+        if isinstance(value, Iterator):
+            value = _counted(value)
+        elif isinstance(value, (str, list, tuple, dict, range)):
+            _spend(1 + (len(value) // 64 if isinstance(value, str) else len(value)))
+        if name == "join" and isinstance(value, (Iterator, list, tuple)):
+            value = list(value)
+            between = str(args[at + 1]) if len(args) > at + 1 else str(kwargs.get("d", ""))
+            _check(sum(len(each) for each in value if isinstance(each, str)) + len(between) * len(value))
+        _check_call(name, value, args[at + 1 :], kwargs)
+        result = function(*args[:at], value, *args[at + 1 :], **kwargs) if len(args) > at else function(*args, **kwargs)
+        if isinstance(result, (str, list)):
+            _check(len(result))
+        return result
+
+    return bounded
+
+
+class _Count(NodeTransformer):
+    """Count the items of loops, and check the size of what `~` joins."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = nodes.Filter(node.iter, "counted_", [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        items = nodes.List(node.nodes, lineno=node.lineno)
+        return nodes.Filter(items, "joined_", [], [], None, None, lineno=node.lineno)
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Raise SecurityError where a template takes too many steps or makes too large a value."""
+
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {"counted_": _counted, "joined_": _joined}
+        self.globals.pop("lipsum", None)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        return _Count().visit(tree)
+
+    @staticmethod
+    def concat(pieces: Iterable[str]) -> str:
+        """Join what a template or a macro writes."""
+        return _joined(pieces)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right` where the result is bounded."""
+        _spend()
+        if operator == "%" and isinstance(left, str):
+            _check_call("format", left, (), {})
+        elif isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > MAX_BITS:
+                raise SecurityError("a number of so many digits is not allowed")
+        elif operator == "*":
+            for items, times in ((left, right), (right, left)):
+                if isinstance(times, int) and hasattr(items, "__len__"):
+                    _check(len(items) * times)
+        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            _spend((len(left) + len(right)) // 64)
+            _check(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as Jinja's
+        """Call a macro, a method or a function, as one step."""
+        _spend()
+        if isinstance(__obj, LoopContext) and args:  # a recursive loop
+            args = (_counted(args[0]), *args[1:])
+        method = getattr(__obj, "__wrapped__", __obj)
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str):
+            _spend(len(owner) // 64)
+            name = method.__name__
+            _check_call(name, owner, args, kwargs)
+            if name == "join" and args:
+                items = list(_counted(args[0]))
+                _check(sum(len(each) for each in items if isinstance(each, str)) + len(owner) * len(items))
+                args = (items,)
+        return super().call(__context, __obj, *args, **kwargs)
