@@ -186,7 +186,7 @@ def _hours(found: dict[str, Any]) -> str:
     if not found["hours"]:
         return ""
     if "this CPU" in found["hours"]:
-        return f"; on this CPU at least {_time(found['hours']['this CPU'])}"
+        return f"; on this CPU {_time(found['hours']['this CPU'])} at the speed of large products measured now"
     hours = ", ".join(f"{gpu} {_time(value)}" for gpu, value in found["hours"].items())
     return f"; at {found['mfu']:.0%} of the peak of {_counted(found['processes'], 'GPU')}: {hours}"
 
