@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,20 @@ def unwritable(path: Path, error: OSError, advice: str = "name a place you may w
         why = f"cannot be written ({error.strerror})"
         advice = "run the command again" if status == 1 else advice
     return UsageError(f"{path}: {why}; {advice}", status=status)
+
+
+def regular(path: Path) -> Path:
+    """Return `path`. Raise UsageError where it is a pipe, a device or a socket, which would be read without an end.
+
+    For files of models, shards and checkpoints. A file of prompts or settings that is named may be a pipe.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return path  # whoever reads it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UsageError(f"{path}: is no regular file but a pipe, a device or a socket; put the file itself there")
+    return path
 
 
 def _sync(path: Path) -> None:

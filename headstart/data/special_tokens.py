@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
+from headstart.files import regular
 
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,10 +55,10 @@ def added_tokens(directory: Path) -> list[dict[str, Any]]:
 def read_json(path: Path, fix: str = "fetch the file again") -> dict[str, Any]:
     """Return the object in `path`. Raises UsageError where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path}: not JSON ({why}); fetch the file again") from error
     if not isinstance(content, dict):

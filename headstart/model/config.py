@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from headstart.errors import UsageError
+from headstart.model.bounds import check_numbers
 from headstart.model.offsets import before_gap, check_offsets
 
 HeadKind = Literal["transformer", "linear", "replicated", "medusa", "stern", "sequential"]
@@ -43,9 +44,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeKind):
             raise UsageError(f"rope_scaling.kind {self.kind!r} is unknown; take one of {', '.join(get_args(RopeKind))}")
-        for name in ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"rope_scaling.{name} is {getattr(self, name)}; it must be greater than 0")
+        check_numbers(self, "rope_scaling")
         if self.kind != "linear" and self.original_context < 1:
             raise UsageError(f"rope_scaling {self.kind} needs original_context, the context before it; give it")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
@@ -130,15 +129,7 @@ class ModelConfig:
     """How far ahead each head predicts, head 1's first: ascending from 1, such as [1, 2, 4] (None: 1 to n)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "layers", "attention_heads", "context", "heads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kv_heads", "head_dim", "hidden_dim", "window"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be at least 1, or left out")
-        for name in ("norm_eps", "rope_theta", "query_scalar", "local_rope_theta"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise UsageError(f"model.{name} is {getattr(self, name)}; it must be greater than 0")
+        check_numbers(self, "model")
         for name, known in (("qk_norm", QKNorm), ("norm_placement", NormPlacement), ("activation", Activation)):
             if getattr(self, name) not in get_args(known):
                 raise UsageError(

@@ -63,11 +63,23 @@ def assemble_in_place(
         parameter = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=dtype, device=device)
         for target, part in zip(parameter.split(rows), parts):
             fill(part, target)
+            _check_finite(part.name, target)
         state[name] = nn.Parameter(parameter)
     if config.tied:
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Raise UsageError where an entry is NaN or infinite. `aminmax` hands on NaN, and takes no memory of its own."""
+    if tensor.is_meta or not tensor.numel():
+        return
+    if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
+        raise UsageError(
+            f"{name}: holds NaN or infinite values, with which no text can be computed; copy the model again, or take "
+            "an earlier checkpoint"
+        )
 
 
 def check_names(model: Transformer) -> None:

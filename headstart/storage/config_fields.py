@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
+from headstart.model.bounds import LARGEST
 from headstart.model.config import ModelConfig, RopeScaling
 
 Content = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"
 LAYER_TYPES = {SLIDING, FULL}
-LARGEST = 1e15
-"""No number of a model is larger, and whole ones beyond are no floating-point numbers."""
-MOST_LAYERS = 10_000
 
 
 class Fields:
@@ -91,7 +89,10 @@ def read_rope(fields: Fields, default_theta: float, context: int) -> tuple[float
             raise fields.refuse(name, rope, "one object for all layers")
         original = fields.optional("original_max_position_embeddings", int)
         rope = rope if original is None else rope | {"original_max_position_embeddings": original}
-    return read_scaling(fields, name, rope, fields.get("rope_theta", float, default_theta), context)
+    theta = fields.get("rope_theta", float, default_theta)
+    if theta < 1:  # also where the object goes before it
+        raise UsageError(f"{fields.file}: rope_theta is {theta}; it must be at least 1")
+    return read_scaling(fields, name, rope, theta, context)
 
 
 def read_scaling(

@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from headstart.errors import UsageError
+from headstart.files import regular
 from headstart.model.config import ModelConfig, RopeScaling
 from headstart.storage.config_fields import check_type
 from headstart.storage.families import FAMILIES, Family, decoder_fields, differences, family_of, read_decoder
@@ -71,7 +72,7 @@ def load_config(directory: str | Path) -> ModelConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; UsageError where it is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); name a model directory you may read") from error
     except (ValueError, RecursionError) as error:
@@ -109,7 +110,7 @@ def _named_family(file: Path, content: dict[str, Any]) -> Family:
 
 
 def _own_config(file: Path, own: object) -> ModelConfig:
-    if not isinstance(own, dict) or not isinstance(own.get("model"), dict) or not isinstance(own.get("format"), int):
+    if not isinstance(own, dict) or not isinstance(own.get("model"), dict) or type(own.get("format")) is not int:
         raise UsageError(
             f'{file}: "headstart" must be {{"format": 1, "model": {{...}}}}; copy the model directory again'
         )

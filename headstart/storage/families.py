@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
+from headstart.model.bounds import MOST_LAYERS
 from headstart.model.config import ModelConfig
 from headstart.storage.config_fields import (
     FULL,
     LAYER_TYPES,
-    MOST_LAYERS,
     SLIDING,
     Content,
     Fields,

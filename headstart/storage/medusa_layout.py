@@ -21,6 +21,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.model.bounds import MOST_HEADS
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.assembly import assemble
@@ -93,7 +94,7 @@ def load_medusa(
     file = directory / heads_of / ("model.safetensors" if heads_of == VLLM else TGI_FILE)
     heads, base = TensorFiles([file]), TensorFiles(model_files(directory / BASE, MODEL_FILE))
     count = settings.get("num_heads" if heads_of == VLLM else "medusa_num_heads")
-    if not isinstance(count, int) or count < 1 or settings.get(_LAYERS[heads_of]) != 1:
+    if type(count) is not int or not 1 <= count < MOST_HEADS or settings.get(_LAYERS[heads_of]) != 1:
         raise UsageError(f"{directory / heads_of}: {CONFIG_FILE} must speak of heads of one layer; convert it again")
     names = set(heads.names())
     shared = bool(settings.get("original_lm_head")) if heads_of == VLLM else _unembedding(TGI, 0) not in names

@@ -8,7 +8,6 @@ so rows of queries and keys change places. The files are pickles, and are read w
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headstart.data.lines import first_line
 from headstart.errors import UsageError
+from headstart.files import regular
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.assembly import assemble, inexpressible
+from headstart.storage.config_fields import Fields
 from headstart.storage.config_file import read_json
 from headstart.storage.gguf_file import interleaved
 from headstart.storage.llama_names import Part, stored_parts
@@ -193,14 +195,7 @@ def _params(config: ModelConfig) -> dict[str, Any]:
 def _config(directory: Path, tensors: dict[str, Tensor]) -> ModelConfig:
     file = directory / PARAMS_FILE
     params = read_json(file)
-
-    def get(name: str, kind: type, default: Any = None) -> Any:
-        value = params.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise UsageError(f"{file}: {name} is {value!r}, not a number; copy the directory again")
-        return value
-
+    get = Fields(file, params).get
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in tensors:
             raise UsageError(f"{directory}: {PATTERN} lacks {name}; copy the directory again")
@@ -221,7 +216,7 @@ def _config(directory: Path, tensors: dict[str, Tensor]) -> ModelConfig:
             context=get("max_seq_len", int, CONTEXT),
             heads=heads,
             norm_eps=get("norm_eps", float, 1e-5),
-            rope_theta=float(get("rope_theta", float, 10000.0)),
+            rope_theta=get("rope_theta", float, 10000.0),
         )
     except UsageError as error:
         raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error
@@ -236,12 +231,13 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             # Mapped: nothing is read before it is copied.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            content = torch.load(regular(file), map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged pickle makes torch raise what it likes, KeyError and IndexError too
+            reason = first_line(error)
             raise UsageError(f"{file}: is damaged, or holds more than tensors ({reason}); copy it again") from error
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
             raise UsageError(f"{file}: holds no tensors by name; name a directory of Meta's release")
+        _check_stored(file, content)
         shares.append(content)
     if len(shares) == 1:
         return dict(shares[0])
@@ -249,6 +245,15 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         raise UsageError(f"{directory}: its {PATTERN} hold tensors of different names; copy the directory again")
     dim = next((t.shape[0] for name, t in shares[0].items() if name == "norm.weight"), 0)
     return {name: _joined(name, [share[name] for share in shares], dim) for name in shares[0]}
+
+
+def _check_stored(file: Path, content: dict[Any, Tensor]) -> None:
+    """Raise UsageError for what is no vector or matrix of numbers that the file holds in full."""
+    for name, tensor in content.items():
+        plain = isinstance(name, str) and tensor.layout == torch.strided and tensor.ndim in (1, 2)
+        # Of an expanded tensor a file of a few kB says that it has any size.
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UsageError(f"{file}: {name} is no vector or matrix that the file holds in full; copy it again")
 
 
 def _joined(name: str, shares: list[Tensor], dim: int) -> Tensor:

@@ -23,6 +23,7 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.storage.assembly import LLAMA, assemble, inexpressible
+from headstart.storage.config_fields import Fields
 from headstart.storage.config_file import CONFIG_FILE, read_json
 from headstart.storage.hf_export import template
 from headstart.storage.llama_names import MODEL_FILE, Part
@@ -186,30 +187,29 @@ def _config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[st
 
 def _config(file: Path, tensors: TensorFiles) -> ModelConfig:
     content = read_json(file)
+    get = Fields(file, content).get
     if content.get("num_nextn_predict_layers") != 1:
         raise UsageError(f"{file}: num_nextn_predict_layers must be 1: headstart reads models with one module")
     if content.get("rope_scaling") or content.get("use_sliding_window"):
         raise UsageError(f"{file}: headstart reads MiMo's layout without rope_scaling and sliding windows")
     biases = [name for name in tensors.names() if name.endswith(tuple(f"{rows}.bias" for rows in QKV))]
     try:
-        heads = int(content["num_attention_heads"])
-        kv_heads = int(content["num_key_value_heads"])
+        heads, kv_heads = get("num_attention_heads", int), get("num_key_value_heads", int)
+        rope = Fields(file, Fields(file, content).mapping("rope_parameters"))
         return ModelConfig(
-            vocab_size=int(content["vocab_size"]),
-            dim=int(content["hidden_size"]),
-            layers=int(content["num_hidden_layers"]),
+            vocab_size=get("vocab_size", int),
+            dim=get("hidden_size", int),
+            layers=get("num_hidden_layers", int),
             attention_heads=heads,
             kv_heads=None if kv_heads == heads else kv_heads,
-            hidden_dim=int(content["intermediate_size"]),
-            context=int(content["max_position_embeddings"]),
+            hidden_dim=get("intermediate_size", int),
+            context=get("max_position_embeddings", int),
             heads=2,
             head_kind="sequential",
             wiring="causal",
             qkv_bias=any(bool(tensors.read(name).any()) for name in biases),
-            norm_eps=float(content["rms_norm_eps"]),
-            rope_theta=float(content.get("rope_theta") or content["rope_parameters"]["rope_theta"]),
+            norm_eps=get("rms_norm_eps", float),
+            rope_theta=get("rope_theta", float) if content.get("rope_theta") else rope.get("rope_theta", float),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file}: {error!r}: a number is missing or none; copy the model directory again") from error
     except UsageError as error:
-        raise UsageError(f"{file}: {error}") from error
+        raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error

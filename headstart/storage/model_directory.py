@@ -24,7 +24,7 @@ from headstart.storage.config_file import CONFIG_FILE, config_json, load_config,
 from headstart.storage.families import family_of
 from headstart.storage.generation_file import GENERATION_FILE, named_ends
 from headstart.storage.hub import local_directory
-from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, stored_parts
+from headstart.storage.llama_names import HEADS_FILE, MODEL_FILE, Part, stored_parts
 from headstart.storage.tensor_files import TensorFiles, model_files
 
 __all__ = ["load_config", "load_data_tokenizer", "load_model", "load_model_tokenizer", "save_model"]
@@ -129,7 +129,14 @@ def load_model(
     _check_tied(model_tensors, config.tied)
 
     dtype = model_tensors.dtype(EMBEDDING) if dtype is None else dtype
-    return assemble_in_place(config, lambda part, target: stored[part.file].read_into(part.name, target), dtype, device)
+
+    def fill(part: Part, target: Tensor) -> None:
+        stored[part.file].read_into(part.name, target)
+
+    try:
+        return assemble_in_place(config, fill, dtype, device)
+    except UsageError as error:
+        raise error if str(error).startswith(str(directory)) else UsageError(f"{directory}: {error}") from error
 
 
 def stored_dtype(directory: str | Path) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headstart.errors import UsageError
+from headstart.files import regular
 from headstart.storage.config_file import read_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,6 +30,7 @@ class TensorFiles:
         self._begins: dict[str, int] = {}
         """At which byte of its file each tensor begins."""
         for path in paths:
+            regular(path)
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -111,10 +114,17 @@ def model_files(directory: Path, name: str) -> list[Path]:
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UsageError(f"{index}: has no weight_map from tensors to files; copy the model directory again")
     # An index is data from elsewhere: it may name files of this directory and no others.
-    outside = [shard for shard in shards.values() if Path(shard).name != shard]
+    outside = [shard for shard in shards.values() if Path(shard).name != shard or not _can_be_a_name(shard)]
     if outside:
-        raise UsageError(f"{index}: names {outside[0]!r}, which is not a file of this directory; copy the model again")
+        raise UsageError(
+            f"{index}: names {outside[0][:80]!r}, which is not a file of this directory; copy the model again"
+        )
     return [directory / shard for shard in sorted(set(shards.values()))]
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Whether a file system takes the name: up to 255 bytes of UTF-8 (a lone surrogate has none)."""
+    return len(name.encode("utf-8", "surrogatepass")) <= 255 and not re.search("[\ud800-\udfff\\0]", name)
 
 
 def _begins(path: Path) -> dict[str, int]:
