@@ -6,6 +6,7 @@ Importing this file imports neither `tokenizers` nor `transformers`: a byte-leve
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from headstart.errors import UsageError
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
 
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+MAX_GROWTH = 64
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -95,6 +97,11 @@ class PretrainedTokenizer:
         self._file = source / TOKENIZER_FILE if source.is_dir() else source
         self._directory = self._file.parent
         content = read_json(self._file, f"name a {TOKENIZER_FILE} you may read")
+        if max(_growth(content.get("normalizer")), _growth(content.get("decoder"))) > MAX_GROWTH:
+            raise UsageError(
+                f"{self._file}: its normalizer or decoder makes a text over {MAX_GROWTH} times as long; "
+                "name a tokenizer that keeps the length of texts"
+            )
         unreadable = f"{self._file}: not a tokenizer that the tokenizers library reads"
         with _one_line(unreadable, "name a directory that AutoTokenizer.save_pretrained wrote"):
             self._engine = Engine.from_file(str(self._file))
@@ -322,6 +329,20 @@ def _decoder_steps(decoder: Any) -> list[str]:
     if decoder.get("type") == "Sequence":
         return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
     return [str(decoder.get("type"))]
+
+
+def _growth(step: Any) -> float:
+    """Return how many times as long the Replace steps of a tokenizer.json's normalizer or decoder make a text."""
+    if not isinstance(step, dict):
+        return 1.0
+    if step.get("type") == "Sequence":
+        parts = step.get("normalizers") or step.get("decoders")
+        return math.prod(_growth(part) for part in parts) if isinstance(parts, list) else 1.0
+    content, pattern = step.get("content"), step.get("pattern")
+    if step.get("type") != "Replace" or not isinstance(content, str) or not isinstance(pattern, dict):
+        return 1.0
+    literal = pattern.get("String")
+    return max(1.0, len(content) / max(1, len(literal) if isinstance(literal, str) else 1))
 
 
 def _first_line(error: BaseException) -> str:

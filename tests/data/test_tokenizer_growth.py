@@ -1,0 +1,48 @@
+"""Tokenizers that would blow a text up, or whose file is nested too deep, are refused when they are loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
+from headstart.errors import UsageError
+
+
+def replace(content: str, **pattern: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "refused"),
+    [
+        ("normalizer", {"type": "Sequence", "normalizers": [replace("a" * 100, String="a")] * 5}, True),
+        (
+            "decoder",
+            {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, *[replace("a" * 60, Regex=".")] * 4]},
+            True,
+        ),
+        ("normalizer", {"type": "Sequence", "normalizers": [replace("\u2581", String=" "), {"type": "NFC"}]}, False),
+        ("normalizer", {"type": "Sequence", "normalizers": [replace("\u2581", String=" ")] * 50}, False),
+    ],
+)
+def test_growth_is_bounded(tmp_path, part, step, refused):
+    ByteTokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if part == "decoder":
+        step["decoders"][0] |= {"add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    file.write_text(json.dumps({**content, part: step}))
+    if refused:
+        with pytest.raises(UsageError, match="over 64 times as long"):
+            PretrainedTokenizer(tmp_path)
+    else:
+        assert PretrainedTokenizer(tmp_path).encode("a") == [97]
+
+
+def test_deep_nesting_is_one_line(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[" * 200_000)
+    with pytest.raises(UsageError, match=r"tokenizer.json: "):
+        PretrainedTokenizer(tmp_path)
