@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from headstart.errors import UsageError
-from headstart.files import sha256_of
+from headstart.files import regular, sha256_of
 
 FORMAT, VERSION, WITH_TARGETS = "headstart-shards", 2, 3
 MANIFEST = "manifest.json"
 NAMES = "validation.names.json"
 """The names of the held-out documents."""
+MOST = 10**15
+"""Of tokens, documents and bytes."""
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 
 
@@ -34,14 +36,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UsageError(f"{directory}: no such folder; write it with: headstart prepare SOURCE --out {directory}")
     file = directory / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(regular(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
             f"{directory}: holds no {MANIFEST}, so it is no shards folder; name one that headstart prepare wrote"
         ) from None
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); allow reading it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file}: damaged (not JSON); run prepare again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UsageError(f"{file}: not a manifest of token shards; name a folder that headstart prepare wrote")
@@ -52,13 +54,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         )
     try:
         np.dtype(DTYPES[manifest["dtype"]])
+        start_ids = manifest.get("start_ids", [])
+        if not isinstance(start_ids, list) or any(type(i) is not int or not 0 <= i < 2**32 for i in start_ids):
+            raise ValueError("start_ids")
         if manifest["version"] == 1:
             for split, content in manifest["splits"].items():
                 digest = content.pop("sha256")
                 content["shards"] = [{"file": f"{split}.bin", "tokens": content["tokens"], "sha256": digest}]
                 content["starts"] = {"file": f"{split}.documents.npy", "sha256": None}
         for content in manifest["splits"].values():
-            counts = [int(content[key]) for key in ("tokens", "documents", "bytes")]
+            counts = [content[key] for key in ("tokens", "documents", "bytes")]
+            if any(type(count) is not int or not 0 <= count <= MOST for count in counts):
+                raise ValueError("tokens, documents or bytes")
+            if manifest["version"] != WITH_TARGETS and counts[0] > counts[1] * (1 + len(start_ids)) and not counts[2]:
+                raise ValueError("bytes")
             entries = [*content["shards"], content["starts"]]
             if manifest["version"] == WITH_TARGETS:
                 entries += [shard["targets"] for shard in content["shards"]]
@@ -67,7 +76,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             if not all(names) or sum(int(shard["tokens"]) for shard in content["shards"]) != counts[0]:
                 raise ValueError("shards")
             [entry["sha256"] for entry in entries]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UsageError(f"{file}: damaged (no usable {error}); run prepare again") from error
     return manifest
 

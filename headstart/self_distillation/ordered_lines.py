@@ -35,8 +35,11 @@ class OrderedLines:
         while self.next_place in self._waiting:
             line = self._waiting.pop(self.next_place)
             if line is not None:
-                self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                self._file.flush()
+                try:
+                    self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    self._file.flush()
+                except OSError as error:
+                    raise unwritable(Path(self._file.name), error, "name a file you may write") from error
                 self.written += 1
             self.next_place += 1
 
