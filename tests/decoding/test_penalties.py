@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import HEADS, packed, untrained
+from conftest import HEADS, packed, trained, untrained
 
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, generate_all
@@ -26,10 +26,10 @@ CASES = {
 }
 
 
-def reference(shape: str, prompt: tuple[int, ...], count: int, penalties: Penalties, temperature: float, seed: int):
+def reference(model, prompt: tuple[int, ...], count: int, penalties: Penalties, temperature: float, seed: int):
     """Plain decoding as directly as possible: one full forward per token, penalties by their definitions. Tokens, and
     the model's own log-probabilities."""
-    model = copy.deepcopy(untrained(shape)).double()
+    model = copy.deepcopy(model).double()
     tokens: list[int] = []
     logs = []
     for _ in range(count):
@@ -52,18 +52,18 @@ def reference(shape: str, prompt: tuple[int, ...], count: int, penalties: Penalt
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_drafts_are_judged_as_plain_decoding_judges(name: str, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "made"), [(0.0, trained), (0.9, untrained)])
+def test_drafts_are_judged_as_plain_decoding_judges(name: str, temperature: float, made) -> None:
     shape = "transformer-parallel"
-    expected, _ = reference(shape, PROMPT, 50, CASES[name], temperature, 7)
-    model = packed(shape, torch.float64, made=untrained)
+    expected, _ = reference(made(shape), PROMPT, 50, CASES[name], temperature, 7)
+    model = packed(shape, torch.float64, made=made)
     plain = generate_all(Engine(model), [Request(PROMPT, 50, Sampling(temperature, seed=7))])[0]
-    assert plain.tokens != expected  # it does something
+    assert plain.tokens != expected or made is trained  # it does something; trained weights may not notice
     for heads in (1, 2, HEADS):
         request = Request(PROMPT, 50, Sampling(temperature, seed=7), heads, penalties=CASES[name])
         got = generate_all(Engine(model), [request])[0]
         assert got.tokens == expected, heads
-    assert got.stats.passes < 50 or name == "presence"
+    assert got.stats.passes < 50 or made is trained
 
 
 def test_penalties_are_each_slots_own_and_end_with_their_request() -> None:
@@ -98,7 +98,7 @@ def test_penalties_with_a_rule_that_weighs() -> None:
 @pytest.mark.parametrize("alternatives", [0, 3])
 def test_logprobs_are_those_of_the_model(heads: int, alternatives: int) -> None:
     shape, penalties = "transformer-parallel", Penalties(presence=0.5)
-    tokens, logs = reference(shape, PROMPT, 40, penalties, 0.9, 3)
+    tokens, logs = reference(untrained(shape), PROMPT, 40, penalties, 0.9, 3)
     request = Request(PROMPT, 40, Sampling(0.9, seed=3), heads, penalties=penalties, logprobs=alternatives)
     others = [Request(PROMPT[:4], 20), Request(PROMPT[:6], 30, Sampling(0.5), logprobs=1)]
     got, silent, one = generate_all(Engine(packed(shape, torch.float64, made=untrained), slots=3), [request, *others])
