@@ -38,6 +38,18 @@ def unwritable(path: Path, error: OSError, advice: str = "name a place you may w
     return UsageError(f"{path}: {why}; {advice}", status=status)
 
 
+@contextmanager
+def appending(path: Path) -> Iterator[IO[str]]:
+    """Open a text file to append lines. A full disk gives an error that names the file."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        if status_of(error) == 1:
+            raise unwritable(path, error) from error
+        raise
+
+
 def regular(path: Path) -> Path:
     """Return `path`. Raise UsageError where it is a pipe, a device or a socket, which would be read without an end.
 

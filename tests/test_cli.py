@@ -141,7 +141,7 @@ def test_json_goes_alone_to_standard_output(model, capsys) -> None:
 
 
 def test_prepare_then_train_on_it(tmp_path, capsys) -> None:
-    for i in range(5):
+    for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " * 200)
     data, run = str(tmp_path / "data"), str(tmp_path / "run")
     assert call("prepare", str(tmp_path / "*.txt"), "--out", data, "--json", "--validation-fraction", "0.3") == 0

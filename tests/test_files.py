@@ -12,7 +12,7 @@ import pytest
 
 from headstart import entry
 from headstart.errors import UsageError
-from headstart.files import replacing_directory, replacing_file, write_text
+from headstart.files import appending, replacing_directory, replacing_file, write_text
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -75,3 +75,13 @@ def test_what_the_machine_lacks_is_a_failure_and_another_place_is_wrong_use(
 def test_another_error_of_torchs_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shapes"), replacing_directory(tmp_path / "folder"):
         raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk without room")
+def test_a_full_disk_names_the_file_that_grows():
+    with (
+        pytest.raises(UsageError, match=r"^/dev/full: the disk is") as error,
+        appending(Path("/dev/full")) as file,
+    ):
+        file.write("x")
+    assert error.value.status == 1

@@ -137,8 +137,15 @@ class TokenShards:
             raise UsageError(
                 f"document {index}: {self.directory} has {self.split} documents 0 to {len(self.documents) - 1}"
             )
-        stop = self.documents[index + 1] if index + 1 < len(self.documents) else len(self.tokens)
-        return self.tokens[self.documents[index] : stop]
+        begin, stop = int(self.documents[index]), len(self.tokens)
+        if index + 1 < len(self.documents):
+            stop = int(self.documents[index + 1])
+        if not 0 <= begin < stop <= len(self.tokens):
+            file = self.manifest["splits"][self.split]["starts"]["file"]
+            raise UsageError(
+                f"{self.directory / file}: damaged at document {index}; copy it again or run prepare again"
+            )
+        return self.tokens[begin:stop]
 
     def verify(self) -> None:
         """Reads the whole split and raises UsageError, naming the damaged files, unless all SHA-256 are right."""

@@ -18,7 +18,7 @@ from headstart.errors import UsageError
 from headstart.evaluation.code_problems import CodeProblem, load_problems
 from headstart.evaluation.pass_at_k import estimate, oracle
 from headstart.evaluation.sandbox import Program, Sandbox
-from headstart.files import take_lock, write_text
+from headstart.files import appending, take_lock, write_text
 from headstart.terminal import Progress, say
 
 
@@ -153,7 +153,7 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
     if missing:
         with (
             Progress(f"{task}, temperature {temperature:g}", len(missing), unit="programs") as bar,
-            file.open("a", encoding="utf-8") as lines,
+            appending(file) as lines,
         ):
 
             def keep(key: tuple[str, int], text: str, reason: str) -> None:
@@ -176,7 +176,7 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
                 _, plain = _generate(state, temperature, missing, 1, compare)
             differ = sum(again[key] != known[key]["completion"] for key in missing)
             sitting |= {"plain_seconds": plain, "plain_differs": differ}
-        with sittings.open("a", encoding="utf-8") as lines:
+        with appending(sittings) as lines:
             lines.write(json.dumps(sitting) + "\n")
     return {key: known[key]["completion"] for key in wanted}, _speed(_lines(sittings))
 
@@ -234,7 +234,7 @@ def _judge(
     equal: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for key in missing:
         equal.setdefault((key[0], samples[key]), []).append(key)
-    with file.open("a", encoding="utf-8") as lines, Progress(f"{task}, tests", len(missing), unit="programs") as bar:
+    with appending(file) as lines, Progress(f"{task}, tests", len(missing), unit="programs") as bar:
         for chunk in _chunks(list(equal), 64):
             programs: list[Program] = []
             spans = []

@@ -96,7 +96,7 @@ def distill(
         "end_ids": None if tokenizer.end_ids == {tokenizer.end_id} else sorted(tokenizer.end_ids),
     }
     began = time.perf_counter()
-    with ordered_lines(out, kept) as lines:
+    with ordered_lines(out, kept, len(prompts)) as lines:
         if lines.next_place:
             report(f"{out}: resuming after prompt {lines.next_place:,} of {len(prompts):,}")
         writer = _Writer(model, tokenizer, template, prompts, lines, settings, heads)

@@ -1,7 +1,8 @@
-"""A file of JSON lines that grows in order, and that a second call goes on with: nothing in it is made twice.
+"""A file of JSON lines that is written in order, and that a second call resumes: nothing in it is made twice.
 
-Beside FILE lies the hidden folder `.FILE.distilling` with the settings that it is written with and a lock. Settings
-stay there as long as the file does, so that no file ever holds lines of two settings.
+The lines grow in the hidden folder `.FILE.distilling` next to FILE and appear as FILE when all are written, so that an
+unfinished file never looks whole. The folder also holds the settings that the file is written with and a lock. It stays
+as long as the file does, so that no file ever holds lines of two settings.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class OrderedLines:
 
 
 @contextmanager
-def ordered_lines(path: Path, settings: Mapping[str, Any]) -> Iterator[OrderedLines]:
-    """Opens `path`, new or written before with the same `settings`: whole lines are kept, a torn last one is cut off.
+def ordered_lines(path: Path, settings: Mapping[str, Any], places: int) -> Iterator[OrderedLines]:
+    """Open `path`, new or written before with the same `settings`: whole lines are kept, a torn last one is cut off.
 
-    Raises UsageError where another process writes it, where it was written with other settings or by someone else, and
-    where it is damaged.
+    `path` appears once all `places` are given. Raises UsageError if another process writes it, if it was written with
+    other settings or by someone else, and if it is damaged.
     """
     folder = path.with_name(f".{path.name}.distilling")
     try:
@@ -60,14 +61,23 @@ def ordered_lines(path: Path, settings: Mapping[str, Any]) -> Iterator[OrderedLi
     with lock:
         if not take_lock(lock):
             raise UsageError(f"{path}: another process is writing it; wait for it, or name another file")
-        _check_settings(path, folder / "settings.json", json.loads(json.dumps(settings)))
-        next_place = _cut_torn_end(path)
-        with path.open("a", encoding="utf-8") as file:
-            yield OrderedLines(file, next_place)
+        growing = folder / "lines.jsonl"
+        written = any(file.exists() and file.stat().st_size > 0 for file in (path, growing))
+        _check_settings(path, folder / "settings.json", json.loads(json.dumps(settings)), written)
+        try:
+            if path.exists() and not growing.exists():
+                path.replace(growing)  # whole, or of a version that wrote unfinished files here
+            next_place = _cut_torn_end(growing)
+            with growing.open("a", encoding="utf-8") as file:
+                lines = OrderedLines(file, next_place)
+                yield lines
+            if lines.next_place >= places:
+                growing.replace(path)
+        except OSError as error:
+            raise unwritable(path, error, "name a file you may write") from error
 
 
-def _check_settings(path: Path, kept: Path, settings: dict[str, Any]) -> None:
-    written = path.exists() and path.stat().st_size > 0
+def _check_settings(path: Path, kept: Path, settings: dict[str, Any], written: bool) -> None:
     if not written:
         write_text(kept, json.dumps(settings, indent=2) + "\n")
         return

@@ -385,3 +385,16 @@ def test_real_text_round_trips(tmp_path):
         pytest.skip("no shared data beside the checkout")
     prepare([str(file)], tmp_path / "out", ByteTokenizer())
     assert documents_of(TokenShards.open(tmp_path / "out", "train")) == [file.read_bytes().decode()]
+
+
+@pytest.mark.parametrize("start", [10**17, -1])
+def test_a_start_in_the_middle_that_lies_nowhere_is_refused(prepared, start):
+    file = prepared / "train.documents.npy"
+    starts = np.load(file)
+    starts[3] = start
+    np.save(file, starts)
+    shards = TokenShards.open(prepared, "train")
+    for index in (2, 3):
+        with pytest.raises(UsageError, match=f"train.documents.npy: damaged at document {index}; copy it again"):
+            shards.document(index)
+    assert len(shards.document(1))

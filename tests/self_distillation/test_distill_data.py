@@ -90,14 +90,17 @@ def test_a_stopped_run_goes_on(model, saved, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         distill(model, saved, prompts, out, LIVELY, slots=2, progress=stop, report=said.append)
-    kept = out.read_bytes()
+    growing = tmp_path / ".out.jsonl.distilling" / "lines.jsonl"
+    kept = growing.read_bytes()
+    assert not out.exists()  # it would look whole
     assert whole.read_bytes().startswith(kept) and 4 <= kept.count(b"\n") < len(TEXTS)
     assert "are kept: the same command resumes" in said[-1]
-    out.write_bytes(kept + b'{"place": 4, "prom')  # as a kill in the middle of a line leaves it
+    growing.write_bytes(kept + b'{"place": 4, "prom')  # as a kill in the middle of a line leaves it
     found = distill(model, saved, prompts, out, LIVELY, slots=3, report=said.append)
     assert out.read_bytes() == whole.read_bytes()
     assert found["written"] == len(TEXTS) - kept.count(b"\n") and "resuming after prompt" in said[-1]
     assert distill(model, saved, prompts, out, LIVELY)["written"] == 0
+    assert out.read_bytes() == whole.read_bytes() and not growing.exists()
 
 
 def test_a_file_has_one_writer_and_one_kind_of_settings(model, saved, tmp_path):
