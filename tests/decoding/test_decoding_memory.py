@@ -44,16 +44,16 @@ def test_keys_and_values_of_a_token() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed("replicated", torch.float32)
-    need = Engine(model, slots=3, context=500).memory.total
+    need = Engine(model, slots=3, context=640).memory.total
     monkeypatch.setattr(memory_module, "free_memory", lambda device: need)
     with pytest.raises(UsageError) as refused:
-        Engine(model, slots=4, context=500)
+        Engine(model, slots=4, context=640)
     text = str(refused.value)
-    assert "4 slots with a context of 500 need" in text and "\n" not in text
+    assert "4 slots with a context of 640 need" in text and "\n" not in text
     slots, context = int(text.split("at most ")[1].split()[0]), int(text.split()[-1])
-    Engine(model, slots=slots, context=500)
+    Engine(model, slots=slots, context=640)
     Engine(model, slots=4, context=context)
-    for too_many in ((slots + 1, 500), (4, context + 1)):
+    for too_many in ((slots + 1, 640), (4, context + 1)):
         with pytest.raises(UsageError, match="cpu has"):
             Engine(model, slots=too_many[0], context=too_many[1])
     monkeypatch.setattr(memory_module, "free_memory", lambda device: 1)

@@ -251,13 +251,13 @@ def test_penalties_and_logprobs_follow_the_path() -> None:
 
 
 def test_beside_rules_that_know_no_trees_windows_are_chains() -> None:
-    model = packed("replicated", torch.float32)
+    model = packed("replicated", torch.float64)  # so that other windows are the same up to a rounding, on every machine
     requests = [
         Request(PROMPT, 80, Sampling(1.0, seed=3)),
         Request(PROMPT, 20, Sampling(1.0, seed=4), acceptance=Rule("block")),
         Request(PROMPT[2:], 40),
     ]
-    together = generate_all(Engine(model, slots=2, tree=TREES["bushy"]), requests)
+    together = generate_all(Engine(model, slots=2, tree=TREES["bushy"], exact=False), requests)
     for i in (0, 2):
         assert together[i].tokens == run(model, requests[i], None).tokens
     assert together[0].stats.beside > 0  # once it was alone with one that matches

@@ -68,14 +68,15 @@ def test_what_was_prepared_is_not_timed_while_decoding(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("shape", ["replicated", "transformer-parallel"])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_it_drafts_where_that_pays_rests_where_it_does_not_and_writes_the_same(shape, slots, monkeypatch) -> None:
-    model = packed(shape, torch.float32)
+    # Windows that are not fixed, on every machine: what a policy chose is then what was fed.
+    model = packed(shape, torch.float64)
     requests = [Request(PROMPT[i:], 60, Sampling(0.8 * (i % 2), seed=i)) for i in range(3)]
     plain = [g.tokens for g in generate_all(Engine(model), [Request(r.prompt, 60, r.sampling, 1) for r in requests])]
     drafted = {}
     for name, first, row in (("free", 1.0, 0.0), ("dear", 1.5, 1.5)):
         costs(monkeypatch, first, row)
         learned = Learned(model)
-        engine = Engine(model, slots=slots, policy=UntunedPolicy(learned))
+        engine = Engine(model, slots=slots, policy=UntunedPolicy(learned), exact=False)
         got = generate_all(engine, requests)
         assert [g.tokens for g in got] == plain
         drafted[name] = sum(sum(g.stats.drafted) for g in got)
