@@ -112,6 +112,7 @@ def test_llama_cpp_takes_its_turn(peers_in_process, monkeypatch):
     assert rows["llama.cpp, greedy, fp32 cache"][-1] == "8"
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_hinders_nothing(monkeypatch):
     broken = peer_environments.Kind("json", "with_nothing", ())
     monkeypatch.setitem(peer_environments.KINDS, "vllm", broken)

@@ -103,6 +103,7 @@ class Ahead(DraftPolicy):
         return 3 if len(prefixes[0]) > 1 and prefixes[0][1] > 0.9 * prefixes[0][0] else 1, True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rejection", "block"])
 def test_what_a_policy_knows_does_not_bend_the_law(kind: str) -> None:
     """That the second draft is forced is the doing of the first: it must not be a reason to feed both."""
@@ -111,6 +112,7 @@ def test_what_a_policy_knows_does_not_bend_the_law(kind: str) -> None:
     assert distance(kind, raw, model, constraint, 256, policy=Ahead(), slots=1) < 2
 
 
+@pytest.mark.slow
 def test_where_the_text_may_end_the_law_holds_too() -> None:
     torch.manual_seed(1)
     raw = Transformer(ModelConfig(vocab_size=256, dim=16, layers=5, attention_heads=2, heads=3, context=32)).double()
@@ -119,6 +121,7 @@ def test_where_the_text_may_end_the_law_holds_too() -> None:
         assert distance(kind, raw, pack(copy.deepcopy(raw)), constraint, temperature=3.0) < 2.2, kind
 
 
+@pytest.mark.slow
 def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: drafts weighed by their distributions without the mask; masks that come a row late."""
     raw, model = _small()

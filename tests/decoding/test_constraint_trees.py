@@ -177,6 +177,7 @@ def test_rejection_on_trees_follows_the_law_of_the_masked_model(top_k: int) -> N
     assert distance("rejection", raw, model, LAW, top_k=top_k, tree=SMALL) < 2
 
 
+@pytest.mark.slow
 def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: siblings weighed by what their head says without the mask; masks of another row."""
     raw, model = _small()

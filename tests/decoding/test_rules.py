@@ -196,6 +196,7 @@ def test_drafts_that_are_weighed_have_noise_of_their_own() -> None:
     assert (torch.corrcoef(streams) - torch.eye(3)).abs().max() < 0.08
 
 
+@pytest.mark.slow
 def test_lossy_rules_do_not_follow_the_models_law() -> None:
     raw, model = _small()
     for text in ("lossy-top-k:2", "lossy-minimum:3"):
@@ -218,6 +219,7 @@ class Sure(DraftPolicy):
         return 1 + max(sum(c > 0.4 for c in p) for p in prefixes), True
 
 
+@pytest.mark.slow
 def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that was drawn with a high probability must not be fed rather than one drawn with a low one."""
     raw, model = _small(layers=1, head_kind="linear")  # one request at a time: small passes
@@ -232,6 +234,7 @@ def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: py
     assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700) > 2.5
 
 
+@pytest.mark.slow
 def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     """How sure head 3 is depends on the draft of head 2. So the policy may not hear of it: whether draft 2 is fed would
     depend on draft 2."""

@@ -13,6 +13,7 @@ from headstart.model.transformer import Transformer
 from headstart.storage.model_directory import save_model
 
 
+@pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """On this test's own files instead of the standard library, with ten steps."""
     from headstart.demo import run as demo_run

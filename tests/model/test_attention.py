@@ -53,6 +53,7 @@ def test_attention_in_fp32_is_torchs_on_either_side_of_each_switch(length: int) 
     assert ("Blocked" in str(got.grad_fn.next_functions)) == (BLOCK < length <= WRITTEN_OUT_LENGTH)
 
 
+@pytest.mark.slow
 def test_blocked_attention_compiles() -> None:
     q, k, v = torch.randn(3, 2, 2, 200, 16, generator=torch.Generator().manual_seed(1)).unbind(0)
     for x in (q, k, v):

@@ -160,6 +160,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_without_headstart(tmp_path: Path) -> None:
     config = replace(TINY, vocab_size=256, heads=4, layers=6)
     model = lively(config)

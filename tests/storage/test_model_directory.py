@@ -433,6 +433,7 @@ def test_a_save_that_fails_midway_leaves_the_previous_model(
     assert list(saved.parent.iterdir()) == [saved]
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_the_previous_model(saved: Path, tmp_path: Path, forks: Forks) -> None:
     before = content(saved)
     program = f"""

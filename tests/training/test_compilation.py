@@ -68,6 +68,7 @@ def test_where_another_process_cannot_none_does(tiny, compiling, monkeypatch, ca
     assert "another process cannot" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_torch_can_compile_where_the_tests_run() -> None:
     assert compilation._problem(CPU) == ""
 

@@ -95,6 +95,7 @@ def test_it_is_what_a_step_takes(config: RunConfig) -> None:
     assert estimate(config, layout(config, 1), "cpu").peak == pytest.approx(measured(config), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run(replace(TOKENS, vocab_size=16384, dim=32), rows=6)
     budget = 2 * 16384 * 64  # 64 of 768 rows at once
