@@ -67,6 +67,18 @@ def read_part(
         row += 1
 
 
+def column_names(source: str, split: str, config: str | None) -> list[str]:
+    """Return the columns of a dataset, in a stream that does not know them those of its first row. Raises UsageError
+    where it cannot be opened, or the stream breaks."""
+    rows = load_rows(source, split, config)
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    try:
+        return list(next(iter(rows), {}))
+    except Exception as error:  # as in read_part
+        raise UsageError(f"{source}: has no first row to read ({_first_line(error)}); run the command again") from error
+
+
 @lru_cache(maxsize=1)  # opening a dataset of the hub asks the hub many questions
 def load_rows(source: str, split: str, config: str | None) -> Any:
     """A `datasets.Dataset` (memory-mapped) for a folder of `save_to_disk`, else a `datasets.IterableDataset`."""

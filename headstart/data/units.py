@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from headstart.data import documents, hub_datasets
@@ -98,17 +99,19 @@ def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
 def hold_conversations(sources: Sequence[str]) -> bool:
     """Whether the first row of any of `sources` has messages in place of a text, as `headstart distill-data` writes
     them. Raises UsageError for what cannot be read."""
-    for file in list_files([source for source in sources if not hub_datasets.is_dataset(source)]):
-        kind = documents.format_of(file.name)
-        if kind == "parquet":
-            known: Collection[str] = documents.open_parquet(file).schema_arrow.names
-        elif kind != "text":
-            known = next(read_records(file.path), {}).keys()
-        else:
-            continue
-        if {MESSAGES, SHAREGPT} & set(known) and documents.TEXT not in known:
-            return True
-    return False
+    files = list_files([source for source in sources if not hub_datasets.is_dataset(source)])
+    datasets = filter(hub_datasets.is_dataset, sources)
+    columns = chain(map(_columns, files), (hub_datasets.column_names(each, Selection.split, None) for each in datasets))
+    return any({MESSAGES, SHAREGPT} & set(known) and documents.TEXT not in known for known in columns)
+
+
+def _columns(file: SourceFile) -> Collection[str]:
+    """Return the columns of a file of rows, the fields of its first line, or nothing for text."""
+    kind = documents.format_of(file.name)
+    if kind == "parquet":
+        columns: list[str] = documents.open_parquet(file).schema_arrow.names
+        return columns
+    return () if kind == "text" else next(read_records(file.path), {}).keys()
 
 
 def _dataset_units(source: str, selection: Selection) -> list[Unit]:

@@ -7,7 +7,7 @@ import pytest
 from headstart.data import hub_datasets
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.data.units import Selection
+from headstart.data.units import Selection, hold_conversations
 from headstart.errors import UsageError
 
 datasets = pytest.importorskip("datasets")
@@ -93,3 +93,28 @@ def test_a_stream_that_breaks_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
     with pytest.raises(UsageError, match=r"hf:some/other: stopped at row 0:1 .*connection lost"):
         prepare(["hf:some/other"], tmp_path / "out", ByteTokenizer())
+
+
+def test_datasets_of_conversations_are_found(saved, monkeypatch):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = datasets.Dataset.from_list([{"messages": said, "n": 1}])
+    rows.save_to_disk(saved / "messages")
+    (saved / "list").mkdir()
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    (saved / "list" / "train.json").write_text(json.dumps([{"conversations": turns}] * 2))
+    assert hub_datasets.load_rows(f"hf:{saved / 'list'}", "train", None).column_names is None
+    for name in ("messages", "list"):
+        assert hold_conversations([f"hf:{saved / 'disk'}", f"hf:{saved / name}"])
+    assert not hold_conversations([f"hf:{saved / name}" for name in ("disk", "splits", "files")])
+    rows.add_column("text", ["hi"]).save_to_disk(saved / "both")
+    assert not hold_conversations([f"hf:{saved / 'both'}"])
+
+    def broken():
+        raise OSError("connection lost\nand more")
+        yield
+
+    stream = datasets.IterableDataset.from_generator(broken)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    with pytest.raises(UsageError, match=r"hf:some/chats: has no first row .*connection lost") as raised:
+        hold_conversations(["hf:some/chats"])
+    assert "\n" not in str(raised.value)
