@@ -245,7 +245,8 @@ class PretrainedTokenizer:
 
     def own_start(self) -> tuple[int, ...]:
         """What transformers' tokenizer puts before a text. Whether a model saw it there, the model's directory says."""
-        plain, whole = (self._engine.encode("a", add_special_tokens=special).ids for special in (False, True))
+        with _one_line(f"tokenizer {self.name}: fails on the text 'a'", "fix its tokenizer.json"):
+            plain, whole = (self._engine.encode("a", add_special_tokens=special).ids for special in (False, True))
         for count in range(len(whole) - len(plain) + 1):
             if whole[count : count + len(plain)] == plain:
                 return tuple(whole[:count])

@@ -203,6 +203,18 @@ def test_what_the_library_raises_on_a_text_is_one_line(text, why, tmp_path):
             encode(text)
 
 
+def test_a_tokenizer_that_has_no_id_for_a_text_says_so_when_its_start_is_asked_for(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"b": 0, "<|endoftext|>": 1}, unk_token="missing")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    with pytest.raises(
+        UsageError, match=rf"tokenizer {tmp_path.name}: fails on the text 'a' \([^\n]*Missing[^\n]*\); fix"
+    ):
+        load_tokenizer(tmp_path).own_start()
+
+
 def stream(tokenizer, tokens, cuts):
     """The pieces of a stream that gets `tokens` in portions."""
     text_stream = TextStream(tokenizer)
