@@ -11,10 +11,10 @@ import torch
 
 import headstart
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.formats.huggingface import save_model
 from headstart.integrations.multi_token import multi_token_step
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.model_directory import save_model
 
 
 def main(out: Path, steps: int = 300) -> float:

@@ -14,23 +14,23 @@ from headstart.data.prompts import Prompt, encode_prompt, split_prompts, turn_en
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
+from headstart.decoding.drafters.tree import wanted_tree
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Generation, Request, Stats
-from headstart.decoding.int8 import Quantize, known
-from headstart.decoding.packing import decoding_dtype, is_row_exact, pack
+from headstart.decoding.kernels.int8 import Quantize, known
+from headstart.decoding.kernels.pack import decoding_dtype, is_row_exact, pack
 from headstart.decoding.penalties import Penalties
-from headstart.decoding.policy import DraftPolicy
+from headstart.decoding.policy.calibration import Tuning
+from headstart.decoding.policy.online import Learned, UntunedPolicy
+from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.policy.tuning_file import read_tuning
+from headstart.decoding.request import Generation, Request, Stats
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.tree import wanted_tree
-from headstart.decoding.tuning import Tuning
-from headstart.decoding.untuned import Learned, UntunedPolicy
 from headstart.errors import UsageError
+from headstart.formats.bundled import boxed_model
+from headstart.formats.hub import local_directory
+from headstart.formats.huggingface import load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.boxed import boxed_model
-from headstart.storage.hub import local_directory
-from headstart.storage.model_directory import load_model, load_model_tokenizer
-from headstart.storage.tuning_file import read_tuning
 
 
 @dataclass

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 import torch._dynamo  # with the first optimiser: two seconds
 
-import headstart.benchmarks
-import headstart.comparison.report
-import headstart.doctor
-import headstart.training.dry_run
+import headstart.commands.doctor
+import headstart.reports.compare
+import headstart.training.estimate
 import headstart.training.loop  # noqa: F401
 from headstart import entry
 

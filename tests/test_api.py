@@ -6,10 +6,10 @@ import torch
 import headstart
 from headstart import UsageError
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding import packing
+from headstart.decoding.kernels import pack
+from headstart.formats.huggingface import load_model, save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.model_directory import load_model, save_model
 
 
 @pytest.fixture(scope="module", params=["transformer", "replicated"])
@@ -101,7 +101,7 @@ def test_a_directory_without_tokenizer_takes_ids(saved, tmp_path) -> None:
      ("float32", "bfloat16", "float32")],
 )  # fmt: skip
 def test_a_cpu_decodes_in_a_dtype_that_it_multiplies_in_hardware(stored, fast, decoded, saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "dtype_on", lambda device: fast)
+    monkeypatch.setattr(pack, "dtype_on", lambda device: fast)
     save_model(saved[0], tmp_path / "model", None, dtype=getattr(torch, stored))
     weight = headstart.load(tmp_path / "model").transformer.trunk.embedding.weight
     assert weight.dtype == getattr(torch, decoded)

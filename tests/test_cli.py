@@ -13,9 +13,9 @@ from chats import chat_tokenizer
 
 from headstart import __version__, cli, entry
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.model_directory import save_model
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
@@ -110,9 +110,9 @@ def test_debug_shows_where(model) -> None:
 
 
 def test_where_no_model_is_named_it_is_the_one_in_the_box(model, capsys, monkeypatch) -> None:
-    from headstart.storage import boxed
+    from headstart.formats import bundled
 
-    monkeypatch.setattr(boxed, "boxed_model", lambda: Path(model))
+    monkeypatch.setattr(bundled, "boxed_model", lambda: Path(model))
     for arguments in (["generate", "--prompt", "def f", "--max-new-tokens", "3"], ["inspect"]):
         assert call(*arguments) == 0
         said = capsys.readouterr()

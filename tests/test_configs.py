@@ -16,7 +16,7 @@ from headstart.model.config import PRESETS
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.config import DataConfig, RunConfig, load_config, save_config
-from headstart.training.dry_run import dry_run
+from headstart.training.estimate import dry_run
 from headstart.training.loop import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

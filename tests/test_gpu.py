@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, joint_step, walk_step
+from headstart.objective.walk import count_targets, joint_step, walk_step
 from headstart.training.config import load_config
 from headstart.training.loop import train
 

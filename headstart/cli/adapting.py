@@ -12,14 +12,14 @@ def adapt(arguments: list[str]) -> None:
 
     With --dry-run nothing is trained: tokens, memory and time are estimated.
     """
-    from headstart import adapt as adapting
-    from headstart.terminal import say
+    from headstart.commands import adapt as adapting
+    from headstart.console import say
     from headstart.training.interruption import Interrupted
 
     if "--dry-run" in arguments:
         import tyro
 
-        from headstart.training.dry_run import DryRunSettings, format_dry_run
+        from headstart.training.estimate import DryRunSettings, format_dry_run
 
         rest = [argument for argument in arguments if argument != "--dry-run"]
         more, rest = tyro.cli(DryRunSettings, args=rest, return_unknown_args=True, prog="headstart adapt --dry-run")

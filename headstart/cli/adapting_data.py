@@ -58,9 +58,9 @@ def distill_data(
         json: print what was written as JSON.
     """
     import headstart
-    from headstart.self_distillation.distill_data import DistillSettings, distill
-    from headstart.storage.boxed import model_directory
-    from headstart.terminal import Progress, say
+    from headstart.commands.distill_data import DistillSettings, distill
+    from headstart.console import Progress, say
+    from headstart.formats.bundled import model_directory
 
     use_threads(threads)
     directory = model_directory(model)

@@ -80,15 +80,15 @@ def generate(
         json: print text, tokens and statistics as JSON instead of streaming.
     """
     import headstart
+    from headstart.console import ColouredText, say
     from headstart.data.prompts import Prompt, encode_prompt, turn_ends
     from headstart.decoding.acceptance import Rule
     from headstart.decoding.constraints import Constraint
-    from headstart.decoding.generation import Request
     from headstart.decoding.origins import OriginStream
     from headstart.decoding.penalties import Penalties
+    from headstart.decoding.request import Request
     from headstart.decoding.sampling import Sampling
-    from headstart.storage.boxed import model_directory
-    from headstart.terminal import ColouredText, say
+    from headstart.formats.bundled import model_directory
 
     use_threads(threads)
     text = sys.stdin.read() if prompt == "-" else prompt

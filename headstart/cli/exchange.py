@@ -30,8 +30,8 @@ def convert(
         tokenizer: a tokenizer to write along: a directory, a tokenizer.json, or bytes (default: the source's).
         json: print what was compared as JSON.
     """
-    from headstart.exchange.convert import convert as convert_model
-    from headstart.exchange.convert import format_conversion
+    from headstart.commands.convert import convert as convert_model
+    from headstart.commands.convert import format_conversion
 
     found = convert_model(source, target, to, dtype, tokenizer)
     print_json(found) if json else print(format_conversion(found))
@@ -60,8 +60,8 @@ def push(
         new_card: replace a README.md that someone else wrote.
         json: print what was sent as JSON.
     """
-    from headstart.exchange.push import format_push
-    from headstart.exchange.push import push as push_model
+    from headstart.commands.push import format_push
+    from headstart.commands.push import push as push_model
 
     found = push_model(model, to, licence, base_model, evaluation, private, new_card)
     print_json(found) if json else print(format_push(found))

@@ -15,16 +15,16 @@ from headstart.errors import UsageError
 
 def evaluate(arguments: list[str]) -> None:
     """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
-    from headstart.evaluation import run
+    from headstart.commands import evaluate
 
-    measure("evaluate", arguments, run.EvaluateSettings, run.run, run.format_evaluation)
+    measure("evaluate", arguments, evaluate.EvaluateSettings, evaluate.run, evaluate.format_evaluation)
 
 
 def tune(arguments: list[str]) -> None:
     """Measure what drafts are worth and what a pass costs here, for decoding to choose by."""
-    from headstart import tuning
+    from headstart.commands import tune
 
-    measure("tune", arguments, tuning.TuneSettings, tuning.tune, tuning.format_tuning)
+    measure("tune", arguments, tune.TuneSettings, tune.tune, tune.format_tuning)
 
 
 def inspect(model: Positional[str | None] = None, json: bool = False) -> None:
@@ -34,9 +34,9 @@ def inspect(model: Positional[str | None] = None, json: bool = False) -> None:
         model: a model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (default: the model in the box).
         json: print it as JSON.
     """
-    from headstart.inspection import format_inspection
-    from headstart.inspection import inspect as inspect_model
-    from headstart.storage.boxed import model_directory
+    from headstart.commands.inspect import format_inspection
+    from headstart.commands.inspect import inspect as inspect_model
+    from headstart.formats.bundled import model_directory
 
     found = inspect_model(model_directory(None) if model is None else model)
     print_json(found) if json else print(format_inspection(found))
@@ -49,7 +49,7 @@ def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
         model: a model directory.
         json: print the findings as JSON.
     """
-    from headstart.doctor import diagnose, format_diagnosis
+    from headstart.commands.doctor import diagnose, format_diagnosis
 
     found = diagnose(model)
     print_json(found) if json else print(format_diagnosis(found))
@@ -63,8 +63,8 @@ def bench(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(bench.__doc__)
         return
-    from headstart.benchmarks import adapt, decode, load, loss, report, serve
-    from headstart.benchmarks import train as training
+    from bench import adapt, decode, load, loss, report, serve
+    from bench import train as training
 
     benchmarks: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
         "loss": (loss.LossSettings, loss.run),

@@ -20,7 +20,7 @@ def serve(model: Positional[str | None] = None, *, settings: OmitArgPrefixes[Ser
         model: a model directory (default: the model in the box).
         settings: of the server.
     """
-    from headstart.storage.boxed import model_directory
+    from headstart.formats.bundled import model_directory
 
     try:
         from headstart.serving.server import serve as run

@@ -21,10 +21,10 @@ def study(arguments: list[str]) -> None:
     --json           print the results as JSON
     --list           print the studies, what each claims and what is known of it
     """
-    from headstart.studies.catalogue import STUDIES, study_called
-    from headstart.studies.run import run_study
-    from headstart.studies.study import SCALES, Scale
-    from headstart.terminal import format_table
+    from headstart.console import format_table
+    from studies.catalogue import STUDIES, study_called
+    from studies.run import run_study
+    from studies.study import SCALES, Scale
 
     json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
     if "--list" in arguments:

@@ -27,7 +27,7 @@ def demo(
         threads: CPU threads (default: all cores).
         json: print the results as JSON.
     """
-    from headstart.demo.run import run_demo
+    from headstart.commands.demo import run_demo
 
     use_threads(threads)
     result = run_demo(out, minutes=minutes, seed=seed)
@@ -85,14 +85,14 @@ def prepare(
         verify: prepare nothing; read the folder --out and name its damaged files, exit status 1 if there are any.
         json: print the manifest as JSON.
     """
+    from headstart.console import Progress, say
     from headstart.data import shards
-    from headstart.data.bpe import NewBpe
-    from headstart.data.hub_datasets import is_dataset
     from headstart.data.manifest import read_manifest, sealed
-    from headstart.data.units import Selection
-    from headstart.machine import cores
-    from headstart.storage.model_directory import load_data_tokenizer
-    from headstart.terminal import Progress, say
+    from headstart.data.prepare.bpe import NewBpe
+    from headstart.data.prepare.hub import is_dataset
+    from headstart.data.prepare.units import Selection
+    from headstart.formats.huggingface import load_data_tokenizer
+    from headstart.hardware import cores
 
     if verify:
         if sources:
@@ -140,7 +140,7 @@ def train(arguments: list[str]) -> None:
     With --dry-run nothing is trained: tokens, memory and time are estimated, see headstart train CONFIG.yaml --dry-run
     --help.
     """
-    from headstart.terminal import say
+    from headstart.console import say
     from headstart.training.config import RunConfig, load_config
     from headstart.training.interruption import Interrupted
     from headstart.training.loop import train as run
@@ -154,7 +154,7 @@ def train(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("train needs a configuration file: headstart train CONFIG.yaml (configs/smoke.yaml is one)")
     if "--dry-run" in arguments:
-        from headstart.training.dry_run import dry_run, format_dry_run
+        from headstart.training.estimate import dry_run, format_dry_run
 
         rest = [argument for argument in arguments[1:] if argument not in ("--dry-run", "--json")]
         found = dry_run(Path(arguments[0]), rest)
@@ -178,9 +178,9 @@ def compare(runs: Positional[list[Path]], out: Path | None = None, json: bool = 
         out: the page to write (default: runs/comparison.html; with --json none).
         json: print final numbers and differing settings as JSON.
     """
-    from headstart.comparison.report import compare as compare_runs
-    from headstart.comparison.report import format_comparison
-    from headstart.terminal import say
+    from headstart.console import say
+    from headstart.reports.compare import compare as compare_runs
+    from headstart.reports.compare import format_comparison
 
     page = Path("runs/comparison.html") if out is None and not json else out
     result = compare_runs(runs, page)

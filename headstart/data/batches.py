@@ -25,7 +25,7 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 @dataclass
 class Registers:
-    """R register tokens beside the T positions of a row, int64; see `data/registers.py`."""
+    """R register tokens beside the T positions of a row, int64; see `training/auxiliary/registers.py`."""
 
     tokens: torch.Tensor  # (B, R)
     after: torch.Tensor  # (B, R), the position behind which each stands, ascending

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from headstart.errors import UsageError
-from headstart.files import regular, sha256_of
+from headstart.fileio import regular, sha256_of
 
 FORMAT, VERSION, WITH_TARGETS = "headstart-shards", 2, 3
 MANIFEST = "manifest.json"

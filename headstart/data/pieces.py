@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from headstart.data.textstream import TextStream
+from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from headstart.data.manifest import DTYPES, WITH_TARGETS, faults_of_sealed, read_manifest
-from headstart.data.preparation import prepare
+from headstart.data.prepare.pipeline import prepare
 from headstart.data.target_bits import TargetBits, bytes_for
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
-from headstart.files import sha256_of
+from headstart.fileio import sha256_of
 
 __all__ = ["SplitTokens", "TokenShards", "prepare", "verify"]
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from headstart.data.byte_alphabet import byte_alphabet
 from headstart.data.byte_tokenizer import ByteTokenizer, check_ids, check_text
+from headstart.data.detokenizer import TextStream
 from headstart.data.special_tokens import (
     ADDED_FILE,
     CONFIG_FILE,
@@ -26,7 +27,6 @@ from headstart.data.special_tokens import (
     read_json,
     special_tokens,
 )
-from headstart.data.textstream import TextStream
 from headstart.errors import UsageError
 
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]

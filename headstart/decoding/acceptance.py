@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.arguments import number
-from headstart.decoding.tree import TreeRows
+from headstart.decoding.drafters.tree import TreeRows
 from headstart.errors import UsageError
 
 DEFAULTS: dict[str, tuple[float, ...]] = {

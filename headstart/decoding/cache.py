@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.decoding import native
-from headstart.decoding.tree import TreeRows
-from headstart.machine import untouched_zeros
+from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.kernels import cpu
+from headstart.hardware import untouched_zeros
 from headstart.model.config import ModelConfig
 from headstart.model.layers import Attend
 
@@ -41,7 +41,7 @@ class KVCache:
         device: torch.device | str,
         compiled: bool = False,
     ) -> None:
-        """`compiled`: laid out for `native.attend`, keys in blocks of 16 positions; fp32 on a CPU only."""
+        """`compiled`: laid out for `cpu.attend`, keys in blocks of 16 positions; fp32 on a CPU only."""
         self.capacity = -(-capacity // 16) * 16 if compiled else capacity
         E = config.dim_per_head
         first = (config.trunk_layers + config.head_blocks, slots, config.key_value_heads)
@@ -87,7 +87,7 @@ class KVCache:
         for, in every layer, as if no other rows had been there."""
         keys, values = self.keys[:, slots], self.values[:, slots]
         if self.compiled:
-            native.compact(keys, values, start_S, row_S, tree.compiled)
+            cpu.compact(keys, values, start_S, row_S, tree.compiled)
             return
         slot = torch.arange(keys.shape[1], device=keys.device)[:, None]
         source = start_S[:, None] + tree.path_RD[row_S][:, 1:]
@@ -241,14 +241,14 @@ class CompiledAttention:
     positions_SW: Tensor
     row_S: Tensor | None
     """The one row of each slot that asks (None: all of them)."""
-    tree: native.Tree | None = None
+    tree: cpu.Tree | None = None
 
     def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
         """`window` is not less than the context: others are not compiled (`packing.is_row_exact`)."""
         if self.row_S is not None:
             q_SHWE = pick(q_SHWE, self.row_S, 2)
         places = (self.positions_SW, self.row_S)
-        return native.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, *places, self.tree)
+        return cpu.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, *places, self.tree)
 
 
 def pick(x: Tensor, row_S: Tensor, dim: int) -> Tensor:

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from headstart.arguments import whole_number
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.admission import CHUNK, Admission
-from headstart.decoding.constrained_drafts import constrain
 from headstart.decoding.constraints import compiled
-from headstart.decoding.generation import Generation, Request
+from headstart.decoding.decode_pass import DecodingState, decode_step
+from headstart.decoding.drafters.constrained import constrain
+from headstart.decoding.drafters.lookup import MOST_LOOKUP, Lookup, Odds
+from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.graphs import GraphedStep, cuda_capture
+from headstart.decoding.kernels.pack import exact_rows, is_row_exact
 from headstart.decoding.logprobs import log_probabilities
-from headstart.decoding.lookup import MOST_LOOKUP, Lookup, Odds
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
-from headstart.decoding.packing import exact_rows, is_row_exact
-from headstart.decoding.policy import DraftPolicy
-from headstart.decoding.step import DecodingState, decode_step
+from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.request import Generation, Request
+from headstart.decoding.scheduler import CHUNK, Admission
 from headstart.decoding.stopping import Stopper
-from headstart.decoding.tree import DraftTree, TreeRows
-from headstart.decoding.tree_step import TREE_RULES
+from headstart.decoding.verify import TREE_RULES
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.decoding.step import DecodingState, decode_step
+from headstart.decoding.decode_pass import DecodingState, decode_step
 from headstart.model.transformer import Transformer
 
 Replay = Callable[[], tuple[Tensor, Tensor]]

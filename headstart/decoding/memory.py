@@ -9,7 +9,7 @@ import torch
 
 from headstart.decoding.cache import cache_dtype
 from headstart.errors import UsageError
-from headstart.machine import free_memory
+from headstart.hardware import free_memory
 from headstart.model.config import ModelConfig
 
 SLOT_BYTES = 128

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from headstart.data.textstream import TextStream
+from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.generation import Generation
+from headstart.decoding.request import Generation
 
 
 class OriginStream:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headstart.arguments import any_whole_number, number
-from headstart.decoding.tree import TreeRows
+from headstart.decoding.drafters.tree import TreeRows
 from headstart.errors import UsageError
 
 MOST_REPETITION, MOST_PENALTY, MOST_BIAS = 1e6, 1e9, 1e30

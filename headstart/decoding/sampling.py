@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from headstart.arguments import any_whole_number, number, whole_number
-from headstart.decoding import native
 from headstart.decoding.acceptance import Rule
+from headstart.decoding.kernels import cpu
 from headstart.errors import UsageError
 
 COLDEST, HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -90,7 +90,7 @@ def position_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     A pure function of (seed, position, token id), whatever the shape. It is hashed by integer arithmetic, the same on
     every device; the last bit of its two logarithms is that of the device's library.
     """
-    compiled = native.chooser() if seeds.device.type == "cpu" else None
+    compiled = cpu.chooser() if seeds.device.type == "cpu" else None
     if compiled is None:
         return _reference_noise(seeds, positions, vocab_size)
     seeds, positions = seeds.contiguous(), positions.contiguous()
@@ -252,7 +252,7 @@ class SamplingRows:
 
 
 def _compiled_for(logits: Tensor) -> ctypes.CDLL | None:
-    return native.chooser() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
+    return cpu.chooser() if logits.device.type == "cpu" and logits.dtype == torch.float32 else None
 
 
 def _keep_top_k(x_SRV: Tensor, k_S1: Tensor, largest: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from headstart.data.textstream import TextStream
+from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Matcher
 from headstart.errors import UsageError

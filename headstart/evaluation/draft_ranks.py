@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from headstart.decoding.packing import PackedUnembedding
+from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.sampling import Sampling, position_noise
 from headstart.model.transformer import Transformer
 

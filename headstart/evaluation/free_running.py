@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Request, Stats
+from headstart.decoding.request import Request, Stats
 from headstart.decoding.sampling import Sampling
 from headstart.evaluation.repetition import repeated
 

@@ -15,11 +15,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headstart.api import LanguageModel, load
+from headstart.console import Progress
 from headstart.data.tokenizers import prompt_ids
-from headstart.decoding.generation import Request
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
-from headstart.terminal import Progress
 
 Pair = tuple[Any, Sequence[int], Sequence[int]]
 """(anything, tokens of the context, tokens of the continuation)."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from headstart import page
-from headstart.terminal import format_table
+from headstart.console import format_table
+from headstart.reports import html
 
 Part = str | tuple[list[str], list[list[str]]]
 """A line of text, or a table: its columns, its rows."""
@@ -19,16 +19,16 @@ def format_evaluation(found: dict[str, Any]) -> str:
 
 def page_of(found: dict[str, Any]) -> str:
     """The same as one HTML page."""
-    quantized = f" in {page.escaped(found['quantize'])}" if "quantize" in found else ""
-    title = f"Evaluation of {page.escaped(found['model'])}{quantized}"
+    quantized = f" in {html.escaped(found['quantize'])}" if "quantize" in found else ""
+    title = f"Evaluation of {html.escaped(found['model'])}{quantized}"
     body = f"<h1>{title}</h1>"
     for part in _parts(found):
         if isinstance(part, str):
-            body += f"<p>{page.escaped(part)}</p>"
+            body += f"<p>{html.escaped(part)}</p>"
         else:
-            columns, rows = ([[page.escaped(cell) for cell in row] for row in rows] for rows in ([part[0]], part[1]))
-            body += page.table("", columns[0], rows)
-    return page.document(title, body)
+            columns, rows = ([[html.escaped(cell) for cell in row] for row in rows] for rows in ([part[0]], part[1]))
+            body += html.table("", columns[0], rows)
+    return html.document(title, body)
 
 
 def _parts(found: dict[str, Any]) -> list[Part]:

@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 
 from headstart.data.conversations import ASSISTANT
-from headstart.data.documents import Document
-from headstart.data.hub_datasets import is_dataset
+from headstart.data.prepare.documents import Document
+from headstart.data.prepare.hub import is_dataset
+from headstart.data.prepare.units import Selection, plan, read
 from headstart.data.prompt_files import FilePrompt, read_prompt_file
 from headstart.data.prompts import chat_ids, turn_ends
 from headstart.data.tokenizers import Tokenizer, prompt_ids
-from headstart.data.units import Selection, plan, read
 from headstart.errors import UsageError
 
 PROMPTS_FILE = "prompts.jsonl"

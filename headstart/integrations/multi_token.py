@@ -16,7 +16,7 @@ from headstart.data.batches import IGNORE, offsets_of, targets_of
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.step import HeadLosses, count_targets, walk_step
+from headstart.objective.walk import HeadLosses, count_targets, walk_step
 from headstart.training.parallel import is_parallelized
 
 RIGHT_WAY = (

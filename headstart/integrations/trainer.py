@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.formats.huggingface import load_model, load_model_tokenizer, save_model
 from headstart.integrations.multi_token import collate_rows, rows_of, step_counts
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.step import HeadLosses, count_targets, score_step, walk_step
-from headstart.storage.model_directory import load_model, load_model_tokenizer, save_model
+from headstart.objective.walk import HeadLosses, count_targets, score_step, walk_step
 
 try:
     from transformers import Trainer, TrainingArguments

@@ -123,8 +123,9 @@ class DocumentAttention:
 
 
 class RegisterAttention:
-    """Of rows of T tokens with R registers behind them (`data/registers.py`): a token sees what `ordinary` lets it see,
-    which has no register; register r sees what a token behind position `after_BR[:, r]` would see, and itself."""
+    """Of rows of T tokens with R registers behind them (`training/auxiliary/registers.py`): a token sees what
+    `ordinary` lets it see, which has no register; register r sees what a token behind position `after_BR[:, r]` would
+    see, and itself."""
 
     def __init__(
         self, ordinary: Callable[..., Tensor], length: int, after_BR: Tensor, documents_BT: Tensor | None = None

@@ -99,7 +99,7 @@ class ModelConfig:
 
     # What families other than Llama do otherwise; the defaults are Llama's. Layers are numbered as in files, from 0.
     family: str | None = None
-    """Whose directories hold the model, such as qwen3 (None: the first of `storage/families.py` that can)."""
+    """Whose directories hold the model, such as qwen3 (None: the first of `formats/families.py` that can)."""
     rope_scaling: RopeScaling | None = None
     """How rotary positions are stretched (None: not at all)."""
     qkv_bias: bool = False

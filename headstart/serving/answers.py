@@ -10,9 +10,9 @@ from typing import Any
 
 from headstart.data.pieces import TextOffsets, piece_bytes, piece_name
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.generation import Generation, Stats
+from headstart.decoding.request import Generation, Stats
 from headstart.serving.jobs import Job, Piece
-from headstart.serving.protocol import finite
+from headstart.serving.schemas import finite
 
 FINISHED = {"end": "stop", "stop": "stop", "stuck": "stop", "length": "length"}
 """OpenAI's word for each of our reasons; `finish_detail` has ours."""

@@ -7,7 +7,7 @@ from typing import Any
 from headstart.data.chat_template import ChatTemplate
 from headstart.errors import UsageError
 from headstart.serving.errors import ApiError
-from headstart.serving.protocol import ChatRequest
+from headstart.serving.schemas import ChatRequest
 
 
 def rendered(asked: ChatRequest, template: ChatTemplate) -> str:

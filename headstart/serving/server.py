@@ -17,19 +17,19 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from headstart import api, machine
-from headstart.decoding.admission import CHUNK
+from headstart import api, hardware
+from headstart.console import say
 from headstart.decoding.engine import Engine
 from headstart.decoding.memory import DecodingMemory, decoding_memory, fitting_context
+from headstart.decoding.scheduler import CHUNK
 from headstart.errors import UsageError
-from headstart.serving.app import make_app
 from headstart.serving.connection import Connections, connection_limits
 from headstart.serving.guard import Guard
 from headstart.serving.metrics import Metrics
+from headstart.serving.routes import make_app
 from headstart.serving.service import Service
 from headstart.serving.settings import ServeSettings
 from headstart.serving.worker import Worker
-from headstart.terminal import say
 
 SWITCH_SECONDS = 0.0005
 MOST_GRACE = 5
@@ -46,7 +46,7 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
         raise UsageError(f"--heads is {settings.heads}; this model has {model.config.heads}")
     if settings.context is None:
         settings = replace(settings, context=_likely_context(model, settings))
-    threads = settings.threads or max(1, machine.cores() - 1)
+    threads = settings.threads or max(1, hardware.cores() - 1)
 
     def make_engine() -> Engine:
         torch.set_num_threads(threads)

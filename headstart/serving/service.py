@@ -14,8 +14,8 @@ from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, Matcher, compiled
-from headstart.decoding.generation import Request
 from headstart.decoding.penalties import Penalties
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.serving.answers import Shape
@@ -23,7 +23,7 @@ from headstart.serving.conversation import rendered
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job, Piece
 from headstart.serving.preparation import Preparation
-from headstart.serving.protocol import Asked, ChatRequest, CompletionRequest, Speculative
+from headstart.serving.schemas import Asked, ChatRequest, CompletionRequest, Speculative
 from headstart.serving.settings import ServeSettings
 from headstart.serving.stream import DONE, event
 from headstart.serving.worker import Worker

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from headstart.console import say
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.untuned import UntunedPolicy
+from headstart.decoding.policy.online import UntunedPolicy
+from headstart.decoding.request import Request
 from headstart.errors import UsageError
-from headstart.terminal import say
 
 PROMPT = 8
 """Tokens of the text that is written, before those of two windows."""

@@ -13,10 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim import Optimizer
 
+from headstart.console import say
 from headstart.errors import UsageError
-from headstart.files import becoming_directory, sha256_of
+from headstart.fileio import becoming_directory, sha256_of
 from headstart.model.transformer import Transformer
-from headstart.terminal import say
 from headstart.training import checkpoints
 from headstart.training.checkpoint_state import STATE_FILE, Position, name_of, state_text
 from headstart.training.config import CheckpointConfig

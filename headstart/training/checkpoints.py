@@ -34,11 +34,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from headstart.console import say
 from headstart.errors import UsageError
-from headstart.files import sha256_of
+from headstart.fileio import sha256_of
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.terminal import say
 from headstart.training.checkpoint_state import GO_BACK, Position, name_of, read_state
 from headstart.training.processes import Processes
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from headstart.console import say
 from headstart.errors import UsageError
-from headstart.terminal import say
 from headstart.training.config import RunConfig
 from headstart.training.processes import Processes
 

@@ -10,19 +10,19 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
-from headstart.adaptation.settings import AdaptConfig
 from headstart.command_line import add_repeated, yaml_numbers
-from headstart.data.masked_inputs import MaskConfig
 from headstart.data.mixture import MixturePart
-from headstart.data.registers import RegisterConfig
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.machine import dtype_on
+from headstart.hardware import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.objective.token_order import TokenOrderConfig
+from headstart.training.adapt.config import AdaptConfig
+from headstart.training.auxiliary.masked_inputs import MaskConfig
+from headstart.training.auxiliary.registers import RegisterConfig
+from headstart.training.auxiliary.token_order import TokenOrderConfig
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.profiling import ProfileConfig

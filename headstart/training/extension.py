@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from headstart.console import say
 from headstart.errors import UsageError
-from headstart.terminal import say
+from headstart.training.adapt.run import stage_of
 from headstart.training.checkpoint_state import Position
 from headstart.training.config import RunConfig
-from headstart.training.existing_model import stage_of
 from headstart.training.optimizer import extended_rate, learning_rate
 
 

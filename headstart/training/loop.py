@@ -11,22 +11,22 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
+from headstart.console import Progress, say
 from headstart.data.batches import BatchStream
 from headstart.data.mixture import Source
 from headstart.errors import UsageError
+from headstart.formats.assembly import check_names
+from headstart.formats.families import family_of
+from headstart.formats.huggingface import save_model
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import drawn
-from headstart.objective.token_order import add_token_order
-from headstart.storage.assembly import check_names
-from headstart.storage.families import family_of
-from headstart.storage.model_directory import save_model
-from headstart.terminal import Progress, say
 from headstart.training import checkpoints
+from headstart.training.adapt.run import ExistingModel, check_vocabulary, tokenizer_of
+from headstart.training.auxiliary.token_order import add_token_order
 from headstart.training.checkpoint_state import Position
 from headstart.training.checkpoint_writer import CheckpointWriter
 from headstart.training.compilation import blocks_compiled
 from headstart.training.config import RunConfig
-from headstart.training.existing_model import ExistingModel, check_vocabulary, tokenizer_of
 from headstart.training.extension import begin_extension, rate_of
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
 from headstart.training.optimizer import build_optimizers

@@ -20,7 +20,7 @@ from headstart.model.attention import BLOCK, WRITTEN_OUT_LENGTH
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.cross_entropy import LOGITS_BYTES, PIECE_BYTES, chunk_rows
-from headstart.objective.token_order import add_token_order
+from headstart.training.auxiliary.token_order import add_token_order
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import parameter_groups
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from headstart.machine import resident_memory
+from headstart.hardware import resident_memory
 from headstart.training.step import StepResult
 
 

@@ -1,7 +1,7 @@
 """Spreading a model over processes: activation checkpointing, compilation, FSDP2 sharding, mixed precision.
 
 `parallelize` is the one place where it happens; the model knows nothing of it. Trunk, each head and the unembedding are
-FSDP roots of their own, because the walk (`objective/step.py`) runs n + 2 backward passes a step and a root takes the
+FSDP roots of their own, because the walk (`objective/walk.py`) runs n + 2 backward passes a step and a root takes the
 end of each backward for the end of all: with one root the first head's backward would finish groups that have not run.
 """
 

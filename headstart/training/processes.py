@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from headstart import terminal
+from headstart import console
 from headstart.errors import UsageError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def joined(device: str) -> Iterator[Processes]:
             f"process {rank} of {count}: the others did not come ({_first_line(error)}); start all of them with "
             "torchrun, with the same --nnodes and --rdzv-endpoint everywhere"
         ) from error
-    terminal.mute(rank > 0)
+    console.mute(rank > 0)
     groups = [dist.new_group(backend="gloo", timeout=WAIT_FOR_MAIN) for _ in range(2)]
     clean = False
     try:
@@ -139,7 +139,7 @@ def joined(device: str) -> Iterator[Processes]:
             ) from error
         raise
     finally:
-        terminal.mute(False)
+        console.mute(False)
         # After an error NCCL would wait for the others, who may be gone; gloo would abort without this.
         if clean or not on_gpu:
             dist.destroy_process_group()

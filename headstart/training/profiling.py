@@ -14,9 +14,9 @@ from types import TracebackType
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from headstart.console import say
 from headstart.errors import UsageError
-from headstart.files import replacing_file, write_text
-from headstart.terminal import say
+from headstart.fileio import replacing_file, write_text
 
 ROWS = 40
 """Operators in the table."""

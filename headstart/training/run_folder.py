@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from headstart.console import Progress, say
 from headstart.data.mixture import MixturePart, Source, open_sources
+from headstart.data.prepare.units import Selection
 from headstart.data.shards import prepare
-from headstart.data.units import Selection
 from headstart.errors import UsageError
-from headstart.files import replacing_file, status_of, take_lock, unwritable
-from headstart.storage.model_directory import load_data_tokenizer
-from headstart.terminal import Progress, say
+from headstart.fileio import replacing_file, status_of, take_lock, unwritable
+from headstart.formats.huggingface import load_data_tokenizer
 from headstart.training import checkpoints
 from headstart.training.config import (
     FIXED,

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from headstart.console import duration, say
 from headstart.data.mixture import Source
-from headstart.machine import peak_flops
+from headstart.hardware import peak_flops
 from headstart.objective.acceptance import expected_tokens_per_pass
-from headstart.terminal import duration, say
+from headstart.training.adapt.run import flops_per_token
 from headstart.training.checkpoint_state import Position
 from headstart.training.config import RunConfig
-from headstart.training.existing_model import flops_per_token
 from headstart.training.metrics import memory_in_use, step_record
 from headstart.training.processes import Processes
 from headstart.training.profiling import ProfileConfig, StepProfiler

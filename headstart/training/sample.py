@@ -9,8 +9,8 @@ from torch import nn
 
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.errors import UsageError
 from headstart.model.transformer import TRAINING_ALONE, Transformer
 from headstart.training.config import RunConfig

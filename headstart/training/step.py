@@ -11,13 +11,13 @@ import torch
 from torch.optim import Optimizer
 
 from headstart.data.batches import Batch
-from headstart.data.masked_inputs import masked
-from headstart.data.registers import with_registers
 from headstart.model.transformer import Transformer
 from headstart.objective.distillation import taught_targets
-from headstart.objective.step import count_targets, walk_step
+from headstart.objective.walk import count_targets, walk_step
+from headstart.training.auxiliary.losses import ExtraLosses
+from headstart.training.auxiliary.masked_inputs import masked
+from headstart.training.auxiliary.registers import with_registers
 from headstart.training.config import RunConfig
-from headstart.training.extra_losses import ExtraLosses
 from headstart.training.optimizer import set_learning_rate
 from headstart.training.parallel import GradientSums, whole
 from headstart.training.processes import Processes

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from headstart.console import say
 from headstart.errors import UsageError
-from headstart.files import write_text
-from headstart.terminal import say
+from headstart.fileio import write_text
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 EXTRAS = {"tensorboard": "watch", "wandb": "watch", "trackio": "trackio"}

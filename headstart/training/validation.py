@@ -9,17 +9,17 @@ from itertools import islice
 
 import torch
 
+from headstart.console import say
 from headstart.data.batches import IGNORE, Batch, evaluation_batches
-from headstart.data.masked_inputs import masked
 from headstart.data.mixture import Source
-from headstart.data.registers import with_registers
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
-from headstart.objective.step import score_step
-from headstart.terminal import say
+from headstart.objective.walk import score_step
+from headstart.training.auxiliary.losses import ExtraLosses
+from headstart.training.auxiliary.masked_inputs import masked
+from headstart.training.auxiliary.registers import with_registers
 from headstart.training.config import RunConfig
-from headstart.training.extra_losses import ExtraLosses
 from headstart.training.processes import Processes
 from headstart.training.step import autocast, move
 

@@ -14,7 +14,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from headstart.errors import UsageError
-from headstart.files import write_text
+from headstart.fileio import write_text
 from headstart.model.config import ModelConfig, preset
 
 Settings = TypeVar("Settings")

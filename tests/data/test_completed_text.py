@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS
 
-from headstart.data.textstream import TextStream
+from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import PretrainedTokenizer
 
 KNOWN: dict[str, PretrainedTokenizer] = {}

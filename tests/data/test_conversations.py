@@ -10,13 +10,13 @@ import pytest
 import torch
 from chats import BARE, CHATML, INSTRUCTIONS, MARKED, THINKING, chat_tokenizer
 
-from headstart.data import packing, units
 from headstart.data.batches import IGNORE, BatchStream, evaluation_batches
-from headstart.data.bpe import NewBpe
 from headstart.data.chat_template import ChatTemplate, encode_conversation, load_chat_template
 from headstart.data.conversations import Conversation, parse_conversation
+from headstart.data.prepare import units, write
+from headstart.data.prepare.bpe import NewBpe
+from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards, prepare, verify
-from headstart.data.units import Selection
 from headstart.errors import UsageError
 
 TALK = (
@@ -167,7 +167,7 @@ def corpus(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def prepared(corpus, tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(packing, "SHARD_BYTES", 1000)  # so that shards end inside bytes of bits, and of segments
+    monkeypatch.setattr(write, "SHARD_BYTES", 1000)  # so that shards end inside bytes of bits, and of segments
     lines: list[str] = []
     prepare(
         [str(corpus)],

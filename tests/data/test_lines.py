@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from chats import chat_tokenizer
 
-from headstart.data.corpora import list_files
-from headstart.data.documents import Document, Field, read_lines
+from headstart.commands.distill_prompts import read_prompts as prompts_to_distill
 from headstart.data.lines import parse_json, read_file_lines
+from headstart.data.prepare.corpora import list_files
+from headstart.data.prepare.documents import Document, Field, read_lines
+from headstart.data.prepare.units import Selection, hold_conversations
 from headstart.data.prompt_files import read_prompt_file
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.data.units import Selection, hold_conversations
 from headstart.errors import UsageError
-from headstart.evaluation.code_problems import load_problems
+from headstart.evaluation.code.problems import load_problems
 from headstart.evaluation.texts import fitting_prompts, prompt_limit, read_prompts
-from headstart.self_distillation.prompts import read_prompts as prompts_to_distill
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
 """Where str.splitlines() ends a line, and nothing else does."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headstart.data import packing
 from headstart.data.batches import evaluation_batches
 from headstart.data.manifest import manifest_text
+from headstart.data.prepare import write
 from headstart.data.shards import SplitTokens, TokenShards, prepare, verify
 from headstart.data.tokenizers import ByteTokenizer, load_tokenizer
 from headstart.errors import UsageError
@@ -253,7 +253,7 @@ def split(tmp_path, monkeypatch):
     """Shards of 100 tokens, and the same corpus in one shard."""
     corpus = write_corpus(tmp_path / "corpus")
     whole = prepare([str(corpus)], tmp_path / "whole", ByteTokenizer(), validation_fraction=0.2)
-    monkeypatch.setattr(packing, "SHARD_BYTES", 100)
+    monkeypatch.setattr(write, "SHARD_BYTES", 100)
     manifest = prepare([str(corpus)], tmp_path / "split", ByteTokenizer(), validation_fraction=0.2)
     for name, content in manifest["splits"].items():
         assert [shard["tokens"] for shard in content["shards"][:-1]] == [100] * (len(content["shards"]) - 1)

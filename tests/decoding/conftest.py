@@ -13,11 +13,11 @@ import torch
 from seeds import trained_seed
 
 from headstart.data.batches import targets_of
-from headstart.decoding.packing import pack
-from headstart.files import replacing_file
+from headstart.decoding.kernels.pack import pack
+from headstart.fileio import replacing_file
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, walk_step
+from headstart.objective.walk import count_targets, walk_step
 
 SHAPES = {
     "transformer-parallel": {"head_kind": "transformer", "wiring": "parallel"},

@@ -9,11 +9,11 @@ from conftest import HEADS, packed
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
+from headstart.decoding.decode_pass import DecodingState, prefill
+from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Generation, Request
+from headstart.decoding.request import Generation, Request
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.step import DecodingState, prefill
-from headstart.decoding.tree import DraftTree
 from headstart.errors import UsageError
 
 TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is the cat end. the cat then a dog ")

@@ -11,13 +11,13 @@ from test_policy import tuning
 from test_rules import _small
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding import constrained_drafts
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
+from headstart.decoding.drafters import constrained
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
-from headstart.decoding.policy import DraftPolicy
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -133,7 +133,7 @@ def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> No
         return [int(state.sampling.choose(logits, noise, slots))], []
 
     with monkeypatch.context() as patch:
-        patch.setattr(constrained_drafts, "_drawn", without_its_distribution)
+        patch.setattr(constrained, "_drawn", without_its_distribution)
         assert distance("rejection", raw, model, LAW, count=1024) > 2.5
     apply = ConstraintRows.apply
 

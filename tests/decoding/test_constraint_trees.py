@@ -11,15 +11,15 @@ from test_constraints import BYTES, CASES, PROMPT, bpe, model_of, one, reference
 from test_policy import Whim
 from test_rules import _small
 
-from headstart.decoding import constrained_drafts
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
+from headstart.decoding.drafters import constrained
+from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import FORCED, Request
-from headstart.decoding.packing import is_row_exact
+from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.penalties import Penalties
+from headstart.decoding.request import FORCED, Request
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.tree import DraftTree, TreeRows
 from headstart.errors import UsageError
 
 TREE = DraftTree.parse("0,1,0.0,0.1,1.0,2,0.0.0,1.0.0,0.1.0,0.0.1")
@@ -181,7 +181,7 @@ def test_rejection_on_trees_follows_the_law_of_the_masked_model(top_k: int) -> N
 def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: siblings weighed by what their head says without the mask; masks of another row."""
     raw, model = _small()
-    drawn = constrained_drafts._drawn
+    drawn = constrained._drawn
 
     def unmasked(state, slots, head, at, forbidden, count, row):
         found = drawn(state, slots, head, at, forbidden, count, row)
@@ -190,7 +190,7 @@ def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(constrained_drafts, "_drawn", unmasked)
+        patch.setattr(constrained, "_drawn", unmasked)
         assert distance("rejection", raw, model, LAW, tree=SMALL) > 2.5
     apply = ConstraintRows.apply
 

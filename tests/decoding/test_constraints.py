@@ -17,13 +17,13 @@ from test_policy import Whim
 
 import headstart
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
-from headstart.decoding import constrained_drafts
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
+from headstart.decoding.drafters import constrained
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import FORCED, Generation, Request
-from headstart.decoding.packing import is_row_exact, pack
+from headstart.decoding.kernels.pack import is_row_exact, pack
 from headstart.decoding.penalties import Penalties
+from headstart.decoding.request import FORCED, Generation, Request
 from headstart.decoding.sampling import Sampling, position_noise
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -217,7 +217,7 @@ def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
         root, window = engine._lengths[0], engine.state.window_SW[0].tolist()
         nothing = np.zeros(128, dtype=bool)
         for k in range(2, HEADS + 1):
-            tokens, _ = constrained_drafts._drawn(engine.state, slice(0, 1), k, (root, k - 1), nothing, 1, k - 2)
+            tokens, _ = constrained._drawn(engine.state, slice(0, 1), k, (root, k - 1), nothing, 1, k - 2)
             assert tokens == [window[k - 1]]
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import packed
 from torch import Tensor
 
-from headstart import machine
+from headstart import hardware
 from headstart.decoding import memory as memory_module
 from headstart.decoding.engine import Engine
 from headstart.decoding.memory import kv_bytes_per_token
@@ -64,22 +64,22 @@ def test_what_does_not_fit_is_refused_with_what_does(monkeypatch: pytest.MonkeyP
 
 
 def test_free_memory_of_this_machine() -> None:
-    assert machine.free_memory("cpu") == pytest.approx(machine.available_memory(), rel=0.5)
-    assert machine.free_memory("meta") is None
+    assert hardware.free_memory("cpu") == pytest.approx(hardware.available_memory(), rel=0.5)
+    assert hardware.free_memory("meta") is None
 
 
 def test_slots_that_nobody_uses_take_up_no_memory() -> None:
     """Pages of the caches are taken as they are written to, on boundaries of cache lines, and hold zeros."""
-    before = machine.resident_memory()
-    zeros = machine.untouched_zeros((4, 1 << 26), torch.float32, "cpu")  # 1 GiB
-    after = machine.resident_memory()
+    before = hardware.resident_memory()
+    zeros = hardware.untouched_zeros((4, 1 << 26), torch.float32, "cpu")  # 1 GiB
+    after = hardware.resident_memory()
     assert zeros.shape == (4, 1 << 26) and zeros.dtype == torch.float32 and zeros.data_ptr() % 64 == 0
     assert zeros[3, -1000:].count_nonzero() == 0
     zeros[3, -1] = 1
     assert zeros[3, -1] == 1 and zeros[2].data_ptr() == zeros.data_ptr() + 2 * (1 << 28)
     if before is not None and after is not None:
         assert after - before < 1 << 28
-    assert machine.untouched_zeros((2, 3), torch.float64, "meta").is_meta
+    assert hardware.untouched_zeros((2, 3), torch.float64, "meta").is_meta
 
 
 def test_a_context_that_nobody_named_leaves_half_of_the_memory(monkeypatch) -> None:

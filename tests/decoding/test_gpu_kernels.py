@@ -14,7 +14,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":  # it would hold for every kernel of the process
     pytest.skip("no GPU here, and Triton's interpreter was not asked for", allow_module_level=True)
 pytest.importorskip("triton", reason="no Triton here; it comes with torch for GPUs")
-launch = pytest.importorskip("headstart.decoding.gpu.launch")
+launch = pytest.importorskip("headstart.decoding.kernels.cuda.launch")
 
 from headstart.model.rotary import rotary_tables, rotate  # noqa: E402
 

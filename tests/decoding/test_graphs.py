@@ -10,9 +10,9 @@ from conftest import packed
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
 from headstart.decoding.graphs import MOST, GraphedStep, Replay
 from headstart.decoding.penalties import Penalties
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from conftest import HEADS, trained
 
 import headstart
-from headstart.decoding import native
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.int8 import ROW_STEPS, WEIGHT_STEPS, Int8Linear, quantize_rows, quantize_weight
-from headstart.decoding.packing import NativeLinear, is_quantized, is_row_exact, pack
+from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.int8 import ROW_STEPS, WEIGHT_STEPS, Int8Linear, quantize_rows, quantize_weight
+from headstart.decoding.kernels.pack import NativeLinear, is_quantized, is_row_exact, pack
+from headstart.decoding.policy.calibration import setting
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.tuning import setting
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def compiled() -> None:
-    if native.kernels(torch.float32) is None:
+    if cpu.kernels(torch.float32) is None:
         pytest.skip("no compiled kernels for fp32 here: another processor, or no C compiler")
 
 
@@ -98,7 +98,7 @@ def test_an_int8_model_is_near_the_model_and_its_reference(shape: str, compiled:
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_speculative_int8_is_plain_int8(shape: str, fast: bool) -> None:
-    if fast and native.kernels(torch.float32) is None:
+    if fast and cpu.kernels(torch.float32) is None:
         pytest.skip("no compiled kernels for fp32 here")
     model = quantized(shape, fast)
     assert is_row_exact(model) == fast
@@ -131,7 +131,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path) -> None:
 
 
 def test_a_stored_model_loads_as_int8(tmp_path) -> None:
-    from headstart.storage.model_directory import save_model
+    from headstart.formats.huggingface import save_model
 
     save_model(trained("transformer-parallel"), tmp_path, dtype=torch.bfloat16)
     model = headstart.load(tmp_path, quantize="int8")

@@ -13,10 +13,10 @@ from test_policy import Whim
 from test_rules import _distance, _small
 
 from headstart.decoding.acceptance import Rule
+from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.lookup import SIZES, Lookup, Odds
-from headstart.decoding.packing import is_row_exact, pack
+from headstart.decoding.kernels.pack import is_row_exact, pack
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig

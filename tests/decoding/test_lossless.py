@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headstart.decoding import native
+from headstart.decoding import decode_pass as step_module
 from headstart.decoding import sampling as sampling_module
-from headstart.decoding import step as step_module
 from headstart.decoding.cache import CachedAttention, KVCache
+from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.engine import EXACT_SPAN, Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling, position_noise
-from headstart.decoding.step import DecodingState, prefill
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -79,7 +79,7 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
 def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
-    if compiled and native.kernels(dtype) is None:
+    if compiled and cpu.kernels(dtype) is None:
         pytest.skip("there are no compiled kernels for it here: the case without them is this one")
     model = packed(shape, dtype, compiled)
     config = model.config

@@ -12,11 +12,10 @@ from conftest import HEADS, packed, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.decoding import native
 from headstart.decoding.cache import CachedAttention, KVCache
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import (
+from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.pack import (
     NativeBlock,
     NativeLinear,
     NativeNorm,
@@ -25,6 +24,7 @@ from headstart.decoding.packing import (
     is_row_exact,
     pack,
 )
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.layers import RMSNorm, SwiGLU
@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 @pytest.fixture(params=list(DTYPES), scope="module")
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Of the activations; a processor that has no kernels for it skips."""
-    if native.kernels(DTYPES[request.param]) is None:
+    if cpu.kernels(DTYPES[request.param]) is None:
         pytest.skip(f"no compiled kernels for {request.param} here: another processor, or no C compiler")
     return DTYPES[request.param]
 
@@ -161,7 +161,7 @@ def test_attention_of_a_row_depends_on_its_past_alone(dtype: torch.dtype) -> Non
 def test_a_block_in_one_call_is_the_block(
     heads: int, kv_heads: int, bias: bool, chosen: tuple[int, ...] | None
 ) -> None:
-    if native.kernels(torch.float32) is None:
+    if cpu.kernels(torch.float32) is None:
         pytest.skip("no compiled kernels for fp32 here: another processor, or no C compiler")
     sizes = {"dim": heads * 32, "attention_heads": heads, "kv_heads": kv_heads, "layers": 2, "hidden_dim": 70}
     torch.manual_seed(0)
@@ -235,8 +235,8 @@ def test_without_kernels_everything_still_works(tmp_path, forks) -> None:
     program = (
         "from headstart.decoding import native\n"
         "import torch\n"
-        "assert native.kernels(torch.bfloat16) is None and native.kernels(torch.float32) is None\n"
-        "from headstart.decoding.packing import pack\n"
+        "assert cpu.kernels(torch.bfloat16) is None and cpu.kernels(torch.float32) is None\n"
+        "from headstart.decoding.kernels.pack import pack\n"
         "from headstart.model.transformer import Transformer\n"
         "from headstart.model.config import ModelConfig\n"
         "model = pack(Transformer(ModelConfig(dim=32, layers=2, attention_heads=2)).bfloat16())\n"
@@ -251,7 +251,7 @@ def test_loading_the_kernels_leaves_denormal_numbers_alone(tmp_path, forks) -> N
     """A library linked with -ffast-math makes them zero, in all of the process that loads it."""
     program = (
         "import sys; from headstart.decoding import native; import torch\n"
-        "native.kernels(torch.float32), native.kernels(torch.bfloat16), native.chooser()\n"
+        "native.kernels(torch.float32), cpu.kernels(torch.bfloat16), cpu.chooser()\n"
         "print(float(sys.argv[1]) * 1.0 > 0)"
     )
     assert forks.run(tmp_path / "said.txt", tmp_path, program=program, arguments=["5e-324"]) == (0, "True\n")

@@ -6,8 +6,8 @@ from conftest import HEADS, packed
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Request
 from headstart.decoding.origins import OriginStream
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 
 

@@ -11,8 +11,8 @@ from conftest import HEADS, packed, trained, untrained
 
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
 from headstart.decoding.penalties import Penalties
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling, position_noise
 from headstart.errors import UsageError
 

@@ -9,14 +9,10 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
+from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Generation, Request
-from headstart.decoding.packing import is_row_exact
-from headstart.decoding.policy import DraftPolicy
-from headstart.decoding.sampling import Sampling
-from headstart.decoding.single_step import Step
-from headstart.decoding.tree import DraftTree
-from headstart.decoding.tuning import (
+from headstart.decoding.kernels.pack import is_row_exact
+from headstart.decoding.policy.calibration import (
     EDGES,
     PRIOR,
     AcceptanceTable,
@@ -26,6 +22,10 @@ from headstart.decoding.tuning import (
     setting,
     tuning_from,
 )
+from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.policy.timing_step import Step
+from headstart.decoding.request import Generation, Request
+from headstart.decoding.sampling import Sampling
 
 PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headstart.decoding import native
+from headstart.decoding.kernels import cpu
 from headstart.decoding.sampling import Sampling, SamplingRows, position_noise
 from headstart.errors import UsageError
 
@@ -109,12 +109,12 @@ def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch):
     """Calls with the compiled choosing left out."""
-    if native.chooser() is None:
+    if cpu.chooser() is None:
         pytest.skip("no C compiler here: there is only torch's way")
 
     def call(function, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(native, "chooser", lambda: None)
+            patch.setattr(cpu, "chooser", lambda: None)
             return function(*arguments)
 
     return call

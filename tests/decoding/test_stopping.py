@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.decoding.stopping import Stopper
 from headstart.errors import UsageError

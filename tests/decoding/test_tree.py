@@ -10,9 +10,9 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.decoding.acceptance import Rule
+from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Request
-from headstart.decoding.tree import DraftTree, TreeRows, grow
+from headstart.decoding.request import Request
 from headstart.errors import UsageError
 
 BUSHY = "0,1,0.0,0.1,1.0,2,0.0.0,1.0.0,0.1.0"

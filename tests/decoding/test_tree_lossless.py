@@ -10,16 +10,16 @@ from conftest import HEADS, SHAPES, packed, trained, untrained
 from test_policy import Whim
 from torch import Tensor
 
-from headstart.decoding import native
 from headstart.decoding.acceptance import Rule
 from headstart.decoding.cache import KVCache
+from headstart.decoding.decode_pass import DecodingState, prefill
+from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Generation, Request
-from headstart.decoding.packing import is_row_exact
+from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.penalties import Penalties
+from headstart.decoding.request import Generation, Request
 from headstart.decoding.sampling import Sampling, position_noise
-from headstart.decoding.step import DecodingState, prefill
-from headstart.decoding.tree import DraftTree, TreeRows, grow
 from headstart.model.transformer import Transformer
 
 PROMPT = tuple(b"the cat then")
@@ -207,7 +207,7 @@ def test_a_tree_of_width_one_is_a_chain(shape: str, name: str, monkeypatch: pyte
 def test_the_walk_in_c_is_the_walk_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, requests = packed("replicated", torch.float64), [Request(PROMPT[i:], 60, heads=2 + i) for i in range(3)]
     compiled = generate_all(Engine(model, slots=2, tree=TREES["grown"]), requests)
-    monkeypatch.setattr(native, "chooser", lambda: None)
+    monkeypatch.setattr(cpu, "chooser", lambda: None)
     plain = generate_all(Engine(model, slots=2, tree=TREES["grown"]), requests)
     for a, b in zip(compiled, plain):
         assert (a.tokens, a.stats.passes, a.stats.accepted) == (b.tokens, b.stats.passes, b.stats.accepted)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
-from headstart.decoding import untuned
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
+from headstart.decoding.policy import online
+from headstart.decoding.policy.calibration import EDGES, PRIOR
+from headstart.decoding.policy.online import AcceptanceCounts, Learned, UntunedPolicy, hoped
+from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
-from headstart.decoding.tuning import EDGES, PRIOR
-from headstart.decoding.untuned import AcceptanceCounts, Learned, UntunedPolicy, hoped
 
 PROMPT = tuple(b"the cat then")
 
@@ -24,7 +24,7 @@ def costs(monkeypatch: pytest.MonkeyPatch, first: float, row: float) -> list[int
         asked.append(slots)
         return 1.0, tuple(first + row * i for i in range(HEADS))
 
-    monkeypatch.setattr(untuned, "timed_costs", made_up)
+    monkeypatch.setattr(online, "timed_costs", made_up)
     return asked
 
 
@@ -43,7 +43,7 @@ def test_a_draft_is_worth_what_is_hoped_until_it_was_seen() -> None:
     assert table.by_confidence[1] == AcceptanceCounts(3).table().by_confidence[1]
     counts.add([0.05, 0.99], fed=1, accepted=1)  # fed alone: again nothing of head 3
     assert counts.table().mean[1] == table.mean[1]
-    assert counts.table().mean[0] == pytest.approx((PRIOR * untuned.HOPED + 1) / (97 + PRIOR))
+    assert counts.table().mean[0] == pytest.approx((PRIOR * online.HOPED + 1) / (97 + PRIOR))
 
 
 def test_passes_are_timed_once_at_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +131,6 @@ def test_what_one_engine_has_timed_another_one_knows(monkeypatch: pytest.MonkeyP
 
 
 def test_times_of_passes_are_sane() -> None:
-    plain, drafting = untuned.timed_costs(packed("replicated", torch.float32), 2, True)
+    plain, drafting = online.timed_costs(packed("replicated", torch.float32), 2, True)
     assert plain > 0 and len(drafting) == HEADS
     assert list(drafting) == sorted(drafting)

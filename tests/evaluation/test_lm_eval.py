@@ -13,9 +13,9 @@ import headstart
 from headstart import entry
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
+from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.model_directory import save_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'headstart[eval]'")
 from lm_eval.api.instance import Instance

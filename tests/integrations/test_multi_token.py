@@ -11,7 +11,7 @@ from headstart.errors import UsageError
 from headstart.integrations.multi_token import collate_rows, multi_token_step, rows_of, step_counts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, joint_step
+from headstart.objective.walk import count_targets, joint_step
 
 CONFIG = ModelConfig(vocab_size=50, dim=16, layers=4, attention_heads=2, heads=3, context=64)
 

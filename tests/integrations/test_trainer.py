@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import headstart
-from headstart.adaptation.heads import config_with_heads, freeze, with_heads
 from headstart.data.batches import IGNORE
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
+from headstart.formats.huggingface import load_model, save_model
 from headstart.integrations.multi_token import collate_rows, multi_token_step, step_counts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.storage.model_directory import load_model, save_model
+from headstart.training.adapt.new_heads import config_with_heads, freeze, with_heads
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

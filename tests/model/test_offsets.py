@@ -14,16 +14,16 @@ import torch
 import headstart
 from headstart.data.batches import IGNORE, targets_of
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
+from headstart.formats.hf_code_export import save_hf_code
+from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.medusa import save_medusa
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, joint_step, walk_step
-from headstart.storage.hf_export import save_hf_code
-from headstart.storage.medusa_layout import save_medusa
-from headstart.storage.model_directory import load_model, save_model
+from headstart.objective.walk import count_targets, joint_step, walk_step
 
 SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 16, "layers": 5, "attention_heads": 2, "context": 64, "heads": 4}
 GAPS = ModelConfig(**SHAPE, offsets=(1, 2, 4, 9))

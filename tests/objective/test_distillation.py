@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.adaptation.heads import freeze, new_parameters
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
 from headstart.objective.distillation import Divergence, linear_distillation, taught_targets
-from headstart.objective.step import count_targets, made_of, walk_step
+from headstart.objective.walk import count_targets, made_of, walk_step
+from headstart.training.adapt.new_heads import freeze, new_parameters
 
 V, D, T = 37, 16, 9
 SHAPE = ModelConfig(vocab_size=V, dim=D, layers=4, attention_heads=2, context=32, heads=3)

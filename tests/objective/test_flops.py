@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headstart.model.config import ModelConfig, preset
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, walk_step
+from headstart.objective.walk import count_targets, walk_step
 
 ROWS, LENGTH = 2, 16
 SMALL = ModelConfig(vocab_size=50, dim=32, layers=5, attention_heads=4, context=LENGTH, heads=3)

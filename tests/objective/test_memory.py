@@ -12,7 +12,7 @@ from live_tensors import LiveTensors
 
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, joint_step, score_step, walk_step
+from headstart.objective.walk import count_targets, joint_step, score_step, walk_step
 
 B, T, V = 2, 64, 4096
 # Every head is added on top, so that trunks are the same for all n and only heads differ.

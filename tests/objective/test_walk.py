@@ -14,7 +14,7 @@ from headstart.data.batches import IGNORE
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.step import HeadLosses, count_targets, joint_step, score_step, walk_step
+from headstart.objective.walk import HeadLosses, count_targets, joint_step, score_step, walk_step
 
 SMALL = ModelConfig(vocab_size=61, dim=16, layers=6, attention_heads=4, kv_heads=2, context=64, heads=4)
 WIRINGS = [

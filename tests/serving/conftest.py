@@ -16,11 +16,11 @@ import httpx
 import pytest
 
 import headstart
-from headstart.decoding import untuned
 from headstart.decoding.engine import Engine
+from headstart.decoding.policy import online
+from headstart.formats.bundled import boxed_model
 from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
-from headstart.storage.boxed import boxed_model
 
 HTTP = httpx.Client(verify=False, timeout=60)
 """Made once: a client reads all certificates there are, unless it is told that it needs none."""
@@ -76,7 +76,7 @@ def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") 
 def timed_in_haste() -> Iterator[None]:
     """Servers time passes before they are ready; what comes of it moves no text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(untuned, "SECONDS", 0.01)
+        patch.setattr(online, "SECONDS", 0.01)
         yield
 
 

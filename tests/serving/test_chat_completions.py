@@ -15,10 +15,10 @@ import headstart
 from headstart.data.chat_template import need_chat_template
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.serving.settings import ServeSettings
-from headstart.storage.model_directory import save_model
 
 MESSAGES = [
     {"role": "developer", "content": "Be brief."},

@@ -11,7 +11,7 @@ from headstart.data.chat_template import ChatTemplate
 from headstart.errors import UsageError
 from headstart.serving.conversation import rendered
 from headstart.serving.errors import ApiError
-from headstart.serving.protocol import ChatRequest
+from headstart.serving.schemas import ChatRequest
 from headstart.serving.validation import validation_error
 
 PLAIN = ChatTemplate(

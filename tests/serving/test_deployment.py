@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from headstart.formats.bundled import boxed_model
 from headstart.serving.errors import ApiError
 from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
-from headstart.storage.boxed import boxed_model
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

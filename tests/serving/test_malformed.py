@@ -15,14 +15,14 @@ from openai.types.chat import completion_create_params as chat_create_params
 from pydantic import ValidationError
 from serving.conftest import HTTP, raw, running
 
-from headstart.benchmarks.malformed import bodies
+from bench.malformed import bodies
+from headstart.formats.bundled import boxed_model
+from headstart.formats.huggingface import load_config
 from headstart.serving.fields import HARMLESS, NEUTRAL, NEUTRAL_IN_MESSAGES
-from headstart.serving.protocol import ChatRequest, CompletionRequest, Message
+from headstart.serving.schemas import ChatRequest, CompletionRequest, Message
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
 from headstart.serving.validation import validation_error
-from headstart.storage.boxed import boxed_model
-from headstart.storage.model_directory import load_config
 
 CONTEXT = load_config(boxed_model()).context
 GOOD = {"prompt": "def f(", "max_tokens": 2, "temperature": 0}

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from headstart import page as house
-from headstart.serving.app import make_app
+from headstart.reports import html as house
+from headstart.serving.routes import make_app
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test the playground")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")

@@ -10,10 +10,10 @@ import pytest
 import headstart
 from headstart.cli.serving import serve
 from headstart.errors import UsageError
+from headstart.formats.bundled import boxed_model
+from headstart.formats.huggingface import load_config
 from headstart.serving import server
 from headstart.serving.settings import ServeSettings
-from headstart.storage.boxed import boxed_model
-from headstart.storage.model_directory import load_config
 
 CONTEXT = load_config(boxed_model()).context
 

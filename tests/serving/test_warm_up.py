@@ -6,14 +6,15 @@ import pytest
 import torch
 from serving.conftest import HTTP, metric, running
 
-from headstart.decoding import constraints, untuned
+from headstart.decoding import constraints
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Generation, Request
-from headstart.decoding.untuned import AcceptanceCounts
+from headstart.decoding.policy import online
+from headstart.decoding.policy.online import AcceptanceCounts
+from headstart.decoding.request import Generation, Request
+from headstart.formats.bundled import boxed_model
 from headstart.model.transformer import Transformer
 from headstart.serving.server import make_service
 from headstart.serving.settings import ServeSettings
-from headstart.storage.boxed import boxed_model
 
 
 def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,7 @@ def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.Monke
         written.append(request)
         return submit(engine, request)
 
-    monkeypatch.setattr(untuned, "timed_costs", made_up)
+    monkeypatch.setattr(online, "timed_costs", made_up)
     monkeypatch.setattr(Engine, "submit", watched)
     with running(ServeSettings(port=0, slots=3, threads=1)) as server:
         before = list(timed)

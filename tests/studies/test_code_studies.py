@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from headstart.studies.catalogue import study_called
-from headstart.studies.code_models import code_bytes
-from headstart.studies.study import Case, Result
+from studies.catalogue import study_called
+from studies.code_models import code_bytes
+from studies.study import Case, Result
 
 
 def test_what_is_scored_is_not_trained_on() -> None:

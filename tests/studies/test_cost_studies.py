@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from headstart.model.transformer import Transformer
-from headstart.studies import finetune, memory, speed
-from headstart.studies.study import Case, Result
-from headstart.studies.training import sized
+from studies import finetune, memory, speed
+from studies.study import Case, Result
+from studies.training import sized
 
 
 @pytest.mark.parametrize(

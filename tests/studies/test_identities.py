@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headstart.studies import choice_points, mutual_information
-from headstart.studies.information import (
+from studies import choice_points, mutual_information
+from studies.information import (
     conditional_cross_entropy,
     cross_entropy,
     divergence,
     identity_errors,
     relative_information,
 )
-from headstart.studies.study import Result
+from studies.study import Result
 
 
 def pair(seed: int, shape: tuple[int, int] = (3, 5)) -> tuple[np.ndarray, np.ndarray]:

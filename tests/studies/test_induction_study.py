@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from headstart.studies.induction import STUDY, _tests, _two
-from headstart.studies.stories import Stories
-from headstart.studies.study import Result
+from studies.induction import STUDY, _tests, _two
+from studies.stories import Stories
+from studies.study import Result
 
 
 def test_what_counts_is_every_second_token_of_a_name_mentioned_before() -> None:

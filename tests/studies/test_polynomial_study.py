@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from headstart.studies.polynomial import STUDY, PolynomialSettings
-from headstart.studies.polynomial_ring import Ring
-from headstart.studies.study import Result
+from studies.polynomial import STUDY, PolynomialSettings
+from studies.polynomial_ring import Ring
+from studies.study import Result
 
 
 def value_of(tokens: list[int], ring: Ring) -> list[int]:

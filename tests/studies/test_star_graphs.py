@@ -12,11 +12,11 @@ import torch
 
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
-from headstart.studies.path_star import STUDY, batches_of, config_of, right_of
-from headstart.studies.star_graphs import StarGraphs
-from headstart.studies.study import Case, Result
 from headstart.training.loop import build_model
 from headstart.training.processes import joined
+from studies.path_star import STUDY, batches_of, config_of, right_of
+from studies.star_graphs import StarGraphs
+from studies.study import Case, Result
 
 SETTINGS = STUDY.scales["smoke"]
 

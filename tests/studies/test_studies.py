@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from headstart.errors import UsageError
-from headstart.studies.catalogue import STUDIES, study_called
-from headstart.studies.run import run_study
-from headstart.studies.study import SCALES
+from studies.catalogue import STUDIES, study_called
+from studies.run import run_study
+from studies.study import SCALES
 
 
 @pytest.mark.parametrize("name", STUDIES)

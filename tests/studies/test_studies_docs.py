@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from headstart.studies.catalogue import STUDIES, study_called
-from headstart.studies.report import format_report, index_row
+from studies.catalogue import STUDIES, study_called
+from studies.report import format_report, index_row
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies"
 FOLDERS = sorted(file.parent for file in DOCS.glob("*/results.json"))

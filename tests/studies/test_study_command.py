@@ -9,7 +9,7 @@ import pytest
 
 from headstart.cli.studying import study
 from headstart.errors import UsageError
-from headstart.studies.catalogue import STUDIES
+from studies.catalogue import STUDIES
 
 
 @pytest.mark.parametrize(

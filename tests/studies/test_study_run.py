@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import pytest
 
 from headstart.errors import UsageError
-from headstart.studies.folder import StudyFolder
-from headstart.studies.run import run_study
-from headstart.studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from headstart.studies.verdicts import contrast, judge
+from studies.folder import StudyFolder
+from studies.run import run_study
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
+from studies.verdicts import contrast, judge
 
 
 @dataclass(frozen=True)

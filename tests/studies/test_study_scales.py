@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from headstart.studies.catalogue import study_called
-from headstart.studies.study import Scale
-from headstart.studies.training import SIZES
 from headstart.training.config import RunConfig
+from studies.catalogue import study_called
+from studies.study import Scale
+from studies.training import SIZES
 
 LITTLE = {"problems": 5, "finetuning_problems": 5, "stories": 5, "tests": 5, "train_bytes": 9000}
 LITTLE |= {"first": 9, "second": 9, "names": 20}
@@ -47,7 +47,7 @@ def test_every_case_reaches_its_training(name: str, scale: Scale, monkeypatch: p
         reached.append(config)
         raise Reached
 
-    module = importlib.import_module(f"headstart.studies.{STUDIES[name]}")
+    module = importlib.import_module(f"studies.{STUDIES[name]}")
     monkeypatch.setattr(module, "train_model", train_model)
     monkeypatch.setattr(module, "stream_of", lambda *_: None)  # rows are longer than what little there is
     cases = [case for case in study.cases(settings) if case.seed == 0]

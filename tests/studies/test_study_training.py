@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
-from headstart.studies.training import (
+from studies.training import (
     TrainingSettings,
     in_memory,
     run_config,

@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart.data.batches import Batch, Registers
-from headstart.data.registers import RegisterConfig, with_registers
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.step import count_targets, joint_step, walk_step
-from headstart.objective.token_order import TokenOrderConfig, add_token_order
+from headstart.objective.walk import count_targets, joint_step, walk_step
+from headstart.training.auxiliary.losses import ExtraLosses
+from headstart.training.auxiliary.registers import RegisterConfig, with_registers
+from headstart.training.auxiliary.token_order import TokenOrderConfig, add_token_order
 from headstart.training.config import RunConfig
-from headstart.training.extra_losses import ExtraLosses
 from headstart.training.muon import Muon
 from headstart.training.parallel import ParallelConfig, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined

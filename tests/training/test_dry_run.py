@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart import entry, machine
+from headstart import entry, hardware
 from headstart.errors import UsageError
-from headstart.training import dry_run as module
-from headstart.training.dry_run import dry_run, format_dry_run, parse_bytes
+from headstart.training import estimate as module
+from headstart.training.estimate import dry_run, format_dry_run, parse_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE, PAPER = CONFIGS / "smoke.yaml", CONFIGS / "paper-7b-4-heads.yaml"
@@ -71,7 +71,7 @@ def test_whether_it_fits(monkeypatch) -> None:
     assert [fits for fits, _ in verdicts.values()] == [False, False, True]
     assert verdicts[0.9][1].startswith("does not fit") and "parallel.activation_checkpointing" in verdicts[0.9][1]
     assert verdicts[1.05][1].startswith("tight") and verdicts[1.2][1].startswith("fits")
-    monkeypatch.setattr(machine, "available_memory", lambda: 10 * 2**20)
+    monkeypatch.setattr(hardware, "available_memory", lambda: 10 * 2**20)
     assert dry_run(SMOKE, ["--device", "cpu"])["fits"] is False
     if not torch.cuda.is_available():
         assert dry_run(SMOKE, ["--processes", "2"])["fits"] is None

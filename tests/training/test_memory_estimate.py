@@ -19,7 +19,7 @@ import distributed
 from headstart.data.batches import Batch
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig, preset
-from headstart.objective.step import walk_step
+from headstart.objective.walk import walk_step
 from headstart.training import step
 from headstart.training.config import BatchConfig, DataConfig, RunConfig
 from headstart.training.loop import build_model

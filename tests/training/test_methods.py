@@ -12,20 +12,20 @@ import pytest
 import torch
 from chats import chat_tokenizer
 
-from headstart.adaptation.settings import AdaptConfig
 from headstart.data.batches import IGNORE, evaluation_batches
-from headstart.data.masked_inputs import MaskConfig
-from headstart.data.registers import RegisterConfig
+from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards, prepare
-from headstart.data.units import Selection
 from headstart.errors import UsageError
+from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.objective.token_order import TokenOrderConfig, linear_token_order
-from headstart.storage.model_directory import load_model
 from headstart.training import loop
+from headstart.training.adapt.config import AdaptConfig
+from headstart.training.auxiliary.masked_inputs import MaskConfig
+from headstart.training.auxiliary.registers import RegisterConfig
+from headstart.training.auxiliary.token_order import TokenOrderConfig, linear_token_order
 from headstart.training.config import BatchConfig, DataConfig, ValidationConfig, load_config
-from headstart.training.dry_run import dry_run
+from headstart.training.estimate import dry_run
 from headstart.training.loop import build_model, train
 from headstart.training.processes import Processes
 from headstart.training.trackers import WatchConfig

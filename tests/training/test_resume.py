@@ -143,7 +143,7 @@ def test_a_second_signal_stops_at_once(tiny, monkeypatch) -> None:
 KILLED = """
 import os, signal, shutil, sys
 from pathlib import Path
-from headstart import files
+from headstart import fileio
 from headstart.training import checkpoint_writer, loop
 from headstart.training.config import load_config
 
@@ -171,9 +171,9 @@ if moment == "tensors written":
         finish(self, tensors, stager, path, *rest)
     writer._finish = tensors_written
 elif moment == "before the rename":
-    files.os.replace = at_step_4(os.replace, before=True)
+    fileio.os.replace = at_step_4(os.replace, before=True)
 elif moment == "after the rename":
-    files.os.replace = at_step_4(os.replace)
+    fileio.os.replace = at_step_4(os.replace)
 elif moment == "while the old one is deleted":
     original = shutil.rmtree
     def half(path, **kwargs):

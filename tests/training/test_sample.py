@@ -9,8 +9,8 @@ import torch
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.generation import Request
-from headstart.decoding.packing import pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed
 
-from headstart.data.masked_inputs import MaskConfig
-from headstart.data.registers import RegisterConfig
-from headstart.objective.token_order import TokenOrderConfig
+from headstart.training.auxiliary.masked_inputs import MaskConfig
+from headstart.training.auxiliary.registers import RegisterConfig
+from headstart.training.auxiliary.token_order import TokenOrderConfig
 from headstart.training.config import BatchConfig, CheckpointConfig, RunConfig, save_config
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from headstart import terminal
-from headstart.terminal import Progress, duration, format_table, say
+from headstart import console
+from headstart.console import Progress, duration, format_table, say
 
 
 class Terminal(io.StringIO):
@@ -16,14 +16,14 @@ class Terminal(io.StringIO):
 
 def test_lines_go_to_stderr(capsys) -> None:
     say("[bold]as it is[/bold]")
-    terminal.table(["a"], [[1]])
+    console.table(["a"], [[1]])
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("[bold]as it is[/bold]\n")
 
 
 def test_off_a_terminal_a_line_at_intervals(capsys, monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with Progress("train", 100, unit="steps", start=40) as progress:
         for _ in range(60):
             now[0] += 0.5
@@ -55,7 +55,7 @@ def test_on_a_terminal_a_bar_with_lines_above_it(monkeypatch) -> None:
         say("a line [in between]")
         with Progress("inner", 1) as inner:
             inner.advance()
-    assert terminal._bar is None
+    assert console._bar is None
     text = screen.getvalue()
     assert "4/10 steps" in text and "loss [2.5]" in text and "a line [in between]\n" in text and "\x1b" in text
     say("after")
@@ -64,7 +64,7 @@ def test_on_a_terminal_a_bar_with_lines_above_it(monkeypatch) -> None:
 
 def test_update_has_the_shape_of_a_callback(capsys, monkeypatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with Progress("prepare", unit="bytes") as progress:
         now[0] = 11
         progress.update(1000, 4000)
@@ -85,18 +85,18 @@ def test_pieces_have_the_colour_of_the_head_that_drafted_them(monkeypatch) -> No
     pieces = [("[b]def", 1), (" f(x)", 2), (":\n", 8), ("y", 30)]
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    terminal.show_pieces("written", "prompt ", pieces)
+    console.show_pieces("written", "prompt ", pieces)
     assert screen.getvalue() == ""  # colours do not show there
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    terminal.show_pieces("written", "prompt ", pieces)
+    console.show_pieces("written", "prompt ", pieces)
     text = screen.getvalue()
     assert "written; drafted by: " in text and "\x1b[1m[b]def\x1b[0m" in text
     colours = [text.split(part)[0].rsplit("\x1b[", 1)[1] for part in (" f(x)", ":\x1b", "y\x1b")]
     assert colours == ["4;36m", "4;90m", "4;90m"]
     screen.truncate(0)
     monkeypatch.setenv("NO_COLOR", "1")
-    terminal.show_pieces("written", "prompt ", pieces)
+    console.show_pieces("written", "prompt ", pieces)
     assert "\x1b[" not in screen.getvalue()

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart import machine
+from headstart import hardware
 from headstart.data.batches import evaluation_batches
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig, RopeScaling
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
-from headstart.storage.model_directory import load_model
 from headstart.training import loop, step
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, ValidationConfig, load_config
 from headstart.training.loop import build_model, train
@@ -260,7 +260,7 @@ def test_metrics_are_json_without_nan(tiny, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("flags", "dtype"), [({"avx2"}, "float32"), ({"avx512_bf16"}, "bfloat16")])
 def test_the_dtype_is_the_machines_and_written_down(flags, dtype, tiny, metrics, monkeypatch) -> None:
-    monkeypatch.setattr(machine, "_processor", lambda: ("", flags))
+    monkeypatch.setattr(hardware, "_processor", lambda: ("", flags))
     chosen, given = tiny("chosen", steps=2, dtype="auto"), tiny("given", steps=2, dtype=dtype)
     train(chosen)
     train(given)

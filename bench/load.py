@@ -1,0 +1,152 @@
+"""Loading a model: its time beside that of reading its file, and the most memory that it holds beside its size."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import headstart
+from bench import fresh_process, report
+from bench.measure import ratios
+from bench.peak_memory import ALLOCATOR, meter
+from bench.report import Bar, measurement
+from headstart.console import Progress
+from headstart.errors import UsageError
+from headstart.formats.huggingface import load_config, load_model, save_model
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+TIME_BAR, MEMORY_BAR = Bar("<=", 1.3), Bar("<=", 1.2)
+WAYS = ("file", "load_model", "headstart.load")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """Time and memory of loading a model, beside reading its file."""
+
+    model: Path | None = None
+    """A model directory (None: one with random weights, by the sizes below, in a temporary folder)."""
+    dim: int = 2048
+    """Width of the random model; with the defaults it has 1.1 billion parameters."""
+    layers: int = 20
+    """Its layers."""
+    vocab_size: int = 32000
+    """Its vocabulary."""
+    stored: Literal["bfloat16", "float32"] = "bfloat16"
+    """What its weights are stored in."""
+    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    """What it is loaded in."""
+    repetitions: int = 5
+    """Rounds; each way takes its turn in a new process, with the file in the system's memory."""
+    threads: int = 1
+    """CPU threads."""
+    out: Path = report.RESULTS / "load"
+    """Folder of the report."""
+    date: str | None = None
+    """Date of the report (None: today)."""
+
+
+def run(settings: LoadSettings) -> dict[str, Any]:
+    """Measures each way; see `report.result` for the shape of what comes back."""
+    if settings.repetitions < 1:
+        raise UsageError(f"--repetitions is {settings.repetitions}; it must be at least 1")
+    folder = None if settings.model else tempfile.mkdtemp(prefix="headstart-load-")
+    try:
+        directory = settings.model or _random_model(settings, Path(str(folder)))
+        files = sorted(directory.rglob("*.safetensors"))
+        if not files:
+            raise UsageError(f"{directory}: holds no .safetensors file; name a model directory")
+        size = sum(file.stat().st_size for file in files)
+        return report.result("load", settings, _measured(settings, directory, files), _notes(size))
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _random_model(settings: LoadSettings, folder: Path) -> Path:
+    config = ModelConfig(
+        vocab_size=settings.vocab_size, dim=settings.dim, layers=settings.layers, attention_heads=settings.dim // 128
+    )
+    torch.manual_seed(0)
+    model = Transformer(config).to(DTYPES[settings.stored])
+    save_model(model, folder, tokenizer=None)
+    return folder
+
+
+def _measured(settings: LoadSettings, directory: Path, files: list[Path]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    with Progress("loads", settings.repetitions * len(settings.dtypes), unit="rounds") as bar:
+        for dtype in settings.dtypes:
+            found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+            for repetition in range(-1, settings.repetitions):
+                for way in WAYS:
+                    case = {"way": way, "directory": str(directory), "files": list(map(str, files)), "dtype": dtype}
+                    one = fresh_process.call("bench.load:case", case, threads=settings.threads, environment=ALLOCATOR)
+                    if repetition >= 0:  # the first brings the file into memory
+                        found[way].append(one)
+                bar.advance(repetition >= 0)
+            parameters = load_config(directory).parameters()["total"] * DTYPES[dtype].itemsize
+            rows += _rows(dtype, settings, found, parameters)
+    return rows
+
+
+def _rows(
+    dtype: str, settings: LoadSettings, found: dict[str, list[dict[str, float]]], parameters: int
+) -> list[dict[str, Any]]:
+    seconds = {way: [one["seconds"] for one in each] for way, each in found.items()}
+    rows = [measurement(dtype, f"{way}: time", values, "s") for way, values in seconds.items()]
+    for way in WAYS[1:]:
+        # Bars hold where nothing is converted: what is stored is what is loaded.
+        same = dtype == settings.stored and way == "load_model"
+        over = [one["peak"] / parameters for one in found[way]]
+        rows.append(measurement(dtype, f"{way} / reading the file", ratios(seconds[way], seconds["file"]),
+                                bar=TIME_BAR if same else None))  # fmt: skip
+        rows.append(measurement(dtype, f"{way}: peak memory / size of its parameters", over,
+                                bar=MEMORY_BAR if same else None))  # fmt: skip
+    return rows
+
+
+def case(case: dict[str, Any]) -> dict[str, float]:
+    """Seconds and peak bytes of one way of loading. Runs in a process of its own."""
+    dtype = DTYPES[case["dtype"]]
+    peak = meter("cpu")
+    peak.reset()
+    began = time.perf_counter()
+    held: Any
+    if case["way"] == "file":
+        held = [_read(Path(file)) for file in case["files"]]
+    elif case["way"] == "load_model":
+        held = load_model(case["directory"], dtype=dtype)
+    else:
+        held = headstart.load(case["directory"], dtype=case["dtype"])
+    seconds = time.perf_counter() - began
+    found = {"seconds": seconds, "peak": peak.read()}
+    del held
+    return found
+
+
+def _read(path: Path) -> torch.Tensor:
+    buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)  # memory as a model's, and not filled first
+    with path.open("rb", buffering=0) as file:
+        held: Any = buffer.numpy()
+        left = memoryview(held)
+        while left:
+            left = left[file.readinto(left) :]
+    return buffer
+
+
+def _notes(size: int) -> list[str]:
+    return [
+        f"The files have {size:,} bytes, and are in the system's memory: a disk that has to be read adds its time to "
+        "every way.",
+        "file: all bytes into one buffer, nothing else. load_model: the parameters in a model, checked, not packed. "
+        "headstart.load: ready to decode, its products packed for this machine.",
+        "Peak memory: over what the process held before, libraries included. Size: of all parameters in that dtype.",
+    ]

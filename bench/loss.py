@@ -1,0 +1,203 @@
+"""The loss: is the walk over the heads exact, and does its memory stay flat in the number of heads?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bench import fresh_process, report
+from bench.measure import ratios
+from bench.peak_memory import ALLOCATOR, joint_step_fits, meter
+from bench.report import Bar, measurement
+from headstart.console import say
+from headstart.data.batches import IGNORE
+from headstart.model.config import HeadKind, ModelConfig, Wiring
+from headstart.model.transformer import Transformer
+from headstart.objective.walk import HeadLosses, count_targets, joint_step, walk_step
+
+GRADIENT_BAR = Bar("<", 1e-12)
+FLAT_BAR = Bar("<=", 1.05)
+JOINT_BAR = Bar("<=", 0.25)
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Exactness and memory of the loss step."""
+
+    parts: tuple[Literal["gradients", "memory"], ...] = ("gradients", "memory")
+    """gradients: the walk against joint autograd in float64; memory: peak of a step for each number of heads."""
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of heads whose memory is measured, at the same number of parameters."""
+    vocab_size: int = 32000
+    """Vocabulary of the memory part."""
+    rows: int = 4
+    """Rows of the batch."""
+    length: int = 512
+    """Positions of a row."""
+    dim: int = 256
+    """Width of the model."""
+    layers: int = 10
+    """Blocks of the model, those of its heads included."""
+    repetitions: int = 3
+    """Steps measured in each process."""
+    threads: int = 1
+    """CPU threads of the memory part."""
+    device: str = "cpu"
+    """cpu or cuda: where memory is measured."""
+    out: Path = report.RESULTS
+    """Folder of the report."""
+    date: str | None = None
+    """Date of the report (None: today)."""
+
+
+def run(settings: LossSettings) -> dict[str, Any]:
+    """Runs the parts asked for; see `report.result` for the shape of what comes back."""
+    measurements: list[dict[str, Any]] = []
+    notes: list[str] = []
+    if "gradients" in settings.parts:
+        measurements += _gradients()
+        notes.append(
+            "gradients: float64; per parameter the largest difference over the largest gradient, the worst parameter "
+            "is "
+            "given. Four heads, ignored targets and unequal head weights included; logits in several chunks."
+        )
+    if "memory" in settings.parts:
+        rows, more = _memory(settings)
+        measurements += rows
+        notes += more
+    return report.result("loss", settings, measurements, notes)
+
+
+def _gradients() -> list[dict[str, Any]]:
+    kinds: list[tuple[HeadKind, Wiring]] = [
+        (kind, wiring) for kind in ("transformer", "linear") for wiring in ("parallel", "causal", "anticausal")
+    ]
+    rows = []
+    for kind, wiring in [*kinds, ("replicated", "parallel")]:
+        for tied in (False, True):
+            error = gradient_error(kind, wiring, tied)
+            what = f"{kind}, {wiring}, {'tied' if tied else 'untied'}: walk against joint autograd"
+            rows.append(measurement("gradients", what, [error], "relative error", GRADIENT_BAR))
+    say(f"gradients: largest relative error {max(row['median'] for row in rows):.1e}")
+    return rows
+
+
+def gradient_error(kind: HeadKind, wiring: Wiring, tied: bool) -> float:
+    """Largest relative difference of any parameter's gradient between `walk_step` and `joint_step`, in float64."""
+    config = ModelConfig(
+        vocab_size=67, dim=32, layers=6, attention_heads=4, heads=4, head_kind=kind, wiring=wiring, tied=tied
+    )
+    torch.manual_seed(0)
+    model = Transformer(config).double()
+    tokens, targets = _batch(config, rows=3, length=19)
+    targets[0, -5:, 1:] = IGNORE
+    weights = [1.0, 0.5, 2.0, 0.25]
+    counts = count_targets(targets)
+    walk_step(model, tokens, targets, counts, weights, budget=1)  # the smallest chunks: 16 rows
+    walked = {name: _take_gradient(parameter) for name, parameter in model.named_parameters()}
+    joint_step(model, tokens, targets, counts, weights)
+    errors = []
+    for name, parameter in model.named_parameters():
+        joint = _take_gradient(parameter)
+        errors.append(float((walked[name] - joint).abs().max() / joint.abs().max()))
+    return max(errors)
+
+
+def _take_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    gradient, parameter.grad = parameter.grad, None
+    assert gradient is not None
+    return gradient
+
+
+def _batch(config: ModelConfig, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    text = torch.randint(config.vocab_size, (rows, length + config.heads))
+    targets = torch.stack([text[:, k : k + length] for k in range(1, config.heads + 1)], -1)
+    return text[:, :length], targets
+
+
+def _memory(settings: LossSettings) -> tuple[list[dict[str, Any]], list[str]]:
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    peaks: dict[tuple[str, int], list[float]] = {}
+    method = ""
+    first, last = min(settings.heads), max(settings.heads)
+    cases: list[tuple[str, int]] = [(step, n) for n in settings.heads for step in ("walk", "joint")]
+    if first < last:
+        cases.append(("walk, same trunk", last))
+    for step, n in cases:
+        positions = settings.rows * settings.length
+        if step == "joint" and not joint_step_fits(settings.device, n, positions, settings.vocab_size):
+            notes.append(f"memory: joint step at n = {n} left out, it would not fit into this machine's memory.")
+            continue
+        case = {
+            "step": step.split(",")[0],
+            "config": _config(settings, n, extra_layers=n - 1 if "same" in step else 0).__dict__,
+            "rows": settings.rows,
+            "length": settings.length,
+            "repetitions": settings.repetitions,
+            "device": settings.device,
+        }
+        answer = fresh_process.call("bench.loss:memory_case", case, threads=settings.threads, environment=ALLOCATOR)
+        peaks[step, n], method = answer["mebibytes"], answer["method"]
+        rows.append(measurement("memory", f"{step}, n = {n}", peaks[step, n], "MiB", heads=n, step=step))
+        say(f"memory: {step}, n = {n}: {rows[-1]['median']:,.0f} MiB")
+    if first < last:
+        one = peaks["walk", first]
+        bar = FLAT_BAR if (first, last) == (1, 8) else None
+        what = f"walk n = {last} / walk n = {first}"
+        rows.append(measurement("memory", what, ratios(peaks["walk", last], one), bar=bar))
+        if first == 1:
+            same = ratios(peaks["walk, same trunk", last], one)
+            rows.append(measurement("memory", f"{what}, same trunk", same))
+    for n in settings.heads:
+        if n > 1 and ("joint", n) in peaks:
+            values = ratios(peaks["walk", n], peaks["joint", n])
+            bar = JOINT_BAR if n == 4 else None
+            rows.append(measurement("memory", f"walk / joint, n = {n}", values, bar=bar))
+    notes.append(
+        f"memory: {method}, fp32, {settings.rows} x {settings.length} positions, each case in a process of its own. "
+        "Counted above the level after the model was built, all gradients were allocated and one step had run: weights "
+        "and gradients are the same for every n and are left out. Transformer heads are taken from the trunk, so with "
+        "more heads fewer blocks' activations are alive at once; "
+        '"same trunk" adds the heads on top of the trunk of n = 1 instead, so that only the number of heads differs.'
+    )
+    if settings.device == "cpu":
+        notes.append(
+            "memory: " + " ".join(f"`{name}={value}`" for name, value in ALLOCATOR.items()) + " in those processes."
+        )
+    return rows, notes
+
+
+def _config(settings: LossSettings, heads: int, extra_layers: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=settings.vocab_size,
+        dim=settings.dim,
+        layers=settings.layers,
+        context=settings.length,
+        heads=heads,
+        extra_layers=extra_layers,
+    )
+
+
+def memory_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Peak memory in MiB of one step, above the level before it. Runs in a process of its own."""
+    config, device = ModelConfig(**case["config"]), case["device"]
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens, targets = (x.to(device) for x in _batch(config, case["rows"], case["length"]))
+    counts = count_targets(targets)
+    step: Callable[..., HeadLosses] = walk_step if case["step"] == "walk" else joint_step
+    peak = meter(device)
+    step(model, tokens, targets, counts)
+    values = []
+    for _ in range(case["repetitions"]):
+        peak.reset()
+        step(model, tokens, targets, counts)
+        values.append(peak.read() / 2**20)
+    return {"mebibytes": values, "method": peak.method}

@@ -1,0 +1,52 @@
+"""Ours: plain, exact, and with all heads; with random weights the drafts of those are right at a given rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import headstart
+from bench import streams
+from bench.streams import Synthetic
+from bench.synthetic_acceptance import share_right
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
+from headstart.formats.huggingface import load_model
+
+PLAIN = "plain (K = 1, exact=False)"
+
+
+class Peer:
+    def __init__(self, case: dict[str, Any]) -> None:
+        torch.set_num_threads(case["threads"])
+        self.version = f"headstart {headstart.__version__}, torch {torch.__version__}"
+        self.model = pack(load_model(case["model"], dtype=getattr(torch, case["dtype"])))
+        self.new_tokens = case["new_tokens"]
+        self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
+            PLAIN: partial(self.decode, heads=1, exact=False),
+            "K = 1": partial(self.decode, heads=1),
+        }
+        heads, rate = self.model.config.heads, case["tokens_per_pass"]
+        if heads > 1 and rate is None:
+            self.variants[f"K = {heads}"] = partial(self.decode, heads=heads)
+        elif heads > 1:
+            share = share_right(rate, heads)
+            self.variants[f"K = {heads}, synthetic acceptance"] = partial(self.decode, heads=heads, share=share)
+        self._texts: dict[str, list[list[int]]] = {}
+
+    def decode(
+        self, prompts: list[list[int]], *, heads: int, exact: bool = True, share: float | None = None
+    ) -> dict[str, Any]:
+        requests = [Request(tuple(prompt), self.new_tokens, heads=heads) for prompt in prompts]
+        synthetic = None if share is None else Synthetic(self.texts(requests), share)
+        stream = streams.decode(self.model, requests, exact=exact, synthetic=synthetic)
+        return {"stamps": stream.stamps, "tokens": stream.tokens}
+
+    def texts(self, requests: list[Request]) -> list[list[int]]:
+        key = str([request.prompt for request in requests])
+        if key not in self._texts:
+            self._texts[key] = streams.plain_texts(self.model, requests)
+        return self._texts[key]

@@ -1,0 +1,214 @@
+"""The peer: Hugging Face's Trainer on the same model, weights and sizes."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench import fresh_process
+from bench.measure import ratios
+from bench.report import Bar, measurement
+from bench.training_steps import from_plain, run_config
+from bench.transformers_peer import load_peer
+from headstart.console import Progress, say
+from headstart.data.batches import Batch
+from headstart.errors import UsageError
+from headstart.formats.huggingface import save_model
+from headstart.training.config import DataConfig, RunConfig
+from headstart.training.interruption import Interruption
+from headstart.training.loop import Run
+from headstart.training.processes import joined
+from headstart.training.run_folder import RunFolder
+from headstart.training.step import autocast
+from headstart.training.yaml_settings import to_plain
+
+if TYPE_CHECKING:
+    from bench.train import TrainSettings
+
+SPEED_BAR = Bar(">=", 1.2)
+SAME_BAR = Bar("<=", 0.01)
+WARMUP = 2
+EAGER, COMPILED = "headstart", "headstart, compiled"
+
+
+def check_installed() -> None:
+    """Raises UsageError where a package is missing, before anything is measured."""
+    for package, mend in (("transformers", "pip install 'headstart[hf]'"), ("accelerate", "pip install accelerate")):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{package} is not installed, and the part trainer needs it; {mend}, or leave it out")
+
+
+def measure_trainer(settings: TrainSettings) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows and notes of the part "trainer"."""
+    rows: list[dict[str, Any]] = []
+    batches = ((256, settings.rows), (settings.large_vocabulary, settings.large_rows))
+    for vocab_size, batch_rows in batches:
+        model = replace(settings.model(), vocab_size=vocab_size)
+        config = run_config(model, batch_rows, **settings.run_fields())
+        answer = fresh_process.call(
+            "bench.training_peer:case",
+            {"config": to_plain(config), "repetitions": settings.repetitions, "steps": settings.steps},
+            threads=settings.threads,
+        )
+        what, theirs = f"V = {vocab_size:,}", answer["theirs"]
+        difference = max(abs(a / b - 1) for a, b in (answer["loss"], answer["gradient_norm"]))
+        speeds = answer["ours"] | {"transformers Trainer": theirs}
+        rows += [
+            measurement("trainer", f"{what}: {name}", values, "tokens/s", vocab_size=vocab_size)
+            for name, values in speeds.items()
+        ]
+        rows += [
+            measurement("trainer", f"{what}: {name} / Trainer", ratios(values, theirs), bar=SPEED_BAR)
+            for name, values in answer["ours"].items()
+        ]
+        say(f"trainer: {what}: " + ", ".join(f"{row['median']:.2f}" for row in rows[-len(answer["ours"]) :])
+            + f" of Trainer, loss {answer['loss'][0]:.4f} and {answer['loss'][1]:.4f}")  # fmt: skip
+        rows.append(
+            measurement(
+                "trainer", f"{what}: same weights and batch, difference of loss and gradient norm", [difference],
+                bar=SAME_BAR, loss=answer["loss"], gradient_norm=answer["gradient_norm"],
+            )
+        )  # fmt: skip
+    sizes = " and ".join(f"{batch_rows} x {settings.length} (V = {v:,})" for v, batch_rows in batches)
+    notes = [
+        f"trainer: n = 1, batches of {sizes}, {settings.dtype} autocast, clipping at 1, AdamW; turns of "
+        f"{settings.steps} steps in one process, the loops of both around them (reading batches, bookkeeping), nothing "
+        "logged or saved by Trainer. Ours writes its line of metrics.jsonl each step. Compiled: as `headstart train` "
+        "does by default in runs long enough to win by it. Trainer has `optim=adamw_torch_fused`, its fastest; else "
+        "its defaults, and so is not compiled" + (", but for this report it is." if settings.compile else "."),
+        "trainer: the difference is relative, of the first step, the larger one of the two.",
+    ]
+    return rows, notes
+
+
+def case(case: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s of turns of our loop, not compiled and compiled, and of Trainer's, and what both say of the first step:
+    (ours, theirs). Runs in a process of its own."""
+    config, steps = from_plain(case["config"]), case["steps"]
+    variants = (COMPILED,) if config.compile else (EAGER, COMPILED)
+    with tempfile.TemporaryDirectory() as name, joined(config.device) as processes, ExitStack() as stack:
+        folder = Path(name)
+        data = _random_text(folder, config)
+        runs: dict[str, Run] = {}
+        for variant in variants:
+            own = replace(config, run_dir=folder / variant, data=data, compile=variant == COMPILED)
+            stack.enter_context(RunFolder(own.run_dir).claimed())
+            run = runs[variant] = Run(own, RunFolder(own.run_dir), processes, Progress)
+            stack.enter_context(run.report)
+            stack.enter_context(closing(run.writer))
+        first = runs[variants[0]]
+        save_model(first.model, folder / "model", dtype=torch.float32)
+        peer = load_peer(folder / "model", torch.float32, config.device)
+        batch = next(copy.deepcopy(first.stream))
+        theirs = first_step(peer, batch, config)
+        results = [run.step(Interruption())[0] for run in runs.values()]
+
+        def turn(run: Run) -> None:
+            for _ in range(steps):
+                run.step(Interruption())
+
+        ours = {variant: partial(turn, run) for variant, run in runs.items()}
+        turns = Turns(config, steps, case["repetitions"] + WARMUP, ours)
+        turns.run(peer, batch, folder)
+    tokens = steps * config.tokens_per_step
+    return {
+        "ours": {name: [tokens / seconds for seconds in values[WARMUP:]] for name, values in turns.ours.items()},
+        "theirs": [tokens / seconds for seconds in turns.theirs[WARMUP:]],
+        "loss": (results[0].losses[0], theirs[0]),
+        "gradient_norm": (results[0].gradient_norm, theirs[1]),
+    }
+
+
+def first_step(peer: Any, batch: Batch, config: RunConfig) -> tuple[float, float]:
+    """Loss and norm of the gradient that transformers' model gives; its gradients are taken away again."""
+    device = torch.device(config.device)
+    tokens, targets = batch.tokens.to(device), batch.targets[..., 0].to(device)
+    with autocast(config, device):
+        loss = peer(input_ids=tokens, labels=targets, shift_labels=targets).loss
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(peer.parameters(), float("inf"))
+    peer.zero_grad()
+    return loss.item(), norm.item()
+
+
+class Turns:
+    """One `Trainer.train()` in which after each turn of its steps comes one of each of ours; seconds of each."""
+
+    def __init__(self, config: RunConfig, steps: int, count: int, ours: Mapping[str, Callable[[], None]]) -> None:
+        self.ours: dict[str, list[float]] = {name: [] for name in ours}
+        self.theirs: list[float] = []
+        self._began = 0.0
+        self._config, self._steps, self._count, self._our_turns = config, steps, count, ours
+
+    def run(self, peer: Any, batch: Batch, folder: Path) -> None:
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        turns = self
+
+        class Clock(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                turns._began = _now(turns._config.device)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step % turns._steps == 0:
+                    turns._change()
+
+        settings = self._config.optimizer
+        total, rows = self._steps * self._count, self._config.batch.rows
+        arguments = TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=total,
+            per_device_train_batch_size=rows,
+            bf16=self._config.dtype == "bfloat16",
+            use_cpu=self._config.device == "cpu",
+            torch_compile=bool(self._config.compile),
+            optim="adamw_torch_fused",
+            learning_rate=settings.lr,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=self._config.device != "cpu",
+        )
+        examples = [{"input_ids": row, "labels": row} for row in batch.tokens]
+        Trainer(peer, arguments, train_dataset=examples * total, callbacks=[Clock()]).train()
+
+    def _change(self) -> None:
+        began = _now(self._config.device)
+        self.theirs.append(began - self._began)
+        for name, take in self._our_turns.items():
+            take()
+            ended = _now(self._config.device)
+            self.ours[name].append(ended - began)
+            began = ended
+        self._began = began
+
+
+def _now(device: str) -> float:
+    """Seconds, once the device has done what it was asked to."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _random_text(folder: Path, config: RunConfig) -> DataConfig:
+    """Bytes for a few steps in one document; under a larger vocabulary most ids stay unused, the work is the same."""
+    generator = torch.Generator().manual_seed(0)
+    count = 4 * config.tokens_per_step + config.model.heads
+    text = folder / "text.txt"
+    text.write_bytes(bytes(torch.randint(97, 123, (count,), generator=generator).tolist()))
+    return DataConfig(sources=(str(text),), validation_fraction=0.0)

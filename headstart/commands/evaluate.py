@@ -1,0 +1,243 @@
+"""`headstart evaluate`: what a model knows of a text, and how many of its drafts are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tyro.conf import Positional
+
+from headstart.api import load
+from headstart.console import Progress, say
+from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.engine import Engine
+from headstart.decoding.kernels.int8 import Quantize
+from headstart.decoding.kernels.pack import decoding_dtype, pack
+from headstart.errors import UsageError
+from headstart.evaluation.code.problems import HUB
+from headstart.evaluation.code.run import CodeSettings, run_code
+from headstart.evaluation.free_running import run_freely
+from headstart.evaluation.heads import score_documents
+from headstart.evaluation.lm_eval_tasks import PREFIX, LmEvalSettings, run_lm_eval
+from headstart.evaluation.report import format_evaluation, page_of
+from headstart.evaluation.texts import (
+    PROMPTS_FILE,
+    LongPrompts,
+    cut_prompts,
+    fitting_prompts,
+    prompt_limit,
+    read_documents,
+    sizes,
+)
+from headstart.fileio import write_text
+from headstart.formats.bundled import model_directory
+from headstart.formats.huggingface import load_model, load_model_tokenizer
+from headstart.model.transformer import Transformer
+
+TASKS = ("heads", "acceptance")
+"""What is measured where no task is named."""
+ACCEPTANCE_FILE = "acceptance.json"
+"""What `headstart inspect` shows of a model directory."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
+
+    model: Positional[str | None] = None
+    """A model directory (None: the model in the box)."""
+    tasks: tuple[str, ...] = TASKS
+    """heads: bits per byte, top-1 and right drafts of every head on the text, read with teacher forcing; acceptance:
+    drafts accepted where the model goes on by itself, greedily and sampled; humaneval, mbpp, mbpp-sanitized,
+    apps-introductory, codecontests: programs written and run against tests, see --code.samples and the rest;
+    lm-eval:NAME: a task of EleutherAI's lm-eval, as lm-eval:arc_easy."""
+    text: tuple[str, ...] = ()
+    """Files, folders, globs or hf:NAME, as `headstart prepare` takes. Give text that the model was not trained on."""
+    prompts: Path | None = None
+    """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line, for the task acceptance
+    (None: the prompts in the model directory, or pieces of the text). Conversations go through the chat template."""
+    prompt_count: int = 200
+    """At most this many prompts."""
+    prompt_tokens: int | None = None
+    """Tokens of a piece of the text, and of the longest prompt of a file (None: 256, or half the model's context; of a
+    file whatever the context has room for)."""
+    long_prompts: LongPrompts | None = None
+    """Longer prompts of a file are left out (skip), cut in their middle (middle), or cut to their start (start, which
+    leaves conversations out); they are counted (None: skip, and start where --prompt-tokens is given)."""
+    new_tokens: int | None = None
+    """Written after each (None: 256, or what the prompt leaves of the context)."""
+    temperature: float = 0.8
+    """Of the sampled half of the task acceptance."""
+    batch: int = 8
+    """Prompts that are decoded at once."""
+    length: int | None = None
+    """Tokens of a window of the task heads (None: the model's context)."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the weights (None: as `headstart generate` takes)."""
+    quantize: Quantize | None = None
+    """int8: evaluate the model as `headstart generate --quantize int8` decodes it."""
+    device: str = "cpu"
+    """cpu, cuda, ..."""
+    threads: int | None = None
+    """CPU threads (None: as torch chooses)."""
+    code: CodeSettings = field(default_factory=CodeSettings)
+    lm_eval: LmEvalSettings = field(default_factory=LmEvalSettings)
+    out: Path | None = None
+    """Folder for results.json, results.md and results.html, and what an interrupted evaluation of programs goes on
+    from."""
+    record: bool = False
+    """Whether to put the acceptance into the model directory, for `headstart inspect`."""
+
+
+def run(settings: EvaluateSettings) -> dict[str, Any]:
+    """Evaluates, and writes what `settings` asks for."""
+    path = model_directory(settings.model)
+    found = evaluate(path, settings)
+    if settings.out is not None:
+        write(found, settings.out)
+    if settings.record:
+        record(found, path)
+    return found
+
+
+def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
+    """Runs the tasks asked for on the model directory `path`. Raises UsageError for what cannot be evaluated."""
+    for task in settings.tasks:
+        if task not in (*TASKS, *HUB) and not task.startswith(PREFIX):
+            raise UsageError(f"there is no task {task!r}; take {', '.join((*TASKS, *HUB))} or {PREFIX}NAME")
+    programs = [task for task in settings.tasks if task in HUB]
+    foreign = [task.removeprefix(PREFIX) for task in settings.tasks if task.startswith(PREFIX)]
+    if programs and settings.out is None:
+        raise UsageError(f"the task {programs[0]} keeps what the model writes; name a folder for it with --out")
+    if len(programs) > 1 and settings.code.source is not None:
+        raise UsageError(f"--code.source is for one set of problems, not for {' and '.join(programs)}; run them apart")
+    for name in ("prompt_count", "prompt_tokens", "new_tokens", "batch"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if settings.quantize and settings.record:
+        raise UsageError("--record keeps the acceptance of the model as it is stored; leave --quantize out")
+    found: dict[str, Any] = {"model": str(path)}
+    if settings.dtype:
+        found["dtype"] = settings.dtype
+    if settings.quantize:
+        found["quantize"] = settings.quantize
+    if set(settings.tasks) & set(TASKS):
+        found |= _heads_and_acceptance(path, settings)
+    if programs or foreign:
+        model = load(path, settings.dtype, settings.device, settings.quantize)
+        found["heads_of_model"] = model.config.heads
+        name = str(path.resolve()) + "".join(f" in {how}" for how in (settings.dtype, settings.quantize) if how)
+    if foreign:
+        found["lm_eval"] = run_lm_eval(model, foreign, settings.lm_eval, settings.batch)
+    if programs:
+        assert settings.out is not None
+        found["code"] = {
+            task: run_code(model, task, settings.code, settings.batch, settings.out, name) for task in programs
+        }
+    return found
+
+
+def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
+    tokenizer = load_model_tokenizer(path)
+    if tokenizer is None:
+        raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
+    prompts = settings.prompts
+    if prompts is None and (path / PROMPTS_FILE).is_file():
+        prompts = path / PROMPTS_FILE
+    free = "acceptance" in settings.tasks
+    if not settings.text and ("heads" in settings.tasks or (free and prompts is None)):
+        raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
+    wanted = None if settings.dtype is None else getattr(torch, settings.dtype)
+    model = load_model(path, dtype=wanted, device=settings.device)
+    model = model.to(wanted or decoding_dtype(model, settings.quantize)).eval()
+    if settings.quantize:  # what is read is then the decoding form too
+        model = pack(model, quantize=settings.quantize)
+    length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
+    found: dict[str, Any] = {"heads_of_model": model.config.heads}
+    documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
+    if "heads" in settings.tasks:
+        total = sum(map(len, documents))
+        with Progress("heads", total, unit="tokens") as bar:
+            scores = score_documents(
+                model,
+                documents,
+                size,
+                length=settings.length,
+                end_id=None if tokenizer.start_ids else tokenizer.end_id,
+                start_tokens=len(tokenizer.start_ids),
+                progress=bar.advance,
+            )
+        found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}
+    if free and model.config.drafting_heads == 1:
+        say(f"{path}: has no drafting head, so the task acceptance has nothing to measure and is left out")
+    elif free:
+        if "heads" in settings.tasks:  # what follows takes longer
+            say(format_evaluation({"model": str(path), **found}))
+        found["acceptance"] = _acceptance(model, tokenizer, prompts, documents, settings, length, new)
+    return found
+
+
+def _acceptance(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Path | None,
+    documents: Sequence[Sequence[int]],
+    settings: EvaluateSettings,
+    length: int,
+    new: int,
+) -> dict[str, Any]:
+    """What share of drafts is accepted after prompts of a file, or pieces of `length` tokens of `documents`."""
+    counts: dict[str, int] = {}
+    ends: Sequence[frozenset[int]] = ()
+    if prompts is not None:
+        limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
+        given = fitting_prompts(prompts, tokenizer, *limit)
+        texts, ends = given.prompts[: settings.prompt_count], given.ends[: settings.prompt_count]
+        counts = {"skipped_prompts": given.skipped, "cut_prompts": given.cut}
+        length = max(map(len, texts))
+    else:
+        texts = cut_prompts(documents, settings.prompt_count, length, new)
+    packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(texts))
+    engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
+    found: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new, **counts}
+    for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
+        with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
+            found[name] = asdict(run_freely(engine, texts, new, temperature, bar.advance, ends))
+        say(f"acceptance, {name}: {found[name]['tokens_per_pass']:.2f} tokens per pass")
+    return found
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    """`found` as OUT/results.json and, for people, OUT/results.md and OUT/results.html."""
+    write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
+    write_text(out / "results.md", format_evaluation(found) + "\n")
+    write_text(out / "results.html", page_of(found))
+    say(f"results: {out / 'results.json'}, {out / 'results.md'}, {out / 'results.html'}")
+
+
+def record(found: dict[str, Any], path: Path) -> None:
+    """Puts the acceptance into the model directory, where `headstart inspect` shows it."""
+    write_text(path / ACCEPTANCE_FILE, json.dumps(acceptance_of(found), indent=2) + "\n")
+    say(f"recorded: {path / ACCEPTANCE_FILE}")
+
+
+def acceptance_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Of each way of running, tokens per pass and the share of drafts accepted, head 2 first."""
+    ways: dict[str, Any] = {}
+    if "heads" in found:
+        heads = found["heads"]
+        ways["on text, teacher-forced"] = {
+            "tokens_per_pass": heads["tokens_per_pass"][-1],
+            "acceptance": heads["prefix"],
+        }
+    for name, way in found.get("acceptance", {}).items():
+        if isinstance(way, dict):
+            ways[f"free-running, {name}"] = {
+                key: way[key] for key in ("tokens_per_pass", "acceptance", "repeated_8_grams")
+            }
+    return ways

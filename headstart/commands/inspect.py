@@ -1,0 +1,221 @@
+"""What is in a model: sizes, heads, wiring, files, and what was measured of it. For `headstart inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.commands.evaluate import ACCEPTANCE_FILE
+from headstart.console import format_table
+from headstart.decoding.memory import kv_bytes_per_token
+from headstart.errors import UsageError
+from headstart.formats.config_json import read_json
+from headstart.formats.families import family_of
+from headstart.formats.hub import local_directory
+from headstart.formats.huggingface import load_config, load_model_tokenizer, stored_dtype
+from headstart.model.config import PRESETS, ModelConfig, preset
+
+PRESET_HEADS = (1, 2, 4)
+CACHES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What keys and values are kept in; on CPUs float32, whatever the weights are (`decoding/cache.py`)."""
+PARTS = ("embedding", "trunk", "heads", "unembedding", "total", "non_embedding", "next_token_path")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What is in the model directory `path`, or behind the name of one of the paper's sizes ("100M").
+
+    No weights are read. Raises UsageError where there is neither.
+    """
+    if str(path) in PRESETS and not Path(path).exists():
+        return _inspect_preset(str(path))
+    directory = local_directory(path)
+    if not directory.exists():
+        raise UsageError(f"{path}: no such model; name a model directory, or one of the sizes {', '.join(PRESETS)}")
+    config = load_config(directory)
+    tokenizer = load_model_tokenizer(directory)
+    files = _files(directory)
+    found: dict[str, Any] = {
+        "model": str(directory),
+        **_shape(config),
+        "parameters": config.parameters(),
+        "dtype": str(stored_dtype(directory)).removeprefix("torch."),
+        "files": files,
+        "bytes": sum(files.values()),
+        "tokenizer": None
+        if tokenizer is None
+        else {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id},
+        "plain_decoder": config.plain_decoder,
+        "family": family_of(config).model_type,
+        "kv_bytes_per_token": {name: kv_bytes_per_token(config, dtype) for name, dtype in CACHES.items()},
+    }
+    if (directory / ACCEPTANCE_FILE).is_file():
+        found["acceptance"] = read_json(directory / ACCEPTANCE_FILE)
+    return found
+
+
+def format_inspection(found: dict[str, Any]) -> str:
+    """`inspect`'s result for people."""
+    return _format_preset(found) if "preset" in found else _format_directory(found)
+
+
+def head_tree(config: ModelConfig) -> str:
+    """The tree of heads as text, a line a head, rooted at the trunk."""
+    return "\n".join([f"trunk ({_blocks(config.trunk_layers)})", *_branches(config, 0, "")])
+
+
+def _branches(config: ModelConfig, parent: int, indent: str) -> Iterator[str]:
+    kind = {
+        "transformer": "transformer block",
+        "linear": "linear map",
+        "replicated": "own unembedding",
+        "medusa": "residual layer behind the final norm" + ("" if config.shared else ", own unembedding"),
+        "stern": "output of a shared feed-forward layer behind the final norm",
+        "sequential": f"block{', shared,' if config.shared else ''} that also reads token t+",
+    }
+    children = config.children(parent)
+    for k in children:
+        last = k == children[-1]
+        # Head 1 of all but transformer heads is the plain unembedding of what it hangs on.
+        bare = k == 1 and config.head_kind != "transformer" and config.plain_decoder
+        made_of = "its parent's latent as it is" if bare else kind[config.head_kind]
+        if config.head_kind == "sequential" and not bare:
+            made_of += str(k - 1)
+        yield f"{indent}{'└─' if last else '├─'} head {k}: token t+{k}, {made_of}"
+        yield from _branches(config, k, indent + ("   " if last else "│  "))
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "sizes": {
+            **asdict(config),
+            # What the fields left out stand for.
+            "kv_heads": config.key_value_heads,
+            "head_dim": config.dim_per_head,
+            "hidden_dim": config.hidden,
+            "trunk_layers": config.trunk_layers,
+        },
+        "heads": config.heads,
+        "head_kind": config.head_kind,
+        "wiring": config.wiring,
+        "context": config.context,
+        "tree": head_tree(config),
+    }
+
+
+def _inspect_preset(name: str) -> dict[str, Any]:
+    counts = {}
+    for heads in PRESET_HEADS:
+        if heads < PRESETS[name].layers:  # the trunk keeps a block
+            counts[heads] = preset(name, heads=heads).parameters()
+    return {
+        "preset": name,
+        **_shape(PRESETS[name]),
+        "parameters_by_heads": counts,
+        "totals_equal": len({parameters["total"] for parameters in counts.values()}) == 1,
+    }
+
+
+def _format_preset(found: dict[str, Any]) -> str:
+    counts = found["parameters_by_heads"]
+    rows = [[part, *(f"{parameters[part]:,}" for parameters in counts.values())] for part in PARTS]
+    verdict = (
+        "All have the same total: transformer heads are taken from the trunk."
+        if found["totals_equal"]
+        else "The totals differ."
+    )
+    return "\n".join(
+        [
+            f"{found['preset']}, a size of the paper (Table S14)",
+            _sizes(found),
+            "",
+            format_table(["parameters", *(f"n = {n}" for n in counts)], rows),
+            "",
+            verdict,
+        ]
+    )
+
+
+def _format_directory(found: dict[str, Any]) -> str:
+    tokenizer = found["tokenizer"]
+    lines = [
+        found["model"],
+        _sizes(found),
+        f"weights: {found['dtype']}, {_size(found['bytes'])} on disk",
+        "tokenizer: "
+        + (
+            "none, prompts are token ids"
+            if tokenizer is None
+            else f"{tokenizer['name']}, {tokenizer['vocab_size']:,} ids, end {tokenizer['end_id']}"
+        ),
+        "other tools: "
+        + (
+            f"trunk and head 1 are an ordinary {found['family']} model, which transformers, vLLM and llama.cpp load"
+            if found["plain_decoder"]
+            else "only headstart reads this model: linear heads wired anticausally are no plain decoder"
+        ),
+        "keys and values: "
+        + ", ".join(
+            f"{_size(count)} a token ({_size(count * found['context'])} a full slot) in {name}"
+            for name, count in found["kv_bytes_per_token"].items()
+        ),
+        "",
+        f"{found['heads']} {found['head_kind']} {'head' if found['heads'] == 1 else 'heads'}, {found['wiring']}:",
+        found["tree"],
+        "",
+        format_table(["parameters", ""], [[part, f"{found['parameters'][part]:,}"] for part in PARTS]),
+        "",
+        format_table(["file", "bytes"], [[name, f"{size:,}"] for name, size in found["files"].items()]),
+    ]
+    if "acceptance" in found:
+        lines += ["", "measured acceptance:", *_plain_lines(found["acceptance"], "  ")]
+    return "\n".join(lines)
+
+
+def _plain_lines(content: dict[str, Any], indent: str) -> Iterator[str]:
+    """Whatever the file holds: its writer decides what is worth telling."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}:"
+            yield from _plain_lines(value, indent + "  ")
+        elif isinstance(value, list):
+            yield f"{indent}{name}: {'  '.join(map(_plain, value))}"
+        else:
+            yield f"{indent}{name}: {_plain(value)}"
+
+
+def _plain(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _sizes(found: dict[str, Any]) -> str:
+    sizes = found["sizes"]
+    unit = "SwiGLU" if sizes["activation"] == "silu" else "GeGLU"
+    kv = "" if sizes["kv_heads"] == sizes["attention_heads"] else f" ({sizes['kv_heads']} for keys and values)"
+    return (
+        f"dim {sizes['dim']}, {_blocks(sizes['layers'])} in all, {sizes['attention_heads']} attention heads{kv}, "
+        f"{unit} {sizes['hidden_dim']}, vocabulary {sizes['vocab_size']:,}{' (tied)' if sizes['tied'] else ''}, "
+        f"context {sizes['context']:,}"
+    )
+
+
+def _blocks(number: int) -> str:
+    return f"{number} {'block' if number == 1 else 'blocks'}"
+
+
+def _files(directory: Path) -> dict[str, int]:
+    """Size of every file, by its path in the directory."""
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): file.stat().st_size for file in sorted(files)}
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -1,0 +1,159 @@
+"""`headstart push`: a model directory with a card, into a folder or onto the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from headstart.commands.card import MARK, write_card
+from headstart.console import say
+from headstart.data.prompt_files import read_prompt_file
+from headstart.errors import UsageError
+from headstart.evaluation.texts import PROMPTS_FILE
+from headstart.fileio import replacing_directory
+from headstart.formats.config_json import CONFIG_FILE, load_config, read_json
+
+CARD = "README.md"
+SENT = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("heads/*.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.model", "chat_template.jinja", "acceptance.json", "tuning.json", PROMPTS_FILE, CARD),
+    *("modeling_headstart.py", "custom_generate/generate.py", "LICENSE*", "NOTICE*"),
+)
+"""What of a model directory goes out: nothing that merely lies beside a model."""
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+
+
+def push(
+    model: str | Path,
+    to: str,
+    licence: str | None = None,
+    base_model: str | None = None,
+    evaluation: str | Path | None = None,
+    private: bool = False,
+    new_card: bool = False,
+    api: Any = None,
+) -> dict[str, Any]:
+    """Puts the model directory `model` with a card where `to` says.
+
+    Args:
+        to: a folder, or OWNER/NAME on the hub. What exists, has another number of slashes or starts with . / or ~ is a
+            folder, and so is what lies in a folder that exists; "hf:OWNER/NAME" is the hub in any case.
+        licence: identifier of its licence on the hub, for the card.
+        base_model: hub id of the model that heads were added to, for the card.
+        evaluation: a results.json of `headstart evaluate`, or the folder that holds it, for the card.
+        private: whether a new repository on the hub is private.
+        new_card: write a card even where the model has one of someone else's.
+        api: what is called instead of huggingface_hub's HfApi.
+
+    Returns:
+        "to", "files" (paths in the result), "left" (files of the model directory that stay) and "card".
+
+    Raises:
+        UsageError: no model, a folder that holds something else, files that are damaged, a hub that says no.
+    """
+    directory = Path(model)
+    load_config(directory)
+    repository = hub_id(to)
+    if (directory / PROMPTS_FILE).is_file():
+        read_prompt_file(directory / PROMPTS_FILE)  # a broken one would stop `evaluate` and `tune` of whoever gets it
+    results = None
+    if evaluation is not None:
+        file = Path(evaluation)
+        results = read_json(file / "results.json" if file.is_dir() else file)
+    files = sorted({f for pattern in SENT for f in directory.glob(pattern) if f.is_file()})
+    sent = {str(file.relative_to(directory)): file for file in files}
+    present = [f for f in directory.rglob("*") if f.is_file()]
+    left = sorted(str(file.relative_to(directory)) for file in present if file not in sent.values())
+    card, told = _card(directory, repository or Path(to).resolve().name, licence, base_model, results, new_card)
+    if repository is None:
+        target = Path(to).expanduser().resolve()
+        _check_target(directory.resolve(), target)
+        with replacing_directory(target) as temporary:
+            _fill(temporary, sent, card, shutil.copyfile)
+        where = str(target)
+    else:
+        with tempfile.TemporaryDirectory(prefix="headstart-push-") as folder:
+            _fill(Path(folder), sent, card, os.symlink)
+            where = _upload(Path(folder), repository, private, api)
+    return {"to": where, "files": sorted({*sent, CARD}), "left": left, "card": told}
+
+
+def hub_id(to: str) -> str | None:
+    """OWNER/NAME where `to` means the hub, None where it means a folder."""
+    if to.startswith("hf:"):
+        if not re.fullmatch(HUB_ID, to[3:]):
+            raise UsageError(f"--to {to}: a repository on the hub is called hf:OWNER/NAME")
+        return to[3:]
+    path = Path(to)
+    if not re.fullmatch(HUB_ID, to) or path.exists() or path.parent.is_dir():
+        return None
+    return to
+
+
+def _card(
+    directory: Path, name: str, licence: str | None, base: str | None, results: dict[str, Any] | None, new: bool
+) -> tuple[str, str]:
+    """The text of the card, and where it comes from."""
+    file = directory / CARD
+    if file.is_file() and not new:
+        text = file.read_text(encoding="utf-8")
+        if MARK not in text:
+            given = [f for f, v in (("--licence", licence), ("--base-model", base), ("--evaluation", results)) if v]
+            if given:
+                raise UsageError(
+                    f"{file}: is a card of someone's, which would not tell {', '.join(given)}; write it there, or let "
+                    "--new-card replace it"
+                )
+            return text, "kept as it is"
+    if licence is None:
+        say("no licence was given, and the card says so; name one with --licence")
+    return write_card(directory, name, licence, base, results), "written"
+
+
+def _fill(folder: Path, sent: dict[str, Path], card: str, place: Any) -> None:
+    for name, file in sent.items():
+        if name != CARD:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            place(file.resolve(), folder / name)
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _check_target(source: Path, target: Path) -> None:
+    if source == target or target in source.parents:
+        raise UsageError(f"{target}: is where the model lies; name another folder")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target}: is a file; name a folder")
+    earlier = (target / CONFIG_FILE).is_file() and (target / CARD).is_file()
+    if target.is_dir() and any(target.iterdir()) and not earlier:
+        raise UsageError(f"{target}: holds something else, and would be replaced; name a new folder")
+
+
+def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
+    """Onto the hub, with the login that huggingface_hub has; the address."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UsageError("huggingface_hub is not installed; install headstart[hf], or push to a folder") from error
+    api = HfApi() if api is None else api
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Model written by Headstart")
+    except Exception as error:  # of the hub, of the network, of the disk: many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{repository}: the hub refused it ({reason}); log in with `hf auth login`, or push to a folder"
+        ) from error
+    return f"https://huggingface.co/{repository}"
+
+
+def format_push(found: dict[str, Any]) -> str:
+    """`push`'s result for people."""
+    lines = [f"card: {found['card']}", f"{len(found['files'])} files: {', '.join(found['files'])}"]
+    if found["left"]:
+        lines.append(f"not sent: {', '.join(found['left'])}")
+    return "\n".join([*lines, found["to"]])

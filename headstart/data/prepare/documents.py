@@ -1,0 +1,236 @@
+"""Documents: the texts in a file, whatever its format, read piece by piece and never a whole collection at once.
+
+A name decides the format: `.jsonl`, also compressed as `.gz` or `.zst` (then `.json` means the same: C4 and Dolma name
+their files so), `.parquet`; any other file is one document of plain text. Lines are counted from 1, rows from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
+from headstart.data.lines import Damaged, first_line, format_of, parse_json, unzip, unzstd
+from headstart.data.prepare.corpora import SourceFile
+from headstart.data.prepare.rewarded_programs import PROBLEM, REWARDS, rewarded_programs
+from headstart.errors import UsageError
+
+PARQUET_ROWS = 1024
+TEXT = "text"
+EMPTY, NULL, NOT_TEXT, UNREADABLE = "empty", "null", "not UTF-8 text", "unreadable"
+NO_CONVERSATION, NO_ANSWER = "not conversations", "without an answer"
+NO_PROBLEM, NO_PROGRAM = "not problems", "without a program in Python"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, not empty and with a UTF-8 form. `text` decides the split, unless several documents have `shared`."""
+
+    name: str
+    text: str
+    bytes: int  # of the text in UTF-8
+    read: int  # bytes of the file that it took up, for progress
+    conversation: Conversation | None = None  # which `text` then is without its roles
+    shared: str | None = None  # what decides the split of this and other documents, such as a problem of its programs
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or row without a text, and the reason: one of those above."""
+
+    reason: str
+    read: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """What is taken of a row: a text, or a conversation and its tools, or the programs of a problem with their rewards.
+
+    The name may be dotted, "a.b" being what `b` holds in what `a` holds. Conversations in "messages" are also found in
+    "conversations", where ShareGPT has them.
+    """
+
+    name: str = "text"
+    conversations: bool = False
+    rewards: bool = False
+    texts: bool = False
+    """With conversations: rows without one hold a text in "text"."""
+
+    def columns(self, known: list[str]) -> list[str] | None:
+        """Of a table with the columns `known` those that hold it; None where it has no such column."""
+        if self.rewards:
+            return [each for each in (PROBLEM, *REWARDS.values()) if each in known] if PROBLEM in known else None
+        name = self._name_in(known)
+        if self.texts and name not in known:
+            return replace(self, name=TEXT, conversations=False).columns(known)
+        column = name if name in known else name.split(".")[0]
+        if column not in known:
+            return None
+        return [column, "tools"] if self.conversations and "tools" in known else [column]
+
+    def documents(self, record: Any, name: str, place: str, read: int) -> Iterator[Document | Skipped]:
+        """The document in one row; null is skipped, and a conversation without an answer. With rewards there is one for
+        each program, which share the problem, so that no problem is in two splits.
+
+        Raises UsageError, naming `place`, where the field is missing or holds something else.
+        """
+        if not isinstance(record, dict):
+            raise UsageError(f'{place}: not an object with fields; it must be one, such as {{"{self.name}": "..."}}')
+        if not self.rewards:
+            yield self._document(record, name, place, read)
+            return
+        none = True
+        for text in rewarded_programs(record, place):
+            yield _text(text, name, read if none else 0, shared=record[PROBLEM])
+            none = False
+        if none:
+            yield Skipped(NO_PROGRAM, read)
+
+    def _document(self, record: dict[str, Any], name: str, place: str, read: int) -> Document | Skipped:
+        field = self._name_in(record)
+        if self.texts and self.conversations and record.get(field) is None:
+            return replace(self, name=TEXT, conversations=False)._document(record, name, place, read)
+        value: Any = record
+        for part in [field] if field in record else field.split("."):
+            if value is None:
+                break  # {"a": null} has no text in a.b, as {"a": {"b": null}} has none
+            if not isinstance(value, dict) or part not in value:
+                raise _no_field(place, field, _fields(record))
+            value = value[part]
+        if value is None:
+            return Skipped(NULL, read)
+        conversation = None
+        if self.conversations:
+            conversation = parse_conversation(value, record.get("tools"), f'{place}: field "{field}"')
+            if not conversation.answered:
+                return Skipped(NO_ANSWER if conversation.messages else EMPTY, read)
+            value = conversation.text
+        elif not isinstance(value, str):
+            mend = "take conversations with --conversations, or " if isinstance(value, list) else ""
+            raise UsageError(
+                f'{place}: field "{field}" holds {type(value).__name__}, not text; {mend}name another with --text-field'
+            )
+        return _text(value, name, read, conversation)
+
+    def _name_in(self, known: Collection[str]) -> str:
+        other = self.conversations and self.name == MESSAGES and MESSAGES not in known and SHAREGPT in known
+        return SHAREGPT if other else self.name
+
+
+def _text(
+    text: str, name: str, read: int, conversation: Conversation | None = None, shared: str | None = None
+) -> Document | Skipped:
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError:  # "\ud800" is JSON, and no text
+        return Skipped(NOT_TEXT, read)
+    return Document(name, text, size, read, conversation, shared) if size else Skipped(EMPTY, read)
+
+
+def read_text(file: SourceFile) -> Document | Skipped:
+    """A plain text file as one document; line ends stay as they are, and a NUL means that it is no text."""
+    try:
+        content = file.path.read_bytes()
+    except OSError:
+        return Skipped(UNREADABLE, file.size)
+    if not content:
+        return Skipped(EMPTY, file.size)
+    try:
+        text = None if b"\0" in content else content.decode("utf-8")
+    except UnicodeDecodeError:
+        text = None
+    return Skipped(NOT_TEXT, file.size) if text is None else Document(file.name, text, len(content), file.size)
+
+
+def read_lines(file: SourceFile, field: Field, begin: int, end: int, line: int) -> Iterator[Document | Skipped]:
+    """The documents of a .jsonl file between two line starts, given in bytes; the first line there is number `line`."""
+    try:
+        with file.path.open("rb") as content:
+            content.seek(begin)
+            while begin < end and (raw := content.readline()):
+                begin += len(raw)
+                yield from _parse_line(raw, file, field, line, len(raw))
+                line += 1
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document | Skipped]:
+    """The documents of a .jsonl.gz or .jsonl.zst file. Raises UsageError where the file is cut short or damaged."""
+    line, rest, before = 1, b"", 0
+    try:
+        with file.path.open("rb") as content:
+            blocks = unzip(content) if format_of(file.name).endswith("gz") else unzstd(content)
+            for block in blocks:
+                *lines, rest = (rest + block).split(b"\n")
+                for raw in lines:
+                    # What was read of the file belongs to the first line of its block: progress needs no more.
+                    yield from _parse_line(raw, file, field, line, content.tell() - before)
+                    before = content.tell()
+                    line += 1
+            yield from _parse_line(rest, file, field, line, 0)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except Damaged as error:
+        raise UsageError(f"{file.path}: damaged from line {line} on ({error}); fetch the file again") from error
+
+
+def open_parquet(file: SourceFile) -> Any:
+    """The `pyarrow.parquet.ParquetFile`. Raises UsageError where pyarrow is missing or the file is no Parquet file."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(f"{file.path}: reading Parquet needs pyarrow; pip install 'headstart[data]'") from None
+    try:
+        return parquet.ParquetFile(file.path)
+    except pyarrow.ArrowInvalid as error:
+        raise UsageError(f"{file.path}: not a whole Parquet file ({first_line(error)}); fetch it again") from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def read_rows(file: SourceFile, field: Field, groups: range, row: int, size: int) -> Iterator[Document | Skipped]:
+    """The documents of some row groups of a Parquet file; the first row there is number `row`; `size` in bytes."""
+    import pyarrow
+
+    content = open_parquet(file)
+    known = content.schema_arrow.names
+    columns = field.columns(known)
+    if columns is None:
+        raise _no_field(str(file.path), field.name, known)
+    rows = sum(content.metadata.row_group(group).num_rows for group in groups)
+    try:
+        for batch in content.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
+            for record in batch.to_pylist():
+                yield from field.documents(record, f"{file.name}:{row}", f"{file.path}, row {row}", size // rows)
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{file.path}: damaged from row {row} on ({first_line(error)}); fetch it again") from error
+
+
+def _parse_line(raw: bytes, file: SourceFile, field: Field, line: int, read: int) -> Iterator[Document | Skipped]:
+    if raw.isspace() or not raw:
+        return
+    place = f"{file.path}, line {line}"
+    try:
+        record = parse_json(raw)
+    except ValueError as error:
+        raise UsageError(f"{place}: not JSON ({error}); mend the line or take it out") from error
+    yield from field.documents(record, f"{file.name}:{line}", place, read)
+
+
+def _fields(record: dict[str, Any]) -> list[str]:
+    """As they can be named: "a", and "a.b" for what lies in an object."""
+    inner = [(key, _fields(value) if isinstance(value, dict) else []) for key, value in record.items()]
+    return [name for key, below in inner for name in ([f"{key}.{each}" for each in below] or [key])]
+
+
+def _no_field(place: str, field: str, known: list[str]) -> UsageError:
+    fields = ", ".join(known[:20]) or "it has none"
+    return UsageError(f'{place}: no field "{field}"; name one of its fields with --text-field: {fields}')
+
+
+def _unreadable(file: SourceFile, error: OSError) -> UsageError:
+    return UsageError(f"{file.path}: cannot be read ({error.strerror or error}); allow reading it")

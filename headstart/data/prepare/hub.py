@@ -1,0 +1,115 @@
+"""Hugging Face datasets as sources: `hf:NAME` streamed from the hub, `hf:PATH` from a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from headstart.data.prepare.documents import Document, Field, Skipped
+from headstart.errors import UsageError
+
+PREFIX = "hf:"
+ROWS = 1 << 14  # of a saved dataset, in one piece of work
+
+
+def is_dataset(source: str) -> bool:
+    return source.startswith(PREFIX)
+
+
+def folder_of(source: str) -> Path | None:
+    """The folder that `hf:PATH` names; None where it is a name on the hub."""
+    path = Path(os.path.expanduser(source.removeprefix(PREFIX)))
+    return path if path.exists() else None
+
+
+def parts_of(source: str, split: str, config: str | None) -> list[tuple[int, int]]:
+    """The pieces that can be read one without the other: (shard, shards), or (first row, row behind) if it is saved."""
+    rows = load_rows(source, split, config)
+    if _is_streamed(rows):
+        count = rows.num_shards
+        return [(index, count) for index in range(count)]
+    return [(begin, min(begin + ROWS, len(rows))) for begin in range(0, len(rows), ROWS)]
+
+
+def read_part(
+    source: str, split: str, config: str | None, field: Field, begin: int, end: int
+) -> Iterator[Document | Skipped]:
+    """The documents of one of `parts_of`. Raises UsageError where a row has no text in `field`, or a stream breaks."""
+    rows = load_rows(source, split, config)
+    known = rows.column_names
+    columns = [] if known is None else field.columns(known)
+    if columns is None:
+        raise UsageError(
+            f'{source}: no field "{field.name}"; name one of its fields with --text-field: {", ".join(known)}'
+        )
+    streamed = _is_streamed(rows)
+    part = rows.shard(num_shards=end, index=begin) if streamed else rows.select(range(begin, end))
+    if columns:
+        part = part.select_columns(columns)  # pictures and the like beside the text are not decoded
+    folder = folder_of(source)
+    label = folder.resolve().name if folder else source.removeprefix(PREFIX)
+    row = 0 if streamed else begin
+    records = iter(part)
+    while True:
+        where = f"{begin}:{row}" if streamed else f"{row}"
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever the network, the file system or the dataset's own format raises
+            raise UsageError(
+                f"{source}: stopped at row {where} ({_first_line(error)}); run the command again"
+            ) from error
+        yield from field.documents(record, f"{label}/{split}:{where}", f"{source}, row {where}", 1)
+        row += 1
+
+
+def column_names(source: str, split: str, config: str | None) -> list[str]:
+    """Return the columns of a dataset, in a stream that does not know them those of its first row. Raises UsageError
+    where it cannot be opened, or the stream breaks."""
+    rows = load_rows(source, split, config)
+    if rows.column_names is not None:
+        return list(rows.column_names)
+    try:
+        return list(next(iter(rows), {}))
+    except Exception as error:  # as in read_part
+        raise UsageError(f"{source}: has no first row to read ({_first_line(error)}); run the command again") from error
+
+
+@lru_cache(maxsize=1)  # opening a dataset of the hub asks the hub many questions
+def load_rows(source: str, split: str, config: str | None) -> Any:
+    """A `datasets.Dataset` (memory-mapped) for a folder of `save_to_disk`, else a `datasets.IterableDataset`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(f"{source}: reading datasets needs a package; pip install 'headstart[data]'") from None
+    datasets.disable_progress_bars()
+    folder = folder_of(source)
+    name = str(folder) if folder else source.removeprefix(PREFIX)
+    try:
+        if folder and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+            saved = datasets.load_from_disk(name)
+            if isinstance(saved, datasets.DatasetDict):
+                if split not in saved:
+                    raise UsageError(f"{source}: has no split {split!r}; name one with --split: {', '.join(saved)}")
+                return saved[split]
+            return saved
+        return datasets.load_dataset(name, config, split=split, streaming=True)
+    except UsageError:
+        raise
+    except Exception as error:  # the library raises many kinds, for a name, a split, a network that is not there
+        raise UsageError(
+            f"{source}: cannot be opened ({_first_line(error)}); check the name, --split {split}, --hf-config and the "
+            f"network, or name a folder that datasets can load"
+        ) from error
+
+
+def _is_streamed(rows: Any) -> bool:
+    return not hasattr(rows, "__len__")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

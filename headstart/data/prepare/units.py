@@ -1,0 +1,174 @@
+"""Units of work: sources cut into pieces that can be read and encoded one without the other, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+from headstart.data.conversations import MESSAGES, SHAREGPT
+from headstart.data.lines import read_records
+from headstart.data.prepare import documents, hub
+from headstart.data.prepare.corpora import STDLIB, SourceFile, list_files
+from headstart.data.prepare.documents import NO_CONVERSATION, NO_PROBLEM, Document, Field, Skipped
+from headstart.data.prepare.rewarded_programs import PROBLEM
+from headstart.errors import UsageError
+
+UNIT_BYTES = 1 << 24
+"""About the size of a unit of text, JSON lines or Parquet: small enough to share out, large enough to be worth it."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is taken from sources with fields: JSON lines, Parquet and datasets."""
+
+    text_field: str = "text"  # dotted for a field within a field
+    split: str = "train"  # of a dataset
+    hf_config: str | None = None  # of a dataset
+    conversations: bool = False  # the field holds messages
+    each_answer: bool = False  # of conversations is a document, with what comes before it
+    rewards: bool = False  # rows are problems, and each of their programs is a document
+    texts: bool = False  # with conversations: rows and files without one are documents of text, all of it predicted
+
+    @property
+    def field(self) -> Field:
+        default = Selection.text_field
+        name = MESSAGES if self.conversations and self.text_field == default else self.text_field
+        return Field(PROBLEM if self.rewards else name, self.conversations, self.rewards, self.texts)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of one source. `begin` and `end` count bytes in JSON lines, row groups in Parquet, and in a dataset as
+    `hub.parts_of` says; `first` is the number of the first line or row."""
+
+    source: str
+    format: str  # of documents.format_of, or "dataset"
+    files: tuple[SourceFile, ...]  # a dataset's are only there to see whether it has changed
+    size: int  # bytes; of a dataset, where it is not known, a guess that gives all its units the same weight
+    begin: int = 0
+    end: int = 0
+    first: int = 0
+    held_out: bool = False  # all of it goes to validation
+
+
+def plan(sources: Sequence[str], selection: Selection, without: Path, held_out: Sequence[str] = ()) -> list[Unit]:
+    """The units of `sources` (see `list_files`; `hf:` names a dataset), leaving out what lies below `without`; then
+    those of the sources `held_out`, whose files are left out of the former.
+
+    Large files are read once, to find and to count their lines. Raises UsageError for what cannot be read.
+    """
+    if not sources:
+        raise UsageError(f"no source given; name a file, a folder, a glob, {STDLIB}, or hf:NAME")
+    # Every missing source is told before the first is read, and a file that is held out is found first there.
+    named = dict.fromkeys([*held_out, *sources])
+    files = list_files([source for source in named if not hub.is_dataset(source)])
+    units: list[Unit] = []
+    for source in dict.fromkeys([*sources, *held_out]):
+        if hub.is_dataset(source):
+            found: Iterable[Unit] = _dataset_units(source, selection)
+        else:
+            found = _file_units([f for f in files if f.source == source and without not in f.path.absolute().parents])
+        units += (replace(unit, held_out=source in held_out) for unit in found)
+    if held_out and all(unit.held_out for unit in units):
+        raise UsageError(f"{', '.join(held_out)}: held out for validation, which leaves nothing to train on; name more")
+    return units
+
+
+def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
+    """The documents of a unit, in order. Raises UsageError, naming the place, for what is damaged or has no text."""
+    field = selection.field
+    if unit.format == "dataset":
+        split, config = selection.split, selection.hf_config
+        yield from hub.read_part(unit.source, split, config, field, unit.begin, unit.end)
+    elif unit.format == "text" and (selection.rewards or (selection.conversations and not selection.texts)):
+        reason = NO_PROBLEM if selection.rewards else NO_CONVERSATION
+        yield from (Skipped(reason, file.size) for file in unit.files)
+    elif unit.format == "text":
+        yield from map(documents.read_text, unit.files)
+    elif unit.format == "jsonl":
+        yield from documents.read_lines(unit.files[0], field, unit.begin, unit.end, unit.first)
+    elif unit.format == "parquet":
+        groups = range(unit.begin, unit.end)
+        yield from documents.read_rows(unit.files[0], field, groups, unit.first, unit.size)
+    else:
+        yield from documents.read_compressed_lines(unit.files[0], field)
+
+
+def hold_conversations(sources: Sequence[str]) -> bool:
+    """Whether the first row of any of `sources` has messages in place of a text, as `headstart distill-data` writes
+    them. Raises UsageError for what cannot be read."""
+    files = list_files([source for source in sources if not hub.is_dataset(source)])
+    datasets = filter(hub.is_dataset, sources)
+    columns = chain(map(_columns, files), (hub.column_names(each, Selection.split, None) for each in datasets))
+    return any({MESSAGES, SHAREGPT} & set(known) and documents.TEXT not in known for known in columns)
+
+
+def _columns(file: SourceFile) -> Collection[str]:
+    """Return the columns of a file of rows, the fields of its first line, or nothing for text."""
+    kind = documents.format_of(file.name)
+    if kind == "parquet":
+        columns: list[str] = documents.open_parquet(file).schema_arrow.names
+        return columns
+    return () if kind == "text" else next(read_records(file.path), {}).keys()
+
+
+def _dataset_units(source: str, selection: Selection) -> list[Unit]:
+    folder = hub.folder_of(source)
+    files = tuple(list_files([str(folder)])) if folder else ()
+    parts = hub.parts_of(source, selection.split, selection.hf_config)
+    return [Unit(source, "dataset", files, UNIT_BYTES, begin, end) for begin, end in parts]
+
+
+def _file_units(files: list[SourceFile]) -> Iterator[Unit]:
+    texts: list[SourceFile] = []
+    size = 0
+    for file in files:
+        kind = documents.format_of(file.name)
+        if texts and (kind != "text" or size + file.size > UNIT_BYTES):
+            yield Unit(file.source, "text", tuple(texts), size)
+            texts, size = [], 0
+        if kind == "text":
+            texts.append(file)
+            size += file.size
+        elif kind == "jsonl":
+            yield from _line_units(file)
+        elif kind == "parquet":
+            yield from _row_units(file)
+        else:
+            yield Unit(file.source, kind, (file,), file.size)  # cannot be read from the middle
+    if texts:
+        yield Unit(texts[0].source, "text", tuple(texts), size)
+
+
+def _line_units(file: SourceFile) -> Iterator[Unit]:
+    """Cut behind the last line end of every UNIT_BYTES, so that the cuts depend on the file alone."""
+    begin, line, offset, lines = 0, 1, 0, 0
+    if file.size > UNIT_BYTES:
+        try:
+            with file.path.open("rb") as content:
+                while block := content.read(UNIT_BYTES):
+                    lines += block.count(b"\n")
+                    last = block.rfind(b"\n")
+                    if last >= 0 and offset + last + 1 < file.size:
+                        end = offset + last + 1
+                        yield Unit(file.source, "jsonl", (file,), end - begin, begin, end, line)
+                        begin, line = end, 1 + lines
+                    offset += len(block)
+        except OSError as error:
+            raise UsageError(f"{file.path}: cannot be read ({error.strerror}); allow reading it") from error
+    yield Unit(file.source, "jsonl", (file,), file.size - begin, begin, file.size, line)
+
+
+def _row_units(file: SourceFile) -> Iterator[Unit]:
+    footer = documents.open_parquet(file).metadata
+    groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+    whole = sum(group.total_byte_size for group in groups) or 1
+    begin = row = first = size = 0
+    for index, group in enumerate(groups):
+        row += group.num_rows
+        size += group.total_byte_size * file.size // whole  # of the file, which is smaller than its content
+        if size >= UNIT_BYTES or index + 1 == len(groups):
+            yield Unit(file.source, "parquet", (file,), size, begin, index + 1, first)
+            begin, first, size = index + 1, row, 0

@@ -1,0 +1,168 @@
+"""The modules of a packed model whose work is done by the compiled kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from headstart.decoding.cache import CachedAttention, CompiledAttention
+from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.cpu.weights import pack_int8, pack_weight
+from headstart.decoding.kernels.int8 import Quantize, quantize_weight
+from headstart.model.attention import causal_attention
+from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
+from headstart.model.transformer import Trunk
+
+
+class NativeLinear(nn.Module):
+    """The same through `native`: a row's bits depend on that row alone, and 8 rows cost little more than one.
+
+    fp32 weights that bf16 holds exactly are kept and read in bf16; with `quantize` (fp32 only) it is `Int8Linear`.
+    """
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, quantize: Quantize | None = None) -> None:
+        super().__init__()
+        self.shape, weight_NK = weight_NK.shape, weight_NK.detach()
+        self.packed = pack_int8(*quantize_weight(weight_NK)) if quantize else pack_weight(weight_NK)
+        self.bias = None if bias_N is None else bias_N.detach().float()
+        self._linear = _native(weight_NK.dtype).linear
+        self._options = () if weight_NK.dtype == torch.bfloat16 else (cpu.STORED[self.packed.dtype],)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        N, K = self.shape
+        y = x.new_empty((*x.shape[:-1], N))
+        bias = None if self.bias is None else self.bias.data_ptr()
+        sizes = (x.numel() // K, N, K, torch.get_num_threads())
+        self._linear(x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), *sizes, *self._options)
+        return y
+
+
+class NativeNorm(nn.Module):
+    """`RMSNorm` in one call; see `_native_norm` for which ones."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight, self.eps = norm.weight.detach() + 1 if norm.offset else norm.weight.detach(), norm.eps
+        self._rms_norm = _native(norm.weight.dtype).rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        D = x.shape[-1]
+        self._rms_norm(x.data_ptr(), self.weight.data_ptr(), y.data_ptr(), x.numel() // D, D, self.eps)
+        return y
+
+
+class NativeSwiGLU(nn.Module):
+    """`SwiGLU` with its elementwise part in one call."""
+
+    def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up, self.down = mlp.gate_up, mlp.down
+        self._silu_times = _native(dtype).silu_times
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up(x)
+        hidden = gate_up.shape[-1] // 2
+        y = gate_up.new_empty((*gate_up.shape[:-1], hidden))
+        self._silu_times(gate_up.data_ptr(), y.data_ptr(), y.numel() // hidden, hidden)
+        return self.down(y)
+
+
+class NativeBlock(nn.Module):
+    """`Block` in one call where the attention is that of a compiled cache; elsewhere the block that it is made of.
+
+    Of some twenty operators each costs a small model more than its arithmetic.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        attention, mlp = block.attention, block.mlp
+        linears = [cast(NativeLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+        biases = [None if x.bias is None else x.bias.data_ptr() for x in linears[:2]]
+        norms = [cast(NativeNorm, x) for x in (block.attention_norm, block.mlp_norm)]
+        self.weights = cpu.Block(
+            *(x.packed.data_ptr() for x in linears),
+            *biases,
+            *(x.weight.data_ptr() for x in norms),
+            *(linears[0].shape[1], attention.heads, attention.kv_heads, attention.dim_per_head, linears[3].shape[1]),
+            stored=(ctypes.c_int * 4)(*(cpu.STORED[x.packed.dtype] for x in linears)),
+            eps=norms[0].eps,
+        )
+        self._call = _native(torch.float32).block
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend = causal_attention,
+        select: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        if not isinstance(attend, CompiledAttention):
+            return cast(Tensor, self.block(x_BTD, rotary, attend, select))
+        x_SWD, cos, sin = x_BTD.contiguous(), rotary[0].contiguous(), rotary[1].contiguous()
+        S, W, D = x_SWD.shape
+        row_S = attend.row_S
+        y_SQD = x_SWD.new_empty(S, W if row_S is None else 1, D)
+        self._call(
+            self.weights,
+            x_SWD.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            y_SQD.data_ptr(),
+            attend.keys.data_ptr(),
+            attend.values.data_ptr(),
+            attend.positions_SW.data_ptr(),
+            None if row_S is None else row_S.data_ptr(),
+            attend.tree,
+            *(S, W, attend.values.shape[2]),
+            torch.get_num_threads(),
+        )
+        return y_SQD
+
+
+class NativeTrunk(nn.Module):
+    """`Trunk` with its blocks in one call where the cache is a compiled one; elsewhere block by block."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.embedding, self.blocks = trunk.embedding, trunk.blocks
+        pointers = [ctypes.pointer(cast(NativeBlock, block).weights) for block in self.blocks]
+        self._addresses = (ctypes.POINTER(cpu.Block) * len(pointers))(*pointers)
+        self._call = _native(torch.float32).blocks
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Callable[[int], Attend] = lambda layer: causal_attention,
+        length: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        attention = getattr(attend, "__self__", None)
+        if not isinstance(attention, CachedAttention) or not attention.cache.compiled:
+            return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
+        z_SWD = torch.embedding(self.embedding.weight, tokens_BT)  # without what nn.Embedding does around it
+        y_SWD = torch.empty_like(z_SWD)
+        cache, first = attention.cache, attention.slots.start
+        cos, sin = rotary[0].contiguous(), rotary[1].contiguous()
+        tensors = (z_SWD, cos, sin, y_SWD, cache.keys[0, first], cache.values[0, first])
+        self._call(
+            *(self._addresses, len(self.blocks)),
+            *(x.data_ptr() for x in tensors),
+            *(cache.keys.stride(0), attention.positions.data_ptr(), attention.compiled_tree),
+            *(*z_SWD.shape[:2], cache.capacity),
+            torch.get_num_threads(),
+        )
+        return y_SWD
+
+
+def _native(dtype: torch.dtype) -> ctypes.CDLL:
+    kernels = cpu.kernels(dtype)
+    assert kernels is not None
+    return kernels

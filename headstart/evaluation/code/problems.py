@@ -1,0 +1,262 @@
+"""Programming problems: HumanEval, MBPP, APPS and CodeContests, from the hub or from a file, as prompts and tests."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headstart.console import say
+from headstart.data.lines import parse_json, read_file_lines
+from headstart.data.prepare.hub import load_rows
+from headstart.data.prepare.rewarded_programs import plain_prompt, rewarded_prompt
+from headstart.errors import UsageError
+from headstart.evaluation.code.sandbox import Program, Verdict
+
+Row = Mapping[str, Any]
+
+HUB = {
+    "humaneval": ("hf:openai/openai_humaneval", None),
+    "mbpp": ("hf:google-research-datasets/mbpp", "full"),
+    "mbpp-sanitized": ("hf:google-research-datasets/mbpp", "sanitized"),
+    "apps-introductory": ("hf:codeparrot/apps", "introductory"),
+    "codecontests": ("hf:deepmind/code_contests", None),
+}
+"""Where each is on the Hugging Face hub: data set, configuration. The split is "test"."""
+
+FUNCTION_ENDS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ")
+"""What begins where the body of a function has ended."""
+SCRIPT_ENDS = ('\n"""', "\n'''", "\nQUESTION:", "\nassert ")
+
+
+@dataclass(frozen=True)
+class CodeProblem:
+    """A problem: what the model reads, and how what it writes is judged."""
+
+    name: str
+    prompt: str
+    stop: tuple[str, ...]
+    head: str = ""
+    """What the program begins with: the prompt, where the model writes only a body."""
+    tests: str = ""
+    """Python source run behind the program."""
+    cases: tuple[tuple[str, str], ...] = ()
+    """(standard input, expected output): a program is right if it is in every case."""
+    seconds: float = 3.0
+    tested: bool = True
+    """Whether there is any test."""
+
+    def programs(self, completion: str) -> list[Program]:
+        """What is to be run; the completion is right if all of it passes and `agrees`."""
+        source = self.head + completion + "\n"
+        if not self.cases:
+            return [Program(source, self.tests, seconds=self.seconds)]
+        return [Program(source, stdin=given, seconds=self.seconds) for given, _ in self.cases]
+
+    def agrees(self, verdicts: Sequence[Verdict]) -> bool:
+        """Whether the programs passed and, where there are cases, wrote what was expected."""
+        if not all(verdict.passed for verdict in verdicts):
+            return False
+        return all(_same(verdict.stdout, wanted) for verdict, (_, wanted) in zip(verdicts, self.cases))
+
+
+def _same(written: str, wanted: str) -> bool:
+    """Line by line without the spaces at their ends, and numbers as numbers: how judges compare."""
+    lines, expected = ([line.split() for line in text.strip().splitlines()] for text in (written, wanted))
+    return len(lines) == len(expected) and all(
+        len(a) == len(b) and all(x == y or _close(x, y) for x, y in zip(a, b)) for a, b in zip(lines, expected)
+    )
+
+
+def _close(a: str, b: str) -> bool:
+    if "." not in a + b:
+        return False
+    try:
+        x, y = float(a), float(b)
+    except ValueError:
+        return False
+    return abs(x - y) <= 1e-6 * max(1.0, abs(y))
+
+
+def load_problems(
+    task: str, source: str | None = None, limit: int | None = None, rewarded: bool = False
+) -> list[CodeProblem]:
+    """The problems of `task`, one of `HUB`.
+
+    Args:
+        source: a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's).
+        limit: at most this many, the first ones.
+        rewarded: prompts of codecontests ask for a correct program, as training by `prepare --rewards` annotates it.
+
+    Raises:
+        UsageError: a source that cannot be read or reached, or a problem without the fields it needs, by its place.
+    """
+    with any_number_of_digits():
+        return _load(task, source, limit, rewarded)
+
+
+def _load(task: str, source: str | None, limit: int | None, rewarded: bool) -> list[CodeProblem]:
+    if task not in HUB:
+        raise UsageError(f"there is no set of problems {task!r}; take one of {', '.join(HUB)}")
+    name, rows = _rows(task, source)
+    problems: list[CodeProblem] = []
+    untested = 0
+    for number, row in enumerate(rows, start=1):
+        if limit is not None and len(problems) >= limit:
+            break
+        try:
+            problem = _problem(task, row, number, rewarded)
+        except KeyError as error:
+            raise UsageError(
+                f"{name}, problem {number}: has no field {error}, which {task} needs; it has {', '.join(row)}"
+            ) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageError(f"{name}, problem {number}: is not in the form of {task} ({error}); mend it") from error
+        if problem is not None and not problem.tested:
+            untested += 1
+        elif problem is not None:
+            problems.append(problem)
+    if untested:
+        say(f"{name}: {untested} problems without a test are left out, for every program would pass them")
+    if not problems:
+        raise UsageError(f"{name}: holds no problem of {task}; name its file with --code.source")
+    names = [problem.name for problem in problems]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UsageError(f"{name}: holds problem {twice} twice; results are kept by that name, so remove one")
+    return problems
+
+
+def _rows(task: str, source: str | None) -> tuple[str, Iterator[Row]]:
+    if source is not None and not source.startswith("hf:"):
+        return source, _lines(Path(source))
+    name, config = (source, None) if source is not None else HUB[task]
+    try:
+        return name, iter(load_rows(name, "test", config))
+    except UsageError as error:
+        raise UsageError(f"{error}; or give the problems as a file: --code.source {task}.jsonl") from error
+
+
+@contextmanager
+def any_number_of_digits() -> Iterator[None]:
+    """Let Python read and write whole numbers of any length: APPS has some of more than 4,300 digits."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    for number, line in read_file_lines(path):
+        try:
+            row = _parsed(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: is not JSON lines in UTF-8 ({error}); correct it") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, line {number}: is no JSON object; correct that line")
+        yield row
+
+
+def _parsed(text: str) -> Any:
+    """JSON with its whole numbers exact. Raises ValueError."""
+    return parse_json(text, int)
+
+
+def _problem(task: str, row: Row, number: int, rewarded: bool) -> CodeProblem | None:
+    if task == "apps-introductory":
+        return _apps(row, number)
+    if task == "codecontests":
+        return _codecontests(row, number, rewarded)
+    # CodeT's form of MBPP is that of HumanEval.
+    return _humaneval(row) if task == "humaneval" or "entry_point" in row else _mbpp(row)
+
+
+def _humaneval(row: Row) -> CodeProblem:
+    name, prompt, entry = str(row["task_id"]), str(row["prompt"]), str(row["entry_point"])
+    return CodeProblem(name, prompt, FUNCTION_ENDS, prompt, f"{row['test']}\n\ncheck({entry})\n")
+
+
+def _mbpp(row: Row) -> CodeProblem:
+    """The task and its tests as a docstring, as InCoder and the code evaluation harnesses prompt it; the paper does not
+    give its prompts."""
+    task = str(row["text"] if "text" in row else row["prompt"])
+    tests = [str(test) for test in (row["test_list"] if "test_list" in row else row["test"])]
+    prompt = f'"""\n{task}\n' + "\n".join(tests) + '\n"""\n'
+    # Set-up code behind the program: two problems of MBPP build on what it defines.
+    set_up = [*row.get("test_imports", []), row.get("test_setup_code", "")]
+    judged = "\n".join([*set_up, *tests])
+    name = f"mbpp/{row['task_id']}"
+    return CodeProblem(name, prompt, (*SCRIPT_ENDS, "\nprint("), "", judged, tested=any(map(str.strip, tests)))
+
+
+def _apps(row: Row, number: int) -> CodeProblem | None:
+    """APPS (Hendrycks et al. 2021), the prompt of its authors; problems of other difficulties are passed over."""
+    if row.get("difficulty", "introductory") != "introductory":
+        return None
+    examples = row["input_output"]
+    if not examples:  # so do some problems of the data set say that they have no test
+        examples = {"inputs": [], "outputs": []}
+    examples = _parsed(examples) if isinstance(examples, str) else examples
+    called, starter = examples.get("fn_name"), str(row.get("starter_code") or "")
+    prompt = f"\nQUESTION:\n{row['question']}\n{starter}\n"
+    prompt += "\nUse Call-Based format" if called else "\nUse Standard Input format"
+    prompt += "\nANSWER:\n"
+    name = f"apps/{row.get('problem_id', row.get('id', number))}"
+    inputs, outputs = examples["inputs"], examples["outputs"]
+    _check_pairs(inputs, outputs)
+    if called:
+        # Solutions are functions, or methods of a class Solution; an answer may stand in a list of its own.
+        tests = f"_called = Solution().{called} if 'Solution' in globals() else {called}\n"
+        for given, wanted in zip(inputs, outputs):
+            tests += f"_got, _wanted = _called(*{_source(given)}), {_source(wanted)}\n"
+            tests += "_got = list(_got) if isinstance(_got, tuple) else _got\n"
+            tests += "assert _got == _wanted or [_got] == _wanted\n"
+        return CodeProblem(name, prompt, SCRIPT_ENDS, "", tests, seconds=4.0, tested=len(inputs) > 0)
+    return CodeProblem(name, prompt, SCRIPT_ENDS, "", "", _cases(inputs, outputs), 4.0, len(inputs) > 0)
+
+
+def _source(value: Any) -> str:
+    """Python source of a value that JSON can hold; repr writes infinite numbers as names that nobody has defined."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_source, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_source(each)}" for key, each in value.items()) + "}"
+    return repr(value)
+
+
+def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:
+    """CodeContests (Li et al. 2022): all its tests, its own time limits."""
+    cases: list[tuple[str, str]] = []
+    for part in ("public_tests", "private_tests", "generated_tests"):
+        tests = row.get(part) or {"input": [], "output": []}
+        cases += _cases(tests["input"], tests["output"])
+    if not cases:
+        raise KeyError("public_tests")
+    limit = row.get("time_limit") or {"seconds": 3}
+    seconds = float(limit["seconds"]) + float(limit.get("nanos", 0)) / 1e9
+    prompt = rewarded_prompt(row) if rewarded else plain_prompt(row)
+    name = re.sub(r"\s+", " ", str(row.get("name", f"codecontests/{number}")))
+    return CodeProblem(name, prompt, SCRIPT_ENDS, "", "", tuple(cases), max(1.0, seconds))
+
+
+def _cases(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[tuple[str, str], ...]:
+    _check_pairs(inputs, outputs)
+    return tuple((_text(given), _text(wanted)) for given, wanted in zip(inputs, outputs))
+
+
+def _check_pairs(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    if len(inputs) != len(outputs):
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
+
+
+def _text(value: Any) -> str:
+    return "\n".join(map(str, value)) + "\n" if isinstance(value, list) else str(value)

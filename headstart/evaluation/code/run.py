@@ -1,0 +1,310 @@
+"""Programs that a model writes for problems, run against their tests: pass@k, as the paper's sections 3.1 to 3.3."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headstart.api import LanguageModel
+from headstart.console import Progress, say
+from headstart.data.tokenizers import prompt_ids
+from headstart.decoding.request import Request, Stats
+from headstart.decoding.sampling import Sampling
+from headstart.errors import UsageError
+from headstart.evaluation.code.pass_at_k import estimate, oracle
+from headstart.evaluation.code.problems import CodeProblem, load_problems
+from headstart.evaluation.code.sandbox import Program, Sandbox
+from headstart.fileio import appending, take_lock, write_text
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """The tasks humaneval, mbpp, mbpp-sanitized, apps-introductory, codecontests."""
+
+    source: str | None = None
+    """A .jsonl or .jsonl.gz file with the problems, or hf:NAME (None: the task's data set on the hub). For one task."""
+    samples: int = 10
+    """Programs written for each problem, at each temperature above 0; at 0 there is one."""
+    temperatures: tuple[float, ...] = (0.2, 0.8)
+    """Each is sampled; pass@k is given for all, and for the best one at each k (the paper's oracle temperature)."""
+    top_p: float = 0.95
+    """Keep the most probable tokens that reach this probability together."""
+    k: tuple[int, ...] = (1, 10, 100)
+    """pass@k for these k, as far as there are samples."""
+    new_tokens: int = 256
+    """Most tokens of a program."""
+    problems: int | None = None
+    """Only so many problems, the first ones."""
+    cut_prompts: bool = False
+    """Where a prompt and its program do not fit into the model's context, keep the prompt's end; the report says of how
+    many. Without it such a model is refused."""
+    rewarded: bool = False
+    """Prompts of codecontests end in the line that stands above correct programs in training (`prepare --rewards`)."""
+    compare_plain: bool = False
+    """Write the programs a second time with head 1 alone, to set the times side by side; they must be the same."""
+    workers: int = 2
+    """Programs run at once."""
+
+
+@dataclass
+class _Task:
+    """What one set of problems needs while it is evaluated."""
+
+    model: LanguageModel
+    settings: CodeSettings
+    batch: int
+    folder: Path
+    problems: list[CodeProblem]
+    prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def run_code(
+    model: LanguageModel, task: str, settings: CodeSettings, batch: int, out: Path, model_name: str
+) -> dict[str, Any]:
+    """Evaluates `model` on `task`; samples and verdicts are kept in OUT/TASK, and an interrupted run goes on from them.
+
+    Raises UsageError for settings out of range, problems that cannot be had, a context that is too short, and a folder
+    that holds samples of another model or other settings, or that another run is writing to.
+    """
+    _check(settings)
+    problems = load_problems(task, settings.source, settings.problems, settings.rewarded)
+    state = _Task(model, settings, batch, out / task, problems)
+    cut = _encode(state, task)
+    with _own(state.folder, _identity(task, settings, model_name)):
+        found: dict[str, Any] = {"problems": len(problems), "cut_prompts": cut, "new_tokens": settings.new_tokens}
+        counts: dict[float, list[tuple[int, int]]] = {}
+        found["temperatures"] = {}
+        with Sandbox(settings.workers) as sandbox:
+            for temperature in settings.temperatures:
+                samples, speed = _write(state, task, temperature)
+                verdicts = _judge(state, sandbox, task, temperature, samples)
+                right = dict.fromkeys((problem.name for problem in problems), 0)
+                for (name, _), status in verdicts.items():
+                    right[name] += status == "passed"
+                each = _samples(settings, temperature)
+                counts[temperature] = [(each, count) for count in right.values()]
+                found["temperatures"][f"{temperature:g}"] = {
+                    "samples": each,
+                    **{f"pass@{k}": asdict(estimate(counts[temperature], k)) for k in settings.k if k <= each},
+                    "verdicts": _tally(verdicts.values()),
+                    **speed,
+                }
+        found["oracle"] = {}
+        for k in settings.k:
+            able = {t: c for t, c in counts.items() if k <= c[0][0]}
+            if able:
+                temperature, best = oracle(able, k)
+                found["oracle"][f"pass@{k}"] = {"temperature": temperature, **asdict(best)}
+    return found
+
+
+def _check(settings: CodeSettings) -> None:
+    for name in ("samples", "new_tokens", "workers"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--code.{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1")
+    if (
+        not settings.temperatures
+        or min(settings.temperatures) < 0
+        or len(set(settings.temperatures)) < len(settings.temperatures)
+    ):
+        raise UsageError("--code.temperatures must be one or more different numbers, 0 (greedy) or above")
+    if not settings.k or min(settings.k) < 1:
+        raise UsageError("--code.k must be one or more numbers, 1 or above")
+
+
+def _samples(settings: CodeSettings, temperature: float) -> int:
+    return settings.samples if temperature else 1  # greedy ones are all alike
+
+
+def _encode(state: _Task, task: str) -> int:
+    """Fills in the prompts; how many of them had to be cut."""
+    context, new = state.model.config.context, state.settings.new_tokens
+    room = context - new
+    if room <= len(state.model.tokenizer.start_ids):
+        raise UsageError(f"--code.new-tokens {new} leaves no room for a prompt in the context {context}; ask for fewer")
+    cut = 0
+    for problem in state.problems:
+        ids = tuple(prompt_ids(state.model.tokenizer, problem.prompt))
+        cut += len(ids) > room
+        # The start token stays in front of what is left of a prompt.
+        start = state.model.tokenizer.start_ids if len(ids) > room else ()
+        state.prompts[problem.name] = (*start, *ids[-(room - len(start)) :])
+    if cut and not state.settings.cut_prompts:
+        raise UsageError(
+            f"{task}: {cut} of {len(state.problems)} prompts are longer than the {room} tokens that the context "
+            f"{context} leaves beside {new} new ones; take fewer --code.new-tokens, or --code.cut-prompts"
+        )
+    return cut
+
+
+def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str, int], str], dict[str, Any]]:
+    """Every sample at this temperature, by problem and number, and what writing them took."""
+    file, sittings = (state.folder / f"{name}-{temperature:g}.jsonl" for name in ("samples", "sittings"))
+    known = {(line["problem"], line["sample"]): line for line in _lines(file)}
+    wanted = [(p.name, i) for p in state.problems for i in range(_samples(state.settings, temperature))]
+    missing = [key for key in wanted if key not in known]
+    if len(missing) < len(wanted):
+        say(f"{task} at {temperature:g}: {len(wanted) - len(missing)} of {len(wanted)} programs are there already")
+    if missing:
+        with (
+            Progress(f"{task}, temperature {temperature:g}", len(missing), unit="programs") as bar,
+            appending(file) as lines,
+        ):
+
+            def keep(key: tuple[str, int], text: str, reason: str) -> None:
+                known[key] = {"problem": key[0], "sample": key[1], "completion": text, "finish": reason}
+                lines.write(json.dumps(known[key]) + "\n")
+                lines.flush()
+                bar.advance(1)
+
+            stats, seconds = _generate(state, temperature, missing, None, keep)
+        sitting = {"written": len(missing), "tokens": stats.tokens, "passes": stats.passes, "seconds": seconds}
+        sitting["committed"] = stats.tokens + stats.ends
+        if state.settings.compare_plain:
+            again: dict[tuple[str, int], str] = {}
+            with Progress(f"{task}, head 1 alone", len(missing), unit="programs") as bar:
+
+                def compare(key: tuple[str, int], text: str, reason: str) -> None:
+                    again[key] = text
+                    bar.advance(1)
+
+                _, plain = _generate(state, temperature, missing, 1, compare)
+            differ = sum(again[key] != known[key]["completion"] for key in missing)
+            sitting |= {"plain_seconds": plain, "plain_differs": differ}
+        with appending(sittings) as lines:
+            lines.write(json.dumps(sitting) + "\n")
+    return {key: known[key]["completion"] for key in wanted}, _speed(_lines(sittings))
+
+
+def _speed(sittings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all runs that ended; what an interrupted one had written is in none of them."""
+    total = {name: sum(s[name] for s in sittings) for name in ("written", "tokens", "passes", "seconds")}
+    if not total["passes"]:
+        return total
+    committed = sum(s.get("committed", s["tokens"]) for s in sittings)  # sittings of earlier versions lack it
+    found = total | {"tokens_per_pass": committed / total["passes"]}
+    compared = [s for s in sittings if "plain_seconds" in s]
+    if compared:
+        plain = sum(s["plain_seconds"] for s in compared)
+        found |= {"plain_seconds": plain, "plain_differs": sum(s["plain_differs"] for s in compared)}
+        found["speed_over_plain"] = plain / sum(s["seconds"] for s in compared)
+    return found
+
+
+def _generate(
+    state: _Task,
+    temperature: float,
+    keys: Sequence[tuple[str, int]],
+    heads: int | None,
+    keep: Callable[[tuple[str, int], str, str], None],
+) -> tuple[Stats, float]:
+    """Writes the samples `keys`. The seed is the number of the sample: a program does not depend on the others."""
+    settings = state.settings
+    stops = {problem.name: problem.stop for problem in state.problems}
+    longest = max(len(state.prompts[name]) for name, _ in keys) + settings.new_tokens
+    engine = state.model.engine(min(state.batch, len(keys)), longest, prefill_budget=None)
+    asked = {}
+    for name, sample in keys:
+        sampling = Sampling(temperature, top_p=settings.top_p if temperature else 1.0, seed=sample)
+        request = Request(state.prompts[name], settings.new_tokens, sampling, heads, stop=stops[name])
+        generation = engine.submit(request)
+        asked[id(generation)] = ((name, sample), generation)
+    began = time.perf_counter()
+    while engine.busy:
+        for generation, _ in engine.step():
+            if generation.finished:
+                keep(asked[id(generation)][0], generation.text, generation.finish_reason or "")
+    seconds = time.perf_counter() - began
+    return Stats.summed([generation.stats for _, generation in asked.values()]), seconds
+
+
+def _judge(
+    state: _Task, sandbox: Sandbox, task: str, temperature: float, samples: dict[tuple[str, int], str]
+) -> dict[tuple[str, int], str]:
+    """How each sample fared: "passed", or why not. Equal programs are run once."""
+    file = state.folder / f"verdicts-{temperature:g}.jsonl"
+    known = {(line["problem"], line["sample"]): line["status"] for line in _lines(file)}
+    missing = [key for key in samples if key not in known]
+    by_name = {problem.name: problem for problem in state.problems}
+    equal: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for key in missing:
+        equal.setdefault((key[0], samples[key]), []).append(key)
+    with appending(file) as lines, Progress(f"{task}, tests", len(missing), unit="programs") as bar:
+        for chunk in _chunks(list(equal), 64):
+            programs: list[Program] = []
+            spans = []
+            for name, completion in chunk:
+                more = by_name[name].programs(completion)
+                spans.append((len(programs), len(programs) + len(more)))
+                programs += more
+            verdicts = sandbox.run(programs)
+            for (name, completion), (start, end) in zip(chunk, spans):
+                mine = verdicts[start:end]
+                status = next((v.status for v in mine if not v.passed), "passed")
+                if status == "passed" and not by_name[name].agrees(mine):
+                    status = "wrong output"
+                for key in equal[name, completion]:
+                    known[key] = status
+                    line = {"problem": key[0], "sample": key[1], "status": status}
+                    lines.write(json.dumps(line | {"detail": next((v.detail for v in mine if v.detail), "")}) + "\n")
+                bar.advance(len(equal[name, completion]))
+            lines.flush()
+    return {key: known[key] for key in samples}
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _tally(statuses: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for status in statuses:
+        found[status] = found.get(status, 0) + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _identity(task: str, settings: CodeSettings, model_name: str) -> dict[str, Any]:
+    """What samples depend on: a folder holds those of one such setting."""
+    kept = {name: getattr(settings, name) for name in ("source", "top_p", "new_tokens", "cut_prompts")}
+    # Named only where it is on: samples of earlier versions go on.
+    return {"task": task, "model": model_name, **kept, **({"rewarded": True} if settings.rewarded else {})}
+
+
+@contextmanager
+def _own(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """The folder for this run alone. Raises UsageError where another one has it, or it holds other samples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        if not take_lock(lock):
+            raise UsageError(f"{folder}: another run is writing there; wait for it, or name another --out")
+        file = folder / "settings.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            for name, value in identity.items():
+                if before.get(name) != value:
+                    raise UsageError(
+                        f"{folder}: holds samples with {name} {before.get(name)!r}, not {value!r}; name another --out"
+                    )
+        else:
+            write_text(file, json.dumps(identity, indent=2) + "\n")
+        yield
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """What an earlier run wrote; a last line that was cut short by a kill is taken away."""
+    if not file.is_file():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_text(file, whole.decode("utf-8"))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UsageError(f"{file}: is damaged ({error}); remove it, and its samples are made anew") from error

@@ -1,0 +1,177 @@
+"""`config.json` of a model directory: what transformers reads of its family, and beside it the key "headstart"."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from headstart.errors import UsageError
+from headstart.fileio import regular
+from headstart.formats.config_fields import check_type
+from headstart.formats.families import FAMILIES, Family, decoder_fields, differences, family_of, read_decoder
+from headstart.formats.hub import local_directory
+from headstart.model.config import ModelConfig, RopeScaling
+
+Settings = TypeVar("Settings")
+
+CONFIG_FILE = "config.json"
+FORMAT = 1
+OWN_TYPE = "headstart"
+NOT_COMPUTED = {
+    "gemma2": "it caps scores and logits",
+    "gemma3": "it reads pictures too; its text models are gemma3_text",
+}
+"""What is asked for and left out."""
+
+
+def config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
+    """The content of config.json. `dtype` is torch's name without the prefix; `end_id` None where ids have no text.
+
+    Raises UsageError where no family's directory can hold the model.
+    """
+    content = decoder_fields(config, family_of(config))
+    if not config.plain_decoder:
+        # A model that is no plain decoder says so, rather than let other tools decode it wrongly.
+        content |= {"architectures": ["HeadstartForCausalLM"], "model_type": OWN_TYPE}
+    return {
+        **content,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        # Explicit nulls: left out, transformers would take 1 and 2.
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+        "headstart": {"format": FORMAT, "model": config.to_dict()},
+    }
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """The shape of the model in `directory` (or on the hub, OWNER/NAME); an ordinary one of
+    Hugging Face's gives a model with one head.
+
+    Raises UsageError where there is no model, or one that headstart does not compute.
+    """
+    directory = local_directory(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        from headstart.formats.meta import is_meta_release, load_meta_config
+
+        if is_meta_release(directory):
+            return load_meta_config(directory)
+    file = _config_path(directory)
+    content = read_json(file)
+    own = content.get("headstart")
+    if own is None:
+        return read_decoder(file, content, _named_family(file, content))
+    config = _own_config(file, own)
+    _check_agreement(file, config, content)
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`; UsageError where it is none."""
+    try:
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); name a model directory you may read") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: is not JSON ({error}); copy the model directory again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file}: must hold a JSON object; copy the model directory again")
+    return content
+
+
+def _config_path(directory: Path) -> Path:
+    if not directory.exists():
+        raise UsageError(f"{directory}: no such directory; name a directory that holds a model's {CONFIG_FILE}")
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; name the directory that holds the model's {CONFIG_FILE}")
+    file = directory / CONFIG_FILE
+    if not file.is_file():
+        raise UsageError(
+            f"{directory}: holds no {CONFIG_FILE}, so it is no model; name a model directory, as RUN/model"
+        )
+    return file
+
+
+def _named_family(file: Path, content: dict[str, Any]) -> Family:
+    """By `model_type`. What a directory brings as code of its own (`auto_map`) is never run, nor needed for these."""
+    named = content.get("model_type")
+    if named == "mistral" and "layer_types" in content:
+        named = "ministral"  # as transformers takes it: a Mistral whose layers differ in their windows
+    if isinstance(named, str) and named in FAMILIES:
+        return FAMILIES[named]
+    why = NOT_COMPUTED.get(str(named), "it would run code of its own" if content.get("auto_map") else "")
+    raise UsageError(
+        f"{file}: model_type is {json.dumps(named)}, which headstart does not compute{why and f' ({why})'}; "
+        f"supported: {', '.join(FAMILIES)}"
+    )
+
+
+def _own_config(file: Path, own: object) -> ModelConfig:
+    if not isinstance(own, dict) or not isinstance(own.get("model"), dict) or type(own.get("format")) is not int:
+        raise UsageError(
+            f'{file}: "headstart" must be {{"format": 1, "model": {{...}}}}; copy the model directory again'
+        )
+    if own["format"] != FORMAT:
+        raise UsageError(
+            f'{file}: "headstart" has format {own["format"]}, this version reads {FORMAT}; update headstart'
+        )
+    try:
+        return _settings(ModelConfig, own["model"], file, "model")
+    except UsageError as error:
+        raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error
+
+
+def _settings(kind: type[Settings], values: dict[str, Any], file: Path, prefix: str) -> Settings:
+    """A dataclass from its fields as JSON has them."""
+    hints = get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UsageError(
+                f'{file}: "headstart" names the unknown field {prefix}.{name}; update headstart, or remove it'
+            )
+        of = hints[name]
+        alternatives = get_args(of) if get_origin(of) in (Union, UnionType) else (of,)
+        if value is None and NoneType in alternatives:
+            given[name] = None
+            continue
+        given[name] = _setting(alternatives[0], value, file, f"{prefix}.{name}")
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise UsageError(f'{file}: "headstart" says too little of {prefix}; copy the model directory again') from error
+
+
+def _setting(kind: Any, value: Any, file: Path, name: str) -> Any:
+    if kind is RopeScaling and isinstance(value, dict):
+        return _settings(RopeScaling, value, file, name)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        for item in value:
+            check_type(file, f"headstart.{name}", item, int)
+        return tuple(value)
+    if kind in (int, float, bool):
+        check_type(file, f"headstart.{name}", value, kind)
+    elif get_origin(kind) is Literal or kind is str:
+        check_type(file, f"headstart.{name}", value, str)
+    else:
+        raise UsageError(f"{file}: headstart.{name} is {value!r}; copy the model directory again")
+    return value
+
+
+def _check_agreement(file: Path, config: ModelConfig, content: dict[str, Any]) -> None:
+    """Other tools read the family's fields, we the key "headstart": edited apart, they would compute different ones."""
+    try:
+        family = family_of(config)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    named = content.get("model_type")
+    expected = family.model_type if config.plain_decoder else OWN_TYPE
+    pairs = {"model_type": (named, expected)} if named != expected else {}
+    for name, (said, wanted) in (pairs or differences(read_decoder(file, content, family), config)).items():
+        raise UsageError(
+            f'{file}: {name} is {json.dumps(said)}, but "headstart" describes a model with {json.dumps(wanted)}; '
+            "change both, or remove the key to load head 1 alone"
+        )

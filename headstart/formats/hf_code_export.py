@@ -1,0 +1,77 @@
+"""Model directories that decode with all heads in transformers alone: ours, and beside it code from `hf_code/`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.errors import UsageError
+from headstart.formats.assembly import LLAMA, inexpressible
+from headstart.formats.config_json import CONFIG_FILE, read_json
+from headstart.formats.families import family_of
+from headstart.formats.huggingface import save_model
+from headstart.model.transformer import Transformer
+
+MODELING_FILE = "modeling_headstart.py"
+GENERATE_FILE = "custom_generate/generate.py"
+CLASS = "HeadstartForCausalLM"
+FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+"""The families whose blocks the code runs, and how transformers' classes of them are called; the code says Llama."""
+KNOWN = (*LLAMA, "family", "rope_scaling", "qkv_bias", "qk_norm")
+
+
+def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Writes `model` as `save_model` does, and beside it what transformers needs to decode with its heads.
+
+    `config.json` names the code in `auto_map`: transformers runs it only where it is told `trust_remote_code=True`,
+    and loads an ordinary model (trunk and head 1) where it is not. Headstart reads the directory as any of its own.
+
+    Raises:
+        UsageError: a model whose head 1 is no plain decoder, or of a family that the code does not run; as
+            `save_model`.
+    """
+    if not model.config.plain_decoder:
+        raise UsageError(
+            "linear heads wired anticausally: head 1 is no plain decoder, which hf-code builds on; take headstart"
+        )
+    family, others = family_of(model.config).model_type, inexpressible(model.config, KNOWN)
+    if family not in FAMILIES or others:
+        raise UsageError(
+            f"hf-code runs the blocks of {', '.join(FAMILIES)} without sliding windows, and this model's are those of "
+            f"{family}{''.join(f', with {name}' for name in others)}; take headstart"
+        )
+    save_model(model, directory, tokenizer)
+    config = read_json(directory / CONFIG_FILE)
+    config["auto_map"] = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{CLASS}"}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in (MODELING_FILE, GENERATE_FILE):
+        (directory / file).parent.mkdir(exist_ok=True)
+        (directory / file).write_text(_of_family(template(file), family), encoding="utf-8")
+
+
+def _of_family(code: str, family: str) -> str:
+    """The code with the classes of another family, which are called alike."""
+    code = code.replace("models.llama.modeling_llama", f"models.{family}.modeling_{family}")
+    return re.sub(r"\bLlama(?=[A-Z])", FAMILIES[family], code)
+
+
+def template(file: str) -> str:
+    """The text of a file that `save_hf_code` writes."""
+    return files("headstart.formats").joinpath("hf_code", file).read_text(encoding="utf-8")
+
+
+def written_code(directory: Path, file: str) -> ModuleType:
+    """The module that lies in `directory`, imported from there and without transformers' cache of modules."""
+    name = f"headstart_hf_code_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(name, directory / file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

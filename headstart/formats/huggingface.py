@@ -1,0 +1,237 @@
+"""Model directories: an ordinary Hugging Face model that carries its further heads beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
+from headstart.errors import UsageError
+from headstart.fileio import replacing_directory
+from headstart.formats.assembly import assemble_in_place, check_names
+from headstart.formats.config_json import CONFIG_FILE, config_json, load_config, read_json
+from headstart.formats.families import family_of
+from headstart.formats.generation_config import GENERATION_FILE, named_ends
+from headstart.formats.hub import local_directory
+from headstart.formats.safetensors_files import TensorFiles, model_files
+from headstart.formats.tensor_names import HEADS_FILE, MODEL_FILE, Part, stored_parts
+from headstart.model.transformer import Transformer
+
+__all__ = ["load_config", "load_data_tokenizer", "load_model", "load_model_tokenizer", "save_model"]
+
+TOKENIZER_FILE = "tokenizer.json"
+EMBEDDING = "model.embed_tokens.weight"
+UNEMBEDDING = "lm_head.weight"
+
+
+def save_model(
+    model: Transformer, directory: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Writes `model` as a Hugging Face model directory; heads that head 1 does not need go to `heads/`.
+
+    transformers, vLLM and llama.cpp load trunk and head 1 from it, as a model of its family. One whose head 1 is no
+    plain decoder (linear heads wired anticausally) is marked as our own architecture, and only headstart reads it.
+
+    The directory is written beside and renamed: a kill leaves the previous one. One that exists is replaced as a whole,
+    files of others included, and must hold a model already.
+
+    Args:
+        model: on any device, with whole (unsharded) parameters.
+        tokenizer: saved along, its `end_id` as end and padding token, and as start token if it has no `start_ids`;
+            None: a model of bare ids.
+        dtype: what the weights are stored as (None: what they are).
+
+    Raises:
+        UsageError: `directory` is something other than a model, cannot be written, the tokenizer has more ids than
+            the model, or no family's directory can hold such a model and each of its tensors.
+    """
+    config = model.config
+    # Resolved, so that "." has a name, and a link stays one.
+    directory = Path(directory).resolve()
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory}: is a file; name a new directory")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
+        raise UsageError(f"{directory}: holds files but no model, and saving would replace them; name a new directory")
+    if tokenizer is not None:
+        _check_vocabulary(tokenizer, config.vocab_size, "save the model")
+    family_of(config)
+    files = stored_tensors(model, dtype)
+    name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
+    end_id = None if tokenizer is None else tokenizer.end_id
+    start_id = end_id if tokenizer is None or not tokenizer.start_ids else tokenizer.start_ids[0]
+    ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    with replacing_directory(directory) as temporary:
+        content = config_json(config, name, end_id) | {"bos_token_id": start_id}
+        if tokenizer is not None and tokenizer.start_ids:
+            content["headstart"]["start_ids"] = list(tokenizer.start_ids)
+        _write_json(temporary / CONFIG_FILE, content)
+        _write_json(temporary / GENERATION_FILE, {} if end_id is None else ids)
+        for file, tensors in files.items():
+            (temporary / file).parent.mkdir(exist_ok=True)
+            try:
+                save_file(tensors, temporary / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise _system_error(error, directory / file) from error
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+
+
+def load_model(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
+    """The model in `directory`: one that `save_model` wrote, or any Hugging Face model of a family in
+    `formats/families.py`, sharded or not, or Meta's release. Where there is no such directory, OWNER/NAME is a model on
+    the hub.
+
+    The last layer of an ordinary model becomes head 1 of a model with one head.
+
+    Args:
+        dtype: of all parameters (None: that in which the embedding is stored).
+        device: where the parameters are made.
+
+    Raises:
+        UsageError: no model, another architecture, or files that are missing, damaged, or at odds with config.json.
+    """
+    directory = local_directory(directory)
+    config = load_config(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        from headstart.formats.meta import load_meta_release
+
+        return load_meta_release(directory, dtype, device)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
+    for pieces in stored_parts(config).values():
+        for part in pieces:
+            shapes.setdefault(part.file, {})[part.name] = part.shape
+
+    model_tensors = TensorFiles(model_files(directory, MODEL_FILE))
+    # Old Llama files carry rotary tables that can be computed; a tied unembedding may be stored though it need not be.
+    ignored = [name for name in model_tensors.names() if re.fullmatch(r"model\.layers\.\d+\..*inv_freq", name)]
+    model_tensors.check(shapes[MODEL_FILE], directory / MODEL_FILE, [*ignored, *([UNEMBEDDING] if config.tied else [])])
+    stored = {MODEL_FILE: model_tensors}
+    if HEADS_FILE in shapes:
+        if not (directory / HEADS_FILE).is_file():
+            raise UsageError(
+                f"{directory / HEADS_FILE}: is missing, though {CONFIG_FILE} speaks of {config.heads} heads; copy it "
+                'from where the model was saved, or remove the key "headstart" to load head 1 alone'
+            )
+        stored[HEADS_FILE] = TensorFiles([directory / HEADS_FILE])
+        stored[HEADS_FILE].check(shapes[HEADS_FILE], directory / HEADS_FILE)
+    _check_tied(model_tensors, config.tied)
+
+    dtype = model_tensors.dtype(EMBEDDING) if dtype is None else dtype
+
+    def fill(part: Part, target: Tensor) -> None:
+        stored[part.file].read_into(part.name, target)
+
+    try:
+        return assemble_in_place(config, fill, dtype, device)
+    except UsageError as error:
+        raise error if str(error).startswith(str(directory)) else UsageError(f"{directory}: {error}") from error
+
+
+def stored_dtype(directory: str | Path) -> torch.dtype:
+    """What the embedding, and so all of a model that `load_model` is not told otherwise of, is stored as."""
+    directory = local_directory(directory)
+    if not (directory / CONFIG_FILE).is_file():
+        from headstart.formats.meta import meta_dtype
+
+        return meta_dtype(directory)
+    return TensorFiles(model_files(directory, MODEL_FILE)).dtype(EMBEDDING)
+
+
+def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
+    """The tokenizer saved in a model directory, or None where there is none.
+
+    Its `start_ids` are what it puts before texts, if the model knows them so: one of ours that read documents without
+    them names its end token as bos_token_id. Added tokens for which the model has no row are left out (Gemma 3 has
+    one). Its `end_ids` are its own end token and all that the directory names (`generation_file.named_ends`).
+
+    Raises UsageError where it cannot be read or other tokens are more than the model's.
+    """
+    directory = local_directory(directory)
+    config = load_config(directory)
+    if not (directory / TOKENIZER_FILE).is_file():
+        return None
+    tokenizer = load_tokenizer(directory)
+    _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
+    tokenizer.end_ids |= {token for token in named_ends(directory) if 0 <= token < config.vocab_size}
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.fit(config.vocab_size)
+        file = directory / CONFIG_FILE
+        tokenizer.start_ids = known_start(tokenizer, read_json(file) if file.is_file() else {})
+    return tokenizer
+
+
+def known_start(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return what the tokenizer puts before texts, if the model of this config.json knows them so.
+
+    Of foreign models transformers asks the tokenizer alone. Ours say `start_ids`, or name the first as bos_token_id.
+    """
+    start, own = tokenizer.own_start(), content.get("headstart")
+    if own is None or (isinstance(own, dict) and own.get("start_ids")):
+        return start
+    return start if start[:1] == (content.get("bos_token_id"),) and start[0] != tokenizer.end_id else ()
+
+
+def load_data_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer that texts are encoded with: what `load_tokenizer` finds, and of a model directory with the start
+    token that its model knows, so that documents begin as the model has seen them begin.
+
+    Raises UsageError for anything else.
+    """
+    path = Path(source)
+    if (path / CONFIG_FILE).is_file() and (path / TOKENIZER_FILE).is_file():
+        with contextlib.suppress(UsageError):  # of a model that we do not know: it still has a tokenizer
+            return load_model_tokenizer(path) or load_tokenizer(source)
+    return load_tokenizer(source)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:
+    needed = tokenizer.needed_rows if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.vocab_size
+    if needed > vocab_size:
+        raise UsageError(
+            f"tokenizer {tokenizer.name} has {needed} ids, the model's vocabulary {vocab_size}; "
+            f"{action} with the tokenizer it was trained with"
+        )
+
+
+def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+    """The content of each file: parts of parameters as views where they need no conversion."""
+    check_names(model)
+    state = model.state_dict()
+    files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
+    for name, pieces in stored_parts(model.config).items():
+        parameter = state[name].to("cpu", dtype).contiguous()
+        for part, tensor in zip(pieces, parameter.split([part.shape[0] for part in pieces])):
+            files.setdefault(part.file, {})[part.name] = tensor
+    return files
+
+
+def _check_tied(tensors: TensorFiles, tied: bool) -> None:
+    if tied and UNEMBEDDING in tensors.names():
+        same = tensors.shape(UNEMBEDDING) == tensors.shape(EMBEDDING)
+        if not same or not torch.equal(tensors.read(UNEMBEDDING), tensors.read(EMBEDDING)):
+            raise UsageError(
+                f"{tensors.path(UNEMBEDDING)}: {UNEMBEDDING} differs from the embedding, though config.json ties them; "
+                "set tie_word_embeddings to false"
+            )
+
+
+def _system_error(error: SafetensorError, path: Path) -> OSError:
+    """Return what the system said: safetensors gives its errors as text."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]) if number else errno.EIO, str(error), str(path))
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

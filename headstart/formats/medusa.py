@@ -1,0 +1,154 @@
+"""Medusa heads as vLLM and TGI read them: a folder with the ordinary model, and one of heads for each engine.
+
+    base/    trunk and head 1, an ordinary model directory
+    vllm/    config.json (model_type medusa), model.safetensors: blocks.{i}.layers.0.{weight,bias}, lm_heads.{i}.weight
+    tgi/     config.json, medusa_lm_head.safetensors: {i}.0.linear.{weight,bias}, {i}.1.weight
+
+Head i there is our head i + 2: x + SiLU(W x + b) on what the final norm gives, then an unembedding, the model's own or
+one for each head. Heads with one of their own in TGI's names are also those of the authors' code (FasterDecoding).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.errors import UsageError
+from headstart.formats.assembly import assemble
+from headstart.formats.config_json import CONFIG_FILE, load_config, read_json
+from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, save_model, stored_tensors
+from headstart.formats.safetensors_files import TensorFiles, model_files
+from headstart.formats.tensor_names import HEADS_FILE, MODEL_FILE, Part
+from headstart.model.bounds import MOST_HEADS
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+BASE, VLLM, TGI = "base", "vllm", "tgi"
+TGI_FILE = "medusa_lm_head.safetensors"
+
+
+def is_medusa(directory: str | Path) -> bool:
+    """Whether `directory` is one that `save_medusa` wrote."""
+    return all((Path(directory) / part / CONFIG_FILE).is_file() for part in (BASE, VLLM, TGI))
+
+
+def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Writes `model` into the existing folder `directory`, and tells in lines what its user must know.
+
+    Raises UsageError for heads of another kind.
+    """
+    config = model.config
+    if config.heads == 1 or config.head_kind != "medusa":
+        kind = "one head" if config.heads == 1 else f"{config.head_kind} heads"
+        raise UsageError(
+            f"this model has {kind}; Medusa's layouts hold medusa heads alone (model.head_kind: medusa), and "
+            "headstart and hf-code all kinds"
+        )
+    if config.drafting_heads < config.heads:
+        raise UsageError(
+            f"this model's heads predict {list(config.offset_of_heads)} ahead; Medusa's layouts know no gaps, "
+            "take headstart"
+        )
+    files = stored_tensors(model, None)
+    plain = replace(config, heads=1, shared=True)
+    base = assemble(plain, lambda part: files[part.file][part.name], files[MODEL_FILE][EMBEDDING].dtype)
+    save_model(base, directory / BASE, tokenizer)
+    unembedding = files[MODEL_FILE][EMBEDDING if config.tied else UNEMBEDDING]
+    maps = {part: [files[HEADS_FILE][f"heads.{k}.residual.{part}"] for k in _further(config)] for part in _PARTS}
+    own = [] if config.shared else [files[HEADS_FILE][f"heads.{k}.lm_head.weight"] for k in _further(config)]
+
+    vllm = {f"blocks.{i}.layers.0.{part}": tensor for part in _PARTS for i, tensor in enumerate(maps[part])}
+    vllm |= {f"lm_heads.{i}.weight": tensor for i, tensor in enumerate(own or [unembedding])}
+    tgi = {f"{i}.0.linear.{part}": tensor for part in _PARTS for i, tensor in enumerate(maps[part])}
+    tgi |= {f"{i}.1.weight": tensor for i, tensor in enumerate(own)}
+    _write(directory / VLLM, "model.safetensors", vllm, _vllm_config(config, str(unembedding.dtype)[6:]))
+    # TGI takes a directory whose config names an architecture for something else.
+    own_config = {"medusa_num_heads": config.heads - 1, "medusa_num_layers": 1, "base_model_name_or_path": f"../{BASE}"}
+    _write(directory / TGI, TGI_FILE, tgi, own_config)
+    return [f'{TGI}/{CONFIG_FILE}: write the full path or hub id of {BASE}/ for "../{BASE}" before TGI reads it']
+
+
+def load_medusa(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", heads_of: str = VLLM
+) -> Transformer:
+    """The model that `save_medusa` wrote.
+
+    Args:
+        dtype: of all parameters (None: that in which the embedding is stored).
+        device: where the parameters are made.
+        heads_of: the folder whose heads are read, "vllm" or "tgi".
+
+    Raises:
+        UsageError: files that are missing, damaged, or at odds with one another.
+    """
+    directory = Path(directory)
+    plain = load_config(directory / BASE)
+    settings = read_json(directory / heads_of / CONFIG_FILE)
+    file = directory / heads_of / ("model.safetensors" if heads_of == VLLM else TGI_FILE)
+    heads, base = TensorFiles([file]), TensorFiles(model_files(directory / BASE, MODEL_FILE))
+    count = settings.get("num_heads" if heads_of == VLLM else "medusa_num_heads")
+    if type(count) is not int or not 1 <= count < MOST_HEADS or settings.get(_LAYERS[heads_of]) != 1:
+        raise UsageError(f"{directory / heads_of}: {CONFIG_FILE} must speak of heads of one layer; convert it again")
+    names = set(heads.names())
+    shared = bool(settings.get("original_lm_head")) if heads_of == VLLM else _unembedding(TGI, 0) not in names
+    config = replace(plain, heads=count + 1, head_kind="medusa", wiring="parallel", shared=shared)
+
+    def read(part: Part) -> Tensor:
+        if part.file == MODEL_FILE:
+            return base.read(part.name)
+        _, k, kind, which = part.name.split(".")
+        name = _unembedding(heads_of, int(k) - 2) if kind == "lm_head" else _map(heads_of, int(k) - 2, which)
+        if name not in names:
+            raise UsageError(f"{file}: lacks {name}; convert the model again")
+        return heads.read(name)
+
+    if heads_of == VLLM and shared:
+        stated = base.read(EMBEDDING if config.tied else UNEMBEDDING)
+        if "lm_heads.0.weight" not in names or not torch.equal(heads.read("lm_heads.0.weight"), stated):
+            raise UsageError(f"{file}: its unembedding is not that of {BASE}/; convert the model again")
+    return assemble(config, read, base.dtype(EMBEDDING) if dtype is None else dtype, device)
+
+
+_PARTS = ("weight", "bias")
+_LAYERS = {VLLM: "num_hidden_layers", TGI: "medusa_num_layers"}
+
+
+def _map(place: str, i: int, part: str) -> str:
+    return f"blocks.{i}.layers.0.{part}" if place == VLLM else f"{i}.0.linear.{part}"
+
+
+def _unembedding(place: str, i: int) -> str:
+    return f"lm_heads.{i}.weight" if place == VLLM else f"{i}.1.weight"
+
+
+def _further(config: ModelConfig) -> range:
+    return range(2, config.heads + 1)
+
+
+def _vllm_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": config.dim,
+        "vocab_size": config.vocab_size,
+        # vLLM takes whatever key has "num" and "heads", or "num" and "layers", in its name: one of each, then.
+        "num_heads": config.heads - 1,
+        "num_hidden_layers": 1,
+        "medusa_fc_bias": True,
+        "original_lm_head": config.shared,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

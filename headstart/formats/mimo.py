@@ -1,0 +1,215 @@
+"""Sequential heads in MiMo's layout (model_type mimo), the plainest that vLLM and SGLang decode natively.
+
+Trunk and head 1 are a Qwen2: a Llama with biases on queries, keys and values. `model.mtp_layers.0` is head 2, the
+module of DeepSeek: `hidden_layernorm`, `token_layernorm`, `input_proj` over [hidden, embedding], a block, and
+`final_layernorm`, which is our final norm, shared with head 1. Both engines decode with one module; vLLM may run it
+again and again for further drafts, on its normed output where ours reads it as it is.
+
+They zero the embedding that the module reads at position 0. So drafts differ a little from ours, and the text does not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.data.tokenizers import Tokenizer
+from headstart.errors import UsageError
+from headstart.formats.assembly import LLAMA, assemble, inexpressible
+from headstart.formats.config_fields import Fields
+from headstart.formats.config_json import CONFIG_FILE, read_json
+from headstart.formats.hf_code_export import template
+from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, stored_tensors
+from headstart.formats.safetensors_files import TensorFiles, model_files
+from headstart.formats.tensor_names import MODEL_FILE, Part
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+MODULE = "model.mtp_layers.0"
+CODE = "modeling_mimo.py"
+NAMES = {"latent_norm": "hidden_layernorm", "token_norm": "token_layernorm", "join": "input_proj"}
+FINAL = f"{MODULE}.final_layernorm.weight"
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def is_mimo(directory: str | Path) -> bool:
+    """Whether `directory` holds a model in MiMo's layout."""
+    file = Path(directory) / CONFIG_FILE
+    return file.is_file() and read_json(file).get("model_type") == "mimo"
+
+
+def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Writes `model` into the existing folder `directory`, and tells in lines what is not carried.
+
+    Raises UsageError for a model that the layout cannot express, with what stands in the way.
+    """
+    config = model.config
+    files = {name: tensor for file in stored_tensors(model, None).values() for name, tensor in file.items()}
+    _refuse(config, files)
+    module = "heads.shared." if config.shared else "heads.2."
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in files.items():
+        if name.endswith("o_proj.bias") or (name.startswith("heads.") and not name.startswith(module)):
+            continue  # zero, or of a further head
+        tensors[_mimo_name(name) if name.startswith("heads.") else name] = tensor
+    for name, tensor in list(tensors.items()):
+        bias = name.removesuffix("weight") + "bias"
+        if any(f".{rows}.weight" in name for rows in QKV) and bias not in tensors:
+            tensors[bias] = tensor.new_zeros(tensor.shape[0])
+    tensors[FINAL] = tensors["model.norm.weight"].clone()
+    if config.tied:
+        tensors[UNEMBEDDING] = tensors[EMBEDDING].clone()
+    save_file(tensors, directory / MODEL_FILE, metadata={"format": "pt"})
+    end_id = None
+    if tokenizer is not None:
+        tokenizer.save(directory)
+        end_id = tokenizer.end_id
+    content = _config_json(config, str(tensors[EMBEDDING].dtype).removeprefix("torch."), end_id)
+    if tokenizer is not None and tokenizer.start_ids:
+        content["bos_token_id"] = tokenizer.start_ids[0]
+    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (directory / CODE).write_text(template(CODE), encoding="utf-8")
+    return _left_out(config)
+
+
+def load_mimo(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> Transformer:
+    """The model in a directory of MiMo's layout with one module: two heads, sequential.
+
+    Args:
+        dtype: of all parameters (None: that in which the embedding is stored).
+        device: where the parameters are made.
+
+    Raises:
+        UsageError: files that are missing or damaged, or a module that is not one of ours.
+    """
+    directory = Path(directory)
+    tensors = TensorFiles(model_files(directory, MODEL_FILE))
+    names = set(tensors.names())
+    config = _config(directory / CONFIG_FILE, tensors)
+    for name in (FINAL, "model.norm.weight", EMBEDDING):
+        if name not in names:
+            raise UsageError(f"{directory}: lacks {name}; copy the model directory again")
+    if not torch.equal(tensors.read(FINAL), tensors.read("model.norm.weight")):
+        raise UsageError(
+            f"{directory}: {FINAL} is not the model's final norm, which headstart's heads share; "
+            "this model cannot be read"
+        )
+
+    def read(part: Part) -> Tensor:
+        name = _mimo_name(part.name) if part.name.startswith("heads.") else part.name
+        if name not in names:
+            raise UsageError(f"{directory}: lacks {name}, which {CONFIG_FILE} promises; copy the directory again")
+        return tensors.read(name)
+
+    return assemble(config, read, tensors.dtype(EMBEDDING) if dtype is None else dtype, device)
+
+
+@torch.no_grad()
+def drafts_as_engines_compute(model: Transformer, tokens_BT: Tensor) -> Tensor:
+    """(B, T) -> (B, T - 1, V): logits of head 2 with the embedding that it reads at position 0 zeroed."""
+    T = tokens_BT.shape[1]
+    rotary = model.rotary(torch.arange(T, device=tokens_BT.device), model.trunk.embedding.weight.dtype)
+    z_BTD, embeddings_BTD = model.trunk(tokens_BT, rotary, length=T)
+    ahead_BTD = torch.nn.functional.pad(embeddings_BTD[:, 1:], (0, 0, 0, 1))
+    ahead_BTD[:, 0] = 0
+    return model.unembedding(model.head(2)(z_BTD, rotary, ahead_BTD=ahead_BTD), 2)[:, :-1]
+
+
+def _mimo_name(name: str) -> str:
+    """MiMo's name of a tensor of head 2."""
+    first, *rest = name.split(".")[2:]
+    return ".".join([MODULE, NAMES.get(first, first), *rest])
+
+
+def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
+    if config.heads == 1 or config.head_kind != "sequential":
+        kind = "one head" if config.heads == 1 else f"{config.head_kind} heads"
+        raise UsageError(
+            f"this model has {kind}; MiMo's layout holds sequential heads alone (model.head_kind: sequential), and "
+            "headstart and hf-code all kinds"
+        )
+    reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias"))
+    if config.dim_per_head * config.attention_heads != config.dim:
+        reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")
+    if any(name.endswith("o_proj.bias") and bool(tensor.any()) for name, tensor in files.items()):
+        reasons.append("biases on the output of attention")
+    if reasons:
+        raise UsageError(f"MiMo's layout cannot express {', '.join(reasons)}; take headstart or hf-code")
+
+
+def _left_out(config: ModelConfig) -> list[str]:
+    left = ["position 0: vLLM and SGLang zero the embedding that the module reads there; drafts differ, no text does"]
+    if config.heads > 2:
+        heads = "head 3" if config.heads == 3 else f"heads 3..{config.heads}"
+        again = "; vLLM may run the module again for them, on its normed output" if config.shared else ""
+        left.append(f"{heads}: left out, as the engines decode with one module{again}")
+    if config.tied:
+        left.append("tied unembedding: written as a matrix of its own, equal to the embedding")
+    return left
+
+
+def _config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
+    name = Path(CODE).stem
+    return {
+        "architectures": ["MiMoForCausalLM"],
+        "model_type": "mimo",
+        "auto_map": {"AutoConfig": f"{name}.MiMoConfig", "AutoModelForCausalLM": f"{name}.MiMoForCausalLM"},
+        "num_nextn_predict_layers": 1,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.attention_heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.dim_per_head,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "bos_token_id": end_id,
+        "eos_token_id": end_id,
+        "pad_token_id": end_id,
+    }
+
+
+def _config(file: Path, tensors: TensorFiles) -> ModelConfig:
+    content = read_json(file)
+    get = Fields(file, content).get
+    if content.get("num_nextn_predict_layers") != 1:
+        raise UsageError(f"{file}: num_nextn_predict_layers must be 1: headstart reads models with one module")
+    if content.get("rope_scaling") or content.get("use_sliding_window"):
+        raise UsageError(f"{file}: headstart reads MiMo's layout without rope_scaling and sliding windows")
+    biases = [name for name in tensors.names() if name.endswith(tuple(f"{rows}.bias" for rows in QKV))]
+    try:
+        heads, kv_heads = get("num_attention_heads", int), get("num_key_value_heads", int)
+        rope = Fields(file, Fields(file, content).mapping("rope_parameters"))
+        return ModelConfig(
+            vocab_size=get("vocab_size", int),
+            dim=get("hidden_size", int),
+            layers=get("num_hidden_layers", int),
+            attention_heads=heads,
+            kv_heads=None if kv_heads == heads else kv_heads,
+            hidden_dim=get("intermediate_size", int),
+            context=get("max_position_embeddings", int),
+            heads=2,
+            head_kind="sequential",
+            wiring="causal",
+            qkv_bias=any(bool(tensors.read(name).any()) for name in biases),
+            norm_eps=get("rms_norm_eps", float),
+            rope_theta=get("rope_theta", float) if content.get("rope_theta") else rope.get("rope_theta", float),
+        )
+    except UsageError as error:
+        raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error

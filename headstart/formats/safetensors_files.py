@@ -1,0 +1,155 @@
+"""Reading safetensors: one file or several, every name, shape and dtype checked before anything is copied."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from headstart.errors import UsageError
+from headstart.fileio import regular
+from headstart.formats.config_json import read_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE_BYTES = 2**24
+"""What is converted, or goes to another device, is read by so many bytes at once."""
+
+
+class TensorFiles:
+    """The tensors of safetensors files by name. Nothing is read before it is asked for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._where: dict[str, tuple[Path, Any]] = {}
+        self._begins: dict[str, int] = {}
+        """At which byte of its file each tensor begins."""
+        for path in paths:
+            regular(path)
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                reason = "is missing" if not path.exists() else f"is damaged or cut short ({_first_line(error)})"
+                raise UsageError(f"{path}: {reason}; copy the model directory again") from error
+            for name, begin in _begins(path).items():
+                self._where[name], self._begins[name] = (path, handle), begin
+
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def path(self, name: str) -> Path:
+        return self._where[name][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name][1].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The stored dtype; UsageError unless it is one that headstart computes with."""
+        path, handle = self._where[name]
+        stored = handle.get_slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise UsageError(
+                f"{path}: {name} is stored as {stored}, which headstart does not compute with; "
+                f"take the unquantised model ({', '.join(DTYPES)})"
+            )
+        return DTYPES[stored]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, backed by the mapped file: copy it before the file may change."""
+        return self._where[name][1].get_tensor(name)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """The tensor into `target` (contiguous, of its shape), converted to its dtype. Past the mapping, whose pages
+        would count as this process's memory as long as the file is open."""
+        dtype, path = self.dtype(name), self._where[name][0]
+        flat = target.view(-1)
+        straight = flat.device.type == "cpu" and flat.dtype == dtype
+        size = max(1, flat.numel() if straight else PIECE_BYTES // dtype.itemsize)
+        with path.open("rb", buffering=0) as file:
+            file.seek(self._begins[name])
+            for piece in flat.split(size):
+                read = piece if straight else torch.empty(len(piece), dtype=dtype)
+                _fill(file, read, path)
+                if not straight:
+                    piece.copy_(read)
+
+    def check(self, expected: dict[str, tuple[int, ...]], path: Path, ignored: Iterable[str] = ()) -> None:
+        """UsageError unless exactly the `expected` names and shapes are there; `path` is named where one is missing."""
+        missing = [name for name in expected if name not in self._where]
+        if missing:
+            raise UsageError(
+                f"{path}: lacks {_some(missing)}, which config.json promises; copy the model directory again"
+            )
+        unexpected = set(self._where) - set(expected) - set(ignored)
+        if unexpected:
+            names = sorted(unexpected)
+            raise UsageError(
+                f"{self.path(names[0])}: holds {_some(names)}, of which config.json says nothing; "
+                "use the config.json that was saved with it"
+            )
+        for name, shape in expected.items():
+            if self.shape(name) != shape:
+                raise UsageError(
+                    f"{self.path(name)}: {name} has shape {list(self.shape(name))}, not {list(shape)} as config.json "
+                    "says; use the config.json that was saved with it"
+                )
+            self.dtype(name)
+
+
+def model_files(directory: Path, name: str) -> list[Path]:
+    """The files that hold the model: `name`, or the shards that its index lists."""
+    index = directory / f"{name}.index.json"
+    if (directory / name).exists() or not index.exists():
+        if not (directory / name).exists() and list(directory.glob("*.bin")):
+            raise UsageError(
+                f"{directory}: holds weights as pickles only; save it as safetensors with transformers' save_pretrained"
+            )
+        return [directory / name]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UsageError(f"{index}: has no weight_map from tensors to files; copy the model directory again")
+    # An index is data from elsewhere: it may name files of this directory and no others.
+    outside = [shard for shard in shards.values() if Path(shard).name != shard or not _can_be_a_name(shard)]
+    if outside:
+        raise UsageError(
+            f"{index}: names {outside[0][:80]!r}, which is not a file of this directory; copy the model again"
+        )
+    return [directory / shard for shard in sorted(set(shards.values()))]
+
+
+def _can_be_a_name(name: str) -> bool:
+    """Whether a file system takes the name: up to 255 bytes of UTF-8 (a lone surrogate has none)."""
+    return len(name.encode("utf-8", "surrogatepass")) <= 255 and not re.search("[\ud800-\udfff\\0]", name)
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where tensors begin in a safetensors file that is known to be sound: the length of a header, it, then they."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + x["data_offsets"][0] for name, x in header.items() if name != "__metadata__"}
+
+
+def _fill(file: io.RawIOBase, target: Tensor, path: Path) -> None:
+    """Reads as many bytes as `target` has."""
+    buffer: Any = target.view(torch.uint8).numpy()
+    left = memoryview(buffer)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise UsageError(f"{path}: is damaged or cut short (it ends early); copy the model directory again")
+        left = left[count:]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,291 @@
+"""A run that begins from an existing model: new heads on it, what is frozen, and in which stage of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.console import Progress, say
+from headstart.data.batches import Batch, BatchStream
+from headstart.data.manifest import MANIFEST
+from headstart.data.mixture import Source
+from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
+from headstart.errors import UsageError
+from headstart.fileio import sha256_of, write_text
+from headstart.formats.generation_config import keep_generation
+from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, save_model
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.head_weights import HeadWeights
+from headstart.objective.walk import made_of
+from headstart.training import checkpoints
+from headstart.training.adapt.config import AdaptConfig
+from headstart.training.adapt.hidden_states import HiddenStates
+from headstart.training.adapt.lora import Lora
+from headstart.training.adapt.new_heads import blocks_to_head_1, config_with_heads, freeze, new_parameters, with_heads
+from headstart.training.config import RunConfig
+from headstart.training.processes import Processes
+from headstart.training.step import autocast
+
+SOURCE_FILE = "source.json"
+"""In the run folder: what the files of the existing model were when the run began."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps in which the same is trained."""
+
+    begin: int
+    """Its first step, from 0."""
+    steps: int
+    heads_alone: bool
+
+
+class ExistingModel:
+    """The model of the run, and what a step on it needs beside the batch."""
+
+    def __init__(self, config: RunConfig, processes: Processes) -> None:
+        """Raises UsageError where the model is not there, is another than `config.model` grew from, or has changed
+        since the run began; and for several processes."""
+        assert config.adapt is not None
+        check_processes(processes.count)
+        self._config, self._adapt = config, config.adapt
+        adapt = config.adapt
+        check_shape(load_config(adapt.model), config)
+        check_unchanged(adapt.model, config.run_dir)
+        old = load_model(adapt.model)
+        self.stored_dtype = old.trunk.embedding.weight.dtype
+        """Of the existing model."""
+        check_frozen_dtype(config, self.stored_dtype)
+        model = with_heads(old.to(getattr(torch, adapt.frozen_dtype)), config.model, config.seed)
+        del old
+        self.model = model.to(processes.device)
+        self.heads = new_parameters(self.model)
+        """Names of the parameters of the new heads."""
+        trained, self.lora = trained_parameters(self.model, adapt, config.seed)
+        freeze(self.model, trained)
+        self._trained = trained
+        self._states: HiddenStates | None = None
+        self._original: Transformer | None = None
+        if adapt.self_distilled and self.lora is None:
+            self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
+            self._original.requires_grad_(False)
+
+    def begin_step(self, step: int, extended: int = 0) -> list[float]:
+        """Freeze what step `step` (from 0) does not train and return the heads' weights. `extended`:
+        `Position.extended`."""
+        stage = stage_of(step, self._config, extended)
+        freeze(self.model, self.heads if stage.heads_alone else self._trained)
+        done, weights = step - stage.begin, self._config.head_weights
+        n = self._config.model.heads
+        if stage.heads_alone:
+            # Head 1 is frozen: its loss would teach nobody. All others count in full, whatever they do afterwards.
+            weights = HeadWeights(decay=weights.decay, sampled=weights.sampled)
+            return [0.0, *weights.at(0, n)[1:]]
+        return weights.at(1.0 if stage.begin and stage.begin == extended else done / stage.steps, n)
+
+    def known(self, batch: Batch) -> dict[str, Any]:
+        """What `walk_step` is given for `batch` beside it."""
+        if self._states is not None:
+            assert batch.places is not None
+            z_BTD = self._states.of(batch.places)
+            # As the trunk gives them: its residual stream is in the dtype of its weights.
+            return {"z_BTD": z_BTD.to(batch.tokens.device, self.model.trunk.embedding.weight.dtype)}
+        if not self._adapt.self_distilled:
+            return {}
+        documents = batch.documents if self._config.data.attention_within_documents else None
+        if self.lora is not None:
+            with self.lora.off():
+                return {"original": made_of(self.model, batch.tokens, documents)}
+        assert self._original is not None
+        return {"original": made_of(self._original, batch.tokens, documents)}
+
+    def whole(self) -> Transformer:
+        """The model as others know it: what LoRA adds is added to the weights."""
+        return self.model if self.lora is None else self.lora.merged(self.model)
+
+    def save(self, whole: Transformer, directory: Path, tokenizer: Tokenizer) -> None:
+        """Writes the model directory, in the dtype of the existing model's: what was frozen keeps its bytes. Where that
+        ends a text stays as it is. What LoRA trained is also written as a peft adapter, RUN/adapter."""
+        if self.lora is not None:
+            self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
+        save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
+        keep_generation(self._adapt.model, directory)
+
+    def cache_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> None:
+        """Makes the hidden states of all rows of `sources`, or what is missing of them, where the run reads such.
+        Raises UsageError where they would take too much."""
+        folder, config = self._adapt.cache_states, self._config
+        if folder is None:
+            return
+        splits, device = [source.train for source in sources], self.model.trunk.embedding.weight.device
+        streams = [
+            BatchStream(split, rows=1, length=config.length, heads=config.model.offset_of_heads, seed=0, shuffle=False)
+            for split in splits
+        ]
+        rows = [stream.rows_of[0] for stream in streams]
+        made_of = {
+            "model": digests(self._adapt.model),
+            "trunk_layers": config.model.trunk_layers,
+            "data": [sha256_of(split.directory / MANIFEST) for split in splits],
+            "products": config.dtype,
+            "weights": self._adapt.frozen_dtype,
+            "attention_within_documents": config.data.attention_within_documents,
+        }
+        dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
+        states = HiddenStates(folder, made_of, rows, config.length, config.model.dim, dtype)
+        states.check_room(int(self._adapt.cache_gib * 2**30))
+        visits = config.steps * config.tokens_per_step / (sum(rows) * config.length)
+        say(
+            f"hidden states of {sum(rows):,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in "
+            f"{states.folder}; this run reads each {visits:.1f} times"
+            + ("" if visits > 1 else ", so keeping them gains it nothing")
+        )
+
+        @torch.no_grad()
+        def read(source: int, first: int, stop: int) -> Tensor:
+            stream = streams[source]
+            stream.load_state_dict({"epoch": 0, "row": first})
+            batches = [next(stream) for _ in range(stop - first)]
+            tokens = torch.cat([batch.tokens for batch in batches]).to(device)
+            documents = torch.cat([batch.documents for batch in batches]).to(device)
+            within = documents if config.data.attention_within_documents else None
+            with autocast(config, device):
+                return self.model.latents(tokens, [], within)[0]
+
+        missing = sum(rows) - sum(states.done())
+        if missing:
+            with progress("hidden states", missing, unit="rows") as bar:
+                states.fill(read, config.batch.rows, bar.advance)
+        self._states = states
+
+
+def stage_of(step: int, config: RunConfig, extended: int = 0) -> Stage:
+    """Return the stage that step `step` (from 0) lies in; steps from `extended` on, where it is not 0, continue the
+    last one."""
+    assert config.adapt is not None
+    if extended and step >= extended:
+        return Stage(extended, config.steps - extended, config.adapt.mode == "heads")
+    if config.adapt.mode == "heads":
+        return Stage(0, config.steps, True)
+    first = round(config.steps * config.adapt.heads_first)
+    return Stage(0, first, True) if step < first else Stage(first, config.steps - first, False)
+
+
+def trained_parameters(model: Transformer, adapt: AdaptConfig, seed: int) -> tuple[set[str], Lora | None]:
+    """Return the names of all that a run trains in its last stage, and LoRA's products, added to `model`, if it trains
+    such."""
+    if adapt.lora is not None:
+        heads, lora = new_parameters(model), Lora(model, adapt.lora, seed)
+        return heads | lora.names, lora
+    return (new_parameters(model) if adapt.mode == "heads" else {name for name, _ in model.named_parameters()}), None
+
+
+def check_processes(count: int) -> None:
+    """Raise UsageError for several processes."""
+    if count > 1:
+        raise UsageError("adapt runs on one process so far; start it without torchrun")
+
+
+def check_frozen_dtype(config: RunConfig, stored: torch.dtype) -> None:
+    """Raise UsageError where frozen weights, stored in `stored`, cannot be held in the dtype asked for."""
+    assert config.adapt is not None
+    name, model = config.adapt.frozen_dtype, config.adapt.model
+    if name != "float32" and stored != getattr(torch, name):
+        raise UsageError(
+            f"adapt.frozen_dtype {name}: {model} is stored in {str(stored).removeprefix('torch.')}, and rounding it "
+            "would change what it writes; take float32"
+        )
+    if name != "float32" and not config.in_bfloat16:
+        raise UsageError(f"adapt.frozen_dtype {name} needs dtype bfloat16; this run has {config.dtype}")
+
+
+def check_shape(old: ModelConfig, config: RunConfig) -> None:
+    """Raises UsageError unless `config.model` is the shape `old` with new heads."""
+    model, adapt = config.model, config.adapt
+    assert adapt is not None
+    wanted = config_with_heads(
+        old, model.heads, model.head_kind, model.wiring, shared=model.shared, replace_heads=adapt.replace_heads
+    )
+    if wanted != model:
+        raise UsageError(
+            f"{adapt.model}: the run's model is not this one with heads added; start it anew with headstart adapt"
+        )
+
+
+def check_unchanged(model: Path, run_dir: Path) -> None:
+    """Keep what the model's files are when the run begins. Raises UsageError where they are others later: weights that
+    are never trained are in no checkpoint, and neither is the tokenizer."""
+    now = digests(model)
+    if (tokenizer := model / TOKENIZER_FILE).is_file():
+        now[TOKENIZER_FILE] = sha256_of(tokenizer)
+    known = run_dir / SOURCE_FILE
+    if not checkpoints.all_steps(run_dir / "checkpoints"):
+        known.unlink(missing_ok=True)
+    try:
+        before = json.loads(known.read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        write_text(known, json.dumps({"model": str(model), "sha256": now}, indent=2) + "\n")
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{known}: cannot be read ({error}); give another --run-dir") from error
+    if TOKENIZER_FILE not in before:  # a run of an older Headstart, which did not record it
+        now.pop(TOKENIZER_FILE, None)
+    if before != now:
+        raise UsageError(f"{model}: is another than when {run_dir} began; put it back, or give another --run-dir")
+
+
+def digests(model: Path) -> dict[str, str]:
+    """SHA-256 of the files that hold the weights of a model directory."""
+    return {file.name: sha256_of(file) for file in sorted(model.glob("*.safetensors"))}
+
+
+def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) -> None:
+    """Raises UsageError where the shards were encoded with another tokenizer than the model's."""
+    for source in sources:
+        folder, needed = source.train.directory, int(source.train.manifest["vocab_size"])
+        if needed > vocab_size:
+            raise UsageError(
+                f"{folder}: its tokenizer has {needed} ids, {model} a vocabulary of {vocab_size}; prepare the text "
+                f"with --tokenizer {model}"
+            )
+        ours, theirs = folder / "tokenizer" / TOKENIZER_FILE, model / TOKENIZER_FILE
+        if ours.is_file() and theirs.is_file() and _vocabulary(ours) != _vocabulary(theirs):
+            raise UsageError(
+                f"{folder}: was encoded with another tokenizer than {model} has; prepare it with --tokenizer {model}"
+            )
+
+
+def _vocabulary(file: Path) -> object:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content["model"], [(token["id"], token["content"]) for token in content.get("added_tokens", [])]
+
+
+def tokenizer_of(model: Path, otherwise: Tokenizer) -> Tokenizer:
+    """The model's own tokenizer, or that of the data where it has none."""
+    return load_model_tokenizer(model) or otherwise
+
+
+def flops_per_token(config: RunConfig) -> int:
+    """FLOPs of training on one token, as `ModelConfig.flops_per_token`; what is frozen is only run forward, and the
+    unembedding gets no gradient. Joint runs are counted as in their second stage. Registers are counted as the tokens
+    that they stand beside, token order as one more unembedding."""
+    model, whole = config.model, config.model.flops_per_token(config.length) * config.positions // config.length
+    whole += 6 * model.vocab_size * model.dim if config.token_order.on else 0
+    if config.adapt is None or config.adapt.mode == "joint":
+        return whole
+    decoder = replace(
+        model, heads=1, extra_layers=0, head_kind="linear", wiring="parallel", shared=True,
+        layers=blocks_to_head_1(model),
+    )  # fmt: skip
+    unembedding = model.vocab_size * model.dim
+    without_heads = decoder.flops_per_token(config.length)
+    own = model.head_kind == "replicated" or (model.head_kind == "medusa" and not model.shared)
+    heads = whole - without_heads - (0 if own else 2 * unembedding * (model.heads - 1))
+    return (without_heads - 6 * unembedding) // 3 + heads

@@ -1,0 +1,221 @@
+"""`headstart train CONFIG.yaml --dry-run`: what a run would need and take. Nothing is started, read or written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from headstart import hardware
+from headstart.console import duration, format_table
+from headstart.errors import UsageError
+from headstart.formats.huggingface import load_config as model_config
+from headstart.formats.huggingface import stored_dtype
+from headstart.training.adapt.memory import estimate_adapt
+from headstart.training.adapt.run import check_frozen_dtype, check_processes, check_shape, flops_per_token
+from headstart.training.config import RunConfig, load_config
+from headstart.training.memory import estimate, layout
+
+SPARE = {"cpu": 0.5, "gpu": 0.1}
+"""How much more than the estimate a device should have, as a fraction of it: on a GPU for torch itself, communication,
+and what its allocator cannot use again; on a CPU the resident set was measured at 1.3 times the estimate
+(docs/scale-out.md)."""
+GPUS = ("A100", "H100", "B200")
+"""Those whose hours are told; their speeds are `hardware.GPU_TERAFLOPS`."""
+UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for kind, base in (("B", 1000), ("iB", 1024))
+}
+
+
+@dataclass(frozen=True)
+class DryRunSettings:
+    """What would the run need? Prints tokens, memory of one process, and time; starts nothing."""
+
+    processes: int = 1
+    """Processes (devices) that torchrun would start."""
+    device_memory: str | None = None
+    """Memory of one device, such as 80GiB (default: that of the GPU here; on a CPU, what is available)."""
+    mfu: float = 0.4
+    """Model FLOPs utilisation that the hours assume."""
+
+
+def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
+    """As plain data. `arguments`: those of `DryRunSettings`, and settings of the run as in `headstart train`.
+
+    Without `--processes` and `--device-memory`, a run that would take the CPU is estimated for the CPU; every other for
+    GPUs. Raises UsageError for whatever would keep the run from starting, but does not look for data: a configuration
+    whose data is not there must give model.vocab_size.
+    """
+    settings, rest = tyro.cli(
+        DryRunSettings, args=list(arguments), return_unknown_args=True, prog=f"headstart train {path} --dry-run"
+    )
+    return estimate_run(_load(path, rest), str(path), settings)
+
+
+def estimate_run(config: RunConfig, name: str, settings: DryRunSettings) -> dict[str, Any]:
+    """Return the estimate of the run `config`, which the result calls `name`, as plain data."""
+    if not 0 < settings.mfu <= 1:
+        raise UsageError(f"--mfu is {settings.mfu}; it must be above 0 and at most 1")
+    memory = None if settings.device_memory is None else parse_bytes(settings.device_memory)
+    if config.adapt is not None:
+        check_processes(settings.processes)
+    spread = layout(config, settings.processes)
+    on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or memory or settings.processes > 1)
+    if memory is None:
+        memory = _memory_here(on_cpu, settings.processes)
+    device: Literal["cpu", "gpu"] = "cpu" if on_cpu else "gpu"
+    config = config.on("cpu") if on_cpu or config.dtype != "auto" else replace(config, dtype="bfloat16")
+    if config.adapt is None:
+        needed, flops = estimate(config, spread, device), config.model.flops_per_token(config.length)
+    else:
+        check_shape(model_config(config.adapt.model), config)
+        check_frozen_dtype(config, stored_dtype(config.adapt.model))
+        needed, flops = estimate_adapt(config, spread, device), flops_per_token(config)
+    full = config.dtype == "float32"
+    total_flops = flops * config.tokens_per_step * config.steps
+    return {
+        "config": name,
+        "device": device,
+        "parameters": config.model.parameters()["total"],
+        "heads": config.model.heads,
+        "head_kind": config.model.head_kind,
+        "wiring": config.model.wiring,
+        **asdict(spread),
+        "rows_per_step": config.batch.rows * config.batch.accumulate,
+        "length": config.length,
+        "steps": config.steps,
+        "tokens_per_step": config.tokens_per_step,
+        "tokens": config.tokens_per_step * config.steps,
+        "flops_per_token": flops,
+        "flops": total_flops,
+        "mfu": settings.mfu,
+        "hours": _hours_here(config, total_flops)
+        if on_cpu
+        else {
+            gpu: total_flops / (hardware.GPU_TERAFLOPS[gpu][full] * 1e12 * settings.mfu * settings.processes) / 3600
+            for gpu in GPUS
+        },
+        "moments": needed.moments,
+        "peak_moment": needed.peak_moment,
+        "peak_bytes": needed.peak,
+        "device_bytes": memory,
+        "fits": None if memory is None else needed.peak * (1 + SPARE[device]) <= memory,
+    }
+
+
+def _hours_here(config: RunConfig, flops: int) -> dict[str, float]:
+    """Return the hours of a run on an existing model on this CPU, at the speed measured for large products."""
+    if config.adapt is None:
+        return {}
+    speed, _ = hardware.peak_flops(config.dtype, "cpu", config.threads or torch.get_num_threads())
+    return {"this CPU": flops / speed / 3600}
+
+
+def _load(path: Path, overrides: list[str]) -> RunConfig:
+    try:
+        return load_config(path, overrides)
+    except UsageError as error:
+        try:
+            load_config(path, [*overrides, "--model.vocab-size", "1"])
+        except UsageError:
+            raise error from None
+        raise UsageError(f"{error}; or give model.vocab_size, which is all that a dry run wants of the data") from None
+
+
+def format_dry_run(found: dict[str, Any]) -> str:
+    """`dry_run`'s result for people."""
+    held = found["moments"][found["peak_moment"]]
+    shared = f", {found['sharers']} share one copy of the weights" if found["sharers"] > 1 else ""
+    unit, size = ("GiB", 2**30) if found["peak_bytes"] >= 2**30 else ("MiB", 2**20)
+    rows = [[name, f"{held[name] / size:,.2f}"] for name in sorted(held, key=lambda name: -held[name])]
+    lines = [
+        f"{found['config']}: {found['parameters']:,} parameters, "
+        f"{_counted(found['heads'], found['head_kind'] + ' head')}, {found['wiring']}",
+        f"{found['steps']:,} steps of {found['tokens_per_step']:,} tokens ({found['rows_per_step']:,} rows of "
+        f"{found['length']:,}): {found['tokens']:,} tokens in all",
+        f"{_counted(found['processes'], 'process', 'processes')}{shared}; a step is "
+        f"{_counted(found['micro_batches'], 'micro-batch', 'micro-batches')} of "
+        f"{_counted(found['rows'], 'row')} for each",
+        "",
+        f"estimated memory of one process on a {found['device'].upper()}, at its peak in {found['peak_moment']}:",
+        "",
+        format_table(["", unit], [*rows, ["all", f"{found['peak_bytes'] / size:,.2f}"]]),
+        "",
+        _verdict(found),
+        f"{found['flops']:.3g} FLOP" + _hours(found),
+    ]
+    if found.get("cache_states_gib"):
+        lines.append(f"hidden states on disk: at most {found['cache_states_gib']:g} GiB (--cache-gib)")
+    return "\n".join(lines)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if found["device_bytes"] is None:
+        return "give --device-memory, such as 80GiB, to be told whether that fits"
+    left = (found["device_bytes"] - found["peak_bytes"]) / 2**30
+    device = f"{found['device_bytes'] / 2**30:,.2f} GiB"
+    if found["fits"]:
+        return f"fits in {device}, {left:,.2f} GiB to spare"
+    if left >= 0:
+        spare = SPARE[found["device"]]
+        return f"tight in {device}: {left:,.2f} GiB to spare, of the {spare:.0%} that an estimate needs. {_mend(found)}"
+    return f"does not fit in {device}: {-left:,.2f} GiB too much. {_mend(found)}"
+
+
+def _mend(found: dict[str, Any]) -> str:
+    """What makes the largest part smaller."""
+    held = found["moments"][found["peak_moment"]]
+    largest = max(held, key=lambda name: held[name])
+    if "before they are shared out" in largest:
+        return "Set parallel.reduce_each_micro_batch to true"
+    if "activations" in largest and not found["activation_checkpointing"]:
+        return "Set parallel.activation_checkpointing to true, or halve batch.rows and double batch.accumulate"
+    if "activations" in largest:
+        return "Halve batch.rows and double batch.accumulate"
+    return "Share the weights among more processes (--processes)"
+
+
+def _hours(found: dict[str, Any]) -> str:
+    if not found["hours"]:
+        return ""
+    if "this CPU" in found["hours"]:
+        return f"; on this CPU {_time(found['hours']['this CPU'])} at the speed of large products measured now"
+    hours = ", ".join(f"{gpu} {_time(value)}" for gpu, value in found["hours"].items())
+    return f"; at {found['mfu']:.0%} of the peak of {_counted(found['processes'], 'GPU')}: {hours}"
+
+
+def parse_bytes(text: str) -> int:
+    """80GiB, 80 GB, 1e9 -> bytes. Raises UsageError for an unknown unit, or no number."""
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in UNITS.items()}
+    try:
+        if found is None or found[2].lower() not in units:
+            raise ValueError
+        size = int(float(found[1]) * units[found[2].lower()])
+    except ValueError:
+        raise UsageError(f"--device-memory {text!r} is no size; write it as 80GiB, or in MiB, GB, MB") from None
+    if size < 1:
+        raise UsageError(f"--device-memory is {text}; it must be above 0")
+    return size
+
+
+def _memory_here(on_cpu: bool, processes: int) -> int | None:
+    """Of the GPU here, or what is available to one process on this CPU."""
+    if not on_cpu:
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return hardware.available_memory() if processes == 1 else None
+
+
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _time(hours: float) -> str:
+    return duration(hours * 3600) if hours < 48 else f"{hours / 24:,.1f} days"

@@ -1,0 +1,190 @@
+"""Study: how often a multi-token loss counts a choice point (paper sections 5.1 and L.3)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, spread, values
+from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model
+from studies.verdicts import Contrast, judge
+
+LENGTH, INCONSEQUENTIAL, CHOICE = 24, 7, 15
+"""Tokens of a text; which one is drawn without consequence, and which one decides all that follow (from 0)."""
+ALLOWED = 0.1
+"""Of the count: how far a trained model's losses may be from it. What is enumerated must be exact."""
+
+
+@dataclass(frozen=True)
+class ChoicePointsSettings(StudySettings):
+    branches: int = 4
+    """Equally probable tokens at both draws."""
+    heads: tuple[int, ...] = (1, 2, 4)
+    size: str = "0.06M"
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+class ChoicePointsStudy(Study[ChoicePointsSettings]):
+    name = "choice-points"
+    claim = (
+        "Predicting n tokens ties n(n+1)/2 terms of the loss to a transition with consequences and n to one without: "
+        "choice points count (n+1)/2 times more than in next-token training."
+    )
+    section = "sections 5.1 and L.3, figure 9"
+    published = "n(n+1)/2 terms against n"
+    not_yet_run = ()
+    scales: ClassVar[dict[Scale, Any]] = {
+        "smoke": ChoicePointsSettings(heads=(1, 2), training=TrainingSettings(steps=10, rows=8, length=24)),
+        "cpu": ChoicePointsSettings(
+            seeds=3, training=TrainingSettings(steps=200, rows=16, length=72, lr=3e-3, warmup_steps=30)
+        ),
+        "gpu": ChoicePointsSettings(
+            seeds=5, heads=(1, 2, 4, 8), size="10M",
+            training=TrainingSettings(steps=1000, rows=64, length=48, lr=1e-3, warmup_steps=100),
+        ),
+        "paper": ChoicePointsSettings(seeds=5, heads=(1, 2, 3, 4)),
+    }  # fmt: skip
+
+    def cases(self, settings: ChoicePointsSettings) -> list[Case]:
+        exact = [Case({"by": "enumeration", "n": n}, 0) for n in settings.heads]
+        trained = [Case({"by": "training", "n": n}, seed) for n in settings.heads for seed in range(settings.seeds)]
+        return exact + trained
+
+    def run(self, settings: ChoicePointsSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        texts, n = texts_of(settings.branches), int(case.conditions["n"])
+        if case.conditions["by"] == "enumeration":
+            losses_Tn = np.array([[_entropy(texts, t, k) for k in range(1, n + 1)] for t in range(LENGTH)])
+            return _terms(losses_Tn, settings.branches) | {"sigmas": sigmas(texts)}
+        rng = np.random.default_rng(case.seed)
+        documents = [texts[i] for i in rng.integers(len(texts), size=2000)]
+        vocabulary = 1 + max(map(max, texts))
+        model = sized(settings.size, vocab_size=vocabulary, heads=n, context=settings.training.length)
+        config = run_config(settings.training, model, case.seed, settings.device)
+        trained = train_model(config, stream_of(in_memory(documents), config), tell)
+        return _terms(_losses(trained.model, texts, n), settings.branches) | {"losses": trained.losses}
+
+    def findings(self, settings: ChoicePointsSettings, results: Sequence[Result]) -> Findings:
+        rows, contrasts = [], []
+        for n in settings.heads:
+            counts = {"with consequences": n * (n + 1) / 2, "without": float(n)}
+            for by, allowed in (("enumeration", 1e-9), ("training", ALLOWED)):
+                cells = []
+                for kind, count in counts.items():
+                    found = values(results, lambda r, kind=kind: r.numbers[kind], by=by, n=n)  # type: ignore[misc]
+                    cells.append(spread(found))
+                    if by == "enumeration":
+                        found *= 2  # there is no chance in it
+                    contrasts.append(Contrast(f"{by}, n={n}", [allowed * count - abs(x - count) for x in found]))
+                rows.append([str(n), by, *cells, f"{counts['with consequences']:g} / {n}"])
+        top = max(settings.heads)
+        with_, without = (
+            statistics.median(values(results, lambda r, kind=kind: r.numbers[kind], by="training", n=top))  # type: ignore[misc]
+            for kind in ("with consequences", "without")
+        )
+        sigma = values(results, lambda r: r.numbers["sigmas"]["choice"], by="enumeration", n=top)[0]
+        sentence = (
+            f"By enumeration the counts are exact for n = {', '.join(map(str, settings.heads))}; the losses of trained "
+            f"models, over the entropy of one draw, come to {with_:.2f} and {without:.2f} terms at n={top}, where "
+            f"{top * (top + 1) / 2:g} and {top} are counted."
+        )
+        notes = [
+            f"Texts of {LENGTH} tokens: token {INCONSEQUENTIAL + 1} is drawn without consequence, token {CHOICE + 1} "
+            f"decides all that follow; {settings.branches} equally probable tokens each.",
+            f"Where the reward is 1 for one branch and 0 for the others, sigma (section 5.1) is {sigma:.3f} at the "
+            "choice point and 0 everywhere else.",
+        ]
+        headers = ["n", "by", "terms, with consequences", "terms, without", "the paper"]
+        ours = f"{with_:.2f} against {without:.2f} at n={top}"
+        return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
+
+    def draw(self, figure: Any, settings: ChoicePointsSettings, results: Sequence[Result]) -> None:
+        axes = figure.add_subplot()
+        ns = np.array(settings.heads)
+        fine = np.linspace(1, max(ns), 50)
+        axes.plot(fine, fine * (fine + 1) / 2, color="C1", linestyle="--", label="the paper: n(n+1)/2")
+        axes.plot(fine, fine, color="C0", linestyle="--", label="the paper: n")
+        for kind, colour in (("with consequences", "C1"), ("without", "C0")):
+            for n in settings.heads:
+                found = values(results, lambda r, kind=kind: r.numbers[kind], by="training", n=n)  # type: ignore[misc]
+                label = f"trained models, a draw {kind}" if n == settings.heads[0] else None
+                axes.plot([n] * len(found), found, "o", color=colour, alpha=0.6, label=label)
+        axes.set(xlabel="n", ylabel="terms of the loss tied to one draw", xticks=settings.heads)
+        axes.legend()
+
+
+def texts_of(branches: int) -> list[list[int]]:
+    """All texts, equally probable. Every token that is not drawn follows from its place and the branch taken."""
+    texts = []
+    for free in range(branches):
+        for branch in range(branches):
+            text = list(range(LENGTH))
+            text[INCONSEQUENTIAL] = LENGTH + free
+            text[CHOICE:] = [LENGTH + branches + branch * LENGTH + t for t in range(CHOICE, LENGTH)]
+            texts.append(text)
+    return texts
+
+
+def _entropy(texts: list[list[int]], t: int, k: int) -> float:
+    """H(x_{t+k} | x_0..x_t) in nats, by counting; 0 where the text has ended."""
+    if t + k >= LENGTH:
+        return 0.0
+    groups: dict[tuple[int, ...], dict[int, int]] = defaultdict(lambda: defaultdict(int))
+    for text in texts:
+        groups[tuple(text[: t + 1])][text[t + k]] += 1
+    total = 0.0
+    for group in groups.values():
+        whole = sum(group.values())
+        total -= sum(count * math.log(count / whole) for count in group.values())
+    return total / len(texts)
+
+
+def sigmas(texts: list[list[int]]) -> dict[str, float]:
+    """sigma = sqrt(Var over the next token of the expected reward) at the choice point, and the largest elsewhere. The
+    reward of a text is 1 if its branch is the first, else 0; the policy is the texts' own distribution."""
+    first = texts[0][CHOICE]
+
+    def value(prefix: list[int]) -> float:
+        rewards = [float(text[CHOICE] == first) for text in texts if text[: len(prefix)] == prefix]
+        return sum(rewards) / len(rewards)
+
+    found = []
+    for t in range(1, LENGTH):
+        values_after = [[value(other[: t + 1]) for other in texts if other[:t] == text[:t]] for text in texts]
+        found.append(math.sqrt(max(map(statistics.pvariance, values_after))))
+    return {"choice": found[CHOICE - 1], "elsewhere": max(x for t, x in enumerate(found, start=1) if t != CHOICE)}
+
+
+def _terms(losses_Tn: np.ndarray, branches: int) -> dict[str, Any]:
+    """Losses tied to each of the two draws, in entropies of one: `losses_Tn[t, k-1]` is head k's at position t."""
+    count = {"with consequences": 0.0, "without": 0.0}
+    for t, row in enumerate(losses_Tn):
+        for k, loss in enumerate(row, start=1):
+            if t < CHOICE <= t + k:
+                count["with consequences"] += loss / math.log(branches)
+            elif t < INCONSEQUENTIAL == t + k:
+                count["without"] += loss / math.log(branches)
+    return dict(count)
+
+
+@torch.no_grad()
+def _losses(model: torch.nn.Module, texts: list[list[int]], n: int) -> np.ndarray:
+    """(T, n): mean loss of every head at every position over all texts, each behind another, as in training."""
+    device = next(model.parameters()).device
+    tokens_BT = torch.tensor([[*texts[-1], *text] for text in texts], device=device)
+    log_BTnV = model(tokens_BT, heads=n)[:, LENGTH:].double().log_softmax(-1).cpu()
+    losses_Tn = np.zeros((LENGTH, n))
+    for k in range(1, n + 1):
+        targets_BT = tokens_BT[:, LENGTH + k :].cpu()
+        of_targets = log_BTnV[:, : LENGTH - k, k - 1].gather(-1, targets_BT[..., None])[..., 0]
+        losses_Tn[: LENGTH - k, k - 1] = -of_targets.mean(0).numpy()
+    return losses_Tn
+
+
+STUDY = ChoicePointsStudy()

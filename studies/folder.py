@@ -1,0 +1,101 @@
+"""The folder of a study: one file for each finished case, so that a second start goes on; and who may write there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from headstart.errors import UsageError
+from headstart.fileio import take_lock, unwritable, write_text
+from studies.study import Case, Result, StudySettings
+
+
+class StudyFolder:
+    """study.json (which study, with which settings), cases/, and in the end results.json, report.md and figure.png."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "study.json"
+        self.cases = path / "cases"
+        self.results = path / "results.json"
+        self.report = path / "report.md"
+        self.figure = path / "figure.png"
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes out of it."""
+        try:
+            self.cases.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise unwritable(self.path, error, "give another --out") from error
+        with lock:
+            if not take_lock(lock):
+                raise UsageError(f"{self.path}: another study is running there; wait for it or give another --out")
+            for left in self.cases.glob(".*.writing-*"):
+                left.unlink(missing_ok=True)
+            yield
+
+    def accept(self, name: str, scale: str, settings: StudySettings) -> None:
+        """Raises UsageError where the folder holds another study, or cases of other settings. More or fewer seeds, or
+        another device, are no other settings."""
+        now = {"study": name, "scale": scale, **_plain(settings)}
+        if self.settings.exists():
+            try:
+                before = json.loads(self.settings.read_text(encoding="utf-8"))
+                flat = _flat(before)
+            except (ValueError, AttributeError) as error:
+                raise UsageError(f"{self.settings}: cannot be read ({error}); give another --out") from error
+            wanted = _flat(now)
+            for key in [*wanted, *(flat.keys() - wanted.keys())]:
+                if key not in ("seeds", "device") and flat.get(key) != wanted.get(key):
+                    raise UsageError(
+                        f"{self.path}: holds a study with {key} {flat.get(key)}, not {wanted.get(key)}; "
+                        "give another --out"
+                    )
+        write_text(self.settings, json.dumps(now, indent=2) + "\n")
+
+    def find(self, case: Case) -> Result | None:
+        """What `case` has found, if it is finished."""
+        file = self.cases / f"{case.name}.json"
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            return Result(case, kept["numbers"], float(kept["seconds"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file}: cannot be read ({error}); delete it and run the study again") from error
+
+    def keep(self, result: Result) -> Result:
+        """Writes what a case found, in one step, and gives it as it will be read."""
+        case = result.case
+        kept = {"conditions": case.conditions, "seed": case.seed, "numbers": _finite(result.numbers)}
+        text = json.dumps({**kept, "seconds": round(result.seconds, 2)}, indent=2, allow_nan=False)
+        write_text(self.cases / f"{case.name}.json", text + "\n")
+        return Result(case, json.loads(text)["numbers"], result.seconds)
+
+
+def _plain(settings: StudySettings) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    return plain
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has no number for is null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

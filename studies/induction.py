@@ -1,0 +1,189 @@
+"""Study: induction, "A B ... A" -> "B" (paper section 4.1 and appendix J)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from headstart.model.transformer import Transformer
+from studies.stories import Name, Stories
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
+from studies.training import (
+    TrainingSettings,
+    in_memory,
+    run_config,
+    sized,
+    stream_of,
+    train_model,
+    written_right,
+)
+from studies.verdicts import Contrast, contrast, in_words, judge
+
+FORMED = 0.1
+"""Accuracy above guessing that some model must reach: below, nobody formed induction and nothing is compared."""
+
+
+@dataclass(frozen=True)
+class InductionSettings(StudySettings):
+    sizes: tuple[str, ...] = ("1M", "3M", "10M", "30M", "100M", "300M", "1B")
+    heads: tuple[int, ...] = (1, 2)
+    data: tuple[str, ...] = ("stories", "books")
+    """stories alone, or books and stories 9:1 (appendix J)."""
+    names: int = 120
+    """Different names in the training stories; people in books have names of their own."""
+    first: int = 24
+    """Tokens that names begin with."""
+    second: int = 24
+    """And end with."""
+    stories: int = 4000
+    tests: int = 100
+    """Stories with names that no training story has."""
+    every: int = 50
+    """Steps between evaluations: the best counts, as in the paper."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+class InductionStudy(Study[InductionSettings]):
+    name = "induction"
+    claim = (
+        "Predicting two tokens makes small models form induction, which next-token models of their size do not; "
+        "with better data both form it, and the difference goes."
+    )
+    section = "section 4.1, figure 7, appendix J"
+    published = "curves only, no numbers: n=2 vastly better up to 30M, no gain from 100M on; none with books 9:1"
+    scales: ClassVar[dict[Scale, Any]] = {
+        "smoke": InductionSettings(
+            sizes=("0.06M",), data=("stories",), names=20, first=6, second=6, stories=60, tests=10, every=5,
+            training=TrainingSettings(steps=10, rows=8, length=48),
+        ),
+        "cpu": InductionSettings(
+            seeds=2, sizes=("0.06M", "0.25M"), training=TrainingSettings(
+                steps=250, rows=16, length=96, lr=3e-3, warmup_steps=25,
+            ),
+        ),
+        "gpu": InductionSettings(
+            seeds=2, sizes=("0.25M", "1M", "3M", "10M", "30M"), names=2000, first=200, second=200, stories=200_000,
+            every=200,
+            training=TrainingSettings(
+                steps=4000, rows=128, length=512, lr=3e-4, warmup_steps=200, dtype="bfloat16",
+            ),
+        ),
+        "paper": InductionSettings(
+            seeds=2, names=5000, first=400, second=400, stories=2_000_000, every=2000,
+            training=TrainingSettings(
+                steps=100_000, rows=128, length=2048, lr=1e-4, warmup_steps=2000, dtype="bfloat16",
+            ),
+        ),
+    }  # fmt: skip
+
+    def cases(self, settings: InductionSettings) -> list[Case]:
+        return crossed(settings.seeds, data=settings.data, size=settings.sizes, n=settings.heads)
+
+    def run(self, settings: InductionSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        stories, training = Stories(settings.first, settings.second), settings.training
+        model = sized(
+            str(case.conditions["size"]), vocab_size=stories.vocab_size, heads=case.conditions["n"],
+            context=max(256, training.length),
+        )  # fmt: skip
+        config = run_config(training, model, case.seed, settings.device)
+        rng = np.random.default_rng([case.seed, 0])
+        known = stories.names(settings.names, rng)
+        sources = [in_memory([stories.story(_two(known, rng), rng)[0] for _ in range(settings.stories)])]
+        weights = [1.0]
+        if case.conditions["data"] == "books":
+            others = stories.names(stories.first * stories.second, rng)
+            sources.append(in_memory([stories.book(_two(others, rng), rng)[0] for _ in range(settings.stories)]))
+            weights = [1.0, 9.0]
+        tests = _tests(stories, settings.tests, set(known))
+        beginnings, rest = [tokens[:1] for tokens, _ in tests], [tokens[1:] for tokens, _ in tests]
+        found: list[float] = []
+
+        def watch(done: int, model: Transformer) -> None:
+            if done % settings.every == 0 or done == training.steps:
+                right = written_right(model.eval(), beginnings, rest)
+                scored = [story[at - 1] for story, (_, again) in zip(right, tests) for at in again]
+                found.append(sum(scored) / len(scored))
+                model.train()
+                tell(induction=f"{found[-1]:.3f}")
+
+        trained = train_model(config, stream_of(sources, config, weights), tell, watch=watch)
+        return {"best": max(found), "last": found[-1], "curve": found, "losses": trained.losses}
+
+    def findings(self, settings: InductionSettings, results: Sequence[Result]) -> Findings:
+        rows = []
+        for data in settings.data:
+            for size in settings.sizes:
+                for n in settings.heads:
+                    where = {"data": data, "size": size, "n": n}
+                    cells = (values(results, lambda r, key=key: r.numbers[key], **where) for key in ("best", "last"))  # type: ignore[misc]
+                    loss = values(results, lambda r: r.numbers["losses"][0], **where)
+                    rows.append([data, size, str(n), *map(spread, cells), spread(loss)])
+        chance = 1 / settings.second
+        best = max(result.numbers["best"] for result in results)
+        contrasts = self._contrasts(settings, results)
+        within_reach = best > chance + FORMED
+        sentence = (
+            "Accuracy on the second token of new names, at mentions after the first, best of all evaluations "
+            f"(guessing: {chance:.3f}): {in_words(contrasts)}."
+        )
+        if not within_reach:
+            sentence += " No model formed induction at all."
+        ours = "; ".join(f"{each.what} {each.median:+.3f}" for each in contrasts if each.what.startswith("n=2"))
+        notes = [
+            "Stories and books are made from templates; the names of test stories occur in no training story, their "
+            "tokens do. In books people have other names each time, so that only induction predicts them."
+        ]
+        return Findings(
+            ["data", "size", "n", "best", "last", "loss of head 1"], rows, judge(contrasts, within_reach=within_reach),
+            sentence, ours, notes,
+        )  # fmt: skip
+
+    def _contrasts(self, settings: InductionSettings, results: Sequence[Result]) -> list[Contrast]:
+        def best(data: str, size: str, n: int) -> list[float]:
+            return values(results, lambda r: r.numbers["best"], data=data, size=size, n=n)
+
+        last, margin = max(settings.heads), 0.02
+        found = []
+        for size in settings.sizes:
+            more, less = best("stories", size, last), best("stories", size, 1)
+            found.append(contrast(f"n={last} over n=1 on stories ({size})", more, less, margin))
+            if "books" in settings.data:
+                found.append(contrast(f"books over stories at n=1 ({size})", best("books", size, 1), less, margin))
+                gap = [a - b for a, b in zip(more, less)]
+                with_books = [a - b for a, b in zip(best("books", size, last), best("books", size, 1))]
+                found.append(contrast(f"that gap on stories over the one with books ({size})", gap, with_books, margin))
+        return found
+
+    def draw(self, figure: Any, settings: InductionSettings, results: Sequence[Result]) -> None:
+        grid = figure.subplots(1, len(settings.data), squeeze=False, sharey=True)[0]
+        for axes, data in zip(grid, settings.data):
+            for i, n in enumerate(settings.heads):
+                found = [values(results, lambda r: r.numbers["best"], data=data, size=s, n=n) for s in settings.sizes]
+                axes.plot(settings.sizes, [statistics.median(x) for x in found], color=f"C{i}", label=f"n = {n}")
+                for size, accuracies in zip(settings.sizes, found):
+                    axes.plot([size] * len(accuracies), accuracies, "o", color=f"C{i}", alpha=0.5, markersize=5)
+            axes.axhline(1 / settings.second, color="0.5", linestyle="--", linewidth=0.9, label="guessing")
+            title = "stories" if data == "stories" else "books and stories, 9:1"
+            axes.set(xlabel="size (non-embedding)", title=title, ylim=(0, 1))
+        grid[0].set_ylabel("second token of new names right")
+        grid[0].legend()
+        figure.suptitle("The paper gives curves without numbers: n = 2 far above n = 1 up to 30M", fontsize=10)
+
+
+def _two(names: list[Name], rng: np.random.Generator) -> tuple[Name, Name]:
+    first, second = rng.choice(len(names), size=2, replace=False)
+    return names[first], names[second]
+
+
+def _tests(stories: Stories, count: int, known: set[Name]) -> list[tuple[list[int], list[int]]]:
+    """Stories with new names, and where the tokens stand that count."""
+    rng = np.random.default_rng(1)
+    names = stories.names(2 * count, rng, known)
+    return [stories.story(_two(names, rng), rng) for _ in range(count)]
+
+
+STUDY = InductionStudy()

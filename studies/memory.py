@@ -1,0 +1,120 @@
+"""Study: the memory of a training step by number of heads (paper section 2, "memory-efficient implementation")."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from bench import fresh_process
+from bench.peak_memory import ALLOCATOR, joint_step_fits
+from bench.training_steps import run_config
+from headstart.model.config import ModelConfig
+from headstart.training.processes import pick_device
+from headstart.training.yaml_settings import to_plain
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, values
+from studies.verdicts import Contrast, in_words, judge
+
+STEPS = {"walk": "one head at a time", "joint": "all heads at once"}
+
+
+@dataclass(frozen=True)
+class MemorySettings(StudySettings):
+    vocab_size: int = 32_000
+    dim: int = 256
+    layers: int = 10
+    length: int = 1024
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    dtype: str = "float32"
+    steps: tuple[str, ...] = tuple(STEPS)
+
+
+class MemoryStudy(Study[MemorySettings]):
+    name = "memory"
+    claim = (
+        "With forward and backward of one head at a time, training n heads needs no more memory than one, where all at "
+        "once need O(nV + d)."
+    )
+    section = "section 2, figure 2"
+    published = "O(V + d) against O(nV + d); no bytes given"
+    scales: ClassVar[dict[Scale, Any]] = {
+        "smoke": MemorySettings(vocab_size=4000, dim=32, layers=3, length=64, heads=(2,), steps=("walk",)),
+        "cpu": MemorySettings(seeds=2, dim=128, layers=9, length=512, heads=(1, 4, 8)),
+        "gpu": MemorySettings(seeds=2, dim=2048, layers=24, length=4096, dtype="bfloat16"),
+        "paper": MemorySettings(seeds=1, dim=4096, layers=32, length=4096, dtype="bfloat16"),
+    }
+
+    def cases(self, settings: MemorySettings) -> list[Case]:
+        return crossed(settings.seeds, step=settings.steps, n=settings.heads)
+
+    def run(self, settings: MemorySettings, case: Case, tell: Tell) -> dict[str, Any]:
+        n, step = int(case.conditions["n"]), str(case.conditions["step"])
+        device = pick_device(settings.device).type
+        if step == "joint" and not joint_step_fits(device, n, settings.length, settings.vocab_size):
+            return {"mib": None}
+        model = ModelConfig(
+            vocab_size=settings.vocab_size, dim=settings.dim, layers=settings.layers, heads=n, context=settings.length
+        )
+        config = to_plain(run_config(model, 1, dtype=settings.dtype, device=device, seed=case.seed))
+        answer = fresh_process.call(
+            "bench.training_memory:case", {"config": config, "step": step, "steps": 1},
+            threads=1, environment=ALLOCATOR,
+        )  # fmt: skip
+        return {"mib": answer["bytes"] / 2**20, "method": answer["method"]}
+
+    def findings(self, settings: MemorySettings, results: Sequence[Result]) -> Findings:
+        logits = 4 * settings.vocab_size * settings.length / 2**20
+        mib = {(step, n): _known(results, step, n) for step in STEPS for n in settings.heads}
+        rows = [[str(n), *(_cell(mib[step, n]) for step in STEPS), f"{logits * n:,.0f}"] for n in settings.heads]
+        contrasts = []
+        few, most = min(settings.heads), max(settings.heads)
+        for n in settings.heads:
+            if n != few and mib["walk", n]:
+                over = [a / b - 1 for a, b in zip(mib["walk", n], mib["walk", few])]
+                contrasts.append(Contrast(f"walk: n={n} within 5 % of n={few}, room", [0.05 - x for x in over]))
+        if len(settings.heads) > 1 and mib["joint", most]:
+            grown = [a - b for a, b in zip(mib["joint", most], mib["joint", few])]
+            share = [g / (logits * (most - few)) - 0.8 for g in grown]
+            contrasts.append(Contrast("all at once: grows by a head's logits or more for each head, room", share))
+        walk, joint = (_cell(mib[step, most]) for step in STEPS)
+        ours = f"n={most}: {walk} MiB, all at once {joint}; n={few}: {_cell(mib['walk', few])}"
+        sentence = (
+            f"A step with {most} heads took {walk} MiB one head at a time and {joint} MiB with all at once, where one "
+            f"with {few} took {_cell(mib['walk', few])} and {_cell(mib['joint', few])}. {in_words(contrasts, '+.2f')}."
+        )
+        headers = ["n", *(f"{words}, MiB" for words in STEPS.values()), "the logits of all heads in fp32, MiB"]
+        notes = [
+            "The most that a training run of two steps held above what was there before its model: weights, gradients, "
+            "moments, activations, loss; each case in a process of its own (bench/training_memory.py).",
+            "A dash: not run, or more than this machine has.",
+            f"One row of {settings.length} tokens, V = {settings.vocab_size:,}, d = {settings.dim}, {settings.layers} "
+            "layers for every n.",
+        ]
+        return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
+
+    def draw(self, figure: Any, settings: MemorySettings, results: Sequence[Result]) -> None:
+        axes = figure.add_subplot()
+        for i, (step, words) in enumerate(STEPS.items()):
+            found = [(n, x) for n in settings.heads for x in _known(results, step, n)]
+            axes.plot([n for n, _ in found], [x for _, x in found], "o-", color=f"C{i}", label=f"ours, {words}")
+        start = _known(results, "joint", min(settings.heads))
+        if start:
+            logits = 4 * settings.vocab_size * settings.length / 2**20
+            line = [start[0] + logits * (n - min(settings.heads)) for n in settings.heads]
+            axes.plot(
+                settings.heads, line, "--", color="0.5", label="the paper's O(nV + d): a head's logits for each head"
+            )
+        axes.set(xlabel="n", ylabel="MiB", ylim=(0, None), xticks=settings.heads)
+        axes.legend()
+
+
+def _known(results: Sequence[Result], step: str, n: int) -> list[float]:
+    return [x for x in values(results, lambda r: r.numbers["mib"], step=step, n=n) if x is not None]
+
+
+def _cell(mib: Sequence[float]) -> str:
+    return f"{statistics.median(mib):,.0f}" if mib else "-"
+
+
+STUDY = MemoryStudy()

@@ -1,0 +1,120 @@
+"""The report of a study: results.json for programs, report.md and a figure for people."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from headstart import hardware
+from headstart.console import duration, format_table
+from headstart.fileio import replacing_file, write_text
+from headstart.reports.html import COLOURS, SERIES, figure_style
+from studies.folder import StudyFolder
+from studies.study import Findings, Result, Scale, Study, StudySettings
+
+INK, MUTED, LINE = (COLOURS[name][0] for name in ("ink", "muted", "line"))
+SMOKE = "A smoke run shows that the study runs, and nothing of its claim. "
+
+
+def results_of(
+    study: Study[Any], scale: Scale, settings: StudySettings, results: Sequence[Result], findings: Findings
+) -> dict[str, Any]:
+    """All that is known of a study that was run."""
+    smoke = scale == "smoke"
+    return {
+        "study": study.name,
+        "scale": scale,
+        "claim": study.claim,
+        "section": study.section,
+        "published": study.published,
+        "verdict": "out of reach" if smoke else findings.verdict,
+        "ours": findings.ours,
+        "sentence": SMOKE + findings.sentence if smoke else findings.sentence,
+        "table": {"headers": list(findings.headers), "rows": [list(row) for row in findings.rows]},
+        "notes": list(findings.notes),
+        "date": datetime.date.today().isoformat(),
+        "machine": hardware.describe(),
+        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+        "seconds": round(sum(result.seconds for result in results), 1),
+        "cases": [
+            {**result.case.conditions, "seed": result.case.seed, "seconds": round(result.seconds, 2)} | result.numbers
+            for result in results
+        ],
+    }
+
+
+def format_report(found: dict[str, Any], *, short: bool = False) -> str:
+    """As Markdown, or `short` for the terminal: the table and what it says."""
+    headers, rows = found["table"]["headers"], found["table"]["rows"]
+    if short:
+        return f"\n{format_table(headers, rows)}\n\n{found['verdict']}: {found['sentence']}\n"
+    settings = ", ".join(f"{name} {_setting(value)}" for name, value in found["settings"].items())
+    lines = [
+        f"# Study {found['study']}, scale {found['scale']}",
+        "",
+        f"**Claim** ({found['section']}): {found['claim']}",
+        "",
+        f"**The paper's number**: {found['published']}",
+        "",
+        f"**Verdict: {found['verdict']}.** {found['sentence']}",
+        "",
+        "![figure](figure.png)",
+        "",
+        _row(headers),
+        "|" + " --- |" * len(headers),
+        *map(_row, rows),
+        "",
+        "Medians over seeds, in brackets the range.",
+        "",
+        *(f"- {note}" for note in found["notes"]),
+        f"- Machine: {hardware.summary(found['machine'])}; {duration(found['seconds'])} in all, {found['date']}.",
+        f"- Settings: {settings}.",
+        f"- Again: `headstart study {found['study']} --scale {found['scale']}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def index_row(found: dict[str, Any]) -> str:
+    """A row of docs/studies/index.md."""
+    cells = [f"[{found['study']}]({found['study']}/report.md)", f"{found['claim']} ({found['section']})"]
+    return _row([*cells, found["published"], found["ours"], f"**{found['verdict']}**"])
+
+
+def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Result], path: Path) -> None:
+    """Writes the figure as PNG."""
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": MUTED,
+        "legend.labelcolor": INK, "grid.color": LINE, "legend.fontsize": 9, "legend.frameon": True,
+        "legend.edgecolor": "none", "font.size": 10,
+        "axes.prop_cycle": cycler(color=[COLOURS[name][0] for name in SERIES]),
+    }  # fmt: skip
+    with figure_style(), matplotlib.rc_context(style):
+        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+        study.draw(figure, settings, results)
+        with replacing_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
+
+
+def write_results(found: dict[str, Any], folder: StudyFolder) -> None:
+    write_text(folder.report, format_report(found))
+    write_text(folder.results, json.dumps(found, indent=2, allow_nan=False) + "\n")
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, list):
+        return "/".join(map(str, value))
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_setting(item)}" for name, item in value.items()) + ")"
+    return str(value)

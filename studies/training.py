@@ -1,0 +1,204 @@
+"""Training inside a case: the project's own step on batches that lie in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from headstart.data.batches import Batch, BatchStream
+from headstart.data.shards import SplitTokens, TokenShards
+from headstart.errors import UsageError
+from headstart.model.config import PRESETS, ModelConfig
+from headstart.model.transformer import Transformer
+from headstart.objective.head_weights import HeadWeights, drawn
+from headstart.training.config import BatchConfig, RunConfig
+from headstart.training.loop import build_model
+from headstart.training.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from headstart.training.parallel import GradientSums
+from headstart.training.processes import joined
+from headstart.training.step import StepResult, move, train_step
+from studies.study import Tell
+
+SIZES = {
+    "0.06M": ModelConfig(dim=32, layers=5, attention_heads=2),
+    "0.25M": ModelConfig(dim=64, layers=5, attention_heads=4),
+    "0.55M": ModelConfig(dim=96, layers=5, attention_heads=4),
+} | PRESETS
+"""Sizes by name: those of Table S14, and below them smaller ones that a CPU trains in minutes, named as the first seven
+of Table S14 are, by 12 x layers x dim^2."""
+LAST = 0.1
+"""Share of the steps, at the end, over which losses are averaged."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How the models of a study are trained; the same for all its conditions."""
+
+    steps: int = 100
+    rows: int = 32
+    length: int = 128
+    accumulate: int = 1
+    """Micro-batches of `rows` rows in a step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """The paper's, or the one that needs fewer steps."""
+    lr: float = 1e-3
+    warmup_steps: int = 20
+    final_lr_ratio: float = 0.03
+    dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+
+
+@dataclass
+class Trained:
+    """A trained model, in evaluation mode on the device of the run."""
+
+    model: Transformer
+    losses: list[float]
+    """Of each head, in nats, over the last tenth of the steps."""
+    curve: list[list[float]] = field(repr=False)
+    """The losses of each head at every step."""
+    clipped: float = 0.0
+    """Share of the steps whose gradient was clipped: summed losses make it larger for more heads."""
+
+
+def sized(size: str, **changes: object) -> ModelConfig:
+    """A size by its name, with `changes` to any field. Raises UsageError where no size is called so."""
+    if size not in SIZES:
+        raise UsageError(f"no size is called {size!r}; there are {', '.join(SIZES)}")
+    return replace(SIZES[size], **changes)  # type: ignore[arg-type]
+
+
+def run_config(
+    settings: TrainingSettings,
+    model: ModelConfig,
+    seed: int,
+    device: str = "auto",
+    head_weights: HeadWeights | None = None,
+) -> RunConfig:
+    """The settings of a training run, as `headstart train` has them."""
+    return RunConfig(
+        steps=settings.steps,
+        seed=seed,
+        device=device,
+        dtype=settings.dtype,
+        compile=False,
+        model=model,
+        batch=BatchConfig(settings.rows, settings.accumulate, settings.length),
+        optimizer=OptimizerConfig(
+            kind=settings.optimizer,
+            lr=settings.lr,
+            warmup_steps=settings.warmup_steps,
+            final_lr_ratio=settings.final_lr_ratio,
+        ),
+        head_weights=head_weights or HeadWeights(),
+    )
+
+
+def in_memory(
+    documents: Sequence[Sequence[int] | np.ndarray], targets_from: Sequence[int] | None = None
+) -> TokenShards:
+    """Documents, each closed by its end token, as a split of token shards that lies nowhere on disk. With
+    `targets_from` only the tokens of a document from that place on are to be predicted."""
+    starts = np.cumsum([0, *map(len, documents[:-1])], dtype=np.int64)
+    tokens = np.concatenate([np.asarray(document, dtype=np.uint32) for document in documents])
+    is_target = None
+    if targets_from is not None:
+        pieces = [np.arange(len(document)) >= first for document, first in zip(documents, targets_from)]
+        is_target = SplitTokens([np.concatenate(pieces)])
+    return TokenShards(Path("memory"), "train", {}, tokens, starts, 1.0, is_target)
+
+
+def stream_of(
+    shards: TokenShards | Sequence[TokenShards], config: RunConfig, weights: Sequence[float] | None = None
+) -> BatchStream:
+    """The rows that `headstart train` would read; several splits are mixed by weight."""
+    rows, length, heads = config.batch.rows, config.length, config.model.offset_of_heads
+    return BatchStream(shards, rows=rows, length=length, heads=heads, seed=config.seed, weights=weights)
+
+
+def train_model(
+    config: RunConfig,
+    batches: Iterator[Batch],
+    tell: Tell,
+    *,
+    model: Transformer | None = None,
+    watch: Callable[[int, Transformer], None] | None = None,
+) -> Trained:
+    """Trains until `config.steps`.
+
+    Args:
+        batches: micro-batches, without end; (B, T) tokens with their targets.
+        model: what training begins from (None: first weights from `config.seed`).
+        watch: called after each step, with how many are done, and the model.
+
+    Raises:
+        UsageError: losses or gradients were not finite at the end.
+    """
+    curve: list[list[float]] = []
+    clipped = 0
+    with joined(config.device) as processes:
+        config = config.on(processes.device.type)
+        if model is None:
+            model, sums = build_model(config, processes)
+        else:
+            model, sums = model.to(processes.device), GradientSums(model, False)
+        model.train()
+        optimizers = build_optimizers(model, config.optimizer, processes.device, config.dtype)
+        micro_batches, _ = config.micro_batches(processes.count)
+        result: StepResult | None = None
+        for step in range(config.steps):
+            weights = config.head_weights.at(step / config.steps, config.model.heads)
+            if config.head_weights.sampled:
+                weights = drawn(weights, config.seed, step)
+            lr = learning_rate(step, config.steps, config.optimizer)
+            read = [move(next(batches), processes.device) for _ in range(micro_batches)]
+            result = train_step(model, optimizers, read, weights, lr, config, processes, sums)
+            curve.append(result.losses)
+            clipped += result.gradient_norm > config.optimizer.clip
+            tell(step=f"{step + 1}/{config.steps}", loss=f"{result.losses[0]:.3f}")
+            if watch is not None:
+                watch(step + 1, model)
+    if result is not None and not result.finite:
+        raise UsageError(f"step {config.steps}: {result.skipped}; lower the learning rate (--training.lr)")
+    tail = np.array(curve[-max(1, round(LAST * config.steps)) :])
+    losses = [_mean(column) for column in tail.T]
+    return Trained(model.eval(), losses, curve, clipped / config.steps)
+
+
+def _mean(column: np.ndarray) -> float:
+    """Over the steps in which the head had a weight."""
+    known = column[~np.isnan(column)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+@torch.no_grad()
+def written_right(
+    model: Transformer, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: int = 256
+) -> list[list[bool]]:
+    """Which tokens of each answer head 1 finds most probable behind the prompt and the answer's tokens before.
+
+    All of an answer's are right exactly if greedy decoding, running freely from the prompt, writes the answer: up to
+    its first wrong token it reads what is read here. So the share of answers without a wrong token is the exact match
+    of free running, in one pass.
+    """
+    device = model.trunk.embedding.weight.device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    right: list[list[bool]] = [[] for _ in prompts]
+    for begin in range(0, len(order), rows):
+        some = order[begin : begin + rows]
+        texts = [[*prompts[i], *answers[i]] for i in some]
+        tokens_BT = torch.zeros(len(some), max(map(len, texts)), dtype=torch.int64)
+        for row, text in enumerate(texts):
+            tokens_BT[row, : len(text)] = torch.tensor(text)
+        # Attention is causal: what fills a row up is not seen by what is scored.
+        chosen_BT = model(tokens_BT.to(device)).argmax(-1).cpu()
+        for row, i in enumerate(some):
+            first = len(prompts[i])
+            for at, token in enumerate(answers[i], start=first):
+                right[i].append(int(chosen_BT[row, at - 1]) == token)
+    return right

@@ -1,0 +1,339 @@
+"""`headstart adapt`: heads on a model that has learned something, from the command to the model directory."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from seeds import trained_seed
+
+from headstart.cli.adapting import adapt as command
+from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, run_config
+from headstart.data.shards import prepare
+from headstart.data.tokenizers import load_tokenizer
+from headstart.errors import UsageError
+from headstart.formats.huggingface import load_model, save_model
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Trunk
+from headstart.training import loop
+from headstart.training.adapt.run import flops_per_token, stage_of
+from headstart.training.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    RunConfig,
+    ValidationConfig,
+    load_config,
+)
+from headstart.training.estimate import DryRunSettings, dry_run
+from headstart.training.interruption import Interrupted
+from headstart.training.loop import train
+from headstart.training.optimizer import OptimizerConfig
+from headstart.training.trackers import WatchConfig
+
+TEXT = "".join(f"the cat number {i % 10} sat on mat {i * i % 7}, and the dog looked on.\n" for i in range(600))
+TOKENS = torch.tensor([list(TEXT[:60].encode())])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr("headstart.commands.adapt.SCORED_TOKENS", 300)
+    monkeypatch.setattr("headstart.training.run_report.peak_flops", lambda *_: (1e12, "assumed"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapt")
+    (folder / "texts").mkdir()
+    for i in range(10):
+        (folder / "texts" / f"{i}.txt").write_text(TEXT[i * 3000 : (i + 1) * 3000])
+    prepare([str(folder / "texts")], folder / "data", load_tokenizer("bytes"), validation_fraction=0.2)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def model(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with one head that has learned the text a little, stored in bfloat16."""
+    config = RunConfig(
+        steps=60,
+        seed=trained_seed(0),
+        run_dir=tmp_path_factory.mktemp("old") / "run",
+        device="cpu",
+        dtype="float32",
+        model=ModelConfig(dim=32, layers=2, attention_heads=2, context=64),
+        data=DataConfig(path=shards),
+        batch=BatchConfig(rows=8, length=32),
+        optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5),
+        validation=ValidationConfig(every=0, rows=8),
+        checkpoints=CheckpointConfig(every=0),
+        watch=WatchConfig(sample_tokens=0),
+    )
+    return train(config)
+
+
+@pytest.fixture
+def settings(model: Path, shards: Path, tmp_path: Path) -> Any:
+    def make(name: str = "run", **changes: Any) -> AdaptSettings:
+        plain = AdaptSettings(
+            model=model,
+            data=(str(shards),),
+            run_dir=tmp_path / name,
+            heads=3,
+            steps=8,
+            length=32,
+            lr=1e-2,
+            dtype="float32",
+            device="cpu",
+            validation_every=0,
+            checkpoints_every=4,
+        )
+        return replace(plain, **changes)
+
+    return make
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
+def test_heads_learn_and_the_model_stays_what_it_is(kind: str, settings: Any, model: Path) -> None:
+    asked = settings(head_kind=kind, steps=40)
+    found = adapt(asked)
+    new = asked.run_dir / "model"
+    before, after = load_file(model / "model.safetensors"), load_file(new / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]), name
+    assert torch.equal(load_model(new)(TOKENS), load_model(model)(TOKENS))
+    steps = [line for line in lines(asked.run_dir) if "lr" in line]
+    for k in (2, 3):
+        assert steps[-1][f"loss/head{k}"] < steps[0][f"loss/head{k}"] - 0.2
+    assert steps[0]["loss/head1"] is None  # frozen, so not asked
+    assert found["tokens_per_pass"][2] > 1.1 and len(found["acceptance"]) == 2
+    assert json.loads((new / "acceptance.json").read_text())["on text, teacher-forced"]["acceptance"]
+
+
+step = loop.Run.step
+
+
+def test_a_stopped_run_goes_on_exactly(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the border between the two stages of a joint run; checkpoints of heads alone hold no frozen weight."""
+    for more in ({"head_kind": "medusa"}, {"mode": "joint", "heads_first": 0.5, "self_distilled": True}):
+        name = more.get("mode", "heads")
+        whole, parts = settings(f"{name} whole", **more), settings(f"{name} parts", **more)
+        adapt(whole)
+        for stop in (3, 4, 6):
+
+            def stopping(run: Any, interruption: Any, stop: int = stop) -> Any:
+                result, seconds = step(run, interruption)
+                return replace(result, stop=run.position.step == stop), seconds
+
+            with monkeypatch.context() as patch:
+                patch.setattr(loop.Run, "step", stopping)
+                with pytest.raises(Interrupted):
+                    adapt(parts)
+        adapt(parts)
+        for file in ("model.safetensors", "heads/heads.safetensors"):
+            one, other = (load_file(run.run_dir / "model" / file) for run in (whole, parts))
+            assert all(torch.equal(one[name], other[name]) for name in one), (name, file)
+        newest = sorted((whole.run_dir / "checkpoints").iterdir())[-1]
+        size = sum(file.stat().st_size for file in newest.glob("*.distcp"))
+        heads = sum(p.numel() for n, p in load_model(whole.run_dir / "model").named_parameters() if "residuals" in n)
+        if name == "heads":
+            assert size < 4 * 3 * heads + 40_000  # weights and two moments
+
+
+def test_a_joint_run_trains_everything_after_the_heads(settings: Any, model: Path) -> None:
+    asked = settings(mode="joint", heads_first=0.5)
+    config = run_config(asked)
+    assert config.head_weights.at(0.5, 3) == pytest.approx([1, 0.2 * 0.8, 0.2 * 0.64])
+    assert config.optimizer.head_lr_ratio == 4
+    adapt(asked)
+    assert not torch.equal(load_model(asked.run_dir / "model")(TOKENS), load_model(model)(TOKENS))
+    steps = [line for line in lines(asked.run_dir) if "lr" in line]
+    assert [line["loss/head1"] is None for line in steps] == [True] * 4 + [False] * 4
+    assert [stage_of(step, config).begin for step in (0, 3, 4, 7)] == [0, 0, 4, 4]
+    assert steps[0]["lr"] == steps[4]["lr"] and steps[3]["lr"] == steps[7]["lr"]  # a rise and a fall for each part
+    adapt(replace(asked, steps=10))  # continues with everything, at the final rate
+    added = [line for line in lines(asked.run_dir) if "lr" in line][8:]
+    assert [line["loss/head1"] is None for line in added] == [False, False]
+    assert [line["lr"] for line in added] == pytest.approx([steps[7]["lr"]] * 2)
+
+
+def test_self_distillation_keeps_the_model_nearer_to_what_it_was(settings: Any, model: Path) -> None:
+    before = load_model(model, torch.float32)(TOKENS).log_softmax(-1).detach()
+
+    def distance(**more: Any) -> float:
+        asked = settings(f"run{len(more)}", mode="joint", heads_first=0.0, steps=10, head_weight=0.01, **more)
+        adapt(asked)
+        with torch.no_grad():
+            after = load_model(asked.run_dir / "model", torch.float32)(TOKENS).log_softmax(-1)
+        return float((before.exp() * (before - after)).sum(-1).mean())
+
+    assert 0 < distance(self_distilled=True) < 0.5 * distance()
+
+
+def test_lora_trains_beside_the_weights(settings: Any, model: Path) -> None:
+    """Stopped and gone on with; the teacher is the model itself, without what LoRA adds."""
+    more = {"mode": "joint", "lora": 4, "heads_first": 0.25, "lr": 3e-3, "self_distilled": True, "head_kind": "medusa"}
+    whole, parts = settings("whole", **more), settings("parts", **more)
+    adapt(whole)
+
+    def stopping(run: Any, interruption: Any) -> Any:
+        result, seconds = step(run, interruption)
+        return replace(result, stop=run.position.step == 5), seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "step", stopping)
+        with pytest.raises(Interrupted):
+            adapt(parts)
+    adapt(parts)
+    for file in ("model/model.safetensors", "model/heads/heads.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(run.run_dir / file) for run in (whole, parts))
+        assert all(torch.equal(one[name], other[name]) for name in one), file
+    before, after = (load_file(path / "model.safetensors") for path in (model, whole.run_dir / "model"))
+    moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(UsageError, match=r"adapt\.lora is for adapt\.mode joint"):
+        adapt(settings("wrong", lora=4))
+
+
+def test_kept_hidden_states_train_the_same_heads(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = settings("plain", loss="kl", head_kind="sequential")
+    kept = replace(plain, run_dir=plain.run_dir.with_name("kept"), cache_states="true", validation_fraction=0.0)
+    adapt(plain)
+    ran: list[int] = []
+    forward = Trunk.forward
+
+    def counted(trunk: Trunk, tokens: torch.Tensor, *rest: Any) -> Any:
+        ran.append(len(tokens))
+        return forward(trunk, tokens, *rest)
+
+    monkeypatch.setattr(Trunk, "forward", counted)
+    monkeypatch.setattr(loop.Run, "validate", lambda run: None)
+    monkeypatch.setattr("headstart.commands.adapt.acceptance", lambda *_: {})
+    adapt(kept)
+    rows = int(re.search(r"hidden states of (\d+) rows", capsys.readouterr().err)[1])  # type: ignore[index]
+    assert sum(ran) == rows  # each once, none in a step
+    for one, other in zip(lines(plain.run_dir), lines(kept.run_dir)):
+        for k in (2, 3):
+            assert one[f"loss/head{k}"] == pytest.approx(other[f"loss/head{k}"], rel=1e-4)
+    adapt(replace(kept, steps=10))  # goes on, with what is there
+    assert sum(ran) == rows
+    with pytest.raises(UsageError, match="more than --cache-gib"):
+        adapt(replace(kept, run_dir=kept.run_dir.with_name("small"), cache_gib=1e-6))
+
+
+def test_heads_that_learn_from_the_model_agree_with_it_more(settings: Any) -> None:
+    """The losses reach the walk: a run with kl is another one, and still lowers the cross-entropy."""
+    plain, taught = settings("plain", head_kind="medusa"), settings("kl", head_kind="medusa", loss="kl", steps=40)
+    adapt(plain)
+    adapt(taught)
+    first, last = ([line for line in lines(taught.run_dir) if "lr" in line][i]["loss/head2"] for i in (0, -1))
+    assert last < first - 0.2
+    assert first != lines(plain.run_dir)[0]["loss/head2"]
+
+
+def test_the_run_is_written_down_and_read_back(settings: Any) -> None:
+    asked = settings(loss="total-variation", loss_share=0.5, steps=1)
+    config = run_config(asked)
+    adapt(asked)
+    assert load_config(asked.run_dir / "config.yaml") == replace(config, dtype="float32")
+    assert dry_run(asked.run_dir / "config.yaml", [])["steps"] == 1
+    with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
+        adapt(replace(asked, mode="joint", steps=2))
+
+
+def test_frozen_weights_cost_less_than_trained_ones(settings: Any) -> None:
+    config = run_config(settings(heads=2, head_kind="medusa"))
+    D, V, whole = 32, 256, config.model.flops_per_token(32)
+    assert flops_per_token(replace(config, adapt=None)) == whole
+    trunk = (replace(config.model, heads=1, head_kind="linear").flops_per_token(32) - 6 * V * D) // 3
+    assert flops_per_token(config) == trunk + 6 * D * D + 4 * V * D
+
+
+def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
+    settings: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headstart.hardware.peak_flops", lambda *_: (3.6e9, "assumed"))
+    alone, joint = settings(head_kind="medusa"), settings(head_kind="medusa", mode="joint")
+    one, other = (estimate_adapt_run(each, DryRunSettings()) for each in (alone, joint))
+    trained = 2 * (32 * 32 + 32)  # two heads of a matrix and a bias
+    update = one["moments"]["the update of the weights"]
+    assert update["optimizer state"] == 8 * trained and update["gradients (float32)"] == 4 * trained
+    assert update["frozen weights (float32)"] == 4 * (one["parameters"] - trained)
+    assert other["moments"]["the update of the weights"]["optimizer state"] == 8 * one["parameters"]
+    assert one["peak_bytes"] < other["peak_bytes"]
+    assert one["hours"] == {"this CPU": one["flops_per_token"] * 8 * 8 * 32 / 3.6e9 / 3600}
+    with pytest.raises(UsageError, match="needs dtype bfloat16"):
+        estimate_adapt_run(settings(frozen_dtype="bfloat16"), DryRunSettings())
+    with pytest.raises(UsageError, match="one process"):
+        estimate_adapt_run(alone, DryRunSettings(processes=2))
+    given = [str(alone.model), "--data", *alone.data, "--run-dir", str(alone.run_dir), "--head-kind", "medusa"]
+    command([*given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
+    assert json.loads(capsys.readouterr().out)["heads"] == 4
+    assert not alone.run_dir.exists()
+
+
+def test_what_cannot_be_adapted_is_told(settings: Any, model: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such directory"):
+        adapt(settings(model=tmp_path / "nowhere"))
+    adapt(settings(steps=1))
+    with pytest.raises(UsageError, match="heads already"):
+        adapt(settings("again", model=tmp_path / "run" / "model"))
+    with pytest.raises(UsageError, match="tokens and one row needs"):
+        adapt(settings("wide run", model=_wide(model, tmp_path), length=30_000))
+    small = replace(load_model(model).config, vocab_size=100)
+    save_model(loop.Transformer(small), tmp_path / "small")
+    with pytest.raises(UsageError, match=r"its tokenizer has 256 ids, .* a vocabulary of 100"):
+        adapt(settings("small run", model=tmp_path / "small"))
+    with pytest.raises(UsageError, match="has no tokenizer to read text with"):
+        adapt(settings("small run", model=tmp_path / "small", data=(str(model / "config.json"),)))
+    with pytest.raises(UsageError, match="needs dtype bfloat16"):
+        adapt(settings("half", frozen_dtype="bfloat16"))
+    with pytest.raises(UsageError, match="head-weight is for --mode joint"):
+        adapt(settings("weight", head_weight=1.0))
+
+
+def _wide(model: Path, tmp_path: Path) -> Path:
+    wide = load_model(model)
+    wide.config = replace(wide.config, context=40_000)
+    save_model(wide, tmp_path / "wide", load_tokenizer(model))
+    return tmp_path / "wide"
+
+
+def test_a_model_that_changed_is_not_gone_on_with(settings: Any, model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    save_model(load_model(model), mine, load_tokenizer(model))
+    (mine / "generation_config.json").write_text('{"eos_token_id": [10, 255]}')
+    adapt(settings(model=mine))
+    # Where it ends a text is the model's own.
+    assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [10, 255]
+    tokenizer = (mine / "tokenizer.json").read_text()
+    (mine / "tokenizer.json").write_text(tokenizer + "\n")
+    with pytest.raises(UsageError, match="is another than when"):
+        adapt(settings(model=mine, steps=9))
+    (mine / "tokenizer.json").write_text(tokenizer)
+    changed = load_model(mine)
+    with torch.no_grad():
+        changed.trunk.embedding.weight[0] += 1
+    save_model(changed, mine, load_tokenizer(model))
+    with pytest.raises(UsageError, match="is another than when"):
+        adapt(settings(model=mine, steps=9))
+
+
+def test_frozen_weights_in_bfloat16(settings: Any, model: Path) -> None:
+    asked = settings(frozen_dtype="bfloat16", dtype="bfloat16", head_kind="medusa", rows=2, length=16)
+    adapt(asked)
+    assert torch.equal(load_model(asked.run_dir / "model")(TOKENS), load_model(model)(TOKENS))
+    assert load_file(asked.run_dir / "model" / "heads" / "heads.safetensors")["heads.2.residual.weight"].any()

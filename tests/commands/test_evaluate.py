@@ -1,0 +1,156 @@
+"""`headstart evaluate` from end to end, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import headstart
+from headstart import entry
+from headstart.commands import tune
+from headstart.commands.evaluate import EvaluateSettings, evaluate
+from headstart.commands.inspect import format_inspection, inspect
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.request import Request
+from headstart.decoding.sampling import Sampling
+from headstart.evaluation.free_running import run_freely
+from headstart.evaluation.texts import FilePrompts
+from headstart.formats.huggingface import load_model, save_model
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+
+@pytest.fixture
+def directory(tmp_path):
+    torch.manual_seed(0)
+    config = ModelConfig(dim=16, layers=2, attention_heads=2, context=64, heads=3, head_kind="replicated")
+    save_model(Transformer(config), tmp_path / "model", ByteTokenizer())
+    (tmp_path / "text").mkdir()
+    for i in range(3):
+        (tmp_path / "text" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 8)
+    return tmp_path / "model"
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["headstart", "evaluate", *map(str, arguments)])
+    entry.main()
+
+
+def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:
+    text = tmp_path / "text"
+    sizes = ("--prompt-tokens", 12, "--new-tokens", 20, "--prompt-count", 5, "--batch", 2)
+    run(monkeypatch, directory, "--text", text, *sizes, "--out", tmp_path / "out", "--record", "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["heads"]["documents"] == 3
+    assert found["heads"]["bytes"] == sum(file.stat().st_size for file in text.iterdir())
+    assert found["heads"]["tokens"] == found["heads"]["bytes"]  # a byte a token, and the first one is predicted too
+    assert all(6 < bits < 10 for bits in found["heads"]["bits_per_byte"])  # it was not trained
+    greedy = found["acceptance"]["greedy"]
+    assert (found["acceptance"]["prompts"], greedy["tokens"]) == (5, 5 * 20)
+    assert greedy["tokens_per_pass"] == pytest.approx(greedy["tokens"] / greedy["passes"])
+    assert found["acceptance"]["temperature 0.8"]["tokens"] == 5 * 20
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "bits per byte" in page and "repeated 8-grams" in page and "heads 2..k right" in page
+    shown = format_inspection(inspect(directory))
+    assert "free-running, greedy" in shown and f"{greedy['tokens_per_pass']:.3f}" in shown
+
+
+def test_in_int8_it_is_nearly_the_same(directory, tmp_path) -> None:
+    settings = EvaluateSettings(text=(str(tmp_path / "text"),), prompt_count=2, prompt_tokens=8, new_tokens=8)
+    plain, int8 = (evaluate(directory, replace(settings, quantize=quantize)) for quantize in (None, "int8"))
+    assert int8["quantize"] == "int8" and "quantize" not in plain
+    bits = [found["heads"]["bits_per_byte"] for found in (plain, int8)]
+    assert bits[0] != bits[1] and bits[1] == pytest.approx(bits[0], rel=0.01)
+    assert int8["acceptance"]["greedy"]["tokens"] == 16
+
+
+def test_free_running_counts_what_the_engine_counts(directory) -> None:
+    model = pack(load_model(directory))
+    prompts = [(1, 2, 3), (100, 32)]
+    found = run_freely(Engine(model, slots=1), prompts, 16, 0.0)
+    alone = generate_all(Engine(model, slots=1), [Request(p, 16, Sampling(0.0, seed=i)) for i, p in enumerate(prompts)])
+    assert found.passes == sum(g.stats.passes for g in alone)
+    assert found.acceptance == [
+        sum(g.stats.accepted[i] for g in alone) / sum(g.stats.drafted[i] for g in alone) for i in range(2)
+    ]
+
+
+def test_free_running_and_tune_end_at_the_end_of_a_turn(directory, monkeypatch) -> None:
+    loaded = headstart.load(directory)
+    prompt = (1, 2, 3)
+    whole = generate_all(Engine(loaded.transformer, slots=1), [Request(prompt, 16, Sampling(0.0))])[0].tokens
+    turn_end = frozenset([whole[4]])
+    kept = whole.index(whole[4]) + 1
+    assert run_freely(Engine(loaded.transformer, slots=1), [prompt], 16, 0.0, ends=[turn_end]).tokens <= kept < 16
+    asked: list[Request] = []
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", lambda engine, request: (asked.append(request), submit(engine, request))[1])
+    tune._acceptance(loaded, FilePrompts([prompt, prompt], ends=[turn_end, frozenset()]), 4, 0.0, 0)
+    assert [request.ends for request in asked] == [turn_end, frozenset()]
+
+
+def test_its_own_prompts_come_first(directory, tmp_path) -> None:
+    (directory / "prompts.jsonl").write_text('{"prompt": "abcdef"}\n')
+    settings = EvaluateSettings(tasks=("acceptance",), prompt_tokens=4, new_tokens=5)
+    assert evaluate(directory, settings)["acceptance"]["prompts"] == 1
+
+
+def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
+    settings = EvaluateSettings(text=(str(tmp_path / "text"),), tasks=("acceptance",), prompt_count=2)
+    found = evaluate(directory, settings)["acceptance"]
+    assert (found["prompt_tokens"], found["new_tokens"], found["greedy"]["tokens"]) == (32, 32, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((), "name what to evaluate on"),
+        (("--text", "gone"), "no such file or folder"),
+        (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads, acceptance, humaneval"),
+        (("--text", "text", "--batch", 0), "--batch is 0"),
+        (("--text", "text", "--quantize", "int8", "--record"), "leave --quantize out"),
+        (("--text", "text", "--prompt-tokens", 900), "900 .* more than the model's context 64; ask for fewer"),
+        (("--text", "text", "--prompt-tokens", 40, "--new-tokens", 25), "40 .* 25: more than the model's context 64"),
+        (("--text", "text", "--length", 65), "between 2 and the model's context 64"),
+        (("--tasks", "acceptance", "--prompts", "gone.txt"), "cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_line_and_2(directory, tmp_path, monkeypatch, capsys, arguments, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, directory, *arguments)
+    assert end.value.code == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_model_of_one_head_has_no_drafts_to_accept(tmp_path, capsys, monkeypatch) -> None:
+    """Nothing is written to measure what there is not; with --dtype."""
+    torch.manual_seed(0)
+    one = ModelConfig(dim=16, layers=2, attention_heads=2, context=64, heads=1)
+    save_model(Transformer(one), tmp_path / "model", ByteTokenizer())
+    (tmp_path / "a.py").write_text("x = 1\n" * 30)
+    monkeypatch.setattr("headstart.commands.evaluate.run_freely", None)
+    settings = EvaluateSettings(text=(str(tmp_path / "a.py"),), dtype="float32")
+    found = evaluate(tmp_path / "model", settings)
+    assert found["dtype"] == "float32" and len(found["heads"]["bits_per_byte"]) == 1 and "acceptance" not in found
+    assert "has no drafting head" in capsys.readouterr().err
+    half = evaluate(tmp_path / "model", EvaluateSettings(text=settings.text, tasks=("heads",), dtype="bfloat16"))
+    assert half["heads"]["bits_per_byte"] != found["heads"]["bits_per_byte"]
+
+
+def test_what_was_measured_is_shown_before_what_takes_longer(directory, tmp_path, monkeypatch, capsys) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headstart.commands.evaluate.run_freely", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(directory, EvaluateSettings(text=(str(tmp_path / "text"),), prompt_tokens=8, new_tokens=8))
+    assert "bits per byte" in capsys.readouterr().err

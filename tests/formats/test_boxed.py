@@ -1,0 +1,57 @@
+"""The model in the box: where it is found, and that it is what its card says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import headstart
+from headstart.errors import UsageError
+from headstart.evaluation.texts import PROMPTS_FILE, read_prompts
+from headstart.formats import bundled
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_is_found_in_a_clone_and_said(capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert bundled.model_directory(None) == Path("models", bundled.NAME)
+    monkeypatch.chdir(tmp_path)
+    assert bundled.model_directory(None) == ROOT / "models" / bundled.NAME
+    assert "model in the box" in capsys.readouterr().err
+    assert bundled.model_directory("elsewhere") == Path("elsewhere")
+    assert capsys.readouterr().err == ""
+
+
+def test_it_is_found_where_an_installation_puts_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(bundled, "__file__", str(tmp_path / "site-packages" / "headstart" / "storage" / "boxed.py"))
+    monkeypatch.setattr(bundled.sysconfig, "get_path", lambda name: str(tmp_path / "prefix"))
+    with pytest.raises(UsageError, match=r"the model in the box .* is not here .*; name a model directory"):
+        bundled.boxed_model()
+    place = tmp_path / "prefix" / "share" / "headstart" / "models" / bundled.NAME
+    place.mkdir(parents=True)
+    (place / "config.json").write_text("{}")
+    assert bundled.boxed_model() == place
+
+
+def test_it_fits_in_its_box() -> None:
+    files = [file for file in bundled.boxed_model().rglob("*") if file.is_file()]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert sum(file.stat().st_size for file in weights) <= 16 * 2**20
+    names = {file.relative_to(bundled.boxed_model()).as_posix() for file in files}
+    assert {"README.md", "acceptance.json", "config.yaml", "metrics.jsonl", PROMPTS_FILE} <= names
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_several_heads_write_what_one_head_writes(temperature) -> None:
+    """A real model accepts many drafts; the 200 prompts of the card are run by `bench decode`."""
+    model = headstart.load()
+    prompts = read_prompts(bundled.boxed_model() / PROMPTS_FILE, model.tokenizer)
+    assert len(prompts) == 200 and all(len(prompt) == 256 for prompt in prompts)
+    for seed, prompt in enumerate(prompts[::50]):
+        plain, *others = (
+            model.generate(prompt, max_new_tokens=48, temperature=temperature, seed=seed, heads=k) for k in (1, 4, 8)
+        )
+        assert all(other.tokens == plain.tokens for other in others)
+        assert others[-1].stats.tokens_per_pass > 1.2

@@ -1,0 +1,166 @@
+"""Medusa's and MiMo's layouts against statements of our own: what vLLM, TGI and SGLang compute, by their names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headstart.data.tokenizers import ByteTokenizer
+from headstart.errors import UsageError
+from headstart.formats.hf_code_export import written_code
+from headstart.formats.medusa import is_medusa, load_medusa, save_medusa
+from headstart.formats.mimo import drafts_as_engines_compute, is_mimo, load_mimo, save_mimo
+from headstart.model.config import ModelConfig
+from headstart.model.transformer import Transformer
+
+TINY = ModelConfig(vocab_size=256, dim=32, layers=4, attention_heads=4, kv_heads=2, context=64, heads=3)
+MEDUSA = replace(TINY, head_kind="medusa")
+MIMO = replace(TINY, head_kind="sequential", wiring="causal", heads=2)
+IDS = torch.randint(0, 256, (2, 10), generator=torch.Generator().manual_seed(1))
+
+
+def lively(config: ModelConfig) -> Transformer:
+    model, generator = Transformer(config), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0
+            parameter.normal_(mean, 0.25, generator=generator)
+            if config.head_kind == "sequential" and name.endswith("out.bias"):
+                parameter.zero_()
+    return model
+
+
+def assert_close(mine: Tensor, theirs: Tensor) -> None:
+    assert mine.shape == theirs.shape
+    assert (mine - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"shared": False}, {"tied": True, "heads": 2}, {"shared": False, "family": "qwen3", "qk_norm": "head"}],
+)
+@torch.no_grad()
+def test_medusa(change: dict[str, object], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
+    model = lively(replace(MEDUSA, **change))
+    n, shared = model.config.heads, model.config.shared
+    save_medusa(model, tmp_path, ByteTokenizer())
+    assert is_medusa(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    x, expected = base.model(IDS).last_hidden_state, model(IDS, heads=n)
+    assert_close(base(IDS).logits, expected[:, :, 0])
+
+    config = json.loads((tmp_path / "vllm/config.json").read_text())
+    assert config["num_heads"] == n - 1 and config["medusa_fc_bias"] and config["original_lm_head"] == shared
+    vllm = load_file(tmp_path / "vllm/model.safetensors")
+    tgi = load_file(tmp_path / "tgi/medusa_lm_head.safetensors")
+    assert "architectures" not in json.loads((tmp_path / "tgi/config.json").read_text())
+    for i in range(n - 1):
+        y = x + F.silu(F.linear(x, vllm.pop(f"blocks.{i}.layers.0.weight"), vllm.pop(f"blocks.{i}.layers.0.bias")))
+        head = vllm["lm_heads.0.weight"] if shared else vllm.pop(f"lm_heads.{i}.weight")
+        assert_close(F.linear(y, head), expected[:, :, i + 1])
+        y = x + F.silu(F.linear(x, tgi.pop(f"{i}.0.linear.weight"), tgi.pop(f"{i}.0.linear.bias")))
+        head = base.lm_head.weight if shared else tgi.pop(f"{i}.1.weight")
+        assert_close(F.linear(y, head), expected[:, :, i + 1])
+    assert not tgi and vllm.keys() <= {"lm_heads.0.weight"}
+    for place in ("vllm", "tgi"):
+        again = load_medusa(tmp_path, heads_of=place)
+        assert again.config == model.config
+        assert torch.equal(again(IDS, heads=n), expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"shared": False, "heads": 4, "attention_bias": True}, {"tied": True, "qkv_bias": True}]
+)
+@torch.no_grad()
+def test_mimo(change: dict[str, object], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+    model = lively(replace(MIMO, **change))
+    left = save_mimo(model, tmp_path, ByteTokenizer())
+    assert is_mimo(tmp_path) and any("heads 3..4" in line for line in left) == (model.config.heads == 4)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    wanted = {key: value for key, value in settings.items() if key not in ("auto_map", "model_type", "architectures")}
+    config = transformers.Qwen2Config(**wanted, attn_implementation="eager")
+    tensors = load_file(tmp_path / "model.safetensors")
+    module = {name[len("model.mtp_layers.0.") :]: tensors.pop(name) for name in list(tensors) if ".mtp_layers." in name}
+    trunk = transformers.Qwen2ForCausalLM(config)
+    trunk.load_state_dict(tensors)
+    expected = model(IDS, heads=2)
+    assert_close(trunk(IDS).logits, expected[:, :, 0])
+
+    code = written_code(tmp_path, "modeling_mimo.py")
+    named, info = code.MiMoForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and named.config.num_nextn_predict_layers == 1, info
+    assert_close(named(IDS).logits, expected[:, :, 0])
+
+    # The module, for the token after next: the hidden state before the final norm, and the next token's embedding.
+    kept: list[Tensor] = []
+    trunk.model.norm.register_forward_hook(lambda norm, inputs, output: kept.append(inputs[0]))
+    trunk(IDS)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], module[f"{name}.weight"], config.rms_norm_eps)
+
+    block = Qwen2DecoderLayer(config, 0)
+    block.load_state_dict(
+        {name: t for name, t in module.items() if name.startswith(("self_attn", "mlp", "input_l", "post"))}
+    )
+    hidden, next_tokens = kept[0][:, :-1], trunk.model.embed_tokens(IDS[:, 1:])
+    T = hidden.shape[1]
+    rotary = trunk.model.rotary_emb(hidden, torch.arange(T)[None])
+    mask = torch.full((T, T), float("-inf")).triu(1)[None, None]
+    for zeroed, theirs in ((False, expected[:, :-1, 1]), (True, drafts_as_engines_compute(model, IDS))):
+        embedded = next_tokens.clone()
+        if zeroed:
+            embedded[:, 0] = 0
+        joined = torch.cat([norm(hidden, "hidden_layernorm"), norm(embedded, "token_layernorm")], -1)
+        y = block(joined @ module["input_proj.weight"].T, attention_mask=mask, position_embeddings=rotary)
+        y = y[0] if isinstance(y, tuple) else y
+        assert_close(trunk.lm_head(norm(y, "final_layernorm")), theirs)
+    again = load_mimo(tmp_path)
+    assert again.config.heads == 2 and torch.equal(again(IDS, heads=2).nan_to_num(), expected.nan_to_num())
+
+
+def test_what_the_layouts_cannot_express_is_refused(tmp_path: Path) -> None:
+    for config in (TINY, replace(MEDUSA, heads=1), MIMO):
+        with pytest.raises(UsageError, match="medusa heads alone"):
+            save_medusa(Transformer(config), tmp_path)
+    for config in (TINY, MEDUSA, replace(MIMO, heads=1)):
+        with pytest.raises(UsageError, match="sequential heads alone"):
+            save_mimo(Transformer(config), tmp_path)
+    with pytest.raises(UsageError, match="head_dim 16"):
+        save_mimo(Transformer(replace(MIMO, head_dim=16)), tmp_path)
+    model = lively(replace(MIMO, attention_bias=True))
+    torch.nn.init.ones_(model.trunk.blocks[1].attention.out.bias)
+    with pytest.raises(UsageError, match="biases on the output"):
+        save_mimo(model, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    for name, save in (("mimo", save_mimo), ("medusa", save_medusa)):
+        (tmp_path / name).mkdir()
+        save(lively(MIMO if name == "mimo" else MEDUSA), tmp_path / name)
+    file = tmp_path / "mimo/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.mtp_layers.0.final_layernorm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="not the model's final norm"):
+        load_mimo(tmp_path / "mimo")
+    file = tmp_path / "medusa/vllm/model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t for name, t in tensors.items() if name != "blocks.1.layers.0.bias"}, file)
+    with pytest.raises(UsageError, match=r"lacks blocks\.1"):
+        load_medusa(tmp_path / "medusa")
+    save_file(tensors | {"lm_heads.0.weight": tensors["lm_heads.0.weight"] + 1}, file)
+    with pytest.raises(UsageError, match="unembedding is not that of base"):
+        load_medusa(tmp_path / "medusa")
