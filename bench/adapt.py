@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bench import report
-from bench.measure import interleave, ratios, timed
 from bench.report import Bar, measurement
 from headstart.console import say
+from headstart.decoding.policy.timing import interleave, ratios, timed
 from headstart.model.config import HeadKind, ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.walk import count_targets, walk_step

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import decode_passes, fresh_process, peer_speed, report, row_speed, speedup, sweep
-from bench.measure import ratios
 from bench.report import Bar, count, measurement
 from bench.sizes import Size
 from headstart.console import say
 from headstart.decoding.kernels.int8 import Quantize
+from headstart.decoding.policy.timing import ratios
 from headstart.errors import UsageError
+from headstart.evaluation.texts import load_prompts
 from headstart.formats.bundled import boxed_model
 from headstart.formats.huggingface import load_config
 from headstart.hardware import dtype_on
@@ -231,7 +232,7 @@ def _peers(settings: DecodeSettings) -> tuple[list[dict[str, Any]], list[dict[st
 
 def _prompts(settings: DecodeSettings) -> list[tuple[int, ...]]:
     assert settings.model is not None
-    return speedup.load_prompts(
+    return load_prompts(
         settings.model,
         prompts=settings.prompts,
         data=settings.data,

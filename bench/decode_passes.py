@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from bench import fresh_process
-from bench.measure import PASSES_OF_A_BLOCK, ratios
 from bench.report import Bar, count, measurement
 from bench.sizes import four_heads
+from headstart.decoding.policy.timing import PASSES_OF_A_BLOCK, ratios
 from headstart.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import torch
 
 import headstart
 from bench import fresh_process, report
-from bench.measure import ratios
 from bench.peak_memory import ALLOCATOR, meter
 from bench.report import Bar, measurement
 from headstart.console import Progress
+from headstart.decoding.policy.timing import ratios
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, save_model
 from headstart.model.config import ModelConfig

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 
 from bench import fresh_process, report
-from bench.measure import ratios
 from bench.peak_memory import ALLOCATOR, joint_step_fits, meter
 from bench.report import Bar, measurement
 from headstart.console import say
 from headstart.data.batches import IGNORE
+from headstart.decoding.policy.timing import ratios
 from headstart.model.config import HeadKind, ModelConfig, Wiring
 from headstart.model.transformer import Transformer
 from headstart.objective.walk import HeadLosses, count_targets, joint_step, walk_step

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from functools import partial
 from typing import Any
 
 import torch
 
-from bench.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
 from headstart import hardware
-from headstart.console import Progress
-from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.policy.calibration import PassCosts
+from headstart.decoding.policy.timing import interleave, random_model, timed
 from headstart.decoding.policy.timing_pass import Pass
-from headstart.decoding.policy.timing_step import Step
-from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
-
-TREE_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Of the trees that `pass_costs` times; costs between are judged by the nearest two."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: int) -> int:
@@ -51,49 +38,6 @@ def merged_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes:
         weights += V * D
     cache = 2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * span
     return (weights + config.heads * D) * weight_bytes + cache * cache_bytes
-
-
-def pass_costs(
-    model: Transformer,
-    batches: tuple[int, ...],
-    length: int,
-    seconds: float,
-    tree: DraftTree | None = None,
-    temperature: float = 0.0,
-) -> PassCosts:
-    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, with all that the engine does
-    for one, timed for `seconds` at each of the batch sizes, ascending. Only the ratios to plain passes matter to the
-    policy, so those are what is taken with care: of passes a few milliseconds apart, over long enough that neighbours
-    on the machine come and go. With a `tree` passes of its beginnings too; with a `temperature` all are sampled."""
-    n = model.config.heads
-    plain, drafting, trees = [], [], []
-    tree_rows = () if tree is None else tuple(sorted({r for r in TREE_ROWS if r < tree.rows} | {tree.rows}))
-    with Progress("passes, sampled" if temperature else "passes, greedy", len(batches), unit="batch sizes") as bar:
-        for slots in batches:
-            step = partial(Step, model, slots=slots, length=length, sampling=Sampling(temperature))
-            variants = {"0": timed(step(drafting=False))}
-            variants |= {str(rows): timed(step(rows=rows)) for rows in range(1, n + 1)}
-            variants |= {f"tree {rows}": timed(step(rows=rows, tree=tree)) for rows in tree_rows}
-            interleave(variants, 0, warmup=3)
-            seen: dict[str, list[float]] = {w: [] for w in variants}
-            began = time.perf_counter()
-            while not seen["0"] or time.perf_counter() - began < seconds:
-                for w, values in interleave(variants, PASSES_OF_A_BLOCK, warmup=0).items():
-                    seen[w] += values
-            plain.append(1e3 * statistics.median(seen["0"]))
-            over = [statistics.median(ratios(times, seen["0"], PASSES_OF_A_BLOCK)) for times in seen.values()]
-            drafting.append(tuple(plain[-1] * ratio for ratio in over[1 : n + 1]))
-            trees.append(tuple(plain[-1] * ratio for ratio in over[n + 1 :]))
-            bar.advance(1)
-    return PassCosts(batches, tuple(plain), tuple(drafting), tree_rows, tuple(trees) if tree_rows else ())
-
-
-def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:
-    """Random weights; their values do not matter to what a pass costs."""
-    torch.manual_seed(0)
-    with torch.device(device):  # billions of weights are drawn in seconds on a GPU, in minutes on a CPU
-        model = Transformer(config)
-    return model.to(DTYPES[dtype])
 
 
 def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from bench import report, streams
-from bench.measure import ratios
-from bench.passes import DTYPES, random_model
 from bench.peer_environments import KINDS, PeerError, interpreter
 from bench.peer_process import PeerProcess
 from bench.peers.with_headstart import PLAIN
 from bench.report import Bar, count, measurement
 from bench.sizes import SIZES, four_heads
 from headstart.console import say
+from headstart.decoding.policy.timing import DTYPES, random_model, ratios
 from headstart.errors import UsageError
 from headstart.formats.gguf import save_gguf
 from headstart.formats.huggingface import load_model, save_model

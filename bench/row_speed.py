@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import fresh_process
-from bench.measure import PASSES_OF_A_BLOCK, interleave, ratios, timed
-from bench.passes import DTYPES, Pass, random_model
+from bench.passes import Pass
 from bench.report import count, measurement
 from headstart.decoding.kernels.pack import pack
+from headstart.decoding.policy.timing import DTYPES, PASSES_OF_A_BLOCK, interleave, random_model, ratios, timed
 from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig
 

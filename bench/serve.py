@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 
 from bench import malformed, report, serve_peers
-from bench.measure import interleave, ratios
 from bench.report import Bar, count, measurement
 from bench.serve_processes import Answer, ClientProcess, ServerProcess
 from bench.sizes import Size
@@ -22,6 +21,7 @@ from headstart import api
 from headstart.console import say
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.policy.timing import interleave, ratios
 from headstart.decoding.request import Request
 from headstart.evaluation.texts import read_prompts
 from headstart.formats.bundled import model_directory

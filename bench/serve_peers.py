@@ -15,8 +15,6 @@ from typing import Any
 import torch
 
 from bench import report
-from bench.measure import ratios
-from bench.passes import random_model
 from bench.peer_environments import PeerError, interpreter, version
 from bench.peer_servers import COMMANDS, PeerServer, Weights
 from bench.report import count, measurement
@@ -26,6 +24,7 @@ from bench.streams import percentile
 from headstart import api
 from headstart.console import say
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.decoding.policy.timing import random_model, ratios
 from headstart.errors import UsageError
 from headstart.formats.gguf import save_gguf
 from headstart.formats.huggingface import load_model, save_model

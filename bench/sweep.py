@@ -13,8 +13,6 @@ from functools import partial
 from typing import Any
 
 from bench import fresh_process, report, streams
-from bench.measure import interleave, ratios
-from bench.passes import pass_costs, random_model
 from bench.report import Bar, count, measurement
 from bench.sizes import SIZES, byte_heads, four_heads
 from bench.streams import Stream, Synthetic
@@ -23,6 +21,7 @@ from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.pack import is_row_exact, pack
 from headstart.decoding.policy.calibration import Tuning, cost_of_rows
 from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.policy.timing import interleave, pass_costs, random_model, ratios
 from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.model.config import ModelConfig

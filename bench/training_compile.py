@@ -6,10 +6,10 @@ import statistics
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bench.measure import ratios
 from bench.report import measurement
 from bench.training_steps import measure, run_config
 from headstart.console import say
+from headstart.decoding.policy.timing import ratios
 
 if TYPE_CHECKING:
     from bench.train import TrainSettings

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bench import fresh_process
-from bench.measure import ratios
 from bench.report import Bar, measurement
 from bench.training_steps import flop_ratio, measure, run_config
 from headstart.console import say
+from headstart.decoding.policy.timing import ratios
 from headstart.model.config import PRESETS, ModelConfig
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bench.measure import ratios
 from bench.report import Bar, measurement
 from bench.training_steps import flop_ratio, measure, run_config
 from headstart.console import say
+from headstart.decoding.policy.timing import ratios
 from headstart.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bench import fresh_process
-from bench.measure import ratios
 from bench.peak_memory import ALLOCATOR, joint_step_fits, meter
 from bench.report import measurement
 from bench.training_steps import Steps, from_plain, run_config
 from headstart.console import say
+from headstart.decoding.policy.timing import ratios
 from headstart.model.config import ModelConfig
 from headstart.objective.walk import joint_step
 from headstart.training import step as training_step

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import fresh_process
-from bench.measure import ratios
 from bench.report import Bar, measurement
 from bench.training_steps import from_plain, run_config
-from bench.transformers_peer import load_peer
 from headstart.console import Progress, say
 from headstart.data.batches import Batch
+from headstart.decoding.policy.timing import ratios
 from headstart.errors import UsageError
-from headstart.formats.huggingface import save_model
+from headstart.formats.huggingface import load_peer, save_model
 from headstart.training.config import DataConfig, RunConfig
 from headstart.training.interruption import Interruption
 from headstart.training.loop import Run

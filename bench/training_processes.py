@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bench import fresh_process
-from bench.measure import interleave, ratios
 from bench.report import measurement
 from bench.training_steps import CASE, case_of, run_config
 from headstart.console import say
+from headstart.decoding.policy.timing import interleave, ratios
 from headstart.training.config import RunConfig
 from headstart.training.parallel import ParallelConfig
 

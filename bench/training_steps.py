@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from bench import fresh_process
-from bench.measure import interleave
 from bench.sent_bytes import SentBytes
 from headstart.data.batches import Batch, targets_of
+from headstart.decoding.policy.timing import interleave
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.training.config import BatchConfig, RunConfig

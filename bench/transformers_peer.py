@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from bench.measure import interleave
-from bench.passes import DTYPES, random_model
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.pack import pack
+from headstart.decoding.policy.timing import DTYPES, interleave, random_model
 from headstart.decoding.request import Request
-from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import load_model, load_peer, save_model
 from headstart.model.config import ModelConfig
 
 
@@ -42,20 +40,6 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
     mine, other = outputs["headstart"], outputs["transformers"]
     same = next((i for i, (a, b) in enumerate(zip(mine, other)) if a != b), min(len(mine), len(other)))
     return {"tokens_per_second": values, "same_tokens_at_start": same, "new_tokens": [len(mine), len(other)]}
-
-
-def load_peer(directory: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The model that transformers makes of a model directory. UsageError where transformers is not installed."""
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UsageError(
-            "transformers is not installed; install headstart[hf], or leave out what compares with it"
-        ) from error
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    return model.to(device).eval()
 
 
 def _rate(stamps: list[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import tyro
 
@@ -35,6 +36,25 @@ def _dispatch(name: str, arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    run_program(_command)
+
+
+def _command(arguments: list[str]) -> None:
+    """Run the command that the first argument names, or print help or the version."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+    elif arguments[0] == "--version":
+        from headstart import __version__
+
+        print(__version__)
+    elif arguments[0] not in COMMANDS:
+        raise UsageError(f"there is no command {arguments[0]!r}; take one of {', '.join(COMMANDS)}")
+    else:
+        _dispatch(arguments[0], arguments[1:])
+
+
+def run_program(command: Callable[[list[str]], None]) -> None:
+    """Run `command` with the arguments of this process; errors become one line and an exit status."""
     # Two threads of one product wait for each other by spinning. Where a core is shared, the spinning thread keeps
     # the other from its core for a whole time slice: products then take 8 ms whatever their size. A short spin costs
     # nothing on an idle machine. libgomp reads this once, when torch is loaded.
@@ -42,18 +62,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return
-    if arguments[0] == "--version":
-        from headstart import __version__
-
-        print(__version__)
-        return
     try:
-        if arguments[0] not in COMMANDS:
-            raise UsageError(f"there is no command {arguments[0]!r}; take one of {', '.join(COMMANDS)}")
-        _dispatch(arguments[0], arguments[1:])
+        command(arguments)
     except KeyboardInterrupt:
         if debug:
             raise

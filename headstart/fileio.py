@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from headstart.errors import UsageError
 
@@ -167,3 +168,16 @@ def take_lock(file: IO[str]) -> bool:
     except OSError:
         pass
     return True
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`; UsageError where it is none."""
+    try:
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); name a model directory you may read") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: is not JSON ({error}); copy the model directory again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file}: must hold a JSON object; copy the model directory again")
+    return content

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from bench import fresh_process, speedup, sweep
 from bench.sizes import SIZES, Size, four_heads
 from bench.training_steps import flop_ratio, measure, run_config
+from headstart.evaluation.texts import load_prompts
 from headstart.formats.bundled import boxed_model
 from headstart.model.config import ModelConfig
 from headstart.training.processes import pick_device
@@ -82,7 +83,7 @@ class SpeedStudy(Study[SpeedSettings]):
         common = {"dtype": settings.dtype, "device": device, "repetitions": settings.repetitions}
         if case.conditions["table"] == "S3":
             model = boxed_model()
-            prompts = speedup.load_prompts(
+            prompts = load_prompts(
                 model, prompts=None, data=None, count=settings.prompts, tokens=settings.prompt_tokens,
                 room=settings.new_tokens,
             )  # fmt: skip

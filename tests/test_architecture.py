@@ -192,6 +192,15 @@ def test_the_house_stands(rule: object) -> None:
     assert rule(PACKAGE) == []  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("folder", ["bench", "studies"])
+def test_the_library_imports_no_program_of_the_checkout(folder: str) -> None:
+    for file in files(PACKAGE):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert folder not in {name.split(".")[0] for name in names}, file
+
+
 def test_the_model_knows_only_itself() -> None:
     rooms = {item.target for file in files(PACKAGE / "model") for item in imports_of(file, PACKAGE)}
     assert rooms <= {"model", "errors"}

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 from headstart.cli.adapting import adapt
 from headstart.cli.adapting_data import distill_data
+from headstart.cli.checkout import bench, study
 from headstart.cli.decoding import generate
 from headstart.cli.exchange import convert, push
-from headstart.cli.measuring import bench, doctor, evaluate, inspect, tune
+from headstart.cli.measuring import doctor, evaluate, inspect, tune
 from headstart.cli.serving import serve
-from headstart.cli.studying import study
 from headstart.cli.training import compare, demo, prepare, train
 
 # These parse their own arguments: what they take depends on the first one.

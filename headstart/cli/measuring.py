@@ -1,16 +1,10 @@
-"""Commands that look at models and machines: evaluate, tune, inspect, doctor, bench."""
+"""Commands that look at models and machines: evaluate, tune, inspect, doctor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import tyro
 from tyro.conf import Positional
 
 from headstart.cli.common import measure, print_json
-from headstart.command_line import add_repeated
-from headstart.errors import UsageError
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -55,35 +49,3 @@ def doctor(model: Positional[str | None] = None, json: bool = False) -> None:
     print_json(found) if json else print(format_diagnosis(found))
     if any(finding["status"] == "fail" for finding in found["findings"]):
         raise SystemExit(1)
-
-
-def bench(arguments: list[str]) -> None:
-    """Measure what it costs: headstart bench loss|train|decode|adapt|load|serve [--out DIR] [--json] [settings]."""
-    json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(bench.__doc__)
-        return
-    from bench import adapt, decode, load, loss, report, serve
-    from bench import train as training
-
-    benchmarks: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
-        "loss": (loss.LossSettings, loss.run),
-        "train": (training.TrainSettings, training.run),
-        "decode": (decode.DecodeSettings, decode.run),
-        "adapt": (adapt.AdaptSettings, adapt.run),
-        "serve": (serve.ServeSettings, serve.run),
-        "load": (load.LoadSettings, load.run),
-    }
-    if arguments[0] not in benchmarks:
-        raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(benchmarks)}")
-    settings_type, run = benchmarks[arguments[0]]
-    once = (tyro.conf.AvoidSubcommands,)
-    settings = tyro.cli(
-        settings_type,
-        prog=f"headstart bench {arguments[0]}",
-        args=add_repeated(settings_type, arguments[1:]),
-        config=once,
-    )
-    result = run(settings)
-    report.write(result, settings.out)
-    print_json(result) if json else print(report.format_markdown(result))

@@ -10,7 +10,8 @@ from headstart.commands.evaluate import ACCEPTANCE_FILE
 from headstart.decoding.policy.calibration import AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.tuning_file import TUNING_FILE
 from headstart.errors import UsageError
-from headstart.formats.config_json import load_config, read_json
+from headstart.fileio import read_json
+from headstart.formats.config_json import load_config
 from headstart.formats.hf_code_export import MODELING_FILE
 from headstart.model.config import ModelConfig
 

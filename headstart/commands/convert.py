@@ -10,8 +10,8 @@ import torch
 from headstart.console import say
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
-from headstart.fileio import replacing_directory, replacing_file
-from headstart.formats.config_json import CONFIG_FILE, read_json
+from headstart.fileio import read_json, replacing_directory, replacing_file
+from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.generation_config import keep_generation, named_ends
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import (

@@ -12,18 +12,16 @@ from typing import Any, Literal
 
 import torch
 
-from bench.measure import interleave, timed
-from bench.passes import DTYPES, Pass, random_model
-from bench.speedup import Decoded, decode, first_difference
-from bench.transformers_peer import load_peer
 from headstart import hardware
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import PackedLinear, can_pack, decoding_dtype, pack
+from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave, random_model, timed
+from headstart.decoding.policy.timing_pass import Pass
 from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer
+from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, load_peer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

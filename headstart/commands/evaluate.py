@@ -23,7 +23,6 @@ from headstart.evaluation.code.run import CodeSettings, run_code
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.heads import score_documents
 from headstart.evaluation.lm_eval_tasks import PREFIX, LmEvalSettings, run_lm_eval
-from headstart.evaluation.report import format_evaluation, page_of
 from headstart.evaluation.texts import (
     PROMPTS_FILE,
     LongPrompts,
@@ -37,6 +36,7 @@ from headstart.fileio import write_text
 from headstart.formats.bundled import model_directory
 from headstart.formats.huggingface import load_model, load_model_tokenizer
 from headstart.model.transformer import Transformer
+from headstart.reports.evaluation import format_evaluation, page_of
 
 TASKS = ("heads", "acceptance")
 """What is measured where no task is named."""

@@ -13,7 +13,7 @@ from headstart.commands.evaluate import ACCEPTANCE_FILE
 from headstart.console import format_table
 from headstart.decoding.memory import kv_bytes_per_token
 from headstart.errors import UsageError
-from headstart.formats.config_json import read_json
+from headstart.fileio import read_json
 from headstart.formats.families import family_of
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import load_config, load_model_tokenizer, stored_dtype

@@ -14,8 +14,8 @@ from headstart.console import say
 from headstart.data.prompt_files import read_prompt_file
 from headstart.errors import UsageError
 from headstart.evaluation.texts import PROMPTS_FILE
-from headstart.fileio import replacing_directory
-from headstart.formats.config_json import CONFIG_FILE, load_config, read_json
+from headstart.fileio import read_json, replacing_directory
+from headstart.formats.config_json import CONFIG_FILE, load_config
 
 CARD = "README.md"
 SENT = (

@@ -11,8 +11,6 @@ import torch
 from tyro.conf import Positional
 
 import headstart
-from bench.passes import pass_costs
-from bench.speedup import find_prompts
 from headstart.api import LanguageModel
 from headstart.console import Progress, format_table, say
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow
@@ -20,14 +18,15 @@ from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.int8 import Quantize
 from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
+from headstart.decoding.policy.timing import pass_costs
 from headstart.decoding.policy.tuning_file import write_tuning
 from headstart.decoding.request import Generation, Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
-from headstart.evaluation.report import left_out
-from headstart.evaluation.texts import FilePrompts, LongPrompts, prompt_limit, sizes
+from headstart.evaluation.texts import FilePrompts, LongPrompts, find_prompts, prompt_limit, sizes
 from headstart.formats.bundled import model_directory
+from headstart.reports.evaluation import left_out
 
 RANKS = 8
 """Candidates of a head that a tree may take."""

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from headstart.data.mixture import Turns
 from headstart.data.shards import TokenShards
@@ -313,3 +314,8 @@ class _Cutter:
             for row, begin in enumerate(begins.tolist()):
                 is_target[row] = self._targets[begin : begin + self.width]
         return tokens, np.cumsum(documents, axis=1, out=documents), is_target
+
+
+def appended(tokens_BT: Tensor, registers: Registers | None) -> Tensor:
+    """The tokens that a model reads: registers lie behind the row, and what they see says where they stand."""
+    return tokens_BT if registers is None else torch.cat([tokens_BT, registers.tokens], 1)

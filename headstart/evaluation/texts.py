@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,10 @@ from headstart.data.prepare.hub import is_dataset
 from headstart.data.prepare.units import Selection, plan, read
 from headstart.data.prompt_files import FilePrompt, read_prompt_file
 from headstart.data.prompts import chat_ids, turn_ends
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.errors import UsageError
+from headstart.formats.huggingface import load_config, load_model_tokenizer
 
 PROMPTS_FILE = "prompts.jsonl"
 """Prompts that a model directory carries: texts that it was not trained on."""
@@ -153,3 +155,57 @@ def _prompt_ids(prompt: FilePrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     except UsageError as error:
         raise UsageError(f"{prompt.place}: {error}") from error
     raise UsageError(f"{prompt.place}: asks nothing; take it out")
+
+
+def load_prompts(
+    model: Path, *, prompts: Path | None, data: Path | None, count: int, tokens: int, room: int
+) -> list[tuple[int, ...]]:
+    """`count` prompts of `tokens` tokens, as `find_prompts`; texts of a file are cut to their start."""
+    return find_prompts(model, prompts, data, count, tokens, room, (tokens, "start")).prompts
+
+
+def find_prompts(
+    model: Path,
+    prompts: Path | None,
+    data: Path | None,
+    count: int,
+    tokens: int,
+    room: int,
+    limit: tuple[int, LongPrompts],
+) -> FilePrompts:
+    """At most `count` prompts: of a file or the model directory's own (`fitting_prompts` with
+    `limit`), or pieces of `tokens` tokens of held-out documents that go on for `room` tokens more.
+
+    Documents come from the shards folder `data`, or that of the run in which the model lies (RUN/model).
+    """
+    tokenizer = load_model_tokenizer(model)
+    if prompts is None and data is None and (model / PROMPTS_FILE).is_file():
+        prompts = model / PROMPTS_FILE
+    if prompts is not None:
+        if tokenizer is None:
+            raise UsageError(f"{model}: has no tokenizer to read {prompts} with; give --data, prepared tokens")
+        given = fitting_prompts(prompts, tokenizer, *limit)
+    else:
+        shards = TokenShards.open(data or _data_of_run(model), "validation")
+        documents = [shards.document(i) for i in range(len(shards.documents))]
+        given = FilePrompts(cut_prompts(documents, count, tokens, room))
+    vocab_size = load_config(model).vocab_size
+    largest = max((max(p) for p in given.prompts), default=0)
+    if largest >= vocab_size:
+        raise UsageError(
+            f"the prompts hold token {largest}, the vocabulary of {model} has {vocab_size}; give data of that model"
+        )
+    return replace(given, prompts=given.prompts[:count], ends=given.ends[:count])
+
+
+def _data_of_run(model: Path) -> Path:
+    run = model.resolve().parent
+    if (run / "data" / "manifest.json").is_file():
+        return run / "data"
+    if (run / "config.yaml").is_file():
+        from headstart.training.config import load_config as load_run_config
+
+        path = load_run_config(run / "config.yaml").data.path
+        if path is not None:
+            return path
+    raise UsageError(f"{model}: lies in no run with data; give --prompts FILE, or --data FOLDER of prepared tokens")

@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from headstart.errors import UsageError
-from headstart.fileio import regular
+from headstart.fileio import read_json
 from headstart.formats.config_fields import check_type
 from headstart.formats.families import FAMILIES, Family, decoder_fields, differences, family_of, read_decoder
 from headstart.formats.hub import local_directory
@@ -67,19 +67,6 @@ def load_config(directory: str | Path) -> ModelConfig:
     config = _own_config(file, own)
     _check_agreement(file, config, content)
     return config
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`; UsageError where it is none."""
-    try:
-        content = json.loads(regular(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror}); name a model directory you may read") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is not JSON ({error}); copy the model directory again") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file}: must hold a JSON object; copy the model directory again")
-    return content
 
 
 def _config_path(directory: Path) -> Path:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from headstart.errors import UsageError
-from headstart.fileio import write_text
-from headstart.formats.config_json import CONFIG_FILE, read_json
+from headstart.fileio import read_json, write_text
+from headstart.formats.config_json import CONFIG_FILE
 
 GENERATION_FILE = "generation_config.json"
 KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

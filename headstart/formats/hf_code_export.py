@@ -12,8 +12,9 @@ from types import ModuleType
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.fileio import read_json
 from headstart.formats.assembly import LLAMA, inexpressible
-from headstart.formats.config_json import CONFIG_FILE, read_json
+from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.families import family_of
 from headstart.formats.huggingface import save_model
 from headstart.model.transformer import Transformer

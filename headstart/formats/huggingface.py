@@ -17,9 +17,9 @@ from torch import Tensor
 
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
-from headstart.fileio import replacing_directory
+from headstart.fileio import read_json, replacing_directory
 from headstart.formats.assembly import assemble_in_place, check_names
-from headstart.formats.config_json import CONFIG_FILE, config_json, load_config, read_json
+from headstart.formats.config_json import CONFIG_FILE, config_json, load_config
 from headstart.formats.families import family_of
 from headstart.formats.generation_config import GENERATION_FILE, named_ends
 from headstart.formats.hub import local_directory
@@ -235,3 +235,17 @@ def _system_error(error: SafetensorError, path: Path) -> OSError:
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def load_peer(directory: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The model that transformers makes of a model directory. UsageError where transformers is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UsageError(
+            "transformers is not installed; install headstart[hf], or leave out what compares with it"
+        ) from error
+    logging.disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.to(device).eval()

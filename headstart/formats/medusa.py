@@ -21,8 +21,9 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.fileio import read_json
 from headstart.formats.assembly import assemble
-from headstart.formats.config_json import CONFIG_FILE, load_config, read_json
+from headstart.formats.config_json import CONFIG_FILE, load_config
 from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, save_model, stored_tensors
 from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import HEADS_FILE, MODEL_FILE, Part

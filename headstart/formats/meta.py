@@ -17,10 +17,9 @@ from torch import Tensor
 
 from headstart.data.lines import first_line
 from headstart.errors import UsageError
-from headstart.fileio import regular
+from headstart.fileio import read_json, regular
 from headstart.formats.assembly import assemble, inexpressible
 from headstart.formats.config_fields import Fields
-from headstart.formats.config_json import read_json
 from headstart.formats.gguf import interleaved
 from headstart.formats.huggingface import UNEMBEDDING, stored_tensors
 from headstart.formats.tensor_names import Part, stored_parts

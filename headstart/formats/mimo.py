@@ -20,9 +20,10 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.fileio import read_json
 from headstart.formats.assembly import LLAMA, assemble, inexpressible
 from headstart.formats.config_fields import Fields
-from headstart.formats.config_json import CONFIG_FILE, read_json
+from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.hf_code_export import template
 from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, stored_tensors
 from headstart.formats.safetensors_files import TensorFiles, model_files

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.data.batches import IGNORE, Registers
+from headstart.data.batches import IGNORE, Registers, appended
 from headstart.errors import UsageError
 from headstart.model.attention import DocumentAttention, RegisterAttention, causal_attention
 from headstart.model.layers import Attend
@@ -19,7 +19,6 @@ from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.backends import LossConfig
 from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, Scores, linear_scores
 from headstart.objective.distillation import later, linear_distillation, taught_targets
-from headstart.training.auxiliary.registers import appended
 
 
 @dataclass

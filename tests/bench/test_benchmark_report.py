@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench import fresh_process, report
-from bench.measure import interleave, ratios, spread
+from bench.measure import spread
 from bench.report import Bar, measurement
+from headstart.decoding.policy.timing import interleave, ratios
 from headstart.errors import UsageError
 
 

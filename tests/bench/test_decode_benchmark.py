@@ -7,12 +7,15 @@ import pytest
 
 from bench import decode, speedup
 from bench.decode import DecodeSettings
-from bench.passes import Pass, pass_bytes, random_model
+from bench.passes import Pass, pass_bytes
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels.pack import NativeLinear, PackedLinear, PackedUnembedding, pack
+from headstart.decoding.policy.timing import decode as decode_all
+from headstart.decoding.policy.timing import first_difference, random_model
 from headstart.decoding.request import Request
 from headstart.errors import UsageError
+from headstart.evaluation.texts import load_prompts
 from headstart.model.config import ModelConfig
 
 SIZES = ModelConfig(vocab_size=300, dim=32, layers=5, attention_heads=2, context=128)
@@ -118,7 +121,7 @@ def test_model_part(in_process, model_directory, tmp_path):
 
 def test_counts_of_a_decoded_group(model_directory):
     model = pack(speedup.load_model(model_directory))
-    decoded = speedup.decode(model, [Request((1, 2, 3), 10, heads=4), Request((5,), 10, heads=4)], batch=1)
+    decoded = decode_all(model, [Request((1, 2, 3), 10, heads=4), Request((5,), 10, heads=4)], batch=1)
     assert [len(tokens) for tokens in decoded.tokens] == [10, 10]
     passes = sum(g.stats.passes for g in decoded.generations)
     assert decoded.stats.tokens_per_pass == 20 / passes and decoded.seconds > 0
@@ -126,15 +129,15 @@ def test_counts_of_a_decoded_group(model_directory):
 
 
 def test_first_difference():
-    assert speedup.first_difference([[1, 2], [3]], [[1, 2], [3]]) is None
-    assert speedup.first_difference([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == (1, 1)
-    assert speedup.first_difference([[1, 2]], [[1]]) == (0, 1)
+    assert first_difference([[1, 2], [3]], [[1, 2], [3]]) is None
+    assert first_difference([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == (1, 1)
+    assert first_difference([[1, 2]], [[1]]) == (0, 1)
 
 
 def test_prompts_from_jsonl_and_from_the_data_of_the_run(model_directory, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "abc"}\n{"text": "de"}\n')
-    found = speedup.load_prompts(model_directory, prompts=file, data=None, count=8, tokens=2, room=4)
+    found = load_prompts(model_directory, prompts=file, data=None, count=8, tokens=2, room=4)
     assert found == [(97, 98), (100, 101)]
 
     (tmp_path / "texts").mkdir()
@@ -142,11 +145,11 @@ def test_prompts_from_jsonl_and_from_the_data_of_the_run(model_directory, tmp_pa
         (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} " * 5)
     data = tmp_path / "shards"
     prepare([str(tmp_path / "texts")], data, ByteTokenizer(), validation_fraction=0.5, seed=0)
-    found = speedup.load_prompts(model_directory, prompts=None, data=data, count=3, tokens=11, room=8)
+    found = load_prompts(model_directory, prompts=None, data=data, count=3, tokens=11, room=8)
     assert [len(prompt) for prompt in found] == [11, 11, 11] and len(set(found)) > 1
     assert set(sum(found, ())) <= set(b"document 0123456789")
     (model_directory / "prompts.jsonl").write_text('{"prompt": "its own"}\n')
-    found = speedup.load_prompts(model_directory, prompts=None, data=None, count=3, tokens=3, room=8)
+    found = load_prompts(model_directory, prompts=None, data=None, count=3, tokens=3, room=8)
     assert found == [tuple(b"its")]
     (model_directory / "prompts.jsonl").unlink()
 
@@ -155,7 +158,7 @@ def test_wrong_use_is_one_line(model_directory, tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text("not json\n")
     (tmp_path / "empty.txt").write_text("\n")
-    prompts_of = partial(speedup.load_prompts, model_directory, data=None, count=1, tokens=2, room=1)
+    prompts_of = partial(load_prompts, model_directory, data=None, count=1, tokens=2, room=1)
     cases = [
         lambda: decode.run(settings(heads=(2,))),
         lambda: prompts_of(prompts=file),

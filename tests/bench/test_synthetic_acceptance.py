@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 
 from bench import streams
-from bench.passes import random_model
 from bench.streams import Synthetic
 from bench.synthetic_acceptance import acceptance_table, share_right
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.policy.timing import random_model
 from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError

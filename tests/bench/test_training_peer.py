@@ -12,8 +12,7 @@ from bench import train, training_peer
 from bench.train import TrainSettings
 from bench.training_peer import Turns, first_step
 from bench.training_steps import Steps, run_config
-from bench.transformers_peer import load_peer
-from headstart.formats.huggingface import save_model
+from headstart.formats.huggingface import load_peer, save_model
 from headstart.model.config import ModelConfig
 from headstart.training.processes import Processes
 

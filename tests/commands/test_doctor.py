@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from bench.speedup import Decoded
 from headstart.commands import doctor
 from headstart.commands.doctor import Sizes, diagnose, format_diagnosis
+from headstart.decoding.policy.timing import Decoded
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig

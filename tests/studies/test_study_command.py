@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from headstart.cli.studying import study
 from headstart.errors import UsageError
+from studies.__main__ import study
 from studies.catalogue import STUDIES
 
 

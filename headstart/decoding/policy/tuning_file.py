@@ -8,8 +8,7 @@ from typing import Any
 
 from headstart.decoding.policy.calibration import Tuning, content_with, setting, tuning_from
 from headstart.errors import UsageError
-from headstart.fileio import write_text
-from headstart.formats.config_json import read_json
+from headstart.fileio import read_json, write_text
 from headstart.model.transformer import Transformer
 
 TUNING_FILE = "tuning.json"

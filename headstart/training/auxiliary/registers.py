@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headstart.data.batches import IGNORE, Batch, Registers
 from headstart.errors import UsageError
@@ -78,8 +77,3 @@ def with_registers(batch: Batch, config: RegisterConfig, token: int, seed: int, 
         targets=targets_BT.gather(1, after_BR),
     )
     return replace(batch, registers=registers)
-
-
-def appended(tokens_BT: Tensor, registers: Registers | None) -> Tensor:
-    """The tokens that a model reads: registers lie behind the row, and what they see says where they stand."""
-    return tokens_BT if registers is None else torch.cat([tokens_BT, registers.tokens], 1)

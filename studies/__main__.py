@@ -1,4 +1,4 @@
-"""The command that reruns the papers' experiments: study."""
+"""Rerun an experiment of the papers: `python -m studies NAME --scale smoke|cpu|gpu|paper`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import cast
 
 from headstart.cli.common import print_json, use_threads
 from headstart.command_line import add_repeated
+from headstart.entry import run_program
 from headstart.errors import UsageError
 
 
@@ -73,3 +74,7 @@ def _taken(arguments: list[str], flag: str) -> str | None:
             del arguments[at]
             return arguments.pop(at)
     return None
+
+
+if __name__ == "__main__":
+    run_program(study)
