@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_type_hints
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 
 from headstart import __version__
 from headstart.data.chat_template import load_chat_template
+from headstart.serving.bodies import LARGE
 from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse, stopping
 from headstart.serving.guard import CLIENT
 from headstart.serving.schemas import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream, GoneError, while_connected
-from headstart.serving.validation import NOT_JSON, validation_error
 
 GRACE = 10.0
 """Seconds that a client has to read an answer once its time is over."""
@@ -42,7 +43,6 @@ def make_app(service: Service) -> FastAPI:
         default_response_class=JsonResponse,
         redirect_slashes=False,  # a redirect names the host that the client claims
     )
-    app.add_exception_handler(RequestValidationError, _unfit)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _failed)
     began = int(time.time())
@@ -60,15 +60,17 @@ def make_app(service: Service) -> FastAPI:
             raise ApiError(404, f"there is no model {name[:80]!r}", param="model", code="model_not_found")
         return JsonResponse(_card())
 
-    @app.post("/v1/completions", responses=ANSWERS)
-    async def completions(asked: CompletionRequest, request: Request) -> Any:
-        """Continues a text."""
-        return await _answer(service, asked, request)
+    writing = APIRouter(route_class=_reading(service))
 
-    @app.post("/v1/chat/completions", responses=ANSWERS)
-    async def chat(asked: ChatRequest, request: Request) -> Any:
+    @writing.post("/v1/completions", responses=ANSWERS)
+    async def completions(asked: CompletionRequest) -> Any:
+        """Continues a text."""
+
+    @writing.post("/v1/chat/completions", responses=ANSWERS)
+    async def chat(asked: ChatRequest) -> Any:
         """Answers a conversation, by the model's chat template."""
-        return await _answer(service, asked, request)
+
+    app.include_router(writing)
 
     @app.get("/health")
     async def health() -> Any:
@@ -108,30 +110,45 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-async def _answer(service: Service, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
+def _reading(service: Service) -> type[APIRoute]:
+    """Return the routes that read a body and answer it: FastAPI knows its fields, but would read it on the event loop,
+    however large it is."""
+
+    class Reading(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            kind = get_type_hints(self.endpoint)["asked"]
+
+            async def handler(request: Request) -> Response:
+                return await _answer(service, kind, request)
+
+            return handler
+
+    return Reading
+
+
+async def _answer(service: Service, kind: type[CompletionRequest | ChatRequest], request: Request) -> Response:
+    content = await request.body()
     if service.draining:
         raise stopping()
     client = request.scope.get(CLIENT) or (request.client.host if request.client else "")
-    seconds = service.settings.request_timeout + GRACE
-    if asked.stream:
-        return EventStream(service.events(asked, client), seconds)
+    seconds, deadline = service.settings.request_timeout + GRACE, service.deadline()
+    reading = service.read(kind, content, request.headers.get("content-type", ""), client, deadline)
     try:
-        return JsonResponse(await while_connected(service.whole(asked, client), request.receive, seconds))
+        small = len(content) <= LARGE  # then it is read at once
+        asked = await (reading if small else while_connected(reading, request.receive, seconds))
+        if asked.stream:
+            return EventStream(service.events(asked, client, deadline), seconds)
+        whole = service.whole(asked, client, deadline)
+        return JsonResponse(await while_connected(whole, request.receive, seconds))
     except GoneError:
         return Response(status_code=499)  # nobody reads it
-
-
-async def _unfit(request: Request, error: Exception) -> Response:
-    """A request that is not of the shape asked for."""
-    assert isinstance(error, RequestValidationError)
-    return validation_error(error.errors(), error.body).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error.response()
-    told = NOT_JSON if error.status_code == 400 else error.detail  # FastAPI's own is about bodies it cannot parse
+    told = error.detail
     if error.status_code in (404, 405):
         told = f"there is no {request.method} {request.url.path[:80]}; /openapi.json names what there is"
     return ApiError(error.status_code, told, headers=error.headers).response()

@@ -26,6 +26,8 @@ MAX_CHOICES = 128
 MAX_BIASES = 1024
 MAX_OPTIONS = 4096
 MAX_STOP = 1024
+MAX_FIELDS = 64
+MAX_MESSAGES, MAX_TEXT_PARTS, MAX_CALLS = 8192, 4096, 128
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
@@ -42,10 +44,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class Speculative(Strict):
-    """How several tokens are decoded per pass. No setting changes the text, but a lossy `acceptance`."""
+class Closed(Strict):
+    """A part of a request in which no other field may stand."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, part: Any) -> Any:
+        """Refuse many unknown fields by the first one: pydantic would report each."""
+        if isinstance(part, dict) and len(part) > MAX_FIELDS:
+            return known_fields(part, {field.alias or name for name, field in cls.model_fields.items()}, {})
+        return part
+
+
+class Speculative(Closed):
+    """How several tokens are decoded per pass. No setting changes the text, but a lossy `acceptance`."""
 
     enabled: bool = Field(default=True, description="False: plain decoding, one token per pass.")
     heads: int | None = Field(
@@ -62,12 +76,6 @@ class Speculative(Strict):
         description="Which drafts are kept: match, rejection, block, or lossy-...",
     )
     origins: bool = Field(default=False, description="Tell of each token of the answer which head drafted it.")
-
-
-class Closed(Strict):
-    """A part of a request in which no other field may stand."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class StreamOptions(Closed):
@@ -128,7 +136,7 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="0: only with echo.")
     n: int | None = Field(default=1, ge=1, le=MAX_CHOICES, description="How many texts; the i-th has seed + i.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = Field(default=False, description="The stop string is part of the text.")
     stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = Field(
         default=None, description="Tokens that end the text and are part of it."
@@ -264,9 +272,9 @@ class ToolCall(Closed):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=256)
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -302,7 +310,7 @@ class Message(Strict):
 class ChatRequest(Asked):
     """/v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -19,10 +19,11 @@ from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
 from headstart.errors import UsageError
 from headstart.serving.answers import Shape
+from headstart.serving.bodies import LARGE, MAX_VALUES, Body, read_body
 from headstart.serving.conversation import rendered
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job, Piece
-from headstart.serving.preparation import Preparation
+from headstart.serving.preparation import Preparation, Result
 from headstart.serving.schemas import Asked, ChatRequest, CompletionRequest, Speculative
 from headstart.serving.settings import ServeSettings
 from headstart.serving.stream import DONE, event
@@ -33,8 +34,9 @@ COMPLETION_TOKENS = 16
 
 SHORT = 2000
 """Characters or tokens of prompts that are tokenized on the event loop."""
-PROMPT_THREADS, CONSTRAINT_THREADS = 4, 2
-"""Threads that tokenize prompts and render chats, and threads that compile constraints; one client has at most half."""
+BODY_THREADS, PROMPT_THREADS, CONSTRAINT_THREADS = 2, 4, 2
+"""Threads that read large bodies, that tokenize prompts and render chats, and that compile constraints; one client has
+at most half of each."""
 MAX_CONSTRAINT = 65536
 """Characters of a constraint, in JSON where it is a schema or a list: the largest takes about a second to compile."""
 
@@ -50,6 +52,7 @@ class Service:
         """No new requests are taken."""
         self._template: ChatTemplate | None = None
         self._turn_ends: frozenset[int] = frozenset()
+        self._bodies = Preparation(BODY_THREADS, BODY_THREADS // 2, worker.bound)
         self._prompts = Preparation(PROMPT_THREADS, PROMPT_THREADS // 2, worker.bound)
         self._constraints = Preparation(CONSTRAINT_THREADS, CONSTRAINT_THREADS // 2, worker.bound)
         self._preparing = 0
@@ -62,27 +65,41 @@ class Service:
     @property
     def stuck(self) -> int:
         """How many threads still prepare requests that have ended."""
-        return self._prompts.stuck + self._constraints.stuck
+        return self._bodies.stuck + self._prompts.stuck + self._constraints.stuck
 
     def stop(self) -> None:
         """Answer the requests that are prepared now, and later ones, with 503."""
+        self._bodies.stop()
         self._prompts.stop()
         self._constraints.stop()
 
-    async def whole(self, asked: CompletionRequest | ChatRequest, client: str) -> dict[str, Any]:
+    def deadline(self) -> float:
+        """Return the time of the event loop by which a request that has arrived now is answered."""
+        return asyncio.get_running_loop().time() + self.settings.request_timeout
+
+    async def read(self, kind: type[Body], content: bytes, content_type: str, client: str, deadline: float) -> Body:
+        """Return the request in a body, which is read in a thread where that may take long. Raises ApiError."""
+        reading = partial(read_body, kind, content, content_type, MAX_VALUES + self.context)
+        if len(content) <= LARGE:
+            return reading()
+        return await self._prepare(self._bodies.run(client, reading), deadline)
+
+    async def whole(self, asked: CompletionRequest | ChatRequest, client: str, deadline: float) -> dict[str, Any]:
         """Return the answer to a request. Raises ApiError."""
-        answer = await self._prepared(asked, client)
+        answer = await self._prepared(asked, client, deadline)
         return await answer.whole()
 
-    async def events(self, asked: CompletionRequest | ChatRequest, client: str) -> AsyncGenerator[bytes, None]:
+    async def events(
+        self, asked: CompletionRequest | ChatRequest, client: str, deadline: float
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the answer to a request as it is written. Raises ApiError."""
-        answer = await self._prepared(asked, client)
+        answer = await self._prepared(asked, client, deadline)
         async with aclosing(answer.events()) as events:
             async for each in events:
                 yield each
 
-    async def _prepared(self, asked: CompletionRequest | ChatRequest, client: str) -> Answer:
-        """Read a request. Raises ApiError for what the model or the server's limits do not allow, before anything is
+    async def _prepared(self, asked: CompletionRequest | ChatRequest, client: str, deadline: float) -> Answer:
+        """Prepare a request. Raises ApiError for what the model or the server's limits do not allow, before anything is
         made that grows with the number of texts."""
         if asked.model is not None and asked.model != self.name:
             message = f"there is no model {asked.model[:80]!r}; this server has {self.name!r}"
@@ -92,14 +109,21 @@ class Service:
         if texts > bound:
             message = f"the request asks for {texts} texts; this server takes {bound} at once"
             raise ApiError(400, message, param="n" if n > 1 else "prompt")
-        seconds = self.settings.request_timeout
-        deadline = asyncio.get_running_loop().time() + seconds
+
+        async def preparing() -> Answer:
+            prompts, matcher = await self._read(asked, client)
+            return self._answer(asked, client, prompts, matcher, deadline)
+
+        return await self._prepare(preparing(), deadline)
+
+    async def _prepare(self, work: Awaitable[Result], deadline: float) -> Result:
+        """Return what `work` returns, for a request that counts as one in preparation meanwhile. Raises ApiError, also
+        at the deadline."""
         self._preparing += 1
         try:
-            prompts, matcher = await asyncio.wait_for(self._read(asked, client), seconds)
-            return self._answer(asked, client, prompts, matcher, deadline)
+            return await asyncio.wait_for(work, deadline - asyncio.get_running_loop().time())
         except asyncio.TimeoutError:
-            raise _late(seconds) from None
+            raise _late(self.settings.request_timeout) from None
         except UsageError as error:
             raise ApiError(400, str(error)) from error
         finally:

@@ -24,17 +24,13 @@ WORDS = (
     ("Value error, ", ""),
 )
 NOT_JSON = "the body is not JSON in UTF-8; send an object of the fields that /openapi.json names"
+NOT_OBJECT = "the body is not a JSON object; send one, with the header Content-Type: application/json"
 Error = Mapping[str, Any]
 
 
 def validation_error(errors: Sequence[Error], body: Any) -> ApiError:
     """Return the error to answer, from pydantic's and the body that they are about."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, NOT_JSON)
-    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "missing"):  # text, say: curl's default
-        wanted = "send one, with the header Content-Type: application/json"
-        return ApiError(400, f"the body is not a JSON object; {wanted}")
     # Of the alternatives of a field, the one that the value comes closest to tells most.
     field = _path(first, body)[:1]
     alternatives = [error for error in errors if _path(error, body)[:1] == field]
@@ -63,9 +59,12 @@ def _is_of_type(error: Error) -> bool:
 def _path(error: Error, body: Any) -> list[str | int]:
     """Return where an error is in the body: without the names of pydantic's alternatives, which no body has."""
     path: list[str | int] = []
-    value, location = body, error["loc"][1:]
+    value, location = body, error["loc"]
     for at, part in enumerate(location):
-        within = part in value if isinstance(value, Mapping) else isinstance(value, list) and part in range(len(value))
+        if isinstance(value, Mapping):
+            within = part in value
+        else:  # `part in range(...)` would compare a name with every number
+            within = isinstance(value, list) and isinstance(part, int) and part < len(value)
         if within:
             value = value[part]
         if within or (error["type"] == "missing" and at == len(location) - 1):
