@@ -110,7 +110,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     largest_block = max(_count(block.parameters()) for block in model.trunk.blocks)
     heads = [_count(head.parameters()) for head in model.heads]
     on_path = _depth(shape)  # heads whose activations are alive together: 1 on the parallel tree
-    kept = _Kept(config, compute, residual, device)
+    kept = Kept(config, compute, residual, device)
 
     def shared(count: int) -> int:
         """float32 values of which this process holds its share."""
@@ -160,11 +160,13 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     trunk = kept.trunk(shape.trunk_layers, layout.activation_checkpointing) * tokens
     one_block = kept.block() * tokens
     loss = kept.loss() * tokens + _loss_weights(matrix_VD, compute, cast=half and not spread)
+    taught = config.loss.heads != "cross-entropy"
+    budget //= 2 if taught else 1  # a teacher's logits are held too
     if device == "gpu":  # as products give them, and in float32
         rows, held = chunk_rows(shape.vocab_size, budget), FLOAT32 + (compute if half else 0)
     else:
         rows, held = chunk_rows(shape.vocab_size, budget, compute), compute
-    piece = min(tokens * shape.vocab_size * FLOAT32, PIECE_BYTES) if device == "cpu" and half else 0
+    piece = min(tokens * shape.vocab_size * FLOAT32, PIECE_BYTES) if device == "cpu" and half and not taught else 0
     chunk = min(tokens, rows) * shape.vocab_size * held + piece
 
     def moment(gradients: int, gathered: int, unreduced: int = unreduced, **held: int) -> dict[str, int]:
@@ -187,6 +189,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
             "the loss of the last head": moment(
                 in_loss, in_heads, activations_of_the_trunk=trunk, activations_of_the_head=head,
                 gradients_of_the_loss=loss, chunk_of_logits=chunk,
+                distributions_of_the_teacher=distributions(config, tokens, device, budget) if taught else 0,
             ),
             "the backward of the last head": moment(
                 of_heads, in_heads, activations_of_the_trunk=trunk, activations_of_the_head=head,
@@ -207,7 +210,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """Bytes per position that autograd keeps, line by line of `model/layers.py`."""
 
     config: RunConfig
@@ -246,6 +249,12 @@ class _Kept:
         # two norms, the inputs of qkv and of gate_up, attention; gate_up, silu(gate) and its product with up
         return 2 * self.norm() + 2 * self.compute * shape.dim + self.attention() + 4 * self.compute * shape.hidden
 
+    def run_block(self) -> int:
+        """What a block holds at its widest that is run without a graph: its input, a norm and one of its two halves."""
+        shape = self.config.model
+        halves = max(self.attention(), 4 * self.compute * shape.hidden)
+        return self.norm() + 2 * self.residual * shape.dim + halves
+
     def trunk(self, layers: int, checkpointing: bool) -> int:
         output = self.residual * self.config.model.dim
         return output + layers * (output if checkpointing else self.block())
@@ -281,6 +290,17 @@ class _Kept:
         seen = BLOCK if self.compute == FLOAT32 else self.config.length
         scores = shape.attention_heads * seen if self.written_out() else 0
         return self.compute * max(2 * shape.hidden, 2 * scores) + (2 * self.residual + self.compute) * shape.dim
+
+
+def distributions(
+    config: RunConfig, tokens: int, device: Literal["cpu", "gpu"], budget: int = LOGITS_BYTES // 2
+) -> int:
+    """Return the bytes that `objective/distillation.py` holds in addition to a chunk of logits: log-probabilities and
+    probabilities of teacher and head and their gradient, in float32, and the latents that the teacher's are made of."""
+    vocab_size = config.model.vocab_size
+    rows = PIECE_BYTES // (FLOAT32 * vocab_size) if device == "cpu" else chunk_rows(vocab_size, budget)
+    latents = (2 * FLOAT32 + (2 if config.in_bfloat16 else FLOAT32)) * config.model.dim * tokens
+    return 6 * FLOAT32 * vocab_size * min(tokens, max(1, rows)) + latents
 
 
 def _loss_weights(size: int, compute: int, cast: bool) -> int:
