@@ -13,3 +13,9 @@ class UsageError(Exception):
         self.said = said
         """Another process of the run has told it already."""
         self.status = status
+
+
+def shorten(text: str) -> str:
+    """Return `text` as one line of at most 200 characters."""
+    line = text if text.isprintable() else repr(text)
+    return line if len(line) <= 200 else f"{line[:197]}..."

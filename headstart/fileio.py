@@ -17,7 +17,8 @@ from headstart.errors import UsageError
 
 COPY_BYTES = 1 << 22
 """Files are read and copied in pieces of this size."""
-
+MOST_JSON = 64 << 20
+"""Bytes of a JSON file of a model directory; the index of a model with 100,000 tensors has 10 MB."""
 
 FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """What the machine lacks, whatever file is named."""
@@ -54,7 +55,7 @@ def appending(path: Path) -> Iterator[IO[str]]:
 def regular(path: Path) -> Path:
     """Return `path`. Raise UsageError where it is a pipe, a device or a socket, which would be read without an end.
 
-    For files of models, shards and checkpoints. A file of prompts or settings that is named may be a pipe.
+    For files of models, shards, checkpoints and settings. A file of prompts that is named may be a pipe.
     """
     try:
         mode = path.stat().st_mode
@@ -63,6 +64,15 @@ def regular(path: Path) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UsageError(f"{path}: is no regular file but a pipe, a device or a socket; put the file itself there")
     return path
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Return the content of a regular file. Raise UsageError where it has more than `most` bytes."""
+    with regular(path).open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UsageError(f"{path}: larger than {most:,} bytes, as no such file is; copy the right one there")
+    return content
 
 
 def _sync(path: Path) -> None:
@@ -148,8 +158,9 @@ def cache_folder() -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file, in hexadecimal digits. Raise UsageError for a pipe or a device."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         while content := file.read(COPY_BYTES):
             digest.update(content)
     return digest.hexdigest()
@@ -173,7 +184,7 @@ def take_lock(file: IO[str]) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`; UsageError where it is none."""
     try:
-        content = json.loads(regular(file).read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(file, MOST_JSON).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); name a model directory you may read") from error
     except (ValueError, RecursionError) as error:

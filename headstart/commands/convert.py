@@ -78,7 +78,7 @@ def convert(
         with replacing_directory(path) as temporary:
             left += form.write(model, temporary, words)
             folder = source_folder(source)
-            if tokenizer is None or named_ends(folder):
+            if tokenizer is None or named_ends(folder, model.config.vocab_size):
                 keep_generation(folder, temporary / form.folder)
             checks = form.check(model, temporary, words)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
@@ -94,7 +94,7 @@ def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
         model = load_mimo(path)
         words = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
         if words is not None:
-            words.end_ids |= named_ends(path)
+            words.end_ids |= named_ends(path, model.config.vocab_size)
         if isinstance(words, PretrainedTokenizer):
             words.fit(model.config.vocab_size)
             # As of a model of ours: texts begin with what bos_token_id names.

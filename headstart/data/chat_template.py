@@ -22,6 +22,7 @@ from headstart.data.conversations import ASSISTANT, Conversation, is_target
 from headstart.data.special_tokens import CONFIG_FILE, read_json, special_tokens
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.fileio import read_bounded
 
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES = 1 << 20
@@ -146,12 +147,12 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
     file = directory / CONFIG_FILE
     source = read_json(file).get("chat_template") if file.is_file() else None
-    if (directory / TEMPLATE_FILE).is_file():
+    if (directory / TEMPLATE_FILE).exists():
         file = directory / TEMPLATE_FILE
-        with file.open("rb") as opened:
-            content = opened.read(MAX_BYTES + 1)
         try:
-            source = content.decode("utf-8") if len(content) <= MAX_BYTES else "x" * len(content)
+            source = read_bounded(file, MAX_BYTES).decode("utf-8")
+        except OSError as error:
+            raise UsageError(f"{file}: cannot be read ({error.strerror}); allow reading it") from error
         except UnicodeDecodeError as error:
             raise UsageError(f"{file}: not UTF-8; fetch the file again") from error
     elif isinstance(source, list):  # several, by name

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from headstart.errors import UsageError
-from headstart.fileio import regular, sha256_of
+from headstart.fileio import read_bounded, sha256_of
 
 FORMAT, VERSION, WITH_TARGETS = "headstart-shards", 2, 3
 MANIFEST = "manifest.json"
 NAMES = "validation.names.json"
 """The names of the held-out documents."""
+MAX_BYTES = 256 << 20
+"""Of the file; an entry of a shard has 200."""
 MOST = 10**15
 """Of tokens, documents and bytes."""
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
@@ -36,7 +38,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise UsageError(f"{directory}: no such folder; write it with: headstart prepare SOURCE --out {directory}")
     file = directory / MANIFEST
     try:
-        manifest = json.loads(regular(file).read_text(encoding="utf-8"))
+        manifest = json.loads(read_bounded(file, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(
             f"{directory}: holds no {MANIFEST}, so it is no shards folder; name one that headstart prepare wrote"
@@ -75,7 +77,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             names = [Path(entry["file"]).name == entry["file"] for entry in entries]
             if not all(names) or sum(int(shard["tokens"]) for shard in content["shards"]) != counts[0]:
                 raise ValueError("shards")
-            [entry["sha256"] for entry in entries]
+            if not all(entry["sha256"] is None or isinstance(entry["sha256"], str) for entry in entries):
+                raise ValueError("sha256")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UsageError(f"{file}: damaged (no usable {error}); run prepare again") from error
     return manifest
@@ -109,6 +112,8 @@ def faults_of_sealed(directory: Path, manifest: dict[str, Any]) -> list[str]:
         try:
             if sha256_of(file) != digest:
                 found.append(f"{file}: its content is not what prepare wrote; copy the file again or run prepare again")
+        except UsageError as error:
+            found.append(str(error))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "its name in the manifest is damaged"
             found.append(f"{file}: cannot be read ({why}); copy the file again or run prepare again")

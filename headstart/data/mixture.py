@@ -12,6 +12,7 @@ from pathlib import Path
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import TOKENIZER_FILE
 from headstart.errors import UsageError
+from headstart.fileio import regular
 
 
 @dataclass(frozen=True, repr=False)
@@ -125,7 +126,7 @@ def _check_same_tokenizer(first: TokenShards, other: TokenShards) -> None:
 def _tokenizer_bytes(shards: TokenShards) -> bytes:
     file = shards.directory / "tokenizer" / TOKENIZER_FILE
     try:
-        return file.read_bytes()
+        return regular(file).read_bytes()
     except OSError as error:
         raise UsageError(
             f"{file}: cannot be read ({error.strerror}); copy the folder again or run prepare again"

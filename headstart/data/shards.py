@@ -25,7 +25,7 @@ from headstart.data.prepare.pipeline import prepare
 from headstart.data.target_bits import TargetBits, bytes_for
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
-from headstart.fileio import sha256_of
+from headstart.fileio import regular, sha256_of
 
 __all__ = ["SplitTokens", "TokenShards", "prepare", "verify"]
 
@@ -213,7 +213,7 @@ def _check_size(file: Path, expected: int) -> None:
 def _read_starts(file: Path, documents: int, tokens: int) -> np.ndarray:
     """(D,) int64, memory-mapped: they may be many millions. Only what can be told at once is checked."""
     try:
-        starts = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+        starts = np.asarray(np.load(regular(file), mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"{file}: missing or damaged; copy it again or run prepare again") from error
     whole = starts.dtype == np.int64 and starts.shape == (documents,) and documents > 0

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import UsageError
-from headstart.fileio import regular
+from headstart.errors import UsageError, shorten
+from headstart.fileio import read_bounded
 
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
+MAX_BYTES = 256 << 20
+"""Of a JSON file of a tokenizer; a tokenizer.json of 260,000 tokens has 33 MB."""
 OWN_KIND = "headstart_tokenizer"
 """The key of tokenizer_config.json that says how Headstart made a tokenizer: "bytes" or "bpe"."""
 MAP_FILE = "special_tokens_map.json"
@@ -23,13 +25,23 @@ def special_tokens(directory: Path) -> dict[str, str]:
     """Return the text of each special token that has a name, such as `bos_token`.
 
     `special_tokens_map.json` goes before `tokenizer_config.json`, but is not read where the latter describes its added
-    tokens (`added_tokens_decoder`), which makes it complete.
+    tokens (`added_tokens_decoder`), which makes it complete. Raises UsageError for a token that is no text.
     """
-    config = _read(directory / CONFIG_FILE)
-    if "added_tokens_decoder" not in config:
-        config |= _read(directory / MAP_FILE)
-    found = {name: _content(config.get(name)) for name in NAMES}
+    found = _named(directory / CONFIG_FILE)
+    if "added_tokens_decoder" not in _read(directory / CONFIG_FILE):
+        found |= _named(directory / MAP_FILE)
     return {name: text for name, text in found.items() if text}
+
+
+def _named(file: Path) -> dict[str, str]:
+    """Return the text of each of `NAMES` in a file, "" for null."""
+    content = _read(file)
+    found = {name: "" if content[name] is None else _content(content[name]) for name in NAMES if name in content}
+    for name, text in found.items():
+        if text is None:
+            value = shorten(json.dumps(content[name]))
+            raise UsageError(f'{file}: {name} is {value}; it must be a token\'s text, or {{"content": its text}}')
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def added_tokens(directory: Path) -> list[dict[str, Any]]:
@@ -55,7 +67,7 @@ def added_tokens(directory: Path) -> list[dict[str, Any]]:
 def read_json(path: Path, fix: str = "fetch the file again") -> dict[str, Any]:
     """Return the object in `path`. Raises UsageError where there is none."""
     try:
-        content = json.loads(regular(path).read_text(encoding="utf-8"))
+        content = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
     except (ValueError, RecursionError) as error:
@@ -67,7 +79,7 @@ def read_json(path: Path, fix: str = "fetch the file again") -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _content(token: object) -> str | None:

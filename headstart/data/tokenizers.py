@@ -27,7 +27,7 @@ from headstart.data.special_tokens import (
     read_json,
     special_tokens,
 )
-from headstart.errors import UsageError
+from headstart.errors import UsageError, shorten
 
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
 
@@ -235,9 +235,15 @@ class PretrainedTokenizer:
                 self._engine.add_tokens([AddedToken(**each)])
 
     def _find_end(self, ids: dict[str, int]) -> int:
-        for name in (special_tokens(self._directory).get("eos_token"), *END_NAMES):
+        end = special_tokens(self._directory).get("eos_token")
+        for name in END_NAMES if end is None else (end,):
             if name in ids:
                 return ids[name]
+        if end is not None:
+            raise UsageError(
+                f"{self._directory / CONFIG_FILE}: eos_token {shorten(json.dumps(end))} is no token of "
+                f"{self._file.name}; name one of its tokens"
+            )
         raise UsageError(
             f"{self._file}: no end-of-document token found; name one of its tokens as eos_token in "
             f"{self._directory / CONFIG_FILE}"

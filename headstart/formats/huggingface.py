@@ -164,7 +164,7 @@ def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
         return None
     tokenizer = load_tokenizer(directory)
     _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
-    tokenizer.end_ids |= {token for token in named_ends(directory) if 0 <= token < config.vocab_size}
+    tokenizer.end_ids |= named_ends(directory, config.vocab_size)
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.fit(config.vocab_size)
         file = directory / CONFIG_FILE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.fileio import read_json, regular
 from headstart.formats.assembly import refuse_other_blocks
 from headstart.formats.checks import (
     NEW_TOKENS,
@@ -63,10 +63,9 @@ def _all_heads(model: Transformer, again: Transformer, by: str = "headstart") ->
 def _own(path: Path) -> dict[str, object]:
     """config.json of a directory, {} where there is none that can be read."""
     try:
-        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path / CONFIG_FILE)
+    except UsageError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _write_headstart(model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -164,7 +163,7 @@ def _check_gguf_in_transformers(model: Transformer, path: Path) -> Check:
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return file.read(4) == b"GGUF"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
+from headstart.fileio import regular
 from headstart.training.spikes import LossHistory
 
 FORMAT = 2
@@ -73,6 +74,8 @@ def read_state(path: Path) -> State:
     Raises UsageError for one that is damaged, of a later format, or another step's than the folder's name says.
     """
     try:
+        for file in path.iterdir():
+            regular(file)
         text = (path / STATE_FILE).read_bytes().decode()
         content = json.loads(text)
         if content["format"] not in READABLE:

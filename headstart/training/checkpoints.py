@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from headstart.console import say
@@ -103,6 +104,7 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
             dcp.load(
                 tensors, checkpoint_id=path, process_group=processes.checkpoint_group, no_dist=processes.count == 1
             )
+        _check_finite(path, tensors, processes)
         random = torch.load(path / "rng.pt", weights_only=True)
         whole = len(tensors["model"]) == len(model.state_dict())  # not where some is frozen
         set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=whole))
@@ -112,10 +114,25 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
+    except UsageError:
+        raise
     except Exception as error:  # DCP, zip and pickle each have their own kinds of error for a damaged file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f"{path}: a damaged or foreign checkpoint ({reason}); {GO_BACK}") from error
     return state.position
+
+
+def _check_finite(path: Path, tensors: dict[str, Any], processes: Processes) -> None:
+    """Raise UsageError, on all processes, where weights or optimizer state hold a number that is not finite."""
+    state = {f"{name} ({key})": x for name, values in tensors["optimizer"].items() for key, x in values.items()}
+    wrong = {}
+    for name, value in {**tensors["model"], **state}.items():
+        own = value.to_local() if isinstance(value, DTensor) else value
+        numbers = isinstance(own, torch.Tensor) and own.is_floating_point() and own.numel()
+        if numbers and not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(own)):
+            wrong[name] = "holds NaN or infinite values"
+    for name, why in sorted(processes.merged(wrong).items()):
+        raise UsageError(f"{path}: damaged, {name} {why}; {GO_BACK}", said=not processes.main)
 
 
 def restore_newest(

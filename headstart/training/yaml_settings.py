@@ -13,8 +13,8 @@ import yaml
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
-from headstart.errors import UsageError
-from headstart.fileio import write_text
+from headstart.errors import UsageError, shorten
+from headstart.fileio import read_bounded, write_text
 from headstart.model.config import ModelConfig, preset
 
 Settings = TypeVar("Settings")
@@ -69,20 +69,10 @@ class _BoundedLoader(yaml.SafeLoader):
             raise ConstructorError(None, None, f"{shorten(repr(node.value))}: {error}", node.start_mark) from error
 
 
-def shorten(text: str) -> str:
-    """Return `text` as one line of at most 200 characters."""
-    line = text if text.isprintable() else repr(text)
-    return line if len(line) <= 200 else f"{line[:197]}..."
-
-
 def read_mapping(path: Path) -> dict[str, Any]:
     """The top level of a YAML file."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise UsageError(f"{path}: larger than {MAX_BYTES:,} bytes; name a file of settings")
-        values = yaml.load(content.decode("utf-8"), _BoundedLoader)
+        values = yaml.load(read_bounded(path, MAX_BYTES).decode("utf-8"), _BoundedLoader)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); name a YAML file you may read") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

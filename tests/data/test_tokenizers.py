@@ -88,6 +88,26 @@ def tokenizers(tmp_path_factory):
     return {"bytes": ByteTokenizer(), **made}
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("name", ["eos_token", "bos_token"])
+@pytest.mark.parametrize("value", [5, ["x"], {"a": 1}, True, {"content": 5}])
+def test_a_special_token_that_is_no_text_is_refused(tmp_path, file, name, value):
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / file).write_text(json.dumps({name: value}))
+    with pytest.raises(UsageError, match=rf"{file}: {name} is .*must be a token's text"):
+        PretrainedTokenizer(tmp_path)
+    (tmp_path / file).write_text(json.dumps({name: None}))
+    assert PretrainedTokenizer(tmp_path).end_id == 255
+
+
+def test_an_end_token_that_is_no_token_is_refused(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "nope"}))
+    with pytest.raises(UsageError, match=r'tokenizer_config.json: eos_token "nope" is no token of tokenizer.json'):
+        PretrainedTokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("text", AWKWARD)
 def test_byte_ids_are_the_utf8_bytes(text):
     tokenizer = ByteTokenizer()

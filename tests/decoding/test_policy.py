@@ -26,6 +26,7 @@ from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing_step import Step
 from headstart.decoding.request import Generation, Request
 from headstart.decoding.sampling import Sampling
+from headstart.errors import UsageError
 
 PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05
@@ -53,6 +54,43 @@ def test_what_heads_know_in_int8_is_kept_beside_what_they_know_without() -> None
     found = tuning_from(json.loads(json.dumps(content)), model)
     assert found is not None and found.greedy == plain.greedy
     assert content["acceptance_int8"]["greedy"]["mean"] == quantized.greedy.mean
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("acceptance", "greedy", "mean", 0), 1.5, "a share of right drafts is 1.5"),
+        (("acceptance", "sampled", "by_confidence", 0, 3), float("nan"), "a share of right drafts is nan"),
+        (("acceptance", "greedy", "mean", 0), "x", "a share of right drafts is 'x'"),
+        (("acceptance", "greedy", "mean"), [0.5] * 100_000, "not of a model"),
+        (("acceptance", "greedy", "by_confidence", 0), [0.5] * 100_000, "not of a model"),
+        (("acceptance", "greedy", "rank_mean"), [[0.5]], "not of a model"),
+        (("acceptance", "edges"), [0.5], "not of a model"),
+        (("costs", 0, "plain", 0), float("inf"), "the milliseconds of a pass is inf"),
+        (("costs", 0, "plain", 0), 10**400, "the milliseconds of a pass is 1000"),
+        (("costs", 0, "drafting", 0, 0), 0, "a pass of 0 ms"),
+        (("costs", 0, "slots", 0), 10**12, "a batch size is 1000000000000"),
+        (("costs", 0, "slots", 0), True, "a batch size is True"),
+        (("costs", 0, "slots"), [1, 1], "ascending batch sizes"),
+        (("costs", 0, "slots"), [], "ascending batch sizes"),
+        (("costs", 0, "tree_rows"), [10**9], "the rows of a tree is 1000000000"),
+        (("costs", 0, "tree_rows"), [2], ""),
+        (("costs", 0, "tree"), [[1.0] * 5], "its costs of trees"),
+        (("costs", 0, "draft_tree"), ",".join(map(str, range(5000))), "more than 1,024 nodes"),
+    ],
+)
+def test_numbers_of_a_file_that_no_measurement_gives_are_refused(path: tuple, value: object, said: str) -> None:
+    model = packed("replicated", torch.float32)
+    content = json.loads(json.dumps(content_with(None, setting(model), tuning(1.2, 0.1), {})))
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    if said:
+        with pytest.raises(UsageError, match=said):
+            tuning_from(content, model)
+    else:
+        assert tuning_from(content, model) is not None
 
 
 def test_acceptance_is_conditional_and_sorted_by_confidence() -> None:

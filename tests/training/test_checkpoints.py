@@ -231,6 +231,25 @@ def test_a_damaged_one_is_refused_or_passed(tmp_path, capsys, damage) -> None:
         restore_newest(root, *make())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["weights", "exp_avg", "momentum_buffer"])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, capsys, part, value) -> None:
+    root = tmp_path / "checkpoints"
+    model, optimizers = make(kind="muon")
+    save(root, model, optimizers, Position(step=2))
+    states = [state for optimizer in optimizers for state in optimizer.state.values() if part in state]
+    tensor = dict(model.named_parameters())["trunk.embedding.weight"].data if part == "weights" else states[0][part]
+    tensor.view(-1)[3] = value
+    newest = save(root, model, optimizers, Position(step=4))
+    name = r"trunk\.embedding\.weight" if part == "weights" else rf"\S+ \({part}\)"
+    with pytest.raises(UsageError, match=rf"step-00000004: damaged, {name} holds NaN or infinite values; delete it"):
+        restore(newest, *make(kind="muon"))
+    other, other_optimizers = make(seed=1, kind="muon")
+    assert restore_newest(root, other, other_optimizers) == Position(step=2)
+    assert all(p.isfinite().all() for p in other.parameters())
+    capsys.readouterr()
+
+
 def test_a_flipped_bit_of_state_json_is_found(tmp_path) -> None:
     """Bits all over the file: 11 of 150 were taken for another position."""
     position = Position(

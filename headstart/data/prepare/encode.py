@@ -26,7 +26,7 @@ from headstart.data.prepare.units import Selection, Unit, read
 from headstart.data.prepare.workers import Advance
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer, prompt_ids
 from headstart.errors import UsageError
-from headstart.fileio import replacing_directory
+from headstart.fileio import regular, replacing_directory
 
 LAYOUT = 4
 """Raised whenever a unit's folder changes its content or form: what an older Headstart left is then encoded anew."""
@@ -103,7 +103,7 @@ class Encoder:
     def finished(self, key: str) -> Summary | None:
         """Return the summary of a unit that is done; None if it is not, or if a crash damaged what was written."""
         try:
-            summary = Summary(**json.loads((self.folder / key / "unit.json").read_text(encoding="utf-8")))
+            summary = Summary(**json.loads(regular(self.folder / key / "unit.json").read_text(encoding="utf-8")))
             size = sum((self.folder / key / f"{split}.documents").stat().st_size for split in SPLITS)
         except (FileNotFoundError, ValueError, TypeError):
             return None

@@ -16,7 +16,7 @@ from headstart.data.prepare.encode import RECORD
 from headstart.data.prepare.workers import Advance, run_all
 from headstart.data.target_bits import write_bits
 from headstart.errors import UsageError
-from headstart.fileio import COPY_BYTES, sha256_of
+from headstart.fileio import COPY_BYTES, regular, sha256_of
 
 SHARD_BYTES = 1 << 28
 """A shard is full at 256 MiB, wherever in a document that is."""
@@ -105,7 +105,11 @@ def write_names(path: Path, segments: list[Segment]) -> None:
 
 @lru_cache(maxsize=1)
 def _names(folder: Path) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = json.loads((folder / "names.json").read_text(encoding="utf-8"))
+    file = folder / "names.json"
+    try:
+        names: dict[str, list[str]] = json.loads(regular(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: damaged; remove {folder} and run the command again") from error
     return names
 
 

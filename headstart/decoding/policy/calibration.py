@@ -15,15 +15,18 @@ from typing import Any
 import torch
 
 from headstart import hardware
-from headstart.decoding.drafters.tree import DraftTree
+from headstart.decoding.drafters.tree import MOST_NODES, DraftTree
 from headstart.decoding.kernels.pack import is_quantized, is_row_exact
-from headstart.errors import UsageError
+from headstart.errors import UsageError, shorten
 from headstart.model.transformer import Transformer
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Between the bins of confidence."""
 PRIOR = 4.0
 """Observations that a bin starts with, at the mean of its head."""
+
+MOST_SLOTS = 10**6
+MOST_MILLISECONDS = 10**9
 
 
 @dataclass(frozen=True)
@@ -216,16 +219,53 @@ def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
     tuning = Tuning(greedy, sampled, _costs_from(entry), tree, None if of_sampled is None else _costs_from(of_sampled))
     both = [tuning.costs, tuning.kind(True)[1]]
     n = model.config.heads
-    tables = [*tuning.greedy.by_confidence, *tuning.sampled.by_confidence]
+    _check_numbers([greedy, sampled], both)
     if (
-        any(len(a.mean) != n - 1 for a in (tuning.greedy, tuning.sampled))
-        or any(len(table) != len(EDGES) + 1 for table in tables)
+        list(measured.get("edges", EDGES)) != list(EDGES)
+        or not all(_fits(table, n) for table in (greedy, sampled))
         or any(len(rows) != n for costs in both for rows in costs.drafting)
-        or any(len(rows) != len(costs.tree_rows) for costs in both for rows in costs.tree)
         or (tree is not None and (tree.depth >= n or not tuning.greedy.rank_mean or not all(c.tree for c in both)))
     ):
         raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
     return tuning
+
+
+def _fits(table: AcceptanceTable, heads: int) -> bool:
+    """Return whether the table has an entry for each of the heads 2..n, and one for each bin."""
+    ranked = [len(head) for head in table.rank_mean] == [len(head) for head in table.rank_by_confidence]
+    bins = [*table.by_confidence, *(rank for head in table.rank_by_confidence for rank in head)]
+    return (
+        {len(table.mean), len(table.by_confidence), len(table.rank_mean or table.mean)} == {heads - 1}
+        and ranked
+        and all(len(each) == len(EDGES) + 1 for each in bins)
+    )
+
+
+def _check_numbers(tables: Sequence[AcceptanceTable], costs: Sequence[PassCosts]) -> None:
+    """Raise UsageError for shares, milliseconds or sizes that no measurement gives."""
+    for table in tables:
+        ranks = [*table.rank_mean, *(rank for head in table.rank_by_confidence for rank in head)]
+        _check_all("a share of right drafts", [table.mean, *table.by_confidence, *ranks], 0, 1)
+    for each in costs:
+        _check_all("a batch size", [each.slots], 1, MOST_SLOTS, whole=True)
+        _check_all("the rows of a tree", [each.tree_rows], 2, MOST_NODES + 1, whole=True)
+        _check_all("the milliseconds of a pass", [each.plain, *each.drafting, *each.tree], 0, MOST_MILLISECONDS)
+        measured = {len(each.slots), len(each.plain), len(each.drafting), len(each.tree or each.slots)}
+        ascending = all(list(sizes) == sorted(set(sizes)) for sizes in (each.slots, each.tree_rows))
+        if not each.slots or len(measured) > 1 or not ascending:
+            raise UsageError("its costs are not of ascending batch sizes; measure it again with headstart tune")
+        if any(len(rows) != len(each.tree_rows) for rows in each.tree):
+            raise UsageError("its costs of trees are not of its rows; measure it again with headstart tune")
+        if 0 in (*each.plain, *(ms for rows in (*each.drafting, *each.tree) for ms in rows)):
+            raise UsageError("a pass of 0 ms in it; measure it again with headstart tune")
+
+
+def _check_all(name: str, rows: Sequence[Sequence[Any]], least: int, most: int, *, whole: bool = False) -> None:
+    for value in itertools.chain.from_iterable(rows):
+        if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+            raise UsageError(
+                f"{name} is {shorten(repr(value))}, not {least} to {most:,}; measure it again with headstart tune"
+            )
 
 
 def _costs_from(entry: dict[str, Any]) -> PassCosts:

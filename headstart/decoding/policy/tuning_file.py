@@ -20,7 +20,7 @@ def read_tuning(directory: str | Path, model: Transformer) -> Tuning | None:
     Raises UsageError for a file that is damaged or of another model.
     """
     file = Path(directory) / TUNING_FILE
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
         return tuning_from(read_json(file), model)

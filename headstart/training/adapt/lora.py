@@ -25,6 +25,8 @@ from headstart.fileio import replacing_directory
 from headstart.formats.tensor_names import MODEL_FILE, Part, stored_parts
 from headstart.model.transformer import Transformer
 
+MOST_RANK = 65_536
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -40,6 +42,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UsageError(f"adapt.lora.rank is {self.rank}; it must be at least 1")
+        if self.rank > MOST_RANK:
+            raise UsageError(f"adapt.lora.rank is {self.rank:.0e}; it must be at most {MOST_RANK:,}")
         if not 0 < self.alpha < math.inf:
             raise UsageError(f"adapt.lora.alpha is {self.alpha}; it must be finite and above 0")
         if not 0 <= self.dropout < 1:

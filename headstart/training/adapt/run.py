@@ -17,7 +17,7 @@ from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
 from headstart.errors import UsageError
-from headstart.fileio import sha256_of, write_text
+from headstart.fileio import read_json, sha256_of, write_text
 from headstart.formats.generation_config import keep_generation
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, save_model
 from headstart.model.config import ModelConfig
@@ -263,7 +263,7 @@ def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) ->
 
 
 def _vocabulary(file: Path) -> object:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file)
     return content["model"], [(token["id"], token["content"]) for token in content.get("added_tokens", [])]
 
 

@@ -1,0 +1,89 @@
+"""Pipes, devices and directories where a regular file is meant are refused at once, and files have bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from headstart import fileio
+from headstart.data.byte_tokenizer import ByteTokenizer
+from headstart.data.chat_template import load_chat_template
+from headstart.data.manifest import read_manifest
+from headstart.data.prepare.write import _names
+from headstart.data.shards import _read_starts, faults_of
+from headstart.data.tokenizers import load_tokenizer
+from headstart.decoding.policy.tuning_file import read_tuning
+from headstart.errors import UsageError
+from headstart.fileio import read_json
+from headstart.training.checkpoint_state import read_state
+from headstart.training.yaml_settings import read_mapping
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "settings.yaml": read_mapping,
+    "config.json": read_json,
+    "tuning.json": lambda file: read_tuning(file.parent, None),  # type: ignore[arg-type]
+    "chat_template.jinja": lambda file: load_chat_template(SimpleNamespace(directory=file.parent)),  # type: ignore[arg-type]
+    "tokenizer.json": load_tokenizer,
+    "tokenizer_config.json": lambda file: load_tokenizer(file.parent),
+    "special_tokens_map.json": lambda file: load_tokenizer(file.parent),
+    "manifest.json": lambda file: read_manifest(file.parent),
+    "train.documents.npy": lambda file: _read_starts(file, 1, 1),
+    "names.json": lambda file: _names(file.parent),
+    "state.json": lambda file: read_state(file.parent),
+    "rng.pt": lambda file: read_state(file.parent),
+    ".metadata": lambda file: read_state(file.parent),
+}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", READERS)
+def test_a_pipe_or_device_is_refused_at_once(tmp_path: Path, name: str, kind: str) -> None:
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=rf"{name}: .*no regular file"):
+        READERS[name](file)
+
+
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"rng.pt", ".metadata"}))
+def test_a_directory_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
+    ByteTokenizer().save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError):
+        READERS[name](tmp_path / name)
+
+
+def test_what_is_sealed_may_be_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.npy")
+    manifest = {"dtype": "uint8", "splits": {"train": {"shards": [], "starts": {"file": "a.npy", "sha256": "0"}}}}
+    assert ["no regular file" in line for line in faults_of(tmp_path, "train", manifest)] == [True]
+
+
+def test_an_array_is_never_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(UsageError, match=r"a\.npy: missing or damaged"):
+        _read_starts(tmp_path / "a.npy", 1, 1)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "manifest.json", "chat_template.jinja"])
+def test_a_file_beyond_its_bound_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.fileio.MOST_JSON", 50)
+    for module in ("data.special_tokens", "data.manifest", "data.chat_template"):
+        monkeypatch.setattr(f"headstart.{module}.MAX_BYTES", 50)
+    (tmp_path / name).write_text(json.dumps({"a": "x" * 42}))
+    assert len(fileio.read_bounded(tmp_path / name, 51)) == 51
+    with pytest.raises(UsageError, match=rf"{name}: larger than 50 bytes"):
+        READERS[name](tmp_path / name)
