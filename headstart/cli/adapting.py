@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 from headstart.cli.common import measure
+from headstart.errors import UsageError
 
 
 def adapt(arguments: list[str]) -> None:
@@ -14,23 +16,29 @@ def adapt(arguments: list[str]) -> None:
     """
     from headstart.commands import adapt as adapting
     from headstart.console import say
+    from headstart.training.estimate import DryRunSettings, format_dry_run
     from headstart.training.interruption import Interrupted
 
-    if "--dry-run" in arguments:
-        import tyro
+    @dataclass(frozen=True)
+    class Arguments(DryRunSettings, adapting.AdaptSettings):
+        """Put heads on an existing model and train them: afterwards it decodes several tokens per pass."""
 
-        from headstart.training.estimate import DryRunSettings, format_dry_run
+        dry_run: bool = False
+        """Train nothing: print tokens, memory of one process, and time."""
 
-        rest = [argument for argument in arguments if argument != "--dry-run"]
-        more, rest = tyro.cli(DryRunSettings, args=rest, return_unknown_args=True, prog="headstart adapt --dry-run")
+    def run(settings: Arguments) -> dict[str, Any]:
+        if settings.dry_run:
+            return adapting.estimate_adapt_run(settings, settings)
+        for field in fields(DryRunSettings):
+            if getattr(settings, field.name) != field.default:
+                raise UsageError(f"--{field.name.replace('_', '-')} is for --dry-run; give that too, or leave it out")
+        return adapting.adapt(settings)
 
-        def run(settings: adapting.AdaptSettings) -> dict[str, Any]:
-            return adapting.estimate_adapt_run(settings, more)
+    def text(found: dict[str, Any]) -> str:
+        return format_dry_run(found) if "moments" in found else adapting.format_adapted(found)
 
-        measure("adapt", rest, adapting.AdaptSettings, run, format_dry_run)
-        return
     try:
-        measure("adapt", arguments, adapting.AdaptSettings, adapting.adapt, adapting.format_adapted)
+        measure("adapt", arguments, Arguments, run, text)
     except Interrupted as end:
         say(f"headstart: {end}")
         raise SystemExit(end.status) from None

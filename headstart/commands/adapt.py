@@ -26,7 +26,7 @@ from headstart.objective.head_weights import HeadWeights
 from headstart.training.adapt.config import AdaptConfig, FrozenDtype, Mode
 from headstart.training.adapt.lora import LoraConfig
 from headstart.training.adapt.new_heads import config_with_heads
-from headstart.training.adapt.run import check_vocabulary
+from headstart.training.adapt.run import SOURCE_FILE, check_unchanged, check_vocabulary
 from headstart.training.config import (
     BatchConfig,
     CheckpointConfig,
@@ -263,11 +263,15 @@ def adapt(settings: AdaptSettings) -> dict[str, Any]:
 def estimate_adapt_run(settings: AdaptSettings, more: DryRunSettings) -> dict[str, Any]:
     """Return what the run would need, as `train --dry-run` does. Nothing is trained or written.
 
-    Raises UsageError for settings that `adapt` refuses before it reads the text.
+    Raises UsageError for settings and run folders that `adapt` refuses before it reads the text.
     """
     config = run_config(settings)
     check_packages(config.watch)
     check_storable(config)
+    folder = RunFolder(config.run_dir)
+    folder.check(config)
+    if folder.started and config.adapt and (folder.path / SOURCE_FILE).is_file():
+        check_unchanged(config.adapt.model, folder.path)
     found = estimate_run(config, str(settings.run_dir), more)
     if config.data.prepared:
         sources = open_sources(config.data.prepared)

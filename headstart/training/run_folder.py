@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,29 +65,35 @@ class RunFolder:
                     shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
             yield
 
+    def check(self, config: RunConfig) -> tuple[RunConfig | None, dict[str, tuple[Any, Any]]]:
+        """Return the configuration that is there, and what differs from it. Raises UsageError where the folder holds a
+        run with another model or other data."""
+        if not self.config.exists():
+            return None, {}
+        try:
+            old = load_config(self.config)
+        except UsageError as error:
+            raise UsageError(f"{error} (the folder is not one of this Headstart's; give another --run-dir)") from error
+        changed = differences(old, config)
+        fixed = _fixed(changed)
+        if fixed and self.started:
+            before, now = changed[fixed[0]]
+            raise UsageError(f"{self.path}: holds a run with {fixed[0]} {before}, not {now}; give another --run-dir")
+        return old, changed
+
+    @property
+    def started(self) -> bool:
+        """Whether a checkpoint or a model is there."""
+        return bool(checkpoints.all_steps(self.checkpoints)) or self.model.exists()
+
     def accept(self, config: RunConfig) -> RunConfig | None:
-        """Write config.yaml and return the configuration that was there. Raises UsageError where the folder holds a run
-        with another model or other data."""
-        old: RunConfig | None = None
-        if self.config.exists():
-            try:
-                old = load_config(self.config)
-            except UsageError as error:
-                raise UsageError(
-                    f"{error} (the folder is not one of this Headstart's; give another --run-dir)"
-                ) from error
-            changed = differences(old, config)
-            fixed = [name for name in changed if is_under(name, FIXED) and not is_under(name, QUIET)]
-            started = bool(checkpoints.all_steps(self.checkpoints)) or self.model.exists()
-            if fixed and started:
-                before, now = changed[fixed[0]]
-                raise UsageError(
-                    f"{self.path}: holds a run with {fixed[0]} {before}, not {now}; give another --run-dir"
-                )
-            if any(is_under(name, ("data", "seed", "model.vocab_size")) for name in fixed):
+        """Write config.yaml and return the configuration that was there. Raises UsageError as `check`."""
+        old, changed = self.check(config)
+        if old is not None:
+            if any(is_under(name, ("data", "seed", "model.vocab_size")) for name in _fixed(changed)):
                 shutil.rmtree(self.data, ignore_errors=True)  # prepared for the other settings, never trained on
             for name, (before, now) in changed.items():
-                if started and not is_under(name, QUIET):
+                if self.started and not is_under(name, QUIET):
                     say(f"changed since the last start: {name} {before} -> {now}")
         once = replace(config, data=replace(config.data, allow_changed=False))
         save_config(once, self.config)
@@ -117,6 +123,10 @@ class RunFolder:
             tokenizer = f"{train.manifest['tokenizer']!r} of {train.directory}"
             check_vocab_size(config, int(train.manifest["vocab_size"]), tokenizer)
         return sources
+
+
+def _fixed(changed: Iterable[str]) -> list[str]:
+    return [name for name in changed if is_under(name, FIXED) and not is_under(name, QUIET)]
 
 
 class RunLog:

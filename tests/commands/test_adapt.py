@@ -250,8 +250,10 @@ def test_the_run_is_written_down_and_read_back(settings: Any) -> None:
     adapt(asked)
     assert load_config(asked.run_dir / "config.yaml") == replace(config, dtype="float32")
     assert dry_run(asked.run_dir / "config.yaml", [])["steps"] == 1
-    with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
-        adapt(replace(asked, mode="joint", steps=2))
+    other = replace(asked, mode="joint", steps=2)
+    for start in (adapt, lambda settings: estimate_adapt_run(settings, DryRunSettings())):
+        with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
+            start(other)
 
 
 def test_frozen_weights_cost_less_than_trained_ones(settings: Any) -> None:
@@ -283,6 +285,13 @@ def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
     command([*given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
     assert json.loads(capsys.readouterr().out)["heads"] == 4
     assert not alone.run_dir.exists()
+    with pytest.raises(UsageError, match="--processes is for --dry-run"):
+        command([*given, "--processes", "2"])
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{option}" in shown for option in ("dry-run", "processes", "device-memory", "mfu", "heads-first"))
+    assert "torchrun" in shown  # what --processes says of itself
 
 
 def test_what_cannot_be_adapted_is_told(settings: Any, model: Path, shards: Path, tmp_path: Path) -> None:
@@ -321,8 +330,9 @@ def test_a_model_that_changed_is_not_gone_on_with(settings: Any, model: Path, tm
     assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [10, 255]
     tokenizer = (mine / "tokenizer.json").read_text()
     (mine / "tokenizer.json").write_text(tokenizer + "\n")
-    with pytest.raises(UsageError, match="is another than when"):
-        adapt(settings(model=mine, steps=9))
+    for start in (adapt, lambda settings: estimate_adapt_run(settings, DryRunSettings())):
+        with pytest.raises(UsageError, match="is another than when"):
+            start(settings(model=mine, steps=9))
     (mine / "tokenizer.json").write_text(tokenizer)
     changed = load_model(mine)
     with torch.no_grad():
