@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections import deque
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from headstart.serving.errors import ApiError
 from headstart.serving.guard import OPEN
@@ -17,6 +18,8 @@ SLICE = 4096
 """Bytes that are parsed at once, so that a limit is noticed at most this many bytes late."""
 MAX_PIPELINED = 100
 """Requests that a client may send on one connection before the first is answered."""
+MAX_PIPELINED_BYTES = 1024 * 1024
+"""Most bytes of these requests: they are read, so that it is noticed when the client goes."""
 MAX_CONNECTIONS = 1000
 """Default limit where the process may open many files."""
 OTHER_FILES = 64
@@ -69,6 +72,10 @@ class Connection(HttpToolsProtocol):
         self._shared, self._app = shared, self.app
         self._in_head = self._ended = False
         self._bytes = 0  # of the head, or of the trailers
+        self._answered: RequestResponseCycle | None = None
+        """The request that is being answered; `cycle` is the one that is being read, which may wait for it."""
+        self._waiting_bytes: deque[int] = deque()
+        """Bytes of each request of `pipeline`."""
         self._refusal: ApiError | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -92,6 +99,10 @@ class Connection(HttpToolsProtocol):
         self._shared.waiting.pop(self, None)
         self._shared.answering.discard(self)
         self._cancel_alarm()
+        self.pipeline.clear()
+        if self._answered is not None:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -105,6 +116,9 @@ class Connection(HttpToolsProtocol):
                 if self._bytes > self._shared.header_bytes + SLICE:  # the first slice may begin with a body's end
                     self._refuse(self._too_large())
                     return
+            if sum(self._waiting_bytes) > MAX_PIPELINED_BYTES:
+                self._refuse(ApiError(400, f"more than {MAX_PIPELINED_BYTES} bytes of requests are pipelined"))
+                return
         if self._answering:
             self._cancel_alarm()
             self._shared.waiting.pop(self, None)
@@ -126,20 +140,35 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head, self._bytes = False, 0
+        head, self._in_head, self._bytes = self._bytes, False, 0
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = ApiError(400, f"more than {MAX_PIPELINED} requests are pipelined; wait for the answers")
             raise self._refusal
         path = self.url.partition(b"?")[0].decode("latin-1")
         full = len(self._shared.answering) >= self._shared.most and path not in OPEN
         self.app = _all_taken if full else self._app
+        waits = self._answering
         super().on_headers_complete()
+        if waits:
+            self._waiting_bytes.append(head)
+            self.flow.resume_reading()
+        else:
+            self._answered = self.cycle
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        if self.pipeline:  # the body is of the last one
+            self._waiting_bytes[-1] += len(body)
+            self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._bytes = 0
 
     def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answered = self.pipeline[-1][0]
+            self._waiting_bytes.popleft()
         super().on_response_complete()
         if self.transport.is_closing():  # it stays until the client has read everything
             self._close()
@@ -172,7 +201,7 @@ class Connection(HttpToolsProtocol):
 
     def _probe(self, waited: float) -> None:
         if not self.transport.is_closing() and not self.cycle.response_started:
-            if not self.pipeline:  # else an earlier answer may be on its way
+            if self._answered is not None and not self._answered.response_started:
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             wait = min(2 * waited, PROBE_SECONDS[1])
             self.loop.call_later(wait, self._probe, wait)

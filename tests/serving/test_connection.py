@@ -30,6 +30,8 @@ class Running:
         self.shared, self.port = shared, port
         self.release = asyncio.Event()
         """Lets the answers of /slow end."""
+        self.begun = 0
+        """Requests for /slow that have begun to be answered."""
         self.gone = 0
         """Clients of /slow that went before their answer."""
 
@@ -56,6 +58,7 @@ class Running:
 async def listening(most: int = 10, **settings: Any) -> AsyncIterator[Running]:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/slow":
+            running.begun += 1
             waiting = asyncio.ensure_future(running.release.wait())
             while not waiting.done():
                 event = asyncio.ensure_future(receive())
@@ -234,6 +237,52 @@ def test_a_client_that_closes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
             while not server.gone:
                 await asyncio.sleep(0.001)
             assert not server.shared.answering
+
+    run(test)
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+@pytest.mark.parametrize("how", ["close", "reset", "body"])
+def test_a_client_that_pipelines_and_goes_is_noticed(how: str, begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request that is being answered ends, and those that wait for it never begin."""
+    monkeypatch.setattr(connection, "PROBE_SECONDS", (0.01, 0.01))
+
+    async def test() -> None:
+        async with listening() as server:
+            _, writer = await server.open(*[GET] * (begun - 1), SLOW, *[SLOW] * 20)
+            if how == "body":
+                writer.write(b"POST /slow HTTP/1.1\r\nContent-Length: 900000\r\n\r\n" + b"x" * 800_000)
+            while server.begun < 1:
+                await asyncio.sleep(0.001)
+            (each,) = server.shared.answering
+            while len(each.pipeline) < 20 + (how == "body"):
+                await asyncio.sleep(0.001)
+            if how == "reset":
+                writer.transport.abort()
+            writer.close()
+            while not server.gone:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
+            assert server.begun == server.gone == 1 and not server.shared.answering and not each.pipeline
+
+    run(test)
+
+
+def test_the_bytes_of_pipelined_requests_are_bounded() -> None:
+    async def test() -> None:
+        async with listening() as server:
+            post = b"POST /health HTTP/1.1\r\nContent-Length: 300000\r\n\r\n" + b"x" * 300_000
+            reader, writer = await server.open(SLOW, post * 4)
+            while not server.gone:  # what waits is too much: the connection is closed
+                await asyncio.sleep(0.001)
+            writer.close()
+            reader, writer = await server.open(SLOW, post * 3)
+            while server.begun < 2:
+                await asyncio.sleep(0.001)
+            server.release.set()
+            for _ in range(4):
+                assert (await reader.readuntil(b"ok")).count(b"HTTP/1.1 200") == 1
+            writer.close()
 
     run(test)
 
