@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headstart.api import LanguageModel, load
 from headstart.console import Progress
+from headstart.data.chat_template import need_chat_template
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.request import Request
 from headstart.decoding.sampling import Sampling
@@ -71,6 +72,34 @@ class HeadstartLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return self.model.tokenizer.name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the source of the tokenizer's chat template, None where none is asked for. Raises UsageError where
+        there is none, and for any name but "default": the directory holds one."""
+        if not chat_template:
+            return None
+        if isinstance(chat_template, str) and chat_template != "default":
+            raise UsageError(f"apply_chat_template={chat_template!r}: only the default template is read; give True")
+        return need_chat_template(self.model.tokenizer).source
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the text of a conversation up to where the assistant begins to write; without `add_generation_prompt`
+        up to the end of the last message, which the model continues. A template that takes no system message gets the
+        conversation without, as in lm-eval's own Hugging Face model."""
+        template = need_chat_template(self.model.tokenizer)
+        try:
+            text = template.render(chat_history, prompt=add_generation_prompt)
+        except UsageError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = template.render(others, prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        if last not in text:
+            raise UsageError("the chat template changes the last message, so it cannot be continued; leave it out")
+        return text[: text.rindex(last) + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text, behind the start token that the model knows texts by, unless that is asked not to be."""

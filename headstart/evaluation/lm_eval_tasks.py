@@ -22,6 +22,8 @@ class LmEvalSettings:
     """Whether lm-eval's own tasks are known too; looking through them takes some seconds."""
     few_shot: int | None = None
     """Examples before each question (None: as the task says)."""
+    chat: bool = False
+    """Write questions through the model's chat template (lm-eval's --apply_chat_template)."""
     limit: int | None = None
     """Only so many documents of each task, the first ones."""
     new_tokens: int | None = None
@@ -57,6 +59,7 @@ def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings
             tasks=names,
             num_fewshot=settings.few_shot,
             limit=settings.limit,
+            apply_chat_template=settings.chat,
             batch_size=batch,
             gen_kwargs=None if settings.new_tokens is None else {"max_gen_toks": settings.new_tokens},
             task_manager=manager,

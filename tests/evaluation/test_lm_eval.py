@@ -177,3 +177,34 @@ def test_texts_begin_as_the_model_knows_them(directory) -> None:
         (written,) = judged.generate_until(requests("generate_until", (text, {"max_gen_toks": 8})))
         prompt = [7, *text.encode()][-(CONTEXT - 8) :]
         assert written == model.generate([7, *prompt[1:]], max_new_tokens=8).text
+
+
+def test_questions_go_through_the_chat_template_as_in_transformers(tmp_path) -> None:
+    from chats import CHATML, INSTRUCTIONS, chat_tokenizer
+    from transformers import AutoTokenizer
+
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    begun = [*said, {"role": "assistant", "content": "the answer is"}]
+    config = ModelConfig(vocab_size=264, dim=8, layers=2, attention_heads=1, context=CONTEXT)
+    for name, template in (("chatml", CHATML), ("instructions", INSTRUCTIONS)):
+        tokenizer = chat_tokenizer(tmp_path / name, template)
+        save_model(Transformer(config), tmp_path / f"{name} model", tokenizer)
+        judged, theirs = HeadstartLM(str(tmp_path / f"{name} model")), AutoTokenizer.from_pretrained(tmp_path / name)
+        known = slice(0 if template == CHATML else 1, None)  # this one takes no system message
+        assert judged.chat_template(True) == judged.chat_template("default") == template
+        assert judged.apply_chat_template(said) == theirs.apply_chat_template(
+            said[known], tokenize=False, add_generation_prompt=True
+        )
+        assert judged.apply_chat_template(begun, add_generation_prompt=False) == theirs.apply_chat_template(
+            begun[known], tokenize=False, continue_final_message=True
+        )
+        assert judged.chat_template(False) is None
+        with pytest.raises(UsageError, match="only the default template"):
+            judged.chat_template("tool_use")
+
+
+def test_a_chat_template_that_is_not_there_is_one_line(directory) -> None:
+    judged = HeadstartLM(headstart.load(directory))
+    for ask in (lambda: judged.chat_template(True), lambda: judged.apply_chat_template([])):
+        with pytest.raises(UsageError, match="has no chat template"):
+            ask()
