@@ -232,7 +232,7 @@ def _compiled(source: str) -> Any:
     from jinja2 import nodes
     from jinja2.ext import Extension
 
-    from headstart.data.template_limits import BoundedEnvironment
+    from headstart.data.template_limits import BoundedEnvironment, bounded_filter
 
     class Generation(Extension):
         """The {% generation %} ... {% endgeneration %} block of transformers."""
@@ -259,7 +259,7 @@ def _compiled(source: str) -> Any:
     environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = bounded_filter("tojson", tojson)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = NOW.strftime
     return environment.from_string(source)

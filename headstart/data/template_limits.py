@@ -14,12 +14,15 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 4_000_000
+MAX_STEPS = 1_000_000
+"""About a second."""
 MAX_SIZE = 16 << 20
 """Characters of a string, items of a list."""
 MAX_BITS = 4096
 _WIDE = re.compile(r"\d{5,}|%[^a-zA-Z]*\*|:[^{}]*\{")
-_PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "wordwrap", "truncate")
+_PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "truncate")
+_QUADRATIC = ("striptags", "urlize", "wordwrap")
+MAX_QUADRATIC = 1 << 16
 _state = threading.local()
 
 
@@ -39,18 +42,47 @@ def _check(size: int) -> None:
         raise SecurityError(f"it makes a value of more than {MAX_SIZE:,} characters or items")
 
 
+def _spend_size(size: int, characters: bool = False) -> None:
+    """Count the copying or reading of a value as steps."""
+    _spend(size // (512 if characters else 64))
+
+
+def _weighed(value: Any) -> Any:
+    """Count reading a value, of containers all that they hold, and return it."""
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, str):
+            _spend_size(len(part), characters=True)
+        elif isinstance(part, (list, tuple, set, frozenset)):
+            _spend(len(part))
+            pending.extend(part)
+        elif isinstance(part, dict):
+            _spend(len(part))
+            pending.extend(part.values())
+    return value
+
+
 def _counted(value: Iterable[Any]) -> Iterator[Any]:
     for item in value:
         _spend()
         yield item
 
 
+def _sliced(value: Any) -> Any:
+    """Count copying a value, and return it."""
+    if isinstance(value, (str, list, tuple)):
+        _spend_size(len(value), isinstance(value, str))
+    return value
+
+
 def _joined(pieces: Iterable[Any]) -> str:
     texts, size = [], 0
     for piece in pieces:
         _spend()
-        texts.append(piece if isinstance(piece, str) else str(piece))
+        texts.append(piece if isinstance(piece, str) else str(_weighed(piece)))
         size += len(texts[-1])
+        _spend_size(len(texts[-1]), characters=True)
         _check(size)
     return "".join(texts)
 
@@ -65,18 +97,25 @@ def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, 
         text = str(value)
         unit = max([largest, 8, *(len(each) for each in given if isinstance(each, str))])
         _check(len(text) + (text.count("\n") + text.count("\t") + 1) * unit)
-    elif name == "tojson":
+    elif name in ("tojson", "string", "pprint", "join"):
+        _weighed(value)
         _check(largest * 2**10)
     elif name == "replace" and len(given) >= 2:
         text, old, new = str(value), str(given[0]), str(given[1])
         _check(len(text) + text.count(old) * len(new))
     elif name in ("format", "format_map") and _WIDE.search(str(value)):
         raise SecurityError("a format of such a width is not allowed")
+    elif name == "sum" and any(hasattr(each, "__len__") and not isinstance(each, str) for each in given):
+        raise SecurityError("a sum of lists is not allowed")  # each addition copies what was added before
+    elif name in _QUADRATIC and len(str(value)) > MAX_QUADRATIC:
+        raise SecurityError(f"{name} of more than {MAX_QUADRATIC:,} characters is not allowed")
+    elif name in ("sort", "unique", "groupby", "dictsort", "min", "max") and hasattr(value, "__len__"):
+        _spend(8 * len(value))
     elif name == "translate":
         raise SecurityError("translate is not allowed")
 
 
-def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -107,6 +146,19 @@ class _Count(NodeTransformer):
         node.iter = nodes.Filter(node.iter, "counted_", [], [], None, None, lineno=node.lineno)
         return node
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        sides: list[Any] = [node, *node.ops]
+        for each in sides:
+            each.expr = nodes.Filter(each.expr, "weighed_", [], [], None, None, lineno=node.lineno)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            node.node = nodes.Filter(node.node, "sliced_", [], [], None, None, lineno=node.lineno)
+        return node
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         items = nodes.List(node.nodes, lineno=node.lineno)
@@ -119,9 +171,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.filters = {name: _bounded_filter(name, function) for name, function in self.filters.items()}
-        self.filters |= {"counted_": _counted, "joined_": _joined}
+        super().__init__(finalize=_weighed, **options)
+        self.filters = {name: bounded_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {"counted_": _counted, "joined_": _joined, "weighed_": _weighed, "sliced_": _sliced}
         self.globals.pop("lipsum", None)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -146,6 +198,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for items, times in ((left, right), (right, left)):
                 if isinstance(times, int) and hasattr(items, "__len__"):
                     _check(len(items) * times)
+                    _spend_size(len(items) * max(0, times), isinstance(items, str))
         elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
             _spend((len(left) + len(right)) // 64)
             _check(len(left) + len(right))

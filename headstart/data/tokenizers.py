@@ -5,6 +5,7 @@ Importing this file imports neither `tokenizers` nor `transformers`: a byte-leve
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -339,17 +340,44 @@ def _decoder_steps(decoder: Any) -> list[str]:
 
 
 def _growth(step: Any) -> float:
-    """Return how many times as long the Replace steps of a tokenizer.json's normalizer or decoder make a text."""
+    """Return how many times as long a tokenizer.json's normalizer or decoder makes a character, at most."""
     if not isinstance(step, dict):
         return 1.0
     if step.get("type") == "Sequence":
         parts = step.get("normalizers") or step.get("decoders")
         return math.prod(_growth(part) for part in parts) if isinstance(parts, list) else 1.0
+    if step.get("type") == "Prepend":
+        return 1.0 + len(str(step.get("prepend")))
+    if step.get("type") == "Precompiled":
+        return _growth_of_charsmap(str(step.get("precompiled_charsmap")))
     content, pattern = step.get("content"), step.get("pattern")
     if step.get("type") != "Replace" or not isinstance(content, str) or not isinstance(pattern, dict):
         return 1.0
     literal = pattern.get("String")
-    return max(1.0, len(content) / max(1, len(literal) if isinstance(literal, str) else 1))
+    if isinstance(literal, str) and literal:
+        return max(1.0, len(content) / len(literal))
+    return max(1.0, len(content) + _matches_nothing(str(literal or pattern.get("Regex") or "")))
+
+
+def _matches_nothing(pattern: str) -> bool:
+    """Return whether a pattern may match the empty text, and so inserts between all characters."""
+    try:
+        return re.match(pattern, "") is not None
+    except (re.error, RecursionError, OverflowError):
+        return True
+
+
+def _growth_of_charsmap(charsmap: str) -> float:
+    """Return the most characters that a SentencePiece map, in base64, puts in the place of one.
+
+    The map is the size of a trie in four bytes, the trie, and texts that end with NUL.
+    """
+    try:
+        content = base64.b64decode(charsmap)
+    except ValueError:
+        return 1.0  # the library says what is wrong
+    texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
+    return float(max(1, *(len(text.decode("utf-8", "replace")) for text in texts)))
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,6 +35,16 @@ BOMBS = [
     "{% macro f(x) %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endmacro %}{{ f('a'*9999)|length }}",
     "{% for i in range(9999) %}{{ range(9999)|list|length }}{% endfor %}",
     "{{ range(10**9) }}",
+    "{{ ([[1] * 10] * 10)|sum(start=[]) }}",
+    "{{ ('<' * 10**5)|striptags }}",
+    "{% for i in range(99) %}{% set x = range(9999)|sort %}{% endfor %}",
+    "{% for i in range(9999) %}{% set x = 'a' * 2**23 %}{% endfor %}",
+    "{% set s = 'a' * 2**23 %}{% for i in range(9999) %}{% set x = s[1:] %}{% endfor %}",
+    "{% set s = 'a' * 2**23 %}{% for i in range(9999) %}{% set x = 'b' in s %}{% endfor %}",
+    "{% set s = 'a' * 2**23 %}{% for i in range(9999) %}{% set x = s ~ 'a' %}{% endfor %}",
+    "{% set s = [1] * 1000 %}{% set s = [s] * 1000 %}{% set s = [s] * 1000 %}{{ s }}",
+    "{% set s = [1] * 1000 %}{% set s = [s] * 1000 %}{% set s = [s] * 1000 %}{{ s|tojson|length }}",
+    "{% set s = [1] * 1000 %}{% set s = [s] * 1000 %}{% set s = [s] * 1000 %}{{ s|string|length }}",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
@@ -14,6 +15,11 @@ def replace(content: str, **pattern: str) -> dict[str, object]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def charsmap(text: str) -> str:
+    """Return a SentencePiece map with an empty trie and one text."""
+    return base64.b64encode(bytes(4) + text.encode() + b"\0").decode()
+
+
 @pytest.mark.parametrize(
     ("part", "step", "refused"),
     [
@@ -23,6 +29,10 @@ def replace(content: str, **pattern: str) -> dict[str, object]:
             {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, *[replace("a" * 60, Regex=".")] * 4]},
             True,
         ),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 100}, True),
+        ("normalizer", {"type": "Sequence", "normalizers": [replace("a", Regex="")] * 7}, True),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": charsmap("a" * 100)}, True),
+        ("normalizer", {"type": "Sequence", "normalizers": [replace(" ", Regex=" {2,}")] * 50}, False),
         ("normalizer", {"type": "Sequence", "normalizers": [replace("\u2581", String=" "), {"type": "NFC"}]}, False),
         ("normalizer", {"type": "Sequence", "normalizers": [replace("\u2581", String=" ")] * 50}, False),
     ],
