@@ -16,6 +16,7 @@ from headstart.data.byte_tokenizer import ByteTokenizer
 from headstart.data.chat_template import load_chat_template
 from headstart.data.manifest import read_manifest
 from headstart.data.prepare.write import _names
+from headstart.data.prompt_files import read_prompt_file
 from headstart.data.shards import _read_starts, faults_of
 from headstart.data.tokenizers import load_tokenizer
 from headstart.decoding.policy.tuning_file import read_tuning
@@ -70,6 +71,13 @@ def test_what_is_sealed_may_be_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.npy")
     manifest = {"dtype": "uint8", "splits": {"train": {"shards": [], "starts": {"file": "a.npy", "sha256": "0"}}}}
     assert ["no regular file" in line for line in faults_of(tmp_path, "train", manifest)] == [True]
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "\\ud800"}', '{"messages": [{"role": "user", "content": "\\udfff"}]}'])
+def test_a_prompt_that_is_no_text_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(UsageError, match=r"a\.jsonl, prompt 2: holds half of a surrogate pair"):
+        read_prompt_file(tmp_path / "a.jsonl")
 
 
 def test_an_array_is_never_unpickled(tmp_path: Path) -> None:

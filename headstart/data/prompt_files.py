@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
 from headstart.data.lines import format_of, parse_json, read_file_lines
 from headstart.errors import UsageError
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ def _parse(line: str, place: str) -> FilePrompt:
         record: Any = parse_json(line)
     except ValueError as error:
         raise UsageError(f"{place}: not JSON ({error}); correct that line") from error
+    if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
+        raise UsageError(f"{place}: holds half of a surrogate pair, which is no text; correct that line")
     known = record.keys() if isinstance(record, dict) else ()
     for field in (MESSAGES, SHAREGPT):
         if field in known and record[field] is not None:

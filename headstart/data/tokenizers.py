@@ -162,7 +162,7 @@ class PretrainedTokenizer:
     def needed_rows(self) -> int:
         """How many ids a model must have: all but added tokens at the end, which text names only by spelling them."""
         ordinary = self._engine.get_vocab(with_added_tokens=False).values()
-        return max(self.end_id, *self.start_ids, *ordinary) + 1
+        return max([self.end_id, *self.start_ids, *ordinary]) + 1
 
     def fit(self, rows: int) -> None:
         """Leave out the tokens beyond `rows`, for which a model has none; from then on a text that names one raises."""
