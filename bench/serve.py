@@ -22,7 +22,7 @@ from headstart.console import say
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.policy.timing import interleave, ratios
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.evaluation.texts import read_prompts
 from headstart.formats.bundled import model_directory
 
@@ -98,7 +98,7 @@ class Bench:
     def offline(self, asked: dict[str, Any]) -> str:
         """What is written for a request."""
         output = self.model.generate(
-            asked["prompt"], asked["max_tokens"], asked.get("temperature", 0.0), seed=asked.get("seed", 0)
+            asked["prompt"], asked["max_tokens"], temperature=asked.get("temperature", 0.0), seed=asked.get("seed", 0)
         )
         assert isinstance(output, api.Output)
         return output.text

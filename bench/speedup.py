@@ -9,8 +9,7 @@ from typing import Any
 from headstart.decoding.kernels.pack import is_row_exact, pack
 from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave
 from headstart.decoding.policy.tuning_file import read_tuning
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.repetition import repeated
 from headstart.formats.huggingface import load_model
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from bench.synthetic_acceptance import SyntheticAcceptance
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.model.transformer import Transformer
 
 Stamp = tuple[float, Sequence[int]]

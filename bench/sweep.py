@@ -22,8 +22,7 @@ from headstart.decoding.kernels.pack import is_row_exact, pack
 from headstart.decoding.policy.calibration import Tuning, cost_of_rows
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing import interleave, pass_costs, random_model, ratios
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 
 POLICY_BAR = Bar(">=", 0.97)

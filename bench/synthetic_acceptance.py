@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable
-from headstart.decoding.request import Generation
 from headstart.errors import UsageError
 
 

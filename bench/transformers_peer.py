@@ -13,7 +13,7 @@ import torch
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.timing import DTYPES, interleave, random_model
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.formats.huggingface import load_model, load_peer, save_model
 from headstart.model.config import ModelConfig
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "Constraint",
+    "GenerationSettings",
     "LanguageModel",
     "Output",
     "Penalties",
@@ -23,7 +24,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from headstart.api import Constraint, LanguageModel, Output, Penalties, Request, Sampling, load
+    from headstart.api import (
+        Constraint,
+        GenerationSettings,
+        LanguageModel,
+        Output,
+        Penalties,
+        Request,
+        Sampling,
+        load,
+    )
     from headstart.errors import UsageError
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +13,37 @@ from torch import Tensor
 from headstart.arguments import whole_number
 from headstart.data.prompts import Prompt, encode_prompt, split_prompts, turn_ends
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.drafters.tree import wanted_tree
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.kernels.int8 import Quantize, known
 from headstart.decoding.kernels.pack import decoding_dtype, is_row_exact, pack
-from headstart.decoding.penalties import Penalties
 from headstart.decoding.policy.calibration import Tuning
 from headstart.decoding.policy.online import Learned, UntunedPolicy
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.tuning_file import read_tuning
-from headstart.decoding.request import Generation, Request, Stats
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import GenerationSettings, Penalties, Request, Sampling
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+
+__all__ = [
+    "Constraint",
+    "GenerationSettings",
+    "LanguageModel",
+    "Output",
+    "Penalties",
+    "Request",
+    "Sampling",
+    "load",
+]
+
+FROM_SETTINGS: Any = object()
+"""Default of an argument that a settings object also holds."""
 
 
 @dataclass
@@ -142,111 +155,74 @@ class LanguageModel:
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | Sequence[int] = 0,
-        heads: int | None = None,
+        max_new_tokens: int = FROM_SETTINGS,
+        *,
+        settings: GenerationSettings | None = None,
         exact: bool = True,
-        stop: str | Sequence[str] | None = (),
-        top_k: int = 0,
-        min_p: float = 0.0,
-        acceptance: str = "match",
-        penalties: Penalties | None = None,
-        constraint: Constraint | None = None,
-        logprobs: int | None = None,
         lookup: int = 0,
         tree: int | str | None = None,
+        **fields: Any,
     ) -> Output | list[Output]:
-        """Continues a prompt, or a list of prompts as one ragged batch.
+        """Continue a prompt, or a list of prompts as one ragged batch.
 
         Args:
             prompt: text, token ids (a list, an array or a tensor), or messages, [{"role": "user", "content": "..."}],
-                which the model's chat template writes; the assistant's turn is then open.
-            max_new_tokens: at most this many tokens; fewer where the model's context ends.
-            temperature: 0 is greedy. top_k, top_p, min_p: see `Sampling`.
-            seed: of the sampling noise; with a list of prompts also a list. The same seed gives the same text.
-            heads: K, how many heads decode (None: as many as are worth it, by what `headstart tune` measured, or
-                without that by what shows while decoding). The output does not depend on it.
-            exact: bit-identical output for every `heads`; False: the fastest shapes, equal up to rounding.
-            stop: strings that end the text.
-            acceptance: which drafts are kept, see `Rule`: "match" gives the tokens of plain decoding; "rejection" and
-                "block" are lossless in distribution, at a temperature; "lossy-..." are not.
-            penalties: on tokens already written, and biases; see `Penalties`.
-            constraint: what the text must be: `Constraint.json_schema(...)`, `.regex(...)`, `.choice(...)` or
-                `.lark(...)`.
-            lookup: at most this many drafts of a pass are looked up in the text itself, for models without drafting
-                heads and texts that repeat long pieces; the output does not depend on it.
-            tree: windows are trees of several candidates of each head: of this many drafts, or with the nodes given as
-                "0,1,0.0" (see `DraftTree`); 0: chains. None: what `headstart tune --tree-nodes` found best. The output
-                does not depend on it.
-            logprobs: keep the log-probability of every token, and of this many most probable ones beside it.
+                which the model's chat template renders with the assistant's turn opened.
+            max_new_tokens: most tokens to generate (default: as in `settings`, 256 without).
+            settings: what to generate and how (None: the defaults of `GenerationSettings`).
+            exact: whether the output is bit-identical for every `heads`; False takes the fastest shapes, equal up to
+                rounding.
+            lookup: most drafts of a pass to look up in the sequence itself, for models without drafting heads and
+                outputs that repeat long pieces. The output does not depend on it.
+            tree: draft trees with several candidates of each head: their number of drafts, or their nodes as
+                "0,1,0.0" (see `DraftTree`); 0 for chains (None: the best shape that `headstart tune --tree-nodes`
+                measured). The output does not depend on it.
+            fields: fields of `GenerationSettings` by name, which replace those of `settings`: temperature, top_k,
+                top_p, min_p, seed, heads, acceptance, penalties, constraint, logprobs, prompt_logprobs, stop,
+                stop_tokens, ignore_ends, keep_stop.
 
         Returns:
             An Output, or a list of them for a list of prompts.
 
         Raises:
-            UsageError: an empty prompt, one longer than the context, unknown tokens, settings out of range, a
-                constraint that cannot be compiled or satisfied.
+            UsageError: an empty prompt, one longer than the context, unknown tokens, unknown settings or settings out
+                of range, a constraint that cannot be compiled or satisfied.
         """
-        prompts, many = split_prompts(prompt)
-        several = isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1
-        seeds: list[int] = list(seed) if several else [seed] * len(prompts)  # type: ignore[arg-type, list-item]
-        if len(seeds) != len(prompts):
-            raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed, or one per prompt")
-        requests = [
-            Request(
-                prompt=self._ids(text),
-                max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature, top_k, top_p, min_p, key),
-                heads=heads,
-                acceptance=Rule.parse(acceptance),
-                penalties=penalties or Penalties(),
-                constraint=constraint,
-                logprobs=logprobs,
-                stop=stop,  # type: ignore[arg-type]  # it is made a tuple there
-                ends=turn_ends(self._tokenizer, text),
-            )
-            for text, key in zip(prompts, seeds)
-        ]
-        engine = self.engine(len(requests), self._context_for(requests), exact, lookup, prefill_budget=None, tree=tree)
+        prompts, several = split_prompts(prompt)
+        settings = _settings(settings, max_new_tokens, fields)
+        requests = [self._request(one, settings, seed) for one, seed in zip(prompts, settings.seeds(len(prompts)))]
+        engine = self._engine_for(requests, exact, lookup, tree)
         outputs = [Output.of(generation) for generation in generate_all(engine, requests)]
-        return outputs if many else outputs[0]
+        return outputs if several else outputs[0]
 
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        heads: int | None = None,
+        max_new_tokens: int = FROM_SETTINGS,
+        *,
+        settings: GenerationSettings | None = None,
         exact: bool = True,
-        stop: str | Sequence[str] | None = (),
-        top_k: int = 0,
-        min_p: float = 0.0,
-        acceptance: str = "match",
-        penalties: Penalties | None = None,
-        constraint: Constraint | None = None,
         lookup: int = 0,
         tree: int | str | None = None,
+        **fields: Any,
     ) -> Iterator[str]:
-        """As `generate` for one prompt: yields text as it is committed, whole characters only."""
+        """Yield the text of one prompt's output as it is committed, in whole characters; arguments as of `generate`."""
         _ = self.tokenizer
-        request = Request(
-            prompt=self._ids(prompt),
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
-            heads=heads,
-            acceptance=Rule.parse(acceptance),
-            penalties=penalties or Penalties(),
-            constraint=constraint,
-            stop=stop,  # type: ignore[arg-type]  # it is made a tuple there
-            ends=turn_ends(self._tokenizer, prompt),
-        )
-        engine = self.engine(1, self._context_for([request]), exact, lookup, prefill_budget=None, tree=tree)
+        request = self._request(prompt, _settings(settings, max_new_tokens, fields), None)
+        engine = self._engine_for([request], exact, lookup, tree)
         engine.submit(request)
         return (text for _, text in engine.run() if text)
+
+    def _request(self, prompt: Prompt, settings: GenerationSettings, seed: int | None) -> Request:
+        return settings.request(
+            encode_prompt(self._tokenizer, prompt), seed=seed, ends=turn_ends(self._tokenizer, prompt)
+        )
+
+    def _engine_for(self, requests: Sequence[Request], exact: bool, lookup: int, tree: int | str | None) -> Engine:
+        """Return an engine with a slot for each request, and no more cache than they can fill."""
+        longest = max((len(request.prompt) + request.max_new_tokens for request in requests), default=1)
+        context = max(1, min(self.config.context, longest))
+        return self.engine(len(requests), context, exact, lookup, prefill_budget=None, tree=tree)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor | Sequence[Sequence[int]], heads: int | None = None) -> Tensor:
@@ -270,13 +246,10 @@ class LanguageModel:
                 )
         return self.transformer(tokens_BT, heads=heads)
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
-        return encode_prompt(self._tokenizer, prompt)
 
-    def _context_for(self, requests: Sequence[Request]) -> int:
-        """No more cache than these requests can fill."""
-        longest = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        return max(1, min(self.config.context, longest))
+def _settings(settings: GenerationSettings | None, max_new_tokens: int, named: Mapping[str, Any]) -> GenerationSettings:
+    length = {} if max_new_tokens is FROM_SETTINGS else {"max_new_tokens": max_new_tokens}
+    return GenerationSettings.with_fields(settings, {**length, **named})
 
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}

@@ -71,6 +71,18 @@ def test_the_context_bounds_what_is_generated(saved) -> None:
     assert len(out.tokens) <= 6 and out.finish_reason in ("length", "end")
 
 
+def test_settings_are_one_object_or_keywords(saved) -> None:
+    model = headstart.load(saved[1])
+    settings = headstart.GenerationSettings(max_new_tokens=20, temperature=1.0, seed=4)
+    output = model.generate("ab", max_new_tokens=20, temperature=1.0, seed=4)
+    assert model.generate("ab", settings=settings).tokens == output.tokens
+    assert "".join(model.stream("ab", settings=settings)) == output.text
+    assert model.generate("ab", 7, settings=settings).tokens == output.tokens[:7]
+    assert model.generate("ab", settings=settings, heads=1).tokens == output.tokens
+    with pytest.raises(UsageError, match="there is no setting 'temprature'; the nearest is 'temperature'"):
+        model.generate("ab", temprature=0.5)
+
+
 def test_wrong_use(saved, tmp_path) -> None:
     model = headstart.load(saved[1])
     with pytest.raises(UsageError, match="empty"):

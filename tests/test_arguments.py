@@ -15,8 +15,8 @@ from headstart import Penalties, UsageError
 from headstart.api import LanguageModel
 from headstart.arguments import number, token_ids, whole_number
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow, wanted_tree
+from headstart.decoding.settings import Rule
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -15,9 +15,8 @@ from headstart.api import LanguageModel
 from headstart.data.tokenizers import PretrainedTokenizer
 from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.origins import OriginStream
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import Request
+from headstart.decoding.generation import OriginStream
+from headstart.decoding.settings import Penalties, Request
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model_tokenizer, save_model
 

@@ -11,8 +11,7 @@ import torch
 
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.walk import count_targets, joint_step, walk_step

@@ -82,12 +82,9 @@ def generate(
     import headstart
     from headstart.console import ColouredText, say
     from headstart.data.prompts import Prompt, encode_prompt, turn_ends
-    from headstart.decoding.acceptance import Rule
     from headstart.decoding.constraints import Constraint
-    from headstart.decoding.origins import OriginStream
-    from headstart.decoding.penalties import Penalties
-    from headstart.decoding.request import Request
-    from headstart.decoding.sampling import Sampling
+    from headstart.decoding.generation import OriginStream
+    from headstart.decoding.settings import GenerationSettings, Penalties
     from headstart.formats.bundled import model_directory
 
     use_threads(threads)
@@ -97,18 +94,21 @@ def generate(
         raise UsageError("--system is for conversations; give --chat too")
     before = [] if system is None else [{"role": "system", "content": system}]
     asked: Prompt = [*before, {"role": "user", "content": text}] if chat else text
-    request = Request(
-        prompt=encode_prompt(loaded.tokenizer, asked),
+    settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p, seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
         heads=heads,
-        acceptance=Rule.parse(acceptance),
+        acceptance=acceptance,
         penalties=Penalties(repetition_penalty, presence_penalty, frequency_penalty),
         constraint=Constraint.named(json_schema, regex),
         logprobs=logprobs,
         stop=stop,
-        ends=turn_ends(loaded.tokenizer, asked),
     )
+    request = settings.request(encode_prompt(loaded.tokenizer, asked), ends=turn_ends(loaded.tokenizer, asked))
     context = max(1, min(loaded.config.context, len(request.prompt) + max_new_tokens))
     engine = loaded.engine(1, context, exact, lookup, tree=tree)
     generation = engine.submit(request)

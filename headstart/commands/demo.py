@@ -19,7 +19,7 @@ from headstart.commands.demo_decoding import compare, sample
 from headstart.console import Progress, duration, say, show_pieces, table
 from headstart.data.batches import BatchStream
 from headstart.data.shards import TokenShards
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
 from headstart.fileio import write_text

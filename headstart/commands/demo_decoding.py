@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from headstart.api import LanguageModel
 from headstart.decoding.engine import generate_all
-from headstart.decoding.origins import OriginStream
-from headstart.decoding.request import Generation, Request, Stats
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.generation import Generation, OriginStream, Stats
+from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.repetition import repeated
 from headstart.reports.demo import DecodingRow, Sample
 

@@ -20,8 +20,8 @@ from headstart.commands.ordered_lines import OrderedLines, ordered_lines
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.conversations import ASSISTANT
 from headstart.data.tokenizers import Tokenizer, prompt_ids
-from headstart.decoding.request import Generation, Request, Stats
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.generation import Generation, Stats
+from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 from headstart.fileio import sha256_of
 from headstart.formats.hub import local_directory
@@ -161,7 +161,15 @@ class _Writer:
         heads: int | None,
     ) -> None:
         self._model, self._tokenizer, self._template = model, tokenizer, template
-        self._prompts, self._lines, self._settings, self._heads = prompts, lines, settings, heads
+        self._prompts, self._lines, self._settings = prompts, lines, settings
+        self._generation = GenerationSettings(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            heads=heads,
+        )
         self._turn_ends = frozenset() if template is None else template.turn_ends(tokenizer)
         self._on_its_way: dict[int, tuple[Generation, _Text]] = {}
         self.stats: list[Stats] = []
@@ -224,12 +232,9 @@ class _Writer:
             else:
                 self._finish(text, text.said[: -len(text.prompt.groups[text.turn])], "context")
             return
-        settings = self._settings
-        digest = hashlib.sha256(f"{settings.seed}\0{text.place}\0{text.turn}".encode()).digest()
+        digest = hashlib.sha256(f"{self._settings.seed}\0{text.place}\0{text.turn}".encode()).digest()
         seed = int.from_bytes(digest[:8], "big", signed=True)
-        sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.min_p, seed)
-        request = Request(text.ids, settings.max_new_tokens, sampling, self._heads, ends=self._turn_ends)
-        generation = self._engine.submit(request)
+        generation = self._engine.submit(self._generation.request(text.ids, seed=seed, ends=self._turn_ends))
         self._on_its_way[id(generation)] = generation, text
 
     def _take(self, text: _Text, generation: Generation) -> None:

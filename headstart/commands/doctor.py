@@ -18,8 +18,7 @@ from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import PackedLinear, can_pack, decoding_dtype, pack
 from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave, random_model, timed
 from headstart.decoding.policy.timing_pass import Pass
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, load_peer
 from headstart.model.config import ModelConfig

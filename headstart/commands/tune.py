@@ -15,13 +15,13 @@ from headstart.api import LanguageModel
 from headstart.console import Progress, format_table, say
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow
 from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.int8 import Quantize
 from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
 from headstart.decoding.policy.timing import pass_costs
 from headstart.decoding.policy.tuning_file import write_tuning
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.evaluation.texts import FilePrompts, LongPrompts, find_prompts, prompt_limit, sizes

@@ -12,78 +12,11 @@ by an earlier window (`sampling.window_key`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from headstart.arguments import number
 from headstart.decoding.drafters.tree import TreeRows
-from headstart.errors import UsageError
-
-DEFAULTS: dict[str, tuple[float, ...]] = {
-    "match": (),
-    "rejection": (),
-    "block": (),
-    "lossy-typical": (0.09, 0.3),
-    "lossy-top-k": (2,),
-    "lossy-distance": (2,),
-    "lossy-minimum": (2,),
-}
-"""Each kind's numbers where none are given."""
-MOST = 1e9
-"""Largest number of a rule."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """When a draft is kept.
-
-    match: it is the token of plain decoding (lossless: the same tokens). rejection: with probability min(1, p / q),
-    else a token of the residual (lossless in distribution). block: the same for the drafts of a window together
-    (lossless in distribution, never fewer kept). lossy-typical: p > min(epsilon, delta exp(-entropy of p)), Medusa's.
-    lossy-top-k: it is among the k best of p. lossy-distance: its id is within d of the best one's, Stern's, for tokens
-    that are intensities. lossy-minimum: as match, but at least m tokens a pass, Stern's minimum block size.
-    """
-
-    kind: str = "match"
-    numbers: tuple[float, ...] = ()
-    """typical: epsilon, delta; top-k: k; distance: d; minimum: m."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in DEFAULTS:
-            raise UsageError(f"there is no acceptance {self.kind!r}; take one of {', '.join(DEFAULTS)}")
-        wanted = len(DEFAULTS[self.kind])
-        if self.numbers and len(self.numbers) != wanted:
-            raise UsageError(f"acceptance {self.kind} takes {wanted} numbers after it, not {len(self.numbers)}")
-        given = tuple(number(f"a number of acceptance {self.kind}", x) for x in self.numbers)
-        if any(not 0 <= x <= MOST for x in given):
-            shown = ", ".join(f"{x:g}" for x in given)
-            raise UsageError(f"acceptance {self.kind} has the numbers {shown}; they must lie between 0 and {MOST:g}")
-        object.__setattr__(self, "numbers", given)
-        object.__setattr__(self, "numbers", self.numbers or DEFAULTS[self.kind])
-
-    @classmethod
-    def parse(cls, text: str | Rule) -> Rule:
-        """ "block", "lossy-top-k:3", "lossy-typical:0.09:0.3"; raises UsageError for anything else."""
-        if isinstance(text, Rule):
-            return text
-        if not isinstance(text, str):
-            raise UsageError(f"acceptance is {text!r}; give text, one of {', '.join(DEFAULTS)}")
-        kind, *numbers = text.split(":")
-        try:
-            return cls(kind, tuple(map(float, numbers)))
-        except ValueError as error:
-            raise UsageError(f"acceptance {text!r}: {error}; write it as {kind}:NUMBER") from error
-
-    @property
-    def lossless(self) -> bool:
-        return not self.kind.startswith("lossy")
-
-    @property
-    def weighs(self) -> bool:
-        """Whether it needs the distribution that drafts were drawn from."""
-        return self.kind in ("rejection", "block")
+from headstart.decoding.settings import Rule
 
 
 def chain_probabilities(p_SGV: Tensor, q_SGV: Tensor, drafts_SG: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ from headstart.decoding.decode_pass import DecodingState, decode_step
 from headstart.decoding.drafters.constrained import constrain
 from headstart.decoding.drafters.lookup import MOST_LOOKUP, Lookup, Odds
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
+from headstart.decoding.generation import Generation
 from headstart.decoding.graphs import GraphedStep, cuda_capture
 from headstart.decoding.kernels.pack import exact_rows, is_row_exact
-from headstart.decoding.logprobs import log_probabilities
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.request import Generation, Request
+from headstart.decoding.sampling import log_probabilities
 from headstart.decoding.scheduler import CHUNK, Admission
+from headstart.decoding.settings import TREE_RULES, Request
 from headstart.decoding.stopping import Stopper
-from headstart.decoding.verify import TREE_RULES
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
@@ -385,7 +385,7 @@ class Engine:
 
 
 def _knows_trees(request: Request) -> bool:
-    return request.acceptance.kind in TREE_RULES
+    return request.acceptance.verifies_trees
 
 
 def _round_up(number: int, multiple: int) -> int:

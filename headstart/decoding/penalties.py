@@ -6,76 +6,11 @@ if they are kept. So penalised decoding with drafts is penalised plain decoding,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from headstart.arguments import any_whole_number, number
 from headstart.decoding.drafters.tree import TreeRows
-from headstart.errors import UsageError
-
-MOST_REPETITION, MOST_PENALTY, MOST_BIAS = 1e6, 1e9, 1e30
-"""Bounds of what callers may ask for: within them no penalised logit overflows float32."""
-
-
-@dataclass(frozen=True)
-class Penalties:
-    """What is taken from logits before temperature. The defaults change nothing."""
-
-    repetition: float = 1.0
-    """Logits of tokens in prompt or text are divided by it where positive, else multiplied (Keskar et al.
-    1909.05858)."""
-    presence: float = 0.0
-    """Taken once from tokens that the text holds (the prompt does not count), as OpenAI's API has it."""
-    frequency: float = 0.0
-    """Taken from a token as often as the text holds it."""
-    bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit)."""
-
-    def __post_init__(self) -> None:
-        for name in ("repetition", "presence", "frequency"):
-            object.__setattr__(self, name, number(f"{name} penalty", getattr(self, name)))
-        if not 0 < self.repetition < math.inf:
-            raise UsageError(f"repetition penalty is {self.repetition}; it must be a positive number, 1 for none")
-        for name in ("presence", "frequency"):
-            if not math.isfinite(getattr(self, name)):
-                raise UsageError(f"{name} penalty is {getattr(self, name)}; it must be a number, 0 for none")
-        try:
-            pairs = [(token, value) for token, value in _pairs(self.bias)]
-        except (TypeError, ValueError) as error:
-            raise UsageError("the logit bias is no list of (token, number); write it as ((101, -5.0),)") from error
-        bias = tuple((any_whole_number("token of a logit bias", t), number("logit bias", b)) for t, b in pairs)
-        for token, value in bias:
-            if token < 0 or math.isnan(value) or value == math.inf:
-                raise UsageError(f"logit bias {token}: {value}: name a token, and a number or -inf (never)")
-        object.__setattr__(self, "bias", bias)
-
-    def check_size(self) -> None:
-        """Raise UsageError for numbers that would overflow float32, in which logits are penalised."""
-        if not 1 / MOST_REPETITION <= self.repetition <= MOST_REPETITION:
-            least = 1 / MOST_REPETITION
-            raise UsageError(
-                f"repetition penalty is {self.repetition}; it must lie between {least:g} and {MOST_REPETITION:g}"
-            )
-        for name in ("presence", "frequency"):
-            if abs(getattr(self, name)) > MOST_PENALTY:
-                bounds = f"{-MOST_PENALTY:g} and {MOST_PENALTY:g}"
-                raise UsageError(f"{name} penalty is {getattr(self, name)}; it must lie between {bounds}")
-        for token, value in self.bias:
-            if value > MOST_BIAS:
-                raise UsageError(f"logit bias of token {token} is {value}; it must be at most {MOST_BIAS:g}")
-
-    @property
-    def none(self) -> bool:
-        return self == Penalties()
-
-
-def _pairs(bias: Any) -> Iterable[Any]:
-    return bias.items() if isinstance(bias, Mapping) else bias
+from headstart.decoding.settings import MOST_BIAS, Penalties
 
 
 class PenaltyRows:

@@ -4,7 +4,7 @@ A sampled token is argmax(transformed logits + g), where the Gumbel noise g is a
 id): drawing the same position again, in another window, batch or slot, with or without drafts, gives the same token.
 Draft and verification share it, so a speculative sample *is* the plain sample of that seed (Daliri et al., 2408.07978).
 
-Rules that weigh drafts (`acceptance.Rule.weighs`) need other draws: the noise that drafts are drawn with, and the
+Rules that weigh drafts (`Rule.weighs`) need other draws: the noise that drafts are drawn with, and the
 uniforms that decide which drafts are kept. These draws belong to a window, not to a position: each is a hash of (seed,
 position of the window's root, offset in the window). A rejection conditions every draw that the rule has looked at, in
 block verification also the draws behind the rejected draft, and the next window covers the same positions again. Roots
@@ -14,48 +14,13 @@ only move forward, so no window uses a draw of another one.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headstart.arguments import any_whole_number, number, whole_number
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.kernels import cpu
-from headstart.errors import UsageError
-
-COLDEST, HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-"""Bounds of a temperature above 0: the kernels compute in float32."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from logits. The transforms apply in this order: temperature, top_k, top_p, min_p."""
-
-    temperature: float = 0.0
-    """0: greedy. Less than the smallest normal number of float32 counts as 0."""
-    top_k: int = 0
-    """Keep the k most probable tokens (0: all). Tokens tied with the k-th are kept too."""
-    top_p: float = 1.0
-    """Keep the most probable tokens that together reach this probability (1: all)."""
-    min_p: float = 0.0
-    """Keep tokens at least this probable relative to the most probable one (0: all)."""
-    seed: int = 0
-    """Key of the noise. The same seed gives the same text."""
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
-            object.__setattr__(self, name, number(name, getattr(self, name)))
-        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k, 0))
-        object.__setattr__(self, "seed", any_whole_number("seed", self.seed))
-        if not 0 <= self.temperature <= HOTTEST:
-            raise UsageError(f"temperature is {self.temperature}; it must lie between 0 (greedy) and {HOTTEST:.2g}")
-        if self.temperature < COLDEST:
-            object.__setattr__(self, "temperature", 0.0)
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise UsageError(f"min_p is {self.min_p}; it must lie in [0, 1]")
+from headstart.decoding.settings import COLDEST, Rule, Sampling
 
 
 def _folded(seed: int) -> int:
@@ -279,3 +244,13 @@ def _keep_top_p(x_SRV: Tensor, p_S11: Tensor) -> Tensor:
         size = x_SRV.shape[-1]
     floor = best.masked_fill(~inside, float("inf")).amin(-1, keepdim=True)
     return x_SRV.masked_fill((x_SRV < floor) & (p_S11 < 1), float("-inf"))
+
+
+def log_probabilities(
+    logits_SRV: Tensor, tokens_SR: Tensor, alternatives: int
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Of each slot and row the log-probability of its token, and the best `alternatives` tokens with theirs."""
+    logs = (logits_SRV if logits_SRV.element_size() == 8 else logits_SRV.float()).log_softmax(-1)
+    best = logs.topk(alternatives, dim=-1)
+    own = logs.gather(-1, tokens_SR[..., None])[..., 0]
+    return own.tolist(), best.indices.tolist(), best.values.tolist()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headstart.decoding.decode_pass import DecodingState, prefill
-from headstart.decoding.logprobs import log_probabilities
-from headstart.decoding.request import Generation
+from headstart.decoding.generation import Generation
+from headstart.decoding.sampling import log_probabilities
 from headstart.decoding.slots import Slots
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer

@@ -16,9 +16,6 @@ from headstart.decoding.kernels import cpu
 if TYPE_CHECKING:
     from headstart.decoding.decode_pass import DecodingState
 
-TREE_RULES = ("match", "rejection")
-"""The kinds of `acceptance.Rule` that know trees."""
-
 
 def settle_tree(
     state: DecodingState, slots: slice, tokens_SR: Tensor, tree: TreeRows, heads: int

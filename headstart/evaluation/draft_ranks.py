@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from headstart.decoding.kernels.pack import PackedUnembedding
-from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.sampling import position_noise
+from headstart.decoding.settings import Sampling
 from headstart.model.transformer import Transformer
 
 

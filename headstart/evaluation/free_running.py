@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headstart.decoding.engine import Engine
-from headstart.decoding.request import Request, Stats
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.generation import Stats
+from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.repetition import repeated
 
 

@@ -18,8 +18,7 @@ from headstart.api import LanguageModel, load
 from headstart.console import Progress
 from headstart.data.chat_template import need_chat_template
 from headstart.data.tokenizers import prompt_ids
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 
 Pair = tuple[Any, Sequence[int], Sequence[int]]
@@ -190,14 +189,16 @@ class HeadstartLM(TemplateLM):
                 )
             prompt = self.tok_encode(text) or [self.eot_token_id]
             prompt = self._fitted(prompt, self.context - new)
-            sampling = Sampling(
-                temperature,
+            settings = GenerationSettings(
+                max_new_tokens=new,
+                temperature=temperature,
                 top_k=int(options.pop("top_k", 0) or 0),
                 top_p=float(options.pop("top_p", 1.0)),
                 seed=number,
+                heads=self.heads,
+                stop=until,
             )
-            stops = (until,) if isinstance(until, str) else tuple(until)
-            asked.append(Request(tuple(prompt), new, sampling, self.heads, stop=stops))
+            asked.append(settings.request(prompt))
         if not asked:
             return []
         engine = self.model.engine(min(self.batch, len(asked)), prefill_budget=None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.gguf import gguf_tensors
 from headstart.model.transformer import Transformer

@@ -10,7 +10,7 @@ from typing import Any
 
 from headstart.data.pieces import TextOffsets, piece_bytes, piece_name
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.request import Generation, Stats
+from headstart.decoding.generation import Generation, Stats
 from headstart.serving.jobs import Job, Piece
 from headstart.serving.schemas import finite
 

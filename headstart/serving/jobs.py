@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headstart.decoding.origins import OriginStream
-from headstart.decoding.request import Generation, Request
+from headstart.decoding.generation import Generation, OriginStream
+from headstart.decoding.settings import Request
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from headstart.decoding.acceptance import DEFAULTS
+from headstart.decoding.settings import RULES
 from headstart.serving.fields import (
     HARMLESS,
     NEUTRAL,
@@ -71,7 +71,7 @@ class Speculative(Closed):
     )
     acceptance: str | None = Field(
         default=None,
-        pattern=f"^({'|'.join(DEFAULTS)})(:[0-9.]+)*$",
+        pattern=f"^({'|'.join(RULES)})(:[0-9.]+)*$",
         max_length=64,
         description="Which drafts are kept: match, rejection, block, or lossy-...",
     )

@@ -6,17 +6,15 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from headstart.api import LanguageModel
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.tokenizers import prompt_ids
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, Matcher, compiled
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import GenerationSettings, Penalties
 from headstart.errors import UsageError
 from headstart.serving.answers import Shape
 from headstart.serving.bodies import LARGE, MAX_VALUES, Body, read_body
@@ -178,47 +176,38 @@ class Service:
         if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
             wanted = asked.max_completion_tokens
         speculative = asked.speculative or Speculative()
-        rule = Rule.parse(speculative.acceptance or "match")
         bias = tuple((int(token), value) for token, value in (asked.logit_bias or {}).items())
-        penalties = Penalties(
-            _or(asked.repetition_penalty, 1.0),
-            _or(asked.presence_penalty, 0.0),
-            _or(asked.frequency_penalty, 0.0),
-            bias,
+        settings = GenerationSettings(
+            temperature=_or(asked.temperature, 1.0),
+            top_k=max(0, _or(asked.top_k, 0)),
+            top_p=_or(asked.top_p, 1.0),
+            min_p=_or(asked.min_p, 0.0),
+            heads=self._heads(asked),
+            acceptance=speculative.acceptance or "match",
+            penalties=Penalties(
+                _or(asked.repetition_penalty, 1.0),
+                _or(asked.presence_penalty, 0.0),
+                _or(asked.frequency_penalty, 0.0),
+                bias,
+            ),
+            constraint=_constraint(asked),
+            logprobs=asked.alternatives,
+            prompt_logprobs=asked.logprobs if isinstance(asked, CompletionRequest) and asked.echo else None,
+            stop=asked.stop,
+            stop_tokens=frozenset(asked.stop_token_ids or ()),
+            ignore_ends=bool(asked.ignore_eos),
+            keep_stop=bool(asked.include_stop_str_in_output),
         )
         # A client's prompts are hidden from those with other keys; without keys all clients share one space.
         salt = f"{client if self.settings.api_key else ''}\n{asked.cache_salt or ''}"
-        constraint, stops = _constraint(asked), _stops(asked.stop)
+        ends = self._turn_ends if chat else frozenset()
         inbox = Inbox()
         jobs: list[Job] = []
         for prompt in prompts:
-            tokens, ids = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat), tuple(prompt)
+            tokens = self._max_tokens(len(prompt), 1 if wanted == 0 else wanted, chat)
+            settings = replace(settings, max_new_tokens=tokens)
             for i in range(n):
-                sampling = Sampling(
-                    _or(asked.temperature, 1.0),
-                    max(0, _or(asked.top_k, 0)),
-                    _or(asked.top_p, 1.0),
-                    _or(asked.min_p, 0.0),
-                    seed + i,
-                )
-                request = Request(
-                    prompt=ids,
-                    max_new_tokens=tokens,
-                    sampling=sampling,
-                    heads=self._heads(asked),
-                    acceptance=rule,
-                    penalties=penalties,
-                    constraint=constraint,
-                    matcher=matcher,
-                    logprobs=asked.alternatives,
-                    prompt_logprobs=asked.logprobs if isinstance(asked, CompletionRequest) and asked.echo else None,
-                    stop=stops,
-                    stop_tokens=frozenset(asked.stop_token_ids or ()),
-                    ignore_ends=bool(asked.ignore_eos),
-                    keep_stop=bool(asked.include_stop_str_in_output),
-                    ends=self._turn_ends if chat else frozenset(),
-                    cache_salt=salt,
-                )
+                request = settings.request(prompt, seed=seed + i, ends=ends, cache_salt=salt, matcher=matcher)
                 streams, origins = bool(asked.stream), speculative.origins
                 jobs.append(Job(request, client, len(jobs), inbox, streams=streams, origins=origins))
         echo: list[str] = []
@@ -340,10 +329,6 @@ def _constraint(asked: Asked) -> Constraint | None:
     if asked.guided_choice is not None:
         return Constraint.choice(asked.guided_choice)
     return None if asked.guided_grammar is None else Constraint.lark(asked.guided_grammar)
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 def _or(value: Any, default: Any) -> Any:

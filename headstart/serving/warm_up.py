@@ -9,7 +9,7 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.policy.online import UntunedPolicy
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 
 PROMPT = 8

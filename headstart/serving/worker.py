@@ -11,8 +11,7 @@ from contextlib import suppress
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine
-from headstart.decoding.origins import OriginStream
-from headstart.decoding.request import Generation
+from headstart.decoding.generation import Generation, OriginStream
 from headstart.errors import UsageError
 from headstart.serving.errors import INTERNAL, ApiError, stopping, too_many
 from headstart.serving.fair_queue import FairQueue

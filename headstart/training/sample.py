@@ -10,7 +10,7 @@ from torch import nn
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.model.transformer import TRAINING_ALONE, Transformer
 from headstart.training.config import RunConfig

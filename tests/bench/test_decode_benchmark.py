@@ -13,7 +13,7 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels.pack import NativeLinear, PackedLinear, PackedUnembedding, pack
 from headstart.decoding.policy.timing import decode as decode_all
 from headstart.decoding.policy.timing import first_difference, random_model
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.texts import load_prompts
 from headstart.model.config import ModelConfig

@@ -9,8 +9,7 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing import random_model
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 

@@ -162,7 +162,7 @@ def test_conversations_are_answered_turn_by_turn(model, saved, tmp_path):
         rendered = chatml_prompt(line["messages"][:-1])
         answer = line["messages"][-1]["content"]
         seed = hashlib.sha256(f"1\0{line['place']}\0{len(line['messages']) // 2 - 1}".encode()).digest()[:8]
-        alone = model.generate(rendered, 80, 1.0, seed=int.from_bytes(seed, "big", signed=True), heads=1)
+        alone = model.generate(rendered, 80, temperature=1.0, seed=int.from_bytes(seed, "big", signed=True), heads=1)
         assert 262 in alone.tokens and model.tokenizer.decode(alone.tokens[: alone.tokens.index(262)]) == answer
     manifest = prepare(
         [str(out)], tmp_path / "shards", model.tokenizer, selection=Selection(conversations=True), validation_fraction=0

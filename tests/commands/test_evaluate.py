@@ -18,8 +18,7 @@ from headstart.commands.inspect import format_inspection, inspect
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.texts import FilePrompts
 from headstart.formats.huggingface import load_model, save_model

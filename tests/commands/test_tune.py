@@ -18,8 +18,7 @@ from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.policy.calibration import PRIOR, AcceptanceTable
 from headstart.decoding.policy.online import UntunedPolicy
 from headstart.decoding.policy.tuning_file import TUNING_FILE, read_tuning
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.formats.huggingface import save_model

@@ -7,13 +7,12 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.generation import Generation
+from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.errors import UsageError
 
 TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is the cat end. the cat then a dog ")

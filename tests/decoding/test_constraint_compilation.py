@@ -15,7 +15,7 @@ from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
 from headstart.decoding import constraints as constraints_module
 from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.engine import Engine
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 
 

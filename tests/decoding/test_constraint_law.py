@@ -11,14 +11,12 @@ from test_policy import tuning
 from test_rules import _small
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

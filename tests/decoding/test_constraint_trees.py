@@ -11,15 +11,13 @@ from test_constraints import BYTES, CASES, PROMPT, bpe, model_of, one, reference
 from test_policy import Whim
 from test_rules import _small
 
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import FORCED
 from headstart.decoding.kernels.pack import is_row_exact
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import FORCED, Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.errors import UsageError
 
 TREE = DraftTree.parse("0,1,0.0,0.1,1.0,2,0.0.0,1.0.0,0.1.0,0.0.1")

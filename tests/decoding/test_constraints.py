@@ -17,14 +17,13 @@ from test_policy import Whim
 
 import headstart
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import FORCED, Generation
 from headstart.decoding.kernels.pack import is_row_exact, pack
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import FORCED, Generation, Request
-from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.sampling import position_noise
+from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

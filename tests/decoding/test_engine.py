@@ -9,8 +9,7 @@ from conftest import HEADS, packed, trained
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import PackedLinear, can_pack, pack
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 
 PROMPT = tuple(b"the cat then")

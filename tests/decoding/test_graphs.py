@@ -11,9 +11,7 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.graphs import MOST, GraphedStep, Replay
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Penalties, Request, Sampling
 from headstart.errors import UsageError
 
 PROMPTS = [tuple(b"the cat that is "), tuple(b"then a dog "), tuple(b"end. the cat end. then")]

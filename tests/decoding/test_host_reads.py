@@ -6,11 +6,9 @@ import pytest
 import torch
 from conftest import HEADS, SHAPES
 
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.decode_pass import DecodingState, decode_step, prefill
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Penalties, Rule, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -16,8 +16,7 @@ from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.int8 import ROW_STEPS, WEIGHT_STEPS, Int8Linear, quantize_rows, quantize_weight
 from headstart.decoding.kernels.pack import NativeLinear, is_quantized, is_row_exact, pack
 from headstart.decoding.policy.calibration import setting
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 

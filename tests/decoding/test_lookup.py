@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from test_policy import Whim
 from test_rules import _distance, _small
 
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import is_row_exact, pack
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

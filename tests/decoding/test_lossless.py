@@ -19,8 +19,8 @@ from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.engine import EXACT_SPAN, Engine, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.sampling import position_noise
+from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

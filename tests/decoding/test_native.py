@@ -24,8 +24,7 @@ from headstart.decoding.kernels.pack import (
     is_row_exact,
     pack,
 )
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.layers import RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer

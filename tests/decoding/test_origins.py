@@ -6,9 +6,8 @@ from conftest import HEADS, packed
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine
-from headstart.decoding.origins import OriginStream
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.generation import OriginStream
+from headstart.decoding.settings import Request, Sampling
 
 
 @pytest.mark.parametrize("stop", [(), ("dog",), ("cat", "n a d")])

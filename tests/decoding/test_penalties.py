@@ -9,11 +9,9 @@ import pytest
 import torch
 from conftest import HEADS, packed, trained, untrained
 
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.sampling import position_noise
+from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.errors import UsageError
 
 PROMPT = tuple(b"the cat then")

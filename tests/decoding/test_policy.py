@@ -11,6 +11,7 @@ from conftest import HEADS, packed
 
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.policy.calibration import (
     EDGES,
@@ -24,8 +25,7 @@ from headstart.decoding.policy.calibration import (
 )
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing_step import Step
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 
 PROMPT = tuple(b"the cat then")

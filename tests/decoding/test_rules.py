@@ -12,13 +12,13 @@ from conftest import HEADS, packed
 
 from headstart.decoding import acceptance as acceptance_module
 from headstart.decoding import decode_pass as step_module
-from headstart.decoding.acceptance import Rule, block_probabilities, chain_probabilities, lossy, weighed
+from headstart.decoding.acceptance import block_probabilities, chain_probabilities, lossy, weighed
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling, SamplingRows
+from headstart.decoding.sampling import SamplingRows
+from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

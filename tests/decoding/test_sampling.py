@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from headstart.decoding.kernels import cpu
-from headstart.decoding.sampling import Sampling, SamplingRows, position_noise
+from headstart.decoding.sampling import SamplingRows, position_noise
+from headstart.decoding.settings import Sampling
 from headstart.errors import UsageError
 
 

@@ -15,10 +15,9 @@ from headstart.decoding import scheduler as admission_module
 from headstart.decoding.cache import CachedAttention
 from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import is_row_exact, pack
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Penalties, Request, Sampling
 from headstart.decoding.slots import SHORTEST, Slots, common_prefix
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig

@@ -15,8 +15,7 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.decoding.stopping import Stopper
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig

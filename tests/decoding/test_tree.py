@@ -9,10 +9,9 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
 from headstart.decoding.engine import Engine
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request, Rule
 from headstart.errors import UsageError
 
 BUSHY = "0,1,0.0,0.1,1.0,2,0.0.0,1.0.0,0.1.0"

@@ -10,16 +10,15 @@ from conftest import HEADS, SHAPES, packed, trained, untrained
 from test_policy import Whim
 from torch import Tensor
 
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.cache import KVCache
 from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import is_row_exact
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling, position_noise
+from headstart.decoding.sampling import position_noise
+from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.model.transformer import Transformer
 
 PROMPT = tuple(b"the cat then")

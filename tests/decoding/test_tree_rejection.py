@@ -9,10 +9,10 @@ import torch
 from test_rules import _distance, _small
 
 from headstart.decoding import acceptance as acceptance_module
-from headstart.decoding.acceptance import Rule, recursive_rejection
+from headstart.decoding.acceptance import recursive_rejection
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.engine import Engine
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Rule, Sampling
 
 V = 3
 TREES = ("0,1", "0,1,2", "0,1,0.0,1.0", "0,1,0.0,0.1,1.0", "0,0.0,0.1,1,1.0,2")

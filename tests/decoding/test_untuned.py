@@ -10,8 +10,7 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.policy import online
 from headstart.decoding.policy.calibration import EDGES, PRIOR
 from headstart.decoding.policy.online import AcceptanceCounts, Learned, UntunedPolicy, hoped
-from headstart.decoding.request import Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 
 PROMPT = tuple(b"the cat then")
 

@@ -21,14 +21,14 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding import acceptance as acceptance_module
 from headstart.decoding import sampling as sampling_module
 from headstart.decoding import verify as tree_step_module
-from headstart.decoding.acceptance import Rule
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.decode_pass import _judge
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling, SamplingRows
+from headstart.decoding.sampling import SamplingRows
+from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.decoding.verify import judge_tree
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

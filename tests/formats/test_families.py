@@ -16,7 +16,7 @@ from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import NativeBlock, is_row_exact, pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, save_model
 from headstart.model.config import ModelConfig, RopeScaling

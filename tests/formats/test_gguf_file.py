@@ -13,7 +13,7 @@ from headstart.data.prepare.bpe import train
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.gguf import interleaved, save_gguf
 from headstart.formats.gguf_vocabulary import read_vocabulary

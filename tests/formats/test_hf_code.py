@@ -15,7 +15,7 @@ import torch
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.hf_code_export import GENERATE_FILE, MODELING_FILE, save_hf_code, template, written_code
 from headstart.formats.huggingface import load_model

@@ -15,7 +15,7 @@ import headstart
 from headstart.data.batches import IGNORE, targets_of
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
 from headstart.formats.hf_code_export import save_hf_code

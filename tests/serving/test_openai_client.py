@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.penalties import Penalties
+from headstart.decoding.settings import Penalties
 from headstart.serving.server import Server
 
 NAME = "python-bytes-8"

@@ -8,9 +8,10 @@ from serving.conftest import HTTP, metric, running
 
 from headstart.decoding import constraints
 from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation
 from headstart.decoding.policy import online
 from headstart.decoding.policy.online import AcceptanceCounts
-from headstart.decoding.request import Generation, Request
+from headstart.decoding.settings import Request
 from headstart.formats.bundled import boxed_model
 from headstart.model.transformer import Transformer
 from headstart.serving.server import make_service

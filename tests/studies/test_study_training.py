@@ -9,7 +9,7 @@ import torch
 
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from studies.training import (

@@ -10,7 +10,7 @@ import torch
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.request import Request
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from headstart.decoding.decode_pass import DecodingState
 from headstart.decoding.drafters.tree import TreeRows
-from headstart.decoding.request import FORCED, Generation
+from headstart.decoding.generation import FORCED, Generation
 
 
 def constrain(

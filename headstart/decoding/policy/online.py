@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from headstart.decoding.policy.calibration import EDGES, PRIOR, AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing_step import Step
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Sampling
 from headstart.model.transformer import Transformer
 
 LENGTH = 128

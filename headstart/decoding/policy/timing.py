@@ -13,11 +13,11 @@ import torch
 from headstart.console import Progress
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.policy.calibration import PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing_step import Step
-from headstart.decoding.request import Generation, Request, Stats
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

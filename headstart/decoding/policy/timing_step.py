@@ -8,10 +8,10 @@ import torch
 
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine
+from headstart.decoding.generation import Generation
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.request import Generation, Request
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.settings import Request, Sampling
 from headstart.decoding.stopping import Stopper
 from headstart.model.transformer import Transformer
 

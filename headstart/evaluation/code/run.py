@@ -13,8 +13,8 @@ from typing import Any
 from headstart.api import LanguageModel
 from headstart.console import Progress, say
 from headstart.data.tokenizers import prompt_ids
-from headstart.decoding.request import Request, Stats
-from headstart.decoding.sampling import Sampling
+from headstart.decoding.generation import Stats
+from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.code.pass_at_k import estimate, oracle
 from headstart.evaluation.code.problems import CodeProblem, load_problems

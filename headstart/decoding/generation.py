@@ -1,83 +1,22 @@
-"""A request, the generation that it becomes, and what that cost."""
+"""Generations: requests on their way, what they cost, and which drafter proposed which part of the output."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from headstart.arguments import any_whole_number, token_ids
+from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.acceptance import Rule
-from headstart.decoding.constraints import Constraint, Matcher
+from headstart.decoding.constraints import Matcher
 from headstart.decoding.drafters.lookup import Lookup
 from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.penalties import Penalties
-from headstart.decoding.sampling import Sampling
-from headstart.decoding.stopping import Stopper, stop_strings
-from headstart.errors import UsageError
+from headstart.decoding.settings import Request
+from headstart.decoding.stopping import Stopper
 
 FORCED = -1
 """Stands for the head of a draft that the constraint left no choice about."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to generate."""
-
-    prompt: tuple[int, ...]
-    """Token ids, at least one."""
-    max_new_tokens: int = 256
-    sampling: Sampling = field(default_factory=Sampling)
-    heads: int | None = None
-    """K: how many heads to use, head 1 included (None: as many as the engine's policy finds worth it, without a policy
-    all the model has; 1: plain decoding)."""
-    acceptance: Rule = field(default_factory=Rule)
-    """Which drafts are kept."""
-    penalties: Penalties = field(default_factory=Penalties)
-    """On tokens already written, and biases."""
-    constraint: Constraint | None = None
-    """What the text must be."""
-    logprobs: int | None = None
-    """Keep the log-probability of every token, and of this many most probable ones beside it (None: none)."""
-    prompt_logprobs: int | None = None
-    """Like `logprobs`, for the tokens of the prompt. The whole prompt is then read: nothing of it is reused."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not part of it."""
-    ends: frozenset[int] = frozenset()
-    """Tokens that end the text in addition to the tokenizer's `end_ids`, such as the end of a turn of a chat."""
-    stop_tokens: frozenset[int] = frozenset()
-    """Tokens that end the text and are part of it."""
-    ignore_ends: bool = False
-    """Tokens of `ends` and `end_ids` are tokens like others; not with a constraint, which needs them."""
-    keep_stop: bool = False
-    """The stop string that ends the text is part of it."""
-    cache_salt: str = ""
-    """Only requests with the same salt reuse each other's keys and values."""
-    matcher: Matcher | None = field(default=None, compare=False, repr=False)
-    """`constraint`, compiled by the caller; without it the engine compiles, and other requests wait meanwhile."""
-
-    def all_ends(self, tokenizer: Tokenizer | None) -> frozenset[int]:
-        """Return the tokens that end the text and are not part of it."""
-        if self.ignore_ends:
-            return frozenset()
-        return self.ends if tokenizer is None else self.ends | tokenizer.end_ids
-
-    def __post_init__(self) -> None:
-        """Take NumPy numbers, arrays and tensors too. Raises UsageError for what is of another kind."""
-        object.__setattr__(self, "prompt", token_ids(self.prompt))
-        for name in ("max_new_tokens", "heads", "logprobs"):
-            value = getattr(self, name)
-            if value is not None or name == "max_new_tokens":
-                object.__setattr__(self, name, any_whole_number(name, value))
-        object.__setattr__(self, "stop", stop_strings(self.stop))
-        if self.constraint is not None and not isinstance(self.constraint, Constraint):
-            raise UsageError(f"constraint is {type(self.constraint).__name__}; make one, as Constraint.regex(...)")
-        if not isinstance(self.penalties, Penalties):
-            raise UsageError(f"penalties is {type(self.penalties).__name__}; make them, as Penalties(repetition=1.1)")
-        self.penalties.check_size()
-        if self.ignore_ends and self.constraint is not None:
-            raise UsageError("ignore_ends: a constraint ends the text where it is satisfied; take one of them")
 
 
 @dataclass
@@ -284,3 +223,30 @@ class Generation:
 
     def cancel(self) -> str:
         return self._stopper.cancel()
+
+
+class OriginStream:
+    """The released text of a generation as it grows, in pieces of one head each: 1, or k for accepted drafts of head k.
+
+    A character that takes several tokens belongs to the head of its last one.
+    """
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
+        self.generation = generation
+        self._stream = TextStream(tokenizer, generation.request.prompt)
+        self._tokens = self._characters = 0
+        self._waiting: list[tuple[str, int]] = []  # of tokens whose text is held back: it may be that of a stop string
+
+    def new(self) -> list[tuple[str, int]]:
+        """What was released since the last call."""
+        generation = self.generation
+        for token, head in zip(generation.tokens[self._tokens :], generation.origins[self._tokens :]):
+            self._waiting += [(character, head) for character in self._stream.push([token])]
+        self._tokens = len(generation.tokens)
+        if generation.finished:
+            self._waiting += [(character, 1) for character in self._stream.finish()]
+        count = len(generation.text) - self._characters
+        released, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._characters += len(released)
+        groups = itertools.groupby(released, key=lambda pair: pair[1])
+        return [("".join(character for character, _ in group), head) for head, group in groups]
