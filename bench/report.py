@@ -13,7 +13,7 @@ from bench.measure import spread
 from headstart import hardware
 from headstart.fileio import write_text
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("bench/results")
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,15 @@ def result(
 def format_markdown(result: dict[str, Any]) -> str:
     """The report as a page."""
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in result["settings"].items())
-    load = result["machine"]["load_average"]
+    load, name = result["machine"]["load_average"], result["benchmark"]
     lines = [
-        f"# headstart bench {result['benchmark']}",
+        f"# headstart bench {name}",
         "",
         f"- Date: {result['date']}",
         f"- Machine: {hardware.summary(result['machine'])}",
         *([f"- Load average when the report was written: {load[0]:.2f}"] if load else []),
         f"- Settings: {settings}",
+        f"- Raw data: `python -m bench {name}` with these settings writes `{name}.json` next to this page",
         "",
         *_rows(
             ["part", "what", "median", "spread", "bar", "result"],

@@ -94,6 +94,6 @@ def test_every_command_named_in_the_readme_exists() -> None:
 
 def test_files_the_readme_points_to_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:docs|benchmarks|configs)/[\w./-]+)`|\]\((?!http)([^)]+)\)", text):
+    for name in re.findall(r"`((?:docs|bench|configs)/[\w./-]+)`|\]\((?!http)([^)]+)\)", text):
         path = name[0] or name[1]
         assert (ROOT / path).exists(), path

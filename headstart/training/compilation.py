@@ -12,7 +12,7 @@ from headstart.training.processes import Processes
 PAYS_FROM = {"cpu": 1e14, "cuda": 1e17}
 """FLOPs of a whole run from which compiling is won back. On a CPU of two cores they take 5 to 15 minutes, of which
 compiled blocks save 8 to 28 %, for 12 seconds of compiling, or up to a minute in a new environment
-(benchmarks/results). For GPUs it is an assumption, not measured."""
+(bench/results). For GPUs it is an assumption, not measured."""
 
 
 def blocks_compiled(config: RunConfig, processes: Processes) -> bool:
