@@ -6,7 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from headstart.decoding.kernels.pack import is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave
 from headstart.decoding.policy.tuning_file import read_tuning
 from headstart.decoding.settings import Request, Sampling
@@ -41,7 +42,7 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
     ks = [k for k in case["heads"] if k <= model.config.heads]
     variants: dict[str, Callable[[], float]] = {FASTEST_PLAIN: partial(measure, FASTEST_PLAIN, 1, False)}
     variants |= {str(k): partial(measure, str(k), k, True) for k in ks}
-    if tuning is not None and is_row_exact(model):
+    if tuning is not None and backend_of(model).row_exact:
         variants[POLICY] = partial(measure, POLICY, None, True)
     speeds = interleave(variants, case["repetitions"])
     reference = last[str(ks[0])].tokens

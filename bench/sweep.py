@@ -18,7 +18,8 @@ from bench.sizes import SIZES, byte_heads, four_heads
 from bench.streams import Stream, Synthetic
 from bench.synthetic_acceptance import acceptance_table, share_right
 from headstart.decoding.engine import Engine
-from headstart.decoding.kernels.pack import is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import Tuning, cost_of_rows
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.policy.timing import interleave, pass_costs, random_model, ratios
@@ -204,7 +205,7 @@ def case(case: dict[str, Any]) -> list[dict[str, Any]]:
     n = config.heads
     share, low = share_right(kind.tokens_per_pass, n), share_right(LOW, n)
     costs = None
-    if is_row_exact(model):  # else there is nothing for a policy to choose
+    if backend_of(model).row_exact:  # else there is nothing for a policy to choose
         batches = tuple(sorted({point.batch for point in at}))
         costs = pass_costs(model, batches, at[0].prompt_tokens + at[0].new_tokens // 2, case["tune_seconds"])
 

@@ -17,8 +17,9 @@ from headstart.decoding.constraints import Constraint
 from headstart.decoding.drafters.tree import wanted_tree
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, Stats
-from headstart.decoding.kernels.int8 import Quantize, known
-from headstart.decoding.kernels.pack import decoding_dtype, is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.int8 import Quantize, parse_quantize
+from headstart.decoding.kernels.pack import decoding_dtype, pack
 from headstart.decoding.policy.calibration import Tuning
 from headstart.decoding.policy.online import Learned, UntunedPolicy
 from headstart.decoding.policy.policy import DraftPolicy
@@ -140,7 +141,7 @@ class LanguageModel:
     def _untuned(self, tree: int | str | None) -> DraftPolicy | None:
         """A policy that finds out by itself. Not where the rows of a pass move last bits: the text would tell what was
         timed."""
-        if tree is not None or self.config.heads == 1 or not is_row_exact(self.transformer):
+        if tree is not None or self.config.heads == 1 or not backend_of(self.transformer).row_exact:
             return None
         return UntunedPolicy(self._learned.setdefault(torch.get_num_threads(), Learned(self.transformer)))
 
@@ -279,7 +280,7 @@ def load(
         if dtype not in _DTYPES:
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
-    quantize = known(quantize)
+    quantize = parse_quantize(quantize)
     path = boxed_model() if path is None else local_directory(path)
     model = load_model(path, dtype=dtype, device=device)
     if dtype is None:

@@ -15,7 +15,8 @@ import torch
 from headstart import hardware
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.kernels import cpu
-from headstart.decoding.kernels.pack import PackedLinear, can_pack, decoding_dtype, pack
+from headstart.decoding.kernels.pack import decoding_dtype, pack
+from headstart.decoding.kernels.torch_backend import PackedLinear, can_pack
 from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave, random_model, timed
 from headstart.decoding.policy.timing_pass import Pass
 from headstart.decoding.settings import Request, Sampling

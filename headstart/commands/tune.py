@@ -16,8 +16,8 @@ from headstart.console import Progress, format_table, say
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation
+from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.int8 import Quantize
-from headstart.decoding.kernels.pack import is_row_exact
 from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
 from headstart.decoding.policy.timing import pass_costs
 from headstart.decoding.policy.tuning_file import write_tuning
@@ -131,7 +131,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     }
     file = write_tuning(path, model, tuning, more)
     say(f"tuning: {file}")
-    return {**_found(path, tuning), "trees": trees, "exact": is_row_exact(model), **counts}
+    return {**_found(path, tuning), "trees": trees, "exact": backend_of(model).row_exact, **counts}
 
 
 def _acceptance(

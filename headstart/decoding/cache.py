@@ -169,8 +169,8 @@ class CachedAttention:
             index = torch.arange(cache_SKTE.shape[0], device=rows_SKWE.device)[:, None]
             cache_SKTE.transpose(1, 2)[index, self.positions] = rows_SKWE.transpose(1, 2).to(cache_SKTE.dtype)
 
-    def layer(self, layer: int, row_S: Tensor | None = None) -> Attend:
-        """The attention of block `layer`; with `row_S` (S,) only that row of each slot asks, the rest is only kept."""
+    def __call__(self, layer: int, row_S: Tensor | None = None) -> Attend:
+        """Return the attention of block `layer`; with `row_S` (S,) only that row of each slot asks."""
         keys, values = self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots]
         if self.cache.compiled:
             return CompiledAttention(keys, values, self.positions, row_S, self.compiled_tree)
@@ -244,7 +244,7 @@ class CompiledAttention:
     tree: cpu.Tree | None = None
 
     def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
-        """`window` is not less than the context: others are not compiled (`packing.is_row_exact`)."""
+        """`window` is not less than the context: others are not compiled (`CompiledBackend`)."""
         if self.row_S is not None:
             q_SHWE = pick(q_SHWE, self.row_S, 2)
         places = (self.positions_SW, self.row_S)

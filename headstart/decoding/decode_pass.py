@@ -20,7 +20,8 @@ from headstart.decoding.constraints import ConstraintRows
 from headstart.decoding.drafters.sequential import draft_chain, read_chain
 from headstart.decoding.drafters.tree import TreeRows
 from headstart.decoding.kernels import cpu
-from headstart.decoding.kernels.pack import PackedUnembedding, is_row_exact
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.penalties import PenaltyRows
 from headstart.decoding.sampling import SamplingRows
 from headstart.decoding.verify import fill_tree, judge_tree, settle_tree
@@ -101,7 +102,7 @@ class DecodingState:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         return cls(
-            cache=KVCache(model.config, slots, capacity, dtype, device, compiled=is_row_exact(model)),
+            cache=KVCache(model.config, slots, capacity, dtype, device, compiled=backend_of(model).compiled_cache),
             length_S=zeros(slots),
             window_SW=zeros(slots, width or model.config.heads),
             drafted_S=zeros(slots),
@@ -159,7 +160,7 @@ def decode_step(
     rotary = state.rotary_at(places, starts) if tree is None else state.rotary_at(length[:, None] + tree.depth_R)
     attention = CachedAttention(state.cache, slots, places, span, starts, tree, row_by_row)
 
-    latents = {0: model.trunk(window, rotary, attention.layer)}
+    latents = {0: model.trunk(window, rotary, attention)}
     for k in model.path(1):
         _head(model, k, latents, rotary, attention)
     logits = model.unembedding(latents[1])  # (S, W', V)
@@ -325,7 +326,7 @@ def _head(
     else:
         layer = model.config.trunk_layers + k - 1
         transformer = model.config.head_kind == "transformer"
-        attend = attention.layer(layer, row_S) if transformer else None
+        attend = attention(layer, row_S) if transformer else None
         latents[k] = head(parent, rotary, attend, select)
 
 
@@ -384,7 +385,7 @@ def prefill(
         positions = torch.arange(begin, end, device=tokens.device)[None]
         rotary = state.rotary_at(positions)
         attention = CachedAttention(state.cache, slots, positions, end, [begin])
-        latents = {0: model.trunk(piece, rotary, attention.layer)}
+        latents = {0: model.trunk(piece, rotary, attention)}
         if model.config.ahead:
             behind = follow[None, done + 1 : done + piece.shape[1] + 1]
             read_chain(model, state, slot, latents[0], behind, begin, first, heads)

@@ -17,7 +17,7 @@ from headstart.decoding.drafters.lookup import MOST_LOOKUP, Lookup, Odds
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.generation import Generation
 from headstart.decoding.graphs import GraphedStep, cuda_capture
-from headstart.decoding.kernels.pack import exact_rows, is_row_exact
+from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.sampling import log_probabilities
@@ -86,12 +86,13 @@ class Engine:
         self.context = context or model.config.context
         self.lookup, self.odds = lookup, Odds()
         self.width = model.config.heads + lookup
-        self.fixed_shapes = exact and slots * self.width > exact_rows(model)
+        backend = backend_of(model)
+        self.fixed_shapes = exact and backend.needs_fixed_shapes(slots * self.width)
         # A policy is made for chains of all heads; those behind a gap of the offsets draft nothing.
         gaps = model.config.drafting_heads < model.config.heads
         self.policy = None if self.fixed_shapes or self.width == 1 or gaps else policy
         self.tree = self._planted(tree, slots)
-        if self.tree is not None and exact and not is_row_exact(model):  # trees are for torch's attention there
+        if self.tree is not None and exact and backend.needs_fixed_shapes(slots * self.width, tree=True):
             self.fixed_shapes, self.policy = True, None
         self._rows: TreeRows | None = None
         if self.tree is not None:
@@ -111,8 +112,9 @@ class Engine:
         self.decode_pass: Callable[..., tuple[Tensor, Tensor]] = partial(decode_step, model, self.state)
         if graphs or (graphs is None and on_gpu):
             self.decode_pass = GraphedStep(model, self.state, cuda_capture())
+        fixed_chunks = exact and backend.needs_fixed_shapes(CHUNK)
         self.admission = Admission(
-            model, self.state, budget=prefill_budget, reuse=prefix_reuse, fixed_shapes=exact and not is_row_exact(model)
+            model, self.state, budget=prefill_budget, reuse=prefix_reuse, fixed_shapes=fixed_chunks
         )
         self._live: list[Generation | None] = [None] * slots
         """The requests that are being decoded; `admission` has those whose prompts are read, and those who wait."""

@@ -10,7 +10,9 @@ from bench.decode import DecodeSettings
 from bench.passes import Pass, pass_bytes
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.kernels.pack import NativeLinear, PackedLinear, PackedUnembedding, pack
+from headstart.decoding.kernels.cpu_backend import CompiledLinear
+from headstart.decoding.kernels.pack import PackedUnembedding, pack
+from headstart.decoding.kernels.torch_backend import PackedLinear
 from headstart.decoding.policy.timing import decode as decode_all
 from headstart.decoding.policy.timing import first_difference, random_model
 from headstart.decoding.settings import Request
@@ -74,7 +76,7 @@ def test_a_pass_stays_at_its_length_and_its_rows_may_exceed_the_heads():
         assert len(wide()[0]) == 8
         assert wide.state.length_S.tolist() == [21]  # nothing is accepted: the window holds no drafts
     assert isinstance(model.unembedding, PackedUnembedding) and isinstance(
-        model.unembedding.first, (PackedLinear, NativeLinear)
+        model.unembedding.first, (PackedLinear, CompiledLinear)
     )
     assert len(Pass(model, rows=1, length=20)()[0]) == 1
 

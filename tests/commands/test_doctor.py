@@ -102,6 +102,6 @@ def test_large_models_are_compared_on_a_few_tokens_and_not_where_memory_is_short
     monkeypatch.setattr(doctor, "COMPARED_PARAMETERS", 10)
     finding = doctor._transformers(model_directory, config, (1, 2, 3, 4, 5, 6))
     assert finding.status == "ok" and "at 4 of 4 positions" in finding.sentence
-    monkeypatch.setattr(doctor.machine, "available_memory", lambda: 1000)
+    monkeypatch.setattr(doctor.hardware, "available_memory", lambda: 1000)
     finding = doctor._transformers(model_directory, config, (1, 2, 3))
     assert finding.status == "warn" and "are free" in finding.sentence and not finding.values["compared"]

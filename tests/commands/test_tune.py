@@ -14,7 +14,7 @@ from headstart.commands.inspect import inspect
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine
-from headstart.decoding.kernels.pack import is_row_exact
+from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.policy.calibration import PRIOR, AcceptanceTable
 from headstart.decoding.policy.online import UntunedPolicy
 from headstart.decoding.policy.tuning_file import TUNING_FILE, read_tuning
@@ -75,7 +75,7 @@ def test_all_of_it(directory, capsys) -> None:
     assert chosen.tokens == plain.tokens
     # Measured with one thread, so it says nothing of two.
     torch.set_num_threads(2)
-    assert isinstance(model.engine(exact=False).policy, UntunedPolicy) == is_row_exact(model.transformer)
+    assert isinstance(model.engine(exact=False).policy, UntunedPolicy) == backend_of(model.transformer).row_exact
 
     # Again, with --json: this machine's entry is replaced, another one's stays.
     content["costs"][0]["setting"]["processor"] = "another"

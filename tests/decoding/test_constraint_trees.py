@@ -16,7 +16,7 @@ from headstart.decoding.drafters import constrained
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import FORCED
-from headstart.decoding.kernels.pack import is_row_exact
+from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.errors import UsageError
 
@@ -71,7 +71,7 @@ def test_in_a_batch_constrained_and_free_texts_both_have_trees(compiled: bool, e
         one(Engine(model, tokenizer=BYTES, exact=exact), r.prompt, 32, r.sampling, 1, constraint=r.constraint).tokens
         for r in requests
     ]
-    for policy in [None, Pruning(3)] if exact is False or is_row_exact(model) else [None]:
+    for policy in [None, Pruning(3)] if exact is False or backend_of(model).row_exact else [None]:
         engine = Engine(model, slots=3, tokenizer=BYTES, exact=exact, policy=policy, tree=TREE)
         together = generate_all(engine, requests)
         assert [g.tokens for g in together] == plain
@@ -82,7 +82,7 @@ def test_in_a_batch_constrained_and_free_texts_both_have_trees(compiled: bool, e
 @pytest.mark.parametrize("exact", [True, False])
 def test_beside_rules_that_know_no_trees_windows_are_chains(exact: bool) -> None:
     model = packed("transformer-parallel", torch.float32, compiled=exact)
-    if exact and not is_row_exact(model):
+    if exact and not backend_of(model).row_exact:
         pytest.skip("no compiled kernels here: exact decoding refuses")
     block = Request(PROMPT, 12, Sampling(0.8, seed=9), acceptance=Rule("block"), constraint=CASES["words"])
     requests = [Request(PROMPT, 50, Sampling(0.8, seed=i), constraint=CASES["words"]) for i in range(3)]

@@ -21,7 +21,8 @@ from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import FORCED, Generation
-from headstart.decoding.kernels.pack import is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.model.config import ModelConfig
@@ -157,7 +158,7 @@ def test_in_a_batch_under_any_policy_it_is_the_same_and_free_requests_are_as_eve
         plain.append(one(engine, r.prompt, 50, r.sampling, 1, constraint=r.constraint).tokens)
         if r.constraint is None:  # nothing is made for those that are free
             assert engine.state.constraints._forbidden is None and engine.state.constraints._drafts is None
-    for policy in [None, Whim(3)] if exact is False or is_row_exact(model) else [None]:
+    for policy in [None, Whim(3)] if exact is False or backend_of(model).row_exact else [None]:
         for lookup in (0, 3):
             engine = Engine(model, slots=3, tokenizer=BYTES, exact=exact, policy=policy, lookup=lookup)
             together = generate_all(engine, requests)

@@ -8,7 +8,8 @@ from conftest import HEADS, packed, trained
 
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.kernels.pack import PackedLinear, can_pack, pack
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.kernels.torch_backend import PackedLinear, can_pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 
@@ -95,11 +96,10 @@ def test_the_decoding_form_has_no_gradients() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_shapes_are_free_where_so_few_rows_are_exact_and_prompts_are_read_in_equal_chunks(monkeypatch) -> None:
+def test_shapes_are_free_where_so_few_rows_are_exact_and_prompts_are_read_in_equal_chunks() -> None:
     """As with the kernels for GPUs: exact up to some number of rows, prompts apart."""
-    monkeypatch.setattr("headstart.decoding.engine.exact_rows", lambda model: 8)
-    monkeypatch.setattr("headstart.decoding.engine.is_row_exact", lambda model: False)
-    model = packed("replicated", torch.float32)
+    model = pack(copy.deepcopy(trained("replicated")))
+    model.backend.exact_rows = 8
     few, many = Engine(model, slots=8 // model.config.heads), Engine(model, slots=8 // model.config.heads + 1)
     assert (few.fixed_shapes, many.fixed_shapes) == (False, True)
     assert few.admission.fixed_shapes and many.admission.fixed_shapes

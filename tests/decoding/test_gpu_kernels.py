@@ -33,7 +33,7 @@ def assert_near(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("most", [64, 2], ids=["few rows", "many rows"])
 def test_products(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(launch, "MOST", most)
+    monkeypatch.setattr(launch, "MOST_ROWS", most)
     x, weight, bias, residual = random(3, 256), random(48, 256, seed=1), random(48, seed=2), random(3, 48, seed=3)
     assert_near(launch.linear(x, weight, share=SHARE), F.linear(x, weight))
     assert_near(launch.linear(x, weight, bias, residual, share=SHARE), F.linear(x, weight, bias) + residual)
@@ -50,7 +50,7 @@ def test_norm() -> None:
 
 @pytest.mark.parametrize("most", [64, 2], ids=["few rows", "many rows"])
 def test_queries_are_turned_and_keys_laid_into_the_cache(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(launch, "MOST", most)
+    monkeypatch.setattr(launch, "MOST_ROWS", most)
     S, W, D, H, K, E, T = 2, 3, 64, 4, 2, 16, 40
     x, weight, bias = random(S, W, D), random((H + 2 * K) * E, D, seed=1) / 8, random((H + 2 * K) * E, seed=2)
     positions = torch.tensor([[20, 21, 22], [-3, -2, -1]], device=DEVICE)  # the second slot takes no part

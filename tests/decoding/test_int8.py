@@ -13,8 +13,10 @@ from conftest import HEADS, trained
 import headstart
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.kernels.int8 import ROW_STEPS, WEIGHT_STEPS, Int8Linear, quantize_rows, quantize_weight
-from headstart.decoding.kernels.pack import NativeLinear, is_quantized, is_row_exact, pack
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import setting
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
@@ -57,7 +59,7 @@ def test_products_of_whole_numbers_are_exact(K: int) -> None:
 def test_compiled_products_are_the_reference(N: int, K: int, rows: int, compiled: None) -> None:
     weight, x = random(N, K), random(rows, K, seed=rows) * torch.logspace(-3, 3, rows)[:, None]
     bias = random(N, seed=2) if N % 2 else None
-    fast, slow = NativeLinear(weight, bias, "int8"), Int8Linear(weight, bias)
+    fast, slow = CompiledLinear(weight, bias, "int8"), Int8Linear(weight, bias)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         got = fast(x)
@@ -72,14 +74,14 @@ def test_no_sum_overflows_where_all_is_largest(compiled: None) -> None:
     for sign_x in (1, -1):
         for sign_w in (1, -1):
             weight, x = torch.full((16, 64), float(sign_w)), torch.full((3, 64), float(sign_x))
-            got = NativeLinear(weight, None, "int8")(x)
+            got = CompiledLinear(weight, None, "int8")(x)
             assert torch.allclose(got, torch.full((3, 16), 64.0 * sign_x * sign_w), rtol=1e-6)
 
 
 def test_rows_and_outputs_of_nothing(compiled: None) -> None:
     weight, x = random(20, 40), random(4, 40, seed=1)
     weight[3], x[1], x[2] = 0, 0, 1e-35  # what is too small for a reciprocal counts as nothing
-    for linear in (NativeLinear(weight, None, "int8"), Int8Linear(weight, None)):
+    for linear in (CompiledLinear(weight, None, "int8"), Int8Linear(weight, None)):
         y = linear(x)
         assert (y[:, 3] == 0).all() and (y[1:3] == 0).all() and y.isfinite().all()
 
@@ -89,7 +91,7 @@ def test_an_int8_model_is_near_the_model_and_its_reference(shape: str, compiled:
     # Up to where sequential heads know the tokens between.
     want = trained(shape)(tokens, heads=HEADS)[:, : 1 - HEADS]
     got, reference = (quantized(shape, fast)(tokens, heads=HEADS)[:, : 1 - HEADS] for fast in (True, False))
-    assert is_quantized(quantized(shape)) and is_quantized(quantized(shape, False))
+    assert backend_of(quantized(shape)).quantize and backend_of(quantized(shape, False)).quantize
     assert 1e-4 < (got - want).norm() / want.norm() < 0.1
     # Norms and attention round otherwise in torch, and a row that does may fall to another step.
     assert (got - reference).norm() / want.norm() < 0.03
@@ -100,7 +102,7 @@ def test_speculative_int8_is_plain_int8(shape: str, fast: bool) -> None:
     if fast and cpu.kernels(torch.float32) is None:
         pytest.skip("no compiled kernels for fp32 here")
     model = quantized(shape, fast)
-    assert is_row_exact(model) == fast
+    assert backend_of(model).row_exact == fast
     prompts = [tuple(b"the cat then a dog that is"[: 3 + 5 * i]) for i in range(3)]
     requests = {
         heads: [Request(p, 24, Sampling(i % 2 * 1.0, seed=i), heads=heads) for i, p in enumerate(prompts)]
@@ -134,6 +136,6 @@ def test_a_stored_model_loads_as_int8(tmp_path) -> None:
 
     save_model(trained("transformer-parallel"), tmp_path, dtype=torch.bfloat16)
     model = headstart.load(tmp_path, quantize="int8")
-    assert is_quantized(model.transformer) and model.transformer.trunk.embedding.weight.dtype == torch.float32
+    assert backend_of(model.transformer).quantize and model.transformer.trunk.embedding.weight.dtype == torch.float32
     one, all_heads = (model.generate(list(b"the cat "), 20, heads=heads).tokens for heads in (1, HEADS))
     assert one == all_heads and len(one) == 20

@@ -14,7 +14,8 @@ from test_rules import _distance, _small
 
 from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.kernels.pack import is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -88,7 +89,7 @@ def test_output_does_not_depend_on_what_is_looked_up(shape: str, compiled: bool,
         generate_all(Engine(model, exact=exact), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)])[0]
         for r in requests
     ]
-    policies = [None, Whim(5)] if is_row_exact(model) or not exact else [None]
+    policies = [None, Whim(5)] if backend_of(model).row_exact or not exact else [None]
     for policy in policies:
         found = generate_all(Engine(model, slots=2, exact=exact, lookup=6, policy=policy), requests)
         assert [g.tokens for g in found] == [g.tokens for g in plain]

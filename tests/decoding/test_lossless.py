@@ -284,7 +284,7 @@ def test_spans_of_whole_attention_blocks_do_not_change_a_bit(dtype: torch.dtype)
             positions = start + torch.arange(rows)[None]
             least = -(-(start + rows) // EXACT_SPAN) * EXACT_SPAN
             results = [
-                CachedAttention(cache, slice(0, 1), positions, span).layer(0)(q, k, k)
+                CachedAttention(cache, slice(0, 1), positions, span)(0)(q, k, k)
                 for span in (least, least + EXACT_SPAN, capacity)
             ]
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from headstart.decoding.cache import CachedAttention, KVCache
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels import cpu
-from headstart.decoding.kernels.pack import (
-    NativeBlock,
-    NativeLinear,
-    NativeNorm,
-    NativeSwiGLU,
-    can_use_native,
-    is_row_exact,
-    pack,
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.cpu_backend import (
+    CompiledBackend,
+    CompiledBlock,
+    CompiledLinear,
+    CompiledNorm,
+    CompiledSwiGLU,
 )
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.layers import RMSNorm, SwiGLU
@@ -59,7 +59,7 @@ def test_linear(N: int, K: int, rows: int, narrow: bool, dtype: torch.dtype, err
     bias = random(N, dtype=dtype, seed=2) if N % 2 else None
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        linear = NativeLinear(weight, bias)
+        linear = CompiledLinear(weight, bias)
         assert (linear.packed.dtype == torch.bfloat16) == (narrow or dtype == torch.bfloat16)
         got = linear(x)
         torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def test_linear(N: int, K: int, rows: int, narrow: bool, dtype: torch.dtype, err
 
 def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
     """Not even on how many there are: the bits are the same for 1 and for 300 rows, for 1 and for 2 threads."""
-    linear, x = NativeLinear(random(200, 640, dtype=dtype), None), random(300, 640, dtype=dtype, seed=1)
+    linear, x = CompiledLinear(random(200, 640, dtype=dtype), None), random(300, 640, dtype=dtype, seed=1)
     whole = linear(x)
     torch.set_num_threads(2)
     assert torch.equal(linear(x), whole)
@@ -85,8 +85,8 @@ def test_rms_norm(dim: int, dtype: torch.dtype, error: float) -> None:
     with torch.no_grad():
         norm.weight.copy_(random(dim))
         x = random(2, 3, dim, dtype=dtype, seed=1) * 3
-        assert torch.allclose(NativeNorm(norm)(x).float(), norm(x).float(), rtol=error)
-        assert (NativeNorm(norm)(torch.zeros(1, dim, dtype=dtype)) == 0).all()
+        assert torch.allclose(CompiledNorm(norm)(x).float(), norm(x).float(), rtol=error)
+        assert (CompiledNorm(norm)(torch.zeros(1, dim, dtype=dtype)) == 0).all()
 
 
 @pytest.mark.parametrize("hidden", [32, 42])
@@ -95,7 +95,7 @@ def test_swiglu(hidden: int, dtype: torch.dtype, error: float) -> None:
     with torch.no_grad():
         mlp.gate_up.weight.mul_(30)
         x = random(3, 5, 32, dtype=dtype) * 20  # gates far out, where exp overflows
-        want, got = mlp(x).float(), NativeSwiGLU(mlp, dtype)(x).float()
+        want, got = mlp(x).float(), CompiledSwiGLU(mlp, dtype)(x).float()
         assert mlp.gate_up(x).abs().max() > 200
         assert got.isfinite().all()
         assert (got - want).norm() <= error * want.norm() + error / 10
@@ -108,7 +108,7 @@ def attention(config: ModelConfig, q, k, v, starts: list[int], keys, values) -> 
     cache.keys[0] = keys.unflatten(2, (-1, 16)).transpose(-1, -2)
     cache.values[0] = values
     positions = torch.tensor(starts)[:, None] + torch.arange(q.shape[2])
-    y = CachedAttention(cache, slice(0, S), positions, capacity).layer(0)(q, k, v)
+    y = CachedAttention(cache, slice(0, S), positions, capacity)(0)(q, k, v)
     for slot, start in enumerate(starts):
         assert torch.equal(cache.keys_of(slot)[0, :, start : start + q.shape[2]], k[slot].float())
     return y
@@ -169,14 +169,14 @@ def test_a_block_in_one_call_is_the_block(
         parameter.data = torch.randn(parameter.shape) / 6  # biases and norms too
     model = pack(copy.deepcopy(plain))
     block = model.trunk.blocks[0]
-    assert isinstance(block, NativeBlock)
+    assert isinstance(block, CompiledBlock)
     starts, rows, capacity = [0, 17, 40], 4, 64
     positions = torch.tensor(starts)[:, None] + torch.arange(rows)
     cos, sin = model.rotary(positions, torch.float32)
     row_S = None if chosen is None else torch.tensor(chosen)
     whole = torch.randn(3, capacity, sizes["dim"])  # of which `rows` from each start are new
     cache = KVCache(model.config, 3, capacity, torch.float32, "cpu", compiled=True)
-    past = CachedAttention(cache, slice(0, 3), torch.arange(capacity).repeat(3, 1), capacity).layer(0)
+    past = CachedAttention(cache, slice(0, 3), torch.arange(capacity).repeat(3, 1), capacity)(0)
     with torch.no_grad():
         everywhere = model.rotary(torch.arange(capacity).repeat(3, 1), torch.float32)
         block(whole, everywhere, past)
@@ -185,7 +185,7 @@ def test_a_block_in_one_call_is_the_block(
             for t in range(start, capacity):
                 cache.keys[:, slot, :, t // 16, :, t % 16] = 9.0
         x = torch.stack([whole[slot, start : start + rows] for slot, start in enumerate(starts)])
-        attend = CachedAttention(cache, slice(0, 3), positions, capacity).layer(0, row_S)
+        attend = CachedAttention(cache, slice(0, 3), positions, capacity)(0, row_S)
         got = block(x, (cos, sin), attend)
         want = plain.trunk.blocks[0](whole, everywhere)
     for slot, start in enumerate(starts):
@@ -197,7 +197,7 @@ def test_a_block_in_one_call_is_the_block(
 @given(seeds=st.lists(st.integers(0, 1000), min_size=2, max_size=5), slots=st.integers(1, 5))
 def test_with_kernels_any_batch_is_exact(dtype: torch.dtype, seeds: list[int], slots: int) -> None:
     model = packed("transformer-parallel", dtype)
-    assert is_row_exact(model)
+    assert backend_of(model).row_exact
     prompts = [tuple(b"the cat then a dog that is"[: 3 + seed % 20]) for seed in seeds]
     requests = [
         Request(prompt, 20 + seed % 30, Sampling(seed % 2 * 1.0, seed=seed), heads=1 + seed % HEADS)
@@ -214,7 +214,7 @@ def test_a_model_with_kernels_is_the_model(shape: str, dtype: torch.dtype, error
     tokens = torch.tensor([list(b"the cat then a dog")])
     want = trained(shape)(tokens, heads=HEADS)
     got = packed(shape, dtype)(tokens, heads=HEADS).float()
-    assert any(isinstance(module, NativeLinear) for module in packed(shape, dtype).modules())
+    assert any(isinstance(module, CompiledLinear) for module in packed(shape, dtype).modules())
     # Sequential heads lack the tokens that they read at the end.
     assert torch.equal(got.isnan(), want.isnan())
     got, want = got.nan_to_num(), want.nan_to_num()
@@ -222,9 +222,9 @@ def test_a_model_with_kernels_is_the_model(shape: str, dtype: torch.dtype, error
 
 
 def test_kernels_take_only_what_they_can_read() -> None:
-    assert not can_use_native(copy.deepcopy(trained("replicated")).double())
+    assert not CompiledBackend.supports(copy.deepcopy(trained("replicated")).double())
     odd = Transformer(ModelConfig(dim=40, layers=2, attention_heads=2)).bfloat16()
-    assert not can_use_native(odd)
+    assert not CompiledBackend.supports(odd)
     tokens = torch.tensor([[1, 2, 3]])
     want = odd(tokens)
     assert torch.allclose(pack(copy.deepcopy(odd))(tokens).float(), want.float(), atol=0.05)
@@ -232,7 +232,7 @@ def test_kernels_take_only_what_they_can_read() -> None:
 
 def test_without_kernels_everything_still_works(tmp_path, forks) -> None:
     program = (
-        "from headstart.decoding import native\n"
+        "from headstart.decoding.kernels import cpu\n"
         "import torch\n"
         "assert cpu.kernels(torch.bfloat16) is None and cpu.kernels(torch.float32) is None\n"
         "from headstart.decoding.kernels.pack import pack\n"
@@ -249,8 +249,8 @@ def test_without_kernels_everything_still_works(tmp_path, forks) -> None:
 def test_loading_the_kernels_leaves_denormal_numbers_alone(tmp_path, forks) -> None:
     """A library linked with -ffast-math makes them zero, in all of the process that loads it."""
     program = (
-        "import sys; from headstart.decoding import native; import torch\n"
-        "native.kernels(torch.float32), cpu.kernels(torch.bfloat16), cpu.chooser()\n"
+        "import sys; from headstart.decoding.kernels import cpu; import torch\n"
+        "cpu.kernels(torch.float32), cpu.kernels(torch.bfloat16), cpu.chooser()\n"
         "print(float(sys.argv[1]) * 1.0 > 0)"
     )
     assert forks.run(tmp_path / "said.txt", tmp_path, program=program, arguments=["5e-324"]) == (0, "True\n")

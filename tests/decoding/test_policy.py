@@ -12,7 +12,7 @@ from conftest import HEADS, packed
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation
-from headstart.decoding.kernels.pack import is_row_exact
+from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.policy.calibration import (
     EDGES,
     PRIOR,
@@ -241,7 +241,7 @@ def test_output_does_not_depend_on_the_policy(shape: str, compiled: bool) -> Non
     ]
     for seed, slots in enumerate((1, 2, 3)):
         policy = Whim(seed)
-        got = generate_all(Engine(model, slots=slots, policy=policy, exact=is_row_exact(model)), requests)
+        got = generate_all(Engine(model, slots=slots, policy=policy, exact=backend_of(model).row_exact), requests)
         assert [g.tokens for g in got] == plain
         assert len(policy.chosen) >= 3 and sum(got[0].stats.accepted) >= 0
 

@@ -16,7 +16,8 @@ from headstart.decoding.cache import CachedAttention
 from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation
-from headstart.decoding.kernels.pack import is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Penalties, Request, Sampling
 from headstart.decoding.slots import SHORTEST, Slots, common_prefix
 from headstart.errors import UsageError
@@ -36,7 +37,7 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 
 def way(name: str, shape: str = "transformer-causal") -> Transformer:
     model = packed(shape, torch.float32, WAYS[name])
-    if is_row_exact(model) != WAYS[name]:
+    if backend_of(model).row_exact != WAYS[name]:
         pytest.skip("no compiled kernels here")
     return model
 
@@ -193,7 +194,7 @@ def test_a_prompt_goes_on_from_what_a_slot_holds_of_it(
         engine.step()
     # With fixed shapes whole chunks of 32 are taken.
     found = common_prefix(request.prompt, TEXT)
-    assert generation.stats.prompt_tokens_reused == (found if is_row_exact(model) else found // 32 * 32) >= 128
+    assert generation.stats.prompt_tokens_reused == (found if backend_of(model).row_exact else found // 32 * 32) >= 128
     plain = Engine(model, prefix_reuse=False, prefill_budget=32)
     want = generate_all(plain, [request])[0]
     assert generation.tokens == want.tokens and generation.stats.accepted == want.stats.accepted
@@ -289,7 +290,7 @@ def test_reuse_changes_nothing_in_a_queue_of_texts_that_branch(model, exact: boo
 
 def test_so_it_is_in_int8() -> None:
     model = pack(copy.deepcopy(trained("transformer-causal")), quantize="int8")
-    if not is_row_exact(model):
+    if not backend_of(model).row_exact:
         pytest.skip("no compiled kernels here")
     requests = [Request(TEXT[:size], size // 4, SAMPLED if size % 2 else Sampling()) for size in (100, 20, 99, 60, 31)]
     generations = generate_all(Engine(model, slots=3, prefill_budget=32), requests)

@@ -16,7 +16,7 @@ from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels import cpu
-from headstart.decoding.kernels.pack import is_row_exact
+from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.model.transformer import Transformer
@@ -229,7 +229,9 @@ def test_output_does_not_depend_on_how_many_nodes_are_fed(compiled: bool) -> Non
     requests = [Request(PROMPT, 50), Request(PROMPT[:5], 50, Sampling(1.0, seed=3)), Request(PROMPT, 30, heads=3)]
     plain = [generate_all(Engine(model), [Request(r.prompt, r.max_new_tokens, r.sampling, 1)])[0] for r in requests]
     policy = Pruning(1)
-    got = generate_all(Engine(model, slots=3, policy=policy, exact=is_row_exact(model), tree=TREES["bushy"]), requests)
+    got = generate_all(
+        Engine(model, slots=3, policy=policy, exact=backend_of(model).row_exact, tree=TREES["bushy"]), requests
+    )
     assert [g.tokens for g in got] == [g.tokens for g in plain]
     assert len(policy.chosen) >= 3 and policy.tree is TREES["bushy"]
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels import cpu
-from headstart.decoding.kernels.pack import NativeBlock, is_row_exact, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.cpu_backend import CompiledBlock
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, save_model
@@ -180,8 +182,8 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
     for tree_or_none in (None, tree):
         got = generate_all(Engine(model, slots=2, tree=tree_or_none), requests)
         assert [g.tokens for g in got] == [g.tokens for g in plain]
-        if tree_or_none is not None or is_row_exact(
-            model
+        if (
+            tree_or_none is not None or backend_of(model).row_exact
         ):  # to the last bit, where shapes are the same or do not matter
             assert [g.logprobs for g in got] == [g.logprobs for g in plain]
         kept += sum(sum(g.stats.accepted) for g in got)
@@ -196,8 +198,8 @@ def test_which_models_the_compiled_kernels_compute_exactly(tmp_path: Path) -> No
     for case in CASES:
         random_model(case).save_pretrained(tmp_path / case)
         model = pack(load_model(tmp_path / case))
-        blocks += [case] if isinstance(model.trunk.blocks[0], NativeBlock) else []
-        exact += [case] if is_row_exact(model) else []
+        blocks += [case] if isinstance(model.trunk.blocks[0], CompiledBlock) else []
+        exact += [case] if backend_of(model).row_exact else []
     assert blocks == ["llama3", "llama-yarn", "mistral-wide", "qwen2-yarn"]
     assert exact == [*blocks[:3], "qwen2-yarn", "qwen3", "smollm3", "olmo2"]
 

@@ -115,7 +115,7 @@ def _run(
     before = (positions < first) & (length_S >= 0)[:, None]
     positions = torch.where(before, positions - first + len(state.rotary[0]), positions)
     attention = CachedAttention(state.cache, slots, positions, span)
-    attend = attention.layer(model.config.trunk_layers + k - 2, row_S)
+    attend = attention(model.config.trunk_layers + k - 2, row_S)
     select = None if row_S is None else (lambda x: pick(x, row_S, 1))
     ahead_SWD = model.trunk.embedding(follow_SW)
     return cast(Tensor, model.head(k)(inputs_SWD, state.rotary_at(positions), attend, select, ahead_BTD=ahead_SWD))

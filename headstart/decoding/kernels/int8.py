@@ -23,8 +23,8 @@ _EXACT = 1 << 11
 """So many products of 127 * 63 add up below 2^24: exactly, and in any order, in fp32."""
 
 
-def known(name: str | None) -> Quantize | None:
-    """`name`, if it is a way to quantize there is. Raises UsageError."""
+def parse_quantize(name: str | None) -> Quantize | None:
+    """Return `name` if it names a way to quantize. Raises UsageError for any other name."""
     if name not in (None, "int8"):
         raise UsageError(f"quantize {name!r} is unknown; take int8, or leave it out")
     return "int8" if name else None

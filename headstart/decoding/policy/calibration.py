@@ -16,7 +16,7 @@ import torch
 
 from headstart import hardware
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree
-from headstart.decoding.kernels.pack import is_quantized, is_row_exact
+from headstart.decoding.kernels.backend import backend_of
 from headstart.errors import UsageError, shorten
 from headstart.model.transformer import Transformer
 
@@ -185,13 +185,13 @@ def cost_of_rows(costs: Sequence[float], rows: int) -> float:
 def setting(model: Transformer) -> dict[str, Any]:
     """What costs depend on, beside the model: an entry of costs holds where this is equal."""
     weight = model.trunk.embedding.weight
-    here = hardware.describe()
+    backend, here = backend_of(model), hardware.describe()
     return {
         "processor": here["gpus"][0]["name"] if weight.device.type == "cuda" and here["gpus"] else here["cpu"],
         "instruction_sets": here["instruction_sets"],
         "threads": torch.get_num_threads(),
-        "dtype": "int8" if is_quantized(model) else str(weight.dtype).removeprefix("torch."),
-        "compiled": is_row_exact(model),
+        "dtype": backend.quantize or str(weight.dtype).removeprefix("torch."),
+        "compiled": backend.row_exact,
     }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headstart.decoding.kernels.cuda import kernels
 
-MOST = 64
+MOST_ROWS = 64
 """Rows of all windows together up to which our products are the faster ones; more are bound by arithmetic, where the
 vendor's are at home."""
 ASKING = 16
@@ -58,7 +58,7 @@ def linear(
     K = x.shape[-1]
     N = weight_NK.shape[0] // 2 if gated else weight_NK.shape[0]
     M = x.numel() // K
-    if M > MOST:
+    if M > MOST_ROWS:
         return _wide(x, weight_NK, bias_N, residual, gated)
     share = share or share_of(N, K, gated)
     y = x.new_empty((*x.shape[:-1], N))
@@ -101,7 +101,7 @@ def turned_qkv(
     queries = x_SWD.new_empty((S, W, heads, E))
     places = (*rotary, positions_SW, queries, keys_SKTE, values_SKTE)
     sizes = (W, capacity, keys_SKTE.stride(0), keys_SKTE.stride(1))
-    if S * W > MOST:
+    if S * W > MOST_ROWS:
         qkv = F.linear(x_SWD, weight, bias)
         kernels._turned[-(-S * W // ASKING), heads + 2 * kv_heads](
             qkv, *places, S * W, *sizes, HEADS=heads, KV_HEADS=kv_heads, E=E, BM=ASKING
@@ -149,7 +149,7 @@ def attend(
 
 def _rows(count: int) -> int:
     """Of a program of a product: all of them, as far as that is sensible."""
-    return min(MOST, max(16, _power(count)))
+    return min(MOST_ROWS, max(16, _power(count)))
 
 
 def _power(number: int) -> int:

@@ -13,7 +13,7 @@ from headstart.model.attention import causal_attention
 from headstart.model.layers import Attend, Block, RMSNorm
 
 
-class GpuLinear(nn.Module):
+class CudaLinear(nn.Module):
     """A linear map: through a kernel where rows are few, else torch's."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
@@ -25,7 +25,7 @@ class GpuLinear(nn.Module):
         return launch.linear(x.contiguous(), self.weight, self.bias)
 
 
-class GpuNorm(nn.Module):
+class CudaNorm(nn.Module):
     """`RMSNorm` through its kernel."""
 
     def __init__(self, norm: RMSNorm) -> None:
@@ -36,7 +36,7 @@ class GpuNorm(nn.Module):
         return launch.norm(x.contiguous(), self.weight, self.eps)
 
 
-class GpuBlock(nn.Module):
+class CudaBlock(nn.Module):
     """`Block` in seven kernels, some more where rows are many, over the cache of a chain; else the block it is made of.
 
     Torch takes some twenty, and a pass over few rows is little more than reading the weights: what is launched beside
@@ -60,7 +60,7 @@ class GpuBlock(nn.Module):
         block, row_S = self.block, attend.row_S
         attention, mlp = block.attention, block.mlp
         qkv, out, gate_up, down = (
-            cast(GpuLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)
+            cast(CudaLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)
         )  # fmt: skip
         tables = [table.expand(S, W, 1, -1).contiguous() for table in rotary]
         x_SWD = x_BTD.contiguous()

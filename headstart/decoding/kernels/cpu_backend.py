@@ -1,8 +1,9 @@
-"""The modules of a packed model whose work is done by the compiled kernels."""
+"""The backend of compiled kernels for CPUs: bf16 and fp32 models, the latter also quantized to int8."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -11,14 +12,55 @@ from torch import Tensor, nn
 
 from headstart.decoding.cache import CachedAttention, CompiledAttention
 from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.backend import Backend, replace_children
 from headstart.decoding.kernels.cpu.weights import pack_int8, pack_weight
 from headstart.decoding.kernels.int8 import Quantize, quantize_weight
 from headstart.model.attention import causal_attention
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
-from headstart.model.transformer import Trunk
+from headstart.model.transformer import Transformer, Trunk
 
 
-class NativeLinear(nn.Module):
+class CompiledBackend(Backend):
+    """Run products, norms and, where the model allows it, attention and whole blocks in compiled kernels."""
+
+    def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
+        super().__init__(model, rows, quantize)
+        config = model.config
+        # Torch's GELU rounds the ends of a tensor otherwise than its middle, and so may torch's norms. The compiled
+        # attention has no masks for windowed attention.
+        exact = config.activation == "silu" and not config.norm_offset and not config.windowed
+        self.compiled_cache = exact and config.dim_per_head % 16 == 0
+        self.exact_rows = math.inf if self.compiled_cache else 0
+
+    @classmethod
+    def supports(cls, model: Transformer) -> bool:
+        """Say whether this processor has the kernels for this model's dtype, and they can read its widths."""
+        weight, config = model.trunk.embedding.weight, model.config
+        if weight.device.type != "cpu" or weight.dtype not in cpu.SOURCES:
+            return False
+        return config.dim % 16 == 0 and config.hidden % 2 == 0 and cpu.kernels(weight.dtype) is not None
+
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
+        """Return a `CompiledLinear`."""
+        return CompiledLinear(weight_NK, bias_N, self.quantize)
+
+    def norm(self, norm: RMSNorm) -> nn.Module:
+        """Return a `CompiledNorm` for widths in multiples of 16, unless 1 + weight would be rounded to bf16."""
+        rounded = norm.offset and norm.weight.dtype == torch.bfloat16
+        return norm if rounded or norm.weight.numel() % 16 else CompiledNorm(norm)
+
+    def replace_blocks(self, model: Transformer) -> None:
+        """Compile the gates of all blocks, and, in fp32, blocks like Llama's and the trunk in one call each."""
+        dtype = model.trunk.embedding.weight.dtype
+        if model.config.activation == "silu":
+            replace_children(model, SwiGLU, lambda mlp: CompiledSwiGLU(mlp, dtype))
+        if dtype == torch.float32 and model.config.llama_blocks:
+            replace_children(model, Block, CompiledBlock)
+            if not model.config.scaled_embedding:
+                model.trunk = CompiledTrunk(model.trunk)  # type: ignore[assignment]
+
+
+class CompiledLinear(nn.Module):
     """The same through `native`: a row's bits depend on that row alone, and 8 rows cost little more than one.
 
     fp32 weights that bf16 holds exactly are kept and read in bf16; with `quantize` (fp32 only) it is `Int8Linear`.
@@ -42,8 +84,8 @@ class NativeLinear(nn.Module):
         return y
 
 
-class NativeNorm(nn.Module):
-    """`RMSNorm` in one call; see `_native_norm` for which ones."""
+class CompiledNorm(nn.Module):
+    """`RMSNorm` in one call."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
@@ -58,7 +100,7 @@ class NativeNorm(nn.Module):
         return y
 
 
-class NativeSwiGLU(nn.Module):
+class CompiledSwiGLU(nn.Module):
     """`SwiGLU` with its elementwise part in one call."""
 
     def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
@@ -74,7 +116,7 @@ class NativeSwiGLU(nn.Module):
         return self.down(y)
 
 
-class NativeBlock(nn.Module):
+class CompiledBlock(nn.Module):
     """`Block` in one call where the attention is that of a compiled cache; elsewhere the block that it is made of.
 
     Of some twenty operators each costs a small model more than its arithmetic.
@@ -84,9 +126,9 @@ class NativeBlock(nn.Module):
         super().__init__()
         self.block = block
         attention, mlp = block.attention, block.mlp
-        linears = [cast(NativeLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
+        linears = [cast(CompiledLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
         biases = [None if x.bias is None else x.bias.data_ptr() for x in linears[:2]]
-        norms = [cast(NativeNorm, x) for x in (block.attention_norm, block.mlp_norm)]
+        norms = [cast(CompiledNorm, x) for x in (block.attention_norm, block.mlp_norm)]
         self.weights = cpu.Block(
             *(x.packed.data_ptr() for x in linears),
             *biases,
@@ -127,13 +169,13 @@ class NativeBlock(nn.Module):
         return y_SQD
 
 
-class NativeTrunk(nn.Module):
+class CompiledTrunk(nn.Module):
     """`Trunk` with its blocks in one call where the cache is a compiled one; elsewhere block by block."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.embedding, self.blocks = trunk.embedding, trunk.blocks
-        pointers = [ctypes.pointer(cast(NativeBlock, block).weights) for block in self.blocks]
+        pointers = [ctypes.pointer(cast(CompiledBlock, block).weights) for block in self.blocks]
         self._addresses = (ctypes.POINTER(cpu.Block) * len(pointers))(*pointers)
         self._call = _native(torch.float32).blocks
 
@@ -144,18 +186,17 @@ class NativeTrunk(nn.Module):
         attend: Callable[[int], Attend] = lambda layer: causal_attention,
         length: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        attention = getattr(attend, "__self__", None)
-        if not isinstance(attention, CachedAttention) or not attention.cache.compiled:
+        if not isinstance(attend, CachedAttention) or not attend.cache.compiled:
             return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
         z_SWD = torch.embedding(self.embedding.weight, tokens_BT)  # without what nn.Embedding does around it
         y_SWD = torch.empty_like(z_SWD)
-        cache, first = attention.cache, attention.slots.start
+        cache, first = attend.cache, attend.slots.start
         cos, sin = rotary[0].contiguous(), rotary[1].contiguous()
         tensors = (z_SWD, cos, sin, y_SWD, cache.keys[0, first], cache.values[0, first])
         self._call(
             *(self._addresses, len(self.blocks)),
             *(x.data_ptr() for x in tensors),
-            *(cache.keys.stride(0), attention.positions.data_ptr(), attention.compiled_tree),
+            *(cache.keys.stride(0), attend.positions.data_ptr(), attend.compiled_tree),
             *(*z_SWD.shape[:2], cache.capacity),
             torch.get_num_threads(),
         )
