@@ -13,6 +13,7 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headstart.serving.errors import INTERNAL, ApiError, stopping
+from headstart.serving.waiting import until
 
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page asks for one, and those who watch the server have none."""
@@ -133,7 +134,7 @@ class Guard:
             if whole:  # what comes now is the end of the connection
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), deadline - asyncio.get_running_loop().time())
+                message = await until(deadline, receive())
             except asyncio.TimeoutError:
                 late = f"the body was not here within {BODY_SECONDS:g} s"
                 raise ApiError(408, late, headers={"Connection": "close"}) from None

@@ -19,7 +19,8 @@ from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse, 
 from headstart.serving.guard import CLIENT
 from headstart.serving.schemas import ChatRequest, CompletionRequest
 from headstart.serving.service import Service
-from headstart.serving.stream import EventStream, GoneError, while_connected
+from headstart.serving.stream import EventStream
+from headstart.serving.waiting import GoneError, while_connected
 
 GRACE = 10.0
 """Seconds that a client has to read an answer once its time is over."""

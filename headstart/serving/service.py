@@ -25,6 +25,7 @@ from headstart.serving.preparation import Preparation, Result
 from headstart.serving.schemas import Asked, ChatRequest, CompletionRequest, Speculative
 from headstart.serving.settings import ServeSettings
 from headstart.serving.stream import DONE, event
+from headstart.serving.waiting import until
 from headstart.serving.worker import Worker
 
 COMPLETION_TOKENS = 16
@@ -119,7 +120,7 @@ class Service:
         at the deadline."""
         self._preparing += 1
         try:
-            return await asyncio.wait_for(work, deadline - asyncio.get_running_loop().time())
+            return await until(deadline, work)
         except asyncio.TimeoutError:
             raise _late(self.settings.request_timeout) from None
         except UsageError as error:

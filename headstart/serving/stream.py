@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -12,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from headstart.serving.errors import ApiError
+from headstart.serving.waiting import GoneError, while_connected
 
 
 def event(content: Any) -> bytes:
@@ -61,28 +61,3 @@ class EventStream(Response):
                 return
             await send({"type": "http.response.body", "body": event(error.content), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class GoneError(Exception):
-    """The client has closed the connection, or does not read."""
-
-
-async def while_connected(work: Awaitable[Any], receive: Receive, seconds: float) -> Any:
-    """What `work` gives, which is cancelled where the client goes or the time is over. The body must have been read."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(receive))
-    try:
-        await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise GoneError
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -48,6 +50,20 @@ def test_a_client_that_goes_frees_its_slot_within_a_step(stream: bool, small: Se
     assert metric(small, "headstart_texts_total", outcome="cancelled") == before + 2
     gate.open.set()
     assert raw(small, SHORT)[0] == 200
+
+
+def test_a_client_that_resets_its_connection_at_once_is_given_up(small: Server, gate: Gate) -> None:
+    def given_up() -> float:
+        return metric(small, "headstart_requests_total", endpoint="/v1/completions", status="499")
+
+    before = given_up()
+    gate.open.clear()
+    connection = opened(small, LONG)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    until(lambda: given_up() == before + 1)
+    gate.open.set()
+    until(lambda: small.service.idle)
 
 
 def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gate: Gate, model) -> None:
