@@ -10,13 +10,18 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tyro.conf import Positional
+
+import headstart
 from headstart.api import LanguageModel
 from headstart.commands.distill_prompts import Prompt, read_prompts
 from headstart.commands.ordered_lines import OrderedLines, ordered_lines
+from headstart.console import Progress as ProgressBar
+from headstart.console import print_json, say
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.conversations import ASSISTANT
 from headstart.data.tokenizers import Tokenizer, prompt_ids
@@ -24,7 +29,9 @@ from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 from headstart.fileio import sha256_of
+from headstart.formats.bundled import model_directory
 from headstart.formats.hub import local_directory
+from headstart.hardware import use_threads
 
 SAMPLE_BYTES = 1 << 20
 """Read at three places of a file of weights, to tell one model from another."""
@@ -32,6 +39,81 @@ SAMPLE_BYTES = 1 << 20
 Report = Callable[[str], None]
 Progress = Callable[[int, int, dict[str, Any]], None]
 """Gets prompts done, prompts in all, and numbers to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDataSettings:
+    """Let a model write the text that its heads are then trained on.
+
+    A file that was not finished grows on when the same command is started again.
+    """
+
+    model: Positional[str | None] = None
+    """A model directory (default: the model in the box)."""
+    prompts: Path
+    """.jsonl with "prompt", "text" or "messages" in each line, or plain text with a prompt a line. In a conversation
+    each question is answered in turn; answers in the file are ignored."""
+    out: Path
+    """The .jsonl to write. `headstart prepare` reads it (conversations with --conversations)."""
+    chat: bool = False
+    """Take prompts that are text as messages of a user: the model's chat template writes them, and the output holds
+    conversations. (Without it, text is continued as it stands, for which a chat model was not trained.)"""
+    max_new_tokens: int = 256
+    """The largest number of tokens per answer."""
+    temperature: float = 0.3
+    """Temperature of the sampling; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens (0: all)."""
+    top_p: float = 1.0
+    """Keep the most probable tokens whose probabilities add up to this (1: all)."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable relative to the most probable one (0: all)."""
+    seed: int = 0
+    """Seed of the whole file; each answer gets a seed made of it and of the place of its prompt."""
+    drop_unfinished: bool = False
+    """Leave out answers cut off at --max-new-tokens; training would take the cut for an end."""
+    heads: int | None = None
+    """How many heads decode (default: as many as pay). The output does not depend on it."""
+    slots: int = 8
+    """How many answers are decoded together. The output does not depend on it."""
+    exact: bool = True
+    """Give bit-identical output for every number of heads; --no-exact is faster, equal up to rounding."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """dtype of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
+    device: str = "cpu"
+    """cpu, cuda, ..."""
+    threads: int | None = None
+    """CPU threads (default: torch's choice)."""
+    json: bool = False
+    """Print counts as JSON."""
+
+
+def run(settings: DistillDataSettings) -> None:
+    """Write the answers, and say how many there are."""
+    use_threads(settings.threads)
+    directory = model_directory(settings.model)
+    loaded = headstart.load(directory, dtype=settings.dtype, device=settings.device)
+    with ProgressBar("distill", unit="prompts") as bar:
+        found = distill(
+            loaded,
+            directory,
+            settings.prompts,
+            settings.out,
+            DistillSettings(**{field.name: getattr(settings, field.name) for field in fields(DistillSettings)}),
+            heads=settings.heads,
+            slots=settings.slots,
+            exact=settings.exact,
+            progress=lambda done, total, numbers: bar.update(done, total, **numbers),
+            report=say,
+        )
+    if found["too_long"]:
+        say(f"{found['too_long']:,} prompts as long as the context were left out")
+    if found["unfinished"]:
+        what = "left out" if settings.drop_unfinished else "kept"
+        say(f"{found['unfinished']:,} were not at an end after {settings.max_new_tokens} tokens, and {what}")
+    say(f"{found['written']:,} written, {found['tokens']:,} tokens, {found['tokens_per_pass']} a pass: {settings.out}")
+    if settings.json:
+        print_json(found)
 
 
 @dataclass(frozen=True)

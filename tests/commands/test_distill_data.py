@@ -12,11 +12,11 @@ import torch
 from chats import CHATML, chat_tokenizer
 
 import headstart
+from headstart.cli import main
 from headstart.commands.distill_data import DistillSettings, distill, fingerprint
 from headstart.commands.distill_prompts import read_prompts
 from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards, prepare
-from headstart.entry import main
 from headstart.errors import UsageError
 from headstart.fileio import take_lock
 from headstart.formats.huggingface import save_model
