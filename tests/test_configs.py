@@ -16,7 +16,7 @@ from headstart.commands.train import TrainSettings
 from headstart.model.config import PRESETS
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
-from headstart.training.config import DataConfig, load_config, save_config
+from headstart.training.config import DataConfig, RunConfig, load_config, save_config
 from headstart.training.estimate import estimate_run
 from headstart.training.loop import train
 
