@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -125,9 +125,8 @@ def _request(settings: GenerateSettings, loaded: LanguageModel, prompt: Prompt) 
     from headstart.decoding.constraints import Constraint
     from headstart.decoding.settings import GenerationSettings, Penalties
 
-    options = {f.name: getattr(settings, f.name) for f in fields(GenerationSettings) if hasattr(settings, f.name)}
-    generation = GenerationSettings(
-        **options,
+    generation = GenerationSettings.named_in(
+        settings,
         penalties=Penalties(settings.repetition_penalty, settings.presence_penalty, settings.frequency_penalty),
         constraint=Constraint.named(settings.json_schema, settings.regex),
     )
