@@ -1,24 +1,18 @@
-"""The exceptions that the command line turns into one line and an exit status."""
+"""The one exception that is the user's to mend."""
 
 
 class UsageError(Exception):
-    """Report wrong use or wrong input. The message is one line: the thing, what is wrong with it, and the fix.
+    """Wrong use or wrong input. The message is one line: the thing, what is wrong with it, and the mend.
 
-    The command line prints it without a traceback and exits with `status`: 2, or 1 if the machine failed (a full disk)
-    and the same command is right. The Python API raises it.
+    The command line prints it without a traceback and exits with `status`: 2, or 1 where the machine failed (a full
+    disk) and the same command is right. The Python API lets it rise.
     """
 
     def __init__(self, message: str, *, said: bool = False, status: int = 2) -> None:
         super().__init__(message)
         self.said = said
-        """Another process of the run has printed the message."""
+        """Another process of the run has told it already."""
         self.status = status
-
-
-class Stopped(Exception):
-    """Report that a run ended early and can resume. The command line prints the message and exits with `status`."""
-
-    status = 1
 
 
 def shorten(text: str) -> str:

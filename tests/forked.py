@@ -23,7 +23,7 @@ import headstart.commands.doctor
 import headstart.reports.compare
 import headstart.training.estimate
 import headstart.training.loop  # noqa: F401
-from headstart import cli
+from headstart import entry
 
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ def run(request: dict[str, Any]) -> None:
         exec(compile(request["program"], "<program>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = ["headstart", *request["headstart"]]
-        cli.main()
+        entry.main()
 
 
 def child(request: dict[str, Any], output: str, environment: dict[str, str]) -> int:

@@ -1,4 +1,4 @@
-"""The README's commands and programs run as they stand, in order, in a folder of their own; only sizes are cut down."""
+"""The commands and programs of the README and of the pages run as they stand, in order; only sizes are cut down."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ LOADED = [
     name for name in ("transformers.models.llama.modeling_llama", "matplotlib.figure")
     if importlib.util.find_spec(name.partition(".")[0])
 ]  # fmt: skip
+PAGES = (
+    *("quickstart", "train", "decoding", "constraints", "engine", "adapt", "conversations", "evaluation", "export"),
+    *("watching", "scale-out"),
+)
 FEWER = {"tune": ["--seconds", "0.3", "--prompt-count", "4"], "evaluate": ["--prompt-count", "3"]}
 SMALL = {
     "configs/smoke.yaml": ["--model.dim", "16", "--batch.length", "32", "--batch.rows", "2", "--validation.rows", "2"],
@@ -28,13 +32,19 @@ SMALL = {
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(language, text) of the README's fenced blocks."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    """Return (language, text) of the fenced blocks of the README and of the pages, in the order of a first visit."""
+    pages = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES)]
+    return [
+        found for page in pages
+        for found in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    ]  # fmt: skip
 
 
 def commands() -> list[list[str]]:
+    """Return each command once. Blocks named `sh` are not run: they need a network, other programs, or hours."""
     lines = [line for language, text in blocks() if not language for line in text.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("headstart ")]
+    found = [tuple(shlex.split(line, comments=True)) for line in lines if line.startswith("headstart ")]
+    return [list(command) for command in dict.fromkeys(found)]
 
 
 def small(command: list[str]) -> list[str]:
@@ -55,7 +65,7 @@ def small(command: list[str]) -> list[str]:
     return command
 
 
-def test_everything_in_the_readme_runs(tmp_path: Path, forks: Forks) -> None:
+def test_everything_that_the_pages_show_runs(tmp_path: Path, forks: Forks) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for folder in ("my-project", "notes/deep"):
         (tmp_path / folder).mkdir(parents=True)
@@ -69,7 +79,7 @@ def test_everything_in_the_readme_runs(tmp_path: Path, forks: Forks) -> None:
         return said
 
     found = commands()
-    assert len(found) > 10
+    assert len(found) > 30
     said = {}
     for command in found:
         if command[1] == "doctor" and len(command) == 2:
@@ -77,23 +87,26 @@ def test_everything_in_the_readme_runs(tmp_path: Path, forks: Forks) -> None:
         said[shlex.join(command)] = run(headstart=small(command)[1:])
     pytest.importorskip("transformers")
     programs = [text for language, text in blocks() if language == "python"]
-    assert len(programs) == 2
+    assert len(programs) > 5
     for text in programs:
         run(program=text)
     plain = next(text for command, text in said.items() if "--heads 1" in command)
     assert plain.strip()
 
 
-def test_every_command_named_in_the_readme_exists() -> None:
+def test_every_command_has_a_page() -> None:
     from headstart.cli import COMMANDS
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`?headstart ([\w-]+)", text)) - {"headstart"}
-    assert named & set(COMMANDS) == set(COMMANDS) - {"demo"}  # the demo is started through make
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"headstart ([\w-]+)", text))
+    assert set(COMMANDS) <= named
 
 
-def test_files_the_readme_points_to_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:docs|bench|configs)/[\w./-]+)`|\]\((?!http)([^)]+)\)", text):
-        path = name[0] or name[1]
-        assert (ROOT / path).exists(), path
+def test_links_and_files_named_exist() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for name in re.findall(r"`((?:docs|bench|studies|configs|examples|models|scripts)/[\w./-]+)`", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"

@@ -12,7 +12,7 @@ import torch
 from tyro.conf import Positional
 
 from headstart.api import load
-from headstart.console import Progress, print_result, say
+from headstart.console import Progress, say
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.int8 import Quantize
@@ -35,7 +35,6 @@ from headstart.evaluation.texts import (
 from headstart.fileio import write_text
 from headstart.formats.bundled import model_directory
 from headstart.formats.huggingface import load_model, load_model_tokenizer
-from headstart.hardware import use_threads
 from headstart.model.transformer import Transformer
 from headstart.reports.evaluation import format_evaluation, page_of
 
@@ -47,7 +46,7 @@ ACCEPTANCE_FILE = "acceptance.json"
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Measure how well a model predicts text, head by head, and how many of its drafts are accepted."""
+    """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
@@ -91,21 +90,18 @@ class EvaluateSettings:
     """Folder for results.json, results.md and results.html, and what an interrupted evaluation of programs goes on
     from."""
     record: bool = False
-    """Put the acceptance into the model directory, for `headstart inspect`."""
-    json: bool = False
-    """Print the results as JSON."""
+    """Whether to put the acceptance into the model directory, for `headstart inspect`."""
 
 
-def run(settings: EvaluateSettings) -> None:
-    """Evaluate, write the results that the settings name, and print them."""
-    use_threads(settings.threads)
+def run(settings: EvaluateSettings) -> dict[str, Any]:
+    """Evaluates, and writes what `settings` asks for."""
     path = model_directory(settings.model)
     found = evaluate(path, settings)
     if settings.out is not None:
         write(found, settings.out)
     if settings.record:
         record(found, path)
-    print_result(found, settings.json, format_evaluation)
+    return found
 
 
 def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from headstart import console
-from headstart.errors import Stopped, UsageError
+from headstart.errors import UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-class LostProcesses(Stopped):
+class LostProcesses(Exception):
     """Another process of the run has gone, and nothing can be computed without it. Status 1: a launcher may restart."""
+
+    status = 1
 
 
 WAIT = timedelta(minutes=10)
