@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import tyro
-
-from headstart.cli.common import print_json
-from headstart.command_line import add_repeated
-from headstart.entry import run_program
+from headstart.cli import run_program
+from headstart.command_line import parse_settings
+from headstart.console import print_json
 from headstart.errors import UsageError
 
 
@@ -33,13 +31,7 @@ def bench(arguments: list[str]) -> None:
     if arguments[0] not in benchmarks:
         raise UsageError(f"there is no benchmark {arguments[0]!r}; take one of {', '.join(benchmarks)}")
     settings_type, run = benchmarks[arguments[0]]
-    once = (tyro.conf.AvoidSubcommands,)
-    settings = tyro.cli(
-        settings_type,
-        prog=f"headstart bench {arguments[0]}",
-        args=add_repeated(settings_type, arguments[1:]),
-        config=once,
-    )
+    settings = parse_settings(settings_type, arguments[1:], f"headstart bench {arguments[0]}")
     result = run(settings)
     report.write(result, settings.out)
     print_json(result) if json else print(report.format_markdown(result))

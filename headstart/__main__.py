@@ -1,6 +1,6 @@
 """`python -m headstart`, so that `torchrun -m headstart train ...` works."""
 
-from headstart.entry import main
+from headstart.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""How command-line arguments are read: values of a list that is named several times, numbers as YAML writes them."""
+"""Parse command-line arguments into dataclasses of settings: the same way for every command."""
 
 from __future__ import annotations
 
@@ -6,16 +6,48 @@ import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from headstart.errors import UsageError
 
+Settings = TypeVar("Settings")
+
+
+def parse_settings(
+    kind: type[Settings], arguments: Sequence[str], prog: str, default: Settings | None = None
+) -> Settings:
+    """Parse `arguments` into the dataclass `kind`: its fields are the options, their docstrings are the help.
+
+    An optional group of settings is there or not according to `default`: a flag of one of its fields changes it, and no
+    flag is a subcommand. A list option that is named several times keeps all values.
+
+    Args:
+        kind: the dataclass.
+        arguments: the command line, without the program's name.
+        prog: the command as the help shows it.
+        default: the values of settings that are not on the command line (None: the defaults of `kind`).
+
+    Raises:
+        SystemExit: status 0 after --help, status 2 after an unknown option or a value of another type.
+        UsageError: a value that `kind` refuses.
+    """
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=add_repeated(kind, arguments),
+        default=tyro.MISSING_NONPROP if default is None else default,
+        prog=prog,
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=yaml_numbers(),
+    )
+
 
 def add_repeated(target: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
-    """Return `arguments` with all values of a list option behind its first mention.
+    """Return `arguments` with all values of a list option after its first mention.
 
-    `--stop a --stop b` means `--stop a b`; tyro alone would keep the last mention without a word. Of an option with one
-    value the last mention counts, as everywhere.
+    `--stop a --stop b` means `--stop a b`; tyro alone would silently keep the last mention. For an option with one
+    value the last mention counts, as usual.
 
     Args:
         target: the function or dataclass that `tyro.cli` parses the arguments for.
@@ -83,18 +115,26 @@ def _option(argument: str) -> str | None:
 
 
 def _list_options(target: Any, prefix: str = "", bare: bool = False) -> set[str]:
-    """Return the names of options with any number of values, without dashes in front; `bare`: without their group."""
+    """Return the names of options with any number of values, without leading dashes.
+
+    Args:
+        target: the function or dataclass whose options are wanted.
+        prefix: what their names start with: the names of the groups that hold them.
+        bare: leave out the names of all groups inside.
+    """
     from tyro.conf import OmitArgPrefixes
 
     found = set()
     for name, hint in get_type_hints(target, include_extras=True).items():
         option = prefix + name.replace("_", "-")
-        within = bare or OmitArgPrefixes in getattr(hint, "__metadata__", ())
+        marks = getattr(hint, "__metadata__", ())
+        within = bare or OmitArgPrefixes in marks
+        unnamed = within or any(getattr(mark, "name", None) == "" for mark in marks)
         for part in _parts(hint):
             if get_origin(part) is list or (get_origin(part) is tuple and get_args(part)[-1:] == (...,)):
                 found.add(option)
             elif is_dataclass(part) and name != "return":
-                found |= _list_options(part, "" if within else option + ".", within)
+                found |= _list_options(part, prefix if unnamed else option + ".", within)
     return found
 
 

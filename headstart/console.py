@@ -6,9 +6,10 @@ terminal progress is a bar; elsewhere it is a plain line every few seconds, with
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,16 @@ def say(text: str = "") -> None:
         _bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         print(text, file=sys.stderr, flush=True)
+
+
+def print_result(result: object, as_json: bool, text: Callable[[Any], str]) -> None:
+    """Print the result of a command to stdout: as JSON, or as the text that `text` makes of it."""
+    print_json(result) if as_json else print(text(result))
+
+
+def print_json(result: object) -> None:
+    """Print plain data to stdout as JSON."""
+    print(json.dumps(result, indent=2, default=str))
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,18 +1,24 @@
-"""The one exception that is the user's to mend."""
+"""The exceptions that the command line turns into one line and an exit status."""
 
 
 class UsageError(Exception):
-    """Wrong use or wrong input. The message is one line: the thing, what is wrong with it, and the mend.
+    """Report wrong use or wrong input. The message is one line: the thing, what is wrong with it, and the fix.
 
-    The command line prints it without a traceback and exits with `status`: 2, or 1 where the machine failed (a full
-    disk) and the same command is right. The Python API lets it rise.
+    The command line prints it without a traceback and exits with `status`: 2, or 1 if the machine failed (a full disk)
+    and the same command is right. The Python API raises it.
     """
 
     def __init__(self, message: str, *, said: bool = False, status: int = 2) -> None:
         super().__init__(message)
         self.said = said
-        """Another process of the run has told it already."""
+        """Another process of the run has printed the message."""
         self.status = status
+
+
+class Stopped(Exception):
+    """Report that a run ended early and can resume. The command line prints the message and exits with `status`."""
+
+    status = 1
 
 
 def shorten(text: str) -> str:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headstart.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,6 +25,8 @@ ALIGNMENT = 64
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16")
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
 """The last one is ARM's."""
+
+MAX_THREADS = 4096
 
 # TFLOP/s of dense products from the makers' data sheets: bf16 on tensor cores (fp16 where a card has no bf16), and fp32
 # without them. A name is looked for as whole words, longer ones first.
@@ -44,6 +48,17 @@ GPU_TERAFLOPS = {
     "L4": (121, 30),
     "T4": (65, 8.1),
 }
+
+
+def use_threads(threads: int | None) -> None:
+    """Set how many CPU threads torch uses; None leaves torch's choice."""
+    if threads is None:
+        return
+    if not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"--threads is {threads}; it must be at least 1, and at most {MAX_THREADS}")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def describe() -> dict[str, Any]:

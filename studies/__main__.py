@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from headstart.cli.common import print_json, use_threads
-from headstart.command_line import add_repeated
-from headstart.entry import run_program
+from headstart.cli import run_program
+from headstart.command_line import parse_settings
+from headstart.console import format_table, print_json
 from headstart.errors import UsageError
+from headstart.hardware import use_threads
 
 
 def study(arguments: list[str]) -> None:
@@ -22,7 +23,6 @@ def study(arguments: list[str]) -> None:
     --json           print the results as JSON
     --list           print the studies, what each claims and what is known of it
     """
-    from headstart.console import format_table
     from studies.catalogue import STUDIES, study_called
     from studies.run import run_study
     from studies.study import SCALES, Scale
@@ -46,17 +46,8 @@ def study(arguments: list[str]) -> None:
     if threads is not None and not threads.isdigit():
         raise UsageError(f"--threads is {threads!r}; it must be a number")
 
-    import tyro
-
     default = chosen.scales[scale]
-    prog = f"headstart study {name} --scale {scale}"
-    settings = tyro.cli(
-        type(default),
-        prog=prog,
-        args=add_repeated(type(default), rest),
-        default=default,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    settings = parse_settings(type(default), rest, f"headstart study {name} --scale {scale}", default)
     use_threads(None if threads is None else int(threads))
     found = run_study(chosen, scale, settings, None if out is None else Path(out))
     if json:

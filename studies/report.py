@@ -73,8 +73,8 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
         *(f"- {note}" for note in found["notes"]),
         f"- Machine: {hardware.summary(found['machine'])}; {duration(found['seconds'])} in all, {found['date']}.",
         f"- Settings: {settings}.",
-        f"- Run it again: `headstart study {found['study']} --scale {found['scale']}`, which also writes the raw data of "
-        "every case, `results.json`.",
+        f"- Run it again: `headstart study {found['study']} --scale {found['scale']}`, which also writes the raw data "
+        "of every case, `results.json`.",
     ]
     return "\n".join(lines) + "\n"
 

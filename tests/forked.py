@@ -23,7 +23,7 @@ import headstart.commands.doctor
 import headstart.reports.compare
 import headstart.training.estimate
 import headstart.training.loop  # noqa: F401
-from headstart import entry
+from headstart import cli
 
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ def run(request: dict[str, Any]) -> None:
         exec(compile(request["program"], "<program>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = ["headstart", *request["headstart"]]
-        entry.main()
+        cli.main()
 
 
 def child(request: dict[str, Any], output: str, environment: dict[str, str]) -> int:

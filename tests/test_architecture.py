@@ -276,7 +276,7 @@ def test_loading_a_model_does_not_import_the_compiler() -> None:
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["headstart", "headstart.entry"])
+@pytest.mark.parametrize("module", ["headstart", "headstart.cli"])
 def test_importing_does_not_cost_a_second(module: str) -> None:
     """`headstart --help` must not wait for torch."""
     heavy = "{'torch', 'numpy', 'transformers', 'tokenizers', 'safetensors', 'matplotlib'}"

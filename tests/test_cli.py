@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from chats import chat_tokenizer
 
-from headstart import __version__, cli, entry
+from headstart import __version__, cli
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
@@ -34,7 +35,7 @@ def call(*arguments: str) -> int:
     """Exit status of `headstart ARGUMENTS`, in this process."""
     before, sys.argv = sys.argv, ["headstart", *arguments]
     try:
-        entry.main()
+        cli.main()
         return 0
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 1
@@ -106,7 +107,7 @@ def test_an_unknown_flag_is_wrong_use(model, capsys) -> None:
 def test_debug_shows_where(model) -> None:
     with pytest.raises(Exception, match="prompt is empty"):
         sys.argv = ["headstart", "generate", model, "--prompt", "", "--debug"]
-        entry.main()
+        cli.main()
 
 
 def test_where_no_model_is_named_it_is_the_one_in_the_box(model, capsys, monkeypatch) -> None:
@@ -167,7 +168,7 @@ def test_verify_names_the_damaged_files(tmp_path, capsys) -> None:
 
 def test_help_and_version_answer_without_torch() -> None:
     program = (
-        "import sys, headstart.entry as c\n"
+        "import sys, headstart.cli as c\n"
         "for a in (['--help'], ['--version'], []):\n"
         "    sys.argv = ['headstart', *a]; c.main()\n"
         "assert 'torch' not in sys.modules"
@@ -176,11 +177,17 @@ def test_help_and_version_answer_without_torch() -> None:
     assert all(name in done.stdout for name in cli.COMMANDS) and __version__ in done.stdout
 
 
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name not in cli.CHECKOUT_PROGRAMS])
+def test_the_table_names_the_modules_and_what_they_do(name) -> None:
+    command = importlib.import_module(f"headstart.commands.{name.replace('-', '_')}")
+    assert (cli.settings_of(command).__doc__ or "").splitlines()[0] == cli.COMMANDS[name]
+
+
 @pytest.mark.parametrize("name", list(cli.COMMANDS))
 def test_every_command_has_help(name, capsys) -> None:
     assert call(name, "--help") == 0
     out = capsys.readouterr().out
-    assert (cli.COMMANDS[name].__doc__ or "").split()[0] in out
+    assert cli.COMMANDS[name].split()[0] in out
 
 
 def test_show_prints_prompt_and_text_with_colours_where_they_show(model, capsys, monkeypatch) -> None:
@@ -203,10 +210,8 @@ def test_a_reader_that_goes_away_is_no_error(model) -> None:
 
 
 def test_profile_alone_records_three_steps(monkeypatch) -> None:
-    from headstart.training import loop
-
     seen = []
-    monkeypatch.setattr(loop, "train", seen.append)
+    monkeypatch.setattr("headstart.commands.train.train", seen.append)
     assert call("train", SMOKE, "--profile", "--steps", "7") == 0
     assert (seen[0].profile.steps, seen[0].profile.start, seen[0].steps) == (3, None, 7)
 

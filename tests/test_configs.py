@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import headstart
+from headstart.commands.train import TrainSettings
 from headstart.model.config import PRESETS
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.config import DataConfig, RunConfig, load_config, save_config
-from headstart.training.estimate import dry_run
+from headstart.training.estimate import estimate_run
 from headstart.training.loop import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -42,12 +43,10 @@ def test_it_loads_and_loads_back(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_commands_at_its_top_fit_it(path: Path) -> None:
-    for settings in train_commands(path):
-        if "--dry-run" in settings:
-            settings.remove("--dry-run")
-            assert dry_run(path, settings)["peak_bytes"] > 0
-        else:
-            assert isinstance(load_config(path, settings), RunConfig)
+    for arguments in train_commands(path):
+        settings = TrainSettings.parse([str(path), *arguments])
+        if settings.dry_run:
+            assert estimate_run(settings.run, "run", settings.estimate)["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

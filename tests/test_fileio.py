@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from headstart import entry
+from headstart import cli
 from headstart.errors import UsageError
 from headstart.fileio import appending, replacing_directory, replacing_file, write_text
 
@@ -59,15 +59,14 @@ def test_a_full_disk_is_told_in_one_line(error: Exception, tmp_path: Path, monke
 def test_what_the_machine_lacks_is_a_failure_and_another_place_is_wrong_use(
     number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def command() -> None:
+    def program(arguments: list[str]) -> None:
         """Write a file."""
         with replacing_file(tmp_path / "file"):
             raise OSError(number, os.strerror(number))
 
-    monkeypatch.setitem(entry.COMMANDS, "doctor", command)
     monkeypatch.setattr("sys.argv", ["headstart", "doctor"])
     with pytest.raises(SystemExit) as ended:
-        entry.main()
+        cli.run_program(program)
     said = capsys.readouterr().err
     assert ended.value.code == status and said.startswith(f"headstart: {tmp_path}/file: ") and said.count("\n") == 1
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from headstart.commands.evaluate import ACCEPTANCE_FILE, acceptance_of
-from headstart.console import Progress, format_table
+from headstart.commands.train import check_dry_run
+from headstart.console import Progress, format_table, print_result
 from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import MixturePart, open_sources
 from headstart.data.prepare.units import hold_conversations
@@ -20,6 +21,7 @@ from headstart.evaluation.heads import score_documents
 from headstart.fileio import write_text
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer
+from headstart.hardware import use_threads
 from headstart.model.config import HeadKind, Wiring
 from headstart.objective.backends import HeadLoss, LossConfig
 from headstart.objective.head_weights import HeadWeights
@@ -35,7 +37,7 @@ from headstart.training.config import (
     ValidationConfig,
 )
 from headstart.training.config import load_config as load_run_config
-from headstart.training.estimate import DryRunSettings, estimate_run
+from headstart.training.estimate import DryRunSettings, estimate_run, format_dry_run
 from headstart.training.loop import check_storable, train
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.run_folder import RunFolder
@@ -49,7 +51,7 @@ LENGTH = 512
 
 @dataclass(frozen=True)
 class AdaptSettings:
-    """Put heads on an existing model and train them: afterwards it decodes several tokens per pass."""
+    """Add heads to an existing model and train them, so that it decodes several tokens per pass."""
 
     model: Positional[Path]
     """A model directory, such as RUN/model or an ordinary Hugging Face model, or OWNER/NAME on the hub. It is only
@@ -139,6 +141,21 @@ class AdaptSettings:
     """Whether torch.compile fuses each block (None: in long runs)."""
     threads: int | None = None
     """CPU threads (None: as torch chooses)."""
+    dry_run: bool = False
+    """Train nothing: print the tokens of the run, the memory of one process, and hours."""
+    estimate: Annotated[DryRunSettings, arg(name="")] = field(default_factory=DryRunSettings)
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(settings: AdaptSettings) -> None:
+    """Train the heads, or estimate what that would need, and print the result."""
+    check_dry_run(settings.dry_run, settings.estimate)
+    use_threads(settings.threads)
+    if settings.dry_run:
+        print_result(estimate_adapt_run(settings, settings.estimate), settings.json, format_dry_run)
+    else:
+        print_result(adapt(settings), settings.json, format_adapted)
 
 
 def run_config(settings: AdaptSettings) -> RunConfig:

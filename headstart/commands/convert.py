@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from tyro.conf import Positional
 
-from headstart.console import say
+from headstart.console import print_result, say
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, replacing_directory, replacing_file
@@ -25,6 +27,33 @@ from headstart.formats.medusa import BASE, is_medusa, load_medusa
 from headstart.formats.mimo import is_mimo, load_mimo
 from headstart.formats.registry import Format, known_format
 from headstart.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Write a model in another format, read it back and compare the two."""
+
+    source: Positional[str]
+    """A model directory, an ordinary Hugging Face model, or Meta's multi-token release."""
+    target: Positional[str]
+    """Where the result goes: a new place, or an earlier result of the same format."""
+    to: str = "headstart"
+    """headstart (an ordinary Hugging Face model, with further heads in heads/), hf-code (the same, with code by which
+    transformers alone decodes with all heads), meta (Meta's multi-token release), medusa (heads for vLLM and TGI), mimo
+    (sequential heads for vLLM and SGLang), gguf (head 1 for llama.cpp)."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """dtype to store the weights in (default: that of the source)."""
+    tokenizer: str | None = None
+    """Tokenizer of the result: a directory, a tokenizer.json, or bytes (default: the source's)."""
+    json: bool = False
+    """Print what was compared as JSON."""
+
+
+def run(settings: ConvertSettings) -> None:
+    """Convert the model, and print what was compared."""
+    found = convert(settings.source, settings.target, settings.to, settings.dtype, settings.tokenizer)
+    print_result(found, settings.json, format_conversion)
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ import torch
 import headstart
 from headstart.api import LanguageModel
 from headstart.commands.demo_decoding import compare, sample
-from headstart.console import Progress, duration, say, show_pieces, table
+from headstart.console import Progress, duration, print_json, say, show_pieces, table
 from headstart.data.batches import BatchStream
 from headstart.data.shards import TokenShards
 from headstart.decoding.settings import Sampling
@@ -24,7 +24,7 @@ from headstart.errors import UsageError
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
 from headstart.fileio import write_text
 from headstart.formats.bundled import boxed_model
-from headstart.hardware import describe, dtype_on
+from headstart.hardware import describe, dtype_on, use_threads
 from headstart.model.config import ModelConfig
 from headstart.reports.demo import BOXED, Decoded, DecodingRow, DemoReport, write_report
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
@@ -40,6 +40,30 @@ PROMPTS, PROMPT_BYTES, NEW_BYTES = 12, 128, 128
 TEMPERATURE = 0.8
 MOST_STEPS = 20_000
 """However fast the machine: past this the little model has read its corpus several times."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Train a small model on Python's own sources, decode with it, and write a report."""
+
+    out: Path = Path("runs/demo")
+    """Run folder; the report is OUT/report.html. A finished demo is trained again."""
+    minutes: float = 3.5
+    """How long to train; decoding takes about one minute more."""
+    seed: int = 0
+    """Seed of weights, data order and sampling."""
+    threads: int | None = None
+    """CPU threads (default: all cores)."""
+    json: bool = False
+    """Print the results as JSON."""
+
+
+def run(settings: DemoSettings) -> None:
+    """Run the demo and say where the report is."""
+    use_threads(settings.threads)
+    result = run_demo(settings.out, minutes=settings.minutes, seed=settings.seed)
+    if settings.json:
+        print_json(result)
 
 
 def demo_config(out: Path, steps: int, seed: int) -> RunConfig:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tyro.conf import Positional
 
 from headstart import hardware
+from headstart.console import print_result
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import decoding_dtype, pack
@@ -32,6 +34,24 @@ DECODE_SECONDS = 8.0
 COMPARED_PARAMETERS = 300_000_000
 """Models above this size are compared with transformers on `FEW` tokens alone: in fp32 they take long."""
 FEW = 4
+
+
+@dataclass(frozen=True)
+class DoctorSettings:
+    """Check machine, versions and threads; with a model, check that speculation equals plain decoding."""
+
+    model: Positional[str | None] = None
+    """A model directory (default: check the machine alone)."""
+    json: bool = False
+    """Print the findings as JSON."""
+
+
+def run(settings: DoctorSettings) -> None:
+    """Print the findings; the exit status is 1 if a check fails."""
+    found = diagnose(settings.model)
+    print_result(found, settings.json, format_diagnosis)
+    if any(finding["status"] == "fail" for finding in found["findings"]):
+        raise SystemExit(1)
 
 
 @dataclass(frozen=True)

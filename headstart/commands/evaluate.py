@@ -12,7 +12,7 @@ import torch
 from tyro.conf import Positional
 
 from headstart.api import load
-from headstart.console import Progress, say
+from headstart.console import Progress, print_result, say
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.int8 import Quantize
@@ -35,6 +35,7 @@ from headstart.evaluation.texts import (
 from headstart.fileio import write_text
 from headstart.formats.bundled import model_directory
 from headstart.formats.huggingface import load_model, load_model_tokenizer
+from headstart.hardware import use_threads
 from headstart.model.transformer import Transformer
 from headstart.reports.evaluation import format_evaluation, page_of
 
@@ -46,7 +47,7 @@ ACCEPTANCE_FILE = "acceptance.json"
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Measure what a model knows of a text, head by head, and how many of its drafts are right."""
+    """Measure how well a model predicts text, head by head, and how many of its drafts are accepted."""
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
@@ -90,18 +91,21 @@ class EvaluateSettings:
     """Folder for results.json, results.md and results.html, and what an interrupted evaluation of programs goes on
     from."""
     record: bool = False
-    """Whether to put the acceptance into the model directory, for `headstart inspect`."""
+    """Put the acceptance into the model directory, for `headstart inspect`."""
+    json: bool = False
+    """Print the results as JSON."""
 
 
-def run(settings: EvaluateSettings) -> dict[str, Any]:
-    """Evaluates, and writes what `settings` asks for."""
+def run(settings: EvaluateSettings) -> None:
+    """Evaluate, write the results that the settings name, and print them."""
+    use_threads(settings.threads)
     path = model_directory(settings.model)
     found = evaluate(path, settings)
     if settings.out is not None:
         write(found, settings.out)
     if settings.record:
         record(found, path)
-    return found
+    print_result(found, settings.json, format_evaluation)
 
 
 def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tyro.conf import Positional
 
 from headstart.commands.evaluate import ACCEPTANCE_FILE
-from headstart.console import format_table
+from headstart.console import format_table, print_result
 from headstart.decoding.memory import kv_bytes_per_token
 from headstart.errors import UsageError
 from headstart.fileio import read_json
+from headstart.formats.bundled import model_directory
 from headstart.formats.families import family_of
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import load_config, load_model_tokenizer, stored_dtype
 from headstart.model.config import PRESETS, ModelConfig, preset
+
+
+@dataclass(frozen=True)
+class InspectSettings:
+    """Show what a model directory holds: sizes, heads, wiring, acceptance."""
+
+    model: Positional[str | None] = None
+    """A model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (default: the model in the box)."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(settings: InspectSettings) -> None:
+    """Print what the model holds."""
+    found = inspect(model_directory(None) if settings.model is None else settings.model)
+    print_result(found, settings.json, format_inspection)
+
 
 PRESET_HEADS = (1, 2, 4)
 CACHES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -1,8 +1,8 @@
-"""A file of JSON lines that is written in order, and that a second call resumes: nothing in it is made twice.
+"""Write a file of JSON lines in order, so that a second call can resume it.
 
-The lines grow in the hidden folder `.FILE.distilling` next to FILE and appear as FILE when all are written, so that an
-unfinished file never looks whole. The folder also holds the settings that the file is written with and a lock. It stays
-as long as the file does, so that no file ever holds lines of two settings.
+The lines grow in the hidden folder `.FILE.distilling` next to FILE and appear as FILE when all are written: an
+unfinished file never looks whole. The folder also holds a lock and the settings that the file is written with. It stays
+as long as the file does, so that a file never holds lines of two settings.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ from headstart.fileio import take_lock, unwritable, write_text
 
 
 class OrderedLines:
-    """Lines given in any order, written in the order of their places, from `next_place` on.
-
-    A place may be given None: nothing is written for it.
-    """
+    """Takes lines in any order and writes them in the order of their places."""
 
     def __init__(self, file: IO[str], next_place: int) -> None:
         self.next_place = next_place
-        """The first place that is not written."""
+        """First place that is not written."""
         self.written = 0
         self._file = file
         self._waiting: dict[int, dict[str, Any] | None] = {}
 
     def give(self, place: int, record: Mapping[str, Any] | None) -> None:
-        """Writes the record once all before it are written; it gets its "place"."""
+        """Write a record, with its "place", once all before it are written; None writes nothing for the place."""
         self._waiting[place] = None if record is None else {"place": place, **record}
         while self.next_place in self._waiting:
             line = self._waiting.pop(self.next_place)
@@ -47,10 +44,10 @@ class OrderedLines:
 
 @contextmanager
 def ordered_lines(path: Path, settings: Mapping[str, Any], places: int) -> Iterator[OrderedLines]:
-    """Open `path`, new or written before with the same `settings`: whole lines are kept, a torn last one is cut off.
+    """Open `path` for writing; lines that an earlier call wrote with the same `settings` are kept.
 
-    `path` appears once all `places` are given. Raises UsageError if another process writes it, if it was written with
-    other settings or by someone else, and if it is damaged.
+    A torn last line is cut off. `path` appears once all `places` are given. Raises UsageError if another process writes
+    it, if it was written with other settings or by another program, or if it is damaged.
     """
     folder = path.with_name(f".{path.name}.distilling")
     try:
@@ -66,7 +63,7 @@ def ordered_lines(path: Path, settings: Mapping[str, Any], places: int) -> Itera
         _check_settings(path, folder / "settings.json", json.loads(json.dumps(settings)), written)
         try:
             if path.exists() and not growing.exists():
-                path.replace(growing)  # whole, or of a version that wrote unfinished files here
+                path.replace(growing)  # whole, or unfinished from a version that wrote it in place
             next_place = _cut_torn_end(growing)
             with growing.open("a", encoding="utf-8") as file:
                 lines = OrderedLines(file, next_place)
@@ -77,14 +74,15 @@ def ordered_lines(path: Path, settings: Mapping[str, Any], places: int) -> Itera
             raise unwritable(path, error, "name a file you may write") from error
 
 
-def _check_settings(path: Path, kept: Path, settings: dict[str, Any], written: bool) -> None:
+def _check_settings(path: Path, file: Path, settings: dict[str, Any], written: bool) -> None:
+    """Keep the settings in `file`, or check that lines written before had the same."""
     if not written:
-        write_text(kept, json.dumps(settings, indent=2) + "\n")
+        write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
-        before = json.loads(kept.read_text(encoding="utf-8"))
+        before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UsageError(f"{path}: exists, and nothing says how it was written; name a file that is new") from None
+        raise UsageError(f"{path}: exists, and nothing says how it was written; name a new file") from None
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         what = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in changed)
@@ -92,7 +90,7 @@ def _check_settings(path: Path, kept: Path, settings: dict[str, Any], written: b
 
 
 def _cut_torn_end(path: Path) -> int:
-    """Cuts off what follows the last line end; returns the place behind that of the last line."""
+    """Cut off what follows the last line end, and return the place after that of the last line."""
     if not path.exists():
         return 0
     number = place = whole = 0
@@ -103,7 +101,7 @@ def _cut_torn_end(path: Path) -> int:
             try:
                 place = int(json.loads(line)["place"]) + 1
             except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f'{path}, line {number}: no JSON with a "place"; name a file that is new') from error
+                raise UsageError(f'{path}, line {number}: no JSON with a "place"; name a new file') from error
             whole += len(line)
     with path.open("r+b") as file:
         file.truncate(whole)

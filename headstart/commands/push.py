@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from headstart.commands.card import MARK, write_card
-from headstart.console import say
+from headstart.console import print_result, say
 from headstart.data.prompt_files import read_prompt_file
 from headstart.errors import UsageError
 from headstart.evaluation.texts import PROMPTS_FILE
@@ -25,6 +28,44 @@ SENT = (
     *("modeling_headstart.py", "custom_generate/generate.py", "LICENSE*", "NOTICE*"),
 )
 """What of a model directory goes out: nothing that merely lies beside a model."""
+
+
+@dataclass(frozen=True)
+class PushSettings:
+    """Put a model and a model card into a folder, or onto the Hugging Face hub."""
+
+    model: Positional[str]
+    """A model directory."""
+    to: str
+    """A folder, or OWNER/NAME on the hub (hf:OWNER/NAME if a folder might be meant)."""
+    licence: str | None = None
+    """Identifier of the model's licence, as the hub writes it: apache-2.0, mit, ..."""
+    base_model: str | None = None
+    """Hub id of the model that heads were added to."""
+    evaluation: str | None = None
+    """A folder that `headstart evaluate --out` wrote; the card shows its numbers."""
+    private: bool = False
+    """Make a new repository on the hub private."""
+    new_card: bool = False
+    """Replace a README.md that someone else wrote."""
+    json: bool = False
+    """Print what was sent as JSON."""
+
+
+def run(settings: PushSettings) -> None:
+    """Push the model, and print what was sent."""
+    found = push(
+        settings.model,
+        settings.to,
+        settings.licence,
+        settings.base_model,
+        settings.evaluation,
+        settings.private,
+        settings.new_card,
+    )
+    print_result(found, settings.json, format_push)
+
+
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 import headstart
 from headstart.api import LanguageModel
-from headstart.console import Progress, format_table, say
+from headstart.console import Progress, format_table, print_result, say
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation
@@ -26,6 +26,7 @@ from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
 from headstart.evaluation.texts import FilePrompts, LongPrompts, find_prompts, prompt_limit, sizes
 from headstart.formats.bundled import model_directory
+from headstart.hardware import use_threads
 from headstart.reports.evaluation import left_out
 
 RANKS = 8
@@ -36,7 +37,7 @@ PAYS = 1.02
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Measure what drafts are worth and what a pass costs here, for decoding to choose by."""
+    """Measure what drafts are worth and what a pass costs here; decoding then chooses how many to feed."""
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box). `tuning.json` is written into it."""
@@ -71,6 +72,14 @@ class TuneSettings:
     """cpu, cuda, ..."""
     threads: int | None = None
     """CPU threads (None: as torch chooses). What is measured holds for this number alone."""
+    json: bool = False
+    """Print what was measured as JSON."""
+
+
+def run(settings: TuneSettings) -> None:
+    """Measure, write `tuning.json`, and print what was found."""
+    use_threads(settings.threads)
+    print_result(tune(settings), settings.json, format_tuning)
 
 
 def tune(settings: TuneSettings) -> dict[str, Any]:

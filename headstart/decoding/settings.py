@@ -276,6 +276,12 @@ class GenerationSettings:
             raise UsageError(f"there is no setting {unknown!r}; the nearest is {nearest!r}")
         return replace(settings or cls(), **values)
 
+    @classmethod
+    def named_in(cls, options: object, **values: Any) -> GenerationSettings:
+        """Return settings from the attributes of `options` that have the same names, and from `values`."""
+        shared = {each.name: getattr(options, each.name) for each in fields(cls) if hasattr(options, each.name)}
+        return cls(**shared, **values)
+
     def seeds(self, prompts: int) -> list[int]:
         """Return one seed for each of so many prompts. Raises UsageError for a list of another length."""
         several = isinstance(self.seed, Sequence) or getattr(self.seed, "ndim", 0) == 1

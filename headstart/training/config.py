@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
-from headstart.command_line import add_repeated, yaml_numbers
+from headstart.command_line import parse_settings
 from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
@@ -265,33 +265,35 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and lays command-line settings (`--model.dim 512 --steps 60`) over it.
+    """Read a YAML file and apply command-line settings (`--model.dim 512 --steps 60`) to it.
 
-    `model.vocab_size` follows from the tokenizer where neither gives it. Raises UsageError for unknown keys, wrong
-    types and impossible values; an unknown flag ends the program with status 2, `--help` with 0.
+    `model.vocab_size` follows from the tokenizer if neither gives it. Raises UsageError for unknown keys, wrong types
+    and impossible values; an unknown flag ends the program with status 2, `--help` with 0.
     """
     path = Path(path)
-    values = read_mapping(path)
-    config = build(RunConfig, values, path)
+    config = read_config(path)
     if overrides:
-        import tyro
+        config = parse_settings(RunConfig, overrides, f"headstart train {path}", config)
+    return fit_vocabulary(config, gives_vocabulary(path, overrides))
 
-        # What is there or not as a whole, such as model.rope_scaling, is there by the file: a flag of one of its fields
-        # changes it, and no flag is a subcommand.
-        config = tyro.cli(
-            RunConfig,
-            args=add_repeated(RunConfig, overrides),
-            default=config,
-            prog=f"headstart train {path}",
-            config=(tyro.conf.AvoidSubcommands,),
-            registry=yaml_numbers(),
-        )
+
+def read_config(path: Path) -> RunConfig:
+    """Read a YAML file; `model.vocab_size` is not yet that of the tokenizer (`fit_vocabulary`)."""
+    return build(RunConfig, read_mapping(path), path)
+
+
+def gives_vocabulary(path: Path, overrides: Sequence[str] = ()) -> bool:
+    """Return whether a YAML file or command-line settings give `model.vocab_size`."""
     flags = {flag.split("=")[0].replace("_", "-") for flag in overrides}
-    if "vocab_size" not in (values.get("model") or {}) and "--model.vocab-size" not in flags:
+    return "--model.vocab-size" in flags or "vocab_size" in (read_mapping(path).get("model") or {})
+
+
+def fit_vocabulary(config: RunConfig, given: bool) -> RunConfig:
+    """Set `model.vocab_size` to what the data needs, or check it if it is `given`."""
+    if not given:
         size = _vocab_size(config.data) + len(config.own_tokens)
         return replace(config, model=replace(config.model, vocab_size=size))
-    if not config.data.prepared:
-        # Told before anything is prepared; a folder of shards is asked when it is opened.
+    if not config.data.prepared:  # prepared shards are checked when they are opened
         check_vocab_size(config, _vocab_size(config.data), repr(config.data.tokenizer))
     return config
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from headstart import hardware
 from headstart.console import duration, format_table
@@ -18,7 +15,7 @@ from headstart.formats.huggingface import load_config as model_config
 from headstart.formats.huggingface import stored_dtype
 from headstart.training.adapt.memory import estimate_adapt
 from headstart.training.adapt.run import check_frozen_dtype, check_processes, check_shape, flops_per_token
-from headstart.training.config import RunConfig, load_config
+from headstart.training.config import RunConfig
 from headstart.training.memory import estimate, layout
 
 SPARE = {"cpu": 0.5, "gpu": 0.1}
@@ -44,19 +41,6 @@ class DryRunSettings:
     """Memory of one device, such as 80GiB (default: that of the GPU here; on a CPU, what is available)."""
     mfu: float = 0.4
     """Model FLOPs utilisation that the hours assume."""
-
-
-def dry_run(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """As plain data. `arguments`: those of `DryRunSettings`, and settings of the run as in `headstart train`.
-
-    Without `--processes` and `--device-memory`, a run that would take the CPU is estimated for the CPU; every other for
-    GPUs. Raises UsageError for whatever would keep the run from starting, but does not look for data: a configuration
-    whose data is not there must give model.vocab_size.
-    """
-    settings, rest = tyro.cli(
-        DryRunSettings, args=list(arguments), return_unknown_args=True, prog=f"headstart train {path} --dry-run"
-    )
-    return estimate_run(_load(path, rest), str(path), settings)
 
 
 def estimate_run(config: RunConfig, name: str, settings: DryRunSettings) -> dict[str, Any]:
@@ -116,17 +100,6 @@ def _hours_here(config: RunConfig, flops: int) -> dict[str, float]:
         return {}
     speed, _ = hardware.peak_flops(config.dtype, "cpu", config.threads or torch.get_num_threads())
     return {"this CPU": flops / speed / 3600}
-
-
-def _load(path: Path, overrides: list[str]) -> RunConfig:
-    try:
-        return load_config(path, overrides)
-    except UsageError as error:
-        try:
-            load_config(path, [*overrides, "--model.vocab-size", "1"])
-        except UsageError:
-            raise error from None
-        raise UsageError(f"{error}; or give model.vocab_size, which is all that a dry run wants of the data") from None
 
 
 def format_dry_run(found: dict[str, Any]) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from headstart.errors import Stopped
 from headstart.training.checkpoint_state import name_of
 
 REQUEUE = 75
 """Exit status of a run that was pre-empted: EX_TEMPFAIL of sysexits.h, "try again later". No error of ours has it."""
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """A run was stopped from outside and can go on. The command line prints the message and exits with `status`: 130
     after Ctrl-C, 75 after a signal that a scheduler sends."""
 

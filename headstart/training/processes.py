@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from headstart import console
-from headstart.errors import UsageError
+from headstart.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-class LostProcesses(Exception):
+class LostProcesses(Stopped):
     """Another process of the run has gone, and nothing can be computed without it. Status 1: a launcher may restart."""
-
-    status = 1
 
 
 WAIT = timedelta(minutes=10)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from seeds import trained_seed
 
-from headstart.cli.adapting import adapt as command
+from headstart.cli import run_command
 from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, run_config
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
@@ -31,7 +31,7 @@ from headstart.training.config import (
     ValidationConfig,
     load_config,
 )
-from headstart.training.estimate import DryRunSettings, dry_run
+from headstart.training.estimate import DryRunSettings, estimate_run
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
@@ -248,8 +248,9 @@ def test_the_run_is_written_down_and_read_back(settings: Any) -> None:
     asked = settings(loss="total-variation", loss_share=0.5, steps=1)
     config = run_config(asked)
     adapt(asked)
-    assert load_config(asked.run_dir / "config.yaml") == replace(config, dtype="float32")
-    assert dry_run(asked.run_dir / "config.yaml", [])["steps"] == 1
+    saved = load_config(asked.run_dir / "config.yaml")
+    assert saved == replace(config, dtype="float32")
+    assert estimate_run(saved, "saved", DryRunSettings())["steps"] == 1
     other = replace(asked, mode="joint", steps=2)
     for start in (adapt, lambda settings: estimate_adapt_run(settings, DryRunSettings())):
         with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
@@ -282,13 +283,13 @@ def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
     with pytest.raises(UsageError, match="one process"):
         estimate_adapt_run(alone, DryRunSettings(processes=2))
     given = [str(alone.model), "--data", *alone.data, "--run-dir", str(alone.run_dir), "--head-kind", "medusa"]
-    command([*given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
+    run_command(["adapt", *given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
     assert json.loads(capsys.readouterr().out)["heads"] == 4
     assert not alone.run_dir.exists()
     with pytest.raises(UsageError, match="--processes is for --dry-run"):
-        command([*given, "--processes", "2"])
+        run_command(["adapt", *given, "--processes", "2"])
     with pytest.raises(SystemExit):
-        command(["--help"])
+        run_command(["adapt", "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{option}" in shown for option in ("dry-run", "processes", "device-memory", "mfu", "heads-first"))
     assert "torchrun" in shown  # what --processes says of itself

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headstart import entry
+from headstart import cli
 from headstart.errors import UsageError
 from headstart.reports.compare import compare, format_comparison
 
@@ -106,7 +106,7 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     runs = [str(run(tmp_path / name, lr=lr)) for name, lr in (("a", 0.1), ("b", 0.2))]
     monkeypatch.setattr(sys, "argv", ["headstart", "compare", *runs])
-    entry.main()
+    cli.main()
     said = capsys.readouterr()
     assert Path("runs/comparison.html").exists() and "page: runs/comparison.html" in said.err
     lines = said.out.splitlines()
@@ -119,7 +119,7 @@ def test_json_needs_neither_page_nor_matplotlib(tmp_path, monkeypatch, capsys) -
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = str(run(tmp_path / "a"))
     monkeypatch.setattr(sys, "argv", ["headstart", "compare", path, "--json"])
-    entry.main()
+    cli.main()
     assert json.loads(capsys.readouterr().out)["runs"][0]["steps"] == 30
     assert not (tmp_path / "runs").exists()
     with pytest.raises(

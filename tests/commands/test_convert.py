@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import headstart
+from headstart.cli import main
 from headstart.commands.convert import convert
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.entry import main
 from headstart.errors import UsageError
 from headstart.formats import registry
 from headstart.formats.huggingface import load_model, save_model

@@ -12,18 +12,18 @@ import torch
 from chats import CHATML, chat_tokenizer
 
 import headstart
-from headstart.commands.distill_data import DistillSettings, distill, fingerprint
-from headstart.commands.distill_prompts import read_prompts
+from headstart.cli import main
+from headstart.commands.self_distillation import DistillSettings, distill, fingerprint, read_prompts
 from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards, prepare
-from headstart.entry import main
+from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 from headstart.fileio import take_lock
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
-LIVELY = DistillSettings(max_new_tokens=40, temperature=1.5, seed=3)
+LIVELY = GenerationSettings(max_new_tokens=40, temperature=1.5, seed=3)
 TEXTS = ["hello", "a", *(f"prompt {i} ÿ" for i in range(7)), "z" * 30]
 
 
@@ -57,11 +57,15 @@ def lines_of(file: Path) -> list[dict]:
 
 def test_every_text_is_what_the_model_writes_alone(model, saved, tmp_path):
     prompts = write_prompts(tmp_path)
-    for name, more in (("one", {"slots": 1, "heads": 1}), ("four", {"slots": 4})):
-        found = distill(model, saved, prompts, tmp_path / f"{name}.jsonl", LIVELY, **more)
+    one, four = tmp_path / "one.jsonl", tmp_path / "four.jsonl"
+    for settings in (
+        DistillSettings(prompts, one, replace(LIVELY, heads=1), slots=1),
+        DistillSettings(prompts, four, LIVELY, slots=4),
+    ):
+        found = distill(model, saved, settings)
         assert found["written"] == found["prompts"] == len(TEXTS) and found["too_long"] == 0
-    lines = lines_of(tmp_path / "one.jsonl")
-    assert lines == lines_of(tmp_path / "four.jsonl")
+    lines = lines_of(one)
+    assert lines == lines_of(four)
     reasons = {line["finish_reason"] for line in lines}
     assert reasons == {"length", "end"}
     for place, (prompt, line) in enumerate(zip(TEXTS, lines)):
@@ -74,14 +78,13 @@ def test_every_text_is_what_the_model_writes_alone(model, saved, tmp_path):
             "text": prompt + alone.text,
             "finish_reason": alone.finish_reason,
         }
-    short = DistillSettings(**{**LIVELY.__dict__, "drop_unfinished": True})
-    distill(model, saved, prompts, tmp_path / "short.jsonl", short)
+    distill(model, saved, DistillSettings(prompts, tmp_path / "short.jsonl", LIVELY, drop_unfinished=True))
     assert lines_of(tmp_path / "short.jsonl") == [line for line in lines if line["finish_reason"] == "end"]
 
 
 def test_a_stopped_run_goes_on(model, saved, tmp_path):
     prompts, out, whole, said = write_prompts(tmp_path), tmp_path / "out.jsonl", tmp_path / "whole.jsonl", []
-    distill(model, saved, prompts, whole, LIVELY)
+    distill(model, saved, DistillSettings(prompts, whole, LIVELY))
 
     def stop(done, total, numbers):
         assert total == len(TEXTS)
@@ -89,36 +92,36 @@ def test_a_stopped_run_goes_on(model, saved, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(model, saved, prompts, out, LIVELY, slots=2, progress=stop, report=said.append)
+        distill(model, saved, DistillSettings(prompts, out, LIVELY, slots=2), progress=stop, report=said.append)
     growing = tmp_path / ".out.jsonl.distilling" / "lines.jsonl"
     kept = growing.read_bytes()
     assert not out.exists()  # it would look whole
     assert whole.read_bytes().startswith(kept) and 4 <= kept.count(b"\n") < len(TEXTS)
     assert "are kept: the same command resumes" in said[-1]
     growing.write_bytes(kept + b'{"place": 4, "prom')  # as a kill in the middle of a line leaves it
-    found = distill(model, saved, prompts, out, LIVELY, slots=3, report=said.append)
+    found = distill(model, saved, DistillSettings(prompts, out, LIVELY, slots=3), report=said.append)
     assert out.read_bytes() == whole.read_bytes()
     assert found["written"] == len(TEXTS) - kept.count(b"\n") and "resuming after prompt" in said[-1]
-    assert distill(model, saved, prompts, out, LIVELY)["written"] == 0
+    assert distill(model, saved, DistillSettings(prompts, out, LIVELY))["written"] == 0
     assert out.read_bytes() == whole.read_bytes() and not growing.exists()
 
 
 def test_a_file_has_one_writer_and_one_kind_of_settings(model, saved, tmp_path):
     prompts, out = write_prompts(tmp_path), tmp_path / "out.jsonl"
-    distill(model, saved, prompts, out, LIVELY)
+    distill(model, saved, DistillSettings(prompts, out, LIVELY))
     before = out.read_bytes()
     with pytest.raises(UsageError, match=r"was written with temperature 1.5 \(now 0.3\), seed 3 \(now 0\)"):
-        distill(model, saved, prompts, out, DistillSettings(40))
+        distill(model, saved, DistillSettings(prompts, out, GenerationSettings(40, 0.3)))
     with (tmp_path / ".out.jsonl.distilling" / "lock").open("a") as lock:
         assert take_lock(lock)
         with pytest.raises(UsageError, match="another process is writing it"):
-            distill(model, saved, prompts, out, LIVELY)
+            distill(model, saved, DistillSettings(prompts, out, LIVELY))
     prompts.write_text("others")
     with pytest.raises(UsageError, match="was written with prompts"):
-        distill(model, saved, prompts, out, LIVELY)
+        distill(model, saved, DistillSettings(prompts, out, LIVELY))
     (tmp_path / "mine.jsonl").write_text("notes\n")
     with pytest.raises(UsageError, match="nothing says how it was written"):
-        distill(model, saved, prompts, tmp_path / "mine.jsonl", LIVELY)
+        distill(model, saved, DistillSettings(prompts, tmp_path / "mine.jsonl", LIVELY))
     assert out.read_bytes() == before and (tmp_path / "mine.jsonl").read_text() == "notes\n"
     other = Transformer(model.config)
     save_model(other, tmp_path / "model", model.tokenizer)
@@ -128,12 +131,12 @@ def test_a_file_has_one_writer_and_one_kind_of_settings(model, saved, tmp_path):
 def test_other_ends_of_a_text_or_turn_are_other_settings(model, saved, tmp_path, monkeypatch):
     prompts, out = write_prompts(tmp_path), tmp_path / "out.jsonl"
     prompts.write_text("hello")
-    distill(model, saved, prompts, out, LIVELY)
+    distill(model, saved, DistillSettings(prompts, out, LIVELY))
     with pytest.raises(UsageError, match=r"was written with chat None \(now True\)"):
-        distill(model, saved, prompts, out, replace(LIVELY, chat=True))
+        distill(model, saved, DistillSettings(prompts, out, LIVELY, chat=True))
     monkeypatch.setattr(model.tokenizer, "end_ids", model.tokenizer.end_ids | {5})
     with pytest.raises(UsageError, match=r"was written with end_ids None \(now \[5, \d+\]\)"):
-        distill(model, saved, prompts, out, LIVELY)
+        distill(model, saved, DistillSettings(prompts, out, LIVELY))
 
 
 CONVERSATIONS = [
@@ -147,8 +150,8 @@ CONVERSATIONS = [
 def test_conversations_are_answered_turn_by_turn(model, saved, tmp_path):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps(each) + "\n" for each in CONVERSATIONS))
-    settings = DistillSettings(max_new_tokens=80, temperature=1.0, seed=1)
-    found = distill(model, saved, prompts, out, settings, slots=3)
+    settings = GenerationSettings(max_new_tokens=80, temperature=1.0, seed=1)
+    found = distill(model, saved, DistillSettings(prompts, out, settings, slots=3))
     assert found["too_long"] == 1 and found["written"] == 3
     lines = lines_of(out)
     assert [line["place"] for line in lines] == [0, 1, 3]
@@ -170,7 +173,7 @@ def test_conversations_are_answered_turn_by_turn(model, saved, tmp_path):
     assert manifest["splits"]["train"]["documents"] == 3
     assert TokenShards.open(tmp_path / "shards", "train").targets[:].any()
     # With another seed the last conversation has no room for its second question, and keeps its first answer.
-    distill(model, saved, prompts, tmp_path / "b.jsonl", DistillSettings(80, 1.0, seed=2), slots=3)
+    distill(model, saved, DistillSettings(prompts, tmp_path / "b.jsonl", GenerationSettings(80, 1.0, seed=2), slots=3))
     last = lines_of(tmp_path / "b.jsonl")[-1]
     assert last["finish_reason"] == "context" and [each["role"] for each in last["messages"]] == ["user", "assistant"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import headstart
-from headstart import entry
+from headstart import cli
 from headstart.commands import tune
 from headstart.commands.evaluate import EvaluateSettings, evaluate
 from headstart.commands.inspect import format_inspection, inspect
@@ -39,7 +39,7 @@ def directory(tmp_path):
 
 def run(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["headstart", "evaluate", *map(str, arguments)])
-    entry.main()
+    cli.main()
 
 
 def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:

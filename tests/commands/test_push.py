@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from headstart.cli import main
 from headstart.commands.convert import convert
 from headstart.commands.push import hub_id, push
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.tuning_file import write_tuning
-from headstart.entry import main
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model, save_model
 from headstart.model.config import ModelConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import headstart
-from headstart import entry
+from headstart import cli
 from headstart.commands.inspect import inspect
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.drafters.tree import DraftTree
@@ -51,7 +51,7 @@ def threads():
 def tune(*arguments: object) -> None:
     before, sys.argv = sys.argv, ["headstart", "tune", *map(str, arguments)]
     try:
-        entry.main()
+        cli.main()
     finally:
         sys.argv = before
 

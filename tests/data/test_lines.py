@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chats import chat_tokenizer
 
-from headstart.commands.distill_prompts import read_prompts as prompts_to_distill
+from headstart.commands.self_distillation import read_prompts as prompts_to_distill
 from headstart.data.lines import parse_json, read_file_lines
 from headstart.data.prepare.corpora import list_files
 from headstart.data.prepare.documents import Document, Field, read_lines
@@ -139,7 +139,7 @@ def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
 def test_texts_to_distill_may_be_messages_of_a_user(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("who?\nwhere?\n")
     found = prompts_to_distill(tmp_path / "p.txt", as_chat=True)
-    assert [prompt.groups for prompt in found] == [
+    assert [prompt.questions for prompt in found] == [
         (({"role": "user", "content": each},),) for each in ("who?", "where?")
     ]
 

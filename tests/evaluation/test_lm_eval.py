@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import headstart
-from headstart import entry
+from headstart import cli
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
@@ -137,14 +137,14 @@ def test_a_task_of_a_local_file_from_the_command_line(directory, tmp_path, monke
     more = ("--lm-eval.include-path", tmp_path / "tasks", "--lm-eval.no-defaults")
     arguments = (directory, "--tasks", "lm-eval:made_up", *more, "--out", tmp_path / "out")
     monkeypatch.setattr(sys, "argv", ["headstart", "evaluate", *map(str, arguments)])
-    entry.main()
+    cli.main()
     assert "made_up" in (tmp_path / "out" / "results.md").read_text()
     found = json.loads((tmp_path / "out" / "results.json").read_text())["lm_eval"]
     assert found["results"]["made_up"]["acc"] == 0.75 and found["cut_requests"] == 0
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [*sys.argv[:4], "lm-eval:other", *map(str, more)])
     with pytest.raises(SystemExit) as end:
-        entry.main()
+        cli.main()
     assert end.value.code == 2 and re.search("lm-eval knows no task 'other'", capsys.readouterr().err)
 
 

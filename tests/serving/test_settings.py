@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import headstart
-from headstart.cli.serving import serve
+from headstart.commands.serve import ServeCommandSettings, run
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
 from headstart.formats.huggingface import load_config
@@ -69,15 +69,15 @@ def test_keys_of_the_environment(variable: str, keys: tuple[str, ...], monkeypat
     found: list[ServeSettings] = []
     monkeypatch.setenv("HEADSTART_API_KEY", variable)
     monkeypatch.setattr(server, "serve", lambda _, settings: found.append(settings))
-    serve(settings=ServeSettings())
-    serve(settings=ServeSettings(api_key=("c",)))
+    run(ServeCommandSettings())
+    run(ServeCommandSettings(server=ServeSettings(api_key=("c",))))
     assert [settings.api_key for settings in found] == [keys, ("c",)]
 
 
 def test_an_environment_without_a_key_closes_nothing_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSTART_API_KEY", " , ")
     with pytest.raises(UsageError, match="HEADSTART_API_KEY holds no key"):
-        serve(settings=ServeSettings())
+        run(ServeCommandSettings())
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from headstart import entry, hardware
+from headstart import cli, hardware
+from headstart.commands.train import TrainSettings
 from headstart.errors import UsageError
 from headstart.training import estimate as module
-from headstart.training.estimate import dry_run, format_dry_run, parse_bytes
+from headstart.training.estimate import estimate_run, format_dry_run, parse_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE, PAPER = CONFIGS / "smoke.yaml", CONFIGS / "paper-7b-4-heads.yaml"
 
 
+def dry_run(path: Path, arguments: list[str]) -> dict[str, Any]:
+    settings = TrainSettings.parse([str(path), "--dry-run", *arguments])
+    return estimate_run(settings.run, str(path), settings.estimate)
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["headstart", "train", *arguments])
-    entry.main()
+    cli.main()
 
 
 def test_the_command_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys) -> None:

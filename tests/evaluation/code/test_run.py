@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart import entry
+from headstart import cli
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.evaluation.code import seccomp
@@ -186,7 +186,7 @@ def directory(tmp_path):
 
 def evaluate(monkeypatch, directory, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["headstart", "evaluate", *map(str, (directory, *arguments))])
-    entry.main()
+    cli.main()
 
 
 def test_an_evaluation_is_kept_and_gone_on_from(directory, tmp_path, monkeypatch, capsys) -> None:

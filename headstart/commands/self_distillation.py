@@ -1,0 +1,334 @@
+"""Let a model answer prompts, and write its answers as data to train its heads on.
+
+Heads learn best from text of the distribution that they draft for, which is the model's own (Medusa, section 2.3.2). As
+there, conversations are answered turn by turn. Each answer has a seed made of the place of its prompt in the file, so
+the output depends neither on how many answers are decoded together nor on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headstart.api import LanguageModel
+from headstart.commands.ordered_lines import OrderedLines, ordered_lines
+from headstart.data.chat_template import ChatTemplate, need_chat_template
+from headstart.data.conversations import ASSISTANT, Conversation
+from headstart.data.prompt_files import read_prompt_file
+from headstart.data.tokenizers import prompt_ids
+from headstart.decoding.generation import Generation, Stats
+from headstart.decoding.settings import GenerationSettings
+from headstart.errors import UsageError
+from headstart.fileio import sha256_of
+from headstart.formats.hub import local_directory
+
+SAMPLE_BYTES = 1 << 20
+"""Bytes read at each of three places of a weight file, to tell one model from another."""
+QUESTION_ROLES = ("system", "developer", "user")
+"""Roles whose messages are taken from the file of prompts."""
+
+Report = Callable[[str], None]
+Progress = Callable[[int, int, dict[str, Any]], None]
+"""Receives the number of prompts done, the number of all, and numbers to show."""
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """What to answer, how, and where the answers go."""
+
+    prompts: Path
+    """File of prompts, see `read_prompts`."""
+    out: Path
+    """The .jsonl file to write."""
+    generation: GenerationSettings = field(default_factory=lambda: GenerationSettings(256, 0.3))
+    """Length, sampling and heads of an answer; its seed is the seed of the whole file."""
+    chat: bool = False
+    """Whether prompts that are text are messages of a user, which the chat template writes."""
+    drop_unfinished: bool = False
+    """Whether answers cut off at `max_new_tokens` are left out."""
+    slots: int = 8
+    """Number of answers decoded together; the output does not depend on it."""
+    exact: bool = True
+    """Whether the output is bit-identical for every number of heads and slots; else it is so up to rounding."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue, or a conversation whose questions the model answers in turn."""
+
+    text: str = ""
+    questions: tuple[tuple[dict[str, Any], ...], ...] = ()
+    """Messages before each answer; empty for a text."""
+    tools: tuple[Any, ...] = ()
+
+
+def read_prompts(file: Path, as_chat: bool = False) -> list[Prompt]:
+    """Read a file of prompts: .jsonl with "prompt", "text" or "messages" (or ShareGPT's "conversations") in each line,
+    or plain text with a prompt a line.
+
+    Messages of the assistant are left out: the model answers for itself. With `as_chat` a text is the message of a
+    user. Raises UsageError, naming the line, for anything else.
+    """
+    prompts = []
+    for found in read_prompt_file(file):
+        if found.conversation is not None:
+            prompts.append(_parse_conversation(found.conversation, found.place))
+        elif as_chat:
+            prompts.append(Prompt(questions=(({"role": "user", "content": found.text},),)))
+        else:
+            prompts.append(Prompt(found.text))
+    return prompts
+
+
+def _parse_conversation(conversation: Conversation, place: str) -> Prompt:
+    questions: list[list[dict[str, Any]]] = [[]]
+    for message in conversation.messages:
+        if message["role"] == ASSISTANT:
+            if message.get("tool_calls"):
+                raise UsageError(f"{place}: the assistant calls a tool, which nothing answers here; leave it out")
+            if questions[-1]:
+                questions.append([])
+        elif message["role"] in QUESTION_ROLES:
+            questions[-1].append(message)
+        else:
+            roles = f"{', '.join(QUESTION_ROLES)} and {ASSISTANT}"
+            raise UsageError(f"{place}: holds a message of {message['role']}; the roles here are {roles}")
+    asked = tuple(tuple(messages) for messages in questions if messages)
+    if not asked:
+        raise UsageError(f"{place}: asks nothing; leave it out")
+    return Prompt(questions=asked, tools=conversation.tools)
+
+
+def distill(
+    model: LanguageModel,
+    directory: Path,
+    settings: DistillSettings,
+    *,
+    progress: Progress = lambda done, total, numbers: None,
+    report: Report = lambda line: None,
+) -> dict[str, Any]:
+    """Write the model's answer to every prompt to `settings.out`, a JSON line each, in the order of the prompts.
+
+    A text gives {"place", "prompt", "text", "finish_reason"}, where "text" is prompt and answer; a conversation gives
+    {"place", "messages", "finish_reason"}. `headstart prepare` reads both. The finish reason is "end", "length", or
+    "context" if a later question did not fit. A prompt as long as the context is left out.
+
+    Args:
+        model: the model that answers.
+        directory: its directory or its name on the hub, to tell it from other models.
+        settings: what to answer, how, and where the answers go.
+        progress: receives how much is done.
+        report: receives lines for the person watching.
+
+    Returns:
+        Counts and decoding statistics of this call.
+
+    Raises:
+        UsageError: prompts that cannot be read, a model without tokenizer or chat template, settings out of range, or
+            `settings.out` written by another process, with other settings, or by another program.
+    """
+    out = settings.out
+    if out.suffix != ".jsonl":
+        raise UsageError(f"{out}: must hold JSON lines; name a file that ends with .jsonl")
+    prompts = read_prompts(settings.prompts, settings.chat)
+    template = need_chat_template(model.tokenizer) if any(prompt.questions for prompt in prompts) else None
+    began = time.perf_counter()
+    with ordered_lines(out, _recorded_settings(model, local_directory(directory), settings), len(prompts)) as lines:
+        if lines.next_place:
+            report(f"{out}: resuming after prompt {lines.next_place:,} of {len(prompts):,}")
+        writer = _Writer(model, template, prompts, lines, settings)
+        try:
+            writer.run(progress)
+        except KeyboardInterrupt:
+            report(f"stopped; {lines.next_place:,} of {len(prompts):,} are kept: the same command resumes")
+            raise
+    numbers = Stats.summed(writer.stats).summary()
+    return {
+        "out": str(out),
+        "prompts": len(prompts),
+        "written": lines.written,
+        "too_long": writer.too_long,
+        "unfinished": writer.unfinished,
+        "tokens": numbers["tokens"],
+        "tokens_per_pass": numbers["tokens_per_pass"],
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _recorded_settings(model: LanguageModel, directory: Path, settings: DistillSettings) -> dict[str, Any]:
+    """Return what the answers depend on; a file is only ever continued with the same."""
+    generation, tokenizer = settings.generation, model.tokenizer
+    return {
+        "model": fingerprint(directory),
+        "prompts": sha256_of(settings.prompts),
+        "dtype": str(model.transformer.trunk.embedding.weight.dtype),
+        "max_new_tokens": generation.max_new_tokens,
+        "temperature": generation.temperature,
+        "top_k": generation.top_k,
+        "top_p": generation.top_p,
+        "min_p": generation.min_p,
+        "seed": generation.seed,
+        "drop_unfinished": settings.drop_unfinished,
+        # None if files of earlier versions do not record it.
+        "chat": settings.chat or None,
+        "end_ids": None if tokenizer.end_ids == {tokenizer.end_id} else sorted(tokenizer.end_ids),
+    }
+
+
+def fingerprint(directory: Path) -> str:
+    """Return a key of a model: a hash of its configuration, its file names and sizes, and samples of its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.rglob("*")):
+        size = file.stat().st_size
+        if file.suffix == ".safetensors":
+            places = (0, max(0, size // 2 - SAMPLE_BYTES), max(0, size - SAMPLE_BYTES))
+        elif file.name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            places = (0, 0, 0)
+        else:
+            continue
+        digest.update(f"{file.relative_to(directory)} {size}\n".encode())
+        with file.open("rb") as content:
+            for place in places:
+                content.seek(place)
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:24]
+
+
+@dataclass
+class _Pending:
+    """A prompt whose answer is due."""
+
+    place: int
+    prompt: Prompt
+    turn: int
+    """Index of the question to answer."""
+    messages: list[dict[str, Any]]
+    """The conversation so far, the question included; empty for a text."""
+    rendered: str
+    ids: tuple[int, ...]
+
+
+class _Writer:
+    """Decodes the answers to prompts, many at once, and hands them to `lines`."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        template: ChatTemplate | None,
+        prompts: list[Prompt],
+        lines: OrderedLines,
+        settings: DistillSettings,
+    ) -> None:
+        self._model, self._tokenizer, self._template = model, model.tokenizer, template
+        self._prompts, self._lines, self._settings = prompts, lines, settings
+        self._turn_ends = frozenset() if template is None else template.turn_ends(model.tokenizer)
+        self._running: dict[int, tuple[Generation, _Pending]] = {}
+        self.stats: list[Stats] = []
+        self.too_long = self.unfinished = 0
+
+    def run(self, progress: Progress) -> None:
+        """Answer the prompts that have no line yet."""
+        todo = range(self._lines.next_place, len(self._prompts))
+        if not todo:
+            return
+        context = min(self._model.config.context, max(map(self._room, todo)))
+        slots = max(1, min(self._settings.slots, len(todo)))
+        engine = self._engine = self._model.engine(slots, context, self._settings.exact, prefill_budget=None)
+        waiting = iter(todo)
+        done, began, tokens = todo.start, time.monotonic(), 0
+        while True:
+            # Twice as many are submitted as are decoded: no slot is ever empty, and few finished answers wait to be
+            # written in order.
+            while len(self._running) < 2 * slots and (place := next(waiting, None)) is not None:
+                self._submit(self._pending(place, 0, []))
+            if not engine.busy:
+                break
+            for generation, _ in engine.step():
+                if not generation.finished:
+                    continue
+                _, pending = self._running.pop(id(generation))
+                self.stats.append(generation.stats)
+                tokens += len(generation.tokens)
+                self._take(pending, generation)
+            if self._lines.next_place != done:
+                done = self._lines.next_place
+                rate = tokens / max(time.monotonic() - began, 1e-9)
+                progress(done, len(self._prompts), {"tokens/s": f"{rate:,.0f}"})
+        progress(len(self._prompts), len(self._prompts), {})
+
+    def _pending(self, place: int, turn: int, messages: list[dict[str, Any]]) -> _Pending:
+        """Return question `turn` of a prompt, after the `messages` before it."""
+        prompt = self._prompts[place]
+        if not prompt.questions:
+            return _Pending(place, prompt, 0, [], prompt.text, tuple(prompt_ids(self._tokenizer, prompt.text)))
+        assert self._template is not None
+        messages = [*messages, *prompt.questions[turn]]
+        rendered = self._template.render(messages, prompt.tools, prompt=True)
+        return _Pending(place, prompt, turn, messages, rendered, tuple(self._tokenizer.encode(rendered)))
+
+    def _room(self, place: int) -> int:
+        """Return about the most positions that a prompt and its answers take up."""
+        longest = self._settings.generation.max_new_tokens
+        prompt = self._prompts[place]
+        if not prompt.questions:
+            return len(self._pending(place, 0, []).ids) + longest
+        assert self._template is not None
+        empty = {"role": ASSISTANT, "content": ""}
+        messages = [message for question in prompt.questions for message in (*question, empty)]
+        rendered = self._template.render(messages[:-1], prompt.tools, prompt=True)
+        return len(self._tokenizer.encode(rendered)) + len(prompt.questions) * (longest + 8)
+
+    def _submit(self, pending: _Pending) -> None:
+        if len(pending.ids) >= self._engine.context:
+            if pending.turn == 0:
+                self.too_long += 1
+                self._lines.give(pending.place, None)
+            else:
+                question = pending.prompt.questions[pending.turn]
+                self._finish(pending, pending.messages[: -len(question)], "context")
+            return
+        generation = self._settings.generation
+        digest = hashlib.sha256(f"{generation.seed}\0{pending.place}\0{pending.turn}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "big", signed=True)
+        running = self._engine.submit(generation.request(pending.ids, seed=seed, ends=self._turn_ends))
+        self._running[id(running)] = running, pending
+
+    def _take(self, pending: _Pending, generation: Generation) -> None:
+        """Keep an answer, and submit the next question of its conversation."""
+        finished = generation.finish_reason == "end"
+        reason, answer = "end" if finished else "length", generation.text
+        if not pending.prompt.questions:
+            self._finish(pending, [], reason, answer)
+            return
+        messages = [*pending.messages, {"role": ASSISTANT, "content": self._as_content(pending, answer)}]
+        if finished and pending.turn + 1 < len(pending.prompt.questions):
+            self._submit(self._pending(pending.place, pending.turn + 1, messages))
+        else:
+            self._finish(pending, messages, reason)
+
+    def _as_content(self, pending: _Pending, answer: str) -> str:
+        """Return the content of the message that the template renders as `answer`: some templates put a space first."""
+        assert self._template is not None
+        for content in (answer, answer.lstrip(" ")):
+            messages = [*pending.messages, {"role": ASSISTANT, "content": content}]
+            if self._template.render(messages, pending.prompt.tools).startswith(pending.rendered + answer):
+                return content
+        return answer
+
+    def _finish(self, pending: _Pending, messages: list[dict[str, Any]], reason: str, answer: str = "") -> None:
+        """Hand the line of a prompt over."""
+        self.unfinished += reason == "length"
+        record: dict[str, Any] | None
+        if reason == "length" and self._settings.drop_unfinished:
+            record = None
+        elif pending.prompt.questions:
+            tools = {"tools": list(pending.prompt.tools)} if pending.prompt.tools else {}
+            record = {"messages": messages, **tools, "finish_reason": reason}
+        else:
+            prompt = pending.prompt.text
+            record = {"prompt": prompt, "text": prompt + answer, "finish_reason": reason}
+        self._lines.give(pending.place, record)

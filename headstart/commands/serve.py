@@ -1,0 +1,44 @@
+"""`headstart serve`: serve a model behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from headstart.errors import UsageError
+from headstart.serving.settings import ServeSettings
+
+PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client")
+"""Packages of the extra `serve`."""
+
+
+@dataclass(frozen=True)
+class ServeCommandSettings:
+    """Serve a model behind an OpenAI-compatible API, with a page to try it at /."""
+
+    model: Positional[str | None] = None
+    """A model directory (default: the bundled model)."""
+    server: Annotated[ServeSettings, arg(name="")] = field(default_factory=ServeSettings)
+
+
+def run(settings: ServeCommandSettings) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    from headstart.formats.bundled import model_directory
+
+    try:
+        from headstart.serving.server import serve
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in PACKAGES:
+            raise
+        raise UsageError(
+            f"serving needs {error.name}, which is not installed: pip install 'headstart[serve]'"
+        ) from error
+
+    listed = os.environ.get("HEADSTART_API_KEY", "")
+    keys = settings.server.api_key or tuple(key for part in listed.split(",") if (key := part.strip()))
+    if listed and not keys:
+        raise UsageError("HEADSTART_API_KEY holds no key; set it to keys separated by commas, or unset it")
+    serve(model_directory(settings.model), replace(settings.server, api_key=keys))
