@@ -1,4 +1,4 @@
-"""`headstart evaluate`: what a model knows of a text, and how many of its drafts are right."""
+"""`headstart evaluate`: measure how well a model predicts text, and how many of its drafts are accepted."""
 
 from __future__ import annotations
 
@@ -6,43 +6,25 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tyro.conf import Positional
 
-from headstart.api import load
 from headstart.console import Progress, print_result, say
-from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.engine import Engine
-from headstart.decoding.kernels.int8 import Quantize
-from headstart.decoding.kernels.pack import decoding_dtype, pack
 from headstart.errors import UsageError
-from headstart.evaluation.code.problems import HUB
-from headstart.evaluation.code.run import CodeSettings, run_code
-from headstart.evaluation.free_running import run_freely
-from headstart.evaluation.heads import score_documents
-from headstart.evaluation.lm_eval_tasks import PREFIX, LmEvalSettings, run_lm_eval
-from headstart.evaluation.texts import (
-    PROMPTS_FILE,
-    LongPrompts,
-    cut_prompts,
-    fitting_prompts,
-    prompt_limit,
-    read_documents,
-    sizes,
-)
+from headstart.evaluation.settings import CodeSettings, LmEvalSettings
 from headstart.fileio import write_text
-from headstart.formats.bundled import model_directory
-from headstart.formats.huggingface import load_model, load_model_tokenizer
 from headstart.hardware import use_threads
-from headstart.model.transformer import Transformer
 from headstart.reports.evaluation import format_evaluation, page_of
 
+if TYPE_CHECKING:
+    from headstart.data.tokenizers import Tokenizer
+    from headstart.model.transformer import Transformer
+
 TASKS = ("heads", "acceptance")
-"""What is measured where no task is named."""
+"""Tasks that are measured if none is named."""
 ACCEPTANCE_FILE = "acceptance.json"
-"""What `headstart inspect` shows of a model directory."""
+"""File of a model directory with the measured acceptance, which `headstart inspect` shows."""
 
 
 @dataclass(frozen=True)
@@ -52,44 +34,44 @@ class EvaluateSettings:
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
     tasks: tuple[str, ...] = TASKS
-    """heads: bits per byte, top-1 and right drafts of every head on the text, read with teacher forcing; acceptance:
-    drafts accepted where the model goes on by itself, greedily and sampled; humaneval, mbpp, mbpp-sanitized,
-    apps-introductory, codecontests: programs written and run against tests, see --code.samples and the rest;
-    lm-eval:NAME: a task of EleutherAI's lm-eval, as lm-eval:arc_easy."""
+    """heads: bits per byte, top-1 accuracy and correct drafts of every head on the text, with teacher forcing;
+    acceptance: drafts accepted while the model generates, greedily and sampled; humaneval, mbpp, mbpp-sanitized,
+    apps-introductory, codecontests: programs generated and run against tests, see --code.samples and the other --code
+    options; lm-eval:NAME: a task of EleutherAI's lm-eval, such as lm-eval:arc_easy."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs or hf:NAME, as `headstart prepare` takes. Give text that the model was not trained on."""
+    """Files, folders, globs or hf:NAME, as for `headstart prepare`. Give text that the model was not trained on."""
     prompts: Path | None = None
     """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line, for the task acceptance
-    (None: the prompts in the model directory, or pieces of the text). Conversations go through the chat template."""
+    (None: the prompts in the model directory, or pieces of the text). The chat template writes conversations."""
     prompt_count: int = 200
-    """At most this many prompts."""
+    """The largest number of prompts."""
     prompt_tokens: int | None = None
-    """Tokens of a piece of the text, and of the longest prompt of a file (None: 256, or half the model's context; of a
-    file whatever the context has room for)."""
-    long_prompts: LongPrompts | None = None
-    """Longer prompts of a file are left out (skip), cut in their middle (middle), or cut to their start (start, which
-    leaves conversations out); they are counted (None: skip, and start where --prompt-tokens is given)."""
+    """Tokens of a piece of the text, and of the longest prompt of a file (None: 256, or half the model's context; for a
+    file, what the context has room for)."""
+    long_prompts: Literal["skip", "middle", "start"] | None = None
+    """What happens to longer prompts of a file: skip leaves them out, middle cuts out their middle, start keeps their
+    start and leaves conversations out. They are counted (None: skip, and start if --prompt-tokens is given)."""
     new_tokens: int | None = None
-    """Written after each (None: 256, or what the prompt leaves of the context)."""
+    """Tokens generated after each prompt (None: 256, or what the prompt leaves of the context)."""
     temperature: float = 0.8
-    """Of the sampled half of the task acceptance."""
+    """Temperature of the sampled half of the task acceptance."""
     batch: int = 8
-    """Prompts that are decoded at once."""
+    """Prompts decoded together."""
     length: int | None = None
     """Tokens of a window of the task heads (None: the model's context)."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the weights (None: as `headstart generate` takes)."""
-    quantize: Quantize | None = None
+    """dtype of the weights (None: that of `headstart generate`)."""
+    quantize: Literal["int8"] | None = None
     """int8: evaluate the model as `headstart generate --quantize int8` decodes it."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
-    """CPU threads (None: as torch chooses)."""
+    """CPU threads (None: torch's choice)."""
     code: CodeSettings = field(default_factory=CodeSettings)
     lm_eval: LmEvalSettings = field(default_factory=LmEvalSettings)
     out: Path | None = None
-    """Folder for results.json, results.md and results.html, and what an interrupted evaluation of programs goes on
-    from."""
+    """Folder for results.json, results.md and results.html, and for the programs of an interrupted evaluation, which
+    resumes from them."""
     record: bool = False
     """Put the acceptance into the model directory, for `headstart inspect`."""
     json: bool = False
@@ -98,6 +80,8 @@ class EvaluateSettings:
 
 def run(settings: EvaluateSettings) -> None:
     """Evaluate, write the results that the settings name, and print them."""
+    from headstart.formats.bundled import model_directory
+
     use_threads(settings.threads)
     path = model_directory(settings.model)
     found = evaluate(path, settings)
@@ -109,7 +93,15 @@ def run(settings: EvaluateSettings) -> None:
 
 
 def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
-    """Runs the tasks asked for on the model directory `path`. Raises UsageError for what cannot be evaluated."""
+    """Run the tasks on the model directory `path`, and return the results as plain data.
+
+    Raises UsageError for settings out of range, an unknown task, or a model that cannot be evaluated.
+    """
+    from headstart.api import load
+    from headstart.evaluation.code.problems import HUB
+    from headstart.evaluation.code.run import run_code
+    from headstart.evaluation.lm_eval_tasks import PREFIX, run_lm_eval
+
     for task in settings.tasks:
         if task not in (*TASKS, *HUB) and not task.startswith(PREFIX):
             raise UsageError(f"there is no task {task!r}; take {', '.join((*TASKS, *HUB))} or {PREFIX}NAME")
@@ -147,6 +139,14 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
+    """Run the tasks heads and acceptance, as far as they are asked for."""
+    import torch
+
+    from headstart.decoding.kernels.pack import decoding_dtype, pack
+    from headstart.evaluation.heads import score_documents
+    from headstart.evaluation.texts import PROMPTS_FILE, read_documents, sizes
+    from headstart.formats.huggingface import load_model, load_model_tokenizer
+
     tokenizer = load_model_tokenizer(path)
     if tokenizer is None:
         raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
@@ -156,10 +156,10 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
     free = "acceptance" in settings.tasks
     if not settings.text and ("heads" in settings.tasks or (free and prompts is None)):
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
-    wanted = None if settings.dtype is None else getattr(torch, settings.dtype)
-    model = load_model(path, dtype=wanted, device=settings.device)
-    model = model.to(wanted or decoding_dtype(model, settings.quantize)).eval()
-    if settings.quantize:  # what is read is then the decoding form too
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    model = load_model(path, dtype=dtype, device=settings.device)
+    model = model.to(dtype or decoding_dtype(model, settings.quantize)).eval()
+    if settings.quantize:  # the decoding form reads the text too
         model = pack(model, quantize=settings.quantize)
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
     found: dict[str, Any] = {"heads_of_model": model.config.heads}
@@ -180,7 +180,7 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
     if free and model.config.drafting_heads == 1:
         say(f"{path}: has no drafting head, so the task acceptance has nothing to measure and is left out")
     elif free:
-        if "heads" in settings.tasks:  # what follows takes longer
+        if "heads" in settings.tasks:  # the rest takes longer
             say(format_evaluation({"model": str(path), **found}))
         found["acceptance"] = _acceptance(model, tokenizer, prompts, documents, settings, length, new)
     return found
@@ -189,35 +189,40 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
 def _acceptance(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Path | None,
+    file: Path | None,
     documents: Sequence[Sequence[int]],
     settings: EvaluateSettings,
     length: int,
     new: int,
 ) -> dict[str, Any]:
-    """What share of drafts is accepted after prompts of a file, or pieces of `length` tokens of `documents`."""
+    """Measure how many drafts are accepted after prompts of a file, or after pieces of `documents`."""
+    from headstart.decoding.engine import Engine
+    from headstart.decoding.kernels.pack import pack
+    from headstart.evaluation.free_running import run_freely
+    from headstart.evaluation.texts import cut_prompts, fitting_prompts, prompt_limit
+
     counts: dict[str, int] = {}
     ends: Sequence[frozenset[int]] = ()
-    if prompts is not None:
+    if file is not None:
         limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
-        given = fitting_prompts(prompts, tokenizer, *limit)
-        texts, ends = given.prompts[: settings.prompt_count], given.ends[: settings.prompt_count]
+        given = fitting_prompts(file, tokenizer, *limit)
+        prompts, ends = given.prompts[: settings.prompt_count], given.ends[: settings.prompt_count]
         counts = {"skipped_prompts": given.skipped, "cut_prompts": given.cut}
-        length = max(map(len, texts))
+        length = max(map(len, prompts))
     else:
-        texts = cut_prompts(documents, settings.prompt_count, length, new)
-    packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(texts))
+        prompts = cut_prompts(documents, settings.prompt_count, length, new)
+    packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(prompts))
     engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
-    found: dict[str, Any] = {"prompts": len(texts), "prompt_tokens": length, "new_tokens": new, **counts}
+    found: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": length, "new_tokens": new, **counts}
     for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
-        with Progress(f"acceptance, {name}", len(texts), unit="prompts") as bar:
-            found[name] = asdict(run_freely(engine, texts, new, temperature, bar.advance, ends))
+        with Progress(f"acceptance, {name}", len(prompts), unit="prompts") as bar:
+            found[name] = asdict(run_freely(engine, prompts, new, temperature, bar.advance, ends))
         say(f"acceptance, {name}: {found[name]['tokens_per_pass']:.2f} tokens per pass")
     return found
 
 
 def write(found: dict[str, Any], out: Path) -> None:
-    """`found` as OUT/results.json and, for people, OUT/results.md and OUT/results.html."""
+    """Write OUT/results.json, OUT/results.md and OUT/results.html."""
     write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_text(out / "results.md", format_evaluation(found) + "\n")
     write_text(out / "results.html", page_of(found))
@@ -225,13 +230,13 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 
 def record(found: dict[str, Any], path: Path) -> None:
-    """Puts the acceptance into the model directory, where `headstart inspect` shows it."""
+    """Put the acceptance into the model directory, for `headstart inspect`."""
     write_text(path / ACCEPTANCE_FILE, json.dumps(acceptance_of(found), indent=2) + "\n")
     say(f"recorded: {path / ACCEPTANCE_FILE}")
 
 
 def acceptance_of(found: dict[str, Any]) -> dict[str, Any]:
-    """Of each way of running, tokens per pass and the share of drafts accepted, head 2 first."""
+    """Return tokens per pass and the shares of drafts accepted, head 2 first, for each way of running."""
     ways: dict[str, Any] = {}
     if "heads" in found:
         heads = found["heads"]

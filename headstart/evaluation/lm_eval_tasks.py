@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from headstart.api import LanguageModel
 from headstart.errors import UsageError
+from headstart.evaluation.settings import LmEvalSettings
 
 PREFIX = "lm-eval:"
-
-
-@dataclass(frozen=True)
-class LmEvalSettings:
-    """Tasks named lm-eval:NAME, such as lm-eval:arc_easy (docs/evaluation.md)."""
-
-    include_path: Path | None = None
-    """A folder with task files of your own (.yaml, as lm-eval reads them)."""
-    defaults: bool = True
-    """Whether lm-eval's own tasks are known too; looking through them takes some seconds."""
-    few_shot: int | None = None
-    """Examples before each question (None: as the task says)."""
-    chat: bool = False
-    """Write questions through the model's chat template (lm-eval's --apply_chat_template)."""
-    limit: int | None = None
-    """Only so many documents of each task, the first ones."""
-    new_tokens: int | None = None
-    """Most tokens of an answer, in place of what the tasks say."""
 
 
 def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings, batch: int) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def test_a_model_of_one_head_has_no_drafts_to_accept(tmp_path, capsys, monkeypat
     one = ModelConfig(dim=16, layers=2, attention_heads=2, context=64, heads=1)
     save_model(Transformer(one), tmp_path / "model", ByteTokenizer())
     (tmp_path / "a.py").write_text("x = 1\n" * 30)
-    monkeypatch.setattr("headstart.commands.evaluate.run_freely", None)
+    monkeypatch.setattr("headstart.evaluation.free_running.run_freely", None)
     settings = EvaluateSettings(text=(str(tmp_path / "a.py"),), dtype="float32")
     found = evaluate(tmp_path / "model", settings)
     assert found["dtype"] == "float32" and len(found["heads"]["bits_per_byte"]) == 1 and "acceptance" not in found
@@ -149,7 +149,7 @@ def test_what_was_measured_is_shown_before_what_takes_longer(directory, tmp_path
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("headstart.commands.evaluate.run_freely", stop)
+    monkeypatch.setattr("headstart.evaluation.free_running.run_freely", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(directory, EvaluateSettings(text=(str(tmp_path / "text"),), prompt_tokens=8, new_tokens=8))
     assert "bits per byte" in capsys.readouterr().err

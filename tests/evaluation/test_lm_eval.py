@@ -21,7 +21,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'he
 from lm_eval.api.instance import Instance
 
 from headstart.evaluation.lm_eval_model import HeadstartLM
-from headstart.evaluation.lm_eval_tasks import LmEvalSettings, run_lm_eval
+from headstart.evaluation.lm_eval_tasks import run_lm_eval
+from headstart.evaluation.settings import LmEvalSettings
 
 CONTEXT = 32
 

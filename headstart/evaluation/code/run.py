@@ -19,36 +19,8 @@ from headstart.errors import UsageError
 from headstart.evaluation.code.pass_at_k import estimate, oracle
 from headstart.evaluation.code.problems import CodeProblem, load_problems
 from headstart.evaluation.code.sandbox import Program, Sandbox
+from headstart.evaluation.settings import CodeSettings
 from headstart.fileio import appending, take_lock, write_text
-
-
-@dataclass(frozen=True)
-class CodeSettings:
-    """The tasks humaneval, mbpp, mbpp-sanitized, apps-introductory, codecontests."""
-
-    source: str | None = None
-    """A .jsonl or .jsonl.gz file with the problems, or hf:NAME (None: the task's data set on the hub). For one task."""
-    samples: int = 10
-    """Programs written for each problem, at each temperature above 0; at 0 there is one."""
-    temperatures: tuple[float, ...] = (0.2, 0.8)
-    """Each is sampled; pass@k is given for all, and for the best one at each k (the paper's oracle temperature)."""
-    top_p: float = 0.95
-    """Keep the most probable tokens that reach this probability together."""
-    k: tuple[int, ...] = (1, 10, 100)
-    """pass@k for these k, as far as there are samples."""
-    new_tokens: int = 256
-    """Most tokens of a program."""
-    problems: int | None = None
-    """Only so many problems, the first ones."""
-    cut_prompts: bool = False
-    """Where a prompt and its program do not fit into the model's context, keep the prompt's end; the report says of how
-    many. Without it such a model is refused."""
-    rewarded: bool = False
-    """Prompts of codecontests end in the line that stands above correct programs in training (`prepare --rewards`)."""
-    compare_plain: bool = False
-    """Write the programs a second time with head 1 alone, to set the times side by side; they must be the same."""
-    workers: int = 2
-    """Programs run at once."""
 
 
 @dataclass

@@ -1,0 +1,54 @@
+"""Options of single tasks of `headstart evaluate`. Importing them does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CodeSettings:
+    """The tasks humaneval, mbpp, mbpp-sanitized, apps-introductory, codecontests."""
+
+    source: str | None = None
+    """A .jsonl or .jsonl.gz file with the problems, or hf:NAME (None: the task's data set on the hub). For one task."""
+    samples: int = 10
+    """Programs generated for each problem at each temperature above 0; at 0 there is one."""
+    temperatures: tuple[float, ...] = (0.2, 0.8)
+    """Temperatures to sample at. pass@k is given for each, and for the best one at each k (the paper's oracle
+    temperature)."""
+    top_p: float = 0.95
+    """Keep the most probable tokens whose probabilities add up to this."""
+    k: tuple[int, ...] = (1, 10, 100)
+    """Values of k to give pass@k for, as far as there are samples."""
+    new_tokens: int = 256
+    """The largest number of tokens per program."""
+    problems: int | None = None
+    """Take only this many problems, the first ones."""
+    cut_prompts: bool = False
+    """Keep the end of a prompt if it does not fit into the model's context with its program; the report counts such
+    prompts. Without this option such a model is refused."""
+    rewarded: bool = False
+    """End prompts of codecontests with the line that precedes correct programs in training (`prepare --rewards`)."""
+    compare_plain: bool = False
+    """Generate the programs a second time with head 1 alone, to compare the times; the programs must be the same."""
+    workers: int = 2
+    """Programs run at once."""
+
+
+@dataclass(frozen=True)
+class LmEvalSettings:
+    """Tasks named lm-eval:NAME, such as lm-eval:arc_easy (docs/evaluation.md)."""
+
+    include_path: Path | None = None
+    """A folder with task files of your own (.yaml, as lm-eval reads them)."""
+    defaults: bool = True
+    """Find lm-eval's own tasks too; looking through them takes some seconds."""
+    few_shot: int | None = None
+    """Examples before each question (None: as the task says)."""
+    chat: bool = False
+    """Write questions through the model's chat template (lm-eval's --apply_chat_template)."""
+    limit: int | None = None
+    """Take only this many documents of each task, the first ones."""
+    new_tokens: int | None = None
+    """The largest number of tokens per answer, instead of the task's own."""
