@@ -8,8 +8,7 @@ import torch
 
 from headstart import hardware
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.policy.timing import interleave, random_model, timed
-from headstart.decoding.policy.timing_pass import Pass
+from headstart.decoding.policy.timing import Pass, interleave, random_model, timed
 from headstart.model.config import ModelConfig
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import pack
+from headstart.decoding.policy.calibration import read_tuning
 from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave
-from headstart.decoding.policy.tuning_file import read_tuning
 from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.repetition import repeated
 from headstart.formats.huggingface import load_model

@@ -42,11 +42,11 @@ class Counted(DraftPolicy):
         self.passes = self.drafting = 0
         self.spent = self.gained = 0.0
 
-    def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
-        costs, _ = self._costs_of(slots)
-        super().saw(slots, live, rows, drafted, tokens)
+    def observe(self, slots: int, live: int, rows: int, drafted: bool, tokens: int, sampled: bool = False) -> None:
+        super().observe(slots, live, rows, drafted, tokens, sampled)
+        plain, drafting = self.calibration.current.costs.at(slots)
         self.passes, self.drafting = self.passes + 1, self.drafting + drafted
-        self.spent += cost_of_rows(costs, rows) if drafted else 1.0
+        self.spent += cost_of_rows(drafting, rows) / plain if drafted else 1.0
         self.gained += tokens / live
 
 

@@ -20,10 +20,9 @@ from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.int8 import Quantize, parse_quantize
 from headstart.decoding.kernels.pack import decoding_dtype, pack
-from headstart.decoding.policy.calibration import Tuning
-from headstart.decoding.policy.online import Learned, UntunedPolicy
+from headstart.decoding.policy.calibration import Tuning, read_tuning
+from headstart.decoding.policy.online import Observations, OnlineCalibration
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.policy.tuning_file import read_tuning
 from headstart.decoding.settings import GenerationSettings, Penalties, Request, Sampling
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
@@ -96,7 +95,7 @@ class LanguageModel:
         self._tokenizer = tokenizer
         self._directory = directory
         self._tunings: dict[int, Tuning | None] = {}
-        self._learned: dict[int, Learned] = {}
+        self._observations: dict[int, Observations] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -143,7 +142,8 @@ class LanguageModel:
         timed."""
         if tree is not None or self.config.heads == 1 or not backend_of(self.transformer).row_exact:
             return None
-        return UntunedPolicy(self._learned.setdefault(torch.get_num_threads(), Learned(self.transformer)))
+        observations = self._observations.setdefault(torch.get_num_threads(), Observations(self.transformer))
+        return DraftPolicy(OnlineCalibration(observations))
 
     def _tuning(self) -> Tuning | None:
         """What `headstart tune` measured for as many threads as there are now."""

@@ -19,7 +19,7 @@ from headstart.data.prepare.write import _names
 from headstart.data.prompt_files import read_prompt_file
 from headstart.data.shards import _read_starts, faults_of
 from headstart.data.tokenizers import load_tokenizer
-from headstart.decoding.policy.tuning_file import read_tuning
+from headstart.decoding.policy.calibration import read_tuning
 from headstart.errors import UsageError
 from headstart.fileio import read_json
 from headstart.training.checkpoint_state import read_state

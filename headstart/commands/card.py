@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.commands.evaluate import ACCEPTANCE_FILE
-from headstart.decoding.policy.calibration import AcceptanceTable, PassCosts, Tuning
-from headstart.decoding.policy.tuning_file import TUNING_FILE
+from headstart.decoding.policy.calibration import TUNING_FILE, AcceptanceTable, PassCosts, Tuning, parse_measured
 from headstart.errors import UsageError
 from headstart.fileio import read_json
 from headstart.formats.config_json import load_config
@@ -141,15 +140,15 @@ def _speed(directory: Path) -> list[str]:
     for entry in content["costs"]:
         here = entry["setting"]
         greedy, sampled = (
-            AcceptanceTable(
-                tuple(content["acceptance_int8" if here["dtype"] == "int8" else "acceptance"][way]["mean"]), ()
+            parse_measured(
+                AcceptanceTable, content["acceptance_int8" if here["dtype"] == "int8" else "acceptance"][way]
             )
             for way in ("greedy", "sampled")
         )
-        costs = PassCosts(tuple(entry["slots"]), tuple(entry["plain"]), tuple(map(tuple, entry["drafting"])))
+        costs = parse_measured(PassCosts, entry)
         tuning = Tuning(greedy, sampled, costs)
         for slots, plain in zip(costs.slots, costs.plain):
-            gain, heads = max((tuning.expected(slots, k), k) for k in range(1, len(greedy.mean) + 2))
+            gain, heads = max((tuning.expected_speedup(slots, k), k) for k in range(1, len(greedy.mean) + 2))
             where = f"{here['processor']}, {here['threads']} threads"
             rows.append([where, here["dtype"], slots, f"{plain:.2f}", f"{gain:.2f} with {heads}"])
     if not rows:

@@ -19,8 +19,16 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import decoding_dtype, pack
 from headstart.decoding.kernels.torch_backend import PackedLinear, can_pack
-from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave, random_model, timed
-from headstart.decoding.policy.timing_pass import Pass
+from headstart.decoding.policy.timing import (
+    DTYPES,
+    Decoded,
+    Pass,
+    decode,
+    first_difference,
+    interleave,
+    random_model,
+    timed,
+)
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, load_peer

@@ -18,9 +18,8 @@ from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.int8 import Quantize
-from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
+from headstart.decoding.policy.calibration import AcceptanceTable, Tuning, write_tuning
 from headstart.decoding.policy.timing import pass_costs
-from headstart.decoding.policy.tuning_file import write_tuning
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
@@ -164,7 +163,7 @@ def _acceptance(
         while engine.busy:
             bar.advance(sum(generation.finished for generation, _ in engine.step()))
     n = model.config.heads
-    table = AcceptanceTable.of(observed, n)
+    table = AcceptanceTable.from_passes(observed, n)
     if not ranks:
         return table, []
     seen: list[list[tuple[float, int]]] = []
@@ -212,8 +211,8 @@ def _found(path: Path, tuning: Tuning) -> dict[str, Any]:
                 "batch": slots,
                 "plain_ms": plain,
                 "drafting_ms": drafting,
-                "expected_speedup": [tuning.expected(slots, rows) for rows in range(1, n + 1)],
-                "expected_sampled": [tuning.expected(slots, rows, sampled=True) for rows in range(1, n + 1)],
+                "expected_speedup": [tuning.expected_speedup(slots, rows) for rows in range(1, n + 1)],
+                "expected_sampled": [tuning.expected_speedup(slots, rows, sampled=True) for rows in range(1, n + 1)],
             }
             for slots, plain, drafting in zip(tuning.costs.slots, tuning.costs.plain, tuning.costs.drafting)
         ],

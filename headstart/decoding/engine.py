@@ -250,7 +250,7 @@ class Engine:
                 self._look_up(slot, generation, committed, windows[at])
             self._constrain(slot, generation)
         if self.policy is not None:
-            self.policy.saw(last - first, len(live), rows, heads > 1, total)
+            self.policy.observe(last - first, len(live), rows, heads > 1, total, any(g.sampled for _, g in live))
         for slot, generation in live:
             if generation.finished:
                 self._free(slot)
@@ -262,7 +262,7 @@ class Engine:
         """The tree that windows are, if any; sets how many heads that takes."""
         config = self.model.config
         if tree is None and self.policy is not None and not self.lookup:
-            tree = self.policy.tuning.tree_for(slots)
+            tree = self.policy.best_tree(slots)
         elif tree is not None and self.lookup:
             raise UsageError("drafts are looked up for chains only; take a draft tree or lookup, not both")
         heads = config.drafting_heads
@@ -278,7 +278,7 @@ class Engine:
         self.most_heads = heads if tree is None else tree.depth + 1
         if tree is None or tree.is_chain:
             return None
-        if self.policy is not None and not self.policy.plant(tree):
+        if self.policy is not None and not self.policy.use_tree(tree):
             self.policy = None
         return tree
 
@@ -286,8 +286,6 @@ class Engine:
         """Rows and heads of the next pass."""
         named = [g for g in live if self.policy is None or g.request.heads is not None]
         fixed = max((g.heads for g in named), default=1)
-        if self.policy is not None:
-            self.policy.sampled = any(g.sampled for g in live)
         planted = self.tree if self._branching else None
         if self.fixed_shapes:
             return self.width if self.tree is None else self.tree.rows, fixed
@@ -296,7 +294,7 @@ class Engine:
         free = [g for g in live if g not in named]
         if self.policy is None or not free:
             return rows, fixed
-        most, drafting = self.policy.plan(slots, [g.prefixes for g in free])
+        most, drafting = self.policy.plan(slots, [g.prefixes for g in free], any(g.sampled for g in live))
         return max(rows, most), max(fixed, *(g.heads for g in free)) if drafting else fixed
 
     def _learn(self, generation: Generation, fed: int, accepted: int) -> None:

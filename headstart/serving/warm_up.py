@@ -8,7 +8,6 @@ from headstart.console import say
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint, compiled
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.policy.online import UntunedPolicy
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 
@@ -21,7 +20,7 @@ def warm_up(engine: Engine, tokenizer: Tokenizer | None) -> None:
     raises here, so that it is told at the start."""
     policy, slots = engine.policy, len(engine.state.length_S)
     if policy is not None:
-        if isinstance(policy, UntunedPolicy):
+        if policy.calibration.online:
             say("the model is not tuned: passes are timed first (headstart tune would keep what it finds)")
         policy.prepare(slots)
     written = min(2 * engine.width, engine.context - PROMPT)

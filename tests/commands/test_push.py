@@ -15,8 +15,7 @@ from headstart.cli import main
 from headstart.commands.convert import convert
 from headstart.commands.push import hub_id, push
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning
-from headstart.decoding.policy.tuning_file import write_tuning
+from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning, write_tuning
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model, save_model
 from headstart.model.config import ModelConfig
@@ -80,7 +79,7 @@ def test_the_card_tells_what_was_measured(model: Path, tmp_path: Path) -> None:
     card = (tmp_path / "out/README.md").read_text()
     assert "| free-running, greedy | 2.25 | 75% | 50% | 62% |" in card
     # 1 + 0.8 + 0.8 x 0.5 = 2.2 tokens, for 2.75 instead of 2.00 ms; with four texts at once heads do not pay.
-    assert tuning.expected(1, 3) == pytest.approx(1.6) and "| 2.00 | 1.60 with 3 |" in card
+    assert tuning.expected_speedup(1, 3) == pytest.approx(1.6) and "| 2.00 | 1.60 with 3 |" in card
     assert "| 4.00 | 1.00 with 1 |" in card
     assert "| 2 | 2.500 | 50.0% |" in card and "7 documents (held-out)" in card and "/home/me" not in card
     assert asdict(tuning)["costs"]["slots"] == (1, 4)

@@ -15,9 +15,7 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.backend import backend_of
-from headstart.decoding.policy.calibration import PRIOR, AcceptanceTable
-from headstart.decoding.policy.online import UntunedPolicy
-from headstart.decoding.policy.tuning_file import TUNING_FILE, read_tuning
+from headstart.decoding.policy.calibration import PRIOR, TUNING_FILE, AcceptanceTable, read_tuning
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.draft_ranks import draft_ranks
@@ -68,14 +66,15 @@ def test_all_of_it(directory, capsys) -> None:
 
     model = headstart.load(directory)
     policy = model.engine(exact=False).policy
-    assert policy is not None and policy.tuning.costs.slots == (1, 2)
+    assert policy is not None and policy.calibration.current.costs.slots == (1, 2)
     assert model.engine(exact=False).policy is not policy  # it remembers how its own engine does
     chosen = model.generate("def f(", max_new_tokens=40, exact=False)
     plain = model.generate("def f(", max_new_tokens=40, heads=1, exact=False)
     assert chosen.tokens == plain.tokens
     # Measured with one thread, so it says nothing of two.
     torch.set_num_threads(2)
-    assert isinstance(model.engine(exact=False).policy, UntunedPolicy) == backend_of(model.transformer).row_exact
+    online = model.engine(exact=False).policy
+    assert (online is not None and online.calibration.online) == backend_of(model.transformer).row_exact
 
     # Again, with --json: this machine's entry is replaced, another one's stays.
     content["costs"][0]["setting"]["processor"] = "another"

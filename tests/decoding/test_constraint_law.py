@@ -94,7 +94,7 @@ class Ahead(DraftPolicy):
     def prefixes(self, sampled, confidences):
         return [0.5**i for i, _ in enumerate(confidences, start=1)]
 
-    def plan(self, slots, prefixes):
+    def plan(self, slots, prefixes, sampled=False):
         # What is forced before anything is drawn is sure, and that the text is over then; nothing else is known beyond
         # what the heads are in general.
         assert prefixes[0] in ([], [0.5, 0.25], [1.0, 0.5], [1.0, 1.0], [1.0, 0.0])

@@ -52,14 +52,14 @@ def test_with_trees_it_is_constrained_plain_decoding(name: str, tokenizer, sampl
 @pytest.mark.parametrize("exact", [True, False])
 def test_in_a_batch_constrained_and_free_texts_both_have_trees(compiled: bool, exact: bool) -> None:
     class Pruning(Whim):
-        def plant(self, tree: DraftTree) -> bool:
+        def use_tree(self, tree: DraftTree) -> bool:
             self.tree = tree
             return True
 
         def chances(self, sampled, confidences):
             return [0.5] * len(TREE.paths) if confidences else []
 
-        def saw(self, *_):
+        def observe(self, *_):
             pass
 
     model = packed("transformer-parallel", torch.float32, compiled)

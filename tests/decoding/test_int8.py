@@ -17,7 +17,7 @@ from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.kernels.int8 import ROW_STEPS, WEIGHT_STEPS, Int8Linear, quantize_rows, quantize_weight
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.policy.calibration import setting
+from headstart.decoding.policy.calibration import machine_key
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
@@ -116,7 +116,7 @@ def test_speculative_int8_is_plain_int8(shape: str, fast: bool) -> None:
 
 
 def test_costs_of_int8_are_kept_apart() -> None:
-    plain, int8 = (setting(pack(copy.deepcopy(trained("replicated")), quantize=q)) for q in (None, "int8"))
+    plain, int8 = (machine_key(pack(copy.deepcopy(trained("replicated")), quantize=q)) for q in (None, "int8"))
     assert plain["dtype"] == "float32" and int8["dtype"] == "int8"
     assert {**plain, "dtype": 0} == {**int8, "dtype": 0}
 

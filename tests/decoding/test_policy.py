@@ -19,12 +19,12 @@ from headstart.decoding.policy.calibration import (
     AcceptanceTable,
     PassCosts,
     Tuning,
-    content_with,
-    setting,
-    tuning_from,
+    add_tuning,
+    machine_key,
+    parse_tuning,
 )
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.policy.timing_step import Step
+from headstart.decoding.policy.timing import Step
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 
@@ -47,11 +47,11 @@ def tuning(first: float, row: float, plain: float = 1.0, table: AcceptanceTable 
 
 def test_what_heads_know_in_int8_is_kept_beside_what_they_know_without() -> None:
     model = packed("replicated", torch.float32)
-    here = setting(model)
+    here = machine_key(model)
     plain, quantized = tuning(1.2, 0.1), tuning(1.2, 0.1, table=acceptance(0.5))
-    content = content_with(None, here, plain, {})
-    content = content_with(content, here | {"dtype": "int8"}, quantized, {})
-    found = tuning_from(json.loads(json.dumps(content)), model)
+    content = add_tuning(None, here, plain, {})
+    content = add_tuning(content, here | {"dtype": "int8"}, quantized, {})
+    found = parse_tuning(json.loads(json.dumps(content)), model)
     assert found is not None and found.greedy == plain.greedy
     assert content["acceptance_int8"]["greedy"]["mean"] == quantized.greedy.mean
 
@@ -81,22 +81,22 @@ def test_what_heads_know_in_int8_is_kept_beside_what_they_know_without() -> None
 )
 def test_numbers_of_a_file_that_no_measurement_gives_are_refused(path: tuple, value: object, said: str) -> None:
     model = packed("replicated", torch.float32)
-    content = json.loads(json.dumps(content_with(None, setting(model), tuning(1.2, 0.1), {})))
+    content = json.loads(json.dumps(add_tuning(None, machine_key(model), tuning(1.2, 0.1), {})))
     place = content
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
     if said:
         with pytest.raises(UsageError, match=said):
-            tuning_from(content, model)
+            parse_tuning(content, model)
     else:
-        assert tuning_from(content, model) is not None
+        assert parse_tuning(content, model) is not None
 
 
 def test_acceptance_is_conditional_and_sorted_by_confidence() -> None:
     # Head 2 is right where it is sure; head 3 is judged only where head 2 was right.
     observed = [([SURE, 0.55], 2)] * 30 + [([SURE, 0.55], 1)] * 10 + [([UNSURE, 0.55], 0)] * 60
-    found = AcceptanceTable.of(observed, 3)
+    found = AcceptanceTable.from_passes(observed, 3)
     assert found.mean == (pytest.approx(40.5 / 101), pytest.approx(30.5 / 41))
     sure, unsure = found.by_confidence[0][-1], found.by_confidence[0][0]
     assert sure == pytest.approx((40 + PRIOR * found.mean[0]) / (40 + PRIOR))
@@ -144,7 +144,7 @@ def test_where_drafting_cannot_pay_heads_never_draft() -> None:
     policy = DraftPolicy(tuning(first=3.0, row=2.0))
     for _ in range(1000):
         assert policy.plan(1, [[]]) == (1, False)
-        policy.saw(1, 1, 1, False, 1)
+        policy.observe(1, 1, 1, False, 1)
 
 
 def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely() -> None:
@@ -154,11 +154,11 @@ def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely(
     for _ in range(20_000):
         rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
         drafting += drafts
-        policy.saw(1, 1, rows, drafts, 1)  # nothing is ever accepted
+        policy.observe(1, 1, rows, drafts, 1)  # nothing is ever accepted
     assert 0 < drafting < 600
     for _ in range(5_000):  # the text turns
         rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
-        policy.saw(1, 1, rows, drafts, rows)
+        policy.observe(1, 1, rows, drafts, rows)
     assert drafts and rows == 4 and policy.rate > 2
 
 
@@ -169,7 +169,7 @@ def test_drafts_that_fall_far_short_of_what_was_foreseen_are_given_up_at_once(sl
     for _ in range(64):
         rows, drafts = policy.plan(slots, [policy.prefixes(False, [SURE] * 3)] * slots)
         drafting += drafts
-        policy.saw(slots, slots, rows, drafts, slots)
+        policy.observe(slots, slots, rows, drafts, slots)
     assert 0 < drafting <= most
 
 
@@ -179,7 +179,7 @@ def test_passes_that_nobody_asked_about_are_no_surprise() -> None:
     sure = policy.prefixes(False, [SURE] * 3)
     policy.plan(1, [sure])
     for _ in range(policy.PROBE - 1):
-        policy.saw(1, 1, 1, True, 1)
+        policy.observe(1, 1, 1, True, 1)
     assert policy.plan(1, [sure])[1]
 
 
@@ -191,7 +191,7 @@ def test_drafts_that_fare_as_foreseen_are_no_surprise() -> None:
             rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
             right = next((i for i in range(rows - 1) if rng.random() > 0.7), rows - 1)
             given_up += not drafts
-            policy.saw(1, 1, rows, drafts, 1 + right)
+            policy.observe(1, 1, rows, drafts, 1 + right)
     assert given_up < 0.01 * 200 * 40
 
 
@@ -201,13 +201,13 @@ def test_where_drafting_is_not_expected_to_pay_it_is_tried_late() -> None:
     sure = policy.prefixes(False, [SURE] * 3)
     drafts = [policy.plan(1, [[]])[1]]
     for _ in range(policy.DOUBT):
-        policy.saw(1, 1, 1, False, 1)
+        policy.observe(1, 1, 1, False, 1)
         drafts.append(policy.plan(1, [[]])[1])
     assert drafts == [False] * policy.DOUBT + [True]
     for _ in range(3 * policy.PROBE):
         rows, drafting = policy.plan(1, [sure])
         assert drafting
-        policy.saw(1, 1, rows, drafting, rows)
+        policy.observe(1, 1, rows, drafting, rows)
     assert policy.plan(1, [sure])[1] and policy.plan(2, [sure] * 2)[1]  # with more slots too
 
 
@@ -218,7 +218,7 @@ class Whim(DraftPolicy):
         super().__init__(tuning(1.0, 0.1))
         self.random, self.chosen = random.Random(seed), set()
 
-    def plan(self, slots, prefixes):
+    def plan(self, slots, prefixes, sampled=False):
         drafts = self.random.random() < 0.8
         rows = self.random.randint(1, max(map(len, prefixes)) + 1) if drafts else 1
         self.chosen.add((rows, drafts))
@@ -270,7 +270,7 @@ class Resting(DraftPolicy):
         super().__init__(tuning(1.0, 0.01))
         self.passes = 0
 
-    def plan(self, slots, prefixes):
+    def plan(self, slots, prefixes, sampled=False):
         self.passes += 1
         return (1, False) if self.passes == 10 else (1 + max(map(len, prefixes)), True)
 
@@ -315,24 +315,23 @@ def test_sampled_passes_have_costs_of_their_own() -> None:
     policy = DraftPolicy(found)
     sure = policy.prefixes(False, [SURE] * 3)
     assert policy.plan(1, [sure]) == (4, True)
-    policy.sampled = True
-    assert policy.plan(1, [sure]) == (1, False)
+    assert policy.plan(1, [sure], sampled=True) == (1, False)
     # The file keeps both; one written before they were measured has greedy ones alone.
     model = packed("replicated", torch.float32)
-    content = json.loads(json.dumps(content_with(None, setting(model), found, {})))
-    assert tuning_from(content, model) == found
+    content = json.loads(json.dumps(add_tuning(None, machine_key(model), found, {})))
+    assert parse_tuning(content, model) == found
     del content["costs"][0]["sampled"]
-    old = tuning_from(content, model)
-    assert old is not None and old.kind(True)[1] == old.costs == greedy
+    old = parse_tuning(content, model)
+    assert old is not None and old.select(True)[1] == old.costs == greedy
 
 
 def test_the_engine_says_which_passes_are_sampled() -> None:
     told = []
 
     class Noting(Whim):
-        def plan(self, slots, prefixes):
-            told.append(self.sampled)
-            return super().plan(slots, prefixes)
+        def plan(self, slots, prefixes, sampled=False):
+            told.append(sampled)
+            return super().plan(slots, prefixes, sampled)
 
     engine = Engine(packed("replicated", torch.float32), slots=2, policy=Noting(0), exact=False)
     generate_all(engine, [Request(PROMPT, 40), Request(PROMPT, 8, Sampling(1.0))])

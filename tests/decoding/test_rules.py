@@ -215,7 +215,7 @@ class Sure(DraftPolicy):
     def prefixes(self, sampled, confidences):
         return confidences
 
-    def plan(self, slots, prefixes):
+    def plan(self, slots, prefixes, sampled=False):
         return 1 + max(sum(c > 0.4 for c in p) for p in prefixes), True
 
 
@@ -240,7 +240,7 @@ def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.Monke
     depend on draft 2."""
 
     class OnlyBothOrNone(Sure):
-        def plan(self, slots, prefixes):
+        def plan(self, slots, prefixes, sampled=False):
             return (3 if all(p and p[-1] > 0.45 for p in prefixes) else 1), True
 
     raw, model = _small(layers=1, **CHAIN)

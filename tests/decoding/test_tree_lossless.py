@@ -215,14 +215,14 @@ def test_the_walk_in_c_is_the_walk_in_torch(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_output_does_not_depend_on_how_many_nodes_are_fed(compiled: bool) -> None:
     class Pruning(Whim):
-        def plant(self, tree: DraftTree) -> bool:
+        def use_tree(self, tree: DraftTree) -> bool:
             self.tree = tree
             return True
 
         def chances(self, sampled, confidences):
             return [0.5] * len(self.tree.paths) if confidences else []
 
-        def saw(self, *_):
+        def observe(self, *_):
             pass
 
     model = packed("transformer-parallel", torch.float32, compiled)

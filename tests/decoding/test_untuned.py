@@ -7,85 +7,92 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.policy import online
 from headstart.decoding.policy.calibration import EDGES, PRIOR
-from headstart.decoding.policy.online import AcceptanceCounts, Learned, UntunedPolicy, hoped
+from headstart.decoding.policy.online import AcceptanceCounts, Observations, OnlineCalibration, prior_acceptance
+from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.policy.timing import ASSUMED_ACCEPTANCE, quick_pass_costs
 from headstart.decoding.settings import Request, Sampling
 
 PROMPT = tuple(b"the cat then")
 
 
-def costs(monkeypatch: pytest.MonkeyPatch, first: float, row: float) -> list[int]:
-    """Made up for timed ones; the list grows by the slots that are asked for."""
-    asked: list[int] = []
+class Costs:
+    """Costs in place of timed ones; `asked` keeps the numbers of slots that were to be timed."""
 
-    def made_up(model, slots, sampled):
-        asked.append(slots)
-        return 1.0, tuple(first + row * i for i in range(HEADS))
+    def __init__(self, first: float, row: float) -> None:
+        self.first, self.row = first, row
+        self.asked: list[int] = []
 
-    monkeypatch.setattr(online, "timed_costs", made_up)
-    return asked
+    def __call__(self, model, slots, sampled):
+        self.asked.append(slots)
+        return 1.0, tuple(self.first + self.row * i for i in range(HEADS))
+
+
+def observations(costs: Costs, model=None) -> Observations:
+    return Observations(model or packed("replicated", torch.float32), costs)
+
+
+def policy_of(observed: Observations) -> DraftPolicy:
+    return DraftPolicy(OnlineCalibration(observed))
 
 
 def test_a_draft_is_worth_what_is_hoped_until_it_was_seen() -> None:
-    assert 0.3 < hoped(0.0) < hoped(0.5) < hoped(1.0) == 1.0
+    assert 0.3 < prior_acceptance(0.0) < prior_acceptance(0.5) < prior_acceptance(1.0) == 1.0
     counts = AcceptanceCounts(3)
     table = counts.table()
-    assert len(table.mean) == 2 and table.by_confidence[0][0] == pytest.approx(hoped(EDGES[0] / 2))
-    assert table.by_confidence[1][-1] == pytest.approx(hoped((EDGES[-1] + 1) / 2))
+    assert len(table.mean) == 2 and table.by_confidence[0][0] == pytest.approx(prior_acceptance(EDGES[0] / 2))
+    assert table.by_confidence[1][-1] == pytest.approx(prior_acceptance((EDGES[-1] + 1) / 2))
     for _ in range(96):
         counts.add([0.05, 0.99], fed=2, accepted=0)  # head 3 was never reached, so nothing is learned of it
     table = counts.table()
-    assert (
-        table.by_confidence[0][0] == pytest.approx(PRIOR * hoped(EDGES[0] / 2) / (96 + PRIOR)) and table.mean[0] < 0.1
-    )
+    assert table.mean[0] < 0.1
+    assert table.by_confidence[0][0] == pytest.approx(PRIOR * prior_acceptance(EDGES[0] / 2) / (96 + PRIOR))
     assert table.by_confidence[1] == AcceptanceCounts(3).table().by_confidence[1]
     counts.add([0.05, 0.99], fed=1, accepted=1)  # fed alone: again nothing of head 3
     assert counts.table().mean[1] == table.mean[1]
-    assert counts.table().mean[0] == pytest.approx((PRIOR * online.HOPED + 1) / (97 + PRIOR))
+    assert counts.table().mean[0] == pytest.approx((PRIOR * ASSUMED_ACCEPTANCE + 1) / (97 + PRIOR))
 
 
-def test_passes_are_timed_once_at_powers_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = costs(monkeypatch, 1.0, 0.1)
-    learned = Learned(packed("replicated", torch.float32))
+def test_passes_are_timed_once_at_powers_of_two() -> None:
+    costs = Costs(1.0, 0.1)
+    observed = observations(costs)
     for slots, expected in ((1, [1]), (1, [1]), (4, [1, 4]), (5, [1, 4, 8]), (6, [1, 4, 8]), (16, [1, 4, 8, 16])):
-        UntunedPolicy(learned).plan(slots, [[]] * slots)
-        assert asked == expected
+        policy_of(observed).plan(slots, [[]] * slots)
+        assert costs.asked == expected
 
 
-def test_what_was_prepared_is_not_timed_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = costs(monkeypatch, 1.0, 0.1)
-    policy = UntunedPolicy(Learned(packed("replicated", torch.float32)))
+def test_what_was_prepared_is_not_timed_while_decoding() -> None:
+    costs = Costs(1.0, 0.1)
+    policy = policy_of(observations(costs))
     policy.prepare(5)
-    assert sorted(asked) == [1, 1, 2, 2, 4, 4, 8, 8]  # greedy and sampled
+    assert sorted(costs.asked) == [1, 1, 2, 2, 4, 4, 8, 8]  # greedy and sampled
     for slots in range(1, 6):
-        for policy.sampled in (False, True):
-            policy.plan(slots, [[]] * slots)
-    assert len(asked) == 8
+        for sampled in (False, True):
+            policy.plan(slots, [[]] * slots, sampled)
+    assert len(costs.asked) == 8
 
 
 @pytest.mark.parametrize("shape", ["replicated", "transformer-parallel"])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_it_drafts_where_that_pays_rests_where_it_does_not_and_writes_the_same(shape, slots, monkeypatch) -> None:
+def test_it_drafts_where_that_pays_rests_where_it_does_not_and_writes_the_same(shape, slots) -> None:
     # Windows that are not fixed, on every machine: what a policy chose is then what was fed.
     model = packed(shape, torch.float64)
     requests = [Request(PROMPT[i:], 60, Sampling(0.8 * (i % 2), seed=i)) for i in range(3)]
     plain = [g.tokens for g in generate_all(Engine(model), [Request(r.prompt, 60, r.sampling, 1) for r in requests])]
     drafted = {}
     for name, first, row in (("free", 1.0, 0.0), ("dear", 1.5, 1.5)):
-        costs(monkeypatch, first, row)
-        learned = Learned(model)
-        engine = Engine(model, slots=slots, policy=UntunedPolicy(learned), exact=False)
+        policy = policy_of(observations(Costs(first, row), model))
+        engine = Engine(model, slots=slots, policy=policy, exact=False)
         got = generate_all(engine, requests)
         assert [g.tokens for g in got] == plain
         drafted[name] = sum(sum(g.stats.drafted) for g in got)
     assert drafted["dear"] == 0 < drafted["free"]
 
 
-def test_what_it_saw_makes_it_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts that their heads are sure of and that are never kept."""
-    costs(monkeypatch, 1.1, 0.2)
-    policy = UntunedPolicy(Learned(packed("replicated", torch.float32)))
+def test_drafts_that_fail_make_it_pause() -> None:
+    """Drafts that their heads are sure of and that are never accepted."""
+    observed = observations(Costs(1.1, 0.2))
+    policy = policy_of(observed)
     sure = [0.99] * (HEADS - 1)
     assert policy.plan(1, [policy.prefixes(False, sure)]) == (HEADS, True)
     drafting = 0
@@ -94,17 +101,16 @@ def test_what_it_saw_makes_it_rest(monkeypatch: pytest.MonkeyPatch) -> None:
         drafting += drafts
         if drafts:
             policy.learn(False, sure, rows - 1, 0)
-        policy.saw(1, 1, rows, drafts, 1)
+        policy.observe(1, 1, rows, drafts, 1)
     assert drafting < 250
-    assert policy.tuning.sampled == UntunedPolicy(policy.learned).tuning.sampled  # of sampled drafts it saw none
-    assert UntunedPolicy(policy.learned).tuning.greedy.mean[0] < 0.4  # another engine knows it too
+    assert policy.calibration.current.sampled == observed.tuning().sampled  # it fed no sampled drafts
+    assert OnlineCalibration(observed).current.greedy.mean[0] < 0.4  # another engine knows it too
 
 
 @pytest.mark.parametrize("odd", [16, 100, 400])
-def test_odd_texts_do_not_stop_drafting_for_long(odd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_texts_do_not_stop_drafting_for_long(odd: int) -> None:
     """Passes whose drafts are all wrong, then text whose drafts are all right."""
-    costs(monkeypatch, 1.1, 0.1)
-    policy = UntunedPolicy(Learned(packed("replicated", torch.float32)))
+    policy = policy_of(observations(Costs(1.1, 0.1)))
     half_sure, plain = [0.5] * (HEADS - 1), 0
     confidences: list[float] = []
     for i in range(odd + 600):
@@ -112,24 +118,24 @@ def test_odd_texts_do_not_stop_drafting_for_long(odd: int, monkeypatch: pytest.M
         kept = 0 if i < odd else rows - 1
         if confidences and rows > 1:
             policy.learn(False, confidences, rows - 1, kept)
-        policy.saw(1, 1, rows, drafts, 1 + kept)
+        policy.observe(1, 1, rows, drafts, 1 + kept)
         confidences = half_sure if drafts else []
         plain += i >= odd and not drafts
     assert drafts and rows == HEADS and plain <= 128
 
 
-def test_what_one_engine_has_timed_another_one_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = costs(monkeypatch, 1.0, 0.1)
-    learned = Learned(packed("replicated", torch.float32))
-    first, second = UntunedPolicy(learned), UntunedPolicy(learned)
+def test_what_one_engine_has_timed_another_one_knows() -> None:
+    costs = Costs(1.0, 0.1)
+    observed = observations(costs)
+    first, second = policy_of(observed), policy_of(observed)
     for policy in (first, second):
         assert policy.plan(1, [[0.9] * (HEADS - 1)]) == (HEADS, True)
-    assert asked == [1]
+    assert costs.asked == [1]
     first.plan(4, [[]])
-    assert second.plan(4, [[0.9]] * 4) == (2, True) and asked == [1, 4]
+    assert second.plan(4, [[0.9]] * 4) == (2, True) and costs.asked == [1, 4]
 
 
 def test_times_of_passes_are_sane() -> None:
-    plain, drafting = online.timed_costs(packed("replicated", torch.float32), 2, True)
+    plain, drafting = quick_pass_costs(packed("replicated", torch.float32), 2, True)
     assert plain > 0 and len(drafting) == HEADS
     assert list(drafting) == sorted(drafting)

@@ -32,7 +32,7 @@ def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.Monke
         written.append(request)
         return submit(engine, request)
 
-    monkeypatch.setattr(online, "timed_costs", made_up)
+    monkeypatch.setattr(online, "quick_pass_costs", made_up)
     monkeypatch.setattr(Engine, "submit", watched)
     with running(ServeSettings(port=0, slots=3, threads=1)) as server:
         before = list(timed)
@@ -40,9 +40,9 @@ def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.Monke
         assert before in ([], [(1, 1), (2, 1), (4, 1)] * 2)  # greedy and sampled
         assert len(written) == 1 and metric(server, "headstart_tokens_total") == 0
         assert len(constraints._compiled[server.service.tokenizer]) == 1
-        for learned in server.service.model._learned.values():  # nothing of a text that nobody asked for
+        for observed in server.service.model._observations.values():  # nothing of a text that nobody asked for
             fresh = AcceptanceCounts(server.service.model.config.heads).table()
-            assert all(counts.table() == fresh for counts in learned.counts.values())
+            assert all(counts.table() == fresh for counts in observed.counts.values())
         asked = {"prompt": "x", "max_tokens": 4, "n": 3}
         assert HTTP.post(f"{server.url}/v1/completions", json=asked).status_code == 200
         assert timed == before

@@ -1,16 +1,18 @@
-"""What is known of a model's drafts and of a machine's passes: how often which are right, and what rows cost.
+"""Estimate how often drafts are right and what passes cost; store the estimates in `tuning.json`.
 
-`headstart tune` measures both (headstart/commands/tune.py), a file beside the model keeps them
-(decoding/policy/tuning_file.py), and the policy chooses by them (policy.py).
+`headstart tune` measures a `Tuning` and writes it into the model directory. `online.py` learns one while decoding.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -18,33 +20,40 @@ from headstart import hardware
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree
 from headstart.decoding.kernels.backend import backend_of
 from headstart.errors import UsageError, shorten
+from headstart.fileio import read_json, write_text
 from headstart.model.transformer import Transformer
 
+TUNING_FILE = "tuning.json"
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-"""Between the bins of confidence."""
+"""The confidences that separate one bin from the next."""
 PRIOR = 4.0
 """Observations that a bin starts with, at the mean of its head."""
-
 MOST_SLOTS = 10**6
 MOST_MILLISECONDS = 10**9
+AGAIN = "measure it again with headstart tune"
 
 
 @dataclass(frozen=True)
 class AcceptanceTable:
-    """How often the draft of head k is right where those of heads 2..k-1 are; entry k-2."""
+    """How often the draft of head k is right if those of heads 2..k-1 are; entry k-2."""
 
     mean: tuple[float, ...]
     by_confidence: tuple[tuple[float, ...], ...]
-    """[k-2][bin]: by the probability that head k gave its draft, bins between `EDGES`."""
+    """[k-2][bin]: the same by the probability that head k gave its draft, in bins between `EDGES`."""
     rank_mean: tuple[tuple[float, ...], ...] = ()
-    """[k-2][r]: how often the candidate of rank r of head k is right where heads 2..k-1 had the right ones among their
-    candidates; empty where that was not measured."""
+    """[k-2][r]: how often the candidate of rank r of head k is right if heads 2..k-1 had the right tokens among their
+    candidates; empty if that was not measured."""
     rank_by_confidence: tuple[tuple[tuple[float, ...], ...], ...] = ()
     """[k-2][r][bin]: the same by the probability that head k gave its best candidate."""
 
     @classmethod
-    def of(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
-        """Of passes that fed all drafts: the confidence of each and how many were accepted."""
+    def from_passes(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
+        """Count how drafts fared in passes that fed all of them.
+
+        Args:
+            observed: for each pass the confidence of each draft, and how many drafts were accepted.
+            heads: the number of heads, head 1 included.
+        """
         means, tables = [], []
         for i in range(heads - 1):
             reached = [(confidences[i], accepted > i) for confidences, accepted in observed if accepted >= i]
@@ -58,9 +67,21 @@ class AcceptanceTable:
             tables.append(tuple(a / b for a, b in zip(right_in, all_in)))
         return cls(tuple(means), tuple(tables))
 
+    @classmethod
+    def uniform(cls, share: float, heads: int, ranks: int = 0) -> AcceptanceTable:
+        """Return the table of drafts that are all right with probability `share`, whatever their confidence."""
+        bins = (share,) * (len(EDGES) + 1)
+        by_rank = (((share,) * ranks,) * (heads - 1), ((bins,) * ranks,) * (heads - 1)) if ranks else ()
+        return cls((share,) * (heads - 1), (bins,) * (heads - 1), *by_rank)
+
     def with_ranks(self, observed: Sequence[Sequence[tuple[float, int]]], ranks: int) -> AcceptanceTable:
-        """Of drafts made: entry k-2 the probability that head k gave its best candidate, and the rank of the right
-        token. Ranks from `ranks` on count as none."""
+        """Return this table with the shares of each rank added.
+
+        Args:
+            observed: for each position where heads drafted, in entry k-2: the probability that head k gave its best
+                candidate, and the rank of the right token among its candidates.
+            ranks: the number of ranks to count; a larger rank counts as not found.
+        """
         means, tables = [], []
         for i in range(len(self.mean)):
             reached = [heads[i] for heads in observed if all(rank < ranks for _, rank in heads[:i])]
@@ -76,20 +97,20 @@ class AcceptanceTable:
             tables.append(tuple(tuple(a / b for a, b in zip(counts, all_in)) for counts in in_bin))
         return replace(self, rank_mean=tuple(means), rank_by_confidence=tuple(tables))
 
-    def chances(self, confidences: Sequence[float], tree: DraftTree) -> list[float]:
-        """Of each node of `tree` that its path is right; of none where nothing was drafted."""
-        if not confidences:
-            return []
-        bins = [bisect_right(EDGES, confidence) for confidence in confidences]
-        return tree.chances([[ranks[at] for ranks in head] for head, at in zip(self.rank_by_confidence, bins)])
-
     def prefixes(self, confidences: Sequence[float]) -> list[float]:
-        """Entry j-1: the probability that the first j drafts are all right."""
+        """Return in entry j-1 the probability that the first j drafts are all right."""
         reached, prefixes = 1.0, []  # a plain loop: this runs in every pass
         for table, confidence in zip(self.by_confidence, confidences):
             reached *= table[bisect_right(EDGES, confidence)]
             prefixes.append(reached)
         return prefixes
+
+    def chances(self, confidences: Sequence[float], tree: DraftTree) -> list[float]:
+        """Return for each node of `tree` the probability that its path is right; nothing if nothing was drafted."""
+        if not confidences:
+            return []
+        bins = [bisect_right(EDGES, confidence) for confidence in confidences]
+        return tree.chances([[ranks[at] for ranks in head] for head, at in zip(self.rank_by_confidence, bins)])
 
 
 @dataclass(frozen=True)
@@ -107,8 +128,26 @@ class PassCosts:
     tree: tuple[tuple[float, ...], ...] = ()
     """[slots][i]: windows that are trees of `tree_rows[i]` rows."""
 
+    def at(self, slots: int) -> tuple[float, tuple[float, ...]]:
+        """Return the cost of a plain pass, and of drafting passes by rows, for any number of slots.
+
+        Costs lie on the straight line through the nearest two batch sizes measured.
+        """
+        if len(self.slots) == 1:
+            return self.plain[0], self.drafting[0]
+        high = min(max(bisect_right(self.slots, slots), 1), len(self.slots) - 1)
+        low = high - 1
+        share = (slots - self.slots[low]) / (self.slots[high] - self.slots[low])
+
+        def between(a: float, b: float) -> float:
+            return max(a + share * (b - a), 1e-6)
+
+        rows = tuple(between(a, b) for a, b in zip(self.drafting[low], self.drafting[high]))
+        # More rows are never cheaper: a measurement that says so is noise.
+        return between(self.plain[low], self.plain[high]), tuple(itertools.accumulate(rows, max))
+
     def at_tree(self, slots: int) -> tuple[float, tuple[float, ...]]:
-        """`at` for windows that are trees; between the rows measured by the straight line."""
+        """Return the same as `at` for windows that are trees, on the straight line between the rows measured."""
         known = (1, *self.tree_rows)
         by_rows = []
         for drafting, measured in zip(self.drafting, self.tree):
@@ -121,69 +160,95 @@ class PassCosts:
             by_rows.append(tuple(row))
         return replace(self, drafting=tuple(by_rows)).at(slots)
 
-    def at(self, slots: int) -> tuple[float, tuple[float, ...]]:
-        """(plain, drafting by rows) for any number of slots, by the straight line through the nearest two measured."""
-        if len(self.slots) == 1:
-            return self.plain[0], self.drafting[0]
-        high = min(max(bisect_right(self.slots, slots), 1), len(self.slots) - 1)
-        low = high - 1
-        share = (slots - self.slots[low]) / (self.slots[high] - self.slots[low])
-
-        def between(a: float, b: float) -> float:
-            return max(a + share * (b - a), 1e-6)
-
-        rows = tuple(between(a, b) for a, b in zip(self.drafting[low], self.drafting[high]))
-        # More rows are never cheaper: where they were measured so, that was noise.
-        return between(self.plain[low], self.plain[high]), tuple(itertools.accumulate(rows, max))
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `headstart tune` measured of a model on a machine."""
-
-    greedy: AcceptanceTable
-    sampled: AcceptanceTable
-    costs: PassCosts
-    tree: DraftTree | None = None
-    """What windows are best, if no chain."""
-    sampled_costs: PassCosts | None = None
-    """Of passes in which some text is sampled: noise is made for every row (None: taken for those of greedy ones)."""
-
-    def kind(self, sampled: bool) -> tuple[AcceptanceTable, PassCosts]:
-        """What holds for passes that are sampled, or greedy."""
-        return (self.sampled, self.sampled_costs or self.costs) if sampled else (self.greedy, self.costs)
-
-    def expected(self, slots: int, rows: int, sampled: bool = False) -> float:
-        """Tokens per second of windows of `rows` rows, over those of plain decoding."""
-        table, costs = self.kind(sampled)
-        plain, drafting = costs.at(slots)
-        tokens = 1 + sum(itertools.accumulate(table.mean[: rows - 1], lambda a, b: a * b))
-        return tokens * plain / drafting[rows - 1]
-
-    def best(self, slots: int, tree: DraftTree | None = None, sampled: bool = False) -> float:
-        """The highest of `expected` for any number of rows, of a chain or of `tree`."""
-        table, pass_costs = self.kind(sampled)
-        if tree is None:
-            return max(self.expected(slots, rows, sampled) for rows in range(1, len(table.mean) + 2))
-        plain, drafting = pass_costs.at_tree(slots)
-        tokens = itertools.accumulate(tree.chances(table.rank_mean), initial=1.0)
-        return max(count * plain / cost_of_rows(drafting, rows) for rows, count in enumerate(tokens, start=1))
-
-    def tree_for(self, slots: int) -> DraftTree | None:
-        """`tree` if it can be expected to beat chains at this batch size."""
-        return self.tree if self.tree is not None and self.best(slots, self.tree) > self.best(slots) else None
-
 
 def cost_of_rows(costs: Sequence[float], rows: int) -> float:
-    """The cost of this many rows; beyond those measured, by the average row."""
+    """Return the cost of this many rows; rows beyond those measured cost the average row each."""
     beyond = rows - len(costs)
     if beyond <= 0:
         return costs[rows - 1]
     return costs[-1] + beyond * ((costs[-1] - costs[0]) / (len(costs) - 1) if len(costs) > 1 else costs[0])
 
 
-def setting(model: Transformer) -> dict[str, Any]:
-    """What costs depend on, beside the model: an entry of costs holds where this is equal."""
+class Calibration(ABC):
+    """The estimates that a policy chooses by: stored (`Tuning`), or learned while decoding (`OnlineCalibration`)."""
+
+    online: ClassVar[bool]
+    """Whether estimates are learned while decoding. They begin as priors, on costs from a few passes."""
+
+    @property
+    @abstractmethod
+    def current(self) -> Tuning:
+        """The estimates in use now; another object whenever they have changed."""
+
+    @abstractmethod
+    def measure(self, slots: int, sampled: bool) -> None:
+        """Time passes of `slots` windows if their costs are not known yet."""
+
+    @abstractmethod
+    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
+        """Count a window that fed `fed` drafts of the heads and accepted `accepted` of them."""
+
+    @abstractmethod
+    def fade(self, sampled: bool) -> None:
+        """Forget most of what was learned of drafts, after a time without any."""
+
+
+@dataclass(frozen=True)
+class Tuning(Calibration):
+    """The estimates for one model on one machine, as `headstart tune` measures them."""
+
+    online: ClassVar[bool] = False
+    greedy: AcceptanceTable
+    sampled: AcceptanceTable
+    costs: PassCosts
+    tree: DraftTree | None = None
+    """The best windows, if they are no chains."""
+    sampled_costs: PassCosts | None = None
+    """Costs of passes with a sampled request: they make noise for every row (None: the costs of greedy passes)."""
+
+    @property
+    def current(self) -> Tuning:
+        """These estimates, which never change."""
+        return self
+
+    def measure(self, slots: int, sampled: bool) -> None:
+        """Do nothing: every cost is measured or lies between measured ones."""
+
+    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
+        """Do nothing: measured estimates stay as they are."""
+
+    def fade(self, sampled: bool) -> None:
+        """Do nothing: measured estimates stay as they are."""
+
+    def select(self, sampled: bool) -> tuple[AcceptanceTable, PassCosts]:
+        """Return the table and the costs of sampled passes, or of greedy ones."""
+        return (self.sampled, self.sampled_costs or self.costs) if sampled else (self.greedy, self.costs)
+
+    def expected_speedup(self, slots: int, rows: int, sampled: bool = False) -> float:
+        """Return the expected tokens per second of windows of `rows` rows, over those of plain decoding."""
+        table, costs = self.select(sampled)
+        plain, drafting = costs.at(slots)
+        tokens = 1 + sum(itertools.accumulate(table.mean[: rows - 1], lambda a, b: a * b))
+        return tokens * plain / drafting[rows - 1]
+
+    def best_speedup(self, slots: int, tree: DraftTree | None = None, sampled: bool = False) -> float:
+        """Return the highest expected speed-up of any fixed number of rows, of a chain or of `tree`."""
+        table, costs = self.select(sampled)
+        if tree is None:
+            return max(self.expected_speedup(slots, rows, sampled) for rows in range(1, len(table.mean) + 2))
+        plain, drafting = costs.at_tree(slots)
+        tokens = itertools.accumulate(tree.chances(table.rank_mean), initial=1.0)
+        return max(count * plain / cost_of_rows(drafting, rows) for rows, count in enumerate(tokens, start=1))
+
+    def tree_for(self, slots: int) -> DraftTree | None:
+        """Return `tree` if it is expected to beat chains at this batch size."""
+        if self.tree is None or self.best_speedup(slots, self.tree) <= self.best_speedup(slots):
+            return None
+        return self.tree
+
+
+def machine_key(model: Transformer) -> dict[str, Any]:
+    """Return what costs depend on besides the model: stored costs hold where the key is equal."""
     weight = model.trunk.embedding.weight
     backend, here = backend_of(model), hardware.describe()
     return {
@@ -195,39 +260,89 @@ def setting(model: Transformer) -> dict[str, Any]:
     }
 
 
-def tuning_from(content: dict[str, Any], model: Transformer) -> Tuning | None:
-    """The tuning of `model` as it runs here, out of a file's content; None where this setting was not measured.
+def read_tuning(directory: str | Path, model: Transformer) -> Tuning | None:
+    """Read the tuning of `model`, in decoding form, for this machine, dtype and number of threads.
+
+    Returns:
+        The tuning, or None if the directory has none for these.
+
+    Raises:
+        UsageError: the file is damaged or belongs to another model.
+    """
+    file = Path(directory) / TUNING_FILE
+    if not file.exists():
+        return None
+    try:
+        return parse_tuning(read_json(file), model)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file}: no tuning ({error!r}); delete it, or measure again with headstart tune") from error
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+
+
+def write_tuning(directory: str | Path, model: Transformer, tuning: Tuning, more: dict[str, Any]) -> Path:
+    """Write `tuning` into the directory and keep the entries of other machines; `more` says how it was measured."""
+    file = Path(directory) / TUNING_FILE
+    content = read_json(file) if file.is_file() else None
+    write_text(file, json.dumps(add_tuning(content, machine_key(model), tuning, more), indent=1) + "\n")
+    return file
+
+
+def add_tuning(
+    content: dict[str, Any] | None, key: dict[str, Any], tuning: Tuning, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the content of a tuning file with this tuning in it; `more` says how it was measured."""
+    tree = None if tuning.tree is None else str(tuning.tree)
+    sampled = None if tuning.sampled_costs is None else asdict(tuning.sampled_costs)
+    entry = {"setting": key, **asdict(tuning.costs), "sampled": sampled, "draft_tree": tree, **more}
+    others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != key]
+    kept = {name: value for name, value in (content or {}).items() if name.startswith("acceptance")}
+    tables = {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)}
+    return {**kept, _acceptance_name(key): tables, "costs": [*others, entry]}
+
+
+def parse_tuning(content: dict[str, Any], model: Transformer) -> Tuning | None:
+    """Return the tuning of `model` as it runs here, from a file's content; None if this machine was not measured.
 
     Raises UsageError for content that does not fit the model.
     """
-    here = setting(model)
-    entry = next((e for e in content["costs"] if e["setting"] == here), None)
+    key = machine_key(model)
+    entry = next((e for e in content["costs"] if e["setting"] == key), None)
     if entry is None:
         return None
-    measured = content[_acceptance_key(here)]
-    greedy, sampled = (
-        AcceptanceTable(
-            tuple(a["mean"]),
-            tuple(map(tuple, a["by_confidence"])),
-            tuple(map(tuple, a.get("rank_mean", ()))),
-            tuple(tuple(map(tuple, head)) for head in a.get("rank_by_confidence", ())),
-        )
-        for a in (measured["greedy"], measured["sampled"])
-    )
-    text, of_sampled = entry.get("draft_tree"), entry.get("sampled")
+    measured = content[_acceptance_name(key)]
+    greedy, sampled = (parse_measured(AcceptanceTable, measured[kind]) for kind in ("greedy", "sampled"))
+    costs, text = parse_measured(PassCosts, entry), entry.get("draft_tree")
+    sampled_costs = None if entry.get("sampled") is None else parse_measured(PassCosts, entry["sampled"])
     tree = None if text is None else DraftTree.parse(text)
-    tuning = Tuning(greedy, sampled, _costs_from(entry), tree, None if of_sampled is None else _costs_from(of_sampled))
-    both = [tuning.costs, tuning.kind(True)[1]]
-    n = model.config.heads
+    both, n = [costs, sampled_costs or costs], model.config.heads
     _check_numbers([greedy, sampled], both)
     if (
         list(measured.get("edges", EDGES)) != list(EDGES)
         or not all(_fits(table, n) for table in (greedy, sampled))
-        or any(len(rows) != n for costs in both for rows in costs.drafting)
-        or (tree is not None and (tree.depth >= n or not tuning.greedy.rank_mean or not all(c.tree for c in both)))
+        or any(len(rows) != n for each in both for rows in each.drafting)
+        or (tree is not None and (tree.depth >= n or not greedy.rank_mean or not all(each.tree for each in both)))
     ):
-        raise UsageError(f"the tuning is not of a model with {n} heads; measure it again with headstart tune")
-    return tuning
+        raise UsageError(f"the tuning is not of a model with {n} heads; {AGAIN}")
+    return Tuning(greedy, sampled, costs, tree, sampled_costs)
+
+
+Measured = TypeVar("Measured", AcceptanceTable, PassCosts)
+
+
+def parse_measured(kind: type[Measured], entry: dict[str, Any]) -> Measured:
+    """Return the table or the costs in an entry of a tuning file. Raises KeyError or TypeError for damaged ones."""
+    names = [field.name for field in fields(kind) if field.default is MISSING or field.name in entry]
+    return kind(**{name: tuple(map(_make_tuples, entry[name])) for name in names})
+
+
+def _make_tuples(value: Any) -> Any:
+    return tuple(map(_make_tuples, value)) if isinstance(value, list) else value
+
+
+def _acceptance_name(key: dict[str, Any]) -> str:
+    """Acceptance belongs to the weights, whatever machine runs them, and int8 weights are others."""
+    return "acceptance_int8" if key["dtype"] == "int8" else "acceptance"
 
 
 def _fits(table: AcceptanceTable, heads: int) -> bool:
@@ -253,44 +368,14 @@ def _check_numbers(tables: Sequence[AcceptanceTable], costs: Sequence[PassCosts]
         measured = {len(each.slots), len(each.plain), len(each.drafting), len(each.tree or each.slots)}
         ascending = all(list(sizes) == sorted(set(sizes)) for sizes in (each.slots, each.tree_rows))
         if not each.slots or len(measured) > 1 or not ascending:
-            raise UsageError("its costs are not of ascending batch sizes; measure it again with headstart tune")
+            raise UsageError(f"its costs are not of ascending batch sizes; {AGAIN}")
         if any(len(rows) != len(each.tree_rows) for rows in each.tree):
-            raise UsageError("its costs of trees are not of its rows; measure it again with headstart tune")
+            raise UsageError(f"its costs of trees are not of its rows; {AGAIN}")
         if 0 in (*each.plain, *(ms for rows in (*each.drafting, *each.tree) for ms in rows)):
-            raise UsageError("a pass of 0 ms in it; measure it again with headstart tune")
+            raise UsageError(f"a pass of 0 ms in it; {AGAIN}")
 
 
 def _check_all(name: str, rows: Sequence[Sequence[Any]], least: int, most: int, *, whole: bool = False) -> None:
     for value in itertools.chain.from_iterable(rows):
         if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
-            raise UsageError(
-                f"{name} is {shorten(repr(value))}, not {least} to {most:,}; measure it again with headstart tune"
-            )
-
-
-def _costs_from(entry: dict[str, Any]) -> PassCosts:
-    return PassCosts(
-        tuple(entry["slots"]),
-        tuple(entry["plain"]),
-        tuple(map(tuple, entry["drafting"])),
-        tuple(entry.get("tree_rows", ())),
-        tuple(map(tuple, entry.get("tree", ()))),
-    )
-
-
-def content_with(
-    content: dict[str, Any] | None, here: dict[str, Any], tuning: Tuning, more: dict[str, Any]
-) -> dict[str, Any]:
-    """`content` with this tuning in it, beside those of other settings; `more` says how it was measured."""
-    tree = None if tuning.tree is None else str(tuning.tree)
-    of_sampled = None if tuning.sampled_costs is None else asdict(tuning.sampled_costs)
-    entry = {"setting": here, **asdict(tuning.costs), "sampled": of_sampled, "draft_tree": tree, **more}
-    others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != here]
-    kept = {name: value for name, value in (content or {}).items() if name.startswith("acceptance")}
-    tables = {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)}
-    return {**kept, _acceptance_key(here): tables, "costs": [*others, entry]}
-
-
-def _acceptance_key(here: dict[str, Any]) -> str:
-    """What heads know belongs to the weights, whatever machine runs them; those of int8 are others."""
-    return "acceptance_int8" if here["dtype"] == "int8" else "acceptance"
+            raise UsageError(f"{name} is {shorten(repr(value))}, not {least} to {most:,}; {AGAIN}")

@@ -1,59 +1,50 @@
-"""The policy of a model that was not tuned here: costs are timed when they are first needed, acceptance is learned.
+"""Learn a calibration while decoding, for a model that was not tuned here.
 
-`headstart tune` measures both with more care and keeps them. Without it a policy still must not lose to plain
-decoding: what a row costs is found by a few passes of each kind, and what a draft is worth begins as a hope, by
-the probability that its head gave it, and becomes what was seen.
+`headstart tune` measures acceptance and costs with more care and keeps them. Without it a policy must still not lose to
+plain decoding: the cost of a row comes from a few timed passes of each kind, and the acceptance of a draft begins as a
+prior by the probability that its head gave it, and becomes what is observed.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from headstart.decoding.policy.calibration import EDGES, PRIOR, AcceptanceTable, PassCosts, Tuning
-from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.policy.timing_step import Step
-from headstart.decoding.settings import Sampling
+from headstart.decoding.policy.calibration import EDGES, PRIOR, AcceptanceTable, Calibration, PassCosts, Tuning
+from headstart.decoding.policy.timing import ASSUMED_ACCEPTANCE, quick_pass_costs
 from headstart.model.transformer import Transformer
 
-LENGTH = 128
-"""Cached positions of the passes that are timed."""
-MOST_ROUNDS, SECONDS, LEAST_ROUNDS = 128, 0.03, 3
-"""Timing of one kind of pass ends with the first of the first two, but not before the last."""
-TEMPERATURE = 0.8
-"""Of the sampled ones; no other setting changes what a pass costs as much as being sampled does."""
-NO_COSTS = PassCosts((), (), ())
-LEAST = 0.35
-"""Of a draft that its head hardly believes in."""
-PATIENCE = 1.25
-"""A kind of pass that costs so many times what it could bring is the last one timed: less may be noise."""
-KEPT = 0.25
-"""Of what was seen of drafts, after a rest."""
-HOPED = 0.8
-"""Of drafts being right, for whether passes of more rows are worth timing."""
+LEAST_PRIOR = 0.35
+"""The prior acceptance of a draft to which its head gave no probability."""
+REMEMBERED = 0.25
+"""The share of the observations that is left after a pause."""
+UNKNOWN_COSTS = PassCosts((), (), ())
+
+MeasureCosts = Callable[[Transformer, int, bool], tuple[float, tuple[float, ...]]]
 
 
-def hoped(confidence: float) -> float:
-    """What a draft that its head gave this probability is worth before any was seen. More than that: heads are right
-    more often than they are sure, and a draft that is never fed teaches nothing; one that is fed corrects the hope."""
-    return LEAST + (1 - LEAST) * confidence
+def prior_acceptance(confidence: float) -> float:
+    """Return the acceptance to assume, before any observation, of a draft that its head gave this probability.
+
+    It is optimistic: heads are right more often than they are sure, and a draft that is never fed teaches nothing,
+    while one that is fed corrects the prior.
+    """
+    return LEAST_PRIOR + (1 - LEAST_PRIOR) * confidence
 
 
 class AcceptanceCounts:
-    """How often drafts were right, by head and by the probability that their head gave them."""
+    """Count how often drafts are right, by head and by the probability that their head gave them."""
 
     def __init__(self, heads: int) -> None:
         bounds = (0.0, *EDGES, 1.0)
-        middles = [hoped((low + high) / 2) for low, high in itertools.pairwise(bounds)]
-        self._right = [[PRIOR * middle for middle in middles] for _ in range(heads - 1)]
-        self._all = [[PRIOR] * len(middles) for _ in range(heads - 1)]
-        self._means = [[PRIOR * HOPED, PRIOR] for _ in range(heads - 1)]
+        priors = [prior_acceptance((low + high) / 2) for low, high in itertools.pairwise(bounds)]
+        self._right = [[PRIOR * prior for prior in priors] for _ in range(heads - 1)]
+        self._all = [[PRIOR] * len(priors) for _ in range(heads - 1)]
+        self._means = [[PRIOR * ASSUMED_ACCEPTANCE, PRIOR] for _ in range(heads - 1)]
 
     def add(self, confidences: Sequence[float], fed: int, accepted: int) -> None:
-        """Of a pass that fed `fed` drafts and kept `accepted`: those kept, and the one after them."""
+        """Count a window that fed `fed` drafts and accepted `accepted`: the accepted ones and the one after them."""
         for i in range(min(fed, accepted + 1, len(confidences))):
             at, right = bisect_right(EDGES, confidences[i]), accepted > i
             self._right[i][at] += right
@@ -62,128 +53,90 @@ class AcceptanceCounts:
             self._means[i][1] += 1
 
     def fade(self) -> None:
-        """Forgets most of what was seen: it was some time ago, and of what nobody feeds nothing is learned."""
+        """Forget most of the observations: they are old, and drafts that nobody feeds teach nothing."""
         fresh = AcceptanceCounts(len(self._right) + 1)
-        for mine, hope in ((self._right, fresh._right), (self._all, fresh._all), (self._means, fresh._means)):
-            for row, hoped_row in zip(mine, hope):
-                row[:] = [h + KEPT * (x - h) for x, h in zip(row, hoped_row)]
+        for own, priors in ((self._right, fresh._right), (self._all, fresh._all), (self._means, fresh._means)):
+            for row, prior_row in zip(own, priors):
+                row[:] = [prior + REMEMBERED * (x - prior) for x, prior in zip(row, prior_row)]
 
     def table(self) -> AcceptanceTable:
+        """Return the shares of right drafts as a table."""
         by_confidence = (tuple(a / b for a, b in zip(right, of)) for right, of in zip(self._right, self._all))
         return AcceptanceTable(tuple(right / of for right, of in self._means), tuple(by_confidence))
 
 
-class Learned:
-    """What decoding has found of a model so far; engines of the same model and number of threads share it."""
+class Observations:
+    """Hold what decoding has found of a model with one number of threads; all its engines share it.
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    Args:
+        model: the model in decoding form.
+        measure_costs: times passes of a number of slots, sampled or greedy (None: `quick_pass_costs`).
+    """
+
+    def __init__(self, model: Transformer, measure_costs: MeasureCosts | None = None) -> None:
+        self.model, self.measure_costs = model, measure_costs or quick_pass_costs
         self.counts = {sampled: AcceptanceCounts(model.config.heads) for sampled in (False, True)}
         self._costs: dict[bool, dict[int, tuple[float, tuple[float, ...]]]] = {False: {}, True: {}}
 
-    def time(self, slots: int, sampled: bool) -> int:
-        """Times passes of as many slots, or of the powers of two around, that were not timed before; how many numbers
-        of slots are known then."""
+    def measure(self, slots: int, sampled: bool) -> int:
+        """Time passes of `slots` windows, or of the powers of two around, if that was not done before.
+
+        Returns:
+            The number of batch sizes that have costs now.
+        """
         below, known = 1 << (slots.bit_length() - 1), self._costs[sampled]
         new = {below, below if below == slots else 2 * below} - known.keys()
-        for some in sorted(new):
-            known[some] = timed_costs(self.model, some, sampled)
+        for size in sorted(new):
+            known[size] = self.measure_costs(self.model, size, sampled)
         return len(known)
 
     def tuning(self) -> Tuning:
+        """Return the estimates that follow from the observations so far."""
         greedy, sampled = (
-            PassCosts(tuple(sorted(known)), *zip(*(known[slots] for slots in sorted(known)))) if known else NO_COSTS
+            PassCosts(tuple(sorted(known)), *zip(*(known[slots] for slots in sorted(known))))
+            if known
+            else UNKNOWN_COSTS
             for known in self._costs.values()
         )
         return Tuning(self.counts[False].table(), self.counts[True].table(), greedy, sampled_costs=sampled)
 
 
-class UntunedPolicy(DraftPolicy):
-    """Chooses by what it has learned (see `DraftPolicy`). Times passes at each power of two of slots that it meets, of
-    greedy and of sampled texts: tenths of a second, and of large models as long as about fifty plain passes take."""
+class OnlineCalibration(Calibration):
+    """Estimates for one engine, from the observations of all engines of its model.
 
+    Passes are timed at each power of two of slots that it meets, for greedy and for sampled requests: tenths of a
+    second, or for large models the time of about fifty plain passes.
+    """
+
+    online = True
     RENEW = 32
-    """Passes after which the tables are made anew."""
+    """Windows after which the estimates follow the observations again."""
 
-    def __init__(self, learned: Learned) -> None:
-        self.learned = learned
-        self._since = 0
-        super().__init__(learned.tuning())
-
-    def _expect(self, rate: float) -> None:
-        super()._expect(1.0)  # as fast as plain decoding: to hope is not to expect
-
-    def _despair(self) -> None:
-        if not self._resting:
-            self._sleep()
-
-    def _wake(self) -> None:
-        self.learned.counts[self.sampled].fade()
+    def __init__(self, observations: Observations) -> None:
+        self.observations = observations
         self._renew()
 
-    def prepare(self, slots: int) -> None:
-        """Times passes now, at the powers of two up to `slots` and the next one: seconds."""
-        for sampled in (False, True):
-            for power in range(slots.bit_length()):
-                self.learned.time(1 << power, sampled)
-            self.learned.time(slots, sampled)
-        self._renew()
+    @property
+    def current(self) -> Tuning:
+        """The estimates as of the last renewal."""
+        return self._tuning
+
+    def measure(self, slots: int, sampled: bool) -> None:
+        """Time passes of `slots` windows if no engine has, and take over the costs that other engines have timed."""
+        if self.observations.measure(slots, sampled) != len(self.current.select(sampled)[1].slots):
+            self._renew()
 
     def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
-        self.learned.counts[sampled].add(confidences, fed, accepted)
-        self._since += 1
-        if self._since >= self.RENEW:
+        """Count a window that fed `fed` drafts and accepted `accepted`."""
+        self.observations.counts[sampled].add(confidences, fed, accepted)
+        self._windows += 1
+        if self._windows >= self.RENEW:
             self._renew()
+
+    def fade(self, sampled: bool) -> None:
+        """Forget most of the observations of sampled drafts, or of greedy ones."""
+        self.observations.counts[sampled].fade()
+        self._renew()
 
     def _renew(self) -> None:
-        self.tuning, self._since = self.learned.tuning(), 0
-        self._costs.clear()
-
-    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], float]:
-        # What another engine of the model has timed is news too.
-        if self.learned.time(slots, self.sampled) != len(self.tuning.kind(self.sampled)[1].slots):
-            self._renew()
-        return super()._costs_of(slots)
-
-
-def timed_costs(model: Transformer, slots: int, sampled: bool) -> tuple[float, tuple[float, ...]]:
-    """Milliseconds of an engine's plain step of `slots` windows, and of drafting ones by rows, 1 to n. Numbers of rows
-    between those timed lie on the straight line; more rows than could pay are not timed, and cost as much more each."""
-    n, room = model.config.heads, model.config.context
-    length = max(1, min(LENGTH, room - n))
-    sampling = Sampling(TEMPERATURE if sampled else 0.0)
-    plain = Step(model, drafting=False, slots=slots, length=length, sampling=sampling)
-    plains: list[float] = []
-    over: dict[int, float] = {}
-    for rows in sorted({1, *(r for r in (2, 4, 8) if r < n), n}):
-        drafting = Step(model, rows=rows, slots=slots, length=length, sampling=sampling)
-        milliseconds, beside = _fastest(drafting, plain)
-        plains.append(beside)
-        over[rows] = milliseconds / beside
-        if rows > 1 and over[rows] > PATIENCE * sum(HOPED**i for i in range(rows)):
-            break
-    base = min(plains)
-    known = {rows: base * ratio for rows, ratio in over.items()}
-    at = sorted(known)
-    costs = []
-    for rows in range(1, n + 1):
-        high = max(1, next((i for i, r in enumerate(at) if r >= rows), len(at) - 1))
-        low = high - 1
-        slope = (known[at[high]] - known[at[low]]) / (at[high] - at[low])
-        costs.append(known[at[low]] + (rows - at[low]) * slope)
-    return base, tuple(itertools.accumulate(costs, max))
-
-
-def _fastest(drafting: Step, plain: Step) -> tuple[float, float]:
-    """Milliseconds of the fastest run of each, taking turns: whatever disturbs a run only adds to it."""
-    fastest = [math.inf, math.inf]
-    began = time.perf_counter()
-    for turn in range(1 + MOST_ROUNDS):
-        for i, one in enumerate((drafting, plain)):
-            at = time.perf_counter()
-            one()
-            if turn:  # the first warms up
-                fastest[i] = min(fastest[i], 1e3 * (time.perf_counter() - at))
-        if turn >= LEAST_ROUNDS and time.perf_counter() - began > SECONDS:
-            break
-    return fastest[0], fastest[1]
+        self._tuning, self._windows = self.observations.tuning(), 0

@@ -1,182 +1,219 @@
-"""How many drafts to feed: expected tokens against the measured cost of a pass, step by step.
+"""Choose how many drafts to feed: expected tokens against the measured cost of a pass, pass by pass.
 
-A window of more rows costs more and commits more. What a draft is worth is known before it is fed: the probability that
-its head gave it, through a table measured of this model (`AcceptanceTable`). What a row costs is measured of this
-machine (`PassCosts`). Which rows are fed changes no output.
+A window of more rows costs more and commits more. The expected tokens of a draft are known before it is fed: the
+probability that its head gave it, through a table measured for this model (`AcceptanceTable`). The cost of a row is
+measured on this machine (`PassCosts`). Which rows are fed changes no output.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.policy.calibration import Tuning, cost_of_rows
+from headstart.decoding.policy.calibration import Calibration, cost_of_rows
+
+
+@dataclass
+class _Costs:
+    """Costs of drafting passes at one batch size, relative to a plain pass."""
+
+    by_rows: tuple[float, ...]
+    best_rate: float
+    """The best rate to expect of any fixed number of rows, in tokens per cost."""
+    doubtful: bool
+    """Whether no fixed number of rows is expected to pay, and the policy has not paused for that yet."""
 
 
 class DraftPolicy:
-    """Chooses the rows of each pass of an engine, and whether heads draft at all.
+    """Choose the rows of each pass of an engine, and whether heads draft at all.
 
-    The rate of tokens per cost is highest where every row is fed whose expected tokens are worth more than its cost at
-    that very rate; so the rate achieved lately is the price of a row. Where it falls below that of plain decoding, the
-    heads rest, for longer each time.
+    The rate of tokens per cost is highest if every row is fed whose expected tokens are worth more than its cost at
+    that very rate (Dinkelbach's rule). So the rate of recent passes is the price of a row. If it falls below the rate
+    of plain decoding, drafting pauses, for longer each time: see `_transition`.
     """
 
     MEMORY = 0.97
-    """What a pass weighs, against the one after it, in the rate achieved."""
+    """Weight of a pass in the rate, relative to the pass after it."""
     PROBE = 24
-    """Windows before the rate achieved is believed."""
+    """Windows after a start before the rate is judged."""
     SURPRISE = 3.5
-    """Standard deviations that drafts fall short of what was foreseen, to be believed before that."""
-    REST = (64, 2048)
-    """Plain passes between two looks: at first, and at most."""
+    """Standard deviations by which drafts must fall short of the prediction for the rate to be judged earlier."""
+    PAUSES = (64, 2048)
+    """Plain passes of the first and of the longest pause."""
     DOUBT = 256
-    """Plain passes before the first look where no fixed number of rows can be expected to pay."""
+    """Plain passes before drafting is first tried if no fixed number of rows is expected to pay."""
     GAIN = 0.2
-    """What feeding only likely drafts may gain over the best of them."""
+    """The most that feeding only likely drafts may gain over the best fixed number of rows."""
 
-    def __init__(self, tuning: Tuning) -> None:
-        self.tuning = tuning
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
         self.tree: DraftTree | None = None
-        """What the engine's windows are, if no chains."""
-        self.sampled = False
-        """Whether any text of the passes asked about is sampled; the engine says."""
-        self._costs: dict[tuple[int, bool], tuple[tuple[float, ...], float]] = {}
+        """The tree that windows are (None: chains)."""
+        self._estimates = calibration.current
+        self._costs: dict[tuple[int, bool], _Costs] = {}
         self._doubted: set[tuple[int, bool]] = set()
-        self._rest = self.REST[0]
-        self._resting = 0
-        self._begin()
+        self._pause = 0
+        self._next_pause = self.PAUSES[0]
+        self._start()
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
+        """Begin to observe drafting anew."""
         self._windows = 0
-        self._seen, self._spent = 0.0, 0.0  # tokens and cost of passes since
-        # Tokens of the pass planned, and their variance; None for one that was not asked about.
-        self._foreseen: tuple[float, float] | None = None
-        self._short, self._variance = 0.0, 0.0
+        self._observed_tokens, self._observed_cost = 0.0, 0.0
+        # The expected tokens of the planned pass and their variance; None for a pass that was not planned.
+        self._predicted: tuple[float, float] | None = None
+        self._shortfall, self._variance = 0.0, 0.0
         self._expect(1.0)
 
     def _expect(self, rate: float) -> None:
-        # As if some passes at the expected rate had been seen.
+        """Set the rate as if a few passes had shown it."""
         self._tokens, self._cost = 8 * rate, 8.0
 
     def prepare(self, slots: int) -> None:
-        """What would otherwise be found out while decoding, for any number of slots up to this. What was tuned is known
-        already."""
+        """Time passes that would be timed while decoding, for any number of slots up to this one."""
+        for sampled in (False, True):
+            for power in range(slots.bit_length()):
+                self.calibration.measure(1 << power, sampled)
+            self.calibration.measure(slots, sampled)
 
-    def plant(self, tree: DraftTree) -> bool:
-        """Windows will be this tree; False, and nothing changes, where no tree was measured."""
-        if (
-            not self.tuning.greedy.rank_mean
-            or not self.tuning.sampled.rank_mean
-            or not all(self.tuning.kind(sampled)[1].tree for sampled in (False, True))
-        ):
+    def best_tree(self, slots: int) -> DraftTree | None:
+        """Return the tree that is expected to beat chains at this batch size, if any."""
+        return self.calibration.current.tree_for(slots)
+
+    def use_tree(self, tree: DraftTree) -> bool:
+        """Plan for windows that are this tree; return False, and change nothing, if no tree was measured."""
+        estimates = self.calibration.current
+        tables = estimates.greedy.rank_mean and estimates.sampled.rank_mean
+        if not tables or not all(estimates.select(sampled)[1].tree for sampled in (False, True)):
             return False
         self.tree = tree
-        self._begin()
+        self._start()
         return True
 
     @property
     def rate(self) -> float:
-        """Tokens per cost of late, in those of plain decoding."""
+        """Tokens per cost of recent passes, relative to plain decoding."""
         return self._tokens / self._cost
 
     def prefixes(self, sampled: bool, confidences: Sequence[float]) -> list[float]:
-        """Entry j-1: the probability that the first j drafts of a window are all right."""
-        return (self.tuning.sampled if sampled else self.tuning.greedy).prefixes(confidences)
+        """Return in entry j-1 the probability that the first j drafts of a window are all right."""
+        return self.calibration.current.select(sampled)[0].prefixes(confidences)
 
     def chances(self, sampled: bool, confidences: Sequence[float]) -> list[float]:
-        """Of each node of the tree that its path is right."""
+        """Return for each node of the tree the probability that its path is right."""
         assert self.tree is not None
-        return (self.tuning.sampled if sampled else self.tuning.greedy).chances(confidences, self.tree)
+        return self.calibration.current.select(sampled)[0].chances(confidences, self.tree)
 
-    def plan(self, slots: int, prefixes: Sequence[Sequence[float]]) -> tuple[int, bool]:
-        """The rows of the next pass, and whether heads draft in it.
+    def plan(self, slots: int, prefixes: Sequence[Sequence[float]], sampled: bool = False) -> tuple[int, bool]:
+        """Return the rows of the next pass, and whether heads draft in it.
 
         Args:
-            slots: windows that the pass computes.
-            prefixes: of each live slot the probabilities that the first j drafts in its window are right, or that the
-                path to node j of a tree is (none after a pass without drafting).
+            slots: the number of windows that the pass computes.
+            prefixes: for each live slot the probability that the first j drafts of its window are right, or that the
+                path to node j of its tree is; empty after a pass without drafting.
+            sampled: whether any request of the pass is sampled.
         """
-        costs, expected = self._costs_of(slots)
-        hopeless = expected < 1 - self.GAIN
-        if hopeless:
-            self._despair()
-        drafting = not (self._resting or hopeless)
+        costs = self._costs_of(slots, sampled)
+        drafting = self._transition(costs, sampled)
         if not self._windows:
-            self._expect(expected)
-        # Without drafting by heads there may still be drafts that were looked up.
+            # Measured estimates are expected to come true; priors are only tried.
+            self._expect(1.0 if self.calibration.online else costs.best_rate)
+        return self._choose_rows(costs.by_rows, drafting, prefixes), drafting
+
+    def observe(self, slots: int, live: int, rows: int, drafted: bool, tokens: int, sampled: bool = False) -> None:
+        """Account for a pass in which `live` of `slots` windows committed `tokens` tokens in all."""
+        costs, judged = self._costs_of(slots, sampled), False
+        if drafted:
+            gained, cost = tokens / live, cost_of_rows(costs.by_rows, rows)
+            self._tokens = self.MEMORY * self._tokens + gained
+            self._cost = self.MEMORY * self._cost + cost
+            surprised = self._windows < self.PROBE and self._is_surprised(gained, cost, tokens)
+            if surprised:
+                self._tokens, self._cost = self._observed_tokens, self._observed_cost
+            self._windows += live
+            judged = surprised or self._windows >= self.PROBE
+        self._transition(costs, sampled, drafted, judged)
+
+    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
+        """Learn from a window that fed `fed` drafts of the heads and accepted `accepted` of them."""
+        self.calibration.learn(sampled, confidences, fed, accepted)
+
+    def _transition(self, costs: _Costs, sampled: bool, drafted: bool | None = None, judged: bool = False) -> bool:
+        """Make the transitions due before a pass (`drafted` is None) or after it, and return whether heads draft now.
+
+        drafting -> paused: at a batch size where no fixed number of rows is expected to pay, when it is first met;
+            later, once the rate is judged to be below that of plain decoding. Each pause is twice as long as the one
+            before it, until drafting pays again.
+        paused -> drafting: after that many plain passes. Most of what was learned online fades then, because drafts
+            that nobody feeds teach nothing.
+        stopped: while the costs leave nothing to gain even for likely drafts. Measured costs do not change; those
+            timed online may be noise, so there it is a pause.
+        """
+        stopped = costs.best_rate < 1 - self.GAIN
+        if costs.doubtful:
+            costs.doubtful = False
+            self._pause = max(self._pause, self.DOUBT)
+        if drafted is None:
+            lost = stopped and self.calibration.online and not self._pause
+        else:
+            lost = drafted and judged and self.rate < 1
+        if lost:
+            self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, self.PAUSES[1])
+            self._start()
+        elif judged:
+            self._next_pause = self.PAUSES[0]
+        elif drafted is False and self._pause:
+            self._pause -= 1
+            if not self._pause:
+                self.calibration.fade(sampled)
+        return not (self._pause or stopped)
+
+    def _choose_rows(self, costs: Sequence[float], drafting: bool, prefixes: Sequence[Sequence[float]]) -> int:
+        """Return the number of rows with the highest value, and keep the tokens predicted for it."""
+        # A pass without drafting may still feed drafts from prompt lookup, at the cost of rows without that of heads.
         saved = 0.0 if drafting else costs[0] - 1
-        rate, live = max(self.rate, 1.0) if not drafting else self.rate, len(prefixes)
+        rate, live = self.rate if drafting else max(self.rate, 1.0), len(prefixes)
         price = live * rate
-        best, best_worth, tokens = 1, live - price * (costs[0] - saved), float(live)
-        self._foreseen = tokens, 0.0
+        best, best_value, tokens = 1, live - price * (costs[0] - saved), float(live)
+        self._predicted = tokens, 0.0
         for drafts in range(1, max(map(len, prefixes), default=0) + 1):
             for ahead in prefixes:
                 if len(ahead) >= drafts:
                     tokens += ahead[drafts - 1]
             cost = costs[drafts] if drafts < len(costs) else cost_of_rows(costs, drafts + 1)
-            worth = tokens - price * (cost - saved)
-            if worth > best_worth:
-                best, best_worth = drafts + 1, worth
-                # At most that of numbers of drafts, none to all, with this mean.
-                kept = tokens - live
-                self._foreseen = tokens, kept * drafts - kept * kept / live
-        return best, drafting
-
-    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
-        """Of a window of which `fed` drafts of heads were fed and `accepted` kept. What was tuned stays as it is."""
-
-    def saw(self, slots: int, live: int, rows: int, drafted: bool, tokens: int) -> None:
-        """What became of a pass: `tokens` committed by `live` slots."""
-        costs, _ = self._costs_of(slots)
-        if not drafted:
-            if self._resting:
-                self._resting -= 1
-                if not self._resting:
-                    self._wake()
-            return
-        gained, cost = tokens / live, cost_of_rows(costs, rows)
-        self._tokens = self.MEMORY * self._tokens + gained
-        self._cost = self.MEMORY * self._cost + cost
-        probing = self._windows < self.PROBE
-        self._windows += live
-        if probing and self._is_surprised(gained, cost, tokens):
-            self._tokens, self._cost = self._seen, self._spent  # what was expected was wrong
-        elif self._windows < self.PROBE:
-            return
-        if self.rate < 1:
-            self._sleep()
-        else:
-            self._rest = self.REST[0]
+            value = tokens - price * (cost - saved)
+            if value > best_value:
+                best, best_value = drafts + 1, value
+                # No distribution of accepted drafts, none to all, has more variance at this mean.
+                accepted = tokens - live
+                self._predicted = tokens, accepted * drafts - accepted * accepted / live
+        return best
 
     def _is_surprised(self, gained: float, cost: float, tokens: int) -> bool:
-        """Whether drafts since the beginning fell short of what was foreseen by more than chance may do."""
-        self._seen, self._spent = self._seen + gained, self._spent + cost
-        if self._foreseen is None:
+        """Say whether drafts since the start fell short of the prediction by more than chance explains."""
+        self._observed_tokens, self._observed_cost = self._observed_tokens + gained, self._observed_cost + cost
+        if self._predicted is None:
             return False
-        (foreseen, variance), self._foreseen = self._foreseen, None
-        self._short, self._variance = self._short + foreseen - tokens, self._variance + variance
-        return self._short > self.SURPRISE * math.sqrt(max(self._variance, 0.0)) > 0
+        (predicted, variance), self._predicted = self._predicted, None
+        self._shortfall, self._variance = self._shortfall + predicted - tokens, self._variance + variance
+        return self._shortfall > self.SURPRISE * math.sqrt(max(self._variance, 0.0)) > 0
 
-    def _sleep(self) -> None:
-        self._resting, self._rest = self._rest, min(2 * self._rest, self.REST[1])
-        self._begin()
-
-    def _wake(self) -> None:
-        """After a rest."""
-
-    def _despair(self) -> None:
-        """Where nothing is to be expected of drafts. What was tuned will not change."""
-
-    def _costs_of(self, slots: int) -> tuple[tuple[float, ...], float]:
-        """Of a drafting pass by rows, in plain passes; and the best rate to be expected of a fixed number of them."""
-        key = slots, self.sampled
+    def _costs_of(self, slots: int, sampled: bool) -> _Costs:
+        """Return the costs of passes of `slots` windows by the current estimates, timed first if they are unknown."""
+        self.calibration.measure(slots, sampled)
+        estimates = self.calibration.current
+        if estimates is not self._estimates:
+            self._estimates = estimates
+            self._costs.clear()
+        key = slots, sampled
         if key not in self._costs:
-            _, costs = self.tuning.kind(self.sampled)
+            _, costs = estimates.select(sampled)
             plain, drafting = costs.at(slots) if self.tree is None else costs.at_tree(slots)
-            best = self.tuning.best(slots, self.tree, self.sampled)
-            self._costs[key] = tuple(cost / plain for cost in drafting), best
-            if best < 1 and not self._windows and key not in self._doubted:
+            best = estimates.best_speedup(slots, self.tree, sampled)
+            doubtful = best < 1 and not self._windows and key not in self._doubted
+            if doubtful:
                 self._doubted.add(key)
-                self._resting = max(self._resting, self.DOUBT)
+            self._costs[key] = _Costs(tuple(cost / plain for cost in drafting), best, doubtful)
         return self._costs[key]

@@ -1,7 +1,9 @@
-"""Time passes so that their ratios hold: variants take turns in one process."""
+"""Time decoding passes so that their ratios hold: variants take turns in one process."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,23 +13,40 @@ from functools import partial
 import torch
 
 from headstart.console import Progress
-from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.engine import Engine
+from headstart.decoding.drafters.tree import DraftTree, TreeRows
+from headstart.decoding.engine import SPAN, Engine
 from headstart.decoding.generation import Generation, Stats
-from headstart.decoding.policy.calibration import PassCosts, Tuning
+from headstart.decoding.policy.calibration import AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.policy.timing_step import Step
 from headstart.decoding.settings import Request, Sampling
+from headstart.decoding.stopping import Stopper
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PASSES_OF_A_BLOCK = 6
+"""The `block` of ratios between single passes."""
+TREE_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Rows of the trees that `pass_costs` times; costs between lie on the line through the nearest two."""
+ASSUMED_ACCEPTANCE = 0.8
+"""The acceptance of drafts that decides which passes of more rows are worth timing."""
+QUICK_LENGTH = 128
+"""Cached positions of the passes that `quick_pass_costs` times."""
+QUICK_ROUNDS, QUICK_SECONDS = (3, 128), 0.03
+"""The least and the most rounds of timing one kind of pass; between them it ends after this many seconds."""
+QUICK_TEMPERATURE = 0.8
+"""The temperature of timed sampled passes. No other setting changes the cost of a pass as much as sampling does."""
+PATIENCE = 1.25
+"""Rows that cost this many times what they could bring end the timing of more rows; a smaller factor may be noise."""
+ENDLESS = 1 << 40
 
 
 def interleave(
     variants: Mapping[str, Callable[[], float]], repetitions: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """What each variant returns, A B A B ...: a machine that slows down slows all of them alike.
+    """Call the variants in turn, A B A B ..., and return the values of each.
 
-    The first `warmup` rounds are not counted.
+    A machine that slows down slows all of them alike. The first `warmup` rounds are not counted.
     """
     values: dict[str, list[float]] = {name: [] for name in variants}
     for repetition in range(-warmup, repetitions):
@@ -39,7 +58,7 @@ def interleave(
 
 
 def timed(call: Callable[[], object]) -> Callable[[], float]:
-    """A variant for `interleave`: the seconds that `call` takes. It must wait for the device itself."""
+    """Return a variant for `interleave` that gives the seconds of `call`, which must wait for the device itself."""
 
     def measure() -> float:
         began = time.perf_counter()
@@ -50,9 +69,9 @@ def timed(call: Callable[[], object]) -> Callable[[], float]:
 
 
 def ratios(numerators: Sequence[float], denominators: Sequence[float], block: int = 1) -> list[float]:
-    """Of the medians of each `block` rounds, so that what disturbs a stretch of rounds cancels.
+    """Return the ratios between the medians of each `block` rounds, so that slow stretches of rounds cancel.
 
-    Blocks of several rounds are for short measurements: a single pass may be hit by an interruption as long as itself.
+    Blocks of several rounds are for short measurements: an interruption may be as long as a single pass.
     """
     block = min(block, len(numerators))
     starts = range(0, len(numerators) - block + 1, block)
@@ -61,15 +80,113 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float], block: in
     ]
 
 
-PASSES_OF_A_BLOCK = 6
-"""The `block` of ratios between single passes."""
+class FixedRows(DraftPolicy):
+    """Feed the same number of rows in every pass, with all the work that a policy does to choose them."""
+
+    def __init__(self, rows: int, heads: int, tree: DraftTree | None) -> None:
+        table = AcceptanceTable.uniform(0.5, heads, 0 if tree is None else tree.ranks)
+        trees = () if tree is None else ((tree.rows,), ((1.0,),))
+        super().__init__(Tuning(table, table, PassCosts((1,), (1.0,), ((1.0,) * heads,), *trees)))
+        self.rows = rows
+
+    def plan(self, slots: int, prefixes: Sequence[Sequence[float]], sampled: bool = False) -> tuple[int, bool]:
+        """Return the fixed number of rows, and that heads draft."""
+        super().plan(slots, prefixes, sampled)
+        return self.rows, True
 
 
-TREE_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Of the trees that `pass_costs` times; costs between are judged by the nearest two."""
+class Step:
+    """A step of an engine that decodes `slots` requests at `length` cached positions; call it to run it.
+
+    It includes all that an engine does for a pass, because that is the cost that a policy weighs: `Pass` leaves out the
+    bookkeeping of requests, the choice of rows and, for greedy requests, the noise.
+
+    Args:
+        rows: the rows of each window; of a `tree` its first ones.
+        drafting: whether all heads draft, under a policy; False is plain decoding of one row.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        rows: int = 1,
+        drafting: bool = True,
+        slots: int = 1,
+        length: int = 128,
+        sampling: Sampling | None = None,
+        tree: DraftTree | None = None,
+    ) -> None:
+        self.length = length
+        policy = FixedRows(rows, model.config.heads, tree) if drafting else None
+        self.engine = Engine(model, slots=slots, context=length + 1, exact=False, policy=policy, tree=tree)
+        generator = torch.Generator().manual_seed(0)
+        for slot in range(slots):
+            prompt = torch.randint(model.config.vocab_size, (length + 1,), generator=generator).tolist()
+            request = Request(tuple(prompt), ENDLESS, sampling or Sampling(), None if drafting else 1)
+            heads = self.engine.most_heads if drafting else 1
+            self.engine.begin(slot, Generation(request, heads, Stopper(ENDLESS)))
+
+    def __call__(self) -> None:
+        self.engine.rewind(self.length)
+        self.engine.step()
 
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+class Pass:
+    """A decoding pass of `slots` windows at `length` cached positions without an engine around it; call it to run it.
+
+    Args:
+        rows: the tokens of each window. They may exceed the model's heads: the window is widened then, so that the
+            same weights can be timed at any width. Of a `tree` they are its first rows, and all of it is drafted.
+        heads: the number of heads that draft, head 1 included.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        rows: int,
+        heads: int = 1,
+        slots: int = 1,
+        length: int = 128,
+        deferred: bool = True,
+        confident: bool = False,
+        tree: DraftTree | None = None,
+    ) -> None:
+        self.model, self.rows, self.heads, self.length, self.deferred = model, rows, heads, length, deferred
+        self.confident = confident
+        engine = Engine(model, slots=slots, context=length + rows, exact=False, tree=tree)
+        self.state = state = engine.state
+        self._decode = engine.decode_pass  # through CUDA graphs if the engine's passes are
+        width = max(rows, engine.width)
+        device = state.length_S.device
+        state.window_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
+        state.heads_S[:] = heads
+        self.draft_tree = None if tree is None else TreeRows(tree, device)
+        self.tree = None if self.draft_tree is None else self.draft_tree.first(rows)
+        self.slots = slice(0, slots)
+        self.starts = [length] * slots
+        self.span = -(-(length + rows) // SPAN) * SPAN
+
+    @torch.no_grad()
+    def __call__(self) -> list[list[int]]:
+        self.state.length_S[:] = self.length
+        tokens, accepted = self._decode(
+            self.slots,
+            rows=self.rows,
+            heads=self.heads,
+            span=self.span,
+            starts=self.starts,
+            deferred=self.deferred,
+            confident=self.confident,
+            tree=self.tree,
+            draft_tree=self.draft_tree,
+        )
+        # The engine waits for these values, so reading them belongs to the pass.
+        accepted.tolist()
+        if self.confident:
+            self.state.confidence_SK.tolist()
+        return tokens.tolist()
 
 
 def pass_costs(
@@ -80,10 +197,19 @@ def pass_costs(
     tree: DraftTree | None = None,
     temperature: float = 0.0,
 ) -> PassCosts:
-    """Milliseconds of passes of `model`, in decoding form, at `length` cached positions, with all that the engine does
-    for one, timed for `seconds` at each of the batch sizes, ascending. Only the ratios to plain passes matter to the
-    policy, so those are what is taken with care: of passes a few milliseconds apart, over long enough that neighbours
-    on the machine come and go. With a `tree` passes of its beginnings too; with a `temperature` all are sampled."""
+    """Time steps of an engine with care, for `headstart tune`.
+
+    Only the ratios to plain passes matter to a policy. They are taken between passes a few milliseconds apart, over
+    enough seconds that other work on the machine comes and goes.
+
+    Args:
+        model: the model in decoding form.
+        batches: the batch sizes, ascending.
+        length: the number of cached positions.
+        seconds: the time to spend at each batch size.
+        tree: also time windows that are the beginnings of this tree.
+        temperature: the temperature of every request.
+    """
     n = model.config.heads
     plain, drafting, trees = [], [], []
     tree_rows = () if tree is None else tuple(sorted({r for r in TREE_ROWS if r < tree.rows} | {tree.rows}))
@@ -107,8 +233,56 @@ def pass_costs(
     return PassCosts(batches, tuple(plain), tuple(drafting), tree_rows, tuple(trees) if tree_rows else ())
 
 
+def quick_pass_costs(model: Transformer, slots: int, sampled: bool) -> tuple[float, tuple[float, ...]]:
+    """Time steps of an engine for a fraction of a second, for a model that was not tuned.
+
+    Costs between the numbers of rows that are timed lie on the straight line. More rows than could pay are not timed
+    and continue the last line.
+
+    Returns:
+        Milliseconds of a plain step of `slots` windows, and of drafting steps by rows, 1 to n.
+    """
+    n, context = model.config.heads, model.config.context
+    length = max(1, min(QUICK_LENGTH, context - n))
+    step = partial(Step, model, slots=slots, length=length, sampling=Sampling(QUICK_TEMPERATURE if sampled else 0.0))
+    plain = step(drafting=False)
+    plains: list[float] = []
+    over: dict[int, float] = {}
+    for rows in sorted({1, *(r for r in (2, 4, 8) if r < n), n}):
+        milliseconds, plain_milliseconds = _fastest(step(rows=rows), plain)
+        plains.append(plain_milliseconds)
+        over[rows] = milliseconds / plain_milliseconds
+        if rows > 1 and over[rows] > PATIENCE * sum(ASSUMED_ACCEPTANCE**i for i in range(rows)):
+            break
+    base = min(plains)
+    known = {rows: base * ratio for rows, ratio in over.items()}
+    at = sorted(known)
+    costs = []
+    for rows in range(1, n + 1):
+        high = max(1, next((i for i, r in enumerate(at) if r >= rows), len(at) - 1))
+        low = high - 1
+        slope = (known[at[high]] - known[at[low]]) / (at[high] - at[low])
+        costs.append(known[at[low]] + (rows - at[low]) * slope)
+    return base, tuple(itertools.accumulate(costs, max))
+
+
+def _fastest(drafting: Step, plain: Step) -> tuple[float, float]:
+    """Return the milliseconds of the fastest run of each, in turns: a disturbance only adds to a run."""
+    variants = {"drafting": timed(drafting), "plain": timed(plain)}
+    fastest = dict.fromkeys(variants, math.inf)
+    least, most = QUICK_ROUNDS
+    began = time.perf_counter()
+    interleave(variants, 0)
+    for turn in range(1, most + 1):
+        for name, values in interleave(variants, 1, warmup=0).items():
+            fastest[name] = min(fastest[name], 1e3 * values[0])
+        if turn >= least and time.perf_counter() - began > QUICK_SECONDS:
+            break
+    return fastest["drafting"], fastest["plain"]
+
+
 def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:
-    """Random weights; their values do not matter to what a pass costs."""
+    """Return a model with random weights, which a pass takes as long for as for trained ones."""
     torch.manual_seed(0)
     with torch.device(device):  # billions of weights are drawn in seconds on a GPU, in minutes on a CPU
         model = Transformer(config)
@@ -117,22 +291,25 @@ def random_model(config: ModelConfig, dtype: str, device: str) -> Transformer:
 
 @dataclass
 class Decoded:
-    """What one variant decoded."""
+    """The outputs of one variant of decoding, and the time it took."""
 
     generations: list[Generation]
     seconds: float
-    """Of passes alone: prompts are read before."""
+    """Seconds of passes alone, without those of prompts."""
 
     @property
     def stats(self) -> Stats:
+        """The statistics of all outputs together."""
         return Stats.summed([g.stats for g in self.generations])
 
     @property
     def tokens_per_second(self) -> float:
+        """Generated tokens per second of passes."""
         return self.stats.tokens / self.seconds
 
     @property
     def tokens(self) -> list[list[int]]:
+        """The tokens of each output."""
         return [g.tokens for g in self.generations]
 
 
@@ -143,7 +320,7 @@ def decode(
     exact: bool = True,
     tuning: Tuning | None = None,
 ) -> Decoded:
-    """Decodes `requests`, `batch` at a time. End tokens do not end a text, so that all variants do the same work."""
+    """Decode `requests`, `batch` at a time; end tokens end no output, so that all variants do the same work."""
     done = Decoded([], 0.0)
     context = max(len(r.prompt) + r.max_new_tokens for r in requests)
     for start in range(0, len(requests), batch):
@@ -160,11 +337,11 @@ def decode(
 
 
 def first_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """(text, token) at which two lists of outputs first differ, both from 0; None where they are identical."""
-    for text, (x, y) in enumerate(zip(a, b)):
+    """Return the output and the token, both counted from 0, at which two lists of outputs first differ, if they do."""
+    for output, (x, y) in enumerate(zip(a, b)):
         for token, (p, q) in enumerate(zip(x, y)):
             if p != q:
-                return text, token
+                return output, token
         if len(x) != len(y):
-            return text, min(len(x), len(y))
+            return output, min(len(x), len(y))
     return None
