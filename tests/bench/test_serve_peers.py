@@ -13,7 +13,7 @@ from bench import peer_environments, serve_peers
 from bench.peer_environments import PeerError, version
 from bench.peer_servers import COMMANDS, PeerServer, Weights
 from bench.serve_processes import ClientProcess
-from headstart.decoding.policy import online
+from headstart.decoding.policy import timing
 from headstart.formats.bundled import boxed_model
 from headstart.serving.settings import ServeSettings
 
@@ -39,7 +39,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1].split("=")[1])), Handler).ser
 
 def test_servers_take_turns_and_one_that_fails_or_is_missing_hinders_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(online, "SECONDS", 0.01)
+    monkeypatch.setattr(timing, "QUICK_SECONDS", 0.01)
     here = replace(peer_environments.KINDS["llama.cpp"], module="json", packages=("pip",))
     missing = replace(here, module="no_such_module_here")
     monkeypatch.setattr(peer_environments, "KINDS", {"llama.cpp": here, "vllm": here, "missing": missing})

@@ -17,7 +17,7 @@ import pytest
 
 import headstart
 from headstart.decoding.engine import Engine
-from headstart.decoding.policy import online
+from headstart.decoding.policy import timing
 from headstart.formats.bundled import boxed_model
 from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
@@ -76,7 +76,7 @@ def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") 
 def timed_in_haste() -> Iterator[None]:
     """Servers time passes before they are ready; what comes of it moves no text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(online, "SECONDS", 0.01)
+        patch.setattr(timing, "QUICK_SECONDS", 0.01)
         yield
 
 
