@@ -316,7 +316,7 @@ def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
             targets = None if split.targets is None else split.targets[begin : begin + len(document)]
             counted.append(np.ones(len(document), dtype=bool) if targets is None else targets)
             tokens += len(document)
-            size += round(len(document) * split.bytes_per_token)
+            size += round(int(counted[-1].sum()) * split.bytes_per_token)
             share -= len(document)
             if share <= 0:
                 break

@@ -144,7 +144,7 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
 
     from headstart.decoding.kernels.pack import decoding_dtype, pack
     from headstart.evaluation.heads import score_documents
-    from headstart.evaluation.texts import PROMPTS_FILE, read_documents, sizes
+    from headstart.evaluation.texts import PROMPTS_FILE, Documents, read_documents, sizes
     from headstart.formats.huggingface import load_model, load_model_tokenizer
 
     tokenizer = load_model_tokenizer(path)
@@ -163,7 +163,7 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
         model = pack(model, quantize=settings.quantize)
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context if free else None)
     found: dict[str, Any] = {"heads_of_model": model.config.heads}
-    documents, size = read_documents(settings.text, tokenizer) if settings.text else ([], 0)
+    documents, size = read_documents(settings.text, tokenizer) if settings.text else (Documents(), 0)
     if "heads" in settings.tasks:
         total = sum(map(len, documents))
         with Progress("heads", total, unit="tokens") as bar:
@@ -172,9 +172,10 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
                 documents,
                 size,
                 length=settings.length,
-                end_id=None if tokenizer.start_ids else tokenizer.end_id,
-                start_tokens=len(tokenizer.start_ids),
+                end_id=None if tokenizer.start_ids or documents.targets is not None else tokenizer.end_id,
+                start_tokens=0 if documents.targets is not None else len(tokenizer.start_ids),
                 progress=bar.advance,
+                counted=documents.targets,
             )
         found["heads"] = {"text": list(settings.text), "documents": len(documents), **asdict(scores)}
     if free and model.config.drafting_heads == 1:

@@ -62,7 +62,7 @@ def parse_conversation(value: Any, tools: Any, place: str) -> Conversation:
     """Raises UsageError, naming `place`, where `value` is no list of messages in one of the two forms."""
     if not isinstance(value, list):
         raise UsageError(
-            f"{place}: holds {type(value).__name__}, not a list of messages; name the field with --text-field"
+            f'{place}: holds {type(value).__name__}, not a list of messages like {{"role": "user", "content": "..."}}'
         )
     messages = tuple(_message(each, f"{place}, message {number}") for number, each in enumerate(value, start=1))
     if isinstance(tools, str):

@@ -24,15 +24,18 @@ class TextStream:
     never holds half a character, nor a U+FFFD that a later token would mend: such tokens wait. The work per token does
     not grow with the length of the text.
 
+    With `keep_space` the space is kept at the beginning of a text too. A constraint needs this: it has checked the
+    bytes of the tokens, the space among them.
+
     Where a tokenizer falls back to single bytes (Llama 2, Gemma), a run of byte tokens waits until it ends: one bad
     byte turns the *whole* run into U+FFFD, so nothing of it is certain before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), keep_space: bool = False) -> None:
         self._skipped: frozenset[int] = getattr(tokenizer, "skipped", frozenset([tokenizer.end_id]))
         token_bytes: Callable[[int], bytes] | None = getattr(tokenizer, "token_bytes", None)
         backwards = (token for token in reversed(before) if token not in self._skipped)
-        self._assembly = _Window(tokenizer, backwards) if token_bytes is None else _Bytes(token_bytes)
+        self._assembly = _Window(tokenizer, backwards, keep_space) if token_bytes is None else _Bytes(token_bytes)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Takes the next tokens and returns the text they complete, "" where they complete none."""
@@ -65,10 +68,10 @@ class _Window:
     first token of a text (strip its space, say) then happens inside the context, in both decodings that are compared.
     """
 
-    def __init__(self, tokenizer: Tokenizer, backwards: Iterator[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, backwards: Iterator[int], keep_space: bool) -> None:
         self._tokenizer = tokenizer
         self._is_partial: Callable[[int], bool] | None = getattr(tokenizer, "is_partial", None)
-        self._context = self._tail(self._before(backwards))
+        self._context = self._tail(self._before(backwards) or (tokenizer.encode("a") if keep_space else []))
         self._pending: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:

@@ -62,10 +62,11 @@ class TextOffsets:
     Args:
         prompt: tokens that the completion is decoded behind.
         start: the place of the completion's first character.
+        keep_space: as for `TextStream`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0) -> None:
-        self._tokenizer, self._stream, self._next = tokenizer, TextStream(tokenizer, prompt), start
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0, keep_space: bool = False) -> None:
+        self._tokenizer, self._stream, self._next = tokenizer, TextStream(tokenizer, prompt, keep_space), start
         self._run = b""
         """Bytes that `TextStream` holds back until their run ends."""
 

@@ -10,12 +10,20 @@ from typing import Any
 
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
+from jinja2.lexer import Token, TokenStream
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import pass_context
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 1_000_000
 """About a second."""
+MAX_TOKENS = 20_000
+"""Tokens of a template's source, about 100 kB; compiling that many takes about two seconds."""
+NODES_PER_STEP = 4
+"""Syntax nodes of a loop body or a macro that count as one step."""
+FILTER_STEPS = 4
+"""Steps of a filter call, in addition to those of what it reads."""
 MAX_SIZE = 16 << 20
 """Characters of a string, items of a list."""
 MAX_BITS = 4096
@@ -120,6 +128,7 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
+        _spend(FILTER_STEPS)
         value = args[at] if len(args) > at else None
         if isinstance(value, Iterator):
             value = _counted(value)
@@ -138,13 +147,49 @@ def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any
     return bounded
 
 
+_WEIGHED = (nodes.For, nodes.Macro, nodes.CallBlock)
+
+
+def _at_most(limit: int, tokens: Iterable[Token]) -> Iterator[Token]:
+    for number, token in enumerate(tokens):
+        if number == limit:
+            raise SecurityError(f"its source has more than {limit:,} tokens")
+        yield token
+
+
+def _nodes_in(body: Iterable[nodes.Node]) -> int:
+    """Count syntax nodes, without those of inner bodies, which are weighed on their own."""
+    pending, count = list(body), 0
+    while pending:
+        node = pending.pop()
+        count += 1
+        pending += node.iter_child_nodes(exclude=("body",) if isinstance(node, _WEIGHED) else ())
+    return count
+
+
+@pass_context
+def _spend_body(context: Any, steps: int) -> str:
+    """Count the run of a body. It takes the context so that Jinja does not run it once, at compile time."""
+    _spend(steps)
+    return ""
+
+
 class _Count(NodeTransformer):
-    """Count the items of loops, and check the size of what `~` joins."""
+    """Insert the counting of steps, and check the size of what `~` joins."""
+
+    def _weigh(self, node: Any) -> nodes.Node:
+        steps = _nodes_in(node.body) // NODES_PER_STEP
+        self.generic_visit(node)
+        if steps:
+            call = nodes.Filter(nodes.Const(steps), "spend_body_", [], [], None, None, lineno=node.lineno)
+            node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno))
+        return node  # type: ignore[no-any-return]
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
         node.iter = nodes.Filter(node.iter, "counted_", [], [], None, None, lineno=node.lineno)
-        return node
+        return self._weigh(node)
+
+    visit_Macro = visit_CallBlock = _weigh
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
@@ -174,7 +219,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(finalize=_weighed, **options)
         self.filters = {name: bounded_filter(name, function) for name, function in self.filters.items()}
         self.filters |= {"counted_": _counted, "joined_": _joined, "weighed_": _weighed, "sliced_": _sliced}
+        self.filters["spend_body_"] = _spend_body
         self.globals.pop("lipsum", None)
+
+    def _tokenize(
+        self, source: str, name: str | None, filename: str | None = None, state: str | None = None
+    ) -> TokenStream:
+        tokens = super()._tokenize(source, name, filename, state)
+        return TokenStream(_at_most(MAX_TOKENS, tokens), name, filename)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)

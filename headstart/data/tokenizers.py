@@ -34,6 +34,8 @@ __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "l
 
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 MAX_GROWTH = 64
+MAX_ID = 10**8
+"""Bound of token ids, the largest vocabulary that a model may have."""
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -111,6 +113,13 @@ class PretrainedTokenizer:
         self._engine.no_padding()
         self._add_tokens()
         ids = self._engine.get_vocab(with_added_tokens=True)
+        # The library gives an added token another id than the file, without a word, if the file's is out of order.
+        added = [token["id"] for token in content.get("added_tokens") or []]
+        largest = max([*ids.values(), *added, *_processor_ids(content.get("post_processor"))], default=0)
+        if largest >= MAX_ID:
+            raise UsageError(
+                f"{self._file}: holds token id {largest:,}, ids must be below {MAX_ID:,}; fetch the file again"
+            )
         self.name = self._file.parent.resolve().name
         config = self._directory / CONFIG_FILE
         self.learnt = config.is_file() and read_json(config).get(OWN_KIND) == "bpe"  # by prepare, from plain documents
@@ -337,6 +346,19 @@ def _decoder_steps(decoder: Any) -> list[str]:
     if decoder.get("type") == "Sequence":
         return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
     return [str(decoder.get("type"))]
+
+
+def _processor_ids(processor: Any) -> list[int]:
+    """Return the token ids that a tokenizer.json's post-processor puts around a text."""
+    if isinstance(processor, list):
+        return [token for part in processor for token in _processor_ids(part)]
+    if not isinstance(processor, dict):
+        return []
+    pairs = [processor.get("sep"), processor.get("cls")]
+    ids = [pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2]
+    for token in (processor.get("special_tokens") or {}).values():
+        ids += token["ids"]
+    return ids + _processor_ids(processor.get("processors"))
 
 
 def _growth(step: Any) -> float:

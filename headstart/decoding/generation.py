@@ -233,7 +233,8 @@ class OriginStream:
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
         self.generation = generation
-        self._stream = TextStream(tokenizer, generation.request.prompt)
+        request = generation.request
+        self._stream = TextStream(tokenizer, request.prompt, keep_space=request.constraint is not None)
         self._tokens = self._characters = 0
         self._waiting: list[tuple[str, int]] = []  # of tokens whose text is held back: it may be that of a stop string
 

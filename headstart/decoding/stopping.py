@@ -65,7 +65,7 @@ class Stopper:
         self.text = ""
         """Released text so far."""
         self.finish_reason: FinishReason | None = None
-        self._stream = TextStream(tokenizer, prompt) if tokenizer is not None else None
+        self._stream = None if tokenizer is None else TextStream(tokenizer, prompt, keep_space=matcher is not None)
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:

@@ -54,7 +54,7 @@ def score_documents(
     every token but a document's first ones is predicted from `length` / 2 tokens at least; each is counted once.
 
     Args:
-        bytes: of UTF-8 in all documents.
+        bytes: of UTF-8 in all documents, or in their targets.
         end_id: put before each document, so that its first token is predicted too, and the state of the model is the
             one that it was trained in; None: the first token of each document is only read.
         start_tokens: how many of them each document begins with, which are read and never predicted.
@@ -105,9 +105,11 @@ def score_documents(
                 committed[k - 1] += written
     if not counts[0]:
         raise UsageError("no document has two tokens; there is nothing to predict")
-    per_byte = (
-        sum(len(document) - start_tokens for document in documents) / bytes / math.log(2)
-    )  # tokens of a byte, bits of a nat
+    if counted is None:
+        tokens_to_predict = sum(len(document) - start_tokens for document in documents)
+    else:
+        tokens_to_predict = sum(int(each.sum()) for each in counted)
+    per_byte = tokens_to_predict / bytes / math.log(2)  # tokens of a byte, bits of a nat
     return HeadScores(
         tokens=int(counts[0]),
         bytes=bytes,

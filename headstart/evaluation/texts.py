@@ -9,10 +9,11 @@ from typing import Literal
 
 import numpy as np
 
+from headstart.data.chat_template import ChatTemplate, encode_conversation, need_chat_template
 from headstart.data.conversations import ASSISTANT
 from headstart.data.prepare.documents import Document
 from headstart.data.prepare.hub import is_dataset
-from headstart.data.prepare.units import Selection, plan, read
+from headstart.data.prepare.units import Selection, hold_conversations, plan, read
 from headstart.data.prompt_files import FilePrompt, read_prompt_file
 from headstart.data.prompts import chat_ids, turn_ends
 from headstart.data.shards import TokenShards
@@ -39,29 +40,62 @@ def sizes(prompt: int | None, new: int | None, context: int | None, most: int = 
 
 
 class Documents(list[list[int]]):
-    """Token ids of documents, each behind the start tokens that the model knows texts by."""
+    """Token ids of documents.
 
-    def __init__(self, start: Sequence[int] = ()) -> None:
+    Attributes:
+        start: the start tokens that each document begins with.
+        targets: for each document (T,) bool, its tokens to predict; None: all but the start tokens.
+    """
+
+    def __init__(self, start: Sequence[int] = (), targets: list[np.ndarray] | None = None) -> None:
         super().__init__()
-        self.start = tuple(start)
+        self.start, self.targets = tuple(start), targets
 
 
 def read_documents(sources: Sequence[str], tokenizer: Tokenizer) -> tuple[Documents, int]:
-    """Return token ids of every document of `sources`, which are what `headstart prepare` takes, behind the start token
-    that the model knows texts by, and the UTF-8 bytes of all.
+    """Return the documents of `sources`, which may be all that `headstart prepare` takes, and the bytes to predict.
 
-    Raises UsageError for what cannot be read, and where there is no document.
+    A text begins with the tokenizer's start tokens. If the sources hold conversations, the chat template writes these,
+    and only the answers are to be predicted, as in training.
+
+    Raises:
+        UsageError: a source cannot be read, no document is found, or the tokenizer has no chat template.
     """
-    selection = Selection(split="test" if any(map(is_dataset, sources)) else "train")
+    split = "test" if any(map(is_dataset, sources)) else "train"
+    selection = Selection(split=split)
     documents, size = Documents(tokenizer.start_ids), 0
+    template = None
+    if hold_conversations(sources, split):
+        selection = replace(selection, conversations=True, texts=True)
+        template, documents.targets = need_chat_template(tokenizer), []
     for unit in plan(sources, selection, Path("\0")):
         for document in read(unit, selection):
             if isinstance(document, Document):
-                documents.append(prompt_ids(tokenizer, document.text))
-                size += document.bytes
+                ids, is_target, count = _encode_document(document, tokenizer, template)
+                documents.append(ids)
+                size += count
+                if documents.targets is not None:
+                    documents.targets.append(is_target)
     if not documents:
         raise UsageError(f"{', '.join(sources)}: hold no text; name files or folders of text")
+    if any(tuple(ids[: len(documents.start)]) != documents.start for ids in documents):  # not those of a template
+        documents.start = ()
     return documents, size
+
+
+def _encode_document(
+    document: Document, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> tuple[list[int], np.ndarray, int]:
+    """Return token ids, (T,) bool which of them are to be predicted, and the bytes of these."""
+    if document.conversation is None or template is None:
+        ids = prompt_ids(tokenizer, document.text)
+        return ids, np.arange(len(ids)) >= len(tokenizer.start_ids), document.bytes
+    try:
+        [(conversation, answered)] = encode_conversation(document.conversation, template, tokenizer)
+    except UsageError as error:
+        raise UsageError(f"{document.name}: {error}") from error
+    answers = tokenizer.decode(conversation[answered].tolist())
+    return conversation.tolist(), answered, len(answers.encode("utf-8"))
 
 
 def cut_prompts(

@@ -138,7 +138,9 @@ class Shape:
             return [0] * (len(prompt) + len(tokens))
         if job not in self._offsets:
             start = len(self.echo[job.index]) if self.echo else 0
-            self._offsets[job] = TextOffsets(self.tokenizer, job.request.prompt, start)
+            self._offsets[job] = TextOffsets(
+                self.tokenizer, job.request.prompt, start, keep_space=job.request.constraint is not None
+            )
         before = TextOffsets(self.tokenizer, ())
         return [before.push(token) for token in prompt] + [self._offsets[job].push(token) for token in tokens]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from chats import chat_tokenizer
 
 import headstart
 from headstart import cli
@@ -60,6 +62,43 @@ def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:
     assert "bits per byte" in page and "repeated 8-grams" in page and "heads 2..k right" in page
     shown = format_inspection(inspect(directory))
     assert "free-running, greedy" in shown and f"{greedy['tokens_per_pass']:.3f}" in shown
+
+
+def test_text_of_conversations_counts_answers_alone(tmp_path) -> None:
+    """The score of a conversation is that of its text, read whole, with answers and ends of turns as targets."""
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=264, dim=16, layers=2, attention_heads=2, context=64, heads=2, head_kind="linear")
+    save_model(Transformer(config), tmp_path / "model", tokenizer)
+    said = [{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "he hello"}]
+    rows = [{"messages": said}, {"text": "plain text"}, {"messages": said[:1]}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = EvaluateSettings(text=(str(tmp_path / "chats.jsonl"),), tasks=("heads",))
+    found = evaluate(tmp_path / "model", settings)["heads"]
+
+    written = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\nhe hello<|im_end|>\n"
+    ids, plain = [*tokenizer.encode(written), tokenizer.end_id], tokenizer.encode("plain text")
+    answer = len(tokenizer.encode(written[: written.index("he hello")]))
+    targets = [answer <= i < len(ids) - 2 for i in range(len(ids))]
+    assert found["documents"] == 2
+    assert found["tokens"] == sum(targets) + len(plain) - 1
+    assert found["bytes"] == len("he hello") + len("plain text")
+    model = load_model(tmp_path / "model").eval()
+    with torch.no_grad():
+        logits = [model(torch.tensor([row]), heads=1)[0, :-1, 0].double().log_softmax(-1) for row in (ids, plain)]
+    nats = -sum(float(logits[0][i - 1, ids[i]]) for i in range(len(ids)) if targets[i])
+    nats -= sum(float(logits[1][i - 1, plain[i]]) for i in range(1, len(plain)))
+    per_token = nats / math.log(2) / found["tokens"]  # the first token of the text, not predicted, counts as much
+    assert found["bits_per_byte"][0] == pytest.approx(per_token * (found["tokens"] + 1) / found["bytes"], rel=1e-5)
+
+
+def test_text_without_a_known_field_names_no_option_it_lacks(directory, tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(SystemExit):
+        run(monkeypatch, directory, "--text", tmp_path / "rows.jsonl")
+    told = capsys.readouterr().err
+    assert 'no field "text"' in told and "question" in told
+    assert "--text-field" not in told or "headstart prepare" in told
 
 
 def test_in_int8_it_is_nearly_the_same(directory, tmp_path) -> None:

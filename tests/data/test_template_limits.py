@@ -45,6 +45,12 @@ BOMBS = [
     "{% set s = [1] * 1000 %}{% set s = [s] * 1000 %}{% set s = [s] * 1000 %}{{ s }}",
     "{% set s = [1] * 1000 %}{% set s = [s] * 1000 %}{% set s = [s] * 1000 %}{{ s|tojson|length }}",
     "{% set s = [1] * 1000 %}{% set s = [s] * 1000 %}{% set s = [s] * 1000 %}{{ s|string|length }}",
+    "{% for i in range(999) %}" + "{% set x = 1 %}" * 200 + "{% endfor %}",
+    "{% macro f() %}" + "{% set x = 1 %}" * 200 + "{% endmacro %}{% for i in range(999) %}{{ f() }}{% endfor %}",
+    "{% macro f() %}{% for i in range(999) %}{{ caller() }}{% endfor %}{% endmacro %}"
+    "{% call f() %}" + "{% set x = 1 %}" * 200 + "{% endcall %}",
+    "{% for i in range(999) %}" + "{{ x|trim }}" * 20 + "{% endfor %}",
+    "{{ x }}" * 100_000,
 ]
 
 

@@ -51,6 +51,27 @@ def test_growth_is_bounded(tmp_path, part, step, refused):
         assert PretrainedTokenizer(tmp_path).encode("a") == [97]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"added_tokens": [{"id": 10**9, "content": "<|far|>", "special": True, "normalized": False,
+                           "single_word": False, "lstrip": False, "rstrip": False}]},
+        {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                            {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+                            "special_tokens": {"<s>": {"id": "<s>", "ids": [10**9], "tokens": ["<s>"]}}}},
+        {"post_processor": {"type": "BertProcessing", "sep": ["</s>", 10**9], "cls": ["<s>", 1]}},
+    ],
+)  # fmt: skip
+def test_ids_are_bounded(tmp_path, change):
+    ByteTokenizer().save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    extra = change.pop("added_tokens", [])
+    file.write_text(json.dumps({**content, **change, "added_tokens": [*content["added_tokens"], *extra]}))
+    with pytest.raises(UsageError, match=r"tokenizer.json: holds token id 1,000,000,000, ids must be below [\d,]+; "):
+        PretrainedTokenizer(tmp_path)
+
+
 def test_deep_nesting_is_one_line(tmp_path):
     ByteTokenizer().save(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[" * 200_000)

@@ -111,3 +111,15 @@ def test_a_vocabulary_that_falls_back_to_some_bytes(tmp_path: Path) -> None:
         assert found.finish_reason == "end" and re.fullmatch(pattern, found.text) and "日" not in found.text
     with pytest.raises(UsageError, match="no text of this model's tokens"):
         model.generate("the", constraint=Constraint.choice(["日", "a日"]))
+
+
+def test_a_first_space_survives_behind_a_prompt_of_special_tokens_alone(tmp_path: Path) -> None:
+    """A decoder like Llama 2's strips the space of a text's first token, but the constraint asks for it."""
+    tokenizer = sentencepiece(tmp_path)
+    model = LanguageModel(random_model(tokenizer.vocab_size), tokenizer)
+    start = tokenizer.encode("<s>")[-1]
+    for prompt in ([start], [start, start], [start, *tokenizer.encode("the")]):
+        found = model.generate(prompt, max_new_tokens=30, constraint=Constraint.regex(" the model"))
+        assert (found.finish_reason, found.text) == ("end", " the model")
+        pieces = model.stream(prompt, max_new_tokens=30, constraint=Constraint.regex(" the model"))
+        assert "".join(pieces) == " the model"

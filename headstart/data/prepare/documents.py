@@ -107,9 +107,10 @@ class Field:
                 return Skipped(NO_ANSWER if conversation.messages else EMPTY, read)
             value = conversation.text
         elif not isinstance(value, str):
-            mend = "take conversations with --conversations, or " if isinstance(value, list) else ""
+            other = "conversations with --conversations, " if isinstance(value, list) else ""
             raise UsageError(
-                f'{place}: field "{field}" holds {type(value).__name__}, not text; {mend}name another with --text-field'
+                f'{place}: field "{field}" holds {type(value).__name__}, not text (headstart prepare takes '
+                f"{other}another field with --text-field)"
             )
         return _text(value, name, read, conversation)
 
@@ -229,7 +230,7 @@ def _fields(record: dict[str, Any]) -> list[str]:
 
 def _no_field(place: str, field: str, known: list[str]) -> UsageError:
     fields = ", ".join(known[:20]) or "it has none"
-    return UsageError(f'{place}: no field "{field}"; name one of its fields with --text-field: {fields}')
+    return UsageError(f'{place}: no field "{field}"; name one with headstart prepare --text-field: {fields}')
 
 
 def _unreadable(file: SourceFile, error: OSError) -> UsageError:

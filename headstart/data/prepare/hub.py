@@ -43,7 +43,7 @@ def read_part(
     columns = [] if known is None else field.columns(known)
     if columns is None:
         raise UsageError(
-            f'{source}: no field "{field.name}"; name one of its fields with --text-field: {", ".join(known)}'
+            f'{source}: no field "{field.name}"; name one with headstart prepare --text-field: {", ".join(known)}'
         )
     streamed = _is_streamed(rows)
     part = rows.shard(num_shards=end, index=begin) if streamed else rows.select(range(begin, end))

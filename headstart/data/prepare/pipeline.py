@@ -117,7 +117,7 @@ def prepare(
         splitting = split_documents(folders, summaries, validation_fraction, deduplicate)
         segments = splitting.segments
         if not segments["validation"] and validation_fraction > 0:
-            say("a single document: it is for training, and there is no validation split")
+            say(_no_validation(sum(summary.documents for summary in summaries), splitting.duplicates.exact))
         for line in splitting.duplicates.told(deduplicate):
             say(line)
         if spelled := sum(summary.spelled for summary in summaries):
@@ -255,8 +255,20 @@ def _encode(
         found[summary.key] = summary
         left[summary.source] -= 1
         if left[summary.source] == 0:
-            _report_source(summary.source, [each for each in found.values() if each.source == summary.source], say)
+            of_source = [each for each in found.values() if each.source == summary.source]
+            if not any(each.documents for each in of_source):
+                for each in of_source:
+                    shutil.rmtree(encoder.folder / each.key)  # there is nothing in it to resume from
+            _report_source(summary.source, of_source, say)
     return [found[key] for key in keys]
+
+
+def _no_validation(documents: int, duplicates: int) -> str:
+    """Return the line that says why no document is for validation."""
+    if documents == 1:
+        return "a single document: it is for training, and there is no validation split"
+    why = "are equal" if duplicates == documents - 1 else "come from one conversation or problem"
+    return f"all {documents:,} documents {why}: they are for training, and there is no validation split"
 
 
 def _report_source(source: str, summaries: list[Summary], say: Report) -> None:

@@ -96,12 +96,19 @@ def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
         yield from documents.read_compressed_lines(unit.files[0], field)
 
 
-def hold_conversations(sources: Sequence[str]) -> bool:
-    """Whether the first row of any of `sources` has messages in place of a text, as `headstart distill-data` writes
-    them. Raises UsageError for what cannot be read."""
+def hold_conversations(sources: Sequence[str], split: str = Selection.split) -> bool:
+    """Return whether the first row of any of `sources` has messages in place of a text, like those that
+    `headstart distill-data` writes.
+
+    Args:
+        split: the split of datasets.
+
+    Raises:
+        UsageError: a source cannot be read.
+    """
     files = list_files([source for source in sources if not hub.is_dataset(source)])
     datasets = filter(hub.is_dataset, sources)
-    columns = chain(map(_columns, files), (hub.column_names(each, Selection.split, None) for each in datasets))
+    columns = chain(map(_columns, files), (hub.column_names(each, split, None) for each in datasets))
     return any({MESSAGES, SHAREGPT} & set(known) and documents.TEXT not in known for known in columns)
 
 

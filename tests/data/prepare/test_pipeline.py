@@ -268,6 +268,29 @@ def test_a_source_without_a_document_is_refused(tmp_path, name, text, expected):
         prepare([str(tmp_path / "b.txt")], tmp_path / "out", ByteTokenizer(), workers=0)
 
 
+def test_nothing_is_kept_of_a_source_without_a_document(tmp_path):
+    """Summaries of units that skipped everything are no work to resume from."""
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe")
+    lines = []
+    with pytest.raises(UsageError, match="no document in it"):
+        prepare([str(tmp_path / "a.bin")], tmp_path / "out", ByteTokenizer(), report=lines.append)
+    assert lines == [] and [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "line"), [(["same"], "a single document"), (["same"] * 3, "all 3 documents are equal")]
+)
+def test_documents_that_cannot_be_split_are_reported(tmp_path, texts, line):
+    (tmp_path / "corpus").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(text)
+    lines = []
+    prepare([str(tmp_path / "corpus")], tmp_path / "out", ByteTokenizer(), report=lines.append)
+    assert [each for each in lines if "no validation split" in each] == [
+        f"{line}: {'it is' if len(texts) == 1 else 'they are'} for training, and there is no validation split"
+    ]
+
+
 def test_workers_do_without_torch():
     code = "import sys, headstart.data.shards; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
