@@ -183,7 +183,7 @@ class _Count(NodeTransformer):
         if steps:
             call = nodes.Filter(nodes.Const(steps), "spend_body_", [], [], None, None, lineno=node.lineno)
             node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno))
-        return node  # type: ignore[no-any-return]
+        return node
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         node.iter = nodes.Filter(node.iter, "counted_", [], [], None, None, lineno=node.lineno)
