@@ -15,7 +15,7 @@ from bench import report
 from bench.report import Bar, measurement
 from headstart.console import say
 from headstart.decoding.policy.timing import interleave, ratios, timed
-from headstart.model.config import HeadKind, ModelConfig
+from headstart.model.config import HeadKindName, ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.walk import count_targets, walk_step
 from headstart.training.adapt.hidden_states import HiddenStates
@@ -28,7 +28,7 @@ STATES_BAR = Bar(">=", 3.0)
 class AdaptSettings:
     """A step of heads alone, with and without the frozen trunk."""
 
-    head_kinds: tuple[HeadKind, ...] = ("medusa", "transformer")
+    head_kinds: tuple[HeadKindName, ...] = ("medusa", "transformer")
     """Kinds of heads."""
     heads: int = 4
     """Heads in all."""
@@ -74,7 +74,7 @@ def run(settings: AdaptSettings) -> dict[str, Any]:
     return report.result("adapt", settings, rows, notes)
 
 
-def _steps(settings: AdaptSettings, kind: HeadKind, folder: Path) -> dict[str, Callable[[], object]]:
+def _steps(settings: AdaptSettings, kind: HeadKindName, folder: Path) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     old = ModelConfig(vocab_size=settings.vocab_size, dim=settings.dim, layers=settings.layers, context=settings.length)
     model = with_heads(Transformer(old), config_with_heads(old, settings.heads, kind))

@@ -17,7 +17,8 @@ from headstart.evaluation.texts import load_prompts
 from headstart.formats.bundled import boxed_model
 from headstart.formats.huggingface import load_config
 from headstart.hardware import dtype_on
-from headstart.model.config import PRESETS, ModelConfig
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS
 
 PEER_BAR = Bar(">=", 1.5)
 EFFICIENCY_BAR = Bar(">=", 0.88)

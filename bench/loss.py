@@ -15,7 +15,8 @@ from bench.report import Bar, measurement
 from headstart.console import say
 from headstart.data.batches import IGNORE
 from headstart.decoding.policy.timing import ratios
-from headstart.model.config import HeadKind, ModelConfig, Wiring
+from headstart.model.config import HeadKindName, ModelConfig
+from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
 from headstart.objective.walk import HeadLosses, count_targets, joint_step, walk_step
 
@@ -73,7 +74,7 @@ def run(settings: LossSettings) -> dict[str, Any]:
 
 
 def _gradients() -> list[dict[str, Any]]:
-    kinds: list[tuple[HeadKind, Wiring]] = [
+    kinds: list[tuple[HeadKindName, Wiring]] = [
         (kind, wiring) for kind in ("transformer", "linear") for wiring in ("parallel", "causal", "anticausal")
     ]
     rows = []
@@ -86,7 +87,7 @@ def _gradients() -> list[dict[str, Any]]:
     return rows
 
 
-def gradient_error(kind: HeadKind, wiring: Wiring, tied: bool) -> float:
+def gradient_error(kind: HeadKindName, wiring: Wiring, tied: bool) -> float:
     """Largest relative difference of any parameter's gradient between `walk_step` and `joint_step`, in float64."""
     config = ModelConfig(
         vocab_size=67, dim=32, layers=6, attention_heads=4, heads=4, head_kind=kind, wiring=wiring, tied=tied

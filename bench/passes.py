@@ -18,11 +18,7 @@ def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: i
     weights = config.parameters()["next_token_path"]
     if not config.tied:  # the embedding is looked up, not read; tied, it is the unembedding, and is read
         weights -= config.vocab_size * config.dim
-    k, path = 1, 0
-    while k:
-        path, k = path + 1, config.parents[k - 1]
-    layers = config.trunk_layers + (path if config.head_kind == "transformer" else 0)
-    cache = 2 * layers * config.key_value_heads * config.dim_per_head * span
+    cache = 2 * config.next_token_layers * config.key_value_heads * config.dim_per_head * span
     return (weights + config.dim) * weight_bytes + cache * cache_bytes
 
 
@@ -33,7 +29,7 @@ def merged_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes:
     V, D = config.vocab_size, config.dim
     if not config.tied:
         weights -= V * D
-    if config.head_kind != "replicated":
+    if not config.kind.own_unembeddings:
         weights += V * D
     cache = 2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * span
     return (weights + config.heads * D) * weight_bytes + cache * cache_bytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from headstart.model.config import PRESETS, ModelConfig
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS
 
 Size = Literal["12M", "105M", "235M", "1.3B", "6.7B"]
 

@@ -11,7 +11,8 @@ from bench.report import Bar, measurement
 from bench.training_steps import flop_ratio, measure, run_config
 from headstart.console import say
 from headstart.decoding.policy.timing import ratios
-from headstart.model.config import PRESETS, ModelConfig
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS
 
 if TYPE_CHECKING:
     from bench.train import TrainSettings

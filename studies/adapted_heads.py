@@ -20,7 +20,7 @@ from headstart.evaluation.free_running import FreeRunning, run_freely
 from headstart.evaluation.heads import HeadScores, score_documents
 from headstart.evaluation.texts import cut_prompts
 from headstart.formats.huggingface import load_model
-from headstart.model.config import HeadKind, ModelConfig
+from headstart.model.config import HeadKindName, ModelConfig
 from headstart.objective.backends import HeadLoss
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
 from headstart.training.loop import train
@@ -42,9 +42,9 @@ class AdaptedHeadsSettings(StudySettings):
     rows: int = 8
     length: int = 128
     heads: int = 4
-    kinds: tuple[HeadKind, ...] = ("transformer", "linear", "medusa", "stern", "sequential", "replicated")
+    kinds: tuple[HeadKindName, ...] = ("transformer", "linear", "medusa", "stern", "sequential", "replicated")
     losses: tuple[HeadLoss, ...] = ("cross-entropy", "kl", "total-variation")
-    loss_kinds: tuple[HeadKind, ...] = ("transformer", "medusa")
+    loss_kinds: tuple[HeadKindName, ...] = ("transformer", "medusa")
     """Kinds that are trained with every loss; the others with cross-entropy."""
     seconds: float = 25.0
     """Of processor time, in which each condition makes as many steps as fit."""

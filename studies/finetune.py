@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from headstart.model.transformer import Transformer
-from headstart.training.adapt.new_heads import blocks_to_head_1, with_heads
+from headstart.training.adapt.new_heads import with_heads
 from studies.polynomial_ring import Ring
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
 from studies.training import (
@@ -175,7 +175,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
 
 def without_further_heads(model: Transformer) -> Transformer:
     """The next-token model inside one with several heads: trunk and the path to head 1, with weights of its own."""
-    config = replace(model.config, heads=1, layers=blocks_to_head_1(model.config), extra_layers=0)
+    config = replace(model.config, heads=1, layers=model.config.next_token_layers, extra_layers=0)
     copy = Transformer(model.config)
     copy.load_state_dict(model.state_dict())
     return with_heads(copy, config)

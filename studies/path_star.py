@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from headstart.data.batches import IGNORE, Batch, targets_of
-from headstart.model.config import HeadKind, ModelConfig
+from headstart.model.config import HeadKindName, ModelConfig
+from headstart.model.heads import HEAD_KINDS
 from headstart.model.transformer import Transformer
 from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
@@ -42,7 +43,7 @@ class PathStarSettings(StudySettings):
     dim: int = 64
     layers: int = 3
     """Blocks between a token and its prediction."""
-    head_kind: HeadKind = "transformer"
+    head_kind: HeadKindName = "transformer"
     """Of several heads. Transformer heads have a block each of their own, and can know the arm while the trunk does
     not; linear ones know nothing that is not in the trunk, where head 1 finds it."""
     tied: bool = False
@@ -211,7 +212,7 @@ def config_of(settings: PathStarSettings, graphs: StarGraphs, method: str, seed:
         vocab_size=graphs.vocab_size,
         dim=settings.dim,
         layers=settings.layers,
-        extra_layers=heads - 1 if settings.head_kind == "transformer" else 0,
+        extra_layers=heads - 1 if HEAD_KINDS[settings.head_kind].takes_layers else 0,
         attention_heads=max(1, settings.dim // 16),
         context=length + graphs.length,
         heads=heads,

@@ -14,7 +14,8 @@ import torch
 from headstart.data.batches import Batch, BatchStream
 from headstart.data.shards import SplitTokens, TokenShards
 from headstart.errors import UsageError
-from headstart.model.config import PRESETS, ModelConfig
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights, drawn
 from headstart.training.config import BatchConfig, RunConfig

@@ -41,6 +41,8 @@ FLOORS = {
 }
 """Floor of each room (a folder) and of each file next to the rooms."""
 LINES = 400
+LONGER = {"headstart/model/heads.py"}
+"""Files that may be longer: one kind of thing each, such as all kinds of heads."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,8 @@ def circles(root: Path) -> list[str]:
 
 
 def too_long(root: Path) -> list[str]:
-    lengths = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in files(root)}
-    return [f"{file.relative_to(root.parent)}: {length} lines" for file, length in lengths.items() if length > LINES]
+    lengths = {str(file.relative_to(root.parent)): len(file.read_text("utf-8").splitlines()) for file in files(root)}
+    return [f"{file}: {length} lines" for file, length in lengths.items() if length > LINES and file not in LONGER]
 
 
 def unknown_rooms(root: Path) -> list[str]:

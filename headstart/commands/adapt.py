@@ -22,7 +22,8 @@ from headstart.fileio import write_text
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer
 from headstart.hardware import use_threads
-from headstart.model.config import HeadKind, Wiring
+from headstart.model.config import HeadKindName
+from headstart.model.shape import Wiring
 from headstart.objective.backends import HeadLoss, LossConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.adapt.config import AdaptConfig, FrozenDtype, Mode
@@ -65,7 +66,7 @@ class AdaptSettings:
     with a run that was stopped."""
     heads: int = 4
     """Heads in all, the model's own next-token head included."""
-    head_kind: HeadKind = "transformer"
+    head_kind: HeadKindName = "transformer"
     """transformer: a block per head; linear, medusa, stern: smaller, nearly free to run; sequential: also reads the
     tokens between; replicated: an unembedding per head."""
     wiring: Wiring | None = None

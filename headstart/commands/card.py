@@ -71,7 +71,7 @@ def _introduction(directory: Path, name: str, config: ModelConfig, base_model: s
     )
     other = (
         "Trunk and head 1 are an ordinary Hugging Face model; the other heads lie in `heads/`."
-        if config.plain_decoder
+        if config.kind.plain_decoder
         else "Only Headstart reads it."
     )
     rows = [
@@ -190,7 +190,7 @@ def _usage(directory: Path, name: str, config: ModelConfig) -> str:
             "decoding, greedy or sampled with the same seed. The acceptance rules `rejection` and `block` are lossless "
             "in distribution; those called `lossy-...` are not, and int8 is another model.",
         ]
-    if config.plain_decoder:
+    if config.kind.plain_decoder:
         code = (directory / MODELING_FILE).is_file()
         lines += ["", "```python", "from transformers import AutoModelForCausalLM", ""]
         lines += [f'model = AutoModelForCausalLM.from_pretrained("{name}")  # trunk and head 1']

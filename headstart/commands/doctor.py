@@ -346,7 +346,7 @@ def _transformers(path: Path, config: ModelConfig, prompt: tuple[int, ...]) -> F
     def left_out(why: str, status: Literal["ok", "warn"] = "ok") -> Finding:
         return Finding(name, status, f"not compared: {why}.", {"compared": False})
 
-    if not config.plain_decoder:
+    if not config.kind.plain_decoder:
         return left_out("linear heads wired anticausally are no plain decoder, only headstart reads them")
     parameters, free = config.parameters()["total"], hardware.available_memory()
     if parameters > COMPARED_PARAMETERS:

@@ -19,7 +19,8 @@ from headstart.formats.bundled import model_directory
 from headstart.formats.families import family_of
 from headstart.formats.hub import local_directory
 from headstart.formats.huggingface import load_config, load_model_tokenizer, stored_dtype
-from headstart.model.config import PRESETS, ModelConfig, preset
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS, preset
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "tokenizer": None
         if tokenizer is None
         else {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id},
-        "plain_decoder": config.plain_decoder,
+        "plain_decoder": config.kind.plain_decoder,
         "family": family_of(config).model_type,
         "kv_bytes_per_token": {name: kv_bytes_per_token(config, dtype) for name, dtype in CACHES.items()},
     }
@@ -87,23 +88,11 @@ def head_tree(config: ModelConfig) -> str:
 
 
 def _branches(config: ModelConfig, parent: int, indent: str) -> Iterator[str]:
-    kind = {
-        "transformer": "transformer block",
-        "linear": "linear map",
-        "replicated": "own unembedding",
-        "medusa": "residual layer behind the final norm" + ("" if config.shared else ", own unembedding"),
-        "stern": "output of a shared feed-forward layer behind the final norm",
-        "sequential": f"block{', shared,' if config.shared else ''} that also reads token t+",
-    }
     children = config.children(parent)
     for k in children:
         last = k == children[-1]
-        # Head 1 of all but transformer heads is the plain unembedding of what it hangs on.
-        bare = k == 1 and config.head_kind != "transformer" and config.plain_decoder
-        made_of = "its parent's latent as it is" if bare else kind[config.head_kind]
-        if config.head_kind == "sequential" and not bare:
-            made_of += str(k - 1)
-        yield f"{indent}{'└─' if last else '├─'} head {k}: token t+{k}, {made_of}"
+        description = "its parent's latent as it is" if config.kind.is_plain(k) else config.kind.describe(k)
+        yield f"{indent}{'└─' if last else '├─'} head {k}: token t+{k}, {description}"
         yield from _branches(config, k, indent + ("   " if last else "│  "))
 
 

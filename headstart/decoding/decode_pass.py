@@ -325,8 +325,12 @@ def _head(
         latents[k] = parent if select is None else select(parent)
     else:
         layer = model.config.trunk_layers + k - 1
+<<<<<<< HEAD
         transformer = model.config.head_kind == "transformer"
         attend = attention(layer, row_S) if transformer else None
+=======
+        attend = attention.layer(layer, row_S) if model.config.kind.has_block(k) else None
+>>>>>>> 6e37fb6 (One class per head kind in model/heads.py: other files ask it, never the string; presets and the schema of stored configurations are explicit)
         latents[k] = head(parent, rotary, attend, select)
 
 
@@ -340,7 +344,7 @@ def _draft(
     deferred: bool,
 ) -> Tensor:
     """Logits (S, K-1, V) of heads 2..K at the last accepted row of each slot."""
-    if model.config.in_unembedding:  # all of them read the trunk's latent
+    if model.config.kind.in_unembedding:  # all of them read the trunk's latent
         return cast(PackedUnembedding, model.unembedding).drafts([pick(latents[0], row_S, 1)] * (heads - 1))
     used = [k for k in range(2, heads + 1) if k not in latents]
     order: list[int] = []
@@ -393,7 +397,7 @@ def prefill(
             for step in model.path(1):
                 _head(model, step, latents, rotary, attention)
             read(latents[1])
-        if model.config.head_kind != "transformer":
+        if model.config.ahead or not model.config.head_blocks:
             continue
         for k in range(1, heads + 1):
             for step in model.path(k):

@@ -9,7 +9,8 @@ from typing import Any
 
 from headstart.errors import UsageError
 from headstart.model.bounds import LARGEST
-from headstart.model.config import ModelConfig, RopeScaling
+from headstart.model.config import ModelConfig
+from headstart.model.shape import RopeScaling
 
 Content = dict[str, Any]
 SLIDING, FULL = "sliding_attention", "full_attention"

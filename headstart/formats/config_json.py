@@ -12,7 +12,8 @@ from headstart.fileio import read_json
 from headstart.formats.config_fields import check_type
 from headstart.formats.families import FAMILIES, Family, decoder_fields, differences, family_of, read_decoder
 from headstart.formats.hub import local_directory
-from headstart.model.config import ModelConfig, RopeScaling
+from headstart.model.config import ModelConfig
+from headstart.model.shape import RopeScaling
 
 Settings = TypeVar("Settings")
 
@@ -32,7 +33,7 @@ def config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[str
     Raises UsageError where no family's directory can hold the model.
     """
     content = decoder_fields(config, family_of(config))
-    if not config.plain_decoder:
+    if not config.kind.plain_decoder:
         # A model that is no plain decoder says so, rather than let other tools decode it wrongly.
         content |= {"architectures": ["HeadstartForCausalLM"], "model_type": OWN_TYPE}
     return {
@@ -155,7 +156,7 @@ def _check_agreement(file: Path, config: ModelConfig, content: dict[str, Any]) -
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
     named = content.get("model_type")
-    expected = family.model_type if config.plain_decoder else OWN_TYPE
+    expected = family.model_type if config.kind.plain_decoder else OWN_TYPE
     pairs = {"model_type": (named, expected)} if named != expected else {}
     for name, (said, wanted) in (pairs or differences(read_decoder(file, content, family), config)).items():
         raise UsageError(

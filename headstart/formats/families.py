@@ -24,7 +24,6 @@ from headstart.formats.config_fields import (
     write_rope,
     written_scaling,
 )
-from headstart.formats.tensor_names import llama_layers
 from headstart.model.bounds import MOST_LAYERS
 from headstart.model.config import ModelConfig
 
@@ -90,7 +89,7 @@ def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
 
 def decoder_fields(config: ModelConfig, family: Family) -> Content:
     """What `family` writes of trunk and head 1."""
-    layers = llama_layers(config)
+    layers = config.next_token_layers
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -114,7 +113,7 @@ _AGREED: dict[str, Callable[[ModelConfig], object]] = {
     "vocab_size": lambda c: c.vocab_size,
     "hidden_size": lambda c: c.dim,
     "intermediate_size": lambda c: c.hidden,
-    "num_hidden_layers": llama_layers,
+    "num_hidden_layers": lambda c: c.next_token_layers,
     "num_attention_heads": lambda c: c.attention_heads,
     "num_key_value_heads": lambda c: c.key_value_heads,
     "head_dim": lambda c: c.dim_per_head,
@@ -130,9 +129,9 @@ _AGREED: dict[str, Callable[[ModelConfig], object]] = {
     "hidden_act": lambda c: c.activation,
     "scaled_embedding": lambda c: c.scaled_embedding,
     "query_pre_attn_scalar": lambda c: c.score_dim,
-    "sliding_window": lambda c: [c.window_of(layer) for layer in range(llama_layers(c))],
+    "sliding_window": lambda c: [c.window_of(layer) for layer in range(c.next_token_layers)],
     "rope_local_base_freq": lambda c: c.local_rope_theta,
-    "no_rope_layers": lambda c: [layer for layer in c.nope_layers if layer < llama_layers(c)],
+    "no_rope_layers": lambda c: [layer for layer in c.nope_layers if layer < c.next_token_layers],
 }
 """What must be the same of two models that compute the same, by the fields of files (where these have them)."""
 

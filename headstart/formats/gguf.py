@@ -18,7 +18,7 @@ from headstart.fileio import replacing_file
 from headstart.formats.assembly import refuse_other_blocks
 from headstart.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
 from headstart.formats.huggingface import stored_tensors
-from headstart.formats.tensor_names import MODEL_FILE, llama_layers
+from headstart.formats.tensor_names import MODEL_FILE
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -46,7 +46,7 @@ def save_gguf(
     """
     gguf = _gguf()
     config, path = model.config, Path(path)
-    if not config.plain_decoder:
+    if not config.kind.plain_decoder:
         raise UsageError("linear heads wired anticausally: head 1 is no plain Llama decoder, and GGUF holds no other")
     refuse_other_blocks(config, "a GGUF file")
     dtype = model.trunk.embedding.weight.dtype if dtype is None else dtype
@@ -79,7 +79,7 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """The tensors of trunk and head 1, on the CPU, by llama.cpp's names and in its order of rows."""
     gguf = _gguf()
     config = model.config
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llama_layers(config))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.next_token_layers)
     heads = {"q_proj": config.attention_heads, "k_proj": config.key_value_heads}
     for name, tensor in stored_tensors(model, None)[MODEL_FILE].items():
         for part, count in heads.items():
@@ -107,7 +107,7 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context)
     writer.add_embedding_length(config.dim)
-    writer.add_block_count(llama_layers(config))
+    writer.add_block_count(config.next_token_layers)
     writer.add_feed_forward_length(config.hidden)
     writer.add_head_count(config.attention_heads)
     writer.add_head_count_kv(config.key_value_heads)

@@ -37,7 +37,7 @@ def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | Non
         UsageError: a model whose head 1 is no plain decoder, or of a family that the code does not run; as
             `save_model`.
     """
-    if not model.config.plain_decoder:
+    if not model.config.kind.plain_decoder:
         raise UsageError(
             "linear heads wired anticausally: head 1 is no plain decoder, which hf-code builds on; take headstart"
         )

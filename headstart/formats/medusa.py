@@ -29,6 +29,7 @@ from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import HEADS_FILE, MODEL_FILE, Part
 from headstart.model.bounds import MOST_HEADS
 from headstart.model.config import ModelConfig
+from headstart.model.heads import MedusaHeads
 from headstart.model.transformer import Transformer
 
 BASE, VLLM, TGI = "base", "vllm", "tgi"
@@ -46,7 +47,7 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
     Raises UsageError for heads of another kind.
     """
     config = model.config
-    if config.heads == 1 or config.head_kind != "medusa":
+    if config.heads == 1 or not isinstance(config.kind, MedusaHeads):
         kind = "one head" if config.heads == 1 else f"{config.head_kind} heads"
         raise UsageError(
             f"this model has {kind}; Medusa's layouts hold medusa heads alone (model.head_kind: medusa), and "

@@ -24,6 +24,7 @@ from headstart.formats.gguf import interleaved
 from headstart.formats.huggingface import UNEMBEDDING, stored_tensors
 from headstart.formats.tensor_names import Part, stored_parts
 from headstart.model.config import ModelConfig
+from headstart.model.heads import TransformerHeads
 from headstart.model.transformer import Transformer
 
 PARAMS_FILE = "params.json"
@@ -153,11 +154,11 @@ def _meta_name(name: str, config: ModelConfig) -> str:
 
 def _refuse(config: ModelConfig) -> None:
     reasons = []
-    if config.heads > 1 and config.head_kind != "transformer":
+    if config.heads > 1 and not isinstance(config.kind, TransformerHeads):
         reasons.append(f"{config.head_kind} heads")
     if config.heads > 1 and config.wiring != "parallel":
         reasons.append(f"{config.wiring} wiring")
-    if config.head_kind != "transformer" and config.heads == 1:
+    if config.heads == 1 and not isinstance(config.kind, TransformerHeads):
         reasons.append("a single layer")
     if config.dim_per_head * config.attention_heads != config.dim:
         reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")

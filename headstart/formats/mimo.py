@@ -29,6 +29,7 @@ from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, stored_tensors
 from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import MODEL_FILE, Part
 from headstart.model.config import ModelConfig
+from headstart.model.heads import SequentialHeads
 from headstart.model.transformer import Transformer
 
 MODULE = "model.mtp_layers.0"
@@ -130,7 +131,7 @@ def _mimo_name(name: str) -> str:
 
 
 def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
-    if config.heads == 1 or config.head_kind != "sequential":
+    if config.heads == 1 or not isinstance(config.kind, SequentialHeads):
         kind = "one head" if config.heads == 1 else f"{config.head_kind} heads"
         raise UsageError(
             f"this model has {kind}; MiMo's layout holds sequential heads alone (model.head_kind: sequential), and "

@@ -37,20 +37,6 @@ class Part:
     shape: tuple[int, ...]
 
 
-def path_to_head_1(config: ModelConfig) -> list[int]:
-    """The heads that head 1 is computed through, in order, head 1 last."""
-    order, k = [], 1
-    while k:
-        order.append(k)
-        k = config.parents[k - 1]
-    return order[::-1]
-
-
-def llama_layers(config: ModelConfig) -> int:
-    """How many `model.layers` the directory holds: the trunk's blocks, then the transformer heads on the path."""
-    return config.trunk_layers + (len(path_to_head_1(config)) if config.head_kind == "transformer" else 0)
-
-
 def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
     """For each parameter of `Transformer(config)`, by its name in the state dict, its parts in the order of rows.
 
@@ -60,47 +46,19 @@ def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
     parts = {"trunk.embedding.weight": [Part(MODEL_FILE, "model.embed_tokens.weight", (V, D))]}
     for layer in range(config.trunk_layers):
         parts |= _block_parts(config, f"trunk.blocks.{layer}", MODEL_FILE, f"model.layers.{layer}")
-    # Head k is called heads.{k} in the file, as everywhere in speech; a ModuleList counts from 0.
-    path = path_to_head_1(config)
+    path, layer = config.path(1), config.trunk_layers
     for k in range(1, config.heads + 1):
-        if config.head_kind == "transformer":
-            on_path = k in path
-            file = MODEL_FILE if on_path else HEADS_FILE
-            name = f"model.layers.{config.trunk_layers + path.index(k)}" if on_path else f"heads.{k}"
-            parts |= _block_parts(config, f"heads.{k - 1}", file, name)
-        elif config.head_kind == "linear" and not (k == 1 and config.plain_decoder):
-            parts[f"heads.{k - 1}.map.weight"] = [Part(HEADS_FILE, f"heads.{k}.map.weight", (D, D))]
-        elif k > 1:
-            parts |= _further_head(config, k)
+        for ours, (theirs, shape) in config.kind.tensors(k).items():
+            parts[ours] = [Part(HEADS_FILE, theirs, shape)]
+        if (names := config.kind.block_names(k)) is not None:
+            ours, theirs = names
+            if k in path:  # a layer of the ordinary decoder
+                parts |= _block_parts(config, ours, MODEL_FILE, f"model.layers.{layer + path.index(k)}")
+            else:
+                parts |= _block_parts(config, ours, HEADS_FILE, theirs)
     parts["unembedding.norm.weight"] = [Part(MODEL_FILE, "model.norm.weight", (D,))]
     if not config.tied:
         parts["unembedding.weights.0"] = [Part(MODEL_FILE, "lm_head.weight", (V, D))]
-    return parts
-
-
-def _further_head(config: ModelConfig, k: int) -> dict[str, list[Part]]:
-    """What head k, 2 or more, of a kind whose head 1 is the plain unembedding, has of its own or with the others."""
-    V, D, kind, H = config.vocab_size, config.dim, config.head_kind, config.stern_hidden
-
-    def part(ours: str, theirs: str, *shape: int) -> dict[str, list[Part]]:
-        return {ours: [Part(HEADS_FILE, theirs, shape)]}
-
-    parts: dict[str, list[Part]] = {}
-    if kind == "replicated" or (kind == "medusa" and not config.shared):
-        parts |= part(f"unembedding.weights.{k - 1}", f"heads.{k}.lm_head.weight", V, D)
-    if kind == "medusa":
-        parts |= part(f"unembedding.residuals.maps.{k - 2}.weight", f"heads.{k}.residual.weight", D, D)
-        parts |= part(f"unembedding.residuals.maps.{k - 2}.bias", f"heads.{k}.residual.bias", D)
-    if kind == "stern":
-        if k == 2:
-            parts |= part("unembedding.residuals.hidden.weight", "heads.hidden.weight", H, D)
-        parts |= part(f"unembedding.residuals.outputs.{k - 2}.weight", f"heads.{k}.output.weight", D, H)
-    if kind == "sequential" and (k == 2 or not config.shared):
-        ours, theirs = f"heads.{k - 1}", "heads.shared" if config.shared else f"heads.{k}"
-        parts |= part(f"{ours}.latent_norm.weight", f"{theirs}.latent_norm.weight", D)
-        parts |= part(f"{ours}.token_norm.weight", f"{theirs}.token_norm.weight", D)
-        parts |= part(f"{ours}.join.weight", f"{theirs}.join.weight", D, 2 * D)  # columns: latent, token
-        parts |= _block_parts(config, f"{ours}.block", HEADS_FILE, theirs)
     return parts
 
 

@@ -1,37 +1,245 @@
-"""Prediction heads and the unembedding they share.
+"""The kinds of prediction heads: one class each, in the registry `HEAD_KINDS`.
 
-The heads form a tree rooted at the trunk: `ModelConfig.parents` says which latent feeds which head. A head maps its
-parent's latent to its own, (B, T, D) -> (B, T, D); the unembedding turns a latent into logits over the vocabulary.
+The heads form a tree rooted at the trunk: `Shape.parents` says which latent feeds which head. A head maps its parent's
+latent to its own, (B, T, D) -> (B, T, D); the unembedding turns a latent into logits over the vocabulary.
+
+A new kind of heads is a class here and a line in `HEAD_KINDS`. Everything else that depends on the kind asks the class.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC
 from collections.abc import Callable
-from typing import cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headstart.errors import UsageError
 from headstart.model.attention import causal_attention
-from headstart.model.config import ModelConfig
 from headstart.model.layers import Attend, Block, RMSNorm
+from headstart.model.shape import Shape, Wiring
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Name of a parameter -> its name in the heads file, and its shape."""
+
+
+class KeptBytes(Protocol):
+    """Bytes per position that autograd keeps of a block and of a norm, and bytes of a number in two dtypes."""
+
+    @property
+    def compute(self) -> int:
+        """Bytes of a number in the dtype of products."""
+
+    @property
+    def residual(self) -> int:
+        """Bytes of a number in the dtype of the residual stream."""
+
+    def block(self) -> int:
+        """Return the bytes of a block."""
+
+    def norm(self) -> int:
+        """Return the bytes of an RMSNorm."""
 
 
 class PassHead(nn.Module):
-    """A head that reads its parent's latent as it is: head 1 of every kind but transformer (and linear wired
-    anticausally), and all heads that are made of what the unembedding holds."""
+    """A head that reads its parent's latent as it is, such as head 1 of an ordinary decoder."""
 
     def forward(self, z_BTD: Tensor, *_: object) -> Tensor:
         return z_BTD
 
 
+class Residuals(nn.Module):
+    """What heads 2..n add to the normed latent x: x + f(x), where the last map of f is the head's own."""
+
+    hidden: nn.Linear | None
+    """The map that the heads share, with a ReLU behind it, if there is one."""
+    silu: ClassVar[bool] = False
+    """Whether SiLU is applied to what a head's map gives."""
+
+    @property
+    def head_maps(self) -> nn.ModuleList:
+        """The maps of heads 2..n."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        y = x if self.hidden is None else F.relu(self.hidden(x))
+        y = self.head_maps[k - 2](y)
+        return x + (F.silu(y) if self.silu else y)
+
+
+class HeadKind(ABC):
+    """What the heads of one kind are made of, compute and store, for a model of a given shape.
+
+    Head 1 of most kinds is plain: nothing but the unembedding of its parent's latent. A subclass says in its attributes
+    and private methods what the other heads are.
+    """
+
+    description: ClassVar[str]
+    """What a head is, in a few words."""
+    wirings: ClassVar[tuple[Wiring, ...]] = ("parallel", "causal", "anticausal")
+    """The wirings that the heads can have; the first is the default of new heads."""
+    why_wiring: ClassVar[str] = ""
+    """The reason for `wirings`, as the end of a sentence about the heads."""
+    takes_layers: ClassVar[bool] = False
+    """Whether heads are counted among the model's layers, and leave fewer to the trunk."""
+    first_block: ClassVar[int | None] = None
+    """The first head that runs through a transformer block; the heads behind it do too."""
+    in_unembedding: ClassVar[bool] = False
+    """Whether heads 2..n are parts of the unembedding: they all read the trunk's latent as it is."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether head k also reads token t+k-1, so that drafts are made one after the other; else all at once."""
+    can_be_unshared: ClassVar[bool] = False
+    """Whether `shared: false` means something."""
+    copies_unembedding: ClassVar[bool] = False
+    """Whether the heads' own unembeddings begin training as copies of head 1's."""
+    zero_at_first: ClassVar[tuple[str, ...]] = ()
+    """Parts of names of parameters that begin training as zeros."""
+    narrow_at_first: ClassVar[tuple[str, ...]] = ()
+    """Parts of names of maps into the residual stream, which begin training with small numbers."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def check(self) -> None:
+        """Raise UsageError for fields of the shape that do not go with these heads."""
+        shape = self.shape
+        if shape.wiring not in self.wirings:
+            raise UsageError(f"{shape.head_kind} heads {self.why_wiring}; set model.wiring to {self.wirings[0]}")
+        if not shape.shared and not self.can_be_unshared:
+            names = " and ".join(name for name, kind in HEAD_KINDS.items() if kind.can_be_unshared)
+            raise UsageError(f"model.shared false is for {names} heads, not {shape.head_kind}; leave it out")
+        if self.reads_tokens and shape.offset_of_heads[-1] > shape.heads:
+            raise UsageError(
+                f"{shape.head_kind} heads read the token before the one they predict; leave model.offsets out, or take "
+                "another model.head_kind"
+            )
+        if not 0 <= shape.extra_layers <= shape.heads - 1:
+            raise UsageError(f"model.extra_layers is {shape.extra_layers}; it must lie between 0 and heads - 1")
+        if shape.extra_layers and not self.takes_layers:
+            raise UsageError(
+                f"model.extra_layers is for transformer heads; {shape.head_kind} heads take no trunk layer"
+            )
+
+    @property
+    def trunk_layers(self) -> int:
+        """Blocks of the trunk."""
+        shape = self.shape
+        return shape.layers - (shape.heads - shape.extra_layers if self.takes_layers else 0)
+
+    @property
+    def plain_decoder(self) -> bool:
+        """Whether trunk and head 1 together are an ordinary decoder of its family, which any tool can load."""
+        return True
+
+    @property
+    def own_unembeddings(self) -> bool:
+        """Whether each head has an unembedding of its own."""
+        return False
+
+    @property
+    def repeats_module(self) -> bool:
+        """Whether several heads run through one module with parameters."""
+        return False
+
+    def is_plain(self, k: int) -> bool:
+        """Return whether head k is nothing but the unembedding of its parent's latent."""
+        return k == 1 and self.first_block != 1
+
+    def has_block(self, k: int) -> bool:
+        """Return whether head k runs through a transformer block, its own or one that heads share."""
+        return self.first_block is not None and k >= self.first_block
+
+    def layer(self, k: int) -> int:
+        """Return the layer of the block of head k: how many blocks lie below it."""
+        return self.trunk_layers + len(self.shape.path(k)) - 1
+
+    def block_names(self, k: int) -> tuple[str, str] | None:
+        """Return the name of the block that head k adds to the model, in the model and in its heads file."""
+        return None
+
+    def tensors(self, k: int) -> Tensors:
+        """Return the parameters that head k adds to the model outside of blocks.
+
+        Files call head k `heads.{k}`; in the model's ModuleLists it has the number k - 1, or k - 2 without head 1.
+        """
+        if self.is_plain(k):
+            return {}
+        V, D, own = self.shape.vocab_size, self.shape.dim, self.own_unembeddings
+        unembedding = {f"unembedding.weights.{k - 1}": (f"heads.{k}.lm_head.weight", (V, D))} if own else {}
+        return {**unembedding, **self._tensors(k)}
+
+    def parameters(self, k: int) -> int:
+        """Return the number of parameters that head k adds to the model."""
+        block = 0 if self.block_names(k) is None else self.shape.block_parameters
+        return block + sum(math.prod(shape) for _, shape in self.tensors(k).values())
+
+    def multiplied_weights(self, k: int) -> int:
+        """Return how many weights a token is multiplied with in head k, outside of its block and its unembedding."""
+        return 0 if self.is_plain(k) else self._map_weights()
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes per position that autograd keeps of one head and its latent."""
+        return 0
+
+    def modules(self) -> nn.ModuleList:
+        """Return the modules of the heads in order, head 1's first. Heads that share a module share the last."""
+        ks = range(1, self.shape.heads + 1)
+        found = [PassHead() if self.is_plain(k) else self._module(k) for k in ks]
+        return nn.ModuleList(module for module in found if module is not None)
+
+    def residuals(self) -> Residuals | None:
+        """Return the module between the final norm and the unembedding: (normed latent, k) -> latent of head k."""
+        return None
+
+    def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
+        """Fill a parameter of new heads so that they begin as head 1. Return False for one that does not matter."""
+        return False
+
+    def describe(self, k: int) -> str:
+        """Return what head k is, in a few words."""
+        return self.description
+
+    def _tensors(self, k: int) -> Tensors:
+        """Return the parameters of head k, which is not plain, outside of blocks and unembeddings."""
+        return {}
+
+    def _map_weights(self) -> int:
+        """Return the entries of the matrices of a head that is not plain, outside of block and unembedding."""
+        return 0
+
+    def _module(self, k: int) -> nn.Module | None:
+        """Return the module of head k, which is not plain; None for a head that runs through that of another."""
+        return PassHead()
+
+
+class TransformerHeads(HeadKind):
+    """One block per head (paper section 2)."""
+
+    description = "transformer block"
+    takes_layers = True
+    first_block = 1
+
+    def block_names(self, k: int) -> tuple[str, str] | None:
+        """Return the names of a block of head k's own."""
+        return f"heads.{k - 1}", f"heads.{k}"
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes of a block."""
+        return kept.block()
+
+    def _module(self, k: int) -> nn.Module:
+        return Block(self.shape, self.layer(k))
+
+
 class LinearHead(nn.Module):
     """One matrix without nonlinearity, a linear probe of the latent (paper section B)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.map = nn.Linear(config.dim, config.dim, bias=False)
+        self.map = nn.Linear(shape.dim, shape.dim, bias=False)
 
     def forward(
         self,
@@ -43,19 +251,183 @@ class LinearHead(nn.Module):
         return self.map(z_BTD if select is None else select(z_BTD))
 
 
-class SequentialHead(nn.Module):
-    """DeepSeek-V3's module (arXiv 2412.19437, section 2.2): the latent of head k-1 at t and the embedding of token
-    t+k-1, each normed, joined by one matrix, then a block of its own.
+class LinearHeads(HeadKind):
+    """One matrix per head (paper section B).
 
-    Its latent goes to the next head as it is, and to the unembedding, whose final norm all heads share.
+    Head 1 has none, which keeps trunk and head 1 an ordinary decoder, unless the wiring is anticausal: head 1 then
+    reads head 2 and needs one.
     """
 
-    def __init__(self, config: ModelConfig, k: int = 2) -> None:
+    description = "linear map"
+
+    @property
+    def plain_decoder(self) -> bool:
+        """Whether head 1 reads the trunk."""
+        return self.shape.wiring != "anticausal"
+
+    def is_plain(self, k: int) -> bool:
+        """Return whether head k has no matrix."""
+        return k == 1 and self.plain_decoder
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes of the latent, and of its cast to the dtype of products."""
+        return kept.compute * self.shape.dim * (1 if kept.residual == kept.compute else 2)
+
+    def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
+        """Make a map the identity."""
+        if found := name.endswith(".map.weight"):
+            nn.init.eye_(tensor)
+        return found
+
+    def _tensors(self, k: int) -> Tensors:
+        return {f"heads.{k - 1}.map.weight": (f"heads.{k}.map.weight", (self.shape.dim, self.shape.dim))}
+
+    def _map_weights(self) -> int:
+        return self.shape.dim**2
+
+    def _module(self, k: int) -> nn.Module:
+        return LinearHead(self.shape)
+
+
+class ReplicatedHeads(HeadKind):
+    """One unembedding per head."""
+
+    description = "own unembedding"
+    wirings = ("parallel",)
+    why_wiring = "have no latent of their own to chain"
+    in_unembedding = True
+
+    @property
+    def own_unembeddings(self) -> bool:
+        """Whether each head has an unembedding of its own: always."""
+        return True
+
+
+class MedusaResiduals(Residuals):
+    """Medusa's heads (arXiv 2401.10774, section 2.1): x + SiLU(W x + b), x behind the final norm.
+
+    W and b begin as zeros, so that a head begins as the next-token head. The bias is that of the authors' code; the
+    paper has none.
+    """
+
+    silu = True
+
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.latent_norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
-        self.token_norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
-        self.join = nn.Linear(2 * config.dim, config.dim, bias=False)
-        self.block = Block(config, config.layer_of_head(k))
+        self.hidden = None
+        self.maps = nn.ModuleList(nn.Linear(shape.dim, shape.dim) for _ in range(shape.heads - 1))
+
+    @property
+    def head_maps(self) -> nn.ModuleList:
+        """W and b of each head."""
+        return self.maps
+
+
+class MedusaHeads(HeadKind):
+    """A residual layer per head behind the final norm (Medusa)."""
+
+    description = "residual layer behind the final norm"
+    wirings = ("parallel",)
+    why_wiring = ReplicatedHeads.why_wiring
+    in_unembedding = True
+    can_be_unshared = True
+    copies_unembedding = True
+    zero_at_first = (".residuals.maps.",)
+
+    @property
+    def own_unembeddings(self) -> bool:
+        """Whether each head has an unembedding of its own."""
+        return not self.shape.shared
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes of the input of SiLU, and of the sum."""
+        return 0 if self.shape.heads == 1 else (kept.compute + kept.residual) * self.shape.dim
+
+    def residuals(self) -> Residuals | None:
+        """Return the residual layers."""
+        return None if self.shape.heads == 1 else MedusaResiduals(self.shape)
+
+    def describe(self, k: int) -> str:
+        """Return what a head has of its own."""
+        return self.description + (", own unembedding" if self.own_unembeddings else "")
+
+    def _tensors(self, k: int) -> Tensors:
+        D, ours, theirs = self.shape.dim, f"unembedding.residuals.maps.{k - 2}", f"heads.{k}.residual"
+        return {f"{ours}.weight": (f"{theirs}.weight", (D, D)), f"{ours}.bias": (f"{theirs}.bias", (D,))}
+
+    def _map_weights(self) -> int:
+        return self.shape.dim**2
+
+
+def _stern_width(shape: Shape) -> int:
+    """Return the width of the layer that stern heads share: a SwiGLU's for each of heads 2..n."""
+    return (shape.heads - 1) * shape.hidden
+
+
+class SternResiduals(Residuals):
+    """Stern's heads (arXiv 1811.03115, section 6): one feed-forward layer with an output per head, added to x.
+
+    All heads read its hidden layer, which is as wide as those of n - 1 blocks. Head 1 stays x itself, so that the
+    model without the other heads is what it is; in the paper it has an output too.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = _stern_width(shape)
+        self.hidden = nn.Linear(shape.dim, width, bias=False)
+        self.outputs = nn.ModuleList(nn.Linear(width, shape.dim, bias=False) for _ in range(shape.heads - 1))
+
+    @property
+    def head_maps(self) -> nn.ModuleList:
+        """The output of each head."""
+        return self.outputs
+
+
+class SternHeads(HeadKind):
+    """One feed-forward layer behind the final norm, with an output per head (Stern)."""
+
+    description = "output of a shared feed-forward layer behind the final norm"
+    wirings = ("parallel",)
+    why_wiring = ReplicatedHeads.why_wiring
+    in_unembedding = True
+    narrow_at_first = (".residuals.outputs.",)
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes of the hidden layer, of its gradient behind and before the ReLU, and of the sum."""
+        return 3 * kept.compute * _stern_width(self.shape) + kept.residual * self.shape.dim
+
+    def residuals(self) -> Residuals | None:
+        """Return the feed-forward layer."""
+        return None if self.shape.heads == 1 else SternResiduals(self.shape)
+
+    def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
+        """Make an output add nothing."""
+        if found := ".residuals.outputs." in name:
+            tensor.zero_()
+        return found
+
+    def _tensors(self, k: int) -> Tensors:
+        D, H, module = self.shape.dim, _stern_width(self.shape), "unembedding.residuals"
+        hidden: Tensors = {f"{module}.hidden.weight": ("heads.hidden.weight", (H, D))} if k == 2 else {}
+        return {**hidden, f"{module}.outputs.{k - 2}.weight": (f"heads.{k}.output.weight", (D, H))}
+
+    def _map_weights(self) -> int:
+        return 2 * self.shape.dim * _stern_width(self.shape)  # each loss computes the hidden layer anew
+
+
+class SequentialHead(nn.Module):
+    """DeepSeek-V3's module (arXiv 2412.19437, section 2.2), a block that reads a latent and a token.
+
+    The latent of head k-1 at t and the embedding of token t+k-1 are normed and joined by one matrix. The latent that
+    comes out goes to the next head, and to the unembedding, whose final norm all heads share.
+    """
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        self.latent_norm = RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset)
+        self.token_norm = RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset)
+        self.join = nn.Linear(2 * shape.dim, shape.dim, bias=False)
+        self.block = Block(shape, layer)
 
     def forward(
         self,
@@ -66,88 +438,72 @@ class SequentialHead(nn.Module):
         *,
         ahead_BTD: Tensor,
     ) -> Tensor:
-        """As `Block`; `ahead_BTD`: the embedding of token t+k-1 for each position t."""
+        """Do what `Block` does; `ahead_BTD` holds the embedding of token t+k-1 for each position t."""
         joined = self.join(torch.cat([self.latent_norm(z_BTD), self.token_norm(ahead_BTD)], -1))
         return cast(Tensor, self.block(joined, rotary, attend, select))
 
 
-def make_heads(config: ModelConfig) -> nn.ModuleList:
-    """The heads in order: entry k-1 is head k. Shared sequential heads are one module, the last; see
-    `Transformer.head`."""
-    heads: list[nn.Module] = []
-    for k in range(1, config.heads + 1):
-        if config.head_kind == "transformer":
-            heads.append(Block(config, config.layer_of_head(k)))
-        elif config.head_kind == "linear" and not (k == 1 and config.plain_decoder):
-            heads.append(LinearHead(config))
-        elif config.head_kind == "sequential" and k > 1:
-            if k == 2 or not config.shared:
-                heads.append(SequentialHead(config, k))
-        else:
-            heads.append(PassHead())
-    return nn.ModuleList(heads)
+class SequentialHeads(HeadKind):
+    """A block per head, or one for all heads, that also reads the token before the one to predict (DeepSeek-V3)."""
+
+    description = "block that also reads the token before"
+    wirings = ("causal",)
+    why_wiring = "read one another's latents in turn"
+    first_block = 2
+    reads_tokens = True
+    can_be_unshared = True
+
+    @property
+    def repeats_module(self) -> bool:
+        """Whether several heads run through one module."""
+        return self.shape.shared and self.shape.heads > 2
+
+    def layer(self, k: int) -> int:
+        """Return the layer above the trunk and the heads before; a shared block has the first."""
+        return self.trunk_layers + (0 if self.shape.shared else k - 2)
+
+    def block_names(self, k: int) -> tuple[str, str] | None:
+        """Return the names of the block of head k's module."""
+        return (f"heads.{k - 1}.block", self._stored_name(k)) if self._adds_module(k) else None
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes of a block, of two norms, of their outputs joined, and of what the matrix makes of it."""
+        return 0 if self.shape.heads == 1 else kept.block() + 2 * kept.norm() + 3 * kept.compute * self.shape.dim
+
+    def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
+        """Make a join pass the normed latent and leave the token out."""
+        if found := name.endswith(".join.weight"):
+            nn.init.eye_(tensor)  # the first half of the columns is the latent's
+        return found
+
+    def describe(self, k: int) -> str:
+        """Return what the block reads."""
+        return f"block{', shared,' if self.shape.shared else ''} that also reads token t+{k - 1}"
+
+    def _adds_module(self, k: int) -> bool:
+        return k == 2 or (k > 2 and not self.shape.shared)
+
+    def _stored_name(self, k: int) -> str:
+        return "heads.shared" if self.shape.shared else f"heads.{k}"
+
+    def _tensors(self, k: int) -> Tensors:
+        D = self.shape.dim
+        shapes = {"latent_norm.weight": (D,), "token_norm.weight": (D,), "join.weight": (D, 2 * D)}
+        named = {f"heads.{k - 1}.{name}": (f"{self._stored_name(k)}.{name}", shape) for name, shape in shapes.items()}
+        return named if self._adds_module(k) else {}
+
+    def _map_weights(self) -> int:
+        return 2 * self.shape.dim**2
+
+    def _module(self, k: int) -> nn.Module | None:
+        return SequentialHead(self.shape, self.layer(k)) if self._adds_module(k) else None
 
 
-class MedusaResiduals(nn.Module):
-    """Medusa's heads (arXiv 2401.10774, section 2.1): x + SiLU(W x + b), x behind the final norm. W and b are zero at
-    first, so that a head begins as the next-token head. The bias is that of the authors' code; without it b is 0."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(config.dim, config.dim) for _ in range(config.heads - 1))
-
-    def forward(self, x: Tensor, k: int) -> Tensor:
-        return x + F.silu(self.maps[k - 2](x))
-
-
-class SternResiduals(nn.Module):
-    """Stern's heads (arXiv 1811.03115, section 6): one feed-forward layer with an output for each head, added to x. Its
-    hidden layer, as wide as that of n - 1 blocks, is read by all of them. Head 1 stays x itself, which keeps the model
-    what it is without the others (there it gets an output too)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width = config.stern_hidden
-        self.hidden = nn.Linear(config.dim, width, bias=False)
-        self.outputs = nn.ModuleList(nn.Linear(width, config.dim, bias=False) for _ in range(config.heads - 1))
-
-    def forward(self, x: Tensor, k: int) -> Tensor:
-        return cast(Tensor, x + self.outputs[k - 2](F.relu(self.hidden(x))))
-
-
-class Unembedding(nn.Module):
-    """Final norm and output matrix (V, D), shared by all heads; replicated heads have one matrix each, and medusa heads
-    may. What medusa and stern heads add lies between the two, and so in here."""
-
-    def __init__(self, config: ModelConfig, tied_to: Tensor | None = None) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
-        own = config.head_kind == "replicated" or (config.head_kind == "medusa" and not config.shared)
-        copies = config.heads if own else 1
-        self.residuals: MedusaResiduals | SternResiduals | None = None
-        if config.heads > 1 and config.head_kind in ("medusa", "stern"):
-            self.residuals = MedusaResiduals(config) if config.head_kind == "medusa" else SternResiduals(config)
-        first = (
-            nn.Parameter(torch.empty(config.vocab_size, config.dim)) if tied_to is None else cast(nn.Parameter, tied_to)
-        )
-        others = [nn.Parameter(torch.empty(config.vocab_size, config.dim)) for _ in range(copies - 1)]
-        self.weights = nn.ParameterList([first, *others])
-        # A matrix (V, D) beside them while a run trains with token order prediction; in here, where sharding gathers.
-        self.order: nn.Parameter | None
-        self.register_parameter("order", None)
-
-    def weight(self, k: int) -> Tensor:
-        """The matrix (V, D) of head k."""
-        return self.weights[k - 1 if len(self.weights) > 1 else 0]
-
-    def forward(self, z: Tensor, k: int = 1, using: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-        """Latent (..., D) of head k -> logits (..., V).
-
-        `using(normed latent, weight)` replaces the plain product: the objective passes its chunked cross-entropy, which
-        never holds all logits, and gets its scalar back; so the weight is only ever touched inside this module's
-        forward, which is what sharding hooks on to.
-        """
-        x = self.norm(z)
-        if self.residuals is not None and k > 1:
-            x = self.residuals(x, k)
-        return using(x, self.weight(k))
+HEAD_KINDS: dict[str, type[HeadKind]] = {
+    "transformer": TransformerHeads,
+    "linear": LinearHeads,
+    "replicated": ReplicatedHeads,
+    "medusa": MedusaHeads,
+    "stern": SternHeads,
+    "sequential": SequentialHeads,
+}

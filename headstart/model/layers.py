@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.model.attention import causal_attention
-from headstart.model.config import Activation, ModelConfig
 from headstart.model.rotary import rotary_tables, rotate
+from headstart.model.shape import Activation, Shape
 
 __all__ = ["Attend", "Attention", "Block", "RMSNorm", "SwiGLU", "rotary_tables", "rotate"]
 
@@ -44,30 +44,30 @@ class Attention(nn.Module):
     What its layer does otherwise than others, it says itself: whether it slides, and which positions it turns by.
     """
 
-    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+    def __init__(self, shape: Shape, layer: int = 0) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim_per_head = (
-            config.attention_heads,
-            config.key_value_heads,
-            config.dim_per_head,
+            shape.attention_heads,
+            shape.key_value_heads,
+            shape.dim_per_head,
         )
         width = (self.heads + 2 * self.kv_heads) * self.dim_per_head
-        self.qkv = nn.Linear(config.dim, width, bias=config.attention_bias or config.qkv_bias)
-        self.out = nn.Linear(config.attention_dim, config.dim, bias=config.attention_bias)
+        self.qkv = nn.Linear(shape.dim, width, bias=shape.attention_bias or shape.qkv_bias)
+        self.out = nn.Linear(shape.attention_dim, shape.dim, bias=shape.attention_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
-        if config.qk_norm != "none":
-            whole = config.qk_norm == "full"
-            eps, offset = config.norm_eps, config.norm_offset
+        if shape.qk_norm != "none":
+            whole = shape.qk_norm == "full"
+            eps, offset = shape.norm_eps, shape.norm_offset
             self.q_norm = RMSNorm(self.dim_per_head * (self.heads if whole else 1), eps, offset)
             self.k_norm = RMSNorm(self.dim_per_head * (self.kv_heads if whole else 1), eps, offset)
-        self._whole_norm = config.qk_norm == "full"
-        self.window = config.window_of(layer)
-        self.turned = layer not in config.nope_layers
+        self._whole_norm = shape.qk_norm == "full"
+        self.window = shape.window_of(layer)
+        self.turned = layer not in shape.nope_layers
         # Which of the tables side by side it reads; None: there is one.
         local = self.dim_per_head if self.window is not None else 0
-        self._tables = None if config.local_rope_theta is None else slice(local, local + self.dim_per_head)
-        self._query_factor = (config.dim_per_head / config.score_dim) ** 0.5
+        self._tables = None if shape.local_rope_theta is None else slice(local, local + self.dim_per_head)
+        self._query_factor = (shape.dim_per_head / shape.score_dim) ** 0.5
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = causal_attention) -> Tensor:
         B, T, _ = x_BTD.shape
@@ -102,11 +102,11 @@ def activate(gate: Tensor, activation: Activation) -> Tensor:
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), or with another activation; gate and up come from one matrix."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.dim, bias=False)
-        self.activation = config.activation
+        self.gate_up = nn.Linear(shape.dim, 2 * shape.hidden, bias=False)
+        self.down = nn.Linear(shape.hidden, shape.dim, bias=False)
+        self.activation = shape.activation
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
@@ -120,18 +120,18 @@ class Block(nn.Module):
         layer: how many blocks lie below it, which decides what its attention sees in families whose layers differ.
     """
 
-    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+    def __init__(self, shape: Shape, layer: int = 0) -> None:
         super().__init__()
 
         def norm(*placements: str) -> nn.Module:
-            placed = config.norm_placement in placements
-            return RMSNorm(config.dim, config.norm_eps, config.norm_offset) if placed else nn.Identity()
+            placed = shape.norm_placement in placements
+            return RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset) if placed else nn.Identity()
 
         self.attention_norm = norm("pre", "both")
-        self.attention = Attention(config, layer)
+        self.attention = Attention(shape, layer)
         self.attention_post_norm = norm("post", "both")
         self.mlp_norm = norm("pre", "both")
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(shape)
         self.mlp_post_norm = norm("post", "both")
 
     def forward(

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from headstart.model.config import ModelConfig, RopeScaling
+from headstart.model.shape import RopeScaling, Shape
 
 
 def rotary_tables(
@@ -34,13 +34,13 @@ def rotary_tables(
     )
 
 
-def model_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def model_tables(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The tables (..., 1, E) that the blocks of a model read; with a base of their own for layers that slide (..., 1,
     2E), theirs behind the others'."""
-    tables = rotary_tables(positions, config.dim_per_head, config.rope_theta, dtype, config.rope_scaling)
-    if config.local_rope_theta is None:
+    tables = rotary_tables(positions, shape.dim_per_head, shape.rope_theta, dtype, shape.rope_scaling)
+    if shape.local_rope_theta is None:
         return tables
-    local = rotary_tables(positions, config.dim_per_head, config.local_rope_theta, dtype)
+    local = rotary_tables(positions, shape.dim_per_head, shape.local_rope_theta, dtype)
     return torch.cat([tables[0], local[0]], -1), torch.cat([tables[1], local[1]], -1)
 
 

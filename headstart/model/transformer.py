@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 
 from headstart.model.attention import DocumentAttention, causal_attention
 from headstart.model.config import ModelConfig
-from headstart.model.heads import Unembedding, make_heads
-from headstart.model.layers import Attend, Block
+from headstart.model.layers import Attend, Block, RMSNorm
 from headstart.model.rotary import model_tables
 
 TRAINING_ALONE = frozenset({"unembedding.order"})
@@ -57,6 +57,43 @@ class Trunk(nn.Module):
         return z_BTD if length is None else (z_BTD, embeddings_BTD)
 
 
+class Unembedding(nn.Module):
+    """Final norm and output matrix (V, D) of all heads; heads with unembeddings of their own have one matrix each.
+
+    What heads add between the two (`HeadKind.residuals`) is in here too.
+    """
+
+    def __init__(self, config: ModelConfig, tied_to: Tensor | None = None) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
+        copies = config.heads if config.kind.own_unembeddings else 1
+        self.residuals = config.kind.residuals()
+        first = (
+            nn.Parameter(torch.empty(config.vocab_size, config.dim)) if tied_to is None else cast(nn.Parameter, tied_to)
+        )
+        others = [nn.Parameter(torch.empty(config.vocab_size, config.dim)) for _ in range(copies - 1)]
+        self.weights = nn.ParameterList([first, *others])
+        # A further matrix (V, D) while a run trains with token order prediction; in here, where sharding gathers.
+        self.order: nn.Parameter | None
+        self.register_parameter("order", None)
+
+    def weight(self, k: int) -> Tensor:
+        """Return the matrix (V, D) of head k."""
+        return self.weights[k - 1 if len(self.weights) > 1 else 0]
+
+    def forward(self, z: Tensor, k: int = 1, using: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
+        """Return the logits (..., V) of a latent (..., D) of head k.
+
+        `using(normed latent, weight)` replaces the plain product: the objective passes its chunked cross-entropy, which
+        never holds all logits, and gets its scalar back. So the weight is only ever touched inside this module's
+        forward, which sharding hooks on to.
+        """
+        x = self.norm(z)
+        if self.residuals is not None and k > 1:
+            x = self.residuals(x, k)
+        return using(x, self.weight(k))
+
+
 class Transformer(nn.Module):
     """A decoder with n prediction heads (paper section 2): trunk -> tree of heads -> shared unembedding.
 
@@ -67,7 +104,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config)
-        self.heads = make_heads(config)
+        self.heads = config.kind.modules()
         self.unembedding = Unembedding(config, self.trunk.embedding.weight if config.tied else None)
         self.reset_parameters()
 
@@ -81,7 +118,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def copy_first_values(self) -> None:
         """Unembeddings that medusa heads have of their own begin as copies of head 1's."""
-        if self.config.head_kind == "medusa":
+        if self.config.kind.copies_unembedding:
             for weight in list(self.unembedding.weights)[1:]:
                 weight.copy_(self.unembedding.weights[0])
 
@@ -93,12 +130,14 @@ class Transformer(nn.Module):
         multiply by 1, biases are 0. The paper does not give its initialisation; this is our default. Medusa's maps are
         0, as there.
         """
+        kind = self.config.kind
         if name.endswith("norm.weight"):
             tensor.fill_(0 if self.config.norm_offset else 1)
-        elif name.endswith("bias") or ".residuals.maps." in name:
+        elif name.endswith("bias") or any(part in name for part in kind.zero_at_first):
             tensor.zero_()
         else:
-            narrow = name.endswith((".attention.out.weight", ".mlp.down.weight")) or ".residuals.outputs." in name
+            narrow = name.endswith((".attention.out.weight", ".mlp.down.weight"))
+            narrow |= any(part in name for part in kind.narrow_at_first)
             tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if narrow else 0.02, generator=generator)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,11 +150,7 @@ class Transformer(nn.Module):
 
     def path(self, k: int) -> list[int]:
         """The heads between the trunk and head k, in order of computation, head k last."""
-        order = []
-        while k:
-            order.append(k)
-            k = self.config.parents[k - 1]
-        return order[::-1]
+        return self.config.path(k)
 
     def latents(
         self,

@@ -128,7 +128,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     of_heads = parameters - trunk_parameters + (matrix_VD if shape.tied else 0)
     # Of the last head alone: its matrix's is made in its loss, and what others share has been made before.
     own_matrix = shape.heads == 1 or len(model.unembedding.weights) > 1
-    shared_module = shape.head_kind == "sequential" and shape.shared and shape.heads > 2
+    shared_module = shape.kind.repeats_module
     in_loss = of_heads - (0 if shared_module else heads[-1]) - (matrix_VD if own_matrix else 0)
     if layout.micro_batches > 1:
         of_heads = in_loss = parameters
@@ -180,7 +180,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
         named = {name.replace("_", " "): size for name, size in held.items()}
         return {name: size for name, size in {**always, **parts, **named}.items() if size}
 
-    if shape.head_kind == "sequential":
+    if shape.kind.reads_tokens:
         on_path -= 1  # head 1 is no module
     head, working = on_path * kept.head() * tokens, kept.backward() * tokens
     updating = {**always, "gradients (float32)": shared(parameters)}
@@ -261,20 +261,7 @@ class Kept:
 
     def head(self) -> int:
         """One head and its latent, beside its parent's latent, which is there already."""
-        shape = self.config.model
-        if shape.head_kind == "transformer":
-            return self.block()
-        if shape.head_kind == "linear":
-            return self.compute * shape.dim * (1 if self.residual == self.compute else 2)
-        if shape.head_kind == "medusa" and shape.heads > 1:
-            return (self.compute + self.residual) * shape.dim  # what SiLU takes, and the sum
-        if shape.head_kind == "stern":
-            # The hidden layer, and its gradient behind and before the ReLU; the sum.
-            return 3 * self.compute * shape.stern_hidden + self.residual * shape.dim
-        if shape.head_kind == "sequential" and shape.heads > 1:
-            # Two norms, what they give joined, and what the matrix makes of it.
-            return self.block() + 2 * self.norm() + 3 * self.compute * shape.dim
-        return 0
+        return self.config.model.kind.kept_bytes(self)
 
     def loss(self) -> int:
         """The unembedding's norm, its result, that in the dtype of the products, and its gradient."""

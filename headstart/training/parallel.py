@@ -131,7 +131,7 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
     # Gathered once a step, for n losses and n backward passes. Where heads have parameters in it, it is gathered in
     # float32: each loss has some of its own, so at the last one the others' gradients are sums in float32 already, and
     # one sum over processes takes one dtype.
-    if model.config.in_unembedding or model.unembedding.order is not None:
+    if model.config.kind.in_unembedding or model.unembedding.order is not None:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     shard(model.unembedding, reshard_after_forward=False, mp_policy=policy)
     cast(FSDPModule, model.unembedding).set_reshard_after_backward(False)
@@ -162,8 +162,7 @@ def _embed_through_unembedding(model: Transformer) -> None:
 
 def _repeated(model: Transformer) -> nn.Module | None:
     """The module that several heads share: it has several forwards and backwards in a pass."""
-    shared = model.config.head_kind == "sequential" and model.config.shared and model.config.heads > 2
-    return model.head(2) if shared else None
+    return model.head(2) if model.config.kind.repeats_module else None
 
 
 class GradientSums:

@@ -15,7 +15,8 @@ from yaml.constructor import ConstructorError
 
 from headstart.errors import UsageError, shorten
 from headstart.fileio import read_bounded, write_text
-from headstart.model.config import ModelConfig, preset
+from headstart.model.config import ModelConfig
+from headstart.model.presets import preset
 
 Settings = TypeVar("Settings")
 STRING_TAG = "tag:yaml.org,2002:str"

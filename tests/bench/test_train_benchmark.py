@@ -10,7 +10,8 @@ from bench.training_gpu import measure_gpu
 from bench.training_steps import flop_ratio
 from headstart import hardware
 from headstart.errors import UsageError
-from headstart.model.config import ModelConfig, preset
+from headstart.model.config import ModelConfig
+from headstart.model.presets import preset
 
 TINY = {
     "heads": (1, 4), "dim": 16, "layers": 5, "length": 8, "rows": 2, "large_vocabulary": 500, "large_rows": 1,

@@ -9,7 +9,8 @@ from headstart.commands.inspect import format_inspection, head_tree, inspect
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
-from headstart.model.config import PRESETS, ModelConfig
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS
 from headstart.model.transformer import Transformer
 
 

@@ -16,7 +16,8 @@ from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, save_model
 from headstart.formats.meta import load_meta_config, load_meta_release, save_meta_release
 from headstart.formats.tensor_names import HEADS_FILE
-from headstart.model.config import ModelConfig, RopeScaling
+from headstart.model.config import ModelConfig
+from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
 
 SIZES = ModelConfig(vocab_size=16, dim=8, layers=3, attention_heads=2, context=16, heads=2)

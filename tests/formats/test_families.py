@@ -21,7 +21,8 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, save_model
-from headstart.model.config import ModelConfig, RopeScaling
+from headstart.model.config import ModelConfig
+from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="parity is with transformers; install headstart[hf]")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.model.config import PRESETS, ModelConfig, preset
+from headstart.model.config import ModelConfig
+from headstart.model.presets import PRESETS, preset
 from headstart.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=61, dim=32, layers=6, attention_heads=4, context=64)

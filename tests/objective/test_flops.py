@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from headstart.model.config import ModelConfig, preset
+from headstart.model.config import ModelConfig
+from headstart.model.presets import preset
 from headstart.model.transformer import Transformer
 from headstart.objective.walk import count_targets, walk_step
 

@@ -18,7 +18,8 @@ import distributed
 
 from headstart.data.batches import Batch
 from headstart.errors import UsageError
-from headstart.model.config import ModelConfig, preset
+from headstart.model.config import ModelConfig
+from headstart.model.presets import preset
 from headstart.objective.walk import walk_step
 from headstart.training import step
 from headstart.training.config import BatchConfig, DataConfig, RunConfig

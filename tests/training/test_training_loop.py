@@ -14,7 +14,8 @@ from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model
-from headstart.model.config import ModelConfig, RopeScaling
+from headstart.model.config import ModelConfig
+from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.training import loop, step

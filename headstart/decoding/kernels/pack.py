@@ -15,9 +15,15 @@ from headstart.decoding.kernels.int8 import Quantize
 from headstart.decoding.kernels.torch_backend import TorchBackend
 from headstart.errors import UsageError
 from headstart.hardware import dtype_on
+<<<<<<< HEAD
 from headstart.model.heads import MedusaResiduals, SternResiduals, Unembedding
 from headstart.model.layers import RMSNorm
 from headstart.model.transformer import Transformer
+=======
+from headstart.model.heads import Residuals
+from headstart.model.layers import Block, RMSNorm
+from headstart.model.transformer import Transformer, Unembedding
+>>>>>>> 6e37fb6 (One class per head kind in model/heads.py: other files ask it, never the string; presets and the schema of stored configurations are explicit)
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, CompiledBackend, TorchBackend)
 """All backends, the preferred ones first; the last one supports every model."""
@@ -25,23 +31,21 @@ MakeLinear = Callable[[Tensor, "Tensor | None"], nn.Module]
 
 
 class PackedResiduals(nn.Module):
-    """`MedusaResiduals` or `SternResiduals` for decoding: the maps of all heads in one product."""
+    """`Residuals` for decoding: the maps of all heads in one product."""
 
-    def __init__(self, residuals: MedusaResiduals | SternResiduals, linear: MakeLinear) -> None:
+    def __init__(self, residuals: Residuals, linear: MakeLinear) -> None:
         super().__init__()
-        medusa = isinstance(residuals, MedusaResiduals)
-        every = residuals.maps if isinstance(residuals, MedusaResiduals) else residuals.outputs
-        maps = [cast(nn.Linear, x) for x in every]
-        bias = torch.cat([x.bias.detach() for x in maps]) if medusa else None
+        maps = [cast(nn.Linear, x) for x in residuals.head_maps]
+        bias = None if maps[0].bias is None else torch.cat([x.bias.detach() for x in maps])
         self.maps = linear(torch.cat([x.weight.detach() for x in maps]), bias)
-        self.hidden = linear(residuals.hidden.weight.detach(), None) if isinstance(residuals, SternResiduals) else None
+        self.hidden = None if residuals.hidden is None else linear(residuals.hidden.weight.detach(), None)
+        self.silu = residuals.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normed latents (..., D) -> those of heads 2..n, (..., n-1, D)."""
-        if self.hidden is None:
-            changes = nn.functional.silu(self.maps(x))
-        else:
-            changes = self.maps(nn.functional.relu(self.hidden(x)))
+        """Return the latents (..., n-1, D) of heads 2..n from normed latents (..., D)."""
+        changes = self.maps(x if self.hidden is None else nn.functional.relu(self.hidden(x)))
+        if self.silu:
+            changes = nn.functional.silu(changes)
         return x[..., None, :] + changes.unflatten(-1, (-1, x.shape[-1]))
 
 

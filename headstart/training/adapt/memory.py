@@ -48,7 +48,7 @@ def estimate_adapt(config: RunConfig, layout: Layout, device: Literal["cpu", "gp
     largest = max((p.numel() for p in matrices if not p.requires_grad), default=0)
     cast = 2 * (sum(p.numel() for p in matrices if p.requires_grad) + largest) if half else 0
     added = _of_lora(model.trunk, adapt.lora, 2 if half else FLOAT32, device) * tokens
-    frozen_unembedding = not model.unembedding.weights[0].requires_grad and config.model.head_kind != "replicated"
+    frozen_unembedding = not model.unembedding.weights[0].requires_grad and not config.model.kind.own_unembeddings
     moments: dict[str, dict[str, int]] = {}
     for name, parts in whole.moments.items():
         if trunk_frozen and "trunk's backward" in name:

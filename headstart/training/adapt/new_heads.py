@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import UsageError
-from headstart.model.config import HeadKind, ModelConfig, Wiring
+from headstart.model.config import HeadKindName, ModelConfig
+from headstart.model.heads import HEAD_KINDS
 from headstart.model.layers import Block
+from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
 
 
 def config_with_heads(
     config: ModelConfig,
     heads: int,
-    kind: HeadKind = "transformer",
+    kind: HeadKindName = "transformer",
     wiring: Wiring | None = None,
     *,
     shared: bool = True,
@@ -42,15 +44,16 @@ def config_with_heads(
             f"the model has heads already ({config.heads} {config.head_kind}); --replace-heads puts new ones in the "
             "place of heads 2 and up"
         )
-    if not config.plain_decoder:
+    if not config.kind.plain_decoder:
         raise UsageError(
             "head 1 of the model is no plain decoder (linear heads wired anticausally); take another model"
         )
-    wiring = ("causal" if kind == "sequential" else "parallel") if wiring is None else wiring
+    of_kind = HEAD_KINDS[kind]
+    wiring = of_kind.wirings[0] if wiring is None else wiring
     if wiring == "anticausal":
         raise UsageError("wiring anticausal: head 1 would read the new heads and change; take parallel or causal")
-    layers = blocks_to_head_1(config)
-    if kind == "transformer" and layers == 1:
+    layers = config.next_token_layers
+    if of_kind.takes_layers and layers == 1:
         raise UsageError(
             "the model has one layer, which transformer heads would leave no trunk; take another --head-kind, such as "
             "medusa"
@@ -62,16 +65,8 @@ def config_with_heads(
         wiring=wiring,
         shared=shared,
         layers=layers,
-        extra_layers=heads - 1 if kind == "transformer" else 0,
+        extra_layers=heads - 1 if of_kind.takes_layers else 0,
     )
-
-
-def blocks_to_head_1(config: ModelConfig) -> int:
-    """How many blocks stand between a token and the logits of head 1."""
-    path, k = 0, 1
-    while k:
-        path, k = path + 1, config.parents[k - 1]
-    return config.trunk_layers + (path if config.head_kind == "transformer" else 0)
 
 
 @torch.no_grad()
@@ -98,6 +93,9 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
 
+    named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
+    own_blocks = {k: f"{names[0]}." for k, names in named.items() if names is not None}
+
     def own(value: Tensor) -> Tensor:
         return value.detach().to(torch.float32, copy=True)
 
@@ -105,11 +103,9 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
         parts = name.split(".")
         if name.startswith("trunk.blocks."):
             value = blocks[int(parts[2])].state_dict()[".".join(parts[3:])]
-        elif config.head_kind == "transformer" and parts[0] == "heads":
-            value = last[".".join(parts[2:])]
-            value = value if parts[1] == "0" else own(value)
-        elif config.head_kind == "sequential" and parts[2:3] == ["block"]:
-            value = own(last[".".join(parts[3:])])
+        elif (found := next((k for k, block in own_blocks.items() if name.startswith(block)), None)) is not None:
+            value = last[name.removeprefix(own_blocks[found])]
+            value = value if found == 1 else own(value)
         elif parts[0] == "unembedding" and parts[1] == "weights" and parts[2] != "0":
             value = own(old["unembedding.weights.0"] if "unembedding.weights.0" in old else old[EMBEDDING])
         elif name in old and not name.startswith(("heads.", "unembedding.residuals.")):
@@ -130,11 +126,7 @@ EMBEDDING = "trunk.embedding.weight"
 @torch.no_grad()
 def new_value_(name: str, tensor: Tensor, model: Transformer, generator: torch.Generator) -> None:
     """Fills `tensor` with the first value of a parameter that no part of the old model has."""
-    if name.endswith((".map.weight", ".join.weight")):
-        nn.init.eye_(tensor)  # of a join the first half of the columns is the latent's, the other the token's
-    elif ".residuals.outputs." in name:
-        tensor.zero_()
-    else:
+    if not model.config.kind.begin_as_head_1(name, tensor):
         model.first_value_(name, tensor, generator)
 
 

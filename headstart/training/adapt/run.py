@@ -28,7 +28,7 @@ from headstart.training import checkpoints
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.adapt.hidden_states import HiddenStates
 from headstart.training.adapt.lora import Lora
-from headstart.training.adapt.new_heads import blocks_to_head_1, config_with_heads, freeze, new_parameters, with_heads
+from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
 from headstart.training.config import RunConfig
 from headstart.training.processes import Processes
 from headstart.training.step import autocast
@@ -282,10 +282,9 @@ def flops_per_token(config: RunConfig) -> int:
         return whole
     decoder = replace(
         model, heads=1, extra_layers=0, head_kind="linear", wiring="parallel", shared=True,
-        layers=blocks_to_head_1(model),
+        layers=model.next_token_layers,
     )  # fmt: skip
     unembedding = model.vocab_size * model.dim
     without_heads = decoder.flops_per_token(config.length)
-    own = model.head_kind == "replicated" or (model.head_kind == "medusa" and not model.shared)
-    heads = whole - without_heads - (0 if own else 2 * unembedding * (model.heads - 1))
+    heads = whole - without_heads - (0 if model.kind.own_unembeddings else 2 * unembedding * (model.heads - 1))
     return (without_heads - 6 * unembedding) // 3 + heads

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.formats.tensor_names import llama_layers
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
@@ -45,7 +44,7 @@ def test_head_1_stays_the_model_to_the_bit(kind: str, tied: bool) -> None:
     old = lively(replace(PLAIN, tied=tied))
     before = old(TOKENS)
     config = config_with_heads(old.config, 4, **KINDS[kind])
-    assert llama_layers(config) == 3 and config.heads == 4 and config.tied == tied
+    assert config.next_token_layers == 3 and config.heads == 4 and config.tied == tied
     new = with_heads(old, config)
     assert torch.equal(new(TOKENS), before)
     logits = new(TOKENS, heads=4)[:, :8]  # sequential heads know no more
