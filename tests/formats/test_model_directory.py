@@ -15,9 +15,10 @@ from torch import Tensor
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
-from headstart.formats import huggingface, tensor_names
+from headstart.formats import huggingface
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, save_model
 from headstart.model.config import ModelConfig
+from headstart.model.heads import MedusaHeads
 from headstart.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason="parity is with transformers; install headstart[hf]")
@@ -439,6 +440,7 @@ def test_a_killed_save_leaves_the_previous_model(saved: Path, tmp_path: Path, fo
     program = f"""
 import os
 from headstart.model.config import ModelConfig
+from headstart.model.heads import MedusaHeads
 from headstart.model.transformer import Transformer
 from headstart.formats import tensor_names
 from headstart.formats import huggingface
@@ -496,7 +498,7 @@ def test_a_tensor_without_a_place_is_refused_and_not_dropped(tmp_path: Path, mon
 
     # A kind of heads that has its modules and no names in a directory yet.
     save_model(Transformer(replace(SMALL, heads=3, head_kind="medusa")), tmp_path / "medusa")
-    monkeypatch.setattr(tensor_names, "_further_head", lambda config, k: {})
+    monkeypatch.setattr(MedusaHeads, "tensors", lambda self, k: {})
     with pytest.raises(UsageError, match=r"medusa heads: a model directory has no place for unembedding.residuals"):
         save_model(Transformer(replace(SMALL, heads=3, head_kind="medusa")), tmp_path / "model")
     (tmp_path / "medusa" / "heads" / "heads.safetensors").unlink()
