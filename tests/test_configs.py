@@ -12,12 +12,8 @@ import pytest
 import torch
 
 import headstart
-<<<<<<< HEAD
 from headstart.commands.train import TrainSettings
-from headstart.model.config import PRESETS
-=======
 from headstart.model.presets import PRESETS
->>>>>>> 6e37fb6 (One class per head kind in model/heads.py: other files ask it, never the string; presets and the schema of stored configurations are explicit)
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.config import DataConfig, RunConfig, load_config, save_config

@@ -325,12 +325,7 @@ def _head(
         latents[k] = parent if select is None else select(parent)
     else:
         layer = model.config.trunk_layers + k - 1
-<<<<<<< HEAD
-        transformer = model.config.head_kind == "transformer"
-        attend = attention(layer, row_S) if transformer else None
-=======
-        attend = attention.layer(layer, row_S) if model.config.kind.has_block(k) else None
->>>>>>> 6e37fb6 (One class per head kind in model/heads.py: other files ask it, never the string; presets and the schema of stored configurations are explicit)
+        attend = attention(layer, row_S) if model.config.kind.has_block(k) else None
         latents[k] = head(parent, rotary, attend, select)
 
 

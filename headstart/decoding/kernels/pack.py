@@ -15,15 +15,9 @@ from headstart.decoding.kernels.int8 import Quantize
 from headstart.decoding.kernels.torch_backend import TorchBackend
 from headstart.errors import UsageError
 from headstart.hardware import dtype_on
-<<<<<<< HEAD
-from headstart.model.heads import MedusaResiduals, SternResiduals, Unembedding
-from headstart.model.layers import RMSNorm
-from headstart.model.transformer import Transformer
-=======
 from headstart.model.heads import Residuals
-from headstart.model.layers import Block, RMSNorm
+from headstart.model.layers import RMSNorm
 from headstart.model.transformer import Transformer, Unembedding
->>>>>>> 6e37fb6 (One class per head kind in model/heads.py: other files ask it, never the string; presets and the schema of stored configurations are explicit)
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, CompiledBackend, TorchBackend)
 """All backends, the preferred ones first; the last one supports every model."""
