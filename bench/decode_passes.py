@@ -1,127 +1,260 @@
-"""What passes cost on their own: beside the memory bandwidth, by rows, with and without what drafting adds."""
+"""Measure single decoding passes: against the memory bandwidth, by rows, and with what drafting adds."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
 
 from bench import fresh_process
-from bench.report import Bar, count, measurement
-from bench.sizes import four_heads
-from headstart.decoding.policy.timing import PASSES_OF_A_BLOCK, ratios
+from bench.decode_settings import DecodeSettings, four_heads
+from bench.report import Bar, Findings, count, measurement, milliseconds
+from headstart import hardware
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.policy.timing import DTYPES, PASSES_OF_A_BLOCK, Pass, interleave, random_model, ratios, timed
+from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig
 
-if TYPE_CHECKING:
-    from bench.decode import DecodeSettings
-
 BANDWIDTH_BARS = {0: Bar(">=", 0.65), 100_000_000: Bar(">=", 0.75), 1_000_000_000: Bar(">=", 0.8)}
-"""By how many parameters a model has at least: a small one does not wait for its weights alone."""
+"""Bars by the least number of parameters: a small model does not wait for its weights alone."""
 WINDOW_BAR = Bar("<=", 1.3)
 MERGED_BAR = Bar("<=", 1.05)
+ROWS = (1, 2, 4, 8, 16)
+"""Widths that the part rows times."""
 
 
-def case_of(settings: DecodeSettings, config: ModelConfig, **more: Any) -> dict[str, Any]:
-    """What every measuring process is told."""
+def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: int) -> int:
+    """Return the bytes that a plain pass of one window of one row reads.
+
+    They are the weights on head 1's path, one row of the embedding, the unembedding, and the keys and values of `span`
+    positions.
+    """
+    weights = config.parameters()["next_token_path"]
+    if not config.tied:  # the embedding is looked up, not read; tied, it is the unembedding, and is read
+        weights -= config.vocab_size * config.dim
+    cache = 2 * config.next_token_layers * config.key_value_heads * config.dim_per_head * span
+    return (weights + config.dim) * weight_bytes + cache * cache_bytes
+
+
+def merged_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: int) -> int:
+    """Return the bytes that a pass of one window reads when it verifies and drafts with all heads.
+
+    They are all weights but the embedding, an unembedding that heads share once for verification and once for all
+    drafts, and the keys and values of every block.
+    """
+    weights = config.parameters()["total"]
+    V, D = config.vocab_size, config.dim
+    if not config.tied:
+        weights -= V * D
+    if not config.kind.own_unembeddings:
+        weights += V * D
+    cache = 2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * span
+    return (weights + config.heads * D) * weight_bytes + cache * cache_bytes
+
+
+def bandwidth(settings: DecodeSettings) -> Findings:
+    """Measure which share of the memory bandwidth a plain pass reaches."""
+    found, size = Findings(), 0
+    shares: dict[int, list[float]] = {}
+    config = replace(settings.sizes, heads=1)
+    for threads, label in settings.thread_labels():
+        case = settings.case(config, stream_mebibytes=settings.stream_mebibytes)
+        answer = fresh_process.call(bandwidth_case, case, threads=threads)
+        size, stream = answer["bytes"], answer["stream_gb_per_second"]
+        shares[threads] = [size / s / 1e9 / stream for s in answer["seconds"]]
+        what = f"bytes of a pass / its time / stream read, {label}"
+        found.rows += [
+            milliseconds("bandwidth", f"plain pass, {label}", answer["seconds"], threads=threads),
+            measurement("bandwidth", f"stream read, {label}", [stream], "GB/s", threads=threads),
+            measurement("bandwidth", what, shares[threads], threads=threads, bytes=size),
+        ]
+    best = max(shares, key=lambda threads: statistics.median(shares[threads]))
+    what = f"the same at the best setting ({count(best, 'thread')})"
+    bar = BANDWIDTH_BARS[max(least for least in BANDWIDTH_BARS if config.parameters()["total"] >= least)]
+    found.rows.append(measurement("bandwidth", what, shares[best], bar=bar, threads=best))
+    found.notes.append(
+        f"bandwidth: a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the "
+        f"keys and values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of "
+        "fp32 with as many threads."
+    )
+    return found
+
+
+def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the seconds of plain passes, the bytes of one, and the stream bandwidth."""
+    config, device = ModelConfig(**case["config"]), case["device"]
+    threads = torch.get_num_threads()
+    plain = Pass(pack(random_model(config, case["dtype"], device), rows=1), rows=1, length=case["length"])
+    size = case["stream_mebibytes"]
+    # The bandwidth is a limit: the better of two measurements, before and after, is what passes are compared with.
+    before = hardware.stream_bandwidth(threads, device=device, mebibytes=size)
+    seconds = interleave({"plain": timed(plain)}, case["passes"], warmup=5)["plain"]
+    stream = max(before, hardware.stream_bandwidth(threads, device=device, mebibytes=size))
+    weight_bytes = plain.model.trunk.embedding.weight.element_size()
+    cache_bytes = plain.state.cache.keys.element_size()
     return {
-        "config": asdict(config),
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "passes": settings.passes,
-        "repetitions": settings.repetitions,
-        "length": settings.prompt_tokens + settings.new_tokens // 2,
-        **more,
+        "seconds": seconds,
+        "bytes": pass_bytes(config, plain.span, weight_bytes, cache_bytes),
+        "stream_gb_per_second": stream,
     }
 
 
-def bandwidth(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]] = []
-    config = replace(settings.sizes, heads=1)
-    shares: dict[int, list[float]] = {}
-    size = 0
-    for threads in settings.threads:
-        case = case_of(settings, config, stream_mebibytes=settings.stream_mebibytes)
-        answer = fresh_process.call("bench.passes:bandwidth_case", case, threads=threads)
-        size, stream = answer["bytes"], answer["stream_gb_per_second"]
-        milliseconds = [1e3 * s for s in answer["seconds"]]
-        shares[threads] = [size / s / 1e9 / stream for s in answer["seconds"]]
-        rows.append(
-            measurement("bandwidth", f"plain pass, {count(threads, 'thread')}", milliseconds, "ms", threads=threads)
-        )
-        rows.append(
-            measurement("bandwidth", f"stream read, {count(threads, 'thread')}", [stream], "GB/s", threads=threads)
-        )
-        what = f"bytes of a pass / its time / stream read, {count(threads, 'thread')}"
-        rows.append(measurement("bandwidth", what, shares[threads], threads=threads, bytes=size))
-    best = max(rows[2::3], key=lambda row: row["median"])["threads"]
-    what = f"the same at the best setting ({count(best, 'thread')})"
-    parameters = config.parameters()["total"]
-    bar = BANDWIDTH_BARS[max(least for least in BANDWIDTH_BARS if parameters >= least)]
-    rows.append(measurement("bandwidth", what, shares[best], bar=bar, threads=best))
-    return rows, (
-        f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
-        f"values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 "
-        "with as many threads."
-    )
-
-
-def window(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]] = []
-    config, window = replace(settings.sizes, heads=1), settings.window
-    for threads in settings.threads:
-        case = case_of(settings, config, rows=window)
-        answer = fresh_process.call("bench.passes:window_case", case, threads=threads)
-        timings = []
+def window(settings: DecodeSettings) -> Findings:
+    """Measure a pass over several rows against a pass over one row of the same weights."""
+    found, rows = Findings(), settings.window
+    for threads, label in settings.thread_labels():
+        case = settings.case(replace(settings.sizes, heads=1), rows=rows)
+        answer = fresh_process.call(window_case, case, threads=threads)
         for name, seconds in answer.items():
-            label = f"{window} rows" if name == "window" else name
-            milliseconds = [1e3 * s for s in seconds]
-            timings.append(
-                measurement("window", f"{label}, {count(threads, 'thread')}", milliseconds, "ms", threads=threads)
-            )
+            shown = f"{rows} rows" if name == "window" else name
+            found.rows.append(milliseconds("window", f"{shown}, {label}", seconds, threads=threads))
         faster = min(("one row", "one row, own layout"), key=lambda name: sorted(answer[name])[len(answer[name]) // 2])
-        what = f"{window} rows / {faster}, {count(threads, 'thread')}"
         values = ratios(answer["window"], answer[faster], PASSES_OF_A_BLOCK)
-        rows += [*timings, measurement("window", what, values, bar=WINDOW_BAR, threads=threads)]
-    return rows, (
-        f"trunk, head 1 and unembedding on {window} rows against one row of the same {config.layers} layers, batch 1, "
-        f"at {settings.prompt_tokens + settings.new_tokens // 2} cached positions. The faster of two one-row passes is "
-        f"the denominator: weights laid out for {window} rows, and for one (own layout)."
+        what = f"{rows} rows / {faster}, {label}"
+        found.rows.append(measurement("window", what, values, bar=WINDOW_BAR, threads=threads))
+    found.notes.append(
+        f"window: trunk, head 1 and unembedding on {rows} rows against one row of the same {settings.sizes.layers} "
+        f"layers, batch 1, at {settings.cached} cached positions. The faster of two one-row passes is the "
+        f"denominator: weights laid out for {rows} rows, and for one (own layout)."
     )
+    return found
 
 
-def merged(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
-    config, threads = four_heads(settings.sizes), settings.threads[-1]
-    answer = fresh_process.call("bench.passes:merged_case", case_of(settings, config), threads=threads)
+def window_case(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the seconds of passes over `rows` rows and over one row.
+
+    One row is timed twice: with weights laid out for the window, as a served model has them, and for one row.
+    """
+    config, rows, length = ModelConfig(**case["config"]), case["rows"], case["length"]
+    model, own = (
+        pack(random_model(config, case["dtype"], case["device"]), rows=laid_out_for) for laid_out_for in (rows, 1)
+    )
+    variants = {
+        "window": timed(Pass(model, rows=rows, length=length)),
+        "one row": timed(Pass(model, rows=1, length=length)),
+        "one row, own layout": timed(Pass(own, rows=1, length=length)),
+    }
+    return interleave(variants, case["passes"], warmup=5)
+
+
+def merged(settings: DecodeSettings) -> Findings:
+    """Measure a pass that verifies and drafts with all heads, against a plain pass and the bytes of both."""
+    config = four_heads(settings.sizes)
+    answer = fresh_process.call(merged_case, settings.case(config), threads=settings.threads[-1])
     expected = answer["merged bytes"] / answer["plain bytes"]
     over = [ratio / expected for ratio in ratios(answer["merged"], answer["plain"], PASSES_OF_A_BLOCK)]
     rows = [
-        measurement("merged", f"{name} pass", [1e3 * s for s in answer[name]], "ms", bytes=answer[f"{name} bytes"])
+        milliseconds("merged", f"{name} pass", answer[name], bytes=answer[f"{name} bytes"])
         for name in ("plain", "merged")
     ]
     rows.append(measurement("merged", "merged / plain pass, over the same ratio of bytes", over, bar=MERGED_BAR))
-    return rows, (
-        f"four parallel transformer heads, {config.parameters()['total']:,} parameters, batch 1: a pass over four rows "
-        f"that verifies and drafts with all heads reads {expected:.3f} times the bytes of a plain pass over one row."
+    note = (
+        f"merged: four parallel transformer heads, {config.parameters()['total']:,} parameters, batch 1: a pass over "
+        f"four rows that verifies and drafts with all heads reads {expected:.3f} times the bytes of a plain pass."
     )
+    return Findings(rows, [note])
 
 
-def deferred(settings: DecodeSettings) -> tuple[list[dict[str, Any]], str]:
+def merged_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the seconds of merged and of plain passes over the same weights, and the bytes of each."""
+    config, length = ModelConfig(**case["config"]), case["length"]
+    n, model = config.heads, pack(random_model(config, case["dtype"], case["device"]))
+    plain, merged = Pass(model, rows=1, length=length), Pass(model, rows=n, heads=n, length=length)
+    size, cached = (x.element_size() for x in (model.trunk.embedding.weight, plain.state.cache.keys))
+    seconds = interleave({"plain": timed(plain), "merged": timed(merged)}, case["passes"], warmup=5)
+    return seconds | {
+        "plain bytes": pass_bytes(config, plain.span, size, cached),
+        "merged bytes": merged_bytes(config, plain.span, size, cached),
+    }
+
+
+def deferred(settings: DecodeSettings) -> Findings:
+    """Measure passes whose drafting heads run on the accepted row alone, against all rows."""
     rows: list[dict[str, Any]] = []
-    for threads in settings.threads:
+    for threads, label in settings.thread_labels():
         for n in settings.deferred_heads:
-            case = case_of(settings, replace(settings.sizes, heads=n), batches=list(settings.deferred_batches))
-            answer = fresh_process.call("bench.passes:deferred_case", case, threads=threads)
+            case = settings.case(replace(settings.sizes, heads=n), batches=list(settings.deferred_batches))
+            answer = fresh_process.call(deferred_case, case, threads=threads)
             for batch in settings.deferred_batches:
                 fast, full = answer[f"deferred {batch}"], answer[f"all {batch}"]
-                where = f"K = n = {n}, batch {batch}, {count(threads, 'thread')}"
+                where = f"K = n = {n}, batch {batch}, {label}"
                 details: dict[str, Any] = {"threads": threads, "heads": n, "batch": batch}
+                over = ratios(fast, full, PASSES_OF_A_BLOCK)
                 rows += [
-                    measurement("deferred", f"accepted row, {where}", [1e3 * s for s in fast], "ms", **details),
-                    measurement("deferred", f"all rows, {where}", [1e3 * s for s in full], "ms", **details),
-                    measurement(
-                        "deferred",
-                        f"accepted row / all rows, {where}",
-                        ratios(fast, full, PASSES_OF_A_BLOCK),
-                        **details,
-                    ),
+                    milliseconds("deferred", f"accepted row, {where}", fast, **details),
+                    milliseconds("deferred", f"all rows, {where}", full, **details),
+                    measurement("deferred", f"accepted row / all rows, {where}", over, **details),
                 ]
-    return rows, "a whole pass whose drafting heads (transformer, parallel) run on the accepted row, against all rows."
+    note = (
+        "deferred: a whole pass whose drafting heads (transformer, parallel) run on the accepted row, or on all rows."
+    )
+    return Findings(rows, [note])
+
+
+def deferred_case(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the seconds of passes with deferred heads and with heads on all rows, for each batch size."""
+    config = ModelConfig(**case["config"])
+    model = pack(random_model(config, case["dtype"], case["device"]))
+    n = config.heads
+    variants = {
+        f"{name} {batch}": timed(
+            Pass(model, rows=n, heads=n, slots=batch, length=case["length"], deferred=name == "deferred")
+        )
+        for batch in case["batches"]
+        for name in ("deferred", "all")
+    }
+    return interleave(variants, case["passes"], warmup=5)
+
+
+def rows(settings: DecodeSettings) -> Findings:
+    """Measure passes by rows, in the dtype and in int8, of the trained model if one is given."""
+    found, dtype = Findings(), settings.dtype
+    path = None if settings.model is None else str(settings.model)
+    for threads, label in settings.thread_labels():
+        case = settings.case(replace(settings.sizes, heads=1), model=path)
+        answer = fresh_process.call(rows_case, case, threads=threads)
+        for kind, seconds in answer.items():
+            for width, values in seconds.items():
+                what = f"{kind}, {count(int(width), 'row')}, {label}"
+                found.rows.append(milliseconds("rows", what, values, threads=threads))
+                others: dict[str, list[float]] = {dtype: answer[dtype][width]} if kind != dtype else {}
+                others |= {"1 row": seconds["1"]} if width != "1" else {}
+                for name, other in others.items():
+                    over = ratios(values, other, PASSES_OF_A_BLOCK)
+                    found.rows.append(measurement("rows", f"{what} / {name}", over, threads=threads))
+    weights = path or f"{settings.sizes.layers} layers of {settings.sizes.dim}, random weights"
+    found.notes.append(
+        f"rows: passes of head 1 without drafts at {settings.cached} cached positions, each after a pass of the same "
+        f"kind, of {weights}; int8: headstart/decoding/kernels/int8.py."
+    )
+    return found
+
+
+def rows_case(case: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of passes by dtype or int8, and by rows."""
+    variants: dict[str, Callable[[], float]] = {}
+    kinds = (case["dtype"], "int8")
+    for kind in kinds:
+        dtype = "float32" if kind == "int8" else kind
+        if case["model"] is None:
+            model = random_model(ModelConfig(**case["config"]), dtype, "cpu")
+        else:
+            model = load_model(case["model"], dtype=DTYPES[dtype])
+        pack(model, quantize="int8" if kind == "int8" else None)
+        variants |= {f"{kind} {width}": _timed_again(Pass(model, rows=width, length=case["length"])) for width in ROWS}
+    seconds = interleave(variants, case["passes"], warmup=5)
+    return {kind: {str(width): seconds[f"{kind} {width}"] for width in ROWS} for kind in kinds}
+
+
+def _timed_again(one: Pass) -> Callable[[], float]:
+    """Return a variant that runs a pass twice and times the second: caches hold nothing of it after another model's."""
+    measure = timed(one)
+
+    def measured() -> float:
+        one()
+        return measure()
+
+    return measured

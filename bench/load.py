@@ -1,4 +1,4 @@
-"""Loading a model: its time beside that of reading its file, and the most memory that it holds beside its size."""
+"""Measure loading a model: its time against reading its file, and its peak memory against its size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 
 import headstart
-from bench import fresh_process, report
-from bench.peak_memory import ALLOCATOR, meter
-from bench.report import Bar, measurement
+from bench import fresh_process
+from bench.fresh_process import ALLOCATOR, memory_meter
+from bench.report import RESULTS, Bar, BenchSettings, Findings, measurement, result
 from headstart.console import Progress
-from headstart.decoding.policy.timing import ratios
+from headstart.decoding.policy.timing import DTYPES, ratios
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_config, load_model, save_model
 from headstart.model.config import ModelConfig
@@ -24,37 +24,34 @@ from headstart.model.transformer import Transformer
 
 TIME_BAR, MEMORY_BAR = Bar("<=", 1.3), Bar("<=", 1.2)
 WAYS = ("file", "load_model", "headstart.load")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class LoadSettings:
-    """Time and memory of loading a model, beside reading its file."""
+class LoadSettings(BenchSettings):
+    """Time and memory of loading a model, against reading its file."""
 
     model: Path | None = None
     """A model directory (None: one with random weights, by the sizes below, in a temporary folder)."""
     dim: int = 2048
     """Width of the random model; with the defaults it has 1.1 billion parameters."""
     layers: int = 20
-    """Its layers."""
+    """Blocks of the random model."""
     vocab_size: int = 32000
-    """Its vocabulary."""
+    """Vocabulary of the random model."""
     stored: Literal["bfloat16", "float32"] = "bfloat16"
-    """What its weights are stored in."""
+    """Type of its stored weights."""
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
-    """What it is loaded in."""
+    """Types to load it in."""
     repetitions: int = 5
     """Rounds; each way takes its turn in a new process, with the file in the system's memory."""
     threads: int = 1
     """CPU threads."""
-    out: Path = report.RESULTS / "load"
+    out: Path = RESULTS / "load"
     """Folder of the report."""
-    date: str | None = None
-    """Date of the report (None: today)."""
 
 
 def run(settings: LoadSettings) -> dict[str, Any]:
-    """Measures each way; see `report.result` for the shape of what comes back."""
+    """Measure each way and return the results, see `report.result`."""
     if settings.repetitions < 1:
         raise UsageError(f"--repetitions is {settings.repetitions}; it must be at least 1")
     folder = None if settings.model else tempfile.mkdtemp(prefix="headstart-load-")
@@ -64,7 +61,7 @@ def run(settings: LoadSettings) -> dict[str, Any]:
         if not files:
             raise UsageError(f"{directory}: holds no .safetensors file; name a model directory")
         size = sum(file.stat().st_size for file in files)
-        return report.result("load", settings, _measured(settings, directory, files), _notes(size))
+        return result("load", settings, Findings(_measure(settings, directory, files), _notes(size)))
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +77,7 @@ def _random_model(settings: LoadSettings, folder: Path) -> Path:
     return folder
 
 
-def _measured(settings: LoadSettings, directory: Path, files: list[Path]) -> list[dict[str, Any]]:
+def _measure(settings: LoadSettings, directory: Path, files: list[Path]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Progress("loads", settings.repetitions * len(settings.dtypes), unit="rounds") as bar:
         for dtype in settings.dtypes:
@@ -88,8 +85,8 @@ def _measured(settings: LoadSettings, directory: Path, files: list[Path]) -> lis
             for repetition in range(-1, settings.repetitions):
                 for way in WAYS:
                     case = {"way": way, "directory": str(directory), "files": list(map(str, files)), "dtype": dtype}
-                    one = fresh_process.call("bench.load:case", case, threads=settings.threads, environment=ALLOCATOR)
-                    if repetition >= 0:  # the first brings the file into memory
+                    one = fresh_process.call(load_case, case, threads=settings.threads, environment=ALLOCATOR)
+                    if repetition >= 0:  # the first round brings the file into memory
                         found[way].append(one)
                 bar.advance(repetition >= 0)
             parameters = load_config(directory).parameters()["total"] * DTYPES[dtype].itemsize
@@ -103,20 +100,20 @@ def _rows(
     seconds = {way: [one["seconds"] for one in each] for way, each in found.items()}
     rows = [measurement(dtype, f"{way}: time", values, "s") for way, values in seconds.items()]
     for way in WAYS[1:]:
-        # Bars hold where nothing is converted: what is stored is what is loaded.
+        # Bars hold if nothing is converted: the stored type is the loaded one.
         same = dtype == settings.stored and way == "load_model"
         over = [one["peak"] / parameters for one in found[way]]
-        rows.append(measurement(dtype, f"{way} / reading the file", ratios(seconds[way], seconds["file"]),
-                                bar=TIME_BAR if same else None))  # fmt: skip
-        rows.append(measurement(dtype, f"{way}: peak memory / size of its parameters", over,
-                                bar=MEMORY_BAR if same else None))  # fmt: skip
+        time_bar, memory_bar = (TIME_BAR, MEMORY_BAR) if same else (None, None)
+        times = ratios(seconds[way], seconds["file"])
+        rows.append(measurement(dtype, f"{way} / reading the file", times, bar=time_bar))
+        rows.append(measurement(dtype, f"{way}: peak memory / size of its parameters", over, bar=memory_bar))
     return rows
 
 
-def case(case: dict[str, Any]) -> dict[str, float]:
-    """Seconds and peak bytes of one way of loading. Runs in a process of its own."""
+def load_case(case: dict[str, Any]) -> dict[str, float]:
+    """Return the seconds and the peak bytes of one way of loading."""
     dtype = DTYPES[case["dtype"]]
-    peak = meter("cpu")
+    peak = memory_meter("cpu")
     peak.reset()
     began = time.perf_counter()
     held: Any
@@ -133,7 +130,9 @@ def case(case: dict[str, Any]) -> dict[str, float]:
 
 
 def _read(path: Path) -> torch.Tensor:
-    buffer = torch.empty(path.stat().st_size, dtype=torch.uint8)  # memory as a model's, and not filled first
+    buffer = torch.empty(
+        path.stat().st_size, dtype=torch.uint8
+    )  # memory like that of a model, which nothing fills first
     with path.open("rb", buffering=0) as file:
         held: Any = buffer.numpy()
         left = memoryview(held)
@@ -148,5 +147,5 @@ def _notes(size: int) -> list[str]:
         "every way.",
         "file: all bytes into one buffer, nothing else. load_model: the parameters in a model, checked, not packed. "
         "headstart.load: ready to decode, its products packed for this machine.",
-        "Peak memory: over what the process held before, libraries included. Size: of all parameters in that dtype.",
+        "Peak memory: above what the process held before, libraries included. Size: all parameters in that dtype.",
     ]

@@ -1,18 +1,16 @@
-"""The loss: is the walk over the heads exact, and does its memory stay flat in the number of heads?"""
+"""Measure the loss: the exactness of the walk over the heads, and its memory by the number of heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
-from bench import fresh_process, report
-from bench.peak_memory import ALLOCATOR, joint_step_fits, meter
-from bench.report import Bar, measurement
-from headstart.console import say
+from bench import fresh_process
+from bench.fresh_process import ALLOCATOR, joint_step_fits, memory_meter
+from bench.report import Bar, BenchSettings, Findings, measurement, run_parts
 from headstart.data.batches import IGNORE
 from headstart.decoding.policy.timing import ratios
 from headstart.model.config import HeadKindName, ModelConfig
@@ -26,15 +24,15 @@ JOINT_BAR = Bar("<=", 0.25)
 
 
 @dataclass(frozen=True)
-class LossSettings:
+class LossSettings(BenchSettings):
     """Exactness and memory of the loss step."""
 
     parts: tuple[Literal["gradients", "memory"], ...] = ("gradients", "memory")
     """gradients: the walk against joint autograd in float64; memory: peak of a step for each number of heads."""
     heads: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of heads whose memory is measured, at the same number of parameters."""
+    """Numbers of heads of the part memory; all models have the same number of parameters."""
     vocab_size: int = 32000
-    """Vocabulary of the memory part."""
+    """Vocabulary of the part memory."""
     rows: int = 4
     """Rows of the batch."""
     length: int = 512
@@ -46,34 +44,18 @@ class LossSettings:
     repetitions: int = 3
     """Steps measured in each process."""
     threads: int = 1
-    """CPU threads of the memory part."""
+    """CPU threads of the part memory."""
     device: str = "cpu"
-    """cpu or cuda: where memory is measured."""
-    out: Path = report.RESULTS
-    """Folder of the report."""
-    date: str | None = None
-    """Date of the report (None: today)."""
+    """cpu or cuda: device of the part memory."""
 
 
 def run(settings: LossSettings) -> dict[str, Any]:
-    """Runs the parts asked for; see `report.result` for the shape of what comes back."""
-    measurements: list[dict[str, Any]] = []
-    notes: list[str] = []
-    if "gradients" in settings.parts:
-        measurements += _gradients()
-        notes.append(
-            "gradients: float64; per parameter the largest difference over the largest gradient, the worst parameter "
-            "is "
-            "given. Four heads, ignored targets and unequal head weights included; logits in several chunks."
-        )
-    if "memory" in settings.parts:
-        rows, more = _memory(settings)
-        measurements += rows
-        notes += more
-    return report.result("loss", settings, measurements, notes)
+    """Run the chosen parts and return their results, see `report.result`."""
+    parts = {"gradients": _gradients, "memory": _memory}
+    return run_parts("loss", settings, {name: part for name, part in parts.items() if name in settings.parts})
 
 
-def _gradients() -> list[dict[str, Any]]:
+def _gradients(settings: LossSettings) -> Findings:
     kinds: list[tuple[HeadKindName, Wiring]] = [
         (kind, wiring) for kind in ("transformer", "linear") for wiring in ("parallel", "causal", "anticausal")
     ]
@@ -83,12 +65,15 @@ def _gradients() -> list[dict[str, Any]]:
             error = gradient_error(kind, wiring, tied)
             what = f"{kind}, {wiring}, {'tied' if tied else 'untied'}: walk against joint autograd"
             rows.append(measurement("gradients", what, [error], "relative error", GRADIENT_BAR))
-    say(f"gradients: largest relative error {max(row['median'] for row in rows):.1e}")
-    return rows
+    note = (
+        "gradients: float64; per parameter the largest difference over the largest gradient, of the worst parameter. "
+        "Four heads, ignored targets and unequal head weights included; logits in several chunks."
+    )
+    return Findings(rows, [note])
 
 
 def gradient_error(kind: HeadKindName, wiring: Wiring, tied: bool) -> float:
-    """Largest relative difference of any parameter's gradient between `walk_step` and `joint_step`, in float64."""
+    """Return the largest relative difference of a parameter's gradient between walk and joint autograd, in float64."""
     config = ModelConfig(
         vocab_size=67, dim=32, layers=6, attention_heads=4, heads=4, head_kind=kind, wiring=wiring, tied=tied
     )
@@ -115,14 +100,13 @@ def _take_gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _batch(config: ModelConfig, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    text = torch.randint(config.vocab_size, (rows, length + config.heads))
-    targets = torch.stack([text[:, k : k + length] for k in range(1, config.heads + 1)], -1)
-    return text[:, :length], targets
+    sequences = torch.randint(config.vocab_size, (rows, length + config.heads))
+    targets = torch.stack([sequences[:, k : k + length] for k in range(1, config.heads + 1)], -1)
+    return sequences[:, :length], targets
 
 
-def _memory(settings: LossSettings) -> tuple[list[dict[str, Any]], list[str]]:
-    rows: list[dict[str, Any]] = []
-    notes: list[str] = []
+def _memory(settings: LossSettings) -> Findings:
+    found = Findings()
     peaks: dict[tuple[str, int], list[float]] = {}
     method = ""
     first, last = min(settings.heads), max(settings.heads)
@@ -132,20 +116,36 @@ def _memory(settings: LossSettings) -> tuple[list[dict[str, Any]], list[str]]:
     for step, n in cases:
         positions = settings.rows * settings.length
         if step == "joint" and not joint_step_fits(settings.device, n, positions, settings.vocab_size):
-            notes.append(f"memory: joint step at n = {n} left out, it would not fit into this machine's memory.")
+            found.notes.append(f"memory: joint step at n = {n} left out, this machine's memory cannot hold it.")
             continue
         case = {
             "step": step.split(",")[0],
-            "config": _config(settings, n, extra_layers=n - 1 if "same" in step else 0).__dict__,
+            "config": asdict(_config(settings, n, extra_layers=n - 1 if "same" in step else 0)),
             "rows": settings.rows,
             "length": settings.length,
             "repetitions": settings.repetitions,
             "device": settings.device,
         }
-        answer = fresh_process.call("bench.loss:memory_case", case, threads=settings.threads, environment=ALLOCATOR)
+        answer = fresh_process.call(memory_case, case, threads=settings.threads, environment=ALLOCATOR)
         peaks[step, n], method = answer["mebibytes"], answer["method"]
-        rows.append(measurement("memory", f"{step}, n = {n}", peaks[step, n], "MiB", heads=n, step=step))
-        say(f"memory: {step}, n = {n}: {rows[-1]['median']:,.0f} MiB")
+        found.rows.append(measurement("memory", f"{step}, n = {n}", peaks[step, n], "MiB", heads=n, step=step))
+    found.rows += _memory_ratios(settings, peaks)
+    found.notes.append(
+        f"memory: {method}, fp32, {settings.rows} x {settings.length} positions, each case in a process of its own. "
+        "Counted above the level after the model was built, all gradients were allocated and one step had run: weights "
+        "and gradients are the same for every n and are left out. Transformer heads are taken from the trunk, so with "
+        "more heads fewer blocks' activations are alive at once; "
+        '"same trunk" adds the heads on top of the trunk of n = 1 instead, so that only the number of heads differs.'
+    )
+    if settings.device == "cpu":
+        variables = " ".join(f"`{name}={value}`" for name, value in ALLOCATOR.items())
+        found.notes.append(f"memory: {variables} in those processes.")
+    return found
+
+
+def _memory_ratios(settings: LossSettings, peaks: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
+    rows = []
+    first, last = min(settings.heads), max(settings.heads)
     if first < last:
         one = peaks["walk", first]
         bar = FLAT_BAR if (first, last) == (1, 8) else None
@@ -159,18 +159,7 @@ def _memory(settings: LossSettings) -> tuple[list[dict[str, Any]], list[str]]:
             values = ratios(peaks["walk", n], peaks["joint", n])
             bar = JOINT_BAR if n == 4 else None
             rows.append(measurement("memory", f"walk / joint, n = {n}", values, bar=bar))
-    notes.append(
-        f"memory: {method}, fp32, {settings.rows} x {settings.length} positions, each case in a process of its own. "
-        "Counted above the level after the model was built, all gradients were allocated and one step had run: weights "
-        "and gradients are the same for every n and are left out. Transformer heads are taken from the trunk, so with "
-        "more heads fewer blocks' activations are alive at once; "
-        '"same trunk" adds the heads on top of the trunk of n = 1 instead, so that only the number of heads differs.'
-    )
-    if settings.device == "cpu":
-        notes.append(
-            "memory: " + " ".join(f"`{name}={value}`" for name, value in ALLOCATOR.items()) + " in those processes."
-        )
-    return rows, notes
+    return rows
 
 
 def _config(settings: LossSettings, heads: int, extra_layers: int) -> ModelConfig:
@@ -185,7 +174,7 @@ def _config(settings: LossSettings, heads: int, extra_layers: int) -> ModelConfi
 
 
 def memory_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory in MiB of one step, above the level before it. Runs in a process of its own."""
+    """Return the peak memory in MiB of single steps, above the level before each."""
     config, device = ModelConfig(**case["config"]), case["device"]
     torch.manual_seed(0)
     model = Transformer(config).to(device)
@@ -194,7 +183,7 @@ def memory_case(case: dict[str, Any]) -> dict[str, Any]:
     tokens, targets = (x.to(device) for x in _batch(config, case["rows"], case["length"]))
     counts = count_targets(targets)
     step: Callable[..., HeadLosses] = walk_step if case["step"] == "walk" else joint_step
-    peak = meter(device)
+    peak = memory_meter(device)
     step(model, tokens, targets, counts)
     values = []
     for _ in range(case["repetitions"]):

@@ -1,19 +1,30 @@
-"""Reports of benchmarks: measurements with their bars, as JSON for programs and as Markdown for people."""
+"""Write reports of benchmarks: measurements with their bars, as JSON for programs and as Markdown for people."""
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from bench.measure import spread
 from headstart import hardware
+from headstart.console import say
 from headstart.fileio import write_text
 
 RESULTS = Path("bench/results")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Settings that every benchmark has."""
+
+    out: Path = RESULTS
+    """Folder of the report."""
+    date: str | None = None
+    """Date of the report (None: today)."""
 
 
 @dataclass(frozen=True)
@@ -24,52 +35,102 @@ class Bar:
     value: float
 
     def met(self, value: float) -> bool:
+        """Return whether `value` reaches the bar."""
         return {"<": value < self.value, "<=": value <= self.value, ">=": value >= self.value}[self.sign]
 
     def __str__(self) -> str:
         return f"{self.sign} {_number(self.value)}"
 
 
+NONE = Bar("<=", 0)
+"""Bar of a count of errors."""
+
+
+@dataclass
+class Findings:
+    """Results of one part of a benchmark."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Measurements, see `measurement`."""
+    notes: list[str] = field(default_factory=list)
+    """Sentences that explain them."""
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    """Further tables, see `table`."""
+
+    def add(self, other: Findings) -> None:
+        """Append the findings of another part."""
+        self.rows += other.rows
+        self.notes += other.notes
+        self.tables += other.tables
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return the median with quartiles, or with the range of fewer than eight values."""
+    if len(values) >= 8:
+        low, _, high = statistics.quantiles(values, n=4)
+        kind = "quartiles"
+    else:
+        low, high, kind = min(values), max(values), "range" if len(values) > 1 else "single value"
+    median = statistics.median(values)
+    return {"median": median, "low": low, "high": high, "spread": kind, "repetitions": len(values)}
+
+
 def measurement(
     part: str, what: str, values: Sequence[float], unit: str = "", bar: Bar | None = None, **details: Any
 ) -> dict[str, Any]:
-    """One measured quantity; its median is judged by `bar`. `details` are kept in the JSON file."""
+    """Return one measured quantity, whose median `bar` judges. The JSON file holds `details` too."""
     row: dict[str, Any] = {"part": part, "what": what, "unit": unit, **spread(values), "bar": None, "met": None}
     if bar is not None:
         row |= {"bar": asdict(bar), "met": bar.met(row["median"])}
     return row | details
 
 
+def milliseconds(part: str, what: str, seconds: Sequence[float], **details: Any) -> dict[str, Any]:
+    """Return the measurement of times, in ms."""
+    return measurement(part, what, [1e3 * s for s in seconds], "ms", **details)
+
+
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> dict[str, Any]:
-    """A table that is more than measurements in a column, for people."""
+    """Return a table for people, for what does not fit into one column of measurements."""
     return {"title": title, "headers": list(headers), "rows": [[_cell(cell) for cell in row] for row in rows]}
 
 
-def result(
-    name: str,
-    settings: Any,
-    measurements: list[dict[str, Any]],
-    notes: Sequence[str] = (),
-    tables: Sequence[dict[str, Any]] = (),
+Settings = TypeVar("Settings", bound=BenchSettings)
+
+
+def run_parts(
+    name: str, settings: Settings, parts: Mapping[Any, Callable[[Settings], Findings]], notes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a benchmark's `run` returns. `settings` is its dataclass, with the field `date`."""
-    kept = json.loads(json.dumps(asdict(settings), default=str))
-    date = kept.pop("date") or datetime.date.today().isoformat()
-    kept.pop("out", None)
+    """Run the parts in order, print each measurement, and return what `result` makes of them."""
+    found = Findings(notes=list(notes))
+    for part, measure in parts.items():
+        say(f"{part} ...")
+        more = measure(settings)
+        for row in more.rows:
+            say(f"{row['part']}: {row['what']}: {row['median']:.4g} {row['unit']}".rstrip())
+        found.add(more)
+    return result(name, settings, found)
+
+
+def result(name: str, settings: BenchSettings, found: Findings) -> dict[str, Any]:
+    """Return the results of a benchmark with its settings and the machine, as JSON holds them."""
+    plain = json.loads(json.dumps(asdict(settings), default=str))
+    date = plain.pop("date") or datetime.date.today().isoformat()
+    del plain["out"]
     return {
         "benchmark": name,
         "date": date,
         "machine": hardware.describe(),
-        "settings": kept,
-        "measurements": measurements,
-        "tables": list(tables),
-        "notes": list(notes),
-        "met": all(row["met"] is not False for row in measurements),
+        "settings": plain,
+        "measurements": found.rows,
+        "tables": found.tables,
+        "notes": found.notes,
+        "met": all(row["met"] is not False for row in found.rows),
     }
 
 
 def format_markdown(result: dict[str, Any]) -> str:
-    """The report as a page."""
+    """Return the report as a Markdown page."""
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in result["settings"].items())
     load, name = result["machine"]["load_average"], result["benchmark"]
     lines = [
@@ -81,53 +142,43 @@ def format_markdown(result: dict[str, Any]) -> str:
         f"- Settings: {settings}",
         f"- Raw data: `python -m bench {name}` with these settings writes `{name}.json` next to this page",
         "",
-        *_rows(
-            ["part", "what", "median", "spread", "bar", "result"],
-            [
-                [
-                    row["part"],
-                    row["what"],
-                    f"{_number(row['median'])} {row['unit']}".strip(),
-                    _spread(row),
-                    "" if row["bar"] is None else str(Bar(**row["bar"])),
-                    "" if row["met"] is None else ("met" if row["met"] else "**missed**"),
-                ]
-                for row in result["measurements"]
-            ],
-        ),
+        *_lines(["part", "what", "median", "spread", "bar", "result"], list(map(_cells, result["measurements"]))),
         "",
     ]
     for part in result["tables"]:
-        lines += [f"## {part['title']}", "", *_rows(part["headers"], part["rows"]), ""]
+        lines += [f"## {part['title']}", "", *_lines(part["headers"], part["rows"]), ""]
     if result["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in result["notes"]), ""]
     return "\n".join(lines)
 
 
 def write(result: dict[str, Any], out: str | Path = RESULTS) -> list[Path]:
-    """Writes NAME.json and NAME.md into `out`, each in one step, and returns their paths."""
+    """Write NAME.json and NAME.md into `out`, each in one step, and return their paths."""
     paths = [Path(out) / f"{result['benchmark']}.{kind}" for kind in ("json", "md")]
     write_text(paths[0], json.dumps(result, indent=2) + "\n")
     write_text(paths[1], format_markdown(result))
     return paths
 
 
-def _rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 thread, 2 threads."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    met = "" if row["met"] is None else ("met" if row["met"] else "**missed**")
+    bar = "" if row["bar"] is None else str(Bar(**row["bar"]))
+    around = ""
+    if row["repetitions"] > 1:
+        around = f"{_number(row['low'])} to {_number(row['high'])} ({row['spread']} of {row['repetitions']})"
+    return [row["part"], row["what"], f"{_number(row['median'])} {row['unit']}".strip(), around, bar, met]
+
+
+def _lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return [line(headers), "|" + " --- |" * len(headers), *map(line, rows)]
-
-
-def _spread(row: dict[str, Any]) -> str:
-    if row["repetitions"] == 1:
-        return ""
-    return f"{_number(row['low'])} to {_number(row['high'])} ({row['spread']} of {row['repetitions']})"
-
-
-def count(number: int, noun: str) -> str:
-    """1 thread, 2 threads."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _number(value: float) -> str:

@@ -1,26 +1,37 @@
-"""Decoding with a clock at every pass: rates, and the times between tokens as a reader of the stream sees them."""
+"""Decode with a clock at every pass, with a model's own drafts or with drafts that are right at a given rate.
+
+Synthetic acceptance measures what several tokens per pass bring without a model trained for it. The output is decoded
+plainly first. Then, before each pass, the drafts in the windows are replaced by what comes next in that output, up to
+the first draft that is to be wrong. Passes, rows and caches are those of any decoding, and the output stays that of
+plain decoding. The library knows nothing of it.
+"""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from bench.synthetic_acceptance import SyntheticAcceptance
+import torch
+
 from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.generation import Generation
+from headstart.decoding.policy.calibration import EDGES, AcceptanceTable
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.settings import Request
+from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 
 Stamp = tuple[float, Sequence[int]]
-"""Seconds on some clock, and how many tokens of each row the pass committed that ended then."""
+"""Seconds on some clock, and the number of tokens of each row that the pass which ended then committed."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What was decoded, and when."""
+    """Decoded sequences, with the times of their passes."""
 
     stamps: list[Stamp]
     tokens: list[list[int]]
@@ -28,9 +39,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Drafts that are right at a given rate: see `SyntheticAcceptance`, for which these are arguments."""
+    """Arguments of `SyntheticAcceptance`."""
 
-    texts: list[list[int]]
+    outputs: list[list[int]]
     share: float
     seed: int = 0
     together: bool = False
@@ -45,14 +56,19 @@ def decode(
     synthetic: Synthetic | None = None,
     engine: Engine | None = None,
 ) -> Stream:
-    """Decodes `requests` as one batch. Replacing drafts is left out of the clock. `engine`: one that has decoded such
-    requests before; on a GPU it has its graphs already."""
+    """Decode `requests` as one batch. The clock stands still while drafts are replaced.
+
+    Args:
+        engine: an engine that has decoded such requests before; on a GPU it has captured its graphs already.
+    """
     engine = engine or engine_for(model, requests, exact=exact, policy=policy)
     generations = [engine.submit(request) for request in requests]
     stepper = None
     if synthetic is not None:
-        texts = dict(zip(generations, synthetic.texts))
-        stepper = SyntheticAcceptance(engine, texts, synthetic.share, seed=synthetic.seed, together=synthetic.together)
+        outputs = dict(zip(generations, synthetic.outputs))
+        stepper = SyntheticAcceptance(
+            engine, outputs, synthetic.share, seed=synthetic.seed, together=synthetic.together
+        )
     stamps: list[Stamp] = []
     done = [0] * len(generations)
     while engine.busy:
@@ -70,23 +86,97 @@ def decode(
 def engine_for(
     model: Transformer, requests: Sequence[Request], *, exact: bool = True, policy: DraftPolicy | None = None
 ) -> Engine:
-    """An engine that decodes `requests` as one batch."""
+    """Return an engine that decodes `requests` as one batch."""
     context = max(len(r.prompt) + r.max_new_tokens for r in requests)
     return Engine(model, slots=len(requests), context=context, exact=exact, policy=policy, prefill_budget=None)
 
 
-def plain_texts(model: Transformer, requests: Sequence[Request]) -> list[list[int]]:
-    """What `requests` write, decoded plainly and exactly, and what follows as far as a window reaches past the end."""
-    more = model.config.heads
-    plain = [replace(r, heads=1, max_new_tokens=r.max_new_tokens + more) for r in requests]
-    context = max(len(r.prompt) + r.max_new_tokens for r in plain)
-    engine = Engine(model, slots=len(plain), context=context, prefill_budget=None)
-    return [g.tokens for g in generate_all(engine, plain)]
+def plain_outputs(model: Transformer, requests: Sequence[Request]) -> list[list[int]]:
+    """Return the plain, exact outputs of `requests`, continued as far as a window reaches past their end."""
+    beyond = model.config.heads
+    plain = [replace(r, heads=1, max_new_tokens=r.max_new_tokens + beyond) for r in requests]
+    return [g.tokens for g in generate_all(engine_for(model, plain), plain)]
+
+
+def share_right(tokens_per_pass: float, heads: int) -> float:
+    """Return the probability p that gives `tokens_per_pass` if each draft is right with p after right drafts.
+
+    The tokens per pass are then 1 + p + p^2 + ... + p^(heads-1).
+    """
+    if not 1 <= tokens_per_pass <= heads:
+        raise UsageError(f"{tokens_per_pass} tokens per pass with {heads} heads: it must lie between 1 and {heads}")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(middle**j for j in range(heads)) < tokens_per_pass:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def acceptance_table(share: float, heads: int) -> AcceptanceTable:
+    """Return what `headstart tune` would measure with such drafts: the confidence of a head says nothing."""
+    return AcceptanceTable((share,) * (heads - 1), ((share,) * (len(EDGES) + 1),) * (heads - 1))
+
+
+class SyntheticAcceptance:
+    """An engine whose drafts are right at a given rate. The same engine, seed and requests make the same passes.
+
+    Args:
+        outputs: the known output of each generation.
+        share: the probability that a draft is right after right drafts.
+        together: all windows of a pass have the same number of right drafts; else each draws its own.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        outputs: Mapping[Generation, Sequence[int]],
+        share: float,
+        *,
+        seed: int = 0,
+        together: bool = False,
+    ) -> None:
+        self.engine, self.outputs, self.share, self.together = engine, outputs, share, together
+        self.seconds = 0.0
+        """Time spent on replacing drafts, which is no part of decoding."""
+        self._random = random.Random(seed)
+        self._vocab_size = engine.model.config.vocab_size
+
+    def step(self) -> None:
+        """Run a pass of the engine, then replace the drafts of the next one."""
+        self.engine.step()
+        began = time.perf_counter()
+        drafts = self.engine.model.config.heads - 1
+        window = self.engine.state.window_SW
+        rows = [[0] * drafts for _ in window]
+        right = self._draw_right(drafts)
+        for generation, output in self.outputs.items():
+            if generation.slot is None or generation.finished:
+                continue
+            if not self.together:
+                right = self._draw_right(drafts)
+            ahead = list(output[len(generation.tokens) :][:drafts])
+            ahead += [0] * (drafts - len(ahead))
+            if right < drafts:
+                ahead[right] = (ahead[right] + 1) % self._vocab_size
+            rows[generation.slot] = ahead
+        window[:, 1 : 1 + drafts] = torch.tensor(rows, device=window.device)
+        self.seconds += time.perf_counter() - began
+
+    def _draw_right(self, drafts: int) -> int:
+        right = 0
+        while right < drafts and self._random.random() < self.share:
+            right += 1
+        return right
 
 
 def full(stamps: Sequence[Stamp]) -> Sequence[Stamp]:
-    """The stamps during which every row writes: from the first one at which all have begun to the last one before some
-    row has ended. So a batch whose rows accept more or less is not judged by its last row's tail."""
+    """Return the stamps during which every row writes, so that the tail of the last row does not judge a batch.
+
+    They begin with the first stamp at which all rows have begun, and end before some row has ended.
+    """
     begun, first = list(stamps[0][1]), 0
     while not all(begun):
         first += 1
@@ -98,20 +188,22 @@ def full(stamps: Sequence[Stamp]) -> Sequence[Stamp]:
 
 
 def tokens_per_second(stamps: Sequence[Stamp]) -> float:
-    """Of all rows together, while all of them write; the first pass, which reads the prompts, is not counted."""
+    """Return the rate of all rows together while all of them write, without the first pass, which reads prompts."""
     kept = full(stamps)
     return sum(sum(counts) for _, counts in kept[1:]) / (kept[-1][0] - kept[0][0])
 
 
 def tokens_per_pass(stamps: Sequence[Stamp]) -> float:
-    """Of a row, in the passes that `tokens_per_second` counts."""
+    """Return the mean tokens of a row in the passes that `tokens_per_second` counts."""
     kept = full(stamps)[1:]
     return statistics.fmean(count for _, counts in kept for count in counts)
 
 
 def gaps(stamps: Sequence[Stamp]) -> tuple[list[float], list[float]]:
-    """Seconds between passes, and between the tokens of each row as they are streamed: those of one pass arrive at
-    once, so all but its first have a gap of 0."""
+    """Return the seconds between passes, and between the tokens of each row as a reader of the stream sees them.
+
+    The tokens of one pass arrive together, so all but its first have a gap of 0.
+    """
     kept = full(stamps)
     passes = [after[0] - before[0] for before, after in pairwise(kept)]
     tokens: list[float] = []
@@ -122,9 +214,19 @@ def gaps(stamps: Sequence[Stamp]) -> tuple[list[float], list[float]]:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """By straight lines between the ordered values."""
+    """Return a percentile, interpolated linearly between the ordered values."""
     ordered = sorted(values)
     at = (len(ordered) - 1) * percent / 100
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def p50_p95(values: Sequence[float]) -> str:
+    """Return the two percentiles of seconds, in ms, as a cell of a table."""
+    return " / ".join(f"{1e3 * percentile(values, p):.3g}" for p in (50, 95))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the number of tokens with which both sequences begin."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

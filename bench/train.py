@@ -1,88 +1,58 @@
-"""Training: what does a step cost, in time and in memory, beside fewer heads, limits and a peer?"""
+"""Measure training: the cost of a step in time and memory, against fewer heads, limits and a peer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+import socket
+import statistics
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from bench import report, training_compile
-from bench.report import count
-from bench.training_compile import measure_compile
-from bench.training_gpu import measure_gpu
-from bench.training_heads import measure_heads
-from bench.training_memory import measure_memory
-from bench.training_peer import check_installed, measure_trainer
-from bench.training_processes import measure_processes
+import torch
+
+from bench import fresh_process
+from bench.fresh_process import ALLOCATOR, joint_step_fits, memory_meter
+from bench.report import Bar, Findings, count, measurement, run_parts
+from bench.train_peer import check_installed, trainer
+from bench.train_steps import (
+    Part,
+    Steps,
+    TrainSettings,
+    case_of,
+    flop_ratio,
+    from_plain,
+    measure,
+    run_config,
+    step_case,
+)
 from headstart.console import say
+from headstart.decoding.policy.timing import interleave, ratios
 from headstart.errors import UsageError
-from headstart.hardware import dtype_on
+from headstart.hardware import dtype_on, peak_flops
 from headstart.model.config import ModelConfig
-from headstart.training.processes import pick_device
+from headstart.model.presets import PRESETS
+from headstart.objective.walk import joint_step
+from headstart.training import step as training_step
+from headstart.training.config import RunConfig
+from headstart.training.parallel import ParallelConfig
+from headstart.training.processes import joined, pick_device
+from headstart.training.yaml_settings import to_plain
 
-Part = Literal["bytes", "large-vocabulary", "processes", "compile", "trainer", "memory", "gpu"]
-ON_CPU: tuple[Part, ...] = ("bytes", "large-vocabulary", "processes", "compile", "trainer", "memory")
-ON_GPU: tuple[Part, ...] = ("bytes", "large-vocabulary", "compile", "trainer", "memory", "gpu")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The whole training step: forward, walk over the heads, clipping, AdamW."""
-
-    parts: tuple[Part, ...] = ()
-    """bytes, large-vocabulary: against fewer heads; processes: two of them; compile: torch.compile; trainer: against
-    Hugging Face's Trainer; memory: against joint autograd; gpu: the paper's sizes. None named: all that the device
-    has (processes only on cpu, gpu only on cuda)."""
-    heads: tuple[int, ...] = (1, 2, 4, 8)
-    """bytes, large-vocabulary: numbers of transformer heads, all models with the same number of parameters."""
-    dim: int = 256
-    """Width of the model."""
-    layers: int = 10
-    """Blocks, those of the heads included: at least one more than the most heads."""
-    length: int = 512
-    """Positions of a row."""
-    rows: int = 8
-    """Rows of a batch at a vocabulary of 256."""
-    large_vocabulary: int = 32000
-    """Vocabulary of large-vocabulary, and of one of the cases of trainer."""
-    large_rows: int = 2
-    """Rows of their batches."""
-    compile: bool = False
-    """bytes, large-vocabulary, trainer, memory: whether blocks go through torch.compile (in trainer, the peer too)."""
-    compile_sizes: tuple[tuple[int, int], ...] = ((128, 6), (256, 10), (512, 12))
-    """compile: width and blocks of each model."""
-    memory_vocabularies: tuple[int, ...] = (256, 32000, 128000)
-    """memory: vocabularies."""
-    process_rounds: int = 3
-    """processes: how often each case is started."""
-    gpu_rows: int = 4
-    """gpu: rows of a batch, of 4,096 positions each."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What matrix products run in; weights and AdamW are float32 (auto: the faster one here)."""
-    repetitions: int = 5
-    """Rounds; in each round every variant takes its turn."""
-    steps: int = 3
-    """Steps of one turn."""
-    threads: int = 2
-    """CPU threads (processes has its own numbers of them)."""
-    device: str = "cpu"
-    """cpu or cuda."""
-    out: Path = report.RESULTS
-    """Folder of the report."""
-    date: str | None = None
-    """Date of the report (None: today)."""
-
-    def model(self) -> ModelConfig:
-        """One head, V = 256; parts change what they vary."""
-        return ModelConfig(dim=self.dim, layers=self.layers, context=self.length)
-
-    def run_fields(self) -> dict[str, Any]:
-        """What a RunConfig takes from here."""
-        return {"dtype": self.dtype, "device": self.device, "compile": self.compile}
+HEADS = 4
+"""Heads of the parts processes, compile and memory, and the larger number of gpu."""
+SPEED_BAR = Bar(">=", 0.95)
+FLOP_BAR = Bar("<=", 1.05)
+GPU_FLOP_BAR = Bar("<=", 1.03)
+UTILISATION_BAR = Bar(">=", 0.50)
+GPU_SIZES = {name: PRESETS[name] for name in ("0.3B", "1.3B")}
+GROUP_TURNS = 3
+"""Turns of one group of processes, whose median is its value."""
 
 
 def run(settings: TrainSettings) -> dict[str, Any]:
-    """Runs the parts asked for; see `report.result` for the shape of what comes back."""
+    """Run the chosen parts and return their results, see `report.result`."""
     here = ON_GPU if settings.device.startswith("cuda") else ON_CPU
     settings = replace(settings, parts=settings.parts or here, dtype=dtype_on(settings.device, settings.dtype))
     for part in settings.parts:
@@ -92,21 +62,15 @@ def run(settings: TrainSettings) -> dict[str, Any]:
                 f"the part {part} does not run on {settings.device}; give --device {other}, or leave it out"
             )
     _check(settings)
-    notes = [
+    note = (
         f"Each step is `headstart train`'s own, weights float32, {count(settings.threads, 'thread')} unless said, "
         f"{settings.device}{', blocks compiled' if settings.compile else ''}."
-    ]
-    measurements: list[dict[str, Any]] = []
-    for part in settings.parts:
-        say(f"{part} ...")
-        rows, more = _measure(part, settings)
-        measurements += rows
-        notes += more
-    return report.result("train", settings, measurements, notes)
+    )
+    return run_parts("train", settings, {part: PARTS[part] for part in settings.parts}, [note])
 
 
 def _check(settings: TrainSettings) -> None:
-    """Raises UsageError for what a later part would fail at, after minutes of measuring."""
+    """Raise UsageError for settings with which a later part would fail after minutes of measuring."""
     for name in ("rows", "large_rows", "gpu_rows", "process_rounds", "repetitions", "steps", "threads"):
         if getattr(settings, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be at least 1")
@@ -114,24 +78,242 @@ def _check(settings: TrainSettings) -> None:
         raise UsageError("--heads, --compile-sizes or --memory-vocabularies is empty; give a number, or leave it out")
     for vocab_size in (settings.large_vocabulary, *settings.memory_vocabularies):
         replace(settings.model(), vocab_size=vocab_size)
-    for heads in (*settings.heads, training_compile.HEADS):
+    for heads in (*settings.heads, HEADS):
         replace(settings.model(), heads=heads)
     for dim, layers in settings.compile_sizes:
-        replace(settings.model(), dim=dim, layers=layers, heads=training_compile.HEADS)
+        replace(settings.model(), dim=dim, layers=layers, heads=HEADS)
     pick_device(settings.device)
     if "trainer" in settings.parts:
         check_installed()
 
 
-def _measure(part: Part, settings: TrainSettings) -> tuple[list[dict[str, Any]], list[str]]:
-    if part == "processes":
-        return measure_processes(settings)
-    if part == "compile":
-        return measure_compile(settings)
-    if part == "trainer":
-        return measure_trainer(settings)
-    if part == "memory":
-        return measure_memory(settings)
-    if part == "gpu":
-        return measure_gpu(settings)
-    return measure_heads(settings, part)
+def heads(part: Part, settings: TrainSettings) -> Findings:
+    """Measure a step with more heads at the same number of parameters; `part` is bytes or large-vocabulary."""
+    large = part == "large-vocabulary"
+    vocab_size, batch_rows = (settings.large_vocabulary, settings.large_rows) if large else (256, settings.rows)
+    one = replace(settings.model(), vocab_size=vocab_size)
+    models = {str(n): replace(one, heads=n) for n in settings.heads}
+    configs = {name: run_config(model, batch_rows, **settings.run_fields()) for name, model in models.items()}
+    speeds = measure(configs, settings.repetitions, settings.steps, settings.threads)["speeds"]
+    found = Findings(
+        [measurement(part, f"n = {n}", speeds[n], "tokens/s", heads=model.heads) for n, model in models.items()]
+    )
+    for name, model in models.items():
+        if "1" in models and name != "1":
+            found.rows += _over_one_head(part, model, ratios(speeds[name], speeds["1"]), large)
+    found.notes.append(
+        f"{part}: V = {vocab_size:,}, batches of {batch_rows} x {settings.length}. Transformer heads, parallel, taken "
+        "from the trunk, so every model has the same number of parameters."
+    )
+    if large:
+        found.notes.append(
+            f"{part}: FLOP ratio: matrix products of a token, 12 L d^2 + V d + 2 T d L and (n-1) V d more, over those "
+            "of n = 1; the slowdowns of the paper's Table S5 follow it up to 3B parameters."
+        )
+    return found
+
+
+def _over_one_head(part: str, model: ModelConfig, faster: list[float], large: bool) -> list[dict[str, Any]]:
+    n, predicted = model.heads, flop_ratio(model)
+    what = f"n = {n} / n = 1 (by products alone: {1 / predicted:.2f})"
+    bar = SPEED_BAR if n == 4 and not large else None
+    rows = [measurement(part, what, faster, bar=bar, heads=n)]
+    if large:
+        over = [1 / ratio / predicted for ratio in faster]
+        bar = FLOP_BAR if n == 4 else None
+        rows.append(measurement(part, f"n = {n}: step time over its FLOP ratio", over, bar=bar, heads=n))
+    return rows
+
+
+def processes(settings: TrainSettings) -> Findings:
+    """Measure a step over two processes against one process with one and with two threads."""
+    alone = run_config(replace(settings.model(), heads=HEADS), settings.rows, dtype=settings.dtype, device="cpu")
+    full = replace(alone, parallel=ParallelConfig(sharding="full"))
+    replicate = replace(alone, parallel=ParallelConfig(sharding="replicate"))
+    variants = {
+        "1 process, 1 thread": (alone, 1, 1),
+        "1 process, 2 threads": (alone, 1, 2),
+        "2 processes, 1 thread each, full": (full, 2, 1),
+        "2 processes, 1 thread each, replicate": (replicate, 2, 1),
+    }
+    sent: dict[str, int] = {}
+
+    def start(name: str) -> float:
+        config, number, threads = variants[name]
+        answer = call_group(config, number, threads, settings.steps)
+        sent[name] = answer["sent"]["run"]
+        return 1e6 / statistics.median(answer["speeds"]["run"])
+
+    times = interleave({name: partial(start, name) for name in variants}, settings.process_rounds, warmup=0)
+    rows = [measurement("processes", name, times[name], "µs/token") for name in variants]
+    for name, (_, number, _) in variants.items():
+        if number > 1:
+            for base in ("1 process, 1 thread", "1 process, 2 threads"):
+                rows.append(measurement("processes", f"{name} / {base}", ratios(times[name], times[base])))
+            sends = sent[name] / 2**20
+            rows.append(measurement("processes", f"{name}: sent per step by each", [sends], "MiB"))
+    notes = [
+        f"processes: time of a step over all its tokens, V = 256, n = {HEADS}, {settings.rows} x {settings.length} "
+        "tokens a step in every case, FSDP2 over gloo on one machine. Each value is the median of "
+        f"{GROUP_TURNS} turns in fresh processes; the cases take turns.",
+        "processes: bytes sent are computed from the sizes of gathers and sums, as a ring of processes sends them.",
+    ]
+    return Findings(rows, notes)
+
+
+def call_group(config: RunConfig, number: int, threads: int, steps: int) -> dict[str, Any]:
+    """Return the answer of `step_case` in the first of `number` fresh processes of one group."""
+    case = case_of({"run": config}, GROUP_TURNS, steps, warmup=1)
+    if number == 1:
+        answer: dict[str, Any] = fresh_process.call(step_case, case, threads=threads)
+        return answer
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with ThreadPoolExecutor(number) as pool:
+        environments = (_torchrun_environment(rank, number, port) for rank in range(number))
+        calls = [
+            pool.submit(fresh_process.call, step_case, case, threads=threads, environment=environment)
+            for environment in environments
+        ]
+        answers: list[dict[str, Any]] = [call.result() for call in calls]
+    return answers[0]
+
+
+def _torchrun_environment(rank: int, number: int, port: int) -> Mapping[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
+
+
+def compiled(settings: TrainSettings) -> Findings:
+    """Measure compiled blocks against eager ones, and the time of compiling, for several sizes."""
+    rows, better = [], []
+    for dim, layers in settings.compile_sizes:
+        size = f"{dim} x {layers}"
+        config = run_config(replace(settings.model(), dim=dim, layers=layers, heads=HEADS), settings.rows)
+        configs = {
+            name: replace(config, compile=name == "compiled", dtype=settings.dtype, device=settings.device)
+            for name in ("eager", "compiled")
+        }
+        # One turn of warm-up: the two first steps, timed apart, are warm-up too.
+        answer = measure(
+            configs, settings.repetitions, settings.steps, settings.threads, warmup=1,
+            # An earlier run leaves what it compiled in a cache on disk.
+            environment={"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+        )  # fmt: skip
+        speeds, first = answer["speeds"], answer["first_seconds"]
+        for name in configs:
+            rows.append(measurement("compile", f"{size}, {name}", speeds[name], "tokens/s", dim=dim, layers=layers))
+        gain = measurement("compile", f"{size}: compiled / eager", ratios(speeds["compiled"], speeds["eager"]))
+        seconds = first["compiled"] - 2 * config.tokens_per_step / statistics.median(speeds["compiled"])
+        rows += [gain, measurement("compile", f"{size}: compiling took", [seconds], "s", dim=dim, layers=layers)]
+        better.append(f"{size}: {'compiled' if gain['median'] > 1 else 'eager'}")
+        say(f"compile: {size}: {gain['median']:.2f} of eager, compiling took {seconds:.0f} s")
+    note = (
+        f"compile: V = 256, n = {HEADS}, batches of {settings.rows} x {settings.length}; each block through "
+        "torch.compile, nothing in its cache. Faster steps, once compiled: " + "; ".join(better) + "."
+    )
+    return Findings(rows, [note])
+
+
+def memory(settings: TrainSettings) -> Findings:
+    """Measure the memory of a whole training step against ordinary autograd over all heads at once."""
+    found, method, batch_rows = Findings(), "", 1
+    for vocab_size in settings.memory_vocabularies:
+        model = replace(settings.model(), vocab_size=vocab_size, heads=HEADS)
+        config = to_plain(run_config(model, batch_rows, **settings.run_fields()))
+        peaks: dict[str, list[float]] = {}
+        where = f"V = {vocab_size:,}"
+        for step in ("walk", "joint"):
+            positions = batch_rows * settings.length
+            if step == "joint" and not joint_step_fits(settings.device, HEADS, positions, vocab_size):
+                found.notes.append(f"memory: joint step at {where} left out, this machine's memory cannot hold it.")
+                continue
+            case = {"config": config, "step": step, "steps": settings.steps}
+            answer = fresh_process.call(memory_case, case, threads=settings.threads, environment=ALLOCATOR)
+            peaks[step], method = [answer["bytes"] / 2**20], answer["method"]
+            found.rows.append(measurement("memory", f"{where}, {step}", peaks[step], "MiB", vocab_size=vocab_size))
+        if "joint" in peaks:
+            over = ratios(peaks["walk"], peaks["joint"])
+            found.rows.append(measurement("memory", f"{where}, walk / joint", over))
+    found.notes.append(
+        f"memory: {method}, above the level before the model was built: weights, gradients, "
+        f"AdamW's moments, activations, loss. n = {HEADS}, {batch_rows} x {settings.length} tokens, {settings.dtype}. "
+        "walk: one head at a time, its logits in chunks; joint: the same training step with ordinary autograd over the "
+        "logits of all heads. Each case in a process of its own."
+    )
+    return found
+
+
+def memory_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the peak memory of a training run of some steps, in bytes. It changes this process for good."""
+    config = from_plain(case["config"])
+    if case["step"] == "joint":
+        # In the real training step, so that all else stays the same.
+        training_step.walk_step = joint_walk_step  # type: ignore[assignment]
+    with joined(config.device) as group:
+        small = ModelConfig(dim=32, layers=HEADS + 1, heads=HEADS, context=32)
+        Steps(replace(config, model=small), group).seconds(2)  # the code that a first step loads is not counted
+        peak = memory_meter(config.device)
+        peak.reset()
+        Steps(config, group).seconds(case["steps"] + 1)  # AdamW's moments exist from the first update on
+        return {"bytes": peak.read(), "method": peak.method}
+
+
+def joint_walk_step(model: Any, tokens: Any, targets: Any, counts: Any, weights: Any, documents: Any, *_: Any) -> Any:
+    """Call `joint_step` as `walk_step`, without the arguments that say how the walk computes its loss."""
+    return joint_step(model, tokens, targets, counts, weights, documents)
+
+
+def gpu(settings: TrainSettings, sizes: Mapping[str, ModelConfig] = GPU_SIZES, compile: bool = True) -> Findings:
+    """Measure the share of its peak that a GPU reaches with the paper's sizes, and the memory. Not yet run on a GPU."""
+    case = {"dtype": settings.dtype, "device": settings.device}
+    # In a process of its own: this one must not hold a part of the GPU.
+    peak, source = fresh_process.call(peak_case, case, threads=settings.threads)
+    rows = []
+    for size, one in sizes.items():
+        speeds: dict[int, list[float]] = {}
+        memory: dict[int, float] = {}
+        for n in (1, HEADS):
+            model, what = replace(one, heads=n), f"{size}, n = {n}"
+            fields = settings.run_fields() | {"compile": compile}
+            config = run_config(model, settings.gpu_rows, **fields)
+            # Each alone: the memory is its own, and a GPU has no neighbours that would make turns necessary.
+            answer = measure({"run": config}, settings.repetitions, settings.steps, settings.threads)
+            speeds[n], memory[n] = answer["speeds"]["run"], (answer["memory"] or 0) / 2**30
+            used = [speed * model.flops_per_token(config.length) / peak for speed in speeds[n]]
+            rows += [
+                measurement("gpu", what, speeds[n], "tokens/s", size=size, heads=n),
+                measurement("gpu", f"{what}: MFU", used, bar=UTILISATION_BAR, size=size, heads=n),
+                measurement("gpu", f"{what}: peak memory", [memory[n]], "GiB", size=size, heads=n),
+            ]
+            say(f"gpu: {what}: {rows[-3]['median']:,.0f} tokens/s, MFU {rows[-2]['median']:.2f}, {memory[n]:.1f} GiB")
+        over = [ratio / flop_ratio(replace(one, heads=HEADS)) for ratio in ratios(speeds[1], speeds[HEADS])]
+        rows += [
+            measurement("gpu", f"{size}, n = {HEADS}: step time over its FLOP ratio", over, bar=GPU_FLOP_BAR),
+            measurement("gpu", f"{size}: peak memory, n = {HEADS} / n = 1", [memory[HEADS] / memory[1]]),
+        ]
+    note = (
+        f"gpu: {settings.dtype}, compiled, {settings.gpu_rows} rows of the whole context, each case in a process of "
+        f"its own. MFU: FLOPs of a token (`ModelConfig.flops_per_token`) x tokens/s over {peak / 1e12:,.1f} TFLOP/s "
+        f"({source})."
+    )
+    return Findings(rows, [note])
+
+
+def peak_case(case: dict[str, Any]) -> tuple[float, str]:
+    """Return `hardware.peak_flops` of the device."""
+    return peak_flops(case["dtype"], case["device"], torch.get_num_threads())
+
+
+PARTS: dict[Part, Callable[[TrainSettings], Findings]] = {
+    "bytes": partial(heads, "bytes"),
+    "large-vocabulary": partial(heads, "large-vocabulary"),
+    "processes": processes,
+    "compile": compiled,
+    "trainer": trainer,
+    "memory": memory,
+    "gpu": gpu,
+}
+ON_CPU: tuple[Part, ...] = tuple(part for part in PARTS if part != "gpu")
+ON_GPU: tuple[Part, ...] = tuple(part for part in PARTS if part != "processes")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bench import fresh_process
-from bench.peak_memory import ALLOCATOR, joint_step_fits
-from bench.training_steps import run_config
+from bench.fresh_process import ALLOCATOR, joint_step_fits
+from bench.train import memory_case
+from bench.train_steps import run_config
 from headstart.model.config import ModelConfig
 from headstart.training.processes import pick_device
 from headstart.training.yaml_settings import to_plain
@@ -58,7 +59,7 @@ class MemoryStudy(Study[MemorySettings]):
         )
         config = to_plain(run_config(model, 1, dtype=settings.dtype, device=device, seed=case.seed))
         answer = fresh_process.call(
-            "bench.training_memory:case", {"config": config, "step": step, "steps": 1},
+            memory_case, {"config": config, "step": step, "steps": 1},
             threads=1, environment=ALLOCATOR,
         )  # fmt: skip
         return {"mib": answer["bytes"] / 2**20, "method": answer["method"]}
@@ -86,7 +87,7 @@ class MemoryStudy(Study[MemorySettings]):
         headers = ["n", *(f"{words}, MiB" for words in STEPS.values()), "the logits of all heads in fp32, MiB"]
         notes = [
             "The most that a training run of two steps held above what was there before its model: weights, gradients, "
-            "moments, activations, loss; each case in a process of its own (bench/training_memory.py).",
+            "moments, activations, loss; each case in a process of its own (bench/train.py).",
             "A dash: not run, or more than this machine has.",
             f"One row of {settings.length} tokens, V = {settings.vocab_size:,}, d = {settings.dim}, {settings.layers} "
             "layers for every n.",

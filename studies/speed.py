@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from bench import fresh_process, speedup, sweep
-from bench.sizes import SIZES, Size, four_heads
-from bench.training_steps import flop_ratio, measure, run_config
+from bench import fresh_process
+from bench.decode_model import PAPER as PAPER_BYTES
+from bench.decode_model import model_case
+from bench.decode_settings import SIZES, Size, four_heads
+from bench.decode_sweep import KINDS, Point, sweep_case
+from bench.train_steps import flop_ratio, measure, run_config
 from headstart.evaluation.texts import load_prompts
 from headstart.formats.bundled import boxed_model
 from headstart.model.config import ModelConfig
@@ -17,7 +20,7 @@ from headstart.training.processes import pick_device
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, spread, values
 from studies.verdicts import Contrast, contrast, in_words, judge
 
-PAPER: dict[str, dict[int, tuple[float, float]]] = {"S2": sweep.KINDS["tokens"].paper, "S3": speedup.PAPER}
+PAPER: dict[str, dict[int, tuple[float, float]]] = {"S2": KINDS["tokens"].paper, "S3": PAPER_BYTES}
 """Table -> heads used -> (speed-up, tokens per pass): code, n = 4; bytes, n = 8."""
 PAPER_TRAINING = {"0.3B": (1.07, 1.22), "1.3B": (1.04, 1.12), "3B": (1.02, 1.07), "13B": (1.04, 1.09)}
 """Table S5: time of a training step with n = 2 and n = 4 over n = 1."""
@@ -91,14 +94,14 @@ class SpeedStudy(Study[SpeedSettings]):
                 "model": str(model), "prompts": prompts, "heads": ks, "temperature": 0.0, "batch": 1, "quantize": None,
                 "new_tokens": settings.new_tokens,
             }  # fmt: skip
-            found = fresh_process.call("bench.speedup:case", arguments | common, threads=settings.threads)
+            found = fresh_process.call(model_case, arguments | common, threads=settings.threads)
         else:
-            point = sweep.Point(1, settings.prompt_tokens, settings.new_tokens)
+            point = Point(1, settings.prompt_tokens, settings.new_tokens)
             arguments = {
                 "config": asdict(four_heads(SIZES[settings.decoded])), "kind": "tokens", "points": [asdict(point)],
                 "tune_seconds": 0.05,
             }  # fmt: skip
-            found = fresh_process.call("bench.sweep:case", arguments | common, threads=settings.threads)[0]
+            found = fresh_process.call(sweep_case, arguments | common, threads=settings.threads)[0]
         plain = statistics.median(found["tokens_per_second"]["plain"])
         return {
             "speedup": {k: statistics.median(found["tokens_per_second"][str(k)]) / plain for k in ks},

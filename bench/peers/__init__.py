@@ -1,1 +1,1 @@
-"""Decoders that `headstart bench decode --parts peers` sets beside ours: each in an interpreter of its own."""
+"""Decoders that `bench decode --parts peers` compares, each in a process and a Python of its own."""

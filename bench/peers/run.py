@@ -1,12 +1,11 @@
-"""One peer in a process of its own: `python run.py with_NAME`.
+"""Decode with one peer in a process of its own: `python run.py with_NAME`.
 
-It speaks JSON lines. In: the case, what to load and for how much; then {"variant": NAME, "prompts": lists of as many
-tokens} again and again. Out: {"version", "variants"}; then for each question {"stamps", "tokens"}, or {"error": a
-line}. A stamp is [seconds, tokens that the pass committed, of each row]; at the first one the prompts are read and the
-first tokens are there.
+The process speaks JSON lines. Its input is the case (the model to load, numbers of rows and tokens), and then any
+number of questions {"variant": NAME, "prompts": lists of equal length}. Its output is {"version", "variants"}, and then
+for each question {"stamps", "tokens"} or {"error": a line}. A stamp is [seconds, tokens of each row that the pass
+committed]; at the first stamp the prompts are read and the first tokens are decoded.
 
-This folder is all that a peer's environment needs beside its own packages: nothing here but with_headstart imports
-headstart.
+A peer's environment needs this folder and the peer's packages alone: only with_headstart imports headstart.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from typing import Any
 
 
 def serve(name: str) -> None:
+    """Answer questions with the class `Peer` of the file `name` until the input ends."""
     # Libraries print: the answers have the real stdout to themselves.
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Ours: plain, exact, and with all heads; with random weights the drafts of those are right at a given rate."""
+"""Headstart: plain, exact, and with all heads, whose drafts are right at a given rate if weights are random."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 import headstart
 from bench import streams
-from bench.streams import Synthetic
-from bench.synthetic_acceptance import share_right
+from bench.streams import Synthetic, share_right
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.formats.huggingface import load_model
@@ -20,10 +19,12 @@ PLAIN = "plain (K = 1, exact=False)"
 
 
 class Peer:
+    """Our decoder."""
+
     def __init__(self, case: dict[str, Any]) -> None:
         torch.set_num_threads(case["threads"])
         self.version = f"headstart {headstart.__version__}, torch {torch.__version__}"
-        self.model = pack(load_model(case["model"], dtype=getattr(torch, case["dtype"])))
+        self.model = pack(load_model(case["model"], dtype=getattr(torch, case["dtype"]), device=case["device"]))
         self.new_tokens = case["new_tokens"]
         self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
             PLAIN: partial(self.decode, heads=1, exact=False),
@@ -35,18 +36,20 @@ class Peer:
         elif heads > 1:
             share = share_right(rate, heads)
             self.variants[f"K = {heads}, synthetic acceptance"] = partial(self.decode, heads=heads, share=share)
-        self._texts: dict[str, list[list[int]]] = {}
+        self._outputs: dict[str, list[list[int]]] = {}
 
     def decode(
         self, prompts: list[list[int]], *, heads: int, exact: bool = True, share: float | None = None
     ) -> dict[str, Any]:
+        """Decode the prompts as one batch; `share`: see `Synthetic`."""
         requests = [Request(tuple(prompt), self.new_tokens, heads=heads) for prompt in prompts]
-        synthetic = None if share is None else Synthetic(self.texts(requests), share)
+        synthetic = None if share is None else Synthetic(self.plain_outputs(requests), share)
         stream = streams.decode(self.model, requests, exact=exact, synthetic=synthetic)
         return {"stamps": stream.stamps, "tokens": stream.tokens}
 
-    def texts(self, requests: list[Request]) -> list[list[int]]:
+    def plain_outputs(self, requests: list[Request]) -> list[list[int]]:
+        """Return what `streams.plain_outputs` does, decoded once."""
         key = str([request.prompt for request in requests])
-        if key not in self._texts:
-            self._texts[key] = streams.plain_texts(self.model, requests)
-        return self._texts[key]
+        if key not in self._outputs:
+            self._outputs[key] = streams.plain_outputs(self.model, requests)
+        return self._outputs[key]

@@ -1,4 +1,4 @@
-"""llama.cpp through the C functions that llama-cpp-python binds: its class `Llama` copies logits about in Python."""
+"""llama.cpp, through the C functions that llama-cpp-python binds: its class `Llama` copies logits in Python."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import llama_cpp
 import numpy as np
 
 PIECE = 512
-"""Most tokens of a prompt that are read at once: llama.cpp's own default."""
+"""Tokens of a prompt that are read at once at most: llama.cpp's own default."""
 
 
 class Peer:
+    """llama.cpp's decoder."""
+
     def __init__(self, case: dict[str, Any]) -> None:
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
@@ -35,6 +37,7 @@ class Peer:
             self.variants["greedy, fp32 cache"] = partial(self.decode, self.context(llama_cpp.GGML_TYPE_F32))
 
     def context(self, cache_type: int) -> Any:
+        """Return a context with a cache of that type."""
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_seq_max = self.rows
         parameters.n_ctx = self.rows * -(-self.length // 256) * 256
@@ -43,23 +46,24 @@ class Peer:
         parameters.type_k = parameters.type_v = cache_type
         context = llama_cpp.llama_init_from_model(self.model, parameters)
         if not context:
-            raise RuntimeError("llama.cpp made no context")
+            raise RuntimeError("llama.cpp cannot make a context")
         return context
 
     def decode(self, context: Any, prompts: list[list[int]]) -> dict[str, Any]:
+        """Decode the prompts as one batch, greedily."""
         rows = len(prompts)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         batch = llama_cpp.llama_batch_init(max(PIECE, rows), 0, rows)
         for row, prompt in enumerate(prompts):
             for start in range(0, len(prompt) - 1, PIECE):
                 piece = prompt[:-1][start : start + PIECE]
-                self._feed(context, batch, [(t, start + i, row) for i, t in enumerate(piece)], wanted=False)
+                self._feed(context, batch, [(t, start + i, row) for i, t in enumerate(piece)], logits=False)
         last = [prompt[-1] for prompt in prompts]
         tokens: list[list[int]] = [[] for _ in range(rows)]
         stamps = []
         for step in range(self.new_tokens):
             fed = [(last[row], len(prompts[row]) - 1 + step, row) for row in range(rows)]
-            self._feed(context, batch, fed, wanted=True)
+            self._feed(context, batch, fed, logits=True)
             for row in range(rows):
                 logits = llama_cpp.llama_get_logits_ith(context, row)
                 last[row] = int(np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax())
@@ -68,11 +72,11 @@ class Peer:
         llama_cpp.llama_batch_free(batch)
         return {"stamps": stamps, "tokens": tokens}
 
-    def _feed(self, context: Any, batch: Any, tokens: list[tuple[int, int, int]], wanted: bool) -> None:
-        """`tokens`: (token, position, row) each."""
+    def _feed(self, context: Any, batch: Any, tokens: list[tuple[int, int, int]], logits: bool) -> None:
+        """Feed tokens, each as (token, position, row)."""
         batch.n_tokens = len(tokens)
         for i, (token, position, row) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, logits
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
         status = llama_cpp.llama_decode(context, batch)
         if status:

@@ -1,4 +1,4 @@
-"""vLLM on a CPU, step by step through its engine."""
+"""vLLM on a CPU, through the steps of its engine."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from vllm import LLM, SamplingParams
 
 
 class Peer:
+    """vLLM's engine."""
+
     def __init__(self, case: dict[str, Any]) -> None:
         torch.set_num_threads(case["threads"])
         self.version = f"vllm {vllm.__version__}, torch {torch.__version__}"
@@ -39,6 +41,7 @@ class Peer:
         self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {name: self.decode}
 
     def decode(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Decode the prompts as one batch, greedily."""
         self.runs += 1
         parameters = SamplingParams(
             temperature=0, max_tokens=self.new_tokens, min_tokens=self.new_tokens, ignore_eos=True, detokenize=False

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
@@ -16,7 +15,7 @@ from headstart.model.transformer import Transformer
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two threads beside a busy neighbour are many times slower than one."""
+    """Two threads next to a busy neighbour can be many times slower than one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,12 +24,10 @@ def one_thread():
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Measurements run here, their arguments and answers through JSON as ever: starting Python takes seconds."""
+    """Run measurements here, with cases and answers as JSON: starting a Python takes seconds."""
 
-    def call(function: str, arguments: Any, *, threads: int, environment: Any = None) -> Any:
-        module, name = function.split(":")
-        answer = getattr(importlib.import_module(module), name)(json.loads(json.dumps(arguments)))
-        return json.loads(json.dumps(answer))
+    def call(function: Any, case: Any, *, threads: int, environment: Any = None) -> Any:
+        return json.loads(json.dumps(function(json.loads(json.dumps(case)))))
 
     monkeypatch.setattr(fresh_process, "call", call)
 

@@ -1,4 +1,4 @@
-"""Our server beside others, here one that writes an x for every token."""
+"""Our server next to those of peers, here one that writes an x for every token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from serving.conftest import running
 
 import headstart
-from bench import peer_environments, serve_peers
-from bench.peer_environments import PeerError, version
-from bench.peer_servers import COMMANDS, PeerServer, Weights
+from bench import decode_settings, peer_processes, serve_peers
+from bench.peer_processes import Package, PeerError, package_version
+from bench.serve_peers import COMMANDS, PeerContest, PeerPlan, PeerServer, Weights, find_examples
 from bench.serve_processes import ClientProcess
 from headstart.decoding.policy import timing
 from headstart.formats.bundled import boxed_model
@@ -37,16 +37,15 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1].split("=")[1])), Handler).ser
 """
 
 
-def test_servers_take_turns_and_one_that_fails_or_is_missing_hinders_nothing(monkeypatch, tmp_path):
+def test_servers_take_turns_and_one_that_fails_or_is_missing_does_not_stop_the_others(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(timing, "QUICK_SECONDS", 0.01)
-    here = replace(peer_environments.KINDS["llama.cpp"], module="json", packages=("pip",))
+    here = Package("json", "", ("pip",))
     missing = replace(here, module="no_such_module_here")
-    monkeypatch.setattr(peer_environments, "KINDS", {"llama.cpp": here, "vllm": here, "missing": missing})
+    monkeypatch.setattr(peer_processes, "PACKAGES", {"llama.cpp": here, "vllm": here, "missing": missing})
     monkeypatch.setitem(COMMANDS, "llama.cpp", lambda weights, slots, threads: ["-c", FAKE])
     monkeypatch.setitem(COMMANDS, "vllm", lambda weights, slots, threads: ["-c", FAKE])
-    monkeypatch.setattr(serve_peers, "_write_gguf", lambda weights: None)
-    monkeypatch.setattr(serve_peers, "LEAST_STREAMS", 2)
+    monkeypatch.setattr(serve_peers, "write_gguf", lambda *_: None)
 
     class InThisProcess:
         def __init__(self, directory, threads, *flags):
@@ -60,24 +59,24 @@ def test_servers_take_turns_and_one_that_fails_or_is_missing_hinders_nothing(mon
         def __exit__(self, *failed):
             self.server.__exit__(*failed)
 
-    monkeypatch.setattr(serve_peers, "ServerProcess", InThisProcess)
+    plan = PeerPlan(
+        ("llama.cpp", "vllm", "missing"), install=False, clients=(1, 2), threads=1, new_tokens=12, repetitions=1
+    )
     with ClientProcess() as client:
-        measurements, tables, note = serve_peers.run(
-            boxed_model(), client, lambda number: f"# {number}\ndef f(", size=None, install=False, threads=1,
-            peers=("llama.cpp", "vllm", "missing"), clients=(1, 2), new_tokens=12, repetitions=1,
-        )  # fmt: skip
-    assert note.startswith("pip 2") and len(tables) == 2
-    for table in tables:
+        contest = PeerContest(plan, client, lambda number: f"# {number}\ndef f(", InThisProcess, least_streams=2)
+        found = contest.measure(boxed_model())
+    assert found.notes[0].startswith("peers: pip 2") and len(found.tables) == 2
+    for table in found.tables:
         rows = {row[0]: row[1:] for row in table["rows"]}
         assert list(rows) == ["headstart, speculation", "headstart, plain", "llama.cpp", "vllm", "missing"]
         assert rows["vllm"][0].startswith("failed: status 500") and rows["missing"][0].startswith("not installed")
         assert [rows[name][-1] for name in list(rows)[:3]] == ["2 of 2", "2 of 2", "0 of 2"]
         assert all(" / " in cell for cell in rows["llama.cpp"][2:5])
-    what = [row["what"] for row in measurements]
+    what = [row["what"] for row in found.rows]
     assert "python-bytes-8, 2 clients: headstart, plain / llama.cpp" in what and len(what) == 2 * (3 + 2)
 
 
-def test_a_server_that_does_not_start_is_told(tmp_path):
+def test_a_server_that_does_not_start_is_reported(tmp_path):
     with pytest.raises(PeerError, match="did not start; out of luck"):
         PeerServer(sys.executable, ["-c", "import sys; sys.exit('out of luck')"], threads=1, log=tmp_path / "log")
 
@@ -86,11 +85,11 @@ def test_what_peers_are_started_with(tmp_path):
     weights = Weights(tmp_path / "model", tmp_path / "model.gguf", 300, "float32")
     assert "--interrupt_requests=false" in COMMANDS["llama.cpp"](weights, 4, 2)
     assert {"--max-num-seqs=4", "--dtype=float32"} <= set(COMMANDS["vllm"](weights, 4, 2))
-    assert version("llama.cpp", sys.executable).startswith("llama-cpp-python ")
+    assert package_version("llama.cpp", sys.executable).startswith("llama-cpp-python ")
 
 
 def test_random_weights_write_what_can_be_printed(monkeypatch):
-    monkeypatch.setitem(serve_peers.SIZES, "12M", replace(serve_peers.SIZES["12M"], dim=32, layers=9))
+    monkeypatch.setitem(decode_settings.SIZES, "12M", replace(decode_settings.SIZES["12M"], dim=32, layers=9))
     model = headstart.api.LanguageModel(serve_peers.printable_model("12M"), headstart.data.tokenizers.ByteTokenizer())
-    (text,) = serve_peers._texts(model, lambda number: f"{number}", 1, 40)
-    assert text.wanted.isprintable() and len(text.wanted) == 40
+    (example,) = find_examples(model, lambda number: f"{number}", 1, 40)
+    assert example.output.isprintable() and len(example.output) == 40

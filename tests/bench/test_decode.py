@@ -5,19 +5,21 @@ from functools import partial
 
 import pytest
 
-from bench import decode, speedup
-from bench.decode import DecodeSettings
-from bench.passes import Pass, pass_bytes
+from bench import decode, decode_passes
+from bench.decode_model import draw_figure
+from bench.decode_passes import pass_bytes
+from bench.decode_settings import DecodeSettings
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.kernels.pack import PackedUnembedding, pack
 from headstart.decoding.kernels.torch_backend import PackedLinear
+from headstart.decoding.policy.timing import Pass, first_difference, random_model
 from headstart.decoding.policy.timing import decode as decode_all
-from headstart.decoding.policy.timing import first_difference, random_model
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.texts import load_prompts
+from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig
 
 SIZES = ModelConfig(vocab_size=300, dim=32, layers=5, attention_heads=2, context=128)
@@ -92,22 +94,12 @@ def test_parts_with_random_weights(in_process):
     json.dumps(result)
 
 
-def test_plain_part_decodes_as_many_tokens_as_transformers(in_process):
-    pytest.importorskip("transformers")
-    result = decode.run(settings(parts=("plain",), dtype="float32"))
-    assert [row["what"] for row in result["measurements"]] == [
-        "headstart, 1 thread",
-        "transformers, 1 thread",
-        "headstart / transformers, 1 thread",
-    ]
-    # In fp32 the two agree to the end: 6 tokens.
-    assert "The first 6 tokens were the same" in result["notes"][0]
-
-
 def test_model_part(in_process, model_directory, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def f(x):\n\nabcabcabc\nhello\n")
-    result = decode.run(settings(parts=("model",), model=model_directory, prompts=prompts, new_tokens=12, batch=2))
+    result = decode.run(
+        settings(parts=("model",), model=model_directory, prompts=prompts, new_tokens=12, batch=2, out=tmp_path)
+    )
     rows = result["measurements"]
     identical = [row for row in rows if "differs from K = 1" in row["what"]]
     assert [row["median"] for row in identical] == [0, 0] and all(row["met"] for row in identical)
@@ -121,8 +113,15 @@ def test_model_part(in_process, model_directory, tmp_path):
     assert by_name["greedy, K = 4"]["tokens_per_pass"] == 12 / 4  # 1 + 4 + 4 + 3 tokens
 
 
+def test_the_model_part_draws_a_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    greedy = [("1", 1.0, 1.0), ("2", 1.55, 1.9), ("policy", 2.5, 4.7)]
+    draw_figure({"greedy": greedy, "temperature 0.8": greedy}, "a title", tmp_path / "new" / "figure.png")
+    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_counts_of_a_decoded_group(model_directory):
-    model = pack(speedup.load_model(model_directory))
+    model = pack(load_model(model_directory))
     decoded = decode_all(model, [Request((1, 2, 3), 10, heads=4), Request((5,), 10, heads=4)], batch=1)
     assert [len(tokens) for tokens in decoded.tokens] == [10, 10]
     passes = sum(g.stats.passes for g in decoded.generations)
@@ -172,3 +171,32 @@ def test_wrong_use_is_one_line(model_directory, tmp_path):
         with pytest.raises(UsageError) as error:
             case()
         assert "\n" not in str(error.value)
+
+
+def test_rows_of_both_kinds_are_timed(in_process):
+    sizes = ModelConfig(vocab_size=300, dim=32, layers=2, attention_heads=2, context=128)
+    settings = DecodeSettings(parts=("rows",), threads=(1,), dtype="float32", passes=6, sizes=sizes, new_tokens=16)
+    rows = {row["what"]: row for row in decode.run(settings)["measurements"]}
+    for kind in ("float32", "int8"):
+        assert all(f"{kind}, {w} row{'s' * (w > 1)}, 1 thread" in rows for w in decode_passes.ROWS)
+        assert f"{kind}, 8 rows, 1 thread / 1 row" in rows
+    assert rows["int8, 8 rows, 1 thread / float32"]["unit"] == ""
+
+
+def test_a_trained_model_decodes_in_int8(in_process, model_directory, tmp_path):
+    settings = DecodeSettings(
+        parts=(),
+        threads=(1,),
+        dtype="bfloat16",  # int8 goes before it
+        quantize="int8",
+        repetitions=1,
+        new_tokens=8,
+        temperatures=(0.0,),
+        model=model_directory,
+        prompts=tmp_path / "prompts.txt",
+        out=tmp_path,
+    )
+    settings.prompts.write_text("abcabc\n")
+    found = decode.run(settings)
+    differing = next(row for row in found["measurements"] if "output differs" in row["what"])
+    assert differing["median"] == 0 and any("parallel, int8, 1 thread" in note for note in found["notes"])

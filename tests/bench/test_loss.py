@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 
 from bench import fresh_process, loss
 from bench.loss import LossSettings
 from headstart import hardware
+from headstart.model.config import ModelConfig
 
 TINY = {"vocab_size": 300, "rows": 1, "length": 16, "dim": 16, "layers": 9, "repetitions": 1}
 
@@ -43,9 +46,9 @@ def test_joint_steps_that_cannot_fit_are_left_out_and_said_so(in_process, monkey
 
 def test_peak_holds_what_a_step_holds():
     # A joint step holds at least one whole logits tensor, 8 MiB here.
-    config = loss._config(LossSettings(**{**TINY, "vocab_size": 16384, "length": 128}), 1, 0).__dict__
+    config = asdict(ModelConfig(vocab_size=16384, dim=16, layers=9, context=128))
     case = {"step": "joint", "config": config, "rows": 1, "length": 128, "repetitions": 1, "device": "cpu"}
-    answer = fresh_process.call("bench.loss:memory_case", case, threads=1, environment=loss.ALLOCATOR)
+    answer = fresh_process.call(loss.memory_case, case, threads=1, environment=fresh_process.ALLOCATOR)
     if "VmHWM" not in answer["method"]:
         pytest.skip("this system cannot reset a peak")
     assert 8 <= answer["mebibytes"][0] < 200

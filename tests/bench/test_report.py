@@ -2,22 +2,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from bench import fresh_process, report
-from bench.measure import spread
-from bench.report import Bar, measurement
+from bench.decode_model import model_case
+from bench.report import Bar, BenchSettings, Findings, measurement, spread
 from headstart.decoding.policy.timing import interleave, ratios
 from headstart.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(BenchSettings):
     sizes: tuple[int, ...] = (1, 2)
-    out: Path = Path("x")
-    date: str | None = "2026-11-23"
 
 
 def test_variants_take_turns_and_warmup_is_not_counted():
@@ -59,7 +56,8 @@ def test_report_files(tmp_path):
         measurement("part", "slow", [1.0], "x", Bar(">=", 1.5)),
         measurement("part", "seen", [7.0], "ms"),
     ]
-    result = report.result("demo", Settings(), rows, ["a note"], [report.table("T", ["a", "b"], [["x", 0.5]])])
+    tables = [report.table("T", ["a", "b"], [["x", 0.5]])]
+    result = report.result("demo", Settings(date="2026-11-23"), Findings(rows, ["a note"], tables))
     paths = report.write(result, tmp_path / "deep")
     assert [path.name for path in paths] == ["demo.json", "demo.md"]
     read = json.loads(paths[0].read_text())
@@ -77,4 +75,4 @@ def test_report_files(tmp_path):
 def test_a_process_of_its_own_answers_and_passes_usage_errors_on():
     case = {"model": "/nowhere", "dtype": "float32", "device": "cpu", "quantize": None}
     with pytest.raises(UsageError, match="/nowhere"):
-        fresh_process.call("bench.speedup:case", case, threads=1)
+        fresh_process.call(model_case, case, threads=1)

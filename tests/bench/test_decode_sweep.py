@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench import decode, sizes, sweep
-from bench.decode import DecodeSettings
+from bench import decode, decode_settings
+from bench.decode_settings import DecodeSettings
+from bench.decode_sweep import points
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 
@@ -11,7 +12,7 @@ TINY = ModelConfig(vocab_size=300, dim=32, layers=5, attention_heads=2, context=
 
 
 def test_one_thing_changes_at_a_time():
-    at = sweep.points((1, 4), ((8, 9), (16, 9)), (0.0, 0.8))
+    at = points((1, 4), ((8, 9), (16, 9)), (0.0, 0.8))
     assert list(map(str, at)) == [
         "batch 1, 8 + 9 tokens",
         "batch 4, 8 + 9 tokens",
@@ -22,14 +23,14 @@ def test_one_thing_changes_at_a_time():
 
 def test_shapes_are_those_the_bars_speak_of():
     for name, least, most in (("12M", 11e6, 13e6), ("105M", 100e6, 110e6), ("235M", 225e6, 245e6)):
-        assert least < sizes.SIZES[name].parameters()["total"] < most
-    four = sizes.four_heads(sizes.SIZES["105M"])
+        assert least < decode_settings.SIZES[name].parameters()["total"] < most
+    four = decode_settings.four_heads(decode_settings.SIZES["105M"])
     assert (four.trunk_layers, four.heads) == (28, 4)
-    assert sizes.byte_heads(sizes.SIZES["105M"]).vocab_size == 256
+    assert decode_settings.byte_heads(decode_settings.SIZES["105M"]).vocab_size == 256
 
 
 def test_sweep(in_process, monkeypatch):
-    monkeypatch.setitem(sizes.SIZES, "12M", TINY)
+    monkeypatch.setitem(decode_settings.SIZES, "12M", TINY)
     settings = DecodeSettings(
         parts=("sweep",),
         threads=(1,),

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bench import streams
-from bench.streams import Synthetic
-from bench.synthetic_acceptance import acceptance_table, share_right
+from bench.streams import Synthetic, acceptance_table, share_right
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
@@ -34,7 +33,7 @@ def test_the_share_for_a_number_of_tokens_per_pass():
 def test_drafts_are_right_at_the_rate_and_the_text_is_plain(kind, temperature):
     config = ModelConfig(**{**SIZES.__dict__, "head_kind": kind})
     model = pack(random_model(config, "float32", "cpu"))
-    texts = streams.plain_texts(model, requests(4, temperature=temperature))
+    texts = streams.plain_outputs(model, requests(4, temperature=temperature))
     plain = streams.decode(model, requests(1, temperature=temperature))
     assert [text[:60] for text in texts] == plain.tokens
     for rate in (1.0, 2.5, 4.0):
@@ -54,7 +53,7 @@ def test_drafts_are_right_at_the_rate_and_the_text_is_plain(kind, temperature):
 def test_windows_together_accept_alike():
     model = pack(random_model(SIZES, "float32", "cpu"))
     equal = requests(4, lengths=(5, 5, 5))
-    texts = streams.plain_texts(model, equal)
+    texts = streams.plain_outputs(model, equal)
     stream = streams.decode(model, equal, synthetic=Synthetic(texts, 0.7, together=True))
     assert all(len(set(counts)) == 1 for _, counts in stream.stamps)
     apart = streams.decode(model, equal, synthetic=Synthetic(texts, 0.7))
@@ -64,27 +63,13 @@ def test_windows_together_accept_alike():
 def test_a_policy_learns_that_drafts_do_not_pay():
     model = pack(random_model(SIZES, "float32", "cpu"))
     asked = requests(None, new_tokens=120)
-    texts = streams.plain_texts(model, asked)
+    texts = streams.plain_outputs(model, asked)
     table = acceptance_table(0.1, 4)
     costs = PassCosts((1, 3), (1.0, 1.0), ((1.5, 1.6, 1.7, 1.8),) * 2)
     policy = DraftPolicy(Tuning(table, table, costs))
     stream = streams.decode(model, asked, policy=policy, synthetic=Synthetic(texts, 0.1))
     assert stream.tokens == [text[:120] for text in texts]
     assert streams.tokens_per_pass(stream.stamps[40:]) == 1.0  # drafting rests
-
-
-def test_generate_cannot_reach_it():
-    from pathlib import Path
-
-    import headstart
-
-    root = Path(headstart.__file__).parent
-    users = {
-        str(file.relative_to(root).parts[0])
-        for file in root.rglob("*.py")
-        if "synthetic" in file.read_text(encoding="utf-8")
-    }
-    assert users == set()
 
 
 def test_rates_and_gaps_by_hand():

@@ -1,4 +1,4 @@
-"""Trainer of transformers does the same work as ours, and takes turns with it."""
+"""Trainer of transformers does the same work as our loop, and takes turns with it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from bench import train, training_peer
-from bench.train import TrainSettings
-from bench.training_peer import Turns, first_step
-from bench.training_steps import Steps, run_config
+from bench import train
+from bench.train_peer import first_step
+from bench.train_steps import Steps, TrainSettings, run_config
 from headstart.formats.huggingface import load_peer, save_model
 from headstart.model.config import ModelConfig
 from headstart.training.processes import Processes
@@ -53,12 +52,3 @@ def test_rows_of_trainer(in_process, monkeypatch, compile):
         assert all(row["bar"] == {"sign": ">=", "value": 1.2} for row in part[len(variants) + 1 : -1])
         same = part[-1]
         assert same["met"] and same["loss"][0] == pytest.approx(same["loss"][1], rel=1e-3)
-
-
-def test_each_of_ours_has_its_own_seconds(monkeypatch):
-    times = iter([1.0, 1.5, 3.5])  # Trainer ended, our first, our second
-    monkeypatch.setattr(training_peer, "_now", lambda device: next(times))
-    taken = []
-    turns = Turns(run_config(ModelConfig(dim=16, layers=2), 2), 1, 1, {n: lambda n=n: taken.append(n) for n in "ab"})
-    turns._change()
-    assert taken == ["a", "b"] and turns.theirs == [1.0] and turns.ours == {"a": [0.5], "b": [2.0]}

@@ -1,4 +1,4 @@
-"""The peer: Hugging Face's Trainer on the same model, weights and sizes."""
+"""Measure our training loop against Hugging Face's Trainer on the same model, weights and batch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bench import fresh_process
-from bench.report import Bar, measurement
-from bench.training_steps import from_plain, run_config
-from headstart.console import Progress, say
+from bench.report import Bar, Findings, measurement
+from bench.train_steps import TrainSettings, from_plain, run_config
+from headstart.console import Progress
 from headstart.data.batches import Batch
 from headstart.decoding.policy.timing import ratios
 from headstart.errors import UsageError
@@ -31,9 +31,6 @@ from headstart.training.run_folder import RunFolder
 from headstart.training.step import autocast
 from headstart.training.yaml_settings import to_plain
 
-if TYPE_CHECKING:
-    from bench.train import TrainSettings
-
 SPEED_BAR = Bar(">=", 1.2)
 SAME_BAR = Bar("<=", 0.01)
 WARMUP = 2
@@ -41,21 +38,21 @@ EAGER, COMPILED = "headstart", "headstart, compiled"
 
 
 def check_installed() -> None:
-    """Raises UsageError where a package is missing, before anything is measured."""
-    for package, mend in (("transformers", "pip install 'headstart[hf]'"), ("accelerate", "pip install accelerate")):
+    """Raise UsageError if a package of the peer is missing."""
+    for package, fix in (("transformers", "pip install 'headstart[hf]'"), ("accelerate", "pip install accelerate")):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{package} is not installed, and the part trainer needs it; {mend}, or leave it out")
+            raise UsageError(f"{package} is not installed, and the part trainer needs it; {fix}, or leave it out")
 
 
-def measure_trainer(settings: TrainSettings) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows and notes of the part "trainer"."""
+def trainer(settings: TrainSettings) -> Findings:
+    """Measure the tokens per second of both loops, in turns, and the difference of their first step."""
     rows: list[dict[str, Any]] = []
     batches = ((256, settings.rows), (settings.large_vocabulary, settings.large_rows))
     for vocab_size, batch_rows in batches:
         model = replace(settings.model(), vocab_size=vocab_size)
         config = run_config(model, batch_rows, **settings.run_fields())
         answer = fresh_process.call(
-            "bench.training_peer:case",
+            trainer_case,
             {"config": to_plain(config), "repetitions": settings.repetitions, "steps": settings.steps},
             threads=settings.threads,
         )
@@ -70,8 +67,6 @@ def measure_trainer(settings: TrainSettings) -> tuple[list[dict[str, Any]], list
             measurement("trainer", f"{what}: {name} / Trainer", ratios(values, theirs), bar=SPEED_BAR)
             for name, values in answer["ours"].items()
         ]
-        say(f"trainer: {what}: " + ", ".join(f"{row['median']:.2f}" for row in rows[-len(answer["ours"]) :])
-            + f" of Trainer, loss {answer['loss'][0]:.4f} and {answer['loss'][1]:.4f}")  # fmt: skip
         rows.append(
             measurement(
                 "trainer", f"{what}: same weights and batch, difference of loss and gradient norm", [difference],
@@ -87,17 +82,16 @@ def measure_trainer(settings: TrainSettings) -> tuple[list[dict[str, Any]], list
         "its defaults, and so is not compiled" + (", but for this report it is." if settings.compile else "."),
         "trainer: the difference is relative, of the first step, the larger one of the two.",
     ]
-    return rows, notes
+    return Findings(rows, notes)
 
 
-def case(case: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s of turns of our loop, not compiled and compiled, and of Trainer's, and what both say of the first step:
-    (ours, theirs). Runs in a process of its own."""
+def trainer_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokens/s of turns of our loop, eager and compiled, and of Trainer, and the first step of both."""
     config, steps = from_plain(case["config"]), case["steps"]
     variants = (COMPILED,) if config.compile else (EAGER, COMPILED)
     with tempfile.TemporaryDirectory() as name, joined(config.device) as processes, ExitStack() as stack:
         folder = Path(name)
-        data = _random_text(folder, config)
+        data = _random_data(folder, config)
         runs: dict[str, Run] = {}
         for variant in variants:
             own = replace(config, run_dir=folder / variant, data=data, compile=variant == COMPILED)
@@ -129,7 +123,7 @@ def case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_step(peer: Any, batch: Batch, config: RunConfig) -> tuple[float, float]:
-    """Loss and norm of the gradient that transformers' model gives; its gradients are taken away again."""
+    """Return the loss and the gradient norm of transformers' model, and clear its gradients."""
     device = torch.device(config.device)
     tokens, targets = batch.tokens.to(device), batch.targets[..., 0].to(device)
     with autocast(config, device):
@@ -141,7 +135,7 @@ def first_step(peer: Any, batch: Batch, config: RunConfig) -> tuple[float, float
 
 
 class Turns:
-    """One `Trainer.train()` in which after each turn of its steps comes one of each of ours; seconds of each."""
+    """One `Trainer.train()` in which each of our loops takes a turn after each turn of its steps."""
 
     def __init__(self, config: RunConfig, steps: int, count: int, ours: Mapping[str, Callable[[], None]]) -> None:
         self.ours: dict[str, list[float]] = {name: [] for name in ours}
@@ -150,6 +144,7 @@ class Turns:
         self._config, self._steps, self._count, self._our_turns = config, steps, count, ours
 
     def run(self, peer: Any, batch: Batch, folder: Path) -> None:
+        """Train `peer` on `batch` until all turns are over."""
         from transformers import Trainer, TrainerCallback, TrainingArguments
 
         turns = self
@@ -160,7 +155,7 @@ class Turns:
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step % turns._steps == 0:
-                    turns._change()
+                    turns.change()
 
         settings = self._config.optimizer
         total, rows = self._steps * self._count, self._config.batch.rows
@@ -186,7 +181,8 @@ class Turns:
         examples = [{"input_ids": row, "labels": row} for row in batch.tokens]
         Trainer(peer, arguments, train_dataset=examples * total, callbacks=[Clock()]).train()
 
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Note the end of Trainer's turn and take ours."""
         began = _now(self._config.device)
         self.theirs.append(began - self._began)
         for name, take in self._our_turns.items():
@@ -198,14 +194,14 @@ class Turns:
 
 
 def _now(device: str) -> float:
-    """Seconds, once the device has done what it was asked to."""
+    """Return the time, once the device has done its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _random_text(folder: Path, config: RunConfig) -> DataConfig:
-    """Bytes for a few steps in one document; under a larger vocabulary most ids stay unused, the work is the same."""
+def _random_data(folder: Path, config: RunConfig) -> DataConfig:
+    """Return one document for a few steps. With a larger vocabulary most ids stay unused; the work is the same."""
     generator = torch.Generator().manual_seed(0)
     count = 4 * config.tokens_per_step + config.model.heads
     text = folder / "text.txt"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import load
+from bench import fresh_process, load
 from bench.load import LoadSettings, run
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -16,13 +16,13 @@ def test_bars_hold_only_where_nothing_is_converted(monkeypatch: pytest.MonkeyPat
     seconds = {"file": 1.0, "load_model": 1.25, "headstart.load": 3.0}
 
     def fresh(function, case, threads, environment):
-        assert function == "bench.load:case" and Path(case["files"][0]).is_file()
+        assert function is load.load_case and Path(case["files"][0]).is_file()
         size = {"bfloat16": 2, "float32": 4}[case["dtype"]] * parameters
         return {"seconds": seconds[case["way"]], "peak": 1.1 * size}
 
     config = ModelConfig(vocab_size=64, dim=128, layers=2, attention_heads=1)
     parameters = config.parameters()["total"]
-    monkeypatch.setattr(load.fresh_process, "call", fresh)
+    monkeypatch.setattr(fresh_process, "call", fresh)
     found = run(LoadSettings(dim=128, layers=2, vocab_size=64, repetitions=2))
     barred = [row for row in found["measurements"] if row["bar"]]
     assert [(row["part"], row["what"]) for row in barred] == [
@@ -36,7 +36,7 @@ def test_a_case_loads_the_model(tmp_path: Path) -> None:
     directory = load._random_model(LoadSettings(dim=128, layers=2, vocab_size=64), tmp_path / "model")
     files = [str(file) for file in directory.rglob("*.safetensors")]
     for way in load.WAYS:
-        one = load.case({"way": way, "directory": str(directory), "files": files, "dtype": "float32"})
+        one = load.load_case({"way": way, "directory": str(directory), "files": files, "dtype": "float32"})
         assert one["seconds"] > 0 and one["peak"] >= 0
 
 
