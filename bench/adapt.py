@@ -60,7 +60,7 @@ def run(settings: AdaptSettings) -> dict[str, Any]:
     return run_parts("adapt", settings, {kind: partial(_measure, kind) for kind in settings.head_kinds}, notes)
 
 
-def _measure(kind: HeadKind, settings: AdaptSettings) -> Findings:
+def _measure(kind: HeadKindName, settings: AdaptSettings) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: timed(step) for name, step in _steps(settings, kind, Path(folder)).items()}
         seconds = interleave(steps, settings.repetitions)
