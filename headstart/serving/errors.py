@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API tells them, {"error": {"message", "type", "param", "code"}}: no path, no traceback."""
+"""Define errors in the form of OpenAI's API, {"error": {"message", "type", "param", "code"}}, without internals."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-"""By status; others are the request's fault below 500, the server's from there on."""
+"""Types of errors by status; other statuses are the request's fault below 500, and the server's from 500 on."""
 INTERNAL = "internal error; the server's log says more"
 
 
 class ApiError(HTTPException):
-    """An answer other than 200.
+    """Answer a request with an error.
 
     Args:
-        status: of HTTP.
-        message: one line: the thing, what is wrong with it, the mend.
-        param: the field of the request that it is about.
-        code: OpenAI's word for it, for programs.
-        headers: of the answer.
+        status: status of the response.
+        message: one line with the thing, what is wrong with it, and the fix.
+        param: field of the request that the error is about.
+        code: OpenAI's name of the error, for programs.
+        headers: headers of the response.
     """
 
     def __init__(
@@ -40,11 +40,18 @@ class ApiError(HTTPException):
 
     @property
     def content(self) -> dict[str, Any]:
+        """Return the body of the response."""
         kind = TYPES.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JsonResponse:
+        """Return the response."""
         return JsonResponse(self.content, self.status_code, self.headers)
+
+
+def internal_error() -> ApiError:
+    """Return the error of a request that failed by a fault of the server; no other request uses its connection."""
+    return ApiError(500, INTERNAL, headers={"Connection": "close"})
 
 
 def stopping() -> ApiError:
@@ -56,13 +63,15 @@ def too_many(busy: int, seconds: int) -> ApiError:
     """Return the error of a request that finds no room, or loses its place to a client with fewer requests."""
     return ApiError(
         429,
-        f"{busy} texts are being written or wait; try again in {seconds} s",
+        f"{busy} requests are running or wait; try again in {seconds} s",
         code="rate_limit_exceeded",
         headers={"Retry-After": str(seconds)},
     )
 
 
 class ErrorDetail(BaseModel):
+    """Describe an error."""
+
     message: str
     type: str
     param: str | None
@@ -70,32 +79,33 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Of every status from 400 on."""
+    """Hold the body of every response with a status of 400 or more."""
 
     error: ErrorDetail
 
 
-_WHY: dict[int | str, str] = {
-    400: "The request is wrong, or more than is allowed.",
-    401: "No valid key.",
-    404: "No such model.",
+_REASONS: dict[int | str, str] = {
+    400: "The request is wrong, or asks for more than the server allows.",
+    401: "The request has no valid key.",
+    404: "There is no such model.",
     413: "The body is too large.",
-    429: "Too many wait; Retry-After says when to try again.",
+    429: "Too many requests wait; Retry-After says when to try again.",
     500: "The engine has failed.",
     503: "The server is stopping.",
-    504: "The time is over.",
+    504: "The request has taken too long.",
     "default": "Any other error.",
 }
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": why} for status, why in _WHY.items()
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": reason} for status, reason in _REASONS.items()
 }
-"""Of the OpenAPI document."""
+"""Responses of the OpenAPI document."""
 
 
 class JsonResponse(Response):
-    """JSON in ASCII: a lone surrogate out of a request has no UTF-8 form, and its answer must not fail of it."""
+    """Send JSON in ASCII: a lone surrogate of a request has no form in UTF-8."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
+        """Return the body."""
         return json.dumps(content, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""Fields of requests that this server does not act on: harmless ones, and ones that would change the answer."""
+"""List the fields of requests that this server ignores, and those that it refuses."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-HARMLESS = frozenset(
+IGNORED = frozenset(
     (
-        # Who asks, what is kept, and where it is computed.
+        # The user, what is stored, and where the answer is computed.
         "user", "safety_identifier", "metadata", "store", "service_tier", "request_id", "priority",
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "guided_decoding_backend",
-        # Hints that make the same answer faster, and what only counts with tools or with special tokens in texts.
+        # Hints for speed, and fields without effect where there are no tools and no special tokens in the text.
         "prediction", "parallel_tool_calls", "spaces_between_special_tokens", "include_reasoning",
     )
 )  # fmt: skip
-"""Fields that do not change the answer. They are ignored."""
+"""Fields that do not change the answer."""
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "allowed_token_ids": ((), "the tokens of an answer cannot be listed; use a constraint such as guided_regex"),
-    "audio": ((), "there are no models for sound"),
+    "allowed_token_ids": ((), "tokens cannot be allowed one by one; use a constraint such as guided_regex"),
+    "audio": ((), "audio is not supported"),
     "bad_words": (([],), "words cannot be excluded; use logit_bias"),
     "chat_template": ((), "the template is the model's own"),
     "documents": (([],), "write them into a message"),
@@ -29,23 +29,23 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), "calls of functions are not supported"),
     "guided_whitespace_pattern": ((), "the spaces between the parts of JSON cannot be chosen"),
     "length_penalty": ((1, 1.0), "beam search is not supported"),
-    "logits_processors": (([],), "code of a request is not run"),
-    "min_tokens": ((0,), "the least length of an answer cannot be set"),
-    "modalities": ((["text"],), "there are only models for text"),
-    "moderation": ((), "nothing is moderated"),
+    "logits_processors": (([],), "code in a request is not run"),
+    "min_tokens": ((0,), "a minimum length is not supported"),
+    "modalities": ((["text"],), "only text is supported"),
+    "moderation": ((), "moderation is not supported"),
     "prompt_logprobs": ((), "set echo and logprobs in /v1/completions"),
-    "reasoning_effort": (("none",), "the models know no degrees of it; chat_template_kwargs reach the template"),
+    "reasoning_effort": (("none",), "not supported; use chat_template_kwargs if the chat template knows it"),
     "return_token_ids": ((False,), "token ids are not returned"),
     "return_tokens_as_token_ids": ((False,), "token ids are not returned"),
     "skip_special_tokens": ((True,), "special tokens are never part of the text"),
     "tool_choice": (("none", "auto"), "calls of functions are not supported"),
     "tools": (([],), "calls of functions are not supported"),
-    "truncate_prompt_tokens": ((), "a prompt is read as a whole; shorten it"),
+    "truncate_prompt_tokens": ((), "prompts are not truncated; shorten the prompt"),
     "use_beam_search": ((False,), "beam search is not supported"),
-    "verbosity": (("medium",), "the models know no degrees of it"),
-    "web_search_options": ((), "nothing is searched"),
+    "verbosity": (("medium",), "not supported"),
+    "web_search_options": ((), "web search is not supported"),
 }
-"""For each field that would change the answer: the values with which it does not, besides null, and the reason."""
+"""Fields that would change the answer: values that do not, in addition to null, and the reason to refuse others."""
 
 NEUTRAL_IN_CHATS = {
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),
@@ -61,25 +61,25 @@ NEUTRAL_IN_MESSAGES: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def refused(field: str, why: str) -> PydanticCustomError:
-    """Return the error that refuses a field of a request; validators raise it."""
+def refusal(field: str, why: str) -> PydanticCustomError:
+    """Return the error that refuses a field of a request, for validators to raise."""
     return PydanticCustomError("refused", "{why}", {"field": field, "why": why})
 
 
-def known_fields(
-    body: Any, known: Container[str], neutral: dict[str, tuple[tuple[Any, ...], str]], harmless: Container[str] = ()
+def select_fields(
+    body: Any, known: Container[str], neutral: dict[str, tuple[tuple[Any, ...], str]], ignored: Container[str] = ()
 ) -> Any:
-    """Return a JSON object without the fields that do not matter. Raise for those that would change the answer."""
+    """Return a JSON object with its known fields only. Raise an error for a field that would change the answer."""
     if not isinstance(body, dict):
         return body
-    kept = {}
+    selected = {}
     for name, value in body.items():
         if name in known:
-            kept[name] = value
+            selected[name] = value
         elif name in neutral:
             values, why = neutral[name]
             if value is not None and not any(type(value) is type(each) and value == each for each in values):
-                raise refused(name, f"{why}; leave the field out")
-        elif name not in harmless:
-            raise refused(name, "this API has no such field; leave it out")
-    return kept
+                raise refusal(name, f"{why}; leave the field out")
+        elif name not in ignored:
+            raise refusal(name, "this API has no such field; leave it out")
+    return selected

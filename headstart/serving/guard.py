@@ -1,4 +1,4 @@
-"""What stands before the routes: hosts, keys, and bounds on the body."""
+"""Check the host, the key and the size of each request before its route is called."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headstart.serving.errors import INTERNAL, ApiError, stopping
-from headstart.serving.waiting import until
+from headstart.serving.errors import ApiError, internal_error, stopping
+from headstart.serving.waiting import Deadline
 
 OPEN = ("/", "/health", "/ready")
-"""Paths that need no key: the page asks for one, and those who watch the server have none."""
+"""Paths that need no key: the page asks for the key, and health checks have none."""
 CLIENT = "headstart.client"
-"""Where a request's scope names the client, if it shows a key."""
+"""Name in a request's scope of the client's name, for requests with a key."""
 BODY_SECONDS = 30.0
-"""A body must be here within this time."""
+"""Seconds in which a body must arrive."""
 
 
 def is_allowed_host(header: str, names: Sequence[str]) -> bool:
-    """Return whether a request with this Host header is answered.
+    """Return whether a request with this Host header is allowed.
 
-    A web page on a name that its owner lets point to this machine (DNS rebinding) sends that name. Addresses and names
-    without a dot are always allowed, since no such page has one for its own.
+    A web page can let its own name point to this machine (DNS rebinding); its requests then carry that name. Addresses
+    and names without a dot are always allowed, for no web page owns one.
     """
     parts = re.fullmatch(r"(?:\[([^]]+)\]|([^:\[\]]*?)\.?)(?::\d*)?", header.strip().lower())
     if parts is None:
@@ -42,14 +42,14 @@ def is_allowed_host(header: str, names: Sequence[str]) -> bool:
 
 
 class Guard:
-    """Refuses requests without a key, and bodies that are too large or too slow.
+    """Refuse requests without a key, and bodies that are too large or too slow.
 
     Args:
-        app: what it guards.
-        keys: those of which one must be shown; none: nobody is asked.
+        app: application to guard.
+        keys: keys that open the server; empty: no key is required.
         max_body_bytes: most bytes of a body.
-        answered: told the path and the status of every answer.
-        hosts: names that requests may be for, see `is_allowed_host`; None: any.
+        on_response: function to call with the path and the status of every response.
+        hosts: allowed names, see `is_allowed_host`; None: any.
     """
 
     def __init__(
@@ -57,13 +57,14 @@ class Guard:
         app: ASGIApp,
         keys: Sequence[str],
         max_body_bytes: int,
-        answered: Callable[[str, int], None],
+        on_response: Callable[[str, int], None],
         hosts: Sequence[str] | None = None,
     ) -> None:
-        self.app, self.max_body_bytes, self.answered, self._hosts = app, max_body_bytes, answered, hosts
+        self.app, self.max_body_bytes, self.on_response, self._hosts = app, max_body_bytes, on_response, hosts
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; called by the server."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -74,16 +75,16 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self.answered(scope["path"], message["status"])
+                self.on_response(scope["path"], message["status"])
             await send(message)
 
-        if scope["method"] == "HEAD":  # the answer to GET; the protocol leaves the body out
+        if scope["method"] == "HEAD":  # answer as to GET; the protocol leaves the body out
             scope = {**scope, "method": "GET"}
         headers = dict(scope["headers"])
         try:
             self._check_hosts(scope)
             if self._keys and scope["path"] not in OPEN:
-                scope = {**scope, CLIENT: self._check(headers.get(b"authorization", b""))}
+                scope = {**scope, CLIENT: self._check_key(headers.get(b"authorization", b""))}
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.max_body_bytes:
                 raise self._too_large()
@@ -91,16 +92,16 @@ class Guard:
             await error.response()(scope, receive, counted)
             return
         try:
-            await self.app(scope, self._bounded(receive), counted)
-        except asyncio.CancelledError:  # the server ends, and has waited long enough for this answer
+            await self.app(scope, self._limit_body(receive), counted)
+        except asyncio.CancelledError:  # the server stops, and has waited long enough for this answer
             if not started:
                 await stopping().response()(scope, receive, counted)
         except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise  # an Exception has been answered
-        except BaseException:  # a panic of a library in Rust, say
+            raise  # the application has answered an Exception
+        except BaseException:  # for example a panic of a library in Rust
             traceback.print_exc()
             if not started:
-                await ApiError(500, INTERNAL, headers={"Connection": "close"}).response()(scope, receive, counted)
+                await internal_error().response()(scope, receive, counted)
 
     def _check_hosts(self, scope: Scope) -> None:
         if self._hosts is None:
@@ -108,13 +109,13 @@ class Guard:
         for name, value in scope["headers"]:
             host = value.decode("latin-1")
             if name == b"host" and not is_allowed_host(host, self._hosts):
-                message = f"requests for the host {host[:80]!r} are not answered; --allow-host NAME allows them"
+                message = f"requests for the host {host[:80]!r} are not allowed; --allow-host NAME allows them"
                 raise ApiError(403, message, code="host_not_allowed")
 
-    def _check(self, authorization: bytes) -> str:
-        """Return a name for the client, that of the key that it shows. Raises ApiError 401 where it shows none."""
+    def _check_key(self, authorization: bytes) -> str:
+        """Return a name of the client, by its key. Raises ApiError 401 for a request without a valid key."""
         kind, _, shown = authorization.partition(b" ")
-        # All are compared, each in the same time whatever it holds.
+        # Every key is compared, in a time that does not depend on what it holds.
         found = [secrets.compare_digest(shown.strip(), key) for key in self._keys]
         if kind.lower() != b"bearer" or not any(found):
             message = "no valid key: send the header Authorization: Bearer KEY"
@@ -125,23 +126,20 @@ class Guard:
         message = f"the body is larger than the {self.max_body_bytes} bytes that this server reads; send less"
         return ApiError(413, message, code="request_too_large", headers={"Connection": "close"})
 
-    def _bounded(self, receive: Receive) -> Receive:
-        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+    def _limit_body(self, receive: Receive) -> Receive:
+        late = f"the body was not complete within {BODY_SECONDS:g} s; send it sooner"
+        deadline = Deadline.after(BODY_SECONDS, ApiError(408, late, headers={"Connection": "close"}))
         size, whole = 0, False
 
-        async def bounded() -> Message:
+        async def receive_limited() -> Message:
             nonlocal size, whole
-            if whole:  # what comes now is the end of the connection
+            if whole:  # the next message is the end of the connection
                 return await receive()
-            try:
-                message = await until(deadline, receive())
-            except asyncio.TimeoutError:
-                late = f"the body was not here within {BODY_SECONDS:g} s"
-                raise ApiError(408, late, headers={"Connection": "close"}) from None
+            message = await deadline.limit(receive())
             size += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if size > self.max_body_bytes:
                 raise self._too_large()
             return message
 
-        return bounded
+        return receive_limited

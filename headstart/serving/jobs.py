@@ -1,4 +1,4 @@
-"""A text to be written, and what comes back of it: the two sides of the wall between event loop and engine."""
+"""Carry requests to the engine's thread and their output back to the event loop."""
 
 from __future__ import annotations
 
@@ -13,52 +13,55 @@ from headstart.decoding.settings import Request
 
 @dataclass(frozen=True)
 class Piece:
-    """What passes have added to one text."""
+    """The output that one or several passes have added to a job."""
 
     text: str
     start: int
-    """Tokens before it."""
+    """Number of tokens before this piece."""
     stop: int
-    """Tokens with it."""
+    """Number of tokens up to the end of this piece."""
     parts: list[tuple[str, int]]
-    """The same text by the head that drafted it, if the request asks for that."""
+    """The text in parts with the head that drafted each, if the request asks for origins."""
     tokens_per_pass: float
-    """Of the text so far."""
+    """Average over the output so far."""
     finished: bool
+    """Whether the output ends with this piece."""
 
-    def then(self, later: Piece) -> Piece:
-        """Both as one: for readers who are slower than the engine."""
+    def merge(self, following: Piece) -> Piece:
+        """Return this piece and the `following` one as one, for readers that are slower than the engine."""
         return Piece(
-            self.text + later.text,
+            self.text + following.text,
             self.start,
-            later.stop,
-            self.parts + later.parts,
-            later.tokens_per_pass,
-            later.finished,
+            following.stop,
+            self.parts + following.parts,
+            following.tokens_per_pass,
+            following.finished,
         )
 
 
 class Inbox:
-    """Where the pieces of one answer arrive. Made on the event loop, which alone touches it."""
+    """Collect the pieces of one answer; only the event loop uses it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._pieces: dict[Job, Piece] = {}
         self.error: Exception | None = None
-        """What ended the answer."""
+        """The error that ended the answer."""
         self._arrived = asyncio.Event()
 
     def put(self, job: Job, piece: Piece) -> None:
+        """Add a piece."""
         before = self._pieces.get(job)
-        self._pieces[job] = piece if before is None else before.then(piece)
+        self._pieces[job] = piece if before is None else before.merge(piece)
         self._arrived.set()
 
     def fail(self, error: Exception) -> None:
+        """End the answer with an error."""
         self.error = error
         self._arrived.set()
 
     async def take(self) -> dict[Job, Piece]:
-        """What has arrived since the last call, at least one piece. Raises what went wrong."""
+        """Wait for pieces and return all of them. Raises the error that ended the answer."""
         await self._arrived.wait()
         if self.error is not None:
             raise self.error
@@ -68,15 +71,15 @@ class Inbox:
 
 
 class Job:
-    """One text of an answer.
+    """Generate one choice of an answer.
 
     Args:
-        request: what the engine is to do.
-        client: whose turn it takes.
-        index: of the choice.
-        inbox: of the answer.
-        streams: whether pieces are wanted as they come, or all at the end.
-        origins: whether it is to be told which head drafted what.
+        request: request for the engine.
+        client: name of the client, whose turn the job takes.
+        index: number of the choice.
+        inbox: inbox of the answer.
+        streams: whether pieces are sent as they come, or one piece at the end.
+        origins: whether pieces name the heads that drafted them.
     """
 
     def __init__(
@@ -86,34 +89,36 @@ class Job:
         self.streams, self.wants_origins = streams, origins
         self.arrived = time.perf_counter()
         self.last = self.arrived
-        """When its last pass ended, or else when it arrived."""
+        """Time of the end of its last pass, or of its arrival."""
         self.generation: Generation | None = None
-        """Set once it has a slot. Its lists only grow, so the event loop may read what a piece names of them."""
+        """The generation, once the job has a slot. Its lists only grow, so the event loop may read a piece's tokens."""
         self.origin_stream: OriginStream | None = None
         self.passed = 0
-        """Tokens that passes have given it."""
-        self._told, self._told_at = 0, 0.0
+        """Number of tokens that the worker has counted."""
+        self._sent, self._sent_at = 0, 0.0
         self._text = ""
         self._parts: list[tuple[str, int]] = []
 
     def piece(self, text: str, now: float, interval: float) -> Piece | None:
-        """What is to be handed over after a pass that released `text` at `now`, if the last piece is `interval` seconds
-        ago or the text has ended; on the engine's thread."""
+        """Add the text that a pass released at `now`, and return the next piece, on the engine's thread.
+
+        Returns None if the last piece was sent less than `interval` seconds ago and the output continues.
+        """
         self._text += text
         if self.origin_stream is not None:
-            self._parts += self.origin_stream.new()  # pass by pass, or tokens of head 1 would run together
+            self._parts += self.origin_stream.new()  # pass by pass, or tokens of head 1 would be joined
         generation = self.generation
         assert generation is not None
         finished, count = generation.finished, len(generation.tokens)
-        if not finished and (not self.streams or count == self._told or now - self._told_at < interval):
+        if not finished and (not self.streams or count == self._sent or now - self._sent_at < interval):
             return None
-        piece = Piece(self._text, self._told, count, self._parts, generation.stats.tokens_per_pass, finished)
-        self._text, self._parts, self._told, self._told_at = "", [], count, now
+        piece = Piece(self._text, self._sent, count, self._parts, generation.stats.tokens_per_pass, finished)
+        self._text, self._parts, self._sent, self._sent_at = "", [], count, now
         return piece
 
 
-def hand_out(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, Exception]]) -> None:
-    """Puts what a step gave into the inboxes; on the event loop."""
+def deliver(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, Exception]]) -> None:
+    """Put the pieces and errors of a pass into the inboxes, on the event loop."""
     for job, piece in pieces:
         job.inbox.put(job, piece)
     for job, error in errors:

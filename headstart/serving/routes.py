@@ -1,4 +1,4 @@
-"""The routes."""
+"""Define the routes: generation, models, health, metrics and the playground."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from starlette.responses import HTMLResponse, Response
 from headstart import __version__
 from headstart.data.chat_template import load_chat_template
 from headstart.serving.bodies import LARGE
-from headstart.serving.errors import ANSWERS, INTERNAL, ApiError, JsonResponse, stopping
+from headstart.serving.errors import ERROR_RESPONSES, ApiError, JsonResponse, internal_error, stopping
 from headstart.serving.guard import CLIENT
-from headstart.serving.schemas import ChatRequest, CompletionRequest
+from headstart.serving.schemas import ChatRequest, CompletionRequest, GenerationBody
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream
 from headstart.serving.waiting import GoneError, while_connected
 
 GRACE = 10.0
-"""Seconds that a client has to read an answer once its time is over."""
+"""Seconds that a client has to read an answer after the deadline of its request."""
 PAGE = files("headstart.serving") / "playground.html"
-# The page says itself what it may load; that no other page shows it in a frame, only a header can say.
+# The page limits what it loads in a meta element; that no other page may frame it can be said in a header only.
 PAGE_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -35,99 +35,55 @@ PAGE_HEADERS = {
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application over `service`, without what guards it."""
+    """Return the application of `service`, without its guard."""
     app = FastAPI(
         title="Headstart",
         version=__version__,
         docs_url=None,
         redoc_url=None,
         default_response_class=JsonResponse,
-        redirect_slashes=False,  # a redirect names the host that the client claims
+        redirect_slashes=False,  # a redirect would name the host that the client claims
     )
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _failed)
-    began = int(time.time())
-    chats = service.tokenizer is not None and load_chat_template(service.tokenizer) is not None
-
-    @app.get("/v1/models")
-    async def models() -> Any:
-        """The one model that is served."""
-        return JsonResponse({"object": "list", "data": [_card()]})
-
-    @app.get("/v1/models/{name:path}", responses=ANSWERS)
-    async def model(name: str) -> Any:
-        """Whether a model is served."""
-        if name != service.name:
-            raise ApiError(404, f"there is no model {name[:80]!r}", param="model", code="model_not_found")
-        return JsonResponse(_card())
-
-    writing = APIRouter(route_class=_reading(service))
-
-    @writing.post("/v1/completions", responses=ANSWERS)
-    async def completions(asked: CompletionRequest) -> Any:
-        """Continues a text."""
-
-    @writing.post("/v1/chat/completions", responses=ANSWERS)
-    async def chat(asked: ChatRequest) -> Any:
-        """Answers a conversation, by the model's chat template."""
-
-    app.include_router(writing)
-
-    @app.get("/health")
-    async def health() -> Any:
-        """Whether the engine lives: 200 or 503."""
-        worker = service.worker
-        status = "failed" if worker.dead else "ok"
-        return JsonResponse({"status": status, "engine_failures": worker.failures}, 503 if worker.dead else 200)
-
-    @app.get("/ready")
-    async def ready() -> Any:
-        """Whether requests are taken: 200, or 503 from the beginning of the end."""
-        takes = not service.draining and not service.worker.dead
-        return JsonResponse({"status": "ready" if takes else "draining"}, 200 if takes else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Any:
-        """In Prometheus' text format."""
-        return Response(service.worker.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    if PAGE.is_file():
-
-        @app.get("/", include_in_schema=False)
-        async def page() -> Any:
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
-
-    def _card() -> dict[str, Any]:
-        return {
-            "id": service.name,
-            "object": "model",
-            "created": began,
-            "owned_by": "headstart",
-            "max_model_len": service.context,
-            "heads": service.model.config.heads,
-            "chat": chats,
-        }
-
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_failure)
+    for router in (_generation_routes(service), _model_routes(service), _status_routes(service)):
+        app.include_router(router)
     return app
 
 
-def _reading(service: Service) -> type[APIRoute]:
-    """Return the routes that read a body and answer it: FastAPI knows its fields, but would read it on the event loop,
-    however large it is."""
+def _generation_routes(service: Service) -> APIRouter:
+    router = APIRouter(route_class=_body_reader(service))
 
-    class Reading(APIRoute):
+    @router.post("/v1/completions", responses=ERROR_RESPONSES)
+    async def completions(body: CompletionRequest) -> Any:
+        """Continue a prompt."""
+
+    @router.post("/v1/chat/completions", responses=ERROR_RESPONSES)
+    async def chat(body: ChatRequest) -> Any:
+        """Answer a conversation with the model's chat template."""
+
+    return router
+
+
+def _body_reader(service: Service) -> type[APIRoute]:
+    """Return the class of routes that read their body themselves.
+
+    FastAPI documents the fields of the body, but would read every body on the event loop, however large it is.
+    """
+
+    class BodyReader(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            kind = get_type_hints(self.endpoint)["asked"]
+            kind = get_type_hints(self.endpoint)["body"]
 
             async def handler(request: Request) -> Response:
                 return await _answer(service, kind, request)
 
             return handler
 
-    return Reading
+    return BodyReader
 
 
-async def _answer(service: Service, kind: type[CompletionRequest | ChatRequest], request: Request) -> Response:
+async def _answer(service: Service, kind: type[GenerationBody], request: Request) -> Response:
     content = await request.body()
     if service.draining:
         raise stopping()
@@ -135,26 +91,81 @@ async def _answer(service: Service, kind: type[CompletionRequest | ChatRequest],
     seconds, deadline = service.settings.request_timeout + GRACE, service.deadline()
     reading = service.read(kind, content, request.headers.get("content-type", ""), client, deadline)
     try:
-        small = len(content) <= LARGE  # then it is read at once
-        asked = await (reading if small else while_connected(reading, request.receive, seconds))
-        if asked.stream:
-            return EventStream(service.events(asked, client, deadline), seconds)
-        whole = service.whole(asked, client, deadline)
+        small = len(content) <= LARGE  # it is read at once
+        body = await (reading if small else while_connected(reading, request.receive, seconds))
+        if body.stream:
+            return EventStream(service.events(body, client, deadline), seconds)
+        whole = service.whole(body, client, deadline)
         return JsonResponse(await while_connected(whole, request.receive, seconds))
     except GoneError:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # nobody reads it; the metrics count it
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+def _model_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+    has_template = service.tokenizer is not None and load_chat_template(service.tokenizer) is not None
+    card = {
+        "id": service.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "headstart",
+        "max_model_len": service.context,
+        "heads": service.model.config.heads,
+        "chat": has_template,
+    }
+
+    @router.get("/v1/models")
+    async def models() -> Any:
+        """List the one model of this server."""
+        return JsonResponse({"object": "list", "data": [card]})
+
+    @router.get("/v1/models/{name:path}", responses=ERROR_RESPONSES)
+    async def model(name: str) -> Any:
+        """Describe a model."""
+        if name != service.name:
+            raise ApiError(404, f"there is no model {name[:80]!r}", param="model", code="model_not_found")
+        return JsonResponse(card)
+
+    return router
+
+
+def _status_routes(service: Service) -> APIRouter:
+    router, worker = APIRouter(), service.worker
+
+    @router.get("/health")
+    async def health() -> Any:
+        """Report whether the engine works: 200 or 503."""
+        status = "failed" if worker.dead else "ok"
+        return JsonResponse({"status": status, "engine_failures": worker.failures}, 503 if worker.dead else 200)
+
+    @router.get("/ready")
+    async def ready() -> Any:
+        """Report whether the server accepts requests: 200, or 503 from the first signal on."""
+        accepts = not service.draining and not worker.dead
+        return JsonResponse({"status": "ready" if accepts else "draining"}, 200 if accepts else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Any:
+        """Return the metrics in Prometheus' text format."""
+        return Response(worker.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Any:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
+
+    return router
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error.response()
-    told = error.detail
+    message = error.detail
     if error.status_code in (404, 405):
-        told = f"there is no {request.method} {request.url.path[:80]}; /openapi.json names what there is"
-    return ApiError(error.status_code, told, headers=error.headers).response()
+        message = f"there is no {request.method} {request.url.path[:80]}; /openapi.json names what there is"
+    return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    """Anything else; the log has the traceback. uvicorn then closes the connection, so nobody may use it again."""
-    return ApiError(500, INTERNAL, headers={"Connection": "close"}).response()
+async def _answer_failure(request: Request, error: Exception) -> Response:
+    """Answer any other error, whose traceback is in the log; uvicorn then closes the connection."""
+    return internal_error().response()

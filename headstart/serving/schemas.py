@@ -1,12 +1,11 @@
-"""What clients may ask for: OpenAI's completions and chat completions, with bounds, and what Headstart adds.
+"""Define the bodies of requests: OpenAI's completions and chat completions, with bounds and Headstart's own fields.
 
-Fields that cannot change the answer are ignored. Every other field is honoured or refused by name (`fields.py`).
+Fields that cannot change the answer are ignored. Every other field is supported or refused by name (`fields.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -14,12 +13,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from headstart.decoding.settings import RULES
 from headstart.serving.fields import (
-    HARMLESS,
+    IGNORED,
     NEUTRAL,
     NEUTRAL_IN_CHATS,
     NEUTRAL_IN_MESSAGES,
-    known_fields,
-    refused,
+    refusal,
+    select_fields,
 )
 
 MAX_CHOICES = 128
@@ -30,61 +29,65 @@ MAX_FIELDS = 64
 MAX_MESSAGES, MAX_TEXT_PARTS, MAX_CALLS = 8192, 4096, 128
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
-Texts = Annotated[list[str], Field(min_length=1, fail_fast=True)]
-Text = Annotated[str, Field(min_length=1)]
+Strings = Annotated[list[str], Field(min_length=1, fail_fast=True)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
-Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_OPTIONS, fail_fast=True)]
+Choices = Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_OPTIONS, fail_fast=True)]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "mark_answers_")
-"""Variables of a chat template that requests set by other fields, or not at all."""
+"""Variables of a chat template that requests set with other fields, or not at all."""
 
 
 class Strict(BaseModel):
-    """A number is a number, not the text of one."""
+    """Accept numbers as numbers only, not as strings."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class Closed(Strict):
-    """A part of a request in which no other field may stand."""
+    """Refuse every field that is not declared."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, part: Any) -> Any:
-        """Refuse many unknown fields by the first one: pydantic would report each."""
+    def _refuse_many(cls, part: Any) -> Any:
+        """Refuse a part with many fields by its first unknown one; pydantic would report each."""
         if isinstance(part, dict) and len(part) > MAX_FIELDS:
-            return known_fields(part, {field.alias or name for name, field in cls.model_fields.items()}, {})
+            return select_fields(part, {field.alias or name for name, field in cls.model_fields.items()}, {})
         return part
 
 
 class Speculative(Closed):
-    """How several tokens are decoded per pass. No setting changes the text, but a lossy `acceptance`."""
+    """Control speculative decoding. Only a lossy `acceptance` changes the output."""
 
     enabled: bool = Field(default=True, description="False: plain decoding, one token per pass.")
     heads: int | None = Field(
-        default=None, ge=1, description="How many heads decode, head 1 included; then always so many."
+        default=None, ge=1, description="Number of heads that decode in every pass, head 1 included."
     )
     policy: Literal["auto", "fixed"] = Field(
         default="auto",
-        description="Without `heads`: as many as are worth it by what was measured (auto), or all (fixed).",
+        description="Number of heads without `heads`: auto, as many as pay by measurement; fixed, all.",
     )
     acceptance: str | None = Field(
         default=None,
         pattern=f"^({'|'.join(RULES)})(:[0-9.]+)*$",
         max_length=64,
-        description="Which drafts are kept: match, rejection, block, or lossy-...",
+        description="Rule that accepts drafts: match, rejection, block, or lossy-...",
     )
-    origins: bool = Field(default=False, description="Tell of each token of the answer which head drafted it.")
+    origins: bool = Field(default=False, description="Name the head that drafted each token of the answer.")
 
 
 class StreamOptions(Closed):
-    include_usage: bool | None = Field(default=False, description="A last chunk tells what the answer cost.")
+    """Control the chunks of a stream."""
+
+    include_usage: bool | None = Field(default=False, description="Send a last chunk with the usage.")
     include_obfuscation: bool | None = Field(default=None, description="Ignored: chunks are not padded.")
     continuous_usage_stats: Literal[False] | None = None
 
 
 class JsonSchema(Closed):
+    """Hold a JSON schema and its name."""
+
     name: str = Field(default="", max_length=256)
     description: str | None = Field(default=None, description="Ignored.")
     strict: bool | None = Field(default=None, description="Ignored: the schema always holds.")
@@ -92,18 +95,20 @@ class JsonSchema(Closed):
 
 
 class ResponseFormat(Closed):
+    """Constrain the answer to JSON, as OpenAI's API does."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def _has_its_schema(self) -> ResponseFormat:
+    def _check_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
-            raise refused("json_schema", "give the schema, as {'name': ..., 'schema': {...}}")
+            raise refusal("json_schema", "give the schema, as {'name': ..., 'schema': {...}}")
         return self
 
 
-def _parsed_schema(schema: Any) -> Any:
-    """Take a schema as JSON text too."""
+def _parse_schema(schema: Any) -> Any:
+    """Parse a schema that is given as JSON text."""
     if not isinstance(schema, str):
         return schema
     try:
@@ -112,38 +117,38 @@ def _parsed_schema(schema: Any) -> Any:
         raise ValueError("must be a JSON schema, as an object or as text") from None
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_parsed_schema)]
+Schema = Annotated[dict[str, Any], BeforeValidator(_parse_schema)]
 
 
 class StructuredOutputs(Closed):
-    """The present name in vLLM of the fields `guided_...`."""
+    """Constrain the answer, under the present name in vLLM of the fields `guided_...`."""
 
     json_: Schema | None = Field(default=None, alias="json")
-    regex: Text | None = None
+    regex: NonEmpty | None = None
     choice: Choices | None = None
-    grammar: Text | None = None
+    grammar: NonEmpty | None = None
     json_object: bool | None = None
     disable_any_whitespace: Literal[False] | None = None
     disable_additional_properties: Literal[False] | None = None
     disable_fallback: bool | None = Field(default=None, description="Ignored: there is one implementation.")
 
 
-class Asked(Strict):
-    """What both kinds of requests have."""
+class RequestBody(Strict):
+    """Hold the fields of both kinds of requests."""
 
-    model: str | None = Field(default=None, max_length=512, description="Name of the model; may be left out.")
+    model: str | None = Field(default=None, max_length=512, description="Name of the model; optional.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="0: only with echo.")
-    n: int | None = Field(default=1, ge=1, le=MAX_CHOICES, description="How many texts; the i-th has seed + i.")
+    max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="Most tokens to generate; 0 with echo.")
+    n: int | None = Field(default=1, ge=1, le=MAX_CHOICES, description="Number of choices; the i-th has seed + i.")
     stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
-    include_stop_str_in_output: bool | None = Field(default=False, description="The stop string is part of the text.")
+    include_stop_str_in_output: bool | None = Field(default=False, description="Include the stop string in the text.")
     stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = Field(
-        default=None, description="Tokens that end the text and are part of it."
+        default=None, description="Tokens that end the output and are part of it."
     )
-    ignore_eos: bool | None = Field(default=False, description="The end token is a token like others.")
+    ignore_eos: bool | None = Field(default=False, description="Treat the end token like others.")
     seed: int | None = Field(
-        default=None, ge=-(2**63), lt=2**63, description="Of the sampling noise; drawn where not given."
+        default=None, ge=-(2**63), lt=2**63, description="Seed of the sampling noise; random by default."
     )
     temperature: float | None = Field(default=1.0, ge=0, le=2)
     top_p: float | None = Field(default=1.0, gt=0, le=1)
@@ -155,10 +160,10 @@ class Asked(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Schema | None = Field(default=None, description="The answer is JSON of this schema.")
-    guided_regex: Text | None = Field(default=None, description="The whole answer matches this regular expression.")
-    guided_choice: Choices | None = Field(default=None, description="The answer is one of these.")
-    guided_grammar: Text | None = Field(default=None, description="A grammar in llguidance's dialect of Lark.")
+    guided_json: Schema | None = Field(default=None, description="JSON schema of the answer.")
+    guided_regex: NonEmpty | None = Field(default=None, description="Regular expression that the whole answer matches.")
+    guided_choice: Choices | None = Field(default=None, description="Strings of which the answer is one.")
+    guided_grammar: NonEmpty | None = Field(default=None, description="Grammar in llguidance's dialect of Lark.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         default=None, description="Only requests with the same salt reuse each other's prompts."
     )
@@ -166,23 +171,23 @@ class Asked(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, body: Any) -> Any:
-        return known_fields(body, cls.model_fields, NEUTRAL, HARMLESS)
+    def _select(cls, body: Any) -> Any:
+        return select_fields(body, cls.model_fields, NEUTRAL, IGNORED)
 
     @field_validator("logit_bias", mode="before")
     @classmethod
-    def _names_tokens(cls, bias: Any) -> Any:
-        """Before each value is looked at: a hundred thousand wrong ones would be told one by one."""
+    def _check_tokens(cls, bias: Any) -> Any:
+        """Check the keys before pydantic checks each value and reports each error."""
         if isinstance(bias, dict):
             if len(bias) > MAX_BIASES:
-                raise ValueError(f"has {len(bias)} tokens; name at most {MAX_BIASES}")
+                raise ValueError(f"has {len(bias)} tokens; give at most {MAX_BIASES}")
             for key in bias:
                 if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10):
                     raise ValueError(f"{str(key)[:20]!r} is not a token id")
         return bias
 
     @model_validator(mode="after")
-    def _one_constraint(self) -> Asked:
+    def _one_constraint(self) -> RequestBody:
         structured, formatted = self.structured_outputs or StructuredOutputs(), self.response_format
         whole = {
             "response_format": None if formatted is None or formatted.type == "text" else formatted,
@@ -195,10 +200,10 @@ class Asked(Strict):
         given = [name for name, value in whole.items() if value is not None]
         given += ["structured_outputs" for part in (*parts, structured.grammar) if part is not None]
         if len(given) > 1:
-            raise refused(given[1], f"an answer has one constraint, and {given[0]} is another; leave one out")
+            raise refusal(given[1], f"an answer has one constraint, and {given[0]} is another; leave one out")
         if given and self.ignore_eos:
-            raise refused("ignore_eos", f"{given[0]} ends the answer where it is satisfied; leave one out")
-        # From here on there is one name for each.
+            raise refusal("ignore_eos", f"{given[0]} ends the answer when it is satisfied; leave one out")
+        # One name for each constraint from here.
         if structured.json_object:
             structured.json_ = {"type": "object"}
         self.guided_json = self.guided_json if structured.json_ is None else structured.json_
@@ -207,29 +212,42 @@ class Asked(Strict):
         self.guided_grammar = structured.grammar or self.guided_grammar
         return self
 
+    @property
+    def speculation(self) -> Speculative:
+        """Return the field `speculative`, or its defaults."""
+        return self.speculative or Speculative()
 
-class CompletionRequest(Asked):
-    """/v1/completions."""
+    @property
+    def requested_tokens(self) -> int | None:
+        """Return the requested number of tokens; None: the server's default."""
+        return self.max_tokens
 
-    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
-    echo: bool | None = Field(default=False, description="The prompt is part of the text, and of logprobs.")
+
+class CompletionRequest(RequestBody):
+    """Continue a prompt (`/v1/completions`)."""
+
+    prompt: str | TokenIds | Strings | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+    echo: bool | None = Field(default=False, description="Include the prompt in the text and in logprobs.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     suffix: str | None = None
-    add_special_tokens: bool | None = Field(default=True, description="The start token before a prompt of text.")
+    add_special_tokens: bool | None = Field(default=True, description="Put the start token before a prompt of text.")
 
     @model_validator(mode="after")
-    def _is_had(self) -> CompletionRequest:
+    def _check(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise refused("best_of", "the best of several texts is not chosen; leave it out, or give it as n")
+            raise refusal(
+                "best_of", "must equal n: choosing the best of several outputs is not supported; leave it out"
+            )
         if self.suffix:
-            raise refused("suffix", "the models write what follows only; leave it out")
+            raise refusal("suffix", "text before a suffix is not supported; leave it out")
         if self.max_tokens == 0 and not self.echo:
-            raise refused("max_tokens", "0 gives no text; give at least 1, or set echo")
+            raise refusal("max_tokens", "0 gives no text; give at least 1, or set echo")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, each as text or token ids."""
         prompt = self.prompt
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             return [prompt]
@@ -237,30 +255,35 @@ class CompletionRequest(Asked):
 
     @property
     def alternatives(self) -> int | None:
+        """Return the number of most probable tokens to report for each token; None: no log-probabilities."""
         return self.logprobs
 
 
 class TextPart(Closed):
+    """Hold one part of a message."""
+
     type: Literal["text"]
     text: str
     prompt_cache_breakpoint: Any = Field(default=None, description="Ignored.")
 
 
 class Function(Closed):
+    """Name a function and its arguments."""
+
     name: str
     arguments: str | dict[str, Any] = "{}"
 
 
 class ToolCall(Closed):
-    """A call of a function in an earlier message."""
+    """Record a call of a function in an earlier message."""
 
     id: str | None = None
     type: Literal["function"] = "function"
     index: int | None = Field(default=None, description="Ignored.")
     function: Function
 
-    def plain(self) -> dict[str, Any]:
-        """Return the call as chat templates take it: arguments are an object, not its JSON, where they can be."""
+    def for_template(self) -> dict[str, Any]:
+        """Return the call as chat templates take it, with arguments as an object if they are JSON of one."""
         arguments = self.function.arguments
         if isinstance(arguments, str):
             with suppress(ValueError, RecursionError):
@@ -271,6 +294,8 @@ class ToolCall(Closed):
 
 
 class Message(Strict):
+    """Hold one message of a chat."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=256)
@@ -279,72 +304,78 @@ class Message(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, message: Any) -> Any:
-        return known_fields(message, cls.model_fields, NEUTRAL_IN_MESSAGES)
+    def _select(cls, message: Any) -> Any:
+        return select_fields(message, cls.model_fields, NEUTRAL_IN_MESSAGES)
 
     @model_validator(mode="after")
-    def _fits_its_role(self) -> Message:
+    def _check_role(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise refused("content", f"only an assistant's may be null; give the text of this {self.role} message")
+            raise refusal("content", f"only an assistant's may be null; give the text of this {self.role} message")
         if self.tool_calls and self.role != "assistant":
-            raise refused("tool_calls", f"only an assistant calls functions, not a {self.role}; leave it out")
+            raise refusal("tool_calls", f"only an assistant calls functions, not a {self.role}; leave it out")
         return self
 
     @property
     def text(self) -> str:
+        """Return the content as one string."""
         content = self.content or ""
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
-    def plain(self, calls: bool = True) -> dict[str, Any]:
-        """Return the message as chat templates take it, with `calls` of functions or without."""
+    def for_template(self, calls: bool) -> dict[str, Any]:
+        """Return the message as chat templates take it, with or without `calls` of functions."""
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": self.text}
         for name in ("name", "tool_call_id"):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
         if self.tool_calls and calls:
-            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 
-class ChatRequest(Asked):
-    """/v1/chat/completions."""
+class ChatRequest(RequestBody):
+    """Answer a conversation (`/v1/chat/completions`)."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    add_generation_prompt: bool | None = Field(default=None, description="False: without the start of an answer.")
-    continue_final_message: bool | None = Field(default=None, description="The answer continues the last message.")
+    add_generation_prompt: bool | None = Field(default=None, description="False: no start of an answer.")
+    continue_final_message: bool | None = Field(default=None, description="Continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, body: Any) -> Any:
-        return known_fields(body, cls.model_fields, {**NEUTRAL, **NEUTRAL_IN_CHATS}, HARMLESS)
+    def _select(cls, body: Any) -> Any:
+        return select_fields(body, cls.model_fields, {**NEUTRAL, **NEUTRAL_IN_CHATS}, IGNORED)
 
     @model_validator(mode="after")
-    def _is_had(self) -> ChatRequest:
+    def _check(self) -> ChatRequest:
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0:
-                raise refused(name, "0 gives no text; give at least 1")
+                raise refusal(name, "0 gives no text; give at least 1")
         if self.top_logprobs is not None and not self.logprobs:
-            raise refused("top_logprobs", "it needs logprobs, set to true")
+            raise refusal("top_logprobs", "it needs logprobs, set to true")
         taken = next((name for name in self.chat_template_kwargs or () if name in RESERVED), None)
         if taken is not None:
-            raise refused(f"chat_template_kwargs.{taken}", "the template gets this from other fields; leave it out")
+            raise refusal(f"chat_template_kwargs.{taken}", "other fields set this variable; leave it out")
         if self.continue_final_message and self.add_generation_prompt:
-            raise refused("continue_final_message", "it needs add_generation_prompt false, or left out")
+            raise refusal("continue_final_message", "it needs add_generation_prompt false, or left out")
         last = self.messages[-1]
         if self.continue_final_message and not (last.role == "assistant" and last.text.strip()):
-            raise refused("continue_final_message", "the last message must be an assistant's, and not empty")
+            raise refusal("continue_final_message", "the last message must be an assistant's, and not empty")
         return self
 
     @property
+    def requested_tokens(self) -> int | None:
+        """Return the requested number of tokens, under its present name first."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
     def alternatives(self) -> int | None:
+        """Return the number of most probable tokens to report for each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def finite(logprob: float) -> float:
-    """JSON knows no infinity; others write this number too."""
-    return logprob if math.isfinite(logprob) else -9999.0
+GenerationBody = CompletionRequest | ChatRequest
+"""The body of a request that generates text."""

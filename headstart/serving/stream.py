@@ -1,4 +1,4 @@
-"""An answer as server-sent events: a chunk for what each pass commits, so several tokens may come in one."""
+"""Send an answer as server-sent events; the tokens of several passes may come in one event."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from starlette.types import Receive, Scope, Send
 from headstart.serving.errors import ApiError
 from headstart.serving.waiting import GoneError, while_connected
 
-
-def event(content: Any) -> bytes:
-    """One event of a stream."""
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
-
-
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect them
+    (b"x-accel-buffering", b"no"),  # otherwise nginx collects the events
 ]
 
 
+def event(content: Any) -> bytes:
+    """Return one event of a stream."""
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
 class EventStream(Response):
-    """Sends events as they come, and ends them where the client has gone.
+    """Send events as they come, and stop when the client has gone.
 
     Args:
-        events: the answer. An ApiError before the first event is the answer, with its status; a later one is told in
-            an event of its own, and ends the stream.
-        seconds: after which a client that does not read is given up.
+        events: the answer. An ApiError before the first event becomes the response, with its status; a later one
+            becomes the last event.
+        seconds: time after which a client that does not read is given up.
     """
 
     media_type = "text/event-stream"
@@ -43,6 +42,7 @@ class EventStream(Response):
         self._events, self._seconds = events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response; called by the framework."""
         with suppress(GoneError):
             await while_connected(self._send(scope, receive, send), receive, self._seconds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -16,20 +17,31 @@ class GoneError(Exception):
     """The client has closed the connection, or does not read."""
 
 
-async def until(deadline: float, work: Awaitable[Result]) -> Result:
-    """Return what `work` returns. Raise asyncio.TimeoutError at `deadline`, a time of the event loop, and cancel the
-    work.
+@dataclass(frozen=True)
+class Deadline:
+    """A time of the event loop, and the error to raise at that time."""
 
-    asyncio.wait_for ignores a cancellation that comes together with the result, up to Python 3.11.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait((task,), timeout=deadline - asyncio.get_running_loop().time())
-        if not task.done():
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()
+    time: float
+    error: Exception
+
+    @classmethod
+    def after(cls, seconds: float, error: Exception) -> Deadline:
+        """Return the deadline that is so many seconds from now."""
+        return cls(asyncio.get_running_loop().time() + seconds, error)
+
+    async def limit(self, work: Awaitable[Result]) -> Result:
+        """Return what `work` returns. At the deadline, cancel it and raise the error.
+
+        Unlike this, asyncio.wait_for ignores a cancellation that comes together with the result, up to Python 3.11.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task,), timeout=self.time - asyncio.get_running_loop().time())
+            if not task.done():
+                raise self.error
+            return task.result()
+        finally:
+            task.cancel()
 
 
 async def while_connected(work: Awaitable[Result], receive: Receive, seconds: float) -> Result:

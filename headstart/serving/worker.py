@@ -15,7 +15,7 @@ from headstart.decoding.generation import Generation, OriginStream
 from headstart.errors import UsageError
 from headstart.serving.errors import INTERNAL, ApiError, stopping, too_many
 from headstart.serving.fair_queue import FairQueue
-from headstart.serving.jobs import Job, Piece, hand_out
+from headstart.serving.jobs import Job, Piece, deliver
 from headstart.serving.metrics import Metrics
 from headstart.serving.warm_up import warm_up
 
@@ -247,4 +247,4 @@ def _send(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiEr
     """Hand pieces and errors to the event loops of their jobs; from any thread."""
     for loop in {job.inbox.loop for job, _ in (*pieces, *errors)}:
         with suppress(RuntimeError):  # the loop has ended, and nobody listens
-            loop.call_soon_threadsafe(hand_out, pieces, errors)
+            loop.call_soon_threadsafe(deliver, pieces, errors)

@@ -12,11 +12,10 @@ from pydantic import ValidationError
 from serving.conftest import HTTP, raw, running, until
 
 from headstart.serving import bodies, service
-from headstart.serving.bodies import LARGE, MAX_PARTS, MAX_VALUES, STEP, read_body
+from headstart.serving.bodies import LARGE, MAX_PARTS, MAX_VALUES, STEP, read_body, validation_error
 from headstart.serving.errors import ApiError
 from headstart.serving.schemas import MAX_CALLS, MAX_MESSAGES, MAX_TEXT_PARTS, ChatRequest, CompletionRequest
 from headstart.serving.settings import ServeSettings
-from headstart.serving.validation import validation_error
 
 USER = {"role": "user", "content": "x"}
 CALL = {"function": {"name": "f"}}

@@ -204,8 +204,8 @@ def test_too_many_texts_are_refused_before_anything_is_made(locked: Server, monk
     def nothing(*_: Any, **__: Any) -> Any:
         raise AssertionError("made")
 
-    for name in ("_encoded", "_answer"):
-        monkeypatch.setattr(locked.service, name, nothing)
+    for name in ("prompt_ids", "Job"):
+        monkeypatch.setattr(service_module, name, nothing)
     for body, param in (
         ({"prompt": [[1]] * 10_000, "n": 128}, "n"),
         ({"prompt": ["x"] * 7}, "prompt"),

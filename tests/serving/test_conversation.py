@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from headstart.data.chat_template import ChatTemplate
 from headstart.errors import UsageError
-from headstart.serving.conversation import rendered
+from headstart.serving.bodies import validation_error
 from headstart.serving.errors import ApiError
 from headstart.serving.schemas import ChatRequest
-from headstart.serving.validation import validation_error
+from headstart.serving.translation import render_chat
 
 PLAIN = ChatTemplate(
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ m.tool_call_id or '' }}{{ m.name or '' }};{% endfor %}"
@@ -39,30 +39,30 @@ def refusal(*messages: dict[str, Any], **fields: Any) -> ApiError:
 
 def test_an_assistant_may_say_nothing() -> None:
     asked = request(USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER)
-    assert rendered(asked, PLAIN) == "[user]hi;[assistant];[assistant];[user]hi;[assistant]"
+    assert render_chat(asked, PLAIN) == "[user]hi;[assistant];[assistant];[user]hi;[assistant]"
 
 
 def test_an_answer_of_the_official_client_is_taken_back() -> None:
     answer = {"role": "assistant", "content": "a", "refusal": None, "annotations": None, "audio": None}
     answer |= {"function_call": None, "tool_calls": None}
-    assert rendered(request(USER, answer, USER), PLAIN).startswith("[user]hi;[assistant]a;[user]hi;")
+    assert render_chat(request(USER, answer, USER), PLAIN).startswith("[user]hi;[assistant]a;[user]hi;")
 
 
 def test_calls_reach_a_template_that_shows_them() -> None:
     called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "tool_call_id": "1", "content": "y"}
-    assert rendered(request(USER, called, result), CALLING) == "hi<f 3>y"
+    assert render_chat(request(USER, called, result), CALLING) == "hi<f 3>y"
     as_object = {**CALL, "function": {"name": "f", "arguments": {"x": 3}}}
-    assert rendered(request(USER, {**called, "tool_calls": [as_object]}), CALLING) == "hi<f 3>"
+    assert render_chat(request(USER, {**called, "tool_calls": [as_object]}), CALLING) == "hi<f 3>"
     with pytest.raises(ApiError, match=r"messages\[1\].tool_calls: this model's chat template does not show") as found:
-        rendered(request(USER, called, result), PLAIN)
+        render_chat(request(USER, called, result), PLAIN)
     assert found.value.param == "messages[1].tool_calls"
-    assert rendered(request(USER, {**called, "tool_calls": []}, result), PLAIN).endswith("[tool]y1;[assistant]")
+    assert render_chat(request(USER, {**called, "tool_calls": []}, result), PLAIN).endswith("[tool]y1;[assistant]")
 
 
 def test_calls_that_a_template_needs_are_shown() -> None:
     needs = ChatTemplate("{% for m in messages %}{{ m.tool_calls[0].id }}{% endfor %}")
-    assert rendered(request({"role": "assistant", "tool_calls": [CALL]}), needs) == "1"
+    assert render_chat(request({"role": "assistant", "tool_calls": [CALL]}), needs) == "1"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_calls_that_a_template_needs_are_shown() -> None:
     ids=str,
 )
 def test_how_the_text_ends(fields: dict[str, Any], text: str) -> None:
-    assert rendered(request(USER, **fields), PLAIN) == text
+    assert render_chat(request(USER, **fields), PLAIN) == text
 
 
 @pytest.mark.parametrize(
@@ -84,17 +84,17 @@ def test_how_the_text_ends(fields: dict[str, Any], text: str) -> None:
 )
 def test_the_last_message_is_continued(said: str, text: str) -> None:
     last = {"role": "assistant", "content": said}
-    assert rendered(request(USER, last, continue_final_message=True, add_generation_prompt=False), PLAIN) == text
+    assert render_chat(request(USER, last, continue_final_message=True, add_generation_prompt=False), PLAIN) == text
     trimming = ChatTemplate("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}")
-    assert rendered(request(USER, last, continue_final_message=True), trimming) == "[hi][Well"
+    assert render_chat(request(USER, last, continue_final_message=True), trimming) == "[hi][Well"
     shouting = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
     with pytest.raises(ApiError, match="continue_final_message: the chat template changes"):
-        rendered(request(USER, last, continue_final_message=True), shouting)
+        render_chat(request(USER, last, continue_final_message=True), shouting)
 
 
 def test_a_template_that_refuses_says_so() -> None:
     with pytest.raises(UsageError, match="no systems"):
-        rendered(request(USER), ChatTemplate("{{ raise_exception('no systems') }}"))
+        render_chat(request(USER), ChatTemplate("{{ raise_exception('no systems') }}"))
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}

@@ -18,11 +18,11 @@ from serving.conftest import HTTP, raw, running
 from bench.malformed import bodies
 from headstart.formats.bundled import boxed_model
 from headstart.formats.huggingface import load_config
-from headstart.serving.fields import HARMLESS, NEUTRAL, NEUTRAL_IN_MESSAGES
+from headstart.serving.bodies import validation_error
+from headstart.serving.fields import IGNORED, NEUTRAL, NEUTRAL_IN_MESSAGES
 from headstart.serving.schemas import ChatRequest, CompletionRequest, Message
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
-from headstart.serving.validation import validation_error
 
 CONTEXT = load_config(boxed_model()).context
 GOOD = {"prompt": "def f(", "max_tokens": 2, "temperature": 0}
@@ -175,7 +175,7 @@ def test_fields_that_would_change_the_answer_are_refused_by_name() -> None:
 def test_every_field_of_the_official_client_is_decided() -> None:
     for kind, params in ((CompletionRequest, completion_create_params), (ChatRequest, chat_create_params)):
         of_client = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
-        assert of_client <= {*kind.model_fields, *NEUTRAL, *HARMLESS}
+        assert of_client <= {*kind.model_fields, *NEUTRAL, *IGNORED}
     for role in ("System", "Developer", "User", "Assistant", "Tool"):
         of_client = set(getattr(openai.types.chat, f"ChatCompletion{role}MessageParam").__annotations__)
         assert of_client <= {*Message.model_fields, *NEUTRAL_IN_MESSAGES}
@@ -183,7 +183,7 @@ def test_every_field_of_the_official_client_is_decided() -> None:
 
 def test_harmless_fields_are_ignored(server: Server) -> None:
     wanted = raw(server, json.dumps(GOOD).encode())[1]["choices"]
-    assert raw(server, json.dumps({**GOOD, **{name: "x" for name in HARMLESS}}).encode())[1]["choices"] == wanted
+    assert raw(server, json.dumps({**GOOD, **{name: "x" for name in IGNORED}}).encode())[1]["choices"] == wanted
 
 
 def test_the_body_is_bounded() -> None:

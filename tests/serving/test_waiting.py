@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from headstart.serving.waiting import GoneError, until, while_connected
+from headstart.serving.waiting import Deadline, GoneError, while_connected
+
+
+class LateError(Exception):
+    """The error of a deadline."""
 
 
 class Endless:
@@ -38,10 +42,9 @@ def test_work_is_cancelled_at_its_deadline() -> None:
     endless = Endless()
 
     async def test() -> None:
-        now = asyncio.get_running_loop().time()
-        assert await until(now + 5, asyncio.sleep(0, "done")) == "done"
-        with pytest.raises(asyncio.TimeoutError):
-            await until(now + 0.01, endless())
+        assert await Deadline.after(5, LateError()).limit(asyncio.sleep(0, "done")) == "done"
+        with pytest.raises(LateError):
+            await Deadline.after(0.01, LateError()).limit(endless())
         await asyncio.sleep(0)
         assert endless.ended == 1
 
@@ -59,7 +62,7 @@ def test_a_client_that_goes_at_the_moment_of_a_result_ends_the_work_that_follows
 
     async def test() -> None:
         async def answer() -> None:
-            await until(asyncio.get_running_loop().time() + 20, turn(4))
+            await Deadline.after(20, LateError()).limit(turn(4))
             await endless()
 
         async def receive() -> dict[str, str]:
