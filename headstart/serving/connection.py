@@ -1,4 +1,4 @@
-"""Connections: limits on headers, on idle time and on how many there are, before any key is asked for."""
+"""Limit headers, idle time, pipelined requests and the number of connections, before any key is required."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from headstart.serving.guard import OPEN
 from headstart.serving.settings import ServeSettings
 
 SLICE = 4096
-"""Bytes that are parsed at once, so that a limit is noticed at most this many bytes late."""
+"""Number of bytes that are parsed at once: a limit is noticed at most this many bytes late."""
 MAX_PIPELINED = 100
-"""Requests that a client may send on one connection before the first is answered."""
+"""Most requests on one connection that wait for the answer to the first."""
 MAX_PIPELINED_BYTES = 1024 * 1024
-"""Most bytes of these requests: they are read, so that it is noticed when the client goes."""
+"""Most bytes of these requests; they are read, or the server would not notice that the client goes."""
 MAX_CONNECTIONS = 1000
-"""Default limit where the process may open many files."""
+"""Default limit for a process that may open many files."""
 OTHER_FILES = 64
-"""File descriptors that are left to everything but connections."""
+"""Number of file descriptors for everything but connections."""
 RESERVE = 16
-"""Connections above the limit that may still ask for `OPEN` paths while all others are being answered."""
+"""Number of connections above the limit whose requests for `OPEN` paths are answered."""
 PROBE_SECONDS = (0.02, 0.5)
-"""First and longest interval of the interim answers to a client that has closed its sending side; each is twice the one
-before. Where the client is gone, the first one that it refuses makes the next one fail."""
+"""First and longest interval between probes of a client that has closed its sending side; each is twice the one
+before. A probe is an interim response: if the client is gone, its machine refuses one, and the next one fails."""
 
 
 def connection_limits(max_connections: int | None) -> tuple[int, int]:
-    """Return the most connections and the backlog of the listening socket.
+    """Return the limit of connections and the backlog of the listening socket.
 
-    Both together stay below the process's limit of file descriptors: one accepts a burst before it closes anything.
+    Together they stay below the process's limit of file descriptors, for a whole burst is accepted before any
+    connection is closed.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
@@ -45,37 +46,38 @@ def connection_limits(max_connections: int | None) -> tuple[int, int]:
 
 
 class Connections:
-    """The state that all connections of a server share.
+    """Hold the state that all connections of a server share.
 
     Args:
-        settings: the limits.
-        most: the most connections; above it the one that has waited longest for its client is closed.
+        settings: limits of headers and times.
+        most: most connections; above it, the one that has waited longest for its client is closed.
     """
 
     def __init__(self, settings: ServeSettings, most: int) -> None:
         self.header_bytes, self.header_seconds = settings.max_header_bytes, settings.header_timeout
         self.most = most
         self.waiting: dict[Connection, None] = {}
-        """Connections without a request to answer, the longest such first."""
+        """Connections without a request to answer, the one that has waited longest first."""
         self.answering: set[Connection] = set()
+        """Connections with a request to answer."""
 
     def make(self, **arguments: Any) -> Connection:
-        """Return a new connection; uvicorn calls this for each."""
+        """Return a new connection, for uvicorn."""
         return Connection(self, **arguments)
 
 
 class Connection(HttpToolsProtocol):
-    """HTTP/1.1 of uvicorn, with the limits of `shared`."""
+    """Speak HTTP/1.1 as uvicorn does, within the limits of `shared`."""
 
     def __init__(self, shared: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._shared, self._app = shared, self.app
         self._in_head = self._ended = False
-        self._bytes = 0  # of the head, or of the trailers
+        self._bytes = 0  # size of the head, or of the trailers, so far
         self._answered: RequestResponseCycle | None = None
-        """The request that is being answered; `cycle` is the one that is being read, which may wait for it."""
+        """The request that is answered; uvicorn's `cycle` is the last one read, which may wait in `pipeline`."""
         self._waiting_bytes: deque[int] = deque()
-        """Bytes of each request of `pipeline`."""
+        """Sizes of the requests in `pipeline`."""
         self._refusal: ApiError | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -84,6 +86,7 @@ class Connection(HttpToolsProtocol):
         return bool(self.pipeline) or (self.cycle is not None and not self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection, and close the one that has waited longest if there are too many."""
         super().connection_made(transport)
         waiting = self._shared.waiting
         waiting[self] = None
@@ -96,6 +99,7 @@ class Connection(HttpToolsProtocol):
                 waiting.pop(longest)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Drop the waiting requests, and notify the one that is answered."""
         self._shared.waiting.pop(self, None)
         self._shared.answering.discard(self)
         self._cancel_alarm()
@@ -106,6 +110,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Parse the data in slices, and check the limits after each."""
         for at in range(0, len(data), SLICE):
             if self.transport.is_closing():
                 return
@@ -113,7 +118,7 @@ class Connection(HttpToolsProtocol):
             super().data_received(part)
             if self._in_head:
                 self._bytes += len(part)
-                if self._bytes > self._shared.header_bytes + SLICE:  # the first slice may begin with a body's end
+                if self._bytes > self._shared.header_bytes + SLICE:  # the first slice may start with the end of a body
                     self._refuse(self._too_large())
                     return
             if sum(self._waiting_bytes) > MAX_PIPELINED_BYTES:
@@ -127,10 +132,12 @@ class Connection(HttpToolsProtocol):
             self._set_alarm()
 
     def on_message_begin(self) -> None:
+        """Start to count the head."""
         super().on_message_begin()
         self._in_head, self._bytes = True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; count a trailer."""
         if not self._in_head:  # a trailer
             self._bytes += len(name) + len(value)
             if self._bytes > self._shared.header_bytes:
@@ -140,13 +147,14 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        """Start to answer the request, or let it wait for those before it."""
         head, self._in_head, self._bytes = self._bytes, False, 0
         if len(self.pipeline) >= MAX_PIPELINED:
             self._refusal = ApiError(400, f"more than {MAX_PIPELINED} requests are pipelined; wait for the answers")
             raise self._refusal
         path = self.url.partition(b"?")[0].decode("latin-1")
         full = len(self._shared.answering) >= self._shared.most and path not in OPEN
-        self.app = _all_taken if full else self._app
+        self.app = _refuse_busy if full else self._app
         waits = self._answering
         super().on_headers_complete()
         if waits:
@@ -156,21 +164,24 @@ class Connection(HttpToolsProtocol):
             self._answered = self.cycle
 
     def on_body(self, body: bytes) -> None:
+        """Count the body of a request that waits."""
         super().on_body(body)
-        if self.pipeline:  # the body is of the last one
+        if self.pipeline:  # the body belongs to the last request
             self._waiting_bytes[-1] += len(body)
             self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
+        """Start to count the next head."""
         super().on_message_complete()
         self._bytes = 0
 
     def on_response_complete(self) -> None:
+        """Answer the next request, close the connection, or wait for its client."""
         if self.pipeline:
             self._answered = self.pipeline[-1][0]
             self._waiting_bytes.popleft()
         super().on_response_complete()
-        if self.transport.is_closing():  # it stays until the client has read everything
+        if self.transport.is_closing():  # the connection stays until the client has read everything
             self._close()
         elif not self._answering:
             self._shared.answering.discard(self)
@@ -180,10 +191,11 @@ class Connection(HttpToolsProtocol):
                 self._set_alarm()
 
     def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection."""
         self._close()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection until a complete request is answered: the client may only have stopped sending."""
+        """Keep the connection until its request is answered: the client may only have closed its sending side."""
         cycle = self.cycle
         if cycle is None or cycle.more_body or cycle.response_started or cycle.scope["http_version"] == "1.0":
             return False
@@ -194,10 +206,11 @@ class Connection(HttpToolsProtocol):
         return True
 
     def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP, in the form of other errors."""
         self._refuse(self._refusal or ApiError(400, "the request is not HTTP/1.1; send it with an HTTP client"))
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Stay silent: a log line for each would be written by whoever likes."""
+        """Write no log line, for any client could fill the log."""
 
     def _probe(self, waited: float) -> None:
         if not self.transport.is_closing() and not self.cycle.response_started:
@@ -206,7 +219,7 @@ class Connection(HttpToolsProtocol):
             wait = min(2 * waited, PROBE_SECONDS[1])
             self.loop.call_later(wait, self._probe, wait)
 
-    def _late(self) -> None:
+    def _time_out(self) -> None:
         self._alarm = None
         if self._bytes and not self.transport.is_closing():
             seconds = self._shared.header_seconds
@@ -221,7 +234,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         cycle = self.cycle
         if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):
-            # Else an answer is on its way, and nothing else can be said. One that has not begun is not wanted any more.
+            # Otherwise an answer has begun, and no other can be sent. One that has not begun is dropped.
             body = error.response().body
             head = f"HTTP/1.1 {error.status_code} Refused\r\ncontent-type: application/json\r\nconnection: close\r\n"
             self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + bytes(body))
@@ -239,7 +252,7 @@ class Connection(HttpToolsProtocol):
 
     def _set_alarm(self) -> None:
         if self._alarm is None:
-            self._alarm = self.loop.call_later(self._shared.header_seconds, self._late)
+            self._alarm = self.loop.call_later(self._shared.header_seconds, self._time_out)
 
     def _cancel_alarm(self) -> None:
         if self._alarm is not None:
@@ -247,7 +260,7 @@ class Connection(HttpToolsProtocol):
             self._alarm = None
 
 
-async def _all_taken(scope: Scope, receive: Receive, send: Send) -> None:
-    busy = "all connections of this server are taken; try again in 5 s"
+async def _refuse_busy(scope: Scope, receive: Receive, send: Send) -> None:
+    busy = "all connections of this server are in use; try again in 5 s"
     error = ApiError(503, busy, headers={"Retry-After": "5", "Connection": "close"})
     await error.response()(scope, receive, send)

@@ -12,7 +12,7 @@ IGNORED = frozenset(
         # The user, what is stored, and where the answer is computed.
         "user", "safety_identifier", "metadata", "store", "service_tier", "request_id", "priority",
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "guided_decoding_backend",
-        # Hints for speed, and fields without effect where there are no tools and no special tokens in the text.
+        # Hints for speed, and fields without effect, as there are no tools and no special tokens in the text.
         "prediction", "parallel_tool_calls", "spaces_between_special_tokens", "include_reasoning",
     )
 )  # fmt: skip

@@ -25,7 +25,7 @@ class Piece:
     tokens_per_pass: float
     """Average over the output so far."""
     finished: bool
-    """Whether the output ends with this piece."""
+    """True for the last piece."""
 
     def merge(self, following: Piece) -> Piece:
         """Return this piece and the `following` one as one, for readers that are slower than the engine."""

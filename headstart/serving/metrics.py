@@ -1,6 +1,6 @@
-"""What /metrics tells: Prometheus' text format, from a registry of the server's own.
+"""Collect the metrics of a server, in Prometheus' text format.
 
-The four counters of speculation have vLLM's names, so that what was made to watch it watches this.
+The four counters of speculation have vLLM's names, so dashboards for vLLM show them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from headstart.serving.jobs import Job
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
+TOKENS_PER_PASS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 
 
 class Metrics:
-    """Of one server. The engine's thread writes them."""
+    """Hold the metrics of one server. The engine's thread writes all but the counter of requests."""
 
     def __init__(self, model: str) -> None:
         disable_created_metrics()  # a second number for each counter, which nobody reads
@@ -26,60 +25,55 @@ class Metrics:
         def counter(name: str, text: str, *more: str) -> Counter:
             return Counter(name, text, ["model_name", *more], registry=self.registry)
 
-        self._drafts = counter("vllm:spec_decode_num_drafts", "Passes of a text that fed drafts of heads.").labels(
-            model
-        )
-        self._draft_tokens = counter("vllm:spec_decode_num_draft_tokens", "Drafts of heads fed.").labels(model)
-        self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Drafts of heads accepted.").labels(model)
+        def total(name: str, text: str) -> Counter:
+            return counter(name, text).labels(model)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ["model_name"], registry=self.registry).labels(model)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+            return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
+
+        self._drafts = total("vllm:spec_decode_num_drafts", "Passes of an output that fed drafts of heads.")
+        self._draft_tokens = total("vllm:spec_decode_num_draft_tokens", "Drafts of heads fed.")
+        self._accepted = total("vllm:spec_decode_num_accepted_tokens", "Drafts of heads accepted.")
         self._accepted_at = counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Drafts accepted by position: position p is the draft of head p + 2.",
             "position",
         )
         self._other_drafts = counter("headstart_other_drafts", "Drafts of no head fed: lookup, forced.", "source")
-        self._requests = counter("headstart_requests", "Answers by their status.", "endpoint", "status")
-        self._texts = counter("headstart_texts", "Texts by how they ended.", "outcome")
-        self._prompt_tokens = counter("headstart_prompt_tokens", "Tokens of prompts of texts that ended.").labels(model)
-        self._reused = counter("headstart_prompt_tokens_reused", "Of these, those that a slot held already.").labels(
-            model
-        )
-        self._tokens = counter("headstart_tokens", "Tokens generated.").labels(model)
-        self._passes = counter("headstart_passes", "Passes of each text, summed.").labels(model)
-        self._failures = counter("headstart_engine_failures", "Engines that failed and were made anew.").labels(model)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, ["model_name"], registry=self.registry).labels(model)
-
-        self._waiting = gauge("headstart_queue_length", "Texts that wait for a slot.")
-        self._live = gauge("headstart_live_slots", "Slots with a text.")
-        self._loaded = 0, 0
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
-            return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
-
-        self._first = histogram("headstart_time_to_first_token_seconds", "From a text's arrival to its first tokens.")
+        self._requests = counter("headstart_requests", "Answers by status.", "endpoint", "status")
+        self._outputs = counter("headstart_texts", "Outputs by the way they ended.", "outcome")
+        self._prompt_tokens = total("headstart_prompt_tokens", "Prompt tokens of outputs that ended.")
+        self._reused = total("headstart_prompt_tokens_reused", "Prompt tokens that a slot held already.")
+        self._tokens = total("headstart_tokens", "Tokens generated.")
+        self._passes = total("headstart_passes", "Passes, summed over outputs.")
+        self._failures = total("headstart_engine_failures", "Engines that failed and were replaced.")
+        self._waiting = gauge("headstart_queue_length", "Outputs that wait for a slot.")
+        self._live = gauge("headstart_live_slots", "Slots that decode.")
+        self._load = 0, 0
+        self._first = histogram("headstart_time_to_first_token_seconds", "From arrival to the first tokens.")
         self._between = histogram(
             "headstart_time_between_tokens_seconds",
-            "From a pass of a text to its next: tokens of one pass come at once.",
+            "From a pass of an output to its next; the tokens of one pass come at once.",
         )
-        self._per_pass = histogram(
-            "headstart_tokens_per_pass", "Of each text that ended.", (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
-        )
+        self._per_pass = histogram("headstart_tokens_per_pass", "Average of each output that ended.", TOKENS_PER_PASS)
 
-    def load(self, waiting: int, live: int) -> None:
-        """How many texts wait and are written now. Told before every pass: it is cheap where nothing changed."""
-        if (waiting, live) != self._loaded:
-            self._loaded = waiting, live
+    def set_load(self, waiting: int, live: int) -> None:
+        """Record how many jobs wait and how many decode; cheap if nothing has changed."""
+        if (waiting, live) != self._load:
+            self._load = waiting, live
             self._waiting.set(waiting)
             self._live.set(live)
 
-    def stepped(self, texts: int, tokens: int) -> None:
-        """A pass of the engine has given so many texts so many tokens together."""
-        self._passes.inc(texts)
+    def count_step(self, jobs: int, tokens: int) -> None:
+        """Count a pass of the engine, which has given so many tokens to so many jobs."""
+        self._passes.inc(jobs)
         self._tokens.inc(tokens)
 
-    def passed(self, job: Job, now: float) -> None:
-        """A pass has given a text something, at `now` on the clock of `time.perf_counter`."""
+    def count_pass(self, job: Job, now: float) -> None:
+        """Record the time since the last pass of a job, at `now` on the clock of `time.perf_counter`."""
         assert job.generation is not None
         if job.generation.stats.passes == 1:
             self._first.observe(now - job.arrived)
@@ -87,9 +81,9 @@ class Metrics:
             self._between.observe(now - job.last)
         job.last = now
 
-    def ended(self, job: Job, outcome: str) -> None:
-        """A text has left: with its finish reason, or "cancelled", "deadline", "refused", "failed"."""
-        self._texts.labels(self._model, outcome).inc()
+    def count_end(self, job: Job, outcome: str) -> None:
+        """Count a job that has ended: by its finish reason, or "cancelled", "deadline", "refused" or "failed"."""
+        self._outputs.labels(self._model, outcome).inc()
         if job.generation is None:
             return
         stats = job.generation.stats
@@ -107,14 +101,15 @@ class Metrics:
             if count:
                 self._other_drafts.labels(self._model, source).inc(count)
 
-    def answered(self, path: str, status: int) -> None:
-        """A request to one of the two endpoints that write has been answered; on the event loop."""
+    def count_response(self, path: str, status: int) -> None:
+        """Count a response, if its endpoint generates; on the event loop."""
         if path in ENDPOINTS:
             self._requests.labels(self._model, path, str(status)).inc()
 
-    def failed(self) -> None:
-        """An engine has."""
+    def count_failure(self) -> None:
+        """Count an engine that has failed."""
         self._failures.inc()
 
     def page(self) -> bytes:
+        """Return the page of all metrics."""
         return generate_latest(self.registry)

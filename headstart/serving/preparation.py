@@ -1,4 +1,4 @@
-"""Work that a request needs before it can be decoded, in threads: prompts are tokenized, constraints compiled."""
+"""Run the work that requests need before they are decoded in threads: parse, tokenize, render, compile."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from headstart.serving.fair_queue import FairQueue
 Result = TypeVar("Result")
 
 MOST_STUCK = 4
-"""Threads of one client that may still run after their requests have ended; further work of the client waits."""
+"""Most threads of one client that may still run after their requests have ended; further work of the client waits."""
 
 
 class Task(Generic[Result]):
-    """One piece of work and its result."""
+    """Hold a piece of work and its result."""
 
     def __init__(self, client: str, work: Callable[[], Result]) -> None:
         self.client, self.work = client, work
@@ -27,10 +27,10 @@ class Task(Generic[Result]):
 
 
 class Preparation:
-    """Runs work in threads. Clients take turns, and one client never has all threads.
+    """Run work in threads. Clients take turns, and one client never has all threads.
 
-    The event loop alone touches it. A thread cannot be ended: one that is still running when its request has ended no
-    longer counts, and another one takes its place. Threads are daemons, so they do not keep the process from ending.
+    Only the event loop uses it. A thread cannot be stopped: one that still runs when its request has ended no longer
+    counts, and another one takes its place. Threads are daemons, so they do not keep the process alive.
 
     Args:
         threads: most pieces of work that run at once.
@@ -47,21 +47,22 @@ class Preparation:
 
     @property
     def stuck(self) -> int:
-        """How many threads still run after their requests have ended."""
+        """Return the number of threads that still run after their requests have ended."""
         return self._stuck.total()
 
     async def run(self, client: str, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns. Cancelled while it waits, it leaves the queue at once.
+        """Return what `work` returns. If this call is cancelled while the work waits, the work never runs.
 
-        Raises ApiError 429 where the queue is full and no other client has more in it, or when it is thrown out for a
-        client with less; 503 once the server is stopping; and what `work` raises."""
+        Raises ApiError 429 if the queue is full and no other client has more work in it, or when this work is dropped
+        for a client with less; ApiError 503 once the server stops; and what `work` raises.
+        """
         if self._stopped:
             raise stopping()
         task = Task(client, work)
-        thrown_out = self._waiting.newest_of_longest(client, 1, len(self._waiting) + 1 - self.queue)
-        if thrown_out is None:
+        dropped = self._waiting.newest_of_longest(client, 1, len(self._waiting) + 1 - self.queue)
+        if dropped is None:
             raise too_many(len(self._waiting), 1)
-        for other in thrown_out:
+        for other in dropped:
             self._waiting.remove(other.client, other)
             other.result.set_exception(too_many(len(self._waiting), 1))
         self._waiting.put(client, task)
@@ -76,7 +77,7 @@ class Preparation:
                 self._start()
 
     def stop(self) -> None:
-        """Answer everything that waits or runs with 503, and take nothing more."""
+        """Answer all work that waits or runs with 503, and accept no more."""
         self._stopped = True
         tasks = [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
         for task in tasks:
@@ -86,8 +87,8 @@ class Preparation:
     def _start(self) -> None:
         while len(self._running) < self.threads:
             running = Counter(task.client for task in self._running)
-            full = {c for c, count in running.items() if count >= self.share}
-            full |= {c for c, count in self._stuck.items() if count >= MOST_STUCK}
+            full = {client for client, count in running.items() if count >= self.share}
+            full |= {client for client, count in self._stuck.items() if count >= MOST_STUCK}
             try:
                 task = self._waiting.next(full)
             except IndexError:
@@ -100,17 +101,17 @@ class Preparation:
         result, error = None, None
         try:
             result = task.work()
-        except BaseException as raised:  # a tokenizer's panic is no Exception
+        except BaseException as raised:  # a tokenizer's panic is not an Exception
             error = raised if isinstance(raised, Exception) else RuntimeError(repr(raised))
         with suppress(RuntimeError):  # the loop has ended, and nobody listens
-            loop.call_soon_threadsafe(self._ended, task, result, error)
+            loop.call_soon_threadsafe(self._end, task, result, error)
 
-    def _ended(self, task: Task[Any], result: Any, error: Exception | None) -> None:
+    def _end(self, task: Task[Any], result: Any, error: Exception | None) -> None:
         if task in self._running:
             self._running.remove(task)
         else:
             self._stuck[task.client] -= 1
-            self._stuck += Counter()  # without those that have none
+            self._stuck += Counter()  # drop clients that have none
         if not task.result.done():
             if error is None:
                 task.result.set_result(result)

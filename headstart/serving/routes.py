@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
 from headstart import __version__
@@ -84,7 +85,10 @@ def _body_reader(service: Service) -> type[APIRoute]:
 
 
 async def _answer(service: Service, kind: type[GenerationBody], request: Request) -> Response:
-    content = await request.body()
+    try:
+        content = await request.body()
+    except ClientDisconnect:
+        return Response(status_code=499)  # nobody reads it; the metrics count it
     if service.draining:
         raise stopping()
     client = request.scope.get(CLIENT) or (request.client.host if request.client else "")
@@ -98,7 +102,7 @@ async def _answer(service: Service, kind: type[GenerationBody], request: Request
         whole = service.whole(body, client, deadline)
         return JsonResponse(await while_connected(whole, request.receive, seconds))
     except GoneError:
-        return Response(status_code=499)  # nobody reads it; the metrics count it
+        return Response(status_code=499)
 
 
 def _model_routes(service: Service) -> APIRouter:

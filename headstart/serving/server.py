@@ -1,4 +1,4 @@
-"""A server from its start to its end: the model is loaded, requests are answered, a signal lets them finish."""
+"""Run a server: load the model, answer requests, and let them finish after a signal."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from headstart.serving.settings import ServeSettings
 from headstart.serving.worker import Worker
 
 SWITCH_SECONDS = 0.0005
+"""Longest time for which a thread keeps Python's lock while another one waits; the default is 5 ms."""
 MOST_GRACE = 5
-"""Seconds that clients have to read the answers that are still on their way when the last text is done."""
+"""Most seconds that clients have to read their answers after the last one is generated."""
 
 
 def make_service(directory: Path, settings: ServeSettings) -> Service:
-    """Loads the model, and starts the thread with its engine. Raises UsageError where they cannot be had."""
+    """Load the model, and start the thread of its engine. Raises UsageError for settings that do not fit the model."""
     model = api.load(directory, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
     most = model.config.context
     if settings.context is not None and settings.context > most:
@@ -45,7 +46,7 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
     if settings.heads is not None and settings.heads > model.config.heads:
         raise UsageError(f"--heads is {settings.heads}; this model has {model.config.heads}")
     if settings.context is None:
-        settings = replace(settings, context=_likely_context(model, settings))
+        settings = replace(settings, context=_default_context(model, settings))
     threads = settings.threads or max(1, hardware.cores() - 1)
 
     def make_engine() -> Engine:
@@ -63,8 +64,8 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
     return Service(model, worker, name, settings)
 
 
-def _likely_context(model: api.LanguageModel, settings: ServeSettings) -> int:
-    """The model's context, or the longest one for which the caches leave half of the free memory to others."""
+def _default_context(model: api.LanguageModel, settings: ServeSettings) -> int:
+    """Return the model's context, or the longest one whose caches leave half of the free memory to others."""
     weight, width = model.transformer.trunk.embedding.weight, model.config.heads + settings.lookup
 
     def plan(context: int) -> DecodingMemory:
@@ -75,9 +76,9 @@ def _likely_context(model: api.LanguageModel, settings: ServeSettings) -> int:
 
 
 def guarded(app: ASGIApp, service: Service) -> ASGIApp:
-    """The application behind its keys and bounds."""
+    """Return the application behind its guard."""
     settings = service.settings
-    app = Guard(app, settings.api_key, settings.max_body_bytes, service.worker.metrics.answered, settings.hosts)
+    app = Guard(app, settings.api_key, settings.max_body_bytes, service.worker.metrics.count_response, settings.hosts)
     if not settings.allow_origin:
         return app
     return CORSMiddleware(
@@ -86,9 +87,9 @@ def guarded(app: ASGIApp, service: Service) -> ASGIApp:
 
 
 class Server(uvicorn.Server):
-    """Runs until a signal comes; running requests then have some seconds to finish, unless a second one comes.
+    """Answer requests until a signal; running requests then have some seconds to finish, unless a second one comes.
 
-    Listens from the beginning. Raises UsageError where the address cannot be had.
+    The constructor listens. It raises UsageError for an address that cannot be used.
     """
 
     def __init__(self, service: Service) -> None:
@@ -116,15 +117,17 @@ class Server(uvicorn.Server):
 
     @property
     def url(self) -> str:
+        """Return the address of the server."""
         host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer requests on the event loop."""
         self._loop = asyncio.get_running_loop()
         await super().serve([self.socket] if sockets is None else sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of a signal: the first lets texts finish, the second ends them, the third waits for nothing."""
+        """Handle a signal: the first lets requests finish, the second ends them, the third exits at once."""
         if self._hurried:
             self.should_exit = self.force_exit = True
         self._hurried = self.service.draining
@@ -132,12 +135,12 @@ class Server(uvicorn.Server):
             self.drain()
 
     def drain(self) -> None:
-        """Takes no more requests, and ends when those that run are done, or after `drain_seconds`. From any thread."""
+        """Refuse new requests, and exit when those that run are done, or after `drain_seconds`; from any thread."""
         self.service.draining = True
         if self._loop is not None and not self._loop.is_closed():
-            asyncio.run_coroutine_threadsafe(self._finish(), self._loop)
+            asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
 
-    async def _finish(self) -> None:
+    async def _drain(self) -> None:
         deadline = time.monotonic() + self.service.settings.drain_seconds
         while not self.service.idle and time.monotonic() < deadline and not self._hurried:
             await asyncio.sleep(0.02)
@@ -153,26 +156,26 @@ def _listen(host: str, port: int, backlog: int = 1) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=backlog)
     except OSError as error:
-        why = str(error.strerror).split(" (while")[0]  # Python adds the address once more
+        why = str(error.strerror).split(" (while")[0]  # Python repeats the address
         raise UsageError(f"{host}:{port}: {why}; name another --port or --host") from error
 
 
 def serve(directory: Path, settings: ServeSettings) -> None:
-    """Serves a model until a signal ends it."""
-    _listen(settings.host, settings.port).close()  # what cannot be had is told before the model is loaded
+    """Serve a model until a signal."""
+    _listen(settings.host, settings.port).close()  # an address in use is reported before the model is loaded
     service = make_service(directory, settings)
     server = Server(service)
     say(f"{service.name}: listening on {server.url}; open it in a browser to try it, stop it with Ctrl-C")
     key = ' -H "Authorization: Bearer $HEADSTART_API_KEY"' if settings.api_key else ""
     body = '{"prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0}'
     say(f"try: curl {server.url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
-    # The engine's thread waits for the event loop's Python at every return from a kernel, by default up to 5 ms.
+    # The engine's thread waits for Python's lock at every return from a kernel.
     sys.setswitchinterval(SWITCH_SECONDS)
-    # Reading a large body makes many objects, and each full collection would go through those of the model's libraries.
+    # Reading a large body makes many objects; without this, each full collection also visits those of the libraries.
     gc.collect()
     gc.freeze()
     server.run()
-    if service.stuck:  # a thread inside a library that comes back to an interpreter which has ended aborts the process
+    if service.stuck:  # a thread that returns from a library to an interpreter that has ended aborts the process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

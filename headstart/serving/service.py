@@ -42,7 +42,7 @@ class Service:
         self.tokenizer = model._tokenizer
         self.context = settings.context or model.config.context
         self.draining = False
-        """Whether new requests are refused."""
+        """True from the first signal on: new requests are refused."""
         self._template: ChatTemplate | None = None
         self._turn_ends: frozenset[int] = frozenset()
         self._bodies = Preparation(BODY_THREADS, BODY_THREADS // 2, worker.bound)

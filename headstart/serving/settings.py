@@ -1,4 +1,4 @@
-"""What `headstart serve` is told."""
+"""Define the settings of `headstart serve`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headstart.errors import UsageError
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address to listen on is seen by this machine alone."""
+    """Return whether only this machine reaches an address to listen on."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -19,91 +19,91 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Of a server."""
+    """Set up a server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; this one is seen by this machine alone."""
+    """Address to listen on; only this machine reaches the default."""
     port: int = 8000
     """Port (0: a free one)."""
     name: str | None = None
-    """What clients call the model (default: the name of its directory)."""
+    """Name of the model for clients (default: the name of its directory)."""
     api_key: tuple[str, ...] = ()
-    """Keys of which a client must show one, as `Authorization: Bearer KEY` (default: those in HEADSTART_API_KEY, parted
-    by commas; none: everybody is served)."""
+    """Keys; a client must send one, as `Authorization: Bearer KEY` (default: those in HEADSTART_API_KEY, separated by
+    commas; none: every client is served)."""
     allow_origin: tuple[str, ...] = ()
-    """Web pages of these origins may ask too (CORS); * for all."""
+    """Origins of web pages that may send requests (CORS); * for all."""
     allow_host: tuple[str, ...] = ()
-    """Names in the Host header of requests that are answered; * for all. Addresses and names without a dot are always
-    (default: no others on a loopback address without keys, which keeps web pages out that point their name here; any
-    elsewhere)."""
+    """Names that the Host header of a request may have; * for all. Addresses and names without a dot are always allowed
+    (default: no other names on a loopback address without keys, against web pages that let their name point here; all
+    names otherwise)."""
     trusted_proxies: tuple[str, ...] = ()
     """Addresses or networks of gateways whose `X-Forwarded-For` names the client (* for all; default: none). Without
-    keys, clients are told apart by address."""
+    keys, the address identifies a client."""
     slots: int = 8
-    """Texts decoded at once."""
+    """Number of outputs decoded at once."""
     context: int | None = None
-    """Most tokens of a prompt and its answer together (default: the model's, or what half of the free memory holds)."""
+    """Most tokens of a prompt and its output together (default: the model's context, or what fits into half of the free
+    memory)."""
     heads: int | None = None
-    """Heads that decode where a request names none (default: those worth it by what `headstart tune` measured; without
-    that all). The text does not depend on it."""
+    """Number of heads that decode if a request does not say (default: those that pay, as `headstart tune` measured;
+    without that all). The output does not depend on it."""
     lookup: int = 0
-    """At most this many drafts of a pass are looked up in the text itself."""
+    """Most drafts per pass from prompt lookup, which copies from the text so far."""
     exact: bool = True
-    """Bit-identical texts for every number of heads; --no-exact is the fastest path, equal up to rounding."""
+    """Bit-identical outputs for every number of heads; --no-exact is the fastest path, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
+    """Dtype of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
     quantize: Literal["int8"] | None = None
     """int8: weights and activations of all products in 8 bits, on CPUs; faster, not quite the same model."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
-    """CPU threads of the decoding (default: one core is left to the server, where there are two or more)."""
+    """Number of CPU threads that decode (default: all cores but one, which is left to the server)."""
     stream_interval: float = 0.02
-    """Least seconds between two pieces of a stream after its first: what faster passes commit is sent together, so that
-    sending costs the engine little (0: each pass by itself)."""
+    """Least seconds between two events of a stream after its first: faster passes are sent together, which costs the
+    engine less (0: each pass by itself)."""
     queue: int = 128
-    """Texts that may wait for a slot; past it requests are answered 429."""
+    """Most outputs that wait for a slot; beyond it requests are answered 429."""
     max_tokens: int | None = None
     """Most tokens that a request may ask for (default: what the context holds)."""
     max_body_bytes: int = 4 * 1024 * 1024
-    """Largest request."""
+    """Largest body of a request in bytes."""
     max_header_bytes: int = 65536
-    """Largest head of a request: its line and its headers."""
+    """Largest head of a request in bytes: its line and its headers."""
     header_timeout: float = 10.0
     """Seconds that a client has to send a head, from its first byte or from connecting."""
     idle_timeout: float = 75.0
     """Seconds that a connection stays open between two requests. Keep it above a gateway's, which is often 60."""
     max_connections: int | None = None
-    """Most open connections; above it the one that has been idle longest is closed, and where all are being answered
-    only /health and /ready are (default: 1000, or what the limit of open files, `ulimit -n`, allows)."""
+    """Most open connections; above it, the one that has been idle longest is closed, and if all are being answered only
+    /health and /ready are (default: 1000, or what the limit of open files, `ulimit -n`, allows)."""
     request_timeout: float = 600.0
-    """Seconds that a request may take, waiting included."""
+    """Most seconds that a request may take, waiting included."""
     drain_seconds: float = 30.0
-    """After SIGTERM, seconds that running requests have to finish."""
+    """Most seconds that running requests have to finish after SIGTERM."""
 
     @property
     def hosts(self) -> tuple[str, ...] | None:
-        """Names that requests may be for; None: any."""
+        """Return the names that requests may be for; None: any."""
         if self.allow_host:
             return None if "*" in self.allow_host else self.allow_host
         return (self.host,) if not self.api_key and is_loopback(self.host) else None
 
     def __post_init__(self) -> None:
+        """Raise UsageError for settings out of range."""
         for name, least in (("slots", 1), ("queue", 0), ("max_body_bytes", 1), ("max_header_bytes", 1024), ("port", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+            self._require(name, getattr(self, name) >= least, f"at least {least}")
         for name in ("request_timeout", "drain_seconds", "header_timeout", "idle_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be a number above 0")
-        if not 0 <= self.stream_interval <= 10:
-            raise UsageError(f"--stream-interval is {self.stream_interval}; it must lie between 0 and 10 seconds")
+            self._require(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
+        self._require("stream_interval", 0 <= self.stream_interval <= 10, "between 0 and 10 seconds")
         for name in ("context", "max_tokens", "threads", "heads", "max_connections"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-        if self.port > 65535:
-            raise UsageError(f"--port is {self.port}; ports end at 65535")
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        self._require("port", self.port <= 65535, "at most 65535")
         if any(not key for key in self.api_key):
-            raise UsageError("--api-key is empty; name a key, or leave it out to serve everybody")
+            raise UsageError("--api-key is empty; name a key, or leave it out to serve every client")
         if any(key != key.strip() for key in self.api_key):
             raise UsageError("--api-key begins or ends with a space, which no header can carry; leave it out")
+
+    def _require(self, name: str, condition: bool, requirement: str) -> None:
+        if not condition:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {requirement}")

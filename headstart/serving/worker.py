@@ -89,7 +89,7 @@ class Worker:
                 raise full
             for job in thrown_out:
                 self._waiting.remove(job.client, job)
-                self.metrics.ended(job, "refused")
+                self.metrics.count_end(job, "refused")
             for job in jobs:
                 self._waiting.put(job.client, job)
             self._lock.notify()
@@ -100,7 +100,7 @@ class Worker:
         with self._lock:
             for job in jobs:
                 if self._waiting.remove(job.client, job):
-                    self.metrics.ended(job, outcome)
+                    self.metrics.count_end(job, outcome)
                 elif job in self._running:
                     self._cancelled.append((job, outcome))
             self._lock.notify()
@@ -164,7 +164,7 @@ class Worker:
             traceback.print_exc()
             broken = True
             self.failures += 1
-            self.metrics.failed()
+            self.metrics.count_failure()
             refused = [job for job, _ in errors]
             errors += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
         self._hand_over(pieces, errors)
@@ -174,6 +174,7 @@ class Worker:
         """Until there is something to do; False where that is to stop."""
         with self._lock:
             while not (self._stopping or self._waiting or self._running):
+                self.metrics.set_load(0, 0)
                 self._lock.wait()
             return not self._stopping
 
@@ -189,7 +190,7 @@ class Worker:
             free = self.slots - len(self._running)
             begun = [self._waiting.next() for _ in range(min(free, len(self._waiting)))]
             self._running += begun
-            self.metrics.load(len(self._waiting), len(self._running))
+            self.metrics.set_load(len(self._waiting), len(self._running))
         return begun
 
     def _begin(self, engine: Engine, job: Job) -> ApiError | None:
@@ -211,13 +212,13 @@ class Worker:
         now = time.perf_counter()
         for generation, text in committed:
             job = self._job_of[generation]
-            self.metrics.passed(job, now)
+            self.metrics.count_pass(job, now)
             tokens += len(generation.tokens) - job.passed
             job.passed = len(generation.tokens)
             piece = job.piece(text, now, self.stream_interval)
             if piece is not None:
                 pieces.append((job, piece))
-        self.metrics.stepped(len(committed), tokens)
+        self.metrics.count_step(len(committed), tokens)
         return pieces
 
     def _hand_over(self, pieces: list[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:
@@ -240,7 +241,7 @@ class Worker:
         if job.generation is not None:
             self._job_of.pop(job.generation, None)
             self._seconds += 0.1 * (job.generation.stats.seconds - self._seconds)
-        self.metrics.ended(job, outcome)
+        self.metrics.count_end(job, outcome)
 
 
 def _send(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:

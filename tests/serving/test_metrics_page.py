@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from serving.conftest import HTTP, metric, raw
+from serving.conftest import HTTP, metric, raw, until
 
 from headstart.serving.server import Server
 
@@ -31,6 +31,11 @@ def test_counters_are_what_the_answers_say(server: Server) -> None:
     assert gained[:-1] == wanted and abs(gained[-1] - told["tokens_per_pass"]) < 1e-2
     now = metric(server, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position="1")
     assert now - position == head_3["accepted"] > 0
+
+
+def test_an_idle_server_reports_no_load(server: Server) -> None:
+    raw(server, b'{"prompt": "x", "max_tokens": 3, "n": 2}')
+    until(lambda: metric(server, "headstart_live_slots") == 0 == metric(server, "headstart_queue_length"))
 
 
 def test_the_page(server: Server) -> None:

@@ -66,6 +66,19 @@ def test_a_client_that_resets_its_connection_at_once_is_given_up(small: Server, 
     until(lambda: small.service.idle)
 
 
+def test_a_client_that_goes_within_its_body_leaves_no_traceback(
+    small: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def given_up() -> float:
+        return metric(small, "headstart_requests_total", endpoint="/v1/completions", status="499")
+
+    before = given_up()
+    with socket.create_connection(small.socket.getsockname()[:2]) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    until(lambda: given_up() == before + 1)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gate: Gate, model) -> None:
     gate.open.clear()
     body = json.dumps({"prompt": "def f(", "max_tokens": 8, "temperature": 0}).encode()
