@@ -33,6 +33,8 @@ from headstart.errors import UsageError, shorten
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
 
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
+LONG = 2**14
+"""Number of characters from which other threads run while a text is encoded."""
 MAX_GROWTH = 64
 MAX_ID = 10**8
 """Bound of token ids, the largest vocabulary that a model may have."""
@@ -148,7 +150,10 @@ class PretrainedTokenizer:
         """The ids of `text`, no special token added."""
         check_text(text)
         with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
-            encoding = self._engine.encode(text, add_special_tokens=False)
+            if len(text) < LONG:
+                encoding = self._engine.encode(text, add_special_tokens=False)
+            else:  # a batch of one releases Python's lock
+                (encoding,) = self._engine.encode_batch_fast([text], add_special_tokens=False)
         return self._with_rows(encoding.ids)
 
     def encode_literally(self, text: str) -> list[int]:

@@ -134,24 +134,25 @@ def _model_routes(service: Service) -> APIRouter:
 
 
 def _status_routes(service: Service) -> APIRouter:
-    router, worker = APIRouter(), service.worker
+    router = APIRouter()
 
     @router.get("/health")
     async def health() -> Any:
         """Report whether the engine works: 200 or 503."""
+        worker = service.worker
         status = "failed" if worker.dead else "ok"
         return JsonResponse({"status": status, "engine_failures": worker.failures}, 503 if worker.dead else 200)
 
     @router.get("/ready")
     async def ready() -> Any:
         """Report whether the server accepts requests: 200, or 503 from the first signal on."""
-        accepts = not service.draining and not worker.dead
+        accepts = not service.draining and not service.worker.dead
         return JsonResponse({"status": "ready" if accepts else "draining"}, 200 if accepts else 503)
 
     @router.get("/metrics")
     async def metrics() -> Any:
         """Return the metrics in Prometheus' text format."""
-        return Response(worker.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.worker.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/", include_in_schema=False)
     async def page() -> Any:

@@ -4,13 +4,14 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, TextStream, load_tokenizer
+from headstart.data.tokenizers import LONG, ByteTokenizer, PretrainedTokenizer, TextStream, load_tokenizer
 from headstart.errors import UsageError
 
 AWKWARD = [
@@ -113,6 +114,28 @@ def test_byte_ids_are_the_utf8_bytes(text):
     tokenizer = ByteTokenizer()
     assert tokenizer.encode(text) == list(text.encode("utf-8"))
     assert tokenizer.decode([*tokenizer.encode(text), tokenizer.end_id]) == text
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_long_texts_are_encoded_like_short_ones(tokenizers, name):
+    text = "日本語 the then there, aé b  don't </s> " * 1000
+    assert len(text) > LONG
+    assert tokenizers[name].encode(text) == tokenizers[name].encode_with_offsets(text)[0]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizers):
+    begun, done, turns = threading.Event(), threading.Event(), 0
+
+    def encode() -> None:
+        begun.set()
+        tokenizers["bpe"].encode("日本語 the then there " * 40_000)
+        done.set()
+
+    threading.Thread(target=encode).start()
+    assert begun.wait(20)
+    while not done.wait(0.001):
+        turns += 1
+    assert turns > 5
 
 
 def test_byte_decoding_of_what_is_not_text():

@@ -135,7 +135,7 @@ def test_each_token_has_the_colour_and_the_name_of_its_head(tab: Any) -> None:
     tokens = [("a", 1), ("b", 2), ("c", 3), (" d", 1), ("e", 0), ("}", -1)]
     opened(tab, streamed(chunk(*tokens[:3]), chunk(*tokens[3:], tokens_per_pass=2.5), usage(6, (2, 4, 3), (3, 4, 1))))
     press(tab, "Write")
-    playwright.expect(tab.locator("#status")).to_have_text("Done: 6 tokens, 2.50 a pass.")
+    playwright.expect(tab.locator("#status")).to_have_text("Done: 6 tokens, 2.50 per pass.")
     assert written(tab) == tokens
     classes = "spans => spans.map(span => span.className)"
     assert tab.locator("[data-head]").evaluate_all(classes) == ["h1", "h2", "h3", "h1", "found", "forced"]
@@ -253,11 +253,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Any) -> None:
     tab.route(NOWHERE + "v1/models", models)
     tab.goto(NOWHERE)
     alert, key = tab.get_by_role("alert"), tab.get_by_label("API key")
-    playwright.expect(alert).to_have_text("The server asks for an API key.")
+    playwright.expect(alert).to_have_text("The server requires an API key.")
     playwright.expect(key).to_be_focused()
     key.fill("wrong")
     key.press("Enter")
-    playwright.expect(alert).to_have_text("The server does not take this API key.")
+    playwright.expect(alert).to_have_text("The server does not accept this API key.")
     key.fill("right")
     key.press("Enter")
     playwright.expect(tab.locator("#model")).to_contain_text("some-model")
@@ -280,7 +280,7 @@ def test_a_race_says_where_texts_part(tab: Any) -> None:
 
     opened(tab, answer)
     press(tab, "Race")
-    playwright.expect(tab.locator("#verdict")).to_contain_text("✗ The texts differ from character 3 on.")
+    playwright.expect(tab.locator("#verdict")).to_contain_text("✗ The outputs differ from character 3 on.")
 
 
 def settings_of(tab: Any, **values: object) -> None:
@@ -318,7 +318,7 @@ def test_the_text_is_the_servers_and_a_race_ends_in_it_twice(tab: Any, server: A
     assert width(tab) == 390
 
     press(tab, "Race")
-    playwright.expect(tab.locator("#verdict")).to_contain_text("✓ Identical texts (80 tokens)")
+    playwright.expect(tab.locator("#verdict")).to_contain_text("✓ Identical outputs (80 tokens)")
     plain, speculative = by_character(written(tab, 0)), by_character(written(tab, 1))
     assert {head for _, head in plain} == {1}
     assert "".join(text for text, _ in plain) == choice["text"]
