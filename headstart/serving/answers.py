@@ -131,9 +131,9 @@ class AnswerFormat:
         if self._tokenizer is None:
             return [0] * (len(prompt) + len(tokens))
         if job not in self._offsets:
-        if job not in self._offsets:
             start, constrained = len(self._echo[job.index]) if self._echo else 0, job.request.constraint is not None
             self._offsets[job] = TextOffsets(self._tokenizer, job.request.prompt, start, keep_space=constrained)
+        before = TextOffsets(self._tokenizer, ())
         return [before.push(token) for token in prompt] + [self._offsets[job].push(token) for token in tokens]
 
     def _format_token(self, token: int, logprob: float) -> dict[str, Any]:
