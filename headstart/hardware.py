@@ -65,7 +65,7 @@ def describe() -> dict[str, Any]:
     """Processor, memory, GPUs, versions, threads and load, as plain data for a report."""
     import torch
 
-    model, flags = _processor()
+    model, flags = processor()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": model,
@@ -94,7 +94,7 @@ def dtype_on(device: str, wanted: str = "auto") -> Any:
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.startswith("cpu") and not BFLOAT16_INSTRUCTIONS.isdisjoint(_processor()[1])
+        fast = device.startswith("cpu") and not BFLOAT16_INSTRUCTIONS.isdisjoint(processor()[1])
     return "bfloat16" if fast else "float32"
 
 
@@ -244,7 +244,8 @@ def summary(machine: dict[str, Any]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _processor() -> tuple[str, set[str]]:
+def processor() -> tuple[str, set[str]]:
+    """Return the name of the processor, and its instruction sets as Linux names them."""
     file = Path("/proc/cpuinfo")
     model = _field(file, "model name") or platform.processor() or platform.machine()
     return model, set((_field(file, "flags") or _field(file, "Features") or "").split())  # the latter on ARM

@@ -42,7 +42,7 @@ def test_the_peak_of_a_cpu_is_measured_once_and_leaves_no_trace() -> None:
      ("avx512f amx_bf16", "bfloat16"), ("asimd i8mm bf16", "bfloat16"), ("", "float32")],
 )  # fmt: skip
 def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(flags, dtype, monkeypatch) -> None:
-    monkeypatch.setattr(hardware, "_processor", lambda: ("a processor", set(flags.split())))
+    monkeypatch.setattr(hardware, "processor", lambda: ("a processor", set(flags.split())))
     assert hardware.dtype_on("cpu") == dtype
     assert hardware.dtype_on("mps") == "float32"
     assert hardware.dtype_on("cpu", "bfloat16") == "bfloat16" and hardware.dtype_on("cpu", "float32") == "float32"

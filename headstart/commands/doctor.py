@@ -143,7 +143,7 @@ def _kernels() -> Finding:
     if cpu.kernels(dtype) is not None:
         needs = "AVX-512 BF16" if dtype == torch.bfloat16 else "AVX2"
         return Finding("kernels", "ok", f"{name} decoding uses the compiled kernels ({needs}).", {"compiled": True})
-    if not cpu.wanted(dtype):
+    if not cpu.cpu_has_kernels(dtype):
         sentence = f"{name} decoding uses oneDNN's packed products; there are no compiled kernels for this processor."
         return Finding("kernels", "ok", sentence, {"compiled": False})
     sentence = (

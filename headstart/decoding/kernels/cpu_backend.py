@@ -71,7 +71,7 @@ class CompiledLinear(nn.Module):
         self.shape, weight_NK = weight_NK.shape, weight_NK.detach()
         self.packed = pack_int8(*quantize_weight(weight_NK)) if quantize else pack_weight(weight_NK)
         self.bias = None if bias_N is None else bias_N.detach().float()
-        self._linear = _native(weight_NK.dtype).linear
+        self._linear = cpu.loaded_kernels(weight_NK.dtype).linear
         self._options = () if weight_NK.dtype == torch.bfloat16 else (cpu.STORED[self.packed.dtype],)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class CompiledNorm(nn.Module):
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight.detach() + 1 if norm.offset else norm.weight.detach(), norm.eps
-        self._rms_norm = _native(norm.weight.dtype).rms_norm
+        self._rms_norm = cpu.loaded_kernels(norm.weight.dtype).rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -106,7 +106,7 @@ class CompiledSwiGLU(nn.Module):
     def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_up, self.down = mlp.gate_up, mlp.down
-        self._silu_times = _native(dtype).silu_times
+        self._silu_times = cpu.loaded_kernels(dtype).silu_times
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
@@ -137,7 +137,7 @@ class CompiledBlock(nn.Module):
             stored=(ctypes.c_int * 4)(*(cpu.STORED[x.packed.dtype] for x in linears)),
             eps=norms[0].eps,
         )
-        self._call = _native(torch.float32).block
+        self._call = cpu.loaded_kernels(torch.float32).block
 
     def forward(
         self,
@@ -177,7 +177,7 @@ class CompiledTrunk(nn.Module):
         self.embedding, self.blocks = trunk.embedding, trunk.blocks
         pointers = [ctypes.pointer(cast(CompiledBlock, block).weights) for block in self.blocks]
         self._addresses = (ctypes.POINTER(cpu.Block) * len(pointers))(*pointers)
-        self._call = _native(torch.float32).blocks
+        self._call = cpu.loaded_kernels(torch.float32).blocks
 
     def forward(
         self,
@@ -201,9 +201,3 @@ class CompiledTrunk(nn.Module):
             torch.get_num_threads(),
         )
         return y_SWD
-
-
-def _native(dtype: torch.dtype) -> ctypes.CDLL:
-    kernels = cpu.kernels(dtype)
-    assert kernels is not None
-    return kernels
