@@ -1,13 +1,13 @@
-// Attention over cached keys and values: the rows of all slots, for the `attend_rows` of the file that includes this, which
-// also says what a `real` is, how to widen it (to_float) and how to write a row of them (store_row).
+// Attention over cached keys and values, for the rows of all slots. The file that includes this one defines `real`, the type of
+// activations, `to_float`, `store_row` and `attend_rows`.
 #include <string.h>
 
-// Writes the new keys and values of W rows per slot at their places in the cache, consecutive ones, then attends for Q rows per
-// slot: all W, or with row (S,) that one alone. Row i sees everything up to its place, or with a tree what that says.
-// q (S, H, Q, E), k and v (S, G, W, E): `real` with the strides given (of the first three axes; E is dense). y (S, Q, H, E).
-// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. at (S, W): the places.
-// E and capacity are multiples of 16; every place lies below capacity. A slot whose first place is negative takes no part:
-// nothing of it is written, its y is 0.
+// Write the new keys and values of W rows per slot at their consecutive positions in the cache, then attend for Q rows per slot:
+// all W rows, or the one row that row (S,) names. Row i sees everything up to its position, or the rows that the tree gives it.
+// q (S, H, Q, E), k and v (S, G, W, E): `real`, with the strides of the first three axes; E is dense. y (S, Q, H, E).
+// keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. at (S, W): the positions.
+// E and capacity are multiples of 16, and every position is below capacity. A slot whose first position is negative takes no part:
+// nothing is written for it, and its y is 0.
 void attend(const real *q, const long *q_stride, const real *k, const long *k_stride, const real *v, const long *v_stride,
             real *y, float *keys, float *values, const long *at, const long *row, const Tree *tree, long S, long H, long G, long W,
             long E, long capacity, int threads) {

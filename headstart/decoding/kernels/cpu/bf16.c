@@ -1,9 +1,9 @@
 // The inner loops of a decoding pass on a CPU with AVX-512 BF16: products of few rows with weights that are read once.
 //
-// A plain pass is bound by reading the weights. oneDNN's packed products read them nearly as fast as memory allows for
-// one row, but on a CPU without AMX take 1.4 to 1.5 times as long for 8 rows; here the arithmetic of 8 rows stays hidden
-// behind the reading. Every output is one chain of additions over K in the same order, whatever the number of rows,
-// threads or neighbours: a row's bits depend on that row and the weights alone.
+// Reading the weights bounds a plain pass. oneDNN's packed products read them nearly as fast as memory allows for one row, but
+// take 1.4 to 1.5 times as long for 8 rows on a CPU without AMX. Here the arithmetic of 8 rows overlaps the reading. Every
+// output is one chain of additions over K in one order, for any number of rows, threads or neighbours: a row's bits depend on
+// that row and the weights alone.
 
 #include <immintrin.h>
 #include <math.h>
@@ -27,7 +27,7 @@ static inline void store16(bf16 *y, __m512 v, __mmask16 mask) {
     _mm256_mask_storeu_epi16(y, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-// y[m][n .. n+32) for rows m < M. x: pairs of bf16 [M][K2]; w: one block of packed weights, pairs [K2][32].
+// Compute y[m][n .. n+32) for rows m < M. x: pairs of bf16 [M][K2]; w: one block of packed weights, pairs [K2][32].
 static inline __attribute__((always_inline)) void tile(const int M, const uint32_t *x, long K2, const uint32_t *w,
                                                        const float *bias, bf16 *y, long N, long n) {
     __m512 sum[8][2];
@@ -54,10 +54,10 @@ static inline __attribute__((always_inline)) void tile(const int M, const uint32
     }
 }
 
-// y (rows, N) = x (rows, K) W^T + bias, K even. w: W packed as [ceil(N/32)][K/2][32] pairs, 64-byte aligned.
+// Compute y (rows, N) = x (rows, K) W^T + bias, K even. w: W packed as [ceil(N/32)][K/2][32] pairs, 64-byte aligned.
 void linear(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, long rows, long N, long K, int threads) {
     const long K2 = K / 2, blocks = (N + 31) / 32;
-    // Waking a second thread costs some microseconds: small products are done before it is there.
+    // Waking a second thread takes some microseconds: small products finish before it starts.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
     for (long block = 0; block < blocks; block++) {
         const uint32_t *wb = (const uint32_t *)w + block * K2 * 32;
@@ -78,7 +78,7 @@ void linear(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, long rows,
     }
 }
 
-// y = x / rms(x) * weight over rows of D, D a multiple of 16.
+// Compute y = x / rms(x) * weight over rows of D, D a multiple of 16.
 void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long D, float eps) {
     for (long r = 0; r < rows; r++, x += D, y += D) {
         __m512 squares = _mm512_setzero_ps();
@@ -92,8 +92,8 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, long rows, long D, flo
     }
 }
 
-// y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first. The exponent is bounded: -ffast-math divides by way of a
-// reciprocal, and by infinity to a NaN.
+// Compute y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first. The exponent is bounded, because -ffast-math divides
+// through a reciprocal, and a division by infinity gives NaN.
 void silu_times(const bf16 *x, bf16 *y, long rows, long H) {
     for (long r = 0; r < rows; r++, x += 2 * H, y += H) {
         for (long h = 0; h < H; h += 16) {
@@ -108,7 +108,7 @@ void silu_times(const bf16 *x, bf16 *y, long rows, long H) {
     }
 }
 
-// exp(x) for x <= 0, to 2 ulp; exactly 0 below -87. The same instructions for every element: no scalar tail.
+// Compute exp(x) for x <= 0, to 2 ulp, and exactly 0 below -87. Every element takes the same instructions: no scalar tail.
 static inline __m512 exp16(__m512 x) {
     const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -124,11 +124,10 @@ static inline __m512 exp16(__m512 x) {
     return _mm512_maskz_mov_ps((__mmask16)~tiny, _mm512_scalef_ps(p, n));
 }
 
-// Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
-// [position][E], all fp32.
-// Row r sees positions 0 .. last[r], or of a tree (path[0] is no NULL) the first `start` and its path. score: 4 x span floats.
-// Sums run over positions in order, in lanes that depend on the position alone, and what a row does not see adds exactly 0:
-// its bits depend neither on the others nor on the span.
+// Attend from up to 4 rows of one group of heads to cached keys, in blocks of 16 positions [E][16], and values [position][E],
+// all fp32. Row r sees positions 0 .. last[r]; in a tree, where path[0] is not NULL, it sees the first `start` positions and its
+// path. score: 4 x span floats. Sums run over positions in order, in lanes that depend on the position alone, and positions that
+// a row does not see add exactly 0: its bits depend neither on the other rows nor on the span.
 static inline __attribute__((always_inline)) void attend_rows(const int R, const float *q, const long *last,
                                                               const long *const *path, const long *depth, long start,
                                                               const float *keys, const float *values, long E, long span,
@@ -156,7 +155,7 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
     }
     for (int r = 0; tree && r < R; r++)
         largest[r] = _mm512_set1_ps(arrange(score + r * span, path[r], depth[r], start, span));
-    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
+    const long shared = tree ? start : span;  // beyond it each row of a tree sees other rows
     for (int r = 0; r < R; r++) {
         const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(largest[r]));
         __m512 sum = _mm512_setzero_ps();

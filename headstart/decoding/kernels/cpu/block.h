@@ -1,5 +1,5 @@
-// A whole transformer block over cached keys and values, made of the functions of the file that includes this: one call
-// instead of some twenty operators, of which each costs a small model more than its arithmetic.
+// A whole transformer block over cached keys and values, built from the functions of the file that includes this one. One call
+// replaces some twenty operators, each of which costs a small model more than its arithmetic.
 
 #include <string.h>
 
@@ -8,12 +8,12 @@ typedef struct {
     const float *qkv_bias, *out_bias;        // NULL: none
     const real *attention_norm, *mlp_norm;
     long dim, heads, kv_heads, width, hidden;
-    int stored[4];  // how the weights of the four products lie
+    int stored[4];  // the type of the packed weights of the four products
     float eps;
 } Block;
 
-// Turns the first `heads` of each row, (rows, stride), to their positions. cosine, sine (rows, E), the sine signed.
-// Written with fmaf, so that it rounds alike however the compiler lays the loop out.
+// Rotate the first `heads` heads of each row (rows, stride) to their positions. cosine, sine (rows, E), the sine signed.
+// fmaf fixes the rounding, whichever way the compiler vectorizes the loop.
 static void rotate(real *x, const real *cosine, const real *sine, long rows, long heads, long E, long stride) {
     const long half = E / 2;
     for (long r = 0; r < rows; r++, cosine += E, sine += E) {
@@ -32,8 +32,8 @@ static void add(real *y, const real *x, long count) {
     for (long i = 0; i < count; i++) y[i] = from_float(to_float(y[i]) + to_float(x[i]));
 }
 
-// x (S, W, dim) -> y (S, Q, dim): all W rows, or with row (S,) that one of each slot, for which keys and values of all rows are
-// kept nevertheless. cosine, sine (S, W, E). keys, values, at, row, tree: as `attend` takes them.
+// Compute a block: x (S, W, dim) -> y (S, Q, dim), for all W rows, or for the one row of each slot that row (S,) names. Keys and
+// values of all rows are cached in both cases. cosine, sine (S, W, E). keys, values, at, row, tree: as for `attend`.
 void block(const Block *b, const real *x, const real *cosine, const real *sine, real *y, float *keys, float *values,
            const long *at, const long *row, const Tree *tree, long S, long W, long capacity, int threads) {
     const long D = b->dim, H = b->heads, G = b->kv_heads, E = b->width, F = b->hidden, HE = H * E;
@@ -66,13 +66,13 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
     free(normed);
 }
 
-// `count` blocks one after another on all rows: x (S, W, dim) -> y (S, W, dim). keys, values: those of the first block, the
-// next block's `layer` floats further.
+// Compute `count` blocks in turn on all rows: x (S, W, dim) -> y (S, W, dim). keys, values: the cache of the first block; the
+// cache of the next block starts `layer` floats later.
 void blocks(const Block *const *b, long count, const real *x, const real *cosine, const real *sine, real *y, float *keys,
             float *values, long layer, const long *at, const Tree *tree, long S, long W, long capacity, int threads) {
     const long size = S * W * b[0]->dim;
     real *between = malloc(sizeof(real) * size);
-    // Ends in y, whether their number is even or odd.
+    // The last block writes y, for an even and for an odd number of blocks.
     for (long i = 0; i < count; i++) {
         real *to = (count - i) % 2 ? y : between;
         block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, tree, S, W, capacity, threads);

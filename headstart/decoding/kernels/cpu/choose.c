@@ -1,5 +1,5 @@
-// Choosing tokens from logits, and what a pass decides by them: arithmetic of a few microseconds, for which torch's operators
-// take a small model's whole pass. Compiled without -ffast-math: what is computed here is the same for every shape.
+// The choice of tokens from logits, and the verification of drafts by them: arithmetic of a few microseconds, for which torch's
+// operators take as long as a small model's whole pass. Compiled without -ffast-math, so that results are the same for every shape.
 
 #include <math.h>
 #include <stdint.h>
@@ -10,7 +10,7 @@ static inline uint64_t mix(uint64_t x) {  // SplitMix64's finaliser
     return x ^ (x >> 31);
 }
 
-// Standard Gumbel noise (rows, V): a hash of seed, position and token, as `position_noise` has it.
+// Make standard Gumbel noise (rows, V): a hash of seed, position and token, as in `position_noise`.
 void noise(const int64_t *seeds, const int64_t *positions, float *y, long rows, long V, int threads) {
     const uint64_t step = 0x9E3779B97F4A7C15u;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * V > 1 << 14)
@@ -25,7 +25,7 @@ void noise(const int64_t *seeds, const int64_t *positions, float *y, long rows, 
     }
 }
 
-// The place of the largest of x[0..V): the first of equals, found without a branch per element.
+// Return the index of the largest of x[0..V), the first of equals, without a branch per element.
 static long largest(const float *x, long V) {
     float top = x[0];
     for (long v = 1; v < V; v++) top = x[v] > top ? x[v] : top;
@@ -34,8 +34,8 @@ static long largest(const float *x, long V) {
     return 0;  // only NaNs
 }
 
-// Tokens (rows,) of logits (rows, V), row r of slot r / per: the largest, or where the slot's temperature is above 0 the
-// largest of (logit - top) / temperature + noise (rows, V).
+// Choose tokens (rows,) from logits (rows, V); row r belongs to slot r / per. The token is the one with the largest logit, or if
+// the slot's temperature is above 0 the one with the largest (logit - top) / temperature + noise (rows, V).
 void choose(const float *logits, const float *temperature, const float *noise, int64_t *tokens, float *scratch, long rows,
             long per, long V) {
     for (long r = 0; r < rows; r++, logits += V) {
@@ -49,7 +49,7 @@ void choose(const float *logits, const float *temperature, const float *noise, i
     }
 }
 
-// The probability (rows,) of tokens (rows,) under softmax(logits / temperature), a temperature of 0 counting as 1.
+// Compute the probability (rows,) of tokens (rows,) under softmax(logits / temperature); a temperature of 0 counts as 1.
 void confidence(const float *logits, const float *temperature, const int64_t *tokens, float *y, long rows, long per, long V) {
     for (long r = 0; r < rows; r++, logits += V) {
         const float t = temperature[r / per] > 0 ? temperature[r / per] : 1, mine = logits[tokens[r]];
@@ -59,9 +59,9 @@ void confidence(const float *logits, const float *temperature, const int64_t *to
     }
 }
 
-// Which drafts were right: window (S, n) of which R tokens were fed, drafted[s] of them drafts; tokens (S, R) that head 1
-// says after each. accepted (S,): the drafts before the first wrong one. Moves lengths on, and the root to its place; drafted
-// becomes what this pass drafts, with `drafting` heads after head 1, of which a slot uses heads[s] - 1.
+// Verify chains: window (S, n), whose first R tokens were fed, drafted[s] of them drafts; tokens (S, R): head 1's choice after
+// each. Sets accepted (S,), the number of drafts before the first wrong one, advances the lengths, and writes the next roots.
+// drafted becomes the number of drafts that this pass makes: `drafting` heads draft, of which a slot uses heads[s] - 1.
 void settle(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *length, const int64_t *heads, int64_t *accepted,
             long S, long R, long n, long drafting) {
     for (long s = 0; s < S; s++) {
@@ -74,8 +74,9 @@ void settle(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *l
     }
 }
 
-// `settle` for windows that are trees: row i is a draft of depth[i] after row parent[i] < i, right if its parent is and head 1
-// says it there. drafted (S,): of how many depths there are drafts. row (S,): the deepest right one; accepted (S,): its depth.
+// Verify trees, otherwise like `settle`: row i is a draft at depth[i] after row parent[i] < i. It is right if its parent is right
+// and head 1 chose it there. drafted (S,): the number of depths that hold drafts. row (S,): the deepest right row; accepted (S,):
+// its depth.
 void settle_tree(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *length, const int64_t *heads,
                  int64_t *accepted, int64_t *row, const int64_t *parent, const int64_t *depth, long S, long R, long n,
                  long drafting) {

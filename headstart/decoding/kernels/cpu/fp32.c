@@ -1,9 +1,8 @@
-// The inner loops of a decoding pass in fp32, for CPUs with AVX2 and FMA: what bf16.c is for those with AVX-512 BF16.
+// The inner loops of a decoding pass in fp32, for CPUs with AVX2 and FMA; bf16.c has those for CPUs with AVX-512 BF16.
 //
-// Small models are bound by the number of operators in a pass, large ones by reading the weights, which may lie in bf16
-// where that holds them exactly: half the bytes, and the same bits after widening. Every output is one chain of additions
-// over K in the same order, whatever the number of rows, threads or neighbours: a row's bits depend on that row and the
-// weights alone.
+// The number of operators bounds a pass of a small model, reading the weights that of a large one. Weights that bf16 holds
+// exactly are stored in bf16: half the bytes, and the same bits after widening. Every output is one chain of additions over K in
+// one order, for any number of rows, threads or neighbours: a row's bits depend on that row and the weights alone.
 
 #include <immintrin.h>
 #include <math.h>
@@ -15,13 +14,13 @@
 
 typedef float real;
 
-// Holds v in its register: gcc would rather load it again for each product it goes into, and loads are then the bound.
+// Keep v in its register: gcc would load it again for each product, and loads would then bound the loop.
 #define KEEP(v) __asm__("" : "+x"(v))
 
 static inline float to_float(float x) { return x; }
 static inline float from_float(float x) { return x; }
 
-// Sixteen weights of a row of a block. Narrow ones lie in pairs, (0, 8), (1, 9), ..., the first in the lower bits.
+// Load sixteen weights of a row of a block. Narrow weights are stored in pairs, (0, 8), (1, 9), ..., the first in the lower bits.
 static inline __attribute__((always_inline)) void load_weights(const int narrow, const void *w, long i, __m256 *low, __m256 *high) {
     if (!narrow) {
         *low = _mm256_loadu_ps((const float *)w + i);
@@ -33,9 +32,9 @@ static inline __attribute__((always_inline)) void load_weights(const int narrow,
     *high = _mm256_and_ps(_mm256_castsi256_ps(pairs), _mm256_castsi256_ps(_mm256_set1_epi32(0xffff0000)));
 }
 
-// What a tile asks the memory for while it computes: lines of 64 bytes, up to four for each four of its steps, each in a part
-// of its own. The processor reads ahead by itself within a page of one stream, and so keeps the memory half busy when there
-// is arithmetic between; these requests, of several streams, go on through it (docs/lab-notes.md).
+// The memory that a tile prefetches while it computes: lines of 64 bytes, up to four for every four steps, each from a part of
+// its own. The processor itself reads ahead only within a page of one stream, which leaves the memory half idle during
+// arithmetic. These requests come from several streams and keep it busy (docs/lab-notes.md).
 typedef struct {
     const char *from;
     long part;
@@ -49,7 +48,7 @@ static inline __attribute__((always_inline)) void fetch(const Ahead *ahead, long
     if (ahead->lines > 2) _mm_prefetch(from + 2 * ahead->part, _MM_HINT_T1), _mm_prefetch(from + 3 * ahead->part, _MM_HINT_T1);
 }
 
-// Adds the products of place k.
+// Add the products of input k.
 static inline __attribute__((always_inline)) void step(const int M, const int B, const int narrow, const float *x, long K,
                                                        const void *w, long begin, long k, __m256 sum[6][2]) {
 #pragma GCC unroll 6
@@ -68,7 +67,7 @@ static inline __attribute__((always_inline)) void step(const int M, const int B,
     }
 }
 
-// y[m][16 block .. ) for M rows and B blocks of 16 columns, M * B <= 6. x: [M][K]; w: packed weights [.][K][16].
+// Compute y[m][16 block .. ) for M rows and B blocks of 16 columns, M * B <= 6. x: [M][K]; w: packed weights [.][K][16].
 static inline __attribute__((always_inline)) void tile(const int M, const int B, const int narrow, const float *x, long K,
                                                        const void *w, const float *bias, float *y, long N, long block,
                                                        const Ahead ahead) {
@@ -96,7 +95,7 @@ static inline __attribute__((always_inline)) void tile(const int M, const int B,
     }
 }
 
-// Functions of their own: where several are inlined side by side, gcc keeps sums on the stack.
+// Each tile is a function: if several are inlined into one, gcc keeps sums on the stack.
 typedef void Tile(const float *x, long K, const void *w, const float *bias, float *y, long N, long block, Ahead ahead);
 #define TILE(M, B, NARROW)                                                                                                  \
     static __attribute__((noinline)) void tile_##M##x##B##_##NARROW(const float *x, long K, const void *w, const float *bias, \
@@ -114,17 +113,17 @@ static Tile *const wide[2][2] = {{tile_1x4_0, tile_2x2_0}, {tile_1x4_1, tile_2x2
 
 static void product(int narrow, const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads) {
     const long blocks = (N + 15) / 16, bytes = K * 16 * (narrow ? 2 : 4), part = K * 16;
-    // A tile has as many rows as registers hold the sums of, the last one no fewer than the others by more than one. The tiles
-    // of a block ask for the next block, each for its share of it.
+    // A tile has as many rows as the registers have room for sums; the numbers of rows differ by at most one. The tiles of a
+    // block prefetch the next block, each a share of it.
     const long most = narrow ? 5 : 6, tiles = (rows + most - 1) / most;
     const int whole = narrow ? 2 : 4, lines = rows < 3 ? 0 : tiles == 1 ? whole : tiles < whole ? 2 : 1;
-    // Waking a second thread costs some microseconds: small products are done before it is there.
+    // Waking a second thread takes some microseconds: small products finish before it starts.
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
     for (long four = 0; four < blocks; four += 4) {
         const long end = four + 4 < blocks ? four + 4 : blocks;
         long block = four;
-        // A chain of additions waits for itself: one row or two go through several blocks at once. One row's four streams
-        // keep the memory busy.
+        // Each addition waits for the one before it, so one or two rows go through several blocks at once. The four streams of
+        // one row keep the memory busy.
         for (const long B = 4 / rows; B > 1 && block + B <= end; block += B) {
             const Ahead ahead = {(const char *)w + (block + B) * bytes, part, rows == 2 && narrow ? 4 : 0};
             wide[narrow][rows - 1](x, K, w, bias, y, N, block, ahead);
@@ -156,13 +155,13 @@ static inline float max8(__m256 v) {
 
 enum { FP32, BF16, INT8 };
 
-// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16], fp32 or bf16 by `stored`, or as int8.h has it.
+// Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16] in fp32 or bf16, or as in int8.h, by `stored`.
 void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int stored) {
     if (stored == INT8) product8(x, w, bias, y, rows, N, K, threads);
     else product(stored == BF16, x, w, bias, y, rows, N, K, threads);
 }
 
-// exp(x) to 2 ulp for x <= 88; exactly 0 below -87. The same instructions for every element: no scalar tail.
+// Compute exp(x) to 2 ulp for x <= 88, and exactly 0 below -87. Every element takes the same instructions: no scalar tail.
 static inline __m256 exp8(__m256 x) {
     const __m256 tiny = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -179,7 +178,7 @@ static inline __m256 exp8(__m256 x) {
     return _mm256_andnot_ps(tiny, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
 }
 
-// y = x / rms(x) * weight over rows of D, D a multiple of 8.
+// Compute y = x / rms(x) * weight over rows of D, D a multiple of 8.
 void rms_norm(const float *x, const float *weight, float *y, long rows, long D, float eps) {
     for (long r = 0; r < rows; r++, x += D, y += D) {
         __m256 squares = _mm256_setzero_ps();
@@ -201,7 +200,7 @@ static inline __m256 silu8(__m256 gate, __m256 up) {
     return _mm256_mul_ps(_mm256_div_ps(gate, _mm256_add_ps(one, exp8(minus))), up);
 }
 
-// y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first.
+// Compute y (rows, H) = silu(gate) * up for x (rows, 2 H), gate first.
 void silu_times(const float *x, float *y, long rows, long H) {
     for (long r = 0; r < rows; r++, x += 2 * H, y += H) {
         long h = 0;
@@ -215,14 +214,14 @@ void silu_times(const float *x, float *y, long rows, long H) {
     }
 }
 
-#define MIXED 256  // positions whose values are weighed at a time
+#define MIXED 256  // positions whose values are weighted at a time
 
-// Of how many times 16 columns of the values registers hold the sums, for R rows.
+// Return how many groups of 16 columns of the values the registers have room to sum, for R rows.
 static inline __attribute__((always_inline)) long mix_columns(const int R, long left) {
     return R == 1 && left >= 64 ? 4 : R <= 2 && left >= 32 ? 2 : 1;
 }
 
-// Adds to y[r][e ..), C times 16 columns, the values of positions `from` to `to` weighed by their scores, in order.
+// Add to y[r][e ..), C times 16 columns, the values of positions `from` to `to` weighted by their scores, in order.
 static inline __attribute__((always_inline)) void mix_values(const int R, const int C, long e, long from, long to,
                                                              const float *values, long E, long span, const float *score, float *y) {
     __m256 mix[4][2];
@@ -233,7 +232,7 @@ static inline __attribute__((always_inline)) void mix_values(const int R, const 
     }
     for (long t = from; t < to; t++) {
         const float *v = values + t * E + e;
-        if (e == 0)  // the lines of the columns after these
+        if (e == 0)  // prefetch the remaining columns
             for (long ahead = 16 * C; ahead < E; ahead += 16) _mm_prefetch((const char *)(v + ahead), _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
@@ -255,10 +254,10 @@ static inline __attribute__((always_inline)) void mix_values(const int R, const 
     }
 }
 
-// Attention of up to 4 rows (those of one group of heads) over cached keys, in blocks of 16 positions [E][16], and values
-// [position][E]. Row r sees positions 0 .. last[r], or of a tree (path[0] is no NULL) the first `start` and its path. score:
-// 4 x span floats. Sums run over positions in order, in lanes that depend on the position alone, and what a row does not see
-// adds exactly 0: its bits depend neither on the others nor on the span.
+// Attend from up to 4 rows of one group of heads to cached keys, in blocks of 16 positions [E][16], and values [position][E].
+// Row r sees positions 0 .. last[r]; in a tree, where path[0] is not NULL, it sees the first `start` positions and its path.
+// score: 4 x span floats. Sums run over positions in order, in lanes that depend on the position alone, and positions that a row
+// does not see add exactly 0: its bits depend neither on the other rows nor on the span.
 static inline __attribute__((always_inline)) void attend_rows(const int R, const float *q, const long *last,
                                                               const long *const *path, const long *depth, long start,
                                                               const float *keys, const float *values, long E, long span,
@@ -304,9 +303,9 @@ static inline __attribute__((always_inline)) void attend_rows(const int R, const
         }
         total[r] = _mm256_set1_ps(1.0f / sum8(sum));
     }
-    const long shared = tree ? start : span;  // beyond, each row of a tree has its own
+    const long shared = tree ? start : span;  // beyond it each row of a tree sees other rows
     memset(y, 0, sizeof(float) * R * E);
-    for (long from = 0; from < shared; from += MIXED) {  // their values stay in cache for all columns
+    for (long from = 0; from < shared; from += MIXED) {  // values stay in cache for all columns
         const long to = from + MIXED < shared ? from + MIXED : shared;
         for (long e = 0; e < E; e += 16 * mix_columns(R, E - e)) {
             switch (mix_columns(R, E - e)) {

@@ -1,9 +1,9 @@
-// Products of 8-bit integers, for fp32.c: int8 weights with a scale for each output, and rows of activations that are
-// made int8 here, each with a scale of its own. Sums are whole numbers, so they are exact in any order, and a row's bits
-// depend on that row and the weights alone. decoding/kernels/int8.py says what is computed, and is what tests compare with.
+// Products of 8-bit integers, for fp32.c: int8 weights with a scale for each output, and rows of activations that are quantized
+// to int8 here with a scale for each row. Sums are whole numbers, so they are exact in any order, and a row's bits depend on that
+// row and the weights alone. decoding/kernels/int8.py is the reference that tests compare with.
 //
-// Activations reach from -127 to 127 and go in as 1 to 255; what that adds, 128 times the sum of the weights, lies beside
-// the weights. These reach from -63 to 63: two products of 255 * 63 are 32,130, so vpmaddubsw's 16 bits never overflow.
+// Activations range from -127 to 127 and enter the products as 1 to 255. The surplus, 128 times the sum of the weights, is stored
+// with the weights. Weights range from -63 to 63: two products of 255 * 63 are 32,130, so vpmaddubsw's 16 bits never overflow.
 
 #define INT8_HEADER 128  // bytes before the weights of a block: 16 int32 of 128 * their sum, 16 fp32 scales
 
@@ -17,7 +17,7 @@ static inline __m256i dot4(__m256i sum, __m256i x, __m256i w) {
 #endif
 }
 
-// One row (K,) -> q, padded with zeros to a multiple of 32; the value of one step of it.
+// Quantize one row (K,) into q, padded with zeros to a multiple of 32, and return the value of one step.
 static float quantize(const float *x, long K, uint8_t *q) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 most = _mm256_setzero_ps();
@@ -25,7 +25,7 @@ static float quantize(const float *x, long K, uint8_t *q) {
     for (; k + 8 <= K; k += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + k)));
     float top = max8(most);
     for (; k < K; k++) top = fmaxf(top, fabsf(x[k]));
-    // By this instruction, for -ffast-math may divide by way of an inexact reciprocal.
+    // An explicit instruction, because -ffast-math may divide through an inexact reciprocal.
     const float steps = top > 1e-30f ? _mm_cvtss_f32(_mm_div_ss(_mm_set_ss(127.0f), _mm_set_ss(top))) : 0.0f;
     const __m256 factor = _mm256_set1_ps(steps);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -42,7 +42,7 @@ static float quantize(const float *x, long K, uint8_t *q) {
     return top * (1.0f / 127.0f);
 }
 
-// Adds the products of places k to k + 3, for M rows and B blocks, which lie `size` apart.
+// Add the products of inputs k to k + 3, for M rows and for B blocks at a distance of `size` bytes.
 static inline __attribute__((always_inline)) void step8(const int M, const int B, const uint8_t *q, long stride, const uint8_t *w,
                                                         long size, long k, __m256i sum[4][2]) {
 #pragma GCC unroll 4
@@ -62,7 +62,7 @@ static inline __attribute__((always_inline)) void step8(const int M, const int B
     }
 }
 
-// The sums of one row and block, times their scales -> y[0 .. count).
+// Write the sums of one row and block, times their scales, to y[0 .. count).
 static inline __attribute__((always_inline)) void finish8(const __m256i sum[2], float scale, const uint8_t *w, const float *bias,
                                                           float *y, long count) {
     float add[16] = {0}, line[16];
@@ -72,13 +72,13 @@ static inline __attribute__((always_inline)) void finish8(const __m256i sum[2], 
         const __m256i shift = _mm256_loadu_si256((const __m256i *)(w + 32 * half));
         const __m256 total = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum[half], shift));
         const __m256 unit = _mm256_mul_ps(_mm256_set1_ps(scale), _mm256_loadu_ps((const float *)(w + 64) + 8 * half));
-        // One rounding, however the compiler lays the loop out.
+        // One rounding, whichever way the compiler vectorizes the loop.
         _mm256_storeu_ps(line + 8 * half, _mm256_fmadd_ps(total, unit, _mm256_loadu_ps(add + 8 * half)));
     }
     memcpy(y, line, sizeof(float) * count);
 }
 
-// y[m][16 block .. ) for M rows and B blocks, M * B <= 4. q: [M][stride]; w: packed weights, a block every `size` bytes.
+// Compute y[m][16 block .. ) for M rows and B blocks, M * B <= 4. q: [M][stride]; w: packed weights, a block every `size` bytes.
 static inline __attribute__((always_inline)) void tile8(const int M, const int B, const uint8_t *q, long stride, const float *scale,
                                                         const uint8_t *w, long size, const float *bias, float *y, long N, long K,
                                                         long block, const Ahead ahead) {
@@ -113,8 +113,8 @@ typedef void Tile8(const uint8_t *q, long stride, const float *scale, const uint
 TILE8(1, 1) TILE8(2, 1) TILE8(3, 1) TILE8(4, 1) TILE8(1, 4) TILE8(2, 2)
 static Tile8 *const tall8[] = {tile8_1x1, tile8_2x1, tile8_3x1, tile8_4x1}, *const wide8[] = {tile8_1x4, tile8_2x2};
 
-// y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)] of a header and [ceil(K/4)][16][4] int8. Tiles as in
-// `product`.
+// Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)] of a header and [ceil(K/4)][16][4] int8. Tiles are
+// arranged as in `product`.
 static void product8(const float *x, const uint8_t *w, const float *bias, float *y, long rows, long N, long K, int threads) {
     const long stride = (K + 31) / 32 * 32, blocks = (N + 15) / 16, size = INT8_HEADER + (K + 3) / 4 * 64, part = (K + 15) / 16 * 64;
     const long tiles = (rows + 3) / 4, lines = tiles == 1 ? 4 : tiles < 4 ? 2 : 1;

@@ -1,14 +1,14 @@
-// Windows whose rows are the nodes of a tree. Row i lies at cache position start + i, but stands for position start + depth[i]
-// of the text, and sees what is before the window, the rows on its path and nothing else.
+// Windows whose rows are the nodes of a tree. Row i is cached at position start + i, but represents position start + depth[i] of
+// the sequence. It sees the positions before the window, the rows on its path and nothing else.
 
 typedef struct {
     const long *depth;  // (W,): 0 for row 0, the root
-    const long *path;   // (W, deep): the rows from the root to each row, which is itself at [depth]; increasing
+    const long *path;   // (W, deep): the rows from the root to each row, ascending; the row itself is at [depth]
     long deep;
 } Tree;
 
-// The scores of a row's path move from where its keys lie to the positions that they stand for, and the rest is hidden: what
-// follows then adds up as for a window that is this path alone, in the same lanes. Returns the largest score.
+// Move the scores of a row's path from the positions of its keys to the positions that they represent, and hide the rest. The
+// sums that follow are then those of a window that is this path alone, in the same lanes. Returns the largest score.
 static inline float arrange(float *score, const long *path, long depth, long start, long span) {
     for (long j = 0; j <= depth; j++) score[start + j] = score[start + path[j]];
     for (long t = start + depth + 1; t < span; t++) score[t] = -1e30f;
@@ -17,8 +17,8 @@ static inline float arrange(float *score, const long *path, long depth, long sta
     return top;
 }
 
-// Keys and values of the path to node[s] move to the positions that they stand for, in all layers. keys and values: those of
-// the first layer, (S, G, capacity / 16, E, 16) and (S, G, capacity, E); the next one's lie `layer` floats further.
+// Move keys and values of the path to node[s] to the positions that they represent, in all layers. keys and values: the cache of
+// the first layer, (S, G, capacity / 16, E, 16) and (S, G, capacity, E); the next layer starts `layer` floats later.
 void compact(float *keys, float *values, long layers, long layer, const long *start, const long *node, const Tree *tree, long S,
              long G, long E, long capacity) {
     for (long s = 0; s < S; s++) {
