@@ -1,5 +1,8 @@
-"""The kernels for GPUs against torch: on a GPU in bf16, elsewhere in fp32 through Triton's interpreter, where it is
-asked for: `TRITON_INTERPRET=1 pytest tests/decoding/test_gpu_kernels.py`, with triton 3.6 and numpy below 2.4."""
+"""Compare the Triton kernels with torch: on a GPU in bf16, elsewhere in fp32 through Triton's interpreter.
+
+`TRITON_INTERPRET=1 pytest tests/decoding/test_gpu_kernels.py` asks for the interpreter; it needs triton 3.6 and numpy
+below 2.4.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def test_queries_are_turned_and_keys_laid_into_the_cache(monkeypatch: pytest.Mon
     tables = rotary_tables(positions.clamp_min(0), E, 1e4, DTYPE)
     keys, values = random(S, K, T, E, seed=3), random(S, K, T, E, seed=4)
     want_keys, want_values = keys.clone(), values.clone()
-    queries = launch.turned_qkv(x, weight, bias, tables, positions, keys, values, H, launch.Share(8, 32))
+    queries = launch.rotated_qkv(x, weight, bias, tables, positions, keys, values, H, launch.Share(8, 32))
     qkv = F.linear(x, weight, bias).view(S, W, -1, E)
     turned = rotate(qkv[:, :, : H + K], *tables)
     for slot in range(S):

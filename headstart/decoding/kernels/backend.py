@@ -30,7 +30,7 @@ class Backend:
     """The most rows of a pass, all windows together, up to which a row's bits depend on the row and its past alone:
     infinite where that always holds, 0 where every shape has bits of its own."""
     compiled_cache = False
-    """Whether the cache holds keys in blocks of 16 positions, for the compiled attention."""
+    """True if the cache holds keys in blocks of 16 positions, for the compiled attention."""
 
     def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
         self.rows, self.quantize = rows, quantize
@@ -53,7 +53,7 @@ class Backend:
 
     @property
     def row_exact(self) -> bool:
-        """Whether each row's bits depend on the row and its past alone, in passes, prompts and trees of any shape."""
+        """True if a row's bits depend on the row and its past alone, in passes, prompts and trees of any shape."""
         return self.exact_rows == math.inf
 
     def needs_fixed_shapes(self, rows: int, tree: bool = False) -> bool:

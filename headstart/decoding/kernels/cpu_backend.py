@@ -61,9 +61,10 @@ class CompiledBackend(Backend):
 
 
 class CompiledLinear(nn.Module):
-    """The same through `native`: a row's bits depend on that row alone, and 8 rows cost little more than one.
+    """Compute x W^T + b: a row's bits depend on that row alone, and 8 rows cost little more than one.
 
-    fp32 weights that bf16 holds exactly are kept and read in bf16; with `quantize` (fp32 only) it is `Int8Linear`.
+    fp32 weights that bf16 holds exactly are stored in bf16. With `quantize`, in fp32 only, the result is that of
+    `Int8Linear`.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, quantize: Quantize | None = None) -> None:
@@ -75,6 +76,7 @@ class CompiledLinear(nn.Module):
         self._options = () if weight_NK.dtype == torch.bfloat16 else (cpu.STORED[self.packed.dtype],)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
         x = x.contiguous()
         N, K = self.shape
         y = x.new_empty((*x.shape[:-1], N))
@@ -85,7 +87,7 @@ class CompiledLinear(nn.Module):
 
 
 class CompiledNorm(nn.Module):
-    """`RMSNorm` in one call."""
+    """Compute `RMSNorm` in one call."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
@@ -93,6 +95,7 @@ class CompiledNorm(nn.Module):
         self._rms_norm = cpu.loaded_kernels(norm.weight.dtype).rms_norm
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the RMS norm of each row."""
         x = x.contiguous()
         y = torch.empty_like(x)
         D = x.shape[-1]
@@ -101,7 +104,7 @@ class CompiledNorm(nn.Module):
 
 
 class CompiledSwiGLU(nn.Module):
-    """`SwiGLU` with its elementwise part in one call."""
+    """Compute `SwiGLU` with its elementwise part in one call."""
 
     def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,6 +112,7 @@ class CompiledSwiGLU(nn.Module):
         self._silu_times = cpu.loaded_kernels(dtype).silu_times
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the MLP."""
         gate_up = self.gate_up(x)
         hidden = gate_up.shape[-1] // 2
         y = gate_up.new_empty((*gate_up.shape[:-1], hidden))
@@ -117,9 +121,9 @@ class CompiledSwiGLU(nn.Module):
 
 
 class CompiledBlock(nn.Module):
-    """`Block` in one call where the attention is that of a compiled cache; elsewhere the block that it is made of.
+    """Compute `Block` in one call over a compiled cache; other attention runs the block itself.
 
-    Of some twenty operators each costs a small model more than its arithmetic.
+    Each of some twenty operators costs a small model more than its arithmetic.
     """
 
     def __init__(self, block: Block) -> None:
@@ -146,6 +150,7 @@ class CompiledBlock(nn.Module):
         attend: Attend = causal_attention,
         select: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        """Return the output of the block, as `Block.forward` does."""
         if not isinstance(attend, CompiledAttention):
             return cast(Tensor, self.block(x_BTD, rotary, attend, select))
         x_SWD, cos, sin = x_BTD.contiguous(), rotary[0].contiguous(), rotary[1].contiguous()
@@ -170,7 +175,7 @@ class CompiledBlock(nn.Module):
 
 
 class CompiledTrunk(nn.Module):
-    """`Trunk` with its blocks in one call where the cache is a compiled one; elsewhere block by block."""
+    """Compute `Trunk` with all blocks in one call over a compiled cache; other attention runs block by block."""
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
@@ -186,6 +191,7 @@ class CompiledTrunk(nn.Module):
         attend: Callable[[int], Attend] = lambda layer: causal_attention,
         length: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the output of the trunk, as `Trunk.forward` does."""
         if not isinstance(attend, CachedAttention) or not attend.cache.compiled:
             return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
         z_SWD = torch.embedding(self.embedding.weight, tokens_BT)  # without what nn.Embedding does around it

@@ -1,4 +1,4 @@
-"""Linear maps laid out for reading: what makes a pass cost the bytes of the weights and little more."""
+"""Turn a model into its decoding form: linear maps laid out so that a pass costs little more than reading them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MakeLinear = Callable[[Tensor, "Tensor | None"], nn.Module]
 
 
 class PackedResiduals(nn.Module):
-    """`Residuals` for decoding: the maps of all heads in one product."""
+    """Compute `Residuals` with the maps of all heads in one product."""
 
     def __init__(self, residuals: Residuals, linear: MakeLinear) -> None:
         super().__init__()
@@ -44,8 +44,7 @@ class PackedResiduals(nn.Module):
 
 
 class PackedUnembedding(nn.Module):
-    """`Unembedding` for decoding: the same norm, each head's matrix packed; those of replicated heads 2..n, which read
-    the same, in one."""
+    """Compute `Unembedding` with packed matrices; replicated heads 2..n read the same latent and share one product."""
 
     def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class PackedUnembedding(nn.Module):
         self.vocab_size = weights[0].shape[0]
 
     def forward(self, z: Tensor, k: int = 1) -> Tensor:
-        """Latent (..., D) of head k -> logits (..., V)."""
+        """Return the logits (..., V) of head k for its latent (..., D)."""
         x = self.norm(z)
         if k == 1:
             return self.first(x)
@@ -77,8 +76,8 @@ class PackedUnembedding(nn.Module):
         return self.others(x).unflatten(-1, (-1, self.vocab_size))[..., k - 2, :]
 
     def drafts(self, latents: list[Tensor]) -> Tensor:
-        """Latents (S, 1, D) of heads 2..K -> their logits (S, K-1, V), in one product where they share a matrix."""
-        if self.residuals is not None:  # all of them read the trunk's latent
+        """Return the logits (S, K-1, V) of heads 2..K for their latents (S, 1, D); a shared matrix takes one product."""
+        if self.residuals is not None:  # all heads read the trunk's latent
             x_SKD = self.residuals(self.norm(latents[0]))[:, 0, : len(latents)]
             if isinstance(self.others, nn.ModuleList):
                 return torch.cat([head(x_SKD[:, i : i + 1]) for i, head in enumerate(self.others[: len(latents)])], 1)
@@ -91,8 +90,11 @@ class PackedUnembedding(nn.Module):
 
 
 def decoding_dtype(model: Transformer, quantize: Quantize | None = None) -> torch.dtype:
-    """What a model whose weights are stored as they now are decodes in best: that, but float32 on a CPU that would
-    multiply it in software (fp16 on every CPU), and around int8 products. Widening changes no weight."""
+    """Return the dtype in which a model with these stored weights decodes best.
+
+    It is the stored dtype, except float32 around int8 products and on a CPU that would multiply the stored dtype in
+    software, as every CPU does with fp16. Widening changes no weight.
+    """
     weight = model.trunk.embedding.weight
     if quantize:
         return torch.float32
@@ -104,19 +106,25 @@ def decoding_dtype(model: Transformer, quantize: Quantize | None = None) -> torc
 def pack(
     model: Transformer, rows: int | None = None, compiled: bool = True, quantize: Quantize | None = None
 ) -> Transformer:
-    """Turns `model` into its decoding form, in place: linear maps packed where that is possible, no gradients.
+    """Turn `model` into its decoding form in place, on the first backend that supports it.
 
-    `rows` is the number of rows a pass usually has (default: the number of heads); `compiled=False` leaves the compiled
-    kernels out, which tests compare. `quantize="int8"` makes all linear maps and unembeddings products of int8
-    (`decoding/kernels/int8.py`), for float32 models on a CPU; the model is then another one, close to it. Without it
-    the model still computes the same function of any shape. It can no longer be trained or saved.
+    The model computes the same function of any shape, but can no longer be trained or saved. `backend_of` returns its
+    backend.
 
-    Raises UsageError for a model that cannot be quantized.
+    Args:
+        model: the model, whose weights are packed one after another.
+        rows: the usual number of rows in a pass (None: the number of heads).
+        compiled: whether to use the compiled kernels and Triton's; tests compare both.
+        quantize: "int8" computes all linear maps and unembeddings in int8 (`kernels/int8.py`), for float32 models on a
+            CPU. The result is another model, close to this one.
+
+    Raises:
+        UsageError: the model cannot be quantized.
     """
     weight = model.trunk.embedding.weight
     if quantize and (weight.device.type != "cpu" or weight.dtype != torch.float32):
         raise UsageError(
-            f"quantize {quantize} is for CPUs, with all else in float32; here is {weight.dtype} on {weight.device}: "
+            f"quantize {quantize} is for float32 models on CPUs; this one is {weight.dtype} on {weight.device}: "
             "leave the dtype out, or decode without quantize"
         )
     model.requires_grad_(False)

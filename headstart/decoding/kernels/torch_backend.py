@@ -31,10 +31,10 @@ class TorchBackend(Backend):
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with the weight in oneDNN's blocked layout, for inference on a CPU.
+    """Compute x W^T + b with the weight in oneDNN's blocked layout, for inference on a CPU.
 
-    Reading the plain layout, a product of few rows reaches a third of the memory bandwidth; the blocked one reaches
-    nearly all of it (docs/lab-notes.md). Rows of the result do not depend on how many there are.
+    A product of few rows with the plain layout reaches a third of the memory bandwidth, with the blocked one nearly all
+    of it (docs/lab-notes.md). A row of the result does not depend on its place among the others.
     """
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, rows: int) -> None:
@@ -43,11 +43,12 @@ class PackedLinear(nn.Module):
         self.bias = None if bias_N is None else bias_N.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
 class PlainLinear(nn.Module):
-    """y = x W^T + b with the weight as it is stored."""
+    """Compute x W^T + b with the weight as it is stored."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
@@ -55,11 +56,12 @@ class PlainLinear(nn.Module):
         self.bias = None if bias_N is None else bias_N.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
         return nn.functional.linear(x, self.weight, self.bias)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this machine's oneDNN takes packed weights of this type."""
+    """Say whether this machine's oneDNN takes packed weights of this type."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

@@ -35,7 +35,7 @@ AGAIN = "measure it again with headstart tune"
 
 @dataclass(frozen=True)
 class AcceptanceTable:
-    """How often the draft of head k is right if those of heads 2..k-1 are; entry k-2."""
+    """The shares of right drafts: entry k-2 counts head k if the drafts of heads 2..k-1 are right."""
 
     mean: tuple[float, ...]
     by_confidence: tuple[tuple[float, ...], ...]
@@ -173,7 +173,7 @@ class Calibration(ABC):
     """The estimates that a policy chooses by: stored (`Tuning`), or learned while decoding (`OnlineCalibration`)."""
 
     online: ClassVar[bool]
-    """Whether estimates are learned while decoding. They begin as priors, on costs from a few passes."""
+    """True if estimates are learned while decoding. They begin as priors, on costs from a few passes."""
 
     @property
     @abstractmethod
@@ -341,7 +341,7 @@ def _make_tuples(value: Any) -> Any:
 
 
 def _acceptance_name(key: dict[str, Any]) -> str:
-    """Acceptance belongs to the weights, whatever machine runs them, and int8 weights are others."""
+    """Return the name of the tables: acceptance depends on the weights, not the machine, and int8 has other weights."""
     return "acceptance_int8" if key["dtype"] == "int8" else "acceptance"
 
 

@@ -23,7 +23,7 @@ class _Costs:
     best_rate: float
     """The best rate to expect of any fixed number of rows, in tokens per cost."""
     doubtful: bool
-    """Whether no fixed number of rows is expected to pay, and the policy has not paused for that yet."""
+    """True if no fixed number of rows is expected to pay, until the policy has paused for that."""
 
 
 class DraftPolicy:

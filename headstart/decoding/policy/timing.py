@@ -128,6 +128,7 @@ class Step:
             self.engine.begin(slot, Generation(request, heads, Stopper(ENDLESS)))
 
     def __call__(self) -> None:
+        """Run the step."""
         self.engine.rewind(self.length)
         self.engine.step()
 
@@ -170,6 +171,7 @@ class Pass:
 
     @torch.no_grad()
     def __call__(self) -> list[list[int]]:
+        """Run the pass and return the tokens of head 1."""
         self.state.length_S[:] = self.length
         tokens, accepted = self._decode(
             self.slots,

@@ -1,1 +1,1 @@
-"""What a decoding pass runs on a GPU: kernels in Triton, and blocks that call them."""
+"""Triton kernels of a decoding pass on a GPU, and the modules that call them."""

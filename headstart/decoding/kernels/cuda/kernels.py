@@ -1,8 +1,11 @@
-"""The kernels of a decoding pass on a GPU, in Triton: few rows against all weights, so what counts is how fast the
-weights come. Five products and attentions a block, with what is elementwise at their ends, where it costs nothing.
+"""The Triton kernels of a decoding pass on a GPU: few rows against all weights, so reading the weights bounds them.
 
-Every row's bits come from that row and its past alone, whatever the number of rows: an output is one chain of products
-over the width in order, however many rows share a program, and attention's blocks lie at fixed positions.
+A block takes five products and attentions. Elementwise work is done at their ends, where it costs nothing. A row's bits
+depend on that row and its past alone, for any number of rows: an output is one chain of products over the width in one
+order, however many rows share a program, and the blocks of attention start at fixed positions.
+
+The kernels take one argument per tensor, size and stride, up to 23: every version of Triton and its interpreter accept
+that, while tuples of arguments are new.
 
 Suffixes: M rows of all windows, N outputs, K inputs, S slots, H query heads, G query heads for one key/value head,
 E width of a head. Products multiply bf16 and add in fp32.
@@ -14,15 +17,15 @@ import triton
 import triton.language as tl
 
 KEYS = 64
-"""Positions that a program of attention reads at once."""
+"""Positions that a program of attention reads at a time."""
 PART = 128
-"""Positions that one program of attention reads in all; longer texts are shared out, and their parts put together."""
+"""Positions that one program of attention reads in all. `_join` combines the parts of longer sequences."""
 FAR = tl.constexpr(float("-inf"))
 
 
 @triton.jit
 def _norm(x, weight, y, K, eps, BK: tl.constexpr):
-    """RMS norm of a row."""
+    """Compute the RMS norm of a row."""
     row, column = tl.program_id(0), tl.arange(0, BK)
     inside = column < K
     wide = tl.load(x + row * K + column, mask=inside, other=0).to(tl.float32)
@@ -36,7 +39,7 @@ def _products(
     x, weight, second, M, K, row_M, output_N, inside_N,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, PAIR: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BM) sums of `x` (M, K) with the rows `output_N` of `weight`, and with those `second` further on."""
+    """Return (BN, BM) products of `x` (M, K) with rows `output_N` of `weight`, and with those `second` elements on."""
     sums = tl.zeros((BN, BM), tl.float32)
     others = tl.zeros((BN, BM), tl.float32)
     inside_M = row_M < M
@@ -69,7 +72,7 @@ def _linear(
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N): x @ weight.T, plus a bias, plus a residual; or `GATED` silu of it times that of rows `second` on."""
+    """Compute y (M, N) = x @ weight.T + bias + residual, or with `GATED` silu of it times the product `second` on."""
     blocks = tl.cdiv(M, BM)
     row_M = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     output_N = tl.program_id(0) // blocks * BN + tl.arange(0, BN)
@@ -92,14 +95,16 @@ def _linear(
 
 
 @triton.jit
-def _turned_qkv(
+def _rotated_qkv(
     x, weight, bias, cos, sin, positions, queries, keys, values,
     M, K, W, capacity, slot_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Queries, keys and values of rows: turned to their positions, keys and values laid into the cache. A program makes
-    coordinates j of a head and, as they turn together, j + E/2."""
+    """Compute queries, keys and values of rows, rotated, and write keys and values into the cache.
+
+    A program makes coordinates j of a head together with j + E/2, because they rotate together.
+    """
     HALF: tl.constexpr = E // 2
     blocks = tl.cdiv(M, BM)
     row_M = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
@@ -112,36 +117,36 @@ def _turned_qkv(
     if BIAS:
         first += tl.load(bias + output_N).to(tl.float32)[:, None]
         second += tl.load(bias + output_N + HALF).to(tl.float32)[:, None]
-    _turn(
+    _rotate(
         first, second, cos, sin, positions, queries, keys, values, M, W, capacity, slot_stride, head_stride, row_M,
         head, low_N, HEADS, KV_HEADS, E,
     )  # fmt: skip
 
 
 @triton.jit
-def _turned(
+def _rotated(
     qkv, cos, sin, positions, queries, keys, values, M, W, capacity, slot_stride, head_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """`_turned_qkv` of products (M, heads, E) that are there already; a program has a head."""
+    """Do the work of `_rotated_qkv` on existing products (M, heads, E); a program takes one head."""
     row_M = tl.program_id(0) * BM + tl.arange(0, BM)
     head = tl.program_id(1)
     low_N = tl.arange(0, E // 2)
     place = qkv + (row_M[None, :].to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * E + low_N[:, None]
     inside = (row_M < M)[None, :]
     first, second = tl.load(place, mask=inside, other=0), tl.load(place + E // 2, mask=inside, other=0)
-    _turn(
+    _rotate(
         first, second, cos, sin, positions, queries, keys, values, M, W, capacity, slot_stride, head_stride, row_M,
         head, low_N, HEADS, KV_HEADS, E,
     )  # fmt: skip
 
 
 @triton.jit
-def _turn(
+def _rotate(
     first, second, cos, sin, positions, queries, keys, values, M, W, capacity, slot_stride, head_stride, row_M, head,
     low_N, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates `low_N` of a head, and those half a head further on, of rows `row_M`: to where they belong."""
+    """Rotate coordinates `low_N` and `low_N` + E/2 of a head, for rows `row_M`, and store them where they belong."""
     HALF: tl.constexpr = E // 2
     kind = queries.dtype.element_ty
     first, second = first.to(kind), second.to(kind)
@@ -159,7 +164,7 @@ def _turn(
         tl.store(query, first, mask=inside)
         tl.store(query + HALF, second, mask=inside)
     else:
-        # Negative positions, of a slot without a request, count from the end.
+        # The negative positions of a slot without a request count from the end.
         position = tl.load(positions + row_M, mask=inside_M, other=0)
         position = tl.where(position < 0, position + capacity, position)
         kv_head = (head - HEADS) % KV_HEADS
@@ -175,7 +180,7 @@ def _turn(
 
 @triton.jit
 def _gate(both, y, N, BN: tl.constexpr):
-    """y (M, N): silu of the first half of `both` (M, 2 N) times the second half."""
+    """Compute y (M, N): silu of the first half of `both` (M, 2 N) times the second half."""
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN)
     inside = column < N
     place = both + row * 2 * N + column
@@ -191,9 +196,12 @@ def _attend(
     HEADS: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, ONE: tl.constexpr, KEYS: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a window against a part of the positions up to each. R rows of each slot ask: all W, or with `ONE` the
-    one that `row` names. With one part y (S, R, H, E) is the answer; else it holds each part's, not yet divided, and
-    `sums` (S, R, H, parts, 2) the largest score and the sum of weights."""
+    """Attend from rows of a window to one part of the positions up to each.
+
+    R rows of each slot have queries: all W, or with `ONE` the one that `row` names. With a single part y (S, R, H, E)
+    is the result. With several, y holds each part's sum, not yet divided, and `sums` (S, R, H, parts, 2) the largest
+    score and the sum of weights.
+    """
     blocks = tl.cdiv(R * G, BM)
     part = tl.program_id(1)
     slot = tl.program_id(0) // (blocks * (HEADS // G))
@@ -238,7 +246,7 @@ def _attend(
 
 @triton.jit
 def _join(y, sums, joined, parts, E: tl.constexpr, BP: tl.constexpr):
-    """The parts of one row and head, put together."""
+    """Combine the parts of one row and head."""
     place, p, e = tl.program_id(0), tl.arange(0, BP), tl.arange(0, E)
     inside = p < parts
     at = place * parts + p

@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors: shapes, grids, and how much of the work a program takes."""
+"""Launch the kernels on tensors: their shapes, grids, and the share of the work that a program takes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from headstart.decoding.kernels.cuda import kernels
 
 MOST_ROWS = 64
-"""Rows of all windows together up to which our products are the faster ones; more are bound by arithmetic, where the
-vendor's are at home."""
-ASKING = 16
-"""Rows and heads that share a program of attention."""
+"""The most rows, all windows together, for which these products are the faster ones. Arithmetic bounds products of more
+rows, and the vendor's are faster there."""
+QUERIES = 16
+"""Pairs of a row and a head that share a program of attention."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a program of a product takes. No output's bits depend on it."""
+    """The part of a product that one program takes. No output's bits depend on it."""
 
     outputs: int = 16
     inputs: int = 256
@@ -29,7 +29,7 @@ class Share:
 
 
 def share_of(outputs: int, inputs: int, pair: bool = False) -> Share:
-    """For a matrix (N, K), by what was fastest (docs/lab-notes.md)."""
+    """Return the share that was measured as fastest for a matrix (N, K) (docs/lab-notes.md)."""
     if pair:
         return Share(32, 128, 2, 3) if outputs >= 8192 else Share(16, 64, 2, 8)
     if outputs >= 8192:
@@ -38,7 +38,7 @@ def share_of(outputs: int, inputs: int, pair: bool = False) -> Share:
 
 
 def norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
-    """RMS norm of x (..., K)."""
+    """Return the RMS norm of x (..., K)."""
     K = x.shape[-1]
     y = torch.empty_like(x)
     kernels._norm[(x.numel() // K,)](x, weight_K, y, K, eps, BK=_power(K), num_warps=8 if K > 2048 else 4)
@@ -53,8 +53,10 @@ def linear(
     gated: bool = False,
     share: Share | None = None,
 ) -> Tensor:
-    """x (..., K) @ weight.T -> (..., N), plus a residual (..., N); `gated`: silu of the first half of the outputs times
-    the second half, (..., N / 2)."""
+    """Return x (..., K) @ weight.T + bias, plus a residual (..., N).
+
+    With `gated` the result (..., N / 2) is silu of the first half of the outputs times the second half.
+    """
     K = x.shape[-1]
     N = weight_NK.shape[0] // 2 if gated else weight_NK.shape[0]
     M = x.numel() // K
@@ -73,7 +75,7 @@ def linear(
 
 
 def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
-    """`linear` of many rows."""
+    """Compute `linear` for many rows, in torch's product."""
     y = F.linear(x, weight, bias)
     if residual is not None:
         y += residual
@@ -85,7 +87,7 @@ def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
     return hidden
 
 
-def turned_qkv(
+def rotated_qkv(
     x_SWD: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -96,22 +98,22 @@ def turned_qkv(
     heads: int,
     share: Share | None = None,
 ) -> Tensor:
-    """Queries (S, W, H, E), turned; keys and values of the rows go into the cache."""
+    """Return the rotated queries (S, W, H, E), and write keys and values of the rows into the cache."""
     (S, W, K), (_, kv_heads, capacity, E) = x_SWD.shape, keys_SKTE.shape
     queries = x_SWD.new_empty((S, W, heads, E))
     places = (*rotary, positions_SW, queries, keys_SKTE, values_SKTE)
     sizes = (W, capacity, keys_SKTE.stride(0), keys_SKTE.stride(1))
     if S * W > MOST_ROWS:
         qkv = F.linear(x_SWD, weight, bias)
-        kernels._turned[-(-S * W // ASKING), heads + 2 * kv_heads](
-            qkv, *places, S * W, *sizes, HEADS=heads, KV_HEADS=kv_heads, E=E, BM=ASKING
+        kernels._rotated[-(-S * W // QUERIES), heads + 2 * kv_heads](
+            qkv, *places, S * W, *sizes, HEADS=heads, KV_HEADS=kv_heads, E=E, BM=QUERIES
         )
         return queries
     share = share or share_of((heads + 2 * kv_heads) * E // 2, K, True)
     outputs = min(share.outputs, E // 2)
     rows = _rows(S * W)
     grid = (-(-S * W // rows) * (heads + 2 * kv_heads) * (E // 2 // outputs),)
-    kernels._turned_qkv[grid](
+    kernels._rotated_qkv[grid](
         x_SWD, weight, x_SWD if bias is None else bias, *places, S * W, K, *sizes,
         HEADS=heads, KV_HEADS=kv_heads, E=E, BN=outputs, BK=share.inputs, BM=rows, BIAS=bias is not None,
         EVEN=K % share.inputs == 0, num_warps=share.warps, num_stages=share.stages,
@@ -127,8 +129,11 @@ def attend(
     row_S: Tensor | None,
     span: int,
 ) -> Tensor:
-    """(S, R, H, E): each row attends to the cache up to its position, which is less than `span`; R = W rows of a slot,
-    or the one that `row_S` names."""
+    """Attend from each row to the cache up to its position, which is less than `span`.
+
+    Returns:
+        (S, R, H, E), for all R = W rows of a slot, or for the one row that `row_S` names.
+    """
     S, W, H, E = queries_SWHE.shape
     kv_heads = keys_SKTE.shape[1]
     R, G = (W if row_S is None else 1), H // kv_heads
@@ -136,10 +141,10 @@ def attend(
     y = queries_SWHE.new_empty((S, R, H, E))
     answers = y if parts == 1 else torch.empty((S, R, H, parts, E), dtype=torch.float32, device=y.device)
     sums = y if parts == 1 else torch.empty((S, R, H, parts, 2), dtype=torch.float32, device=y.device)
-    kernels._attend[(S * kv_heads * -(-R * G // ASKING), parts)](
+    kernels._attend[(S * kv_heads * -(-R * G // QUERIES), parts)](
         queries_SWHE, keys_SKTE, values_SKTE, positions_SW, positions_SW if row_S is None else row_S, answers, sums,
         W, R, keys_SKTE.stride(0), keys_SKTE.stride(1), math.log2(math.e) / math.sqrt(E), parts,
-        HEADS=H, G=G, E=E, BM=ASKING, ONE=row_S is not None, KEYS=kernels.KEYS, PART=kernels.PART,
+        HEADS=H, G=G, E=E, BM=QUERIES, ONE=row_S is not None, KEYS=kernels.KEYS, PART=kernels.PART,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
@@ -148,10 +153,10 @@ def attend(
 
 
 def _rows(count: int) -> int:
-    """Of a program of a product: all of them, as far as that is sensible."""
+    """Return the rows that a program of a product takes: all of them, up to `MOST_ROWS`."""
     return min(MOST_ROWS, max(16, _power(count)))
 
 
 def _power(number: int) -> int:
-    """The power of two that is at least `number`."""
+    """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Modules of a packed model on a GPU: linear maps and blocks through the kernels."""
+"""The modules of a packed model on a GPU, which call the Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headstart.model.layers import Attend, Block, RMSNorm
 
 
 class CudaLinear(nn.Module):
-    """A linear map: through a kernel where rows are few, else torch's."""
+    """Compute x W^T + b: few rows in a kernel, many in torch's product."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         super().__init__()
@@ -22,25 +22,27 @@ class CudaLinear(nn.Module):
         self.bias = None if bias_N is None else bias_N.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
         return launch.linear(x.contiguous(), self.weight, self.bias)
 
 
 class CudaNorm(nn.Module):
-    """`RMSNorm` through its kernel."""
+    """Compute `RMSNorm` in its kernel."""
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
         self.weight, self.eps = norm.weight.detach(), norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the RMS norm of each row."""
         return launch.norm(x.contiguous(), self.weight, self.eps)
 
 
 class CudaBlock(nn.Module):
-    """`Block` in seven kernels, some more where rows are many, over the cache of a chain; else the block it is made of.
+    """Compute `Block` over the cache of a chain in seven kernels, or some more for many rows.
 
-    Torch takes some twenty, and a pass over few rows is little more than reading the weights: what is launched beside
-    that would be half of its time.
+    Torch launches some twenty. A pass over few rows is little more than reading the weights, so the other launches
+    would take half of its time. Other attention runs the block itself.
     """
 
     def __init__(self, block: Block) -> None:
@@ -54,6 +56,7 @@ class CudaBlock(nn.Module):
         attend: Attend = causal_attention,
         select: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        """Return the output of the block, as `Block.forward` does."""
         S, W, _ = x_BTD.shape
         if not isinstance(attend, LayerAttention) or attend.whole.tree is not None:
             return cast(Tensor, self.block(x_BTD, rotary, attend, select))
@@ -66,7 +69,7 @@ class CudaBlock(nn.Module):
         x_SWD = x_BTD.contiguous()
         normed = block.attention_norm(x_SWD)
         positions_SW = attend.whole.positions
-        queries = launch.turned_qkv(
+        queries = launch.rotated_qkv(
             normed, qkv.weight, qkv.bias, (tables[0], tables[1]), positions_SW, attend.keys, attend.values,
             attention.heads,
         )  # fmt: skip
