@@ -76,7 +76,7 @@ class PackedUnembedding(nn.Module):
         return self.others(x).unflatten(-1, (-1, self.vocab_size))[..., k - 2, :]
 
     def drafts(self, latents: list[Tensor]) -> Tensor:
-        """Return the logits (S, K-1, V) of heads 2..K for their latents (S, 1, D); a shared matrix takes one product."""
+        """Return the logits (S, K-1, V) of heads 2..K for their latents (S, 1, D); a shared matrix is one product."""
         if self.residuals is not None:  # all heads read the trunk's latent
             x_SKD = self.residuals(self.norm(latents[0]))[:, 0, : len(latents)]
             if isinstance(self.others, nn.ModuleList):
