@@ -17,7 +17,6 @@ from headstart.model.presets import PRESETS
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.config import DataConfig, RunConfig, load_config, save_config
-from headstart.training.estimate import estimate_run
 from headstart.training.loop import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -45,8 +44,8 @@ def test_it_loads_and_loads_back(path: Path, tmp_path: Path) -> None:
 def test_the_commands_at_its_top_fit_it(path: Path) -> None:
     for arguments in train_commands(path):
         settings = TrainSettings.parse([str(path), *arguments])
-        if settings.dry_run:
-            assert estimate_run(settings.run, "run", settings.estimate)["peak_bytes"] > 0
+        if settings.dry_run.dry_run:
+            assert settings.dry_run.estimate(settings.run, "run")["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

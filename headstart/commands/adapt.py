@@ -1,53 +1,32 @@
-"""`headstart adapt`: new heads on an existing model, trained on text, and how many of their drafts are right."""
+"""`headstart adapt`: train new heads on an existing model, and measure how many of their drafts are right."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from tyro.conf import Positional, arg
 
+from headstart.commands.dry_run import DryRunSettings
 from headstart.commands.evaluate import ACCEPTANCE_FILE, acceptance_of
-from headstart.commands.train import check_dry_run
 from headstart.console import Progress, format_table, print_result
-from headstart.data.manifest import MANIFEST
-from headstart.data.mixture import MixturePart, open_sources
-from headstart.data.prepare.units import hold_conversations
 from headstart.errors import UsageError
-from headstart.evaluation.heads import score_documents
 from headstart.fileio import write_text
-from headstart.formats.hub import local_directory
-from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer
 from headstart.hardware import use_threads
 from headstart.model.config import HeadKindName
 from headstart.model.shape import Wiring
-from headstart.objective.backends import HeadLoss, LossConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.training.adapt.config import AdaptConfig, FrozenDtype, Mode
-from headstart.training.adapt.lora import LoraConfig
-from headstart.training.adapt.new_heads import config_with_heads
-from headstart.training.adapt.run import SOURCE_FILE, check_unchanged, check_vocabulary
-from headstart.training.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    RunConfig,
-    ValidationConfig,
-)
-from headstart.training.config import load_config as load_run_config
-from headstart.training.estimate import DryRunSettings, estimate_run, format_dry_run
-from headstart.training.loop import check_storable, train
-from headstart.training.optimizer import OptimizerConfig
-from headstart.training.run_folder import RunFolder
-from headstart.training.trackers import WatchConfig, check_packages
+
+if TYPE_CHECKING:
+    from headstart.training.config import DataConfig, RunConfig
 
 SCORED_TOKENS = 100_000
-"""Of held-out documents, at most about this many are read for the acceptance at the end."""
+"""Most tokens of held-out documents that the acceptance is measured on."""
 LENGTH = 512
-"""Positions of a row where nothing is said and the model's context allows."""
+"""Default tokens of a row, if the model's context allows it."""
 
 
 @dataclass(frozen=True)
@@ -58,45 +37,47 @@ class AdaptSettings:
     """A model directory, such as RUN/model or an ordinary Hugging Face model, or OWNER/NAME on the hub. It is only
     read."""
     data: tuple[str, ...]
-    """Text like that which the model is to write: files, folders, globs or hf:NAME, as `headstart prepare` takes, also
-    conversations with "messages" as `headstart distill-data` writes them; or folders that `prepare` wrote, encoded with
-    the model's tokenizer."""
+    """Text like the text that the model will generate: files, folders, globs or hf:NAME, as for `headstart prepare`,
+    also conversations with "messages" as `headstart distill-data` writes them; or folders that `prepare` wrote, encoded
+    with the model's tokenizer."""
     run_dir: Path
-    """Where everything of the run lies: checkpoints/, metrics.jsonl, and the result, model/. The same command goes on
-    with a run that was stopped."""
+    """The run folder: checkpoints/, metrics.jsonl, and the result, model/. The same command resumes a run that was
+    stopped."""
     heads: int = 4
-    """Heads in all, the model's own next-token head included."""
+    """Heads in all, including the model's own next-token head."""
     head_kind: HeadKindName = "transformer"
     """transformer: a block per head; linear, medusa, stern: smaller, nearly free to run; sequential: also reads the
     tokens between; replicated: an unembedding per head."""
     wiring: Wiring | None = None
-    """Which latent feeds head k: parallel (the trunk's) or causal (head k-1's) (None: parallel; sequential: causal)."""
+    """The latent that feeds head k: parallel (the trunk's) or causal (that of head k-1) (None: parallel; causal for
+    sequential)."""
     shared: bool = True
-    """sequential: one module for all heads; medusa: the heads share the unembedding."""
+    """sequential: use one module for all heads; medusa: the heads share the unembedding."""
     replace_heads: bool = False
-    """Put the new heads in the place of those that the model has beyond the first."""
-    mode: Mode = "heads"
-    """heads: train the heads alone, the model's own text stays the same to the bit; joint: then everything."""
+    """Replace the heads that the model has beyond the first."""
+    mode: Literal["heads", "joint"] = "heads"
+    """heads: train the heads alone, and leave the model's own text the same to the bit; joint: then train all
+    weights."""
     heads_first: float = 0.5
     """joint: fraction of the steps that train the heads alone, before everything is trained."""
     self_distilled: bool = False
-    """joint: keep head 1 near the model as it was (KL) instead of training it on the text; takes a second copy, but not
-    with --lora."""
+    """joint: keep head 1 near the original model (KL divergence) instead of training it on the text. This takes a
+    second copy of the model, except with --lora."""
     lora: int | None = None
-    """joint: train products of this rank beside the model's matrices (LoRA; Medusa-2 takes 32), not these themselves;
-    RUN/adapter is then a peft adapter, and RUN/model has them added."""
+    """joint: leave the model's matrices as they are and train low-rank products of this rank that are added to them
+    (LoRA; Medusa-2 takes 32). RUN/adapter is then a peft adapter, and RUN/model contains the sums."""
     lora_alpha: float = 16.0
-    """The products count alpha / rank."""
+    """Scale of the low-rank products: they are multiplied by alpha / rank."""
     lora_dropout: float = 0.05
-    """Of what the products read, while training."""
-    loss: HeadLoss = "cross-entropy"
-    """What the heads learn from: cross-entropy, the text; kl or total-variation, the model's own next-token
+    """Dropout of the inputs of the low-rank products in training."""
+    loss: Literal["cross-entropy", "kl", "total-variation"] = "cross-entropy"
+    """Loss of the heads: cross-entropy with the text; kl or total-variation, the distance to the model's own next-token
     distribution, which judges their drafts."""
     loss_share: float = 1.0
-    """Share of kl or total-variation in their loss; the rest is cross-entropy."""
+    """Share of kl or total-variation in the loss of the heads; the rest is cross-entropy."""
     head_weight: float | None = None
-    """joint: weight of the heads' losses beside head 1's 1 (None: 0.2, and 0.01 reached in a sine ramp where
-    self-distilled, as Medusa-2)."""
+    """joint: weight of the heads' losses relative to head 1 (None: 0.2; with --self-distilled 0.01, reached in a sine
+    ramp, as in Medusa-2)."""
     head_decay: float = 0.8
     """Factor from each head's weight to the next."""
     steps: int = 1000
@@ -108,63 +89,73 @@ class AdaptSettings:
     length: int | None = None
     """Tokens of a row (None: 512, or the model's context)."""
     lr: float | None = None
-    """Peak learning rate (None: 1e-3 for the heads alone; joint 5e-5, and the heads' is --head-lr-ratio times that)."""
+    """Peak learning rate (None: 1e-3 for the heads alone; in joint training 5e-5, and --head-lr-ratio times that for
+    the heads)."""
     head_lr_ratio: float = 4.0
-    """joint: learning rate of the heads as a multiple of the rest's."""
+    """joint: learning rate of the heads as a multiple of that of the other weights."""
     warmup_steps: int | None = None
     """Steps over which the learning rate rises (None: 40, at most a tenth of all)."""
     extension: Literal["hold", "rewarm"] = "hold"
-    """The learning rate of steps added to a finished run: hold keeps the final rate; rewarm warms up once more."""
+    """Learning rate of steps added to a finished run: hold keeps the final rate; rewarm warms up again."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""
-    frozen_dtype: FrozenDtype = "float32"
-    """What frozen weights are held in; bfloat16 takes half the memory, for models stored so."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of frozen weights; bfloat16 takes half the memory, and is for models stored in it."""
     cache_states: str | None = None
-    """heads: keep the hidden states of the frozen trunk in this folder (true: in the run folder) and read them in place
-    of running it: faster from the second time that a row is read. Runs may share a folder."""
+    """heads: keep the hidden states of the frozen trunk in this folder (true: in the run folder) and read them instead
+    of running the trunk: faster from the second time that a row is read. Runs may share a folder."""
     cache_gib: float = 50.0
-    """At most this many GiB of hidden states."""
+    """The largest size of the cached hidden states, in GiB."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What matrix products run in."""
+    """dtype of matrix products."""
     validation_fraction: float = 0.02
-    """Fraction of the documents held out (of text; prepared folders have theirs)."""
+    """Fraction of the documents held out (of text; prepared folders have their own)."""
     validation_every: int = 100
     """Steps between validations."""
     checkpoints_every: int = 200
     """Steps between checkpoints."""
     allow_changed_data: bool = False
-    """Resume although the data or its tokenizer is another than when the checkpoint was written."""
+    """Resume even if the data or its tokenizer is not that of the checkpoint."""
     seed: int = 0
-    """Of first weights, the order of the data and the documents held out."""
+    """Seed of first weights, the order of the data and the documents held out."""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     compile: bool | None = None
-    """Whether torch.compile fuses each block (None: in long runs)."""
+    """Fuse each block with torch.compile (None: in long runs)."""
     threads: int | None = None
-    """CPU threads (None: as torch chooses)."""
-    dry_run: bool = False
-    """Train nothing: print the tokens of the run, the memory of one process, and hours."""
-    estimate: Annotated[DryRunSettings, arg(name="")] = field(default_factory=DryRunSettings)
+    """CPU threads (None: torch's choice)."""
+    dry_run: Annotated[DryRunSettings, arg(name="")] = field(default_factory=DryRunSettings)
     json: bool = False
     """Print the result as JSON."""
 
 
 def run(settings: AdaptSettings) -> None:
     """Train the heads, or estimate what that would need, and print the result."""
-    check_dry_run(settings.dry_run, settings.estimate)
+    settings.dry_run.check()
     use_threads(settings.threads)
-    if settings.dry_run:
-        print_result(estimate_adapt_run(settings, settings.estimate), settings.json, format_dry_run)
+    if settings.dry_run.dry_run:
+        from headstart.training.estimate import format_dry_run
+
+        print_result(estimate_adapt_run(settings), settings.json, format_dry_run)
     else:
         print_result(adapt(settings), settings.json, format_adapted)
 
 
 def run_config(settings: AdaptSettings) -> RunConfig:
-    """The run that `settings` asks for. Raises UsageError for what cannot be."""
+    """Return the configuration of the run. Raises UsageError for settings that do not fit the model or each other."""
+    from headstart.formats.hub import local_directory
+    from headstart.formats.huggingface import load_config
+    from headstart.objective.backends import LossConfig
+    from headstart.training.adapt.config import AdaptConfig
+    from headstart.training.adapt.lora import LoraConfig
+    from headstart.training.adapt.new_heads import config_with_heads
+    from headstart.training.config import BatchConfig, CheckpointConfig, RunConfig, ValidationConfig
+    from headstart.training.optimizer import OptimizerConfig
+    from headstart.training.trackers import WatchConfig
+
     settings = replace(settings, model=local_directory(settings.model))
-    old = load_config(settings.model)
     model = config_with_heads(
-        old,
+        load_config(settings.model),
         settings.heads,
         settings.head_kind,
         settings.wiring,
@@ -173,6 +164,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
     )
     joint = settings.mode == "joint"
     lr = (5e-5 if joint else 1e-3) if settings.lr is None else settings.lr
+    lora = None if settings.lora is None else LoraConfig(settings.lora, settings.lora_alpha, settings.lora_dropout)
     return RunConfig(
         steps=settings.steps,
         run_dir=settings.run_dir,
@@ -201,9 +193,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
             mode=settings.mode,
             heads_first=settings.heads_first,
             self_distilled=settings.self_distilled,
-            lora=None
-            if settings.lora is None
-            else LoraConfig(settings.lora, settings.lora_alpha, settings.lora_dropout),
+            lora=lora,
             replace_heads=settings.replace_heads,
             frozen_dtype=settings.frozen_dtype,
             cache_states=_cache(settings),
@@ -213,6 +203,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
 
 
 def _cache(settings: AdaptSettings) -> Path | None:
+    """Return the folder of cached hidden states, if there is one."""
     if settings.cache_states is None or settings.cache_states.lower() == "false":
         return None
     own = settings.cache_states.lower() == "true"
@@ -220,21 +211,30 @@ def _cache(settings: AdaptSettings) -> Path | None:
 
 
 def head_weights(settings: AdaptSettings) -> HeadWeights:
-    """Medusa's weights (arXiv 2401.10774, section 2.2): head k counts decay^(k-1), times 0.2 beside head 1 in joint
-    training, or 0.01 at the end of a sine ramp where that is self-distilled."""
+    """Return Medusa's weights (arXiv 2401.10774, section 2.2): decay^(k-1) for head k.
+
+    In joint training they are multiplied by 0.2 relative to head 1, or by a sine ramp up to 0.01 if head 1 is
+    self-distilled.
+    """
     if settings.mode == "heads":
         if settings.head_weight is not None:
-            raise UsageError("--head-weight is for --mode joint: the heads alone have nothing to be weighed against")
+            raise UsageError("--head-weight is for --mode joint: with the heads alone there is no other loss")
         return HeadWeights(decay=settings.head_decay)
     others = settings.heads - 1
     weight = (0.01 if settings.self_distilled else 0.2) if settings.head_weight is None else settings.head_weight
-    beside = (1.0, *[weight] * others)
+    weights = (1.0, *[weight] * others)
     if settings.self_distilled:
-        return HeadWeights(initial=(1.0, *[0.0] * others), final=beside, decay=settings.head_decay, shape="sine")
-    return HeadWeights(initial=beside, decay=settings.head_decay)
+        return HeadWeights(initial=(1.0, *[0.0] * others), final=weights, decay=settings.head_decay, shape="sine")
+    return HeadWeights(initial=weights, decay=settings.head_decay)
 
 
 def _data(settings: AdaptSettings) -> DataConfig:
+    """Return where the data is: prepared folders, or text to prepare with the model's tokenizer."""
+    from headstart.data.manifest import MANIFEST
+    from headstart.data.mixture import MixturePart
+    from headstart.formats.huggingface import load_model_tokenizer
+    from headstart.training.config import DataConfig
+
     if not settings.data:
         raise UsageError("name what to train on: --data FILE, FOLDER ... or folders that headstart prepare wrote")
     prepared = [Path(name) for name in settings.data if (Path(name) / MANIFEST).is_file()]
@@ -262,27 +262,39 @@ def _data(settings: AdaptSettings) -> DataConfig:
 
 
 def _conversations(settings: AdaptSettings) -> bool:
-    """Whether the data holds conversations: as the run was started, else by the first rows."""
+    """Return whether the data holds conversations: as when the run was started, else according to the first rows."""
+    from headstart.data.prepare.units import hold_conversations
+    from headstart.training.config import load_config
+    from headstart.training.run_folder import RunFolder
+
     started = RunFolder(settings.run_dir).config
-    return load_run_config(started).data.conversations if started.is_file() else hold_conversations(settings.data)
+    return load_config(started).data.conversations if started.is_file() else hold_conversations(settings.data)
 
 
 def adapt(settings: AdaptSettings) -> dict[str, Any]:
-    """Trains, and gives the path of the model directory and what its drafts are worth on held-out text.
+    """Train, and return the model directory and the acceptance of its drafts on held-out text.
 
-    Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved; UsageError for whatever the user can mend.
+    Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved; UsageError for wrong settings or data.
     """
+    from headstart.training.loop import train
+
     config = run_config(settings)
     path = train(config)
     found: dict[str, Any] = {"model": str(path), "heads": config.model.heads, "head_kind": config.model.head_kind}
     return found | acceptance(config, path)
 
 
-def estimate_adapt_run(settings: AdaptSettings, more: DryRunSettings) -> dict[str, Any]:
-    """Return what the run would need, as `train --dry-run` does. Nothing is trained or written.
+def estimate_adapt_run(settings: AdaptSettings) -> dict[str, Any]:
+    """Return what the run would need, as `train --dry-run` does; nothing is trained or written.
 
     Raises UsageError for settings and run folders that `adapt` refuses before it reads the text.
     """
+    from headstart.data.mixture import open_sources
+    from headstart.training.adapt.run import SOURCE_FILE, check_unchanged, check_vocabulary
+    from headstart.training.loop import check_storable
+    from headstart.training.run_folder import RunFolder
+    from headstart.training.trackers import check_packages
+
     config = run_config(settings)
     check_packages(config.watch)
     check_storable(config)
@@ -290,7 +302,7 @@ def estimate_adapt_run(settings: AdaptSettings, more: DryRunSettings) -> dict[st
     folder.check(config)
     if folder.started and config.adapt and (folder.path / SOURCE_FILE).is_file():
         check_unchanged(config.adapt.model, folder.path)
-    found = estimate_run(config, str(settings.run_dir), more)
+    found = settings.dry_run.estimate(config, str(settings.run_dir))
     if config.data.prepared:
         sources = open_sources(config.data.prepared)
         check_vocabulary(sources, config.adapt.model if config.adapt else settings.model, config.model.vocab_size)
@@ -298,12 +310,19 @@ def estimate_adapt_run(settings: AdaptSettings, more: DryRunSettings) -> dict[st
 
 
 def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
-    """What share of drafts of each head would be right if the model wrote the held-out documents of the run's data;
-    also put into the model directory, for `headstart inspect`. Of conversations the answers alone count, as in
-    validation. {} where nothing is held out."""
+    """Return the share of drafts of each head that are right on held-out documents of the run's data.
+
+    It is also put into the model directory, for `headstart inspect`. In conversations the answers alone count, as in
+    validation. The result is empty if nothing is held out.
+    """
+    from headstart.data.mixture import MixturePart, open_sources
+    from headstart.evaluation.heads import score_documents
+    from headstart.formats.huggingface import load_model
+    from headstart.training.run_folder import RunFolder
+
     parts = config.data.prepared or (MixturePart(RunFolder(config.run_dir).data),)
     documents: list[list[int]] = []
-    counted: list[np.ndarray] = []  # which tokens are targets: of conversations the answers
+    counted: list[np.ndarray] = []  # which tokens are targets: in conversations the answers
     size = tokens = 0
     for source in open_sources(parts):
         split = source.validation
@@ -339,7 +358,7 @@ def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
 
 
 def format_adapted(found: dict[str, Any]) -> str:
-    """`adapt`'s result for people."""
+    """Format the result of `adapt` for people."""
     lines = [f"model: {found['model']} ({found['heads']} {found['head_kind']} heads)"]
     if "acceptance" not in found:
         return lines[0] + "\nnothing was held out to measure its drafts on"

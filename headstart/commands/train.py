@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from headstart.command_line import parse_settings
+from headstart.commands.dry_run import DryRunSettings
 from headstart.console import print_result
 from headstart.errors import UsageError
 from headstart.training.config import RunConfig, fit_vocabulary, gives_vocabulary, read_config
-from headstart.training.estimate import DryRunSettings, estimate_run, format_dry_run
+from headstart.training.estimate import format_dry_run
 from headstart.training.loop import train
 
 PROFILED_STEPS = 3
@@ -33,9 +34,7 @@ class TrainSettings:
     run: Annotated[RunConfig, arg(name="")]
     profile: bool = False
     """Record three steps with torch.profiler; --profile.start and --profile.steps choose others."""
-    dry_run: bool = False
-    """Train nothing: print the tokens of the run, the memory of one process, and hours."""
-    estimate: Annotated[DryRunSettings, arg(name="")] = field(default_factory=DryRunSettings)
+    dry_run: Annotated[DryRunSettings, arg(name="")] = field(default_factory=DryRunSettings)
     json: bool = False
     """Print the result of --dry-run as JSON."""
 
@@ -50,12 +49,12 @@ class TrainSettings:
             )
         path = Path(arguments[0])
         settings = parse_settings(cls, arguments, f"headstart train {path}", cls(path, read_config(path)))
-        check_dry_run(settings.dry_run, settings.estimate)
+        settings.dry_run.check()
         given = gives_vocabulary(path, arguments)
         try:
             run = fit_vocabulary(settings.run, given)
         except UsageError as error:
-            if given or not settings.dry_run:
+            if given or not settings.dry_run.dry_run:
                 raise
             raise UsageError(
                 f"{error}; or give model.vocab_size, which is all that a dry run needs of the data"
@@ -65,17 +64,10 @@ class TrainSettings:
         return replace(settings, run=run)
 
 
-def check_dry_run(dry_run: bool, estimate: DryRunSettings) -> None:
-    """Raise UsageError if an option of the estimate is given without `--dry-run`."""
-    for option in fields(estimate):
-        if not dry_run and getattr(estimate, option.name) != option.default:
-            raise UsageError(f"--{option.name.replace('_', '-')} is for --dry-run; give that too, or leave it out")
-
-
 def run(settings: TrainSettings) -> None:
     """Train, or estimate what training would need."""
-    if settings.dry_run:
-        found = estimate_run(settings.run, str(settings.config), settings.estimate)
+    if settings.dry_run.dry_run:
+        found = settings.dry_run.estimate(settings.run, str(settings.config))
         print_result(found, settings.json, format_dry_run)
     else:
         train(settings.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -31,29 +31,33 @@ UNITS = {"": 1, "B": 1} | {
 }
 
 
-@dataclass(frozen=True)
-class DryRunSettings:
-    """What would the run need? Prints tokens, memory of one process, and time; starts nothing."""
+def estimate_run(
+    config: RunConfig, name: str, processes: int = 1, device_memory: str | None = None, mfu: float = 0.4
+) -> dict[str, Any]:
+    """Return the estimate of a run as plain data.
 
-    processes: int = 1
-    """Processes (devices) that torchrun would start."""
-    device_memory: str | None = None
-    """Memory of one device, such as 80GiB (default: that of the GPU here; on a CPU, what is available)."""
-    mfu: float = 0.4
-    """Model FLOPs utilisation that the hours assume."""
+    Without several `processes` or `device_memory`, a run that would take the CPU is estimated for the CPU; every other
+    for GPUs.
 
+    Args:
+        config: the run.
+        name: what the result calls it.
+        processes: processes (devices) that torchrun would start.
+        device_memory: memory of one device, such as 80GiB (None: that of the GPU here; on a CPU, what is available).
+        mfu: model FLOPs utilisation that the hours assume.
 
-def estimate_run(config: RunConfig, name: str, settings: DryRunSettings) -> dict[str, Any]:
-    """Return the estimate of the run `config`, which the result calls `name`, as plain data."""
-    if not 0 < settings.mfu <= 1:
-        raise UsageError(f"--mfu is {settings.mfu}; it must be above 0 and at most 1")
-    memory = None if settings.device_memory is None else parse_bytes(settings.device_memory)
+    Raises:
+        UsageError: settings out of range, or anything that would keep the run from starting. Data is not looked for.
+    """
+    if not 0 < mfu <= 1:
+        raise UsageError(f"--mfu is {mfu}; it must be above 0 and at most 1")
+    memory = None if device_memory is None else parse_bytes(device_memory)
     if config.adapt is not None:
-        check_processes(settings.processes)
-    spread = layout(config, settings.processes)
-    on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or memory or settings.processes > 1)
+        check_processes(processes)
+    spread = layout(config, processes)
+    on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or memory or processes > 1)
     if memory is None:
-        memory = _memory_here(on_cpu, settings.processes)
+        memory = _memory_here(on_cpu, processes)
     device: Literal["cpu", "gpu"] = "cpu" if on_cpu else "gpu"
     config = config.on("cpu") if on_cpu or config.dtype != "auto" else replace(config, dtype="bfloat16")
     if config.adapt is None:
@@ -79,13 +83,10 @@ def estimate_run(config: RunConfig, name: str, settings: DryRunSettings) -> dict
         "tokens": config.tokens_per_step * config.steps,
         "flops_per_token": flops,
         "flops": total_flops,
-        "mfu": settings.mfu,
+        "mfu": mfu,
         "hours": _hours_here(config, total_flops)
         if on_cpu
-        else {
-            gpu: total_flops / (hardware.GPU_TERAFLOPS[gpu][full] * 1e12 * settings.mfu * settings.processes) / 3600
-            for gpu in GPUS
-        },
+        else {gpu: total_flops / (hardware.GPU_TERAFLOPS[gpu][full] * 1e12 * mfu * processes) / 3600 for gpu in GPUS},
         "moments": needed.moments,
         "peak_moment": needed.peak_moment,
         "peak_bytes": needed.peak,

@@ -15,6 +15,7 @@ from seeds import trained_seed
 
 from headstart.cli import run_command
 from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, run_config
+from headstart.commands.dry_run import DryRunSettings
 from headstart.data.shards import prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
@@ -31,7 +32,7 @@ from headstart.training.config import (
     ValidationConfig,
     load_config,
 )
-from headstart.training.estimate import DryRunSettings, estimate_run
+from headstart.training.estimate import estimate_run
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
@@ -250,9 +251,9 @@ def test_the_run_is_written_down_and_read_back(settings: Any) -> None:
     adapt(asked)
     saved = load_config(asked.run_dir / "config.yaml")
     assert saved == replace(config, dtype="float32")
-    assert estimate_run(saved, "saved", DryRunSettings())["steps"] == 1
+    assert estimate_run(saved, "saved")["steps"] == 1
     other = replace(asked, mode="joint", steps=2)
-    for start in (adapt, lambda settings: estimate_adapt_run(settings, DryRunSettings())):
+    for start in (adapt, estimate_adapt_run):
         with pytest.raises(UsageError, match=r"holds a run with adapt\.mode heads, not joint"):
             start(other)
 
@@ -270,7 +271,7 @@ def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr("headstart.hardware.peak_flops", lambda *_: (3.6e9, "assumed"))
     alone, joint = settings(head_kind="medusa"), settings(head_kind="medusa", mode="joint")
-    one, other = (estimate_adapt_run(each, DryRunSettings()) for each in (alone, joint))
+    one, other = map(estimate_adapt_run, (alone, joint))
     trained = 2 * (32 * 32 + 32)  # two heads of a matrix and a bias
     update = one["moments"]["the update of the weights"]
     assert update["optimizer state"] == 8 * trained and update["gradients (float32)"] == 4 * trained
@@ -279,9 +280,9 @@ def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
     assert one["peak_bytes"] < other["peak_bytes"]
     assert one["hours"] == {"this CPU": one["flops_per_token"] * 8 * 8 * 32 / 3.6e9 / 3600}
     with pytest.raises(UsageError, match="needs dtype bfloat16"):
-        estimate_adapt_run(settings(frozen_dtype="bfloat16"), DryRunSettings())
+        estimate_adapt_run(settings(frozen_dtype="bfloat16"))
     with pytest.raises(UsageError, match="one process"):
-        estimate_adapt_run(alone, DryRunSettings(processes=2))
+        estimate_adapt_run(replace(alone, dry_run=DryRunSettings(processes=2)))
     given = [str(alone.model), "--data", *alone.data, "--run-dir", str(alone.run_dir), "--head-kind", "medusa"]
     run_command(["adapt", *given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
     assert json.loads(capsys.readouterr().out)["heads"] == 4
@@ -331,7 +332,7 @@ def test_a_model_that_changed_is_not_gone_on_with(settings: Any, model: Path, tm
     assert json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())["eos_token_id"] == [10, 255]
     tokenizer = (mine / "tokenizer.json").read_text()
     (mine / "tokenizer.json").write_text(tokenizer + "\n")
-    for start in (adapt, lambda settings: estimate_adapt_run(settings, DryRunSettings())):
+    for start in (adapt, estimate_adapt_run):
         with pytest.raises(UsageError, match="is another than when"):
             start(settings(model=mine, steps=9))
     (mine / "tokenizer.json").write_text(tokenizer)

@@ -14,7 +14,7 @@ from headstart import cli, hardware
 from headstart.commands.train import TrainSettings
 from headstart.errors import UsageError
 from headstart.training import estimate as module
-from headstart.training.estimate import estimate_run, format_dry_run, parse_bytes
+from headstart.training.estimate import format_dry_run, parse_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMOKE, PAPER = CONFIGS / "smoke.yaml", CONFIGS / "paper-7b-4-heads.yaml"
@@ -22,7 +22,7 @@ SMOKE, PAPER = CONFIGS / "smoke.yaml", CONFIGS / "paper-7b-4-heads.yaml"
 
 def dry_run(path: Path, arguments: list[str]) -> dict[str, Any]:
     settings = TrainSettings.parse([str(path), "--dry-run", *arguments])
-    return estimate_run(settings.run, str(path), settings.estimate)
+    return settings.dry_run.estimate(settings.run, str(path))
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

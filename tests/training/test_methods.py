@@ -25,7 +25,7 @@ from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig, linear_token_order
 from headstart.training.config import BatchConfig, DataConfig, ValidationConfig, load_config
-from headstart.training.estimate import DryRunSettings, estimate_run
+from headstart.training.estimate import estimate_run
 from headstart.training.loop import build_model, train
 from headstart.training.processes import Processes
 from headstart.training.trackers import WatchConfig
@@ -195,7 +195,7 @@ def test_a_dry_run_counts_them(tmp_path, shards) -> None:
     file, peaks = tmp_path / "run.yaml", []
     for more in ("", "token_order: {weight: 1}\n", "registers: {weight: 1}\n"):
         file.write_text(f"steps: 1\ndata: {{path: {shards}}}\nmodel: {{vocab_size: 9000}}\n{more}")
-        peaks.append(estimate_run(load_config(file), "run", DryRunSettings())["peak_bytes"])
+        peaks.append(estimate_run(load_config(file), "run")["peak_bytes"])
     # A matrix with gradient and two moments; activations of twice the rows.
     assert peaks[1] - peaks[0] >= 4 * 4 * 9000 * 256 and peaks[2] > 1.3 * peaks[0]
 
