@@ -16,7 +16,9 @@ from bench.report import Bar, BenchSettings, Findings, measurement, run_parts
 from headstart.decoding.policy.timing import interleave, ratios, timed
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
 from headstart.training.adapt.hidden_states import HiddenStates
 from headstart.training.adapt.new_heads import config_with_heads, freeze, with_heads
 
@@ -92,7 +94,7 @@ def _steps(settings: AdaptSettings, kind: HeadKindName, folder: Path) -> dict[st
     def step(weights: list[float], stored: bool) -> None:
         z = states.of(places).float() if stored else None
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            walk_step(model, tokens, targets, counts, weights, z_BTD=z)
+            walk_step(model, StepInputs(tokens, targets, z=z), counts, Objective(weights))
         model.zero_grad()
 
     def heads_alone(stored: bool) -> None:

@@ -16,7 +16,10 @@ from headstart.decoding.policy.timing import ratios
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import HeadLosses, count_targets, joint_step, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import HeadLosses, walk_step
+from tests.reference import joint_step
 
 GRADIENT_BAR = Bar("<", 1e-12)
 FLAT_BAR = Bar("<=", 1.05)
@@ -83,9 +86,10 @@ def gradient_error(kind: HeadKindName, wiring: Wiring, tied: bool) -> float:
     targets[0, -5:, 1:] = IGNORE
     weights = [1.0, 0.5, 2.0, 0.25]
     counts = count_targets(targets)
-    walk_step(model, tokens, targets, counts, weights, budget=1)  # the smallest chunks: 16 rows
+    inputs = StepInputs(tokens, targets)
+    walk_step(model, inputs, counts, Objective(weights, budget=1))  # the smallest chunks: 16 rows
     walked = {name: _take_gradient(parameter) for name, parameter in model.named_parameters()}
-    joint_step(model, tokens, targets, counts, weights)
+    joint_step(model, inputs, counts, Objective(weights))
     errors = []
     for name, parameter in model.named_parameters():
         joint = _take_gradient(parameter)
@@ -184,10 +188,11 @@ def memory_case(case: dict[str, Any]) -> dict[str, Any]:
     counts = count_targets(targets)
     step: Callable[..., HeadLosses] = walk_step if case["step"] == "walk" else joint_step
     peak = memory_meter(device)
-    step(model, tokens, targets, counts)
+    inputs = StepInputs(tokens, targets)
+    step(model, inputs, counts)
     values = []
     for _ in range(case["repetitions"]):
         peak.reset()
-        step(model, tokens, targets, counts)
+        step(model, inputs, counts)
         values.append(peak.read() / 2**20)
     return {"mebibytes": values, "method": peak.method}

@@ -33,8 +33,8 @@ from headstart.errors import UsageError
 from headstart.hardware import dtype_on, peak_flops
 from headstart.model.config import ModelConfig
 from headstart.model.presets import PRESETS
-from headstart.objective.walk import joint_step
-from headstart.training import step as training_step
+from headstart.objective.walk import walk_step
+from tests.reference import joint_step
 from headstart.training.config import RunConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.processes import joined, pick_device
@@ -246,23 +246,16 @@ def memory(settings: TrainSettings) -> Findings:
 
 
 def memory_case(case: dict[str, Any]) -> dict[str, Any]:
-    """Return the peak memory of a training run of some steps, in bytes. It changes this process for good."""
+    """Return the peak memory of a training run of some steps, in bytes."""
     config = from_plain(case["config"])
-    if case["step"] == "joint":
-        # In the real training step, so that all else stays the same.
-        training_step.walk_step = joint_walk_step  # type: ignore[assignment]
+    walk = joint_step if case["step"] == "joint" else walk_step  # in the real training step, all else being the same
     with joined(config.device) as group:
         small = ModelConfig(dim=32, layers=HEADS + 1, heads=HEADS, context=32)
-        Steps(replace(config, model=small), group).seconds(2)  # the code that a first step loads is not counted
+        Steps(replace(config, model=small), group, walk).seconds(2)  # loads the code, which is not counted
         peak = memory_meter(config.device)
         peak.reset()
-        Steps(config, group).seconds(case["steps"] + 1)  # AdamW's moments exist from the first update on
+        Steps(config, group, walk).seconds(case["steps"] + 1)  # AdamW's moments exist from the first update on
         return {"bytes": peak.read(), "method": peak.method}
-
-
-def joint_walk_step(model: Any, tokens: Any, targets: Any, counts: Any, weights: Any, documents: Any, *_: Any) -> Any:
-    """Call `joint_step` as `walk_step`, without the arguments that say how the walk computes its loss."""
-    return joint_step(model, tokens, targets, counts, weights, documents)
 
 
 def gpu(settings: TrainSettings, sizes: Mapping[str, ModelConfig] = GPU_SIZES, compile: bool = True) -> Findings:

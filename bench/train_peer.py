@@ -24,11 +24,10 @@ from headstart.decoding.policy.timing import ratios
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_peer, save_model
 from headstart.training.config import DataConfig, RunConfig
-from headstart.training.interruption import Interruption
 from headstart.training.loop import Run
 from headstart.training.processes import joined
 from headstart.training.run_folder import RunFolder
-from headstart.training.step import autocast
+from headstart.training.step import Callback, StepResult, autocast
 from headstart.training.yaml_settings import to_plain
 
 SPEED_BAR = Bar(">=", 1.2)
@@ -100,17 +99,14 @@ def trainer_case(case: dict[str, Any]) -> dict[str, Any]:
             stack.enter_context(run.report)
             stack.enter_context(closing(run.writer))
         first = runs[variants[0]]
-        save_model(first.model, folder / "model", dtype=torch.float32)
+        save_model(first.learner.model, folder / "model", dtype=torch.float32)
         peer = load_peer(folder / "model", torch.float32, config.device)
         batch = next(copy.deepcopy(first.stream))
         theirs = first_step(peer, batch, config)
-        results = [run.step(Interruption())[0] for run in runs.values()]
-
-        def turn(run: Run) -> None:
-            for _ in range(steps):
-                run.step(Interruption())
-
-        ours = {variant: partial(turn, run) for variant, run in runs.items()}
+        results: list[StepResult] = []
+        for run in runs.values():
+            run.advance(1, Collect(results))
+        ours = {variant: partial(run.advance, steps) for variant, run in runs.items()}
         turns = Turns(config, steps, case["repetitions"] + WARMUP, ours)
         turns.run(peer, batch, folder)
     tokens = steps * config.tokens_per_step
@@ -120,6 +116,17 @@ def trainer_case(case: dict[str, Any]) -> dict[str, Any]:
         "loss": (results[0].losses[0], theirs[0]),
         "gradient_norm": (results[0].gradient_norm, theirs[1]),
     }
+
+
+class Collect(Callback):
+    """Keep the results of steps."""
+
+    def __init__(self, results: list[StepResult]) -> None:
+        self.results = results
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        """Keep `result`."""
+        self.results.append(result)
 
 
 def first_step(peer: Any, batch: Batch, config: RunConfig) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Settings of `bench train`, and the step that it times: the real `train_step` of a run, on random tokens."""
+"""Settings of `bench train`, and the step that it times: the real step of a run, on random tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from headstart.data.batches import Batch, targets_of
 from headstart.decoding.policy.timing import interleave
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
+from headstart.objective.walk import walk_step
 from headstart.training.config import BatchConfig, RunConfig
-from headstart.training.loop import build_model
 from headstart.training.metrics import memory_in_use
-from headstart.training.optimizer import build_optimizers
+from headstart.training.new_model import NewModel
 from headstart.training.processes import Processes, joined
-from headstart.training.step import StepResult, move, train_step
+from headstart.training.step import Learner, StepResult, Walk
 from headstart.training.yaml_settings import build, to_plain
 
 Part = Literal["bytes", "large-vocabulary", "processes", "compile", "trainer", "memory", "gpu"]
@@ -94,24 +94,20 @@ def from_plain(values: Any) -> RunConfig:
 class Steps:
     """A model with its optimizers, and the same random batch for every step."""
 
-    def __init__(self, config: RunConfig, processes: Processes) -> None:
+    def __init__(self, config: RunConfig, processes: Processes, walk: Walk = walk_step) -> None:
         config = config.on(processes.device.type)
         self.config, self.processes = config, processes
-        self.model, self.sums = build_model(config, processes)
-        self.optimizers = build_optimizers(self.model, config.optimizer, processes.device, config.dtype)
+        self.learner = Learner(NewModel.build(config, processes), config, processes, walk=walk)
+        self.model = self.learner.model
         micro_batches, rows = config.micro_batches(processes.count)
         self.batches = [
-            move(random_batch(config, first, rows), processes.device)
+            self.learner.inputs(random_batch(config, first, rows), 0)
             for first in range(processes.rank * micro_batches * rows, (processes.rank + 1) * micro_batches * rows, rows)
         ]
 
     def step(self) -> StepResult:
         """Run a training step."""
-        config = self.config
-        weights = config.head_weights.at(0, config.model.heads)
-        return train_step(
-            self.model, self.optimizers, self.batches, weights, 1e-4, config, self.processes, self.sums
-        )  # fmt: skip
+        return self.learner.update(self.batches, self.config.head_weights.at(0, self.config.model.heads), 1e-4)
 
     def seconds(self, steps: int) -> float:
         """Return the time of `steps` steps, the device's share included."""

@@ -18,7 +18,6 @@ from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig
 from headstart.training.config import RunConfig
-from headstart.training.step import inputs_of
 from studies.star_graphs import StarGraphs
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
 from studies.training import TrainingSettings, run_config, train_model, written_right
@@ -242,9 +241,10 @@ def batches_of(graphs: StarGraphs, config: RunConfig, method: str) -> Iterator[B
         documents = (torch.arange(T + heads) > T).long().expand(rows, -1)
         targets = targets_of(tokens, documents, heads)
         targets[:, : graphs.prompt - 1] = IGNORE  # the graph itself is chance
-        places = torch.stack([torch.zeros(rows, dtype=torch.int64), torch.arange(rows)], 1)
-        batch = Batch(tokens[:, :T], targets, documents[:, :T], places=places)
-        yield inputs_of(batch, config, step)
+        places = torch.stack(
+            [torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + step % config.batch.accumulate * rows], 1
+        )
+        yield Batch(tokens[:, :T], targets, documents[:, :T], places=places)
 
 
 def texts_of(graphs: StarGraphs, texts: np.ndarray, method: str) -> np.ndarray:

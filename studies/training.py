@@ -17,13 +17,13 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.presets import PRESETS
 from headstart.model.transformer import Transformer
-from headstart.objective.head_weights import HeadWeights, drawn
+from headstart.objective.head_weights import HeadWeights
 from headstart.training.config import BatchConfig, RunConfig
-from headstart.training.loop import build_model
-from headstart.training.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from headstart.training.new_model import NewModel
+from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import GradientSums
 from headstart.training.processes import joined
-from headstart.training.step import StepResult, move, train_step
+from headstart.training.step import Callback, Learner, StepResult, take_steps
 from studies.study import Tell
 
 SIZES = {
@@ -140,35 +140,30 @@ def train_model(
     Raises:
         UsageError: losses or gradients were not finite at the end.
     """
-    curve: list[list[float]] = []
-    clipped = 0
+    results: list[StepResult] = []
     with joined(config.device) as processes:
         config = config.on(processes.device.type)
         if model is None:
-            model, sums = build_model(config, processes)
+            subject = NewModel.build(config, processes)
         else:
-            model, sums = model.to(processes.device), GradientSums(model, False)
-        model.train()
-        optimizers = build_optimizers(model, config.optimizer, processes.device, config.dtype)
-        micro_batches, _ = config.micro_batches(processes.count)
-        result: StepResult | None = None
-        for step in range(config.steps):
-            weights = config.head_weights.at(step / config.steps, config.model.heads)
-            if config.head_weights.sampled:
-                weights = drawn(weights, config.seed, step)
-            lr = learning_rate(step, config.steps, config.optimizer)
-            read = [move(next(batches), processes.device) for _ in range(micro_batches)]
-            result = train_step(model, optimizers, read, weights, lr, config, processes, sums)
-            curve.append(result.losses)
-            clipped += result.gradient_norm > config.optimizer.clip
-            tell(step=f"{step + 1}/{config.steps}", loss=f"{result.losses[0]:.3f}")
-            if watch is not None:
-                watch(step + 1, model)
-    if result is not None and not result.finite:
-        raise UsageError(f"step {config.steps}: {result.skipped}; lower the learning rate (--training.lr)")
+            subject = NewModel(model.to(processes.device), GradientSums(model, False), processes)
+        trained = subject.model.train()
+
+        class Watch(Callback):
+            def after_step(self, step: int, result: StepResult) -> None:
+                results.append(result)
+                tell(step=f"{step + 1}/{config.steps}", loss=f"{result.losses[0]:.3f}")
+                if watch is not None:
+                    watch(step + 1, trained)
+
+        take_steps(Learner(subject, config, processes), batches, range(config.steps), [Watch()])
+    if results and not results[-1].finite:
+        raise UsageError(f"step {config.steps}: {results[-1].skipped}; lower the learning rate (--training.lr)")
+    curve = [result.losses for result in results]
+    clipped = sum(result.gradient_norm > config.optimizer.clip for result in results)
     tail = np.array(curve[-max(1, round(LAST * config.steps)) :])
     losses = [_mean(column) for column in tail.T]
-    return Trained(model.eval(), losses, curve, clipped / config.steps)
+    return Trained(trained.eval(), losses, curve, clipped / config.steps)
 
 
 def _mean(column: np.ndarray) -> float:

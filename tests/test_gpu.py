@@ -14,9 +14,12 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
 from headstart.training.config import load_config
 from headstart.training.loop import train
+from tests.reference import joint_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 ROOT = Path(__file__).parent.parent
@@ -36,10 +39,10 @@ def test_the_walk_gives_joint_gradients() -> None:
     made = model(torch.float64)
     tokens = torch.randint(0, 64, (2, 20), device="cuda")
     targets = torch.randint(0, 64, (2, 20, 4), device="cuda")
-    joint_step(made, tokens, targets, count_targets(targets))
+    joint_step(made, StepInputs(tokens, targets), count_targets(targets))
     wanted = [parameter.grad.clone() for parameter in made.parameters()]
     made.zero_grad()
-    walk_step(made, tokens, targets, count_targets(targets), budget=64 * 4 * 7)
+    walk_step(made, StepInputs(tokens, targets), count_targets(targets), Objective(budget=64 * 4 * 7))
     for want, parameter in zip(wanted, made.parameters()):
         assert (parameter.grad - want).norm() <= 1e-12 * want.norm()
 

@@ -31,11 +31,12 @@ from headstart.hardware import describe, dtype_on
 from headstart.model.config import ModelConfig
 from headstart.reports.demo import BOXED, Decoded, DecodingRow, DemoReport, Sample, write_report
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
-from headstart.training.loop import build_model, train
-from headstart.training.optimizer import OptimizerConfig, build_optimizers
+from headstart.training.loop import train
+from headstart.training.new_model import NewModel
+from headstart.training.optimizer import OptimizerConfig
 from headstart.training.processes import Processes
 from headstart.training.run_folder import RunFolder
-from headstart.training.step import train_step
+from headstart.training.step import Learner
 from headstart.training.trackers import WatchConfig
 
 TEMPERATURE = 0.8
@@ -157,17 +158,12 @@ def _time_steps(config: RunConfig) -> float:
         folder.prepare_shards(config, Progress)
         (source,) = folder.open_sources(config)
     alone = Processes(torch.device("cpu"))
-    model, sums = build_model(config, alone)
-    optimizers = build_optimizers(model, config.optimizer, alone.device, config.dtype)
+    config = replace(config, steps=12)
+    learner = Learner(NewModel.build(config, alone), config, alone)
     stream = BatchStream(
         source.train, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
     )
-    seconds = []
-    for _ in range(12):
-        began = time.perf_counter()
-        batches, weights = list(islice(stream, 1)), [1.0] * config.model.heads
-        train_step(model, optimizers, batches, weights, 0.0, config, alone, sums)
-        seconds.append(time.perf_counter() - began)
+    seconds = [learner.step(islice(stream, 1), step).seconds for step in range(config.steps)]
     return median(seconds[2:])
 
 

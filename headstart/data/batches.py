@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headstart.data.mixture import Turns
 from headstart.data.shards import TokenShards
@@ -25,19 +24,6 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 @dataclass
-class Registers:
-    """R register tokens beside the T positions of a row, int64; see `training/auxiliary/registers.py`."""
-
-    tokens: torch.Tensor  # (B, R)
-    after: torch.Tensor  # (B, R), the position behind which each stands, ascending
-    positions: torch.Tensor  # (B, R), the position that each is turned to, behind the row in part
-    targets: torch.Tensor  # (B, R), IGNORE where there is none
-
-    def to(self, device: torch.device) -> Registers:
-        return Registers(*(value.to(device) for value in vars(self).values()))
-
-
-@dataclass
 class Batch:
     """B rows of T positions, int64. `targets[..., k-1]` belongs to head k."""
 
@@ -46,7 +32,6 @@ class Batch:
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
     ahead: torch.Tensor | None = None  # (B, the last offset), the tokens behind each row, whatever their document
     places: torch.Tensor | None = None  # (B, 2), the source and the row in it that each row is, both from 0
-    registers: Registers | None = None
 
     def read(self, ahead: int) -> torch.Tensor:
         """The tokens that a model reads whose heads read `ahead` tokens behind a row: (B, T + ahead)."""
@@ -314,8 +299,3 @@ class _Cutter:
             for row, begin in enumerate(begins.tolist()):
                 is_target[row] = self._targets[begin : begin + self.width]
         return tokens, np.cumsum(documents, axis=1, out=documents), is_target
-
-
-def appended(tokens_BT: Tensor, registers: Registers | None) -> Tensor:
-    """The tokens that a model reads: registers lie behind the row, and what they see says where they stand."""
-    return tokens_BT if registers is None else torch.cat([tokens_BT, registers.tokens], 1)

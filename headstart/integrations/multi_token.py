@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +15,9 @@ from headstart.data.batches import IGNORE, offsets_of, targets_of
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.walk import HeadLosses, count_targets, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import HeadLosses, walk_step
 from headstart.training.parallel import is_parallelized
 
 RIGHT_WAY = (
@@ -25,15 +26,6 @@ RIGHT_WAY = (
 )
 _CHECKED: WeakSet[torch.nn.Module] = WeakSet()
 """Models that `check_model` has found to be right."""
-
-
-@dataclass
-class Rows:
-    """What a step reads of a batch, see `rows_of`."""
-
-    tokens: Tensor  # (B, T), more where heads read ahead
-    targets: Tensor  # (B, T, n)
-    documents: Tensor | None  # (B, T); None: a row is one document
 
 
 def multi_token_step(
@@ -73,8 +65,8 @@ def multi_token_step(
             below 0 that is not -100.
     """
     check_model(model)
-    ahead = model.config.ahead
-    rows = rows_of(
+    offsets, objective = model.config.offset_of_heads, Objective(weights, loss or LossConfig())
+    inputs = rows_of(
         {
             "input_ids": input_ids,
             "labels": labels,
@@ -82,12 +74,12 @@ def multi_token_step(
             "position_ids": position_ids,
             "documents": documents,
         },
-        model.config.offset_of_heads,
-        ahead,
+        offsets,
+        model.config.ahead,
         model.config.vocab_size,
     )
-    counts = count_targets(rows.targets) if counts is None else counts
-    return walk_step(model, rows.tokens, rows.targets, counts, weights, rows.documents, loss)
+    counts = count_targets(inputs.targets) if counts is None else counts
+    return walk_step(model, objective.mask(inputs, offsets), counts, objective)
 
 
 def check_model(model: torch.nn.Module) -> None:
@@ -128,7 +120,7 @@ def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]
 
 def rows_of(
     batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0, vocab_size: int | None = None
-) -> Rows:
+) -> StepInputs:
     """Tokens, targets and documents of a batch, given as the arguments of `multi_token_step` by name.
 
     `heads`: how many, or how far ahead each predicts.
@@ -158,7 +150,7 @@ def rows_of(
     if vocab_size is not None:
         _check_ids("input_ids", tokens, vocab_size, tokens < 0)
         _check_ids("labels", targets, vocab_size, (targets < 0) & (targets != IGNORE))
-    return Rows(tokens[:, : length + ahead], targets, None if documents is None else documents[:, :length])
+    return StepInputs(tokens[:, : length + ahead], targets, None if documents is None else documents[:, :length])
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, negative: Tensor) -> None:

@@ -18,7 +18,9 @@ from headstart.formats.huggingface import load_model, load_model_tokenizer, save
 from headstart.integrations.multi_token import collate_rows, rows_of, step_counts
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.walk import HeadLosses, count_targets, score_step, walk_step
+from headstart.objective.inputs import count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import HeadLosses, score_step, walk_step
 
 try:
     from transformers import Trainer, TrainingArguments
@@ -54,7 +56,7 @@ class MultiTokenModel(nn.Module):
 def score_rows(model: Transformer, batch: dict[str, Any]) -> HeadLosses:
     """Sums, counts and hits of each head over a batch, without gradients."""
     rows = rows_of(batch, model.config.offset_of_heads, model.config.ahead, model.config.vocab_size)
-    scores = score_step(model, rows.tokens, rows.targets, rows.documents)
+    scores = score_step(model, rows)
     return HeadLosses(
         torch.stack([score.loss for score in scores]),
         torch.stack([score.count for score in scores]),
@@ -105,7 +107,7 @@ class MultiTokenTrainer(Trainer):
         self.transformer = model
         self.tokenizer = tokenizer
         self.head_weights = [1.0] * heads if head_weights is None else [float(weight) for weight in head_weights]
-        self.loss = loss
+        self.objective = Objective(self.head_weights, loss or LossConfig())
         more.setdefault("data_collator", collate_rows)
         super().__init__(model=MultiTokenModel(model), args=args, **more)
         wide = torch.float32 if args.device.type == "mps" else torch.float64
@@ -132,9 +134,8 @@ class MultiTokenTrainer(Trainer):
         )
         counts = _per_head(num_items_in_batch, count_targets(rows.targets))
         with self.accelerator.autocast():
-            seen = walk_step(
-                self.transformer, rows.tokens, rows.targets, counts, self.head_weights, rows.documents, self.loss
-            )
+            offsets, objective = self.transformer.config.offset_of_heads, self.objective
+            seen = walk_step(self.transformer, objective.mask(rows, offsets), counts, objective)
         self._totals += torch.stack([seen.sums, seen.counts]).to(self._totals)
         return self._weighted(seen.sums / counts.clamp_min(1))
 

@@ -1,17 +1,16 @@
-"""Losses that train a head for acceptance: what it says of a token against what the next-token head says of it later.
+"""Losses that train a head for acceptance: its distribution of a token against the next-token head's.
 
-Drafts are judged by head 1, not by the text. So head k at position t, which guesses token t+k, learns from head 1 at
-position t+k-1, which reads all tokens between and decides. Its distribution p is a teacher: no gradient goes into it.
+Head 1 accepts or rejects drafts, not the text. So head k at position t, which predicts token t+k, learns from head 1 at
+position t+k-1, which reads all tokens between. The distribution p of head 1 is a teacher: no gradient goes into it.
 
     kl               KL(p || q), the soft labels of distillation (MTP-D, arXiv 2603.23911)
-    total-variation  1 - sum_v min(p_v, q_v): how often a draft sampled from q is refused under rejection sampling, so
-                     its sum is the acceptance itself (Bebop, arXiv 2606.12370). Far from p its gradient is small:
-                     start from heads that know something, or mix cross-entropy in.
+    total-variation  1 - sum_v min(p_v, q_v): the rate at which rejection sampling rejects a draft sampled from q
+                     (Bebop, arXiv 2606.12370). Its gradient is small far from p: start from trained heads, or mix
+                     cross-entropy in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,58 +19,42 @@ from torch import Tensor
 from headstart.data.batches import IGNORE
 from headstart.model.transformer import compute_dtype
 from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, LinearLoss, chunk_rows
+from headstart.objective.inputs import Teacher
 
 Divergence = Literal["kl", "total-variation"]
-
-
-def taught_targets(targets_BTn: Tensor, offsets: Sequence[int] | None = None) -> Tensor:
-    """`targets_BTn` with `IGNORE` where head k has no teacher: in the last offsets[k-1] - 1 (None: k - 1) positions of
-    a row, as head 1 would stand behind the row there."""
-    T = targets_BTn.shape[1]
-    taught = targets_BTn.clone()
-    for i, ahead in enumerate(offsets or range(1, targets_BTn.shape[2] + 1)):
-        taught[:, max(0, T - ahead + 1) :, i] = IGNORE
-    return taught
-
-
-def later(x_BTD: Tensor, k: int) -> Tensor:
-    """For each position t what `x` holds at t+k-1; zeros where that is behind the row."""
-    moved = torch.zeros_like(x_BTD)
-    moved[:, : max(0, x_BTD.shape[1] - k + 1)] = x_BTD[:, k - 1 :]
-    return moved
 
 
 def linear_distillation(
     x: Tensor,
     weight_VD: Tensor,
     targets: Tensor,
-    teacher: Tensor,
-    teacher_weight_VD: Tensor,
+    teacher: Teacher,
     *,
     divergence: Divergence,
     share: float = 1.0,
     budget: int = LOGITS_BYTES,
 ) -> CrossEntropy:
-    """Summed share * D(p, q) + (1 - share) * cross-entropy, with q of `x @ weight.T` and p of `teacher @
-    teacher_weight.T`; logits of neither are ever held for more than a chunk.
+    """Return the sum of share * D(p, q) + (1 - share) * cross-entropy, q of `x @ weight.T`, p of `teacher`.
+
+    Only a chunk of the logits of either exists at a time.
 
     Args:
         x: (..., D), floating.
         weight_VD: (V, D).
         targets: (...) int64; `IGNORE` counts for nothing, in D as well.
-        teacher, teacher_weight_VD: (..., D) and (V, D), without gradient.
+        teacher: the distribution p for each row of `x`; no gradient goes into it.
         divergence: D.
-        share: of D, the rest is that of cross-entropy, from 0 to 1.
+        share: weight of D, from 0 to 1; cross-entropy has the rest.
         budget: bytes of logits held at once, the teacher's included.
 
     Returns:
-        As `linear_cross_entropy`: `total` and `correct` are those of the targets, so that runs with different losses
-        can be compared.
+        The result of `linear_cross_entropy`: `total` and `correct` refer to the targets, so that runs with different
+        losses can be compared.
     """
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         flat, targets_N = x.flatten(0, -2), targets.flatten()
-        teacher_ND, teacher_weight = teacher.detach().flatten(0, -2).to(dtype), teacher_weight_VD.detach().to(dtype)
+        teacher_ND, teacher_weight = teacher.x.detach().flatten(0, -2).to(dtype), teacher.weight.detach().to(dtype)
         rows = chunk_rows(weight_VD.shape[0], budget // 2, 4 if x.is_cuda else dtype.itemsize)
 
         def differentiate(logits_RV: Tensor, where: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +67,7 @@ def linear_distillation(
 def _differentiate_(
     logits_RV: Tensor, log_p_RV: Tensor, targets_R: Tensor, wide: torch.dtype, divergence: Divergence, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `cross_entropy._differentiate_`, and the summed mixed loss first."""
+    """Turn logits into the gradient of the summed loss, in place; return that loss, cross-entropy and hits."""
     valid = (targets_R != IGNORE)[:, None]
     index = targets_R.clamp_min(0)[:, None]
     correct = ((logits_RV.gather(1, index) >= logits_RV.amax(-1, keepdim=True)) & valid).sum()

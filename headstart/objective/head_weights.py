@@ -81,7 +81,7 @@ class HeadWeights:
         return [weight * self.decay**k if k < active else 0.0 for k, weight in enumerate(weights)]
 
 
-def drawn(weights: Sequence[float], seed: int, step: int) -> list[float]:
+def draw_head(weights: Sequence[float], seed: int, step: int) -> list[float]:
     """`weights` with all but one head's set to 0, and that one's times the number of those above 0, so that an expected
     weighted sum is what it was. The head is drawn from (seed, step) alone: processes and resumed runs agree."""
     heads = [k for k, weight in enumerate(weights) if weight]

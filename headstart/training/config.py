@@ -20,6 +20,7 @@ from headstart.model.config import ModelConfig
 from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.adapt.config import AdaptConfig
+from headstart.training.auxiliary.base import Auxiliary, AuxiliarySettings
 from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig
@@ -124,15 +125,6 @@ class CheckpointConfig:
         _at_least(0, "checkpoints.", self, "every", "keep_last", "keep_every")
 
 
-NOT_ADAPTED = {
-    "masked_inputs": "whose model has no row for a mask, and a trunk that does not learn to read one",
-    "token_order": "where heads learn before the trunk that it is to teach",
-    "registers": "whose model has no row for a register, and a trunk that does not learn to read one",
-}
-METHODS = tuple(NOT_ADAPTED)
-"""Sections of a run that are off unless they say otherwise (docs/methods.md)."""
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """A training run."""
@@ -189,42 +181,35 @@ class RunConfig:
         _at_least(1, "", self, "steps", "threads")
         _at_least(0, "", self, "seed")
         self.head_weights.check(self.model.heads)
-        self._check_methods()
+        for method in self.methods:
+            method.check(adapted=self.adapt is not None, sampled=self.head_weights.sampled, ahead=self.model.ahead)
         if self.length > self.model.context:
             raise UsageError(
                 f"batch.length {self.length} is above model.context {self.model.context}; lower one or raise the other"
             )
 
-    def _check_methods(self) -> None:
-        """That what docs/methods.md tells of fits the model and one another."""
-        for name in self.methods:
-            if self.adapt is not None:
-                raise UsageError(f"{name} does not go with headstart adapt, {NOT_ADAPTED[name]}; leave it out")
-            if name == "token_order" and self.head_weights.sampled:
-                raise UsageError(
-                    "token_order is part of head 1's loss, which head_weights.sampled leaves out at times; take one"
-                )
-            if self.model.ahead and name != "token_order":
-                raise UsageError(
-                    f"{name} does not go with sequential heads, which read tokens behind a position as they are; "
-                    "take another model.head_kind"
-                )
+    @property
+    def methods(self) -> tuple[AuxiliarySettings, ...]:
+        """Sections of the auxiliary objectives that are on (docs/methods.md)."""
+        sections = (getattr(self, item.name) for item in dataclasses.fields(self))
+        return tuple(section for section in sections if isinstance(section, AuxiliarySettings) and section.on)
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        """The sections of methods that are on (docs/methods.md)."""
-        return tuple(name for name in METHODS if getattr(self, name).on)
+    def auxiliaries(self) -> tuple[Auxiliary, ...]:
+        """Auxiliary objectives of the run."""
+        return tuple(method.auxiliary(self.token_of(method.name), self.seed) for method in self.methods)
 
     @property
     def own_tokens(self) -> tuple[str, ...]:
-        """The methods whose token is a row of its own at the end of the vocabulary, in the order of these rows."""
-        return tuple(name for name in self.methods if getattr(getattr(self, name), "token", 0) is None)
+        """Auxiliary objectives whose token is a row of its own, in the order of these rows, the last of the model's."""
+        return tuple(method.name for method in self.methods if method.has_token and method.named_token is None)
 
     def token_of(self, method: str) -> int:
-        """The id of the token that a method puts in."""
-        named: int | None = getattr(self, method).token
-        own = self.own_tokens
-        return self.model.vocab_size - len(own) + own.index(method) if named is None else named
+        """Return the id of the token of an auxiliary objective, or a number without meaning if it has none."""
+        settings: AuxiliarySettings = getattr(self, method)
+        if settings.named_token is not None or not settings.has_token:
+            return settings.named_token or 0
+        return self.model.vocab_size - len(self.own_tokens) + self.own_tokens.index(method)
 
     @property
     def length(self) -> int:
@@ -233,8 +218,8 @@ class RunConfig:
 
     @property
     def positions(self) -> int:
-        """What the model computes of a row: its tokens, and registers."""
-        return self.length + (self.registers.count(self.length) if self.registers.on else 0)
+        """Positions that the model computes for a row: its tokens, and those of auxiliary objectives."""
+        return self.length + sum(method.extra_positions(self.length) for method in self.methods)
 
     @property
     def tokens_per_step(self) -> int:
@@ -307,12 +292,12 @@ def check_vocab_size(config: RunConfig, tokenizer_size: int, tokenizer: str) -> 
             f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer_size} of the tokenizer "
             f"{tokenizer}{more}; leave model.vocab_size out, or take {tokenizer_size + own}"
         )
-    for name in config.methods:
-        named = getattr(getattr(config, name), "token", None)
+    for method in config.methods:
+        named = method.named_token
         if named is not None and named >= config.model.vocab_size:
             raise UsageError(
-                f"{name}.token {named} is no id of a vocabulary of {config.model.vocab_size}; take a smaller one, or "
-                "leave it out"
+                f"{method.name}.token {named} is no id of a vocabulary of {config.model.vocab_size}; take a smaller "
+                "one, or leave it out"
             )
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.optim import Optimizer
 
 from headstart.console import Progress, say
 from headstart.data.batches import BatchStream
@@ -17,28 +15,21 @@ from headstart.data.mixture import Source
 from headstart.errors import UsageError
 from headstart.formats.assembly import check_names
 from headstart.formats.families import family_of
-from headstart.formats.huggingface import save_model
 from headstart.model.transformer import Transformer
-from headstart.objective.head_weights import drawn
 from headstart.training import checkpoints
-from headstart.training.adapt.run import ExistingModel, check_vocabulary, tokenizer_of
-from headstart.training.auxiliary.token_order import add_token_order
+from headstart.training.adapt.run import ExistingModel
 from headstart.training.checkpoint_state import Position
-from headstart.training.checkpoint_writer import CheckpointWriter
-from headstart.training.compilation import blocks_compiled
 from headstart.training.config import RunConfig
-from headstart.training.extension import begin_extension, rate_of
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
-from headstart.training.optimizer import build_optimizers
-from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
+from headstart.training.metrics import RunReport, in_short
+from headstart.training.new_model import NewModel
 from headstart.training.processes import Processes, joined
 from headstart.training.run_folder import RunFolder
-from headstart.training.run_report import RunReport, in_short
-from headstart.training.sample import decode_sample, prompt_tokens
+from headstart.training.schedule import begin_extension
 from headstart.training.spikes import LossHistory
-from headstart.training.step import StepResult, inputs_of, move, train_step
+from headstart.training.step import Callback, Learner, StepResult, take_steps
 from headstart.training.trackers import check_packages
-from headstart.training.validation import long_enough, validate_sources
+from headstart.training.validation import decode_sample, long_enough, prompt_tokens, validate_sources
 
 STEPS_WITHOUT_TARGET = 100
 """So many first steps without anything to predict end a run."""
@@ -81,8 +72,11 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
     return folder.model
 
 
-class Run:
-    """A run in memory: model, optimisers, data and position."""
+class Run(Callback):
+    """A run in memory: learner, position, data and report.
+
+    As a callback it keeps the books of each step: position, report, skipped steps.
+    """
 
     def __init__(
         self,
@@ -92,9 +86,17 @@ class Run:
         progress: Callable[..., Progress],
         before: RunConfig | None = None,
     ) -> None:
-        """`before`: the configuration of the run's last start, if there was one."""
-        self.config, self.folder, self.processes, self.device = config, folder, processes, processes.device
-        self.micro_batches, rows = config.micro_batches(processes.count)
+        """Prepare the data, build the model and restore the newest checkpoint.
+
+        Args:
+            config: the run.
+            folder: its folder, claimed.
+            processes: the processes of the run.
+            progress: makes progress bars.
+            before: the configuration of the run's last start, if there was one.
+        """
+        self.config, self.folder, self.processes = config, folder, processes
+        _, rows = config.micro_batches(processes.count)
         processes.on_main(lambda: folder.prepare_shards(config, progress))
         self.sources = folder.open_sources(config)
         self.stream = BatchStream(
@@ -107,57 +109,50 @@ class Run:
             rank=processes.rank,
             ranks=processes.count,
         )
-        check_answers(self.sources, config)
+        for auxiliary in config.auxiliaries:
+            for source in self.sources:
+                auxiliary.check_data(source.train)
         self.validated = long_enough(self.sources, config)
-        self.existing: ExistingModel | None = None
-        if config.adapt is not None:
-            check_vocabulary(self.sources, config.adapt.model, config.model.vocab_size)
-            self.existing = ExistingModel(config, processes)
-            self.existing.cache_states(self.sources, progress)
-        self.model, self.sums = build_model(config, processes, self.existing)
-        self.optimizers: list[Optimizer] = build_optimizers(self.model, config.optimizer, self.device, config.dtype)
-        digests = processes.on_main(lambda: [source.train.digests() for source in self.sources])
-        self.position = Position(data=self.stream.state_dict(), planned=config.steps)
-        restored = checkpoints.restore_newest(folder.checkpoints, self.model, self.optimizers, processes)
-        if restored is not None:
-            self.position = processes.on_main(lambda: begin_extension(restored, config, before))
-            self.stream.load_state_dict(position_in_data(restored, digests, self.sources, config))
-        self.position.sources = digests
-        self.history = LossHistory(**self.position.history)
+        self.subject: NewModel | ExistingModel
+        if config.adapt is None:
+            self.subject = NewModel.build(config, processes)
+        else:
+            self.subject = ExistingModel(config, processes, self.sources, progress)
+        self.learner = Learner(self.subject, config, processes, history=LossHistory())
+        self.position = self._restore(before)
         self.steps, self.targets = 0, 0  # since this process began
-        self.writer = CheckpointWriter(folder.checkpoints, self.model, self.optimizers, config.checkpoints, processes)
-        self.writer.saved(self.position.step if restored is not None else -1)
-        self.tokenizer = self.sources[0].train.tokenizer()
-        if config.adapt is not None:
-            self.tokenizer = tokenizer_of(config.adapt.model, self.tokenizer)
+        self.tokenizer = self.subject.tokenizer(self.sources[0].train.tokenizer())
         prompt_tokens(self.tokenizer, config)
         self.report = RunReport(config, folder, processes, self.position)
         self.report.say_start(self.sources, self.stream.rows_of)
 
+    def _restore(self, before: RunConfig | None) -> Position:
+        """Load the newest checkpoint, if there is one, and start the writer of further ones."""
+        config, folder, learner, processes = self.config, self.folder, self.learner, self.processes
+        digests = processes.on_main(lambda: [source.train.digests() for source in self.sources])
+        position = Position(data=self.stream.state_dict(), planned=config.steps)
+        restored = checkpoints.restore_newest(folder.checkpoints, learner.model, learner.optimizers, processes)
+        if restored is not None:
+            position = processes.on_main(lambda: begin_extension(restored, config, before))
+            self.stream.load_state_dict(position_in_data(restored, digests, self.sources, config))
+        position.sources = digests
+        learner.history, learner.extended = LossHistory(**position.history), position.extended
+        self.writer = checkpoints.CheckpointWriter(
+            folder.checkpoints, learner.model, learner.optimizers, config.checkpoints, processes
+        )
+        self.writer.saved(position.step if restored is not None else -1)
+        return position
+
     def loop(self, progress: Callable[..., Progress]) -> None:
-        """Steps, validations and checkpoints until the last step; then the model directory."""
+        """Take the remaining steps, with validations and checkpoints; then write the model directory."""
         config, position, started = self.config, self.position, time.monotonic()
-        first, due = position.step, False
+        first = position.step
         with (
             watching_signals(alone=self.processes.count == 1) as interruption,
             progress("train", config.steps, unit="steps", start=position.step) as bar,
         ):
-            while position.step < config.steps:
-                with self.report.profiler.around(position.step + 1):
-                    result, seconds = self.step(interruption)
-                bar.advance(1, **in_short(result, config.tokens_per_step / seconds))
-                last = position.step >= config.steps
-                if last or _due(position.step, config.validation.every):
-                    self.validate()
-                due = due or _due(position.step, config.checkpoints.every)
-                # Weights that steps fail with are no place to return to: the first step that is applied is saved.
-                if not last and not result.skipped and (result.stop or due):
-                    self.save()
-                    due = False
-                if not last and result.stop:
-                    self.writer.wait(needed=True)
-                    newest = self.processes.on_main(lambda: checkpoints.latest(self.folder.path))
-                    raise Interrupted(self.folder.path, position.step, newest, interruption.signal)
+            self.learner.stop = lambda: interruption.requested
+            self.advance(config.steps - position.step, _Watch(self, bar, interruption))
             # The model first: a checkpoint of the last step then means that nothing is left to do.
             self.save_model()
             self.save()
@@ -166,49 +161,28 @@ class Run:
                 self.writer.rotate()
         self.report.say_end(position, position.step - first, time.monotonic() - started)
 
-    def step(self, interruption: Interruption) -> tuple[StepResult, float]:
-        """The next optimiser step, and the seconds it took."""
-        config, position = self.config, self.position
-        began = time.perf_counter()
-        read = islice(self.stream, self.micro_batches)
-        batches = [move(inputs_of(batch, config, position.step), self.device) for batch in read]
-        lr = rate_of(position.step, config, position.extended)
-        if self.existing is None:
-            fraction = 1.0 if position.extended else position.step / config.steps
-            weights = config.head_weights.at(fraction, config.model.heads)
-        else:
-            weights = self.existing.begin_step(position.step, position.extended)
-        if config.head_weights.sampled:
-            weights = drawn(weights, config.seed, position.step)
-        result = train_step(
-            self.model,
-            self.optimizers,
-            batches,
-            weights,
-            lr,
-            config,
-            self.processes,
-            self.sums,
-            lambda: interruption.requested,
-            self.history,
-            None if self.existing is None else self.existing.known,
-        )
-        seconds = time.perf_counter() - began
+    def advance(self, steps: int, *callbacks: Callback) -> None:
+        """Take the next `steps` steps."""
+        first = self.position.step
+        take_steps(self.learner, self.stream, range(first, first + steps), [self.report.profiler, self, *callbacks])
 
+    def after_step(self, step: int, result: StepResult) -> None:
+        """Note the step in the position and the report; give up after too many skipped ones."""
+        config, position = self.config, self.position
         position.step += 1
         position.tokens += config.tokens_per_step
-        position.lr = lr
+        position.lr = result.lr
         position.data = self.stream.state_dict()
-        position.history = dataclasses.asdict(self.history)
+        assert self.learner.history is not None
+        position.history = dataclasses.asdict(self.learner.history)
         position.skipped_in_a_row = position.skipped_in_a_row + 1 if result.skipped else 0
         position.skipped += bool(result.skipped)
-        self.report.step(result, position, lr, seconds)
+        self.report.step(result, position)
         self.count_targets(result)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise self.diverged(result)
         if not result.skipped:
             self.writer.rotate()
-        return result, seconds
 
     def count_targets(self, result: StepResult) -> None:
         """Raise UsageError if the first steps, or all of a short run, had nothing to predict."""
@@ -242,24 +216,16 @@ class Run:
         """Scores held-out documents and decodes the sample, whichever of the two this run has."""
         scores: dict[str, float] = {}
         if self.validated:
-            scores = validate_sources(self.model, self.validated, self.config, self.processes)
+            scores = validate_sources(self.learner.model, self.validated, self.config, self.processes)
         sample = None
         if self.config.watch.sample_tokens and (
             self.processes.count == 1 or self.config.model.parameters()["total"] <= SAMPLED_TOGETHER
         ):
-            whole = self.whole_model()
+            whole = self.subject.whole()
             if whole is not None:
                 sample = decode_sample(whole, self.tokenizer, self.config)
-        self.sums.free()
+        self.subject.sums.free()
         self.report.validation(self.position, scores, sample)
-
-    def whole_model(self) -> Transformer | None:
-        """The model itself, or with several processes a whole copy of it on the first one; all of them call it."""
-        if self.existing is not None:
-            return self.existing.whole()
-        if self.processes.count == 1:
-            return self.model
-        return whole_model(self.model, torch.bfloat16, keep=self.processes.main)
 
     def save(self) -> None:
         """Starts a checkpoint of this step; it is written while training goes on."""
@@ -268,16 +234,39 @@ class Run:
 
     def save_model(self) -> None:
         """Writes the model directory, on the first process."""
-        model = self.whole_model()
+        whole = self.subject.whole()
 
         def write() -> None:
-            assert model is not None
-            if self.existing is not None:
-                self.existing.save(model, self.folder.model, self.tokenizer)
-            else:
-                save_model(model, self.folder.model, self.tokenizer, dtype=torch.bfloat16)
+            assert whole is not None
+            self.subject.save(whole, self.folder.model, self.tokenizer)
 
         self.processes.on_main(write)
+
+
+class _Watch(Callback):
+    """Progress, validations, checkpoints and the stop after a signal."""
+
+    def __init__(self, run: Run, bar: Progress, interruption: Interruption) -> None:
+        self.run, self.bar, self.interruption = run, bar, interruption
+        self.due = False
+        """Whether a checkpoint is due that a skipped step has put off."""
+
+    def after_step(self, step: int, result: StepResult) -> None:
+        """Do what is due after the step. Raises Interrupted, with a checkpoint saved, if a stop was requested."""
+        run, config, done = self.run, self.run.config, self.run.position.step
+        self.bar.advance(1, **in_short(result, config.tokens_per_step / result.seconds))
+        last = done >= config.steps
+        if last or _due(done, config.validation.every):
+            run.validate()
+        self.due = self.due or _due(done, config.checkpoints.every)
+        # Weights that steps fail with are no place to return to: the first step that is applied is saved.
+        if not last and not result.skipped and (result.stop or self.due):
+            run.save()
+            self.due = False
+        if not last and result.stop:
+            run.writer.wait(needed=True)
+            newest = run.processes.on_main(lambda: checkpoints.latest(run.folder.path))
+            raise Interrupted(run.folder.path, done, newest, self.interruption.signal)
 
 
 def check_storable(config: RunConfig) -> None:
@@ -285,16 +274,6 @@ def check_storable(config: RunConfig) -> None:
     family_of(config.model)
     with torch.device("meta"):
         check_names(Transformer(config.model))
-
-
-def check_answers(sources: Sequence[Source], config: RunConfig) -> None:
-    """Raises UsageError where answers are to be hidden that a source does not mark."""
-    for source in sources:
-        if config.masked_inputs.kind == "teacherless" and source.train.targets is None:
-            raise UsageError(
-                f"{source.train.directory}: does not say which tokens are answers, so masked_inputs.kind teacherless "
-                "would hide all; prepare conversations (headstart prepare), or take kind random"
-            )
 
 
 def position_in_data(
@@ -325,26 +304,6 @@ def position_in_data(
     if "epoch" in position.data:
         return {"epoch": position.data["epoch"] + 1, "row": 0}
     return position.data
-
-
-def build_model(
-    config: RunConfig, processes: Processes, existing: ExistingModel | None = None
-) -> tuple[Transformer, GradientSums]:
-    """First weights from `config.seed`, the same for every device and number of processes, spread over them; or those
-    of an existing model with new heads."""
-    torch.manual_seed(config.seed)
-    if existing is not None:
-        compile = blocks_compiled(config, processes)
-        return existing.model, parallelize(existing.model, None, config.parallel, compile=compile, dtype=config.dtype)
-    with torch.device("meta"):
-        model = Transformer(config.model)
-        if config.token_order.on:
-            add_token_order(model)
-    mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))
-    compile = blocks_compiled(config, processes)
-    sums = parallelize(model, mesh, config.parallel, compile=compile, dtype=config.dtype)
-    materialize(model, processes.device, config.seed)
-    return model, sums
 
 
 def _due(step: int, every: int) -> bool:

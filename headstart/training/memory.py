@@ -12,16 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
 from headstart.errors import UsageError
 from headstart.model.attention import BLOCK, WRITTEN_OUT_LENGTH
 from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
 from headstart.objective.cross_entropy import LOGITS_BYTES, PIECE_BYTES, chunk_rows
-from headstart.training.auxiliary.token_order import add_token_order
 from headstart.training.config import RunConfig
+from headstart.training.new_model import empty_model
 from headstart.training.optimizer import parameter_groups
 
 FLOAT32 = 4
@@ -94,10 +92,7 @@ def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], b
     Compiled blocks keep less. On a GPU, torch's own memory (about 1 GiB), the communication's buffers and what the
     allocator cannot reuse come on top; leave a tenth of the device free.
     """
-    with torch.device("meta"):
-        model = Transformer(config.model)
-        if config.token_order.on:
-            add_token_order(model)
+    model = empty_model(config)
     shape, half, spread = config.model, config.in_bfloat16, layout.processes > 1
     compute = 2 if half else FLOAT32
     # One process computes under autocast: weights, and so the residual stream, stay float32. Several gather weights in

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,29 +69,6 @@ class OptimizerConfig:
             raise UsageError(f"optimizer.extension {self.extension!r} is unknown; take hold or rewarm")
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Of step `step`, 0 <= step < `steps`. The peak is reached in the last step of the warm-up, the final rate in the
-    last step of all; no step has rate 0 unless the final ratio says so."""
-    done = step + 1
-    if done <= config.warmup_steps:
-        return config.lr * done / config.warmup_steps
-    if config.schedule == "wsd":
-        # A warm-up that reaches into the decay shortens it: the rate never jumps.
-        decay = min(max(1.0, steps * config.decay_fraction), steps - config.warmup_steps)
-        fall = min(1.0, max(0.0, (done - (steps - decay)) / decay))
-    else:
-        fraction = (done - config.warmup_steps) / (steps - config.warmup_steps)
-        fall = (1 - math.cos(math.pi * fraction)) / 2
-    return config.lr * (1 - fall * (1 - config.final_lr_ratio))
-
-
-def extended_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of step `step` (from 0) of the `steps` added to a run whose schedule had ended. It never
-    lies below the final rate, where the schedule ended."""
-    final = config.lr * config.final_lr_ratio
-    return final if config.extension == "hold" else max(final, learning_rate(step, steps, config))
-
-
 @dataclass
 class ParameterGroup:
     """Parameters that are updated alike."""
@@ -148,13 +124,11 @@ def build_optimizers(
     """
     groups = parameter_groups(model, config)
     optimizers: list[Optimizer] = []
-    if config.kind == "muon" and not hasattr(torch.optim, "Muon"):
-        raise UsageError(f"optimizer.kind muon needs a torch with torch.optim.Muon, this is {torch.__version__}")
     if muon := [_torch_group(group, config) for group in groups if group.muon]:
         # q, k and v (and gate and up) are stacked in one matrix and orthogonalised together. Apart would need slices of
         # a parameter as parameters of their own, which neither sharding nor checkpoints know; match_rms_adamw gives
         # the stack the same size of update per weight either way.
-        from headstart.training.muon import Muon  # not before torch is known to have it
+        from headstart.training.muon import Muon  # imports torch.distributed.tensor, which takes seconds
 
         optimizers.append(Muon(muon, config.momentum, getattr(torch, dtype)))
     if adamw := [_torch_group(group, config) for group in groups if not group.muon]:

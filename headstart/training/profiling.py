@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -53,21 +51,22 @@ class StepProfiler:
         if self._steps and step >= self._steps.start:
             say(f"profile.start {start} lies behind step {step}, where this run resumes: nothing is profiled")
 
-    @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """To be held around the work of each step; outside the window it does nothing."""
-        if step not in self._steps:
-            yield
+    def before_step(self, step: int) -> None:
+        """Start to record before the first step of the window."""
+        done = step + 1
+        if done not in self._steps:
             return
-        if step == self._steps.start:
+        if done == self._steps.start:
             activities = [ProfilerActivity.CPU]
             if self._device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
             self._recording = profile(activities=activities)
             self._recording.start()
         self._recorded += 1
-        yield
-        if step == self._steps[-1]:
+
+    def after_step(self, step: int, result: object) -> None:
+        """Write the profile after the last step of the window."""
+        if self._steps and step + 1 == self._steps[-1]:
             self.close()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Validation: what every head knows of held-out documents."""
+"""Validation: what every head knows about held-out documents, and a sample that the model writes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
+from torch import nn
 
 from headstart.console import say
 from headstart.data.batches import IGNORE, Batch, evaluation_batches
 from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
+from headstart.data.tokenizers import Tokenizer, prompt_ids
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
-from headstart.model.transformer import Transformer
+from headstart.model.transformer import TRAINING_ALONE, Transformer
+from headstart.objective.inputs import StepInputs, count_targets
 from headstart.objective.walk import score_step
-from headstart.training.auxiliary.losses import ExtraLosses
-from headstart.training.auxiliary.masked_inputs import masked
-from headstart.training.auxiliary.registers import with_registers
+from headstart.training.auxiliary.base import StepAuxiliaries
 from headstart.training.config import RunConfig
 from headstart.training.processes import Processes
-from headstart.training.step import autocast, move
+from headstart.training.step import autocast
 
 
 def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
@@ -91,14 +96,12 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
         heads=config.model.offset_of_heads,
         limit_rows=config.validation.rows,
     )
-    batches = [move(_inputs_of(batch, config), processes.device) for batch in _shared_out(found, processes)]
-    next_tokens = processes.sum(torch.stack([(batch.targets[..., 0] != IGNORE).sum() for batch in batches]).sum())
-    extras = ExtraLosses(model, config, batches, next_tokens, processes)
-    for batch in batches:
+    micro_batches = [_inputs_of(batch, config).to(processes.device) for batch in _shared_out(found, processes)]
+    next_tokens = processes.sum(count_targets(torch.cat([inputs.targets for inputs in micro_batches]))[0])
+    auxiliaries = StepAuxiliaries(config.auxiliaries, model, micro_batches, next_tokens, processes)
+    for inputs in micro_batches:
         with autocast(config, processes.device):
-            documents = batch.documents if config.data.attention_within_documents else None
-            tokens = batch.read(model.config.ahead)
-            scores = score_step(model, tokens, batch.targets, documents, **extras.of(batch))
+            scores = score_step(model, inputs, auxiliaries.losses)
         totals += torch.stack([torch.stack([s.loss.double(), s.correct, s.count]) for s in scores], dim=1)
     record: dict[str, float] = {}
     for k, (loss, correct, count) in enumerate(processes.sum(totals).T.tolist(), start=1):
@@ -106,17 +109,17 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
             record[f"validation/loss/head{k}"] = loss / count
             record[f"validation/bits_per_byte/head{k}"] = loss / count / math.log(2) / shards.bytes_per_token
             record[f"validation/top1/head{k}"] = correct / count
-    more = {f"validation/loss/{method}": loss for method, loss in extras.means().items()}
+    more = {f"validation/loss/{method}": loss for method, loss in auxiliaries.means().items()}
     return record | {name: loss for name, loss in more.items() if math.isfinite(loss)}
 
 
-def _inputs_of(batch: Batch, config: RunConfig) -> Batch:
-    """As the model is meant to be used, and its registers where they are trained; every validation draws the same."""
-    if config.masked_inputs.in_use:
-        batch = masked(batch, config.masked_inputs, config.token_of("masked_inputs"), config.seed, step=0)
-    if config.registers.on:
-        batch = with_registers(batch, config.registers, config.token_of("registers"), config.seed, step=0)
-    return batch
+def _inputs_of(batch: Batch, config: RunConfig) -> StepInputs:
+    """Return the rows as the trained model is meant to read them."""
+    within = config.data.attention_within_documents
+    inputs = StepInputs.of_batch(batch, config.model.ahead, attention_within_documents=within)
+    for auxiliary in config.auxiliaries:
+        inputs = auxiliary.validation_inputs(inputs)
+    return inputs
 
 
 def _shared_out(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
@@ -128,3 +131,51 @@ def _shared_out(batches: Iterable[Batch], processes: Processes) -> Iterator[Batc
             yield group[processes.rank]
         else:
             yield replace(group[0], targets=torch.full_like(group[0].targets, IGNORE))
+
+
+def prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
+    """`watch.sample_prompt` as token ids. Raises UsageError for one that fills the context, so call it at the start."""
+    prompt = tuple(prompt_ids(tokenizer, config.watch.sample_prompt)) or (tokenizer.end_id,)
+    if len(prompt) >= config.model.context:
+        raise UsageError(
+            f"watch.sample_prompt has {len(prompt)} tokens, model.context is {config.model.context}; shorten the prompt"
+        )
+    return prompt
+
+
+def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
+    """Greedy decoding of `watch.sample_tokens` tokens with all heads, in the dtype of training, where `model` lies.
+
+    `model` must be whole (not sharded). It is only read: what decodes is a second module over the same numbers, so its
+    weights, gradients, mode and the random state stay as they are. In float32 on a GPU it shares the memory of the
+    weights; elsewhere it costs one copy of them in the dtype of decoding.
+
+    Returns text, tokens, passes, tokens_per_pass and acceptance (of heads 2..n), for the key `sample` of metrics.jsonl.
+    """
+    dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
+    with torch.device("meta"):
+        twin = Transformer(model.config)
+    kept = {name: w for name, w in model.state_dict().items() if name not in TRAINING_ALONE}
+    weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in kept.items()}
+    twin.load_state_dict(weights, assign=True)
+    prompt = prompt_tokens(tokenizer, config)
+    # A handful of tokens is not worth compiling kernels for, nor fixing the shapes of a pass.
+    packed = pack(twin, compiled=False)
+    context = min(config.model.context, len(prompt) + config.watch.sample_tokens)
+    engine = Engine(packed, context=context, tokenizer=tokenizer, exact=False)
+    generation = generate_all(engine, [Request(prompt, config.watch.sample_tokens)])[0]
+    stats = generation.stats
+    return {
+        "text": generation.text,
+        "tokens": stats.tokens,
+        "passes": stats.passes,
+        "tokens_per_pass": stats.tokens_per_pass,
+        "acceptance": stats.acceptance,
+    }
+
+
+def describe_sample(sample: dict[str, Any]) -> str:
+    """One line for the person watching: tokens per pass and how the text begins."""
+    text = repr(sample["text"])[1:-1]
+    text = text if len(text) <= 80 else text[:80] + "..."
+    return f"sample, {sample['tokens_per_pass']:.2f} tokens per pass: {text}"

@@ -23,7 +23,7 @@ from headstart.formats.huggingface import load_model, save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Trunk
 from headstart.training import loop
-from headstart.training.adapt.run import flops_per_token, stage_of
+from headstart.training.adapt.run import flops_per_token
 from headstart.training.config import (
     BatchConfig,
     CheckpointConfig,
@@ -36,6 +36,8 @@ from headstart.training.estimate import estimate_run
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
+from headstart.training.schedule import stage_of
+from headstart.training.step import Learner
 from headstart.training.trackers import WatchConfig
 
 TEXT = "".join(f"the cat number {i % 10} sat on mat {i * i % 7}, and the dog looked on.\n" for i in range(600))
@@ -46,7 +48,7 @@ TOKENS = torch.tensor([list(TEXT[:60].encode())])
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setattr("headstart.commands.adapt.SCORED_TOKENS", 300)
-    monkeypatch.setattr("headstart.training.run_report.peak_flops", lambda *_: (1e12, "assumed"))
+    monkeypatch.setattr("headstart.training.metrics.peak_flops", lambda *_: (1e12, "assumed"))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_heads_learn_and_the_model_stays_what_it_is(kind: str, settings: Any, mo
     assert json.loads((new / "acceptance.json").read_text())["on text, teacher-forced"]["acceptance"]
 
 
-step = loop.Run.step
+step = Learner.step
 
 
 def test_a_stopped_run_goes_on_exactly(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +135,11 @@ def test_a_stopped_run_goes_on_exactly(settings: Any, monkeypatch: pytest.Monkey
         adapt(whole)
         for stop in (3, 4, 6):
 
-            def stopping(run: Any, interruption: Any, stop: int = stop) -> Any:
-                result, seconds = step(run, interruption)
-                return replace(result, stop=run.position.step == stop), seconds
+            def stopping(learner: Learner, batches: Any, at: int, stop: int = stop) -> Any:
+                return replace(step(learner, batches, at), stop=at + 1 == stop)
 
             with monkeypatch.context() as patch:
-                patch.setattr(loop.Run, "step", stopping)
+                patch.setattr(Learner, "step", stopping)
                 with pytest.raises(Interrupted):
                     adapt(parts)
         adapt(parts)
@@ -188,12 +189,11 @@ def test_lora_trains_beside_the_weights(settings: Any, model: Path) -> None:
     whole, parts = settings("whole", **more), settings("parts", **more)
     adapt(whole)
 
-    def stopping(run: Any, interruption: Any) -> Any:
-        result, seconds = step(run, interruption)
-        return replace(result, stop=run.position.step == 5), seconds
+    def stopping(learner: Learner, batches: Any, at: int) -> Any:
+        return replace(step(learner, batches, at), stop=at + 1 == 5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Run, "step", stopping)
+        patch.setattr(Learner, "step", stopping)
         with pytest.raises(Interrupted):
             adapt(parts)
     adapt(parts)

@@ -17,7 +17,8 @@ from headstart.decoding.kernels.pack import pack
 from headstart.fileio import replacing_file
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.walk import walk_step
 
 SHAPES = {
     "transformer-parallel": {"head_kind": "transformer", "wiring": "parallel"},
@@ -104,7 +105,7 @@ def trained(shape: str) -> Transformer:
     for _ in range(150):
         rows = _text_rows(generator, 8, 32 + HEADS)
         targets = targets_of(rows, torch.zeros_like(rows), HEADS)
-        walk_step(model, rows[:, : 32 + model.config.ahead], targets, count_targets(targets))
+        walk_step(model, StepInputs(rows[:, : 32 + model.config.ahead], targets), count_targets(targets))
         optimizer.step()
         optimizer.zero_grad()
     if shared:

@@ -11,7 +11,9 @@ from headstart.errors import UsageError
 from headstart.integrations.multi_token import collate_rows, multi_token_step, rows_of, step_counts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from tests.reference import joint_step
 
 CONFIG = ModelConfig(vocab_size=50, dim=16, layers=4, attention_heads=2, heads=3, context=64)
 
@@ -77,7 +79,7 @@ def test_the_step_adds_the_gradients_of_joint_autograd(kind: str) -> None:
     seen = multi_token_step(model, **given, weights=[1.0, 0.5, 2.0])
     mine = gradients(model)
     read = torch.nn.functional.pad(given["input_ids"], (0, model.config.ahead), value=7)  # whatever stands there
-    expected = joint_step(model, read, targets, count_targets(targets), [1.0, 0.5, 2.0])
+    expected = joint_step(model, StepInputs(read, targets), count_targets(targets), Objective([1.0, 0.5, 2.0]))
     for a, b in zip(mine, gradients(model)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     assert torch.equal(seen.counts, expected.counts) and torch.allclose(seen.sums, expected.sums)

@@ -23,7 +23,9 @@ from headstart.formats.huggingface import load_model, save_model
 from headstart.formats.medusa import save_medusa
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.walk import walk_step
+from tests.reference import joint_step
 
 SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 16, "layers": 5, "attention_heads": 2, "context": 64, "heads": 4}
 GAPS = ModelConfig(**SHAPE, offsets=(1, 2, 4, 9))
@@ -56,10 +58,10 @@ def test_the_walk_is_joint_autograd(wiring: Any) -> None:
     tokens = torch.randint(0, 31, (3, 22))
     targets = targets_of(tokens, torch.zeros_like(tokens), GAPS.offset_of_heads)
     counts = count_targets(targets)
-    joint_step(model, tokens[:, :13], targets, counts)
+    joint_step(model, StepInputs(tokens[:, :13], targets), counts)
     theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    walk_step(model, tokens[:, :13], targets, counts)
+    walk_step(model, StepInputs(tokens[:, :13], targets), counts)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and theirs[name] is not None
         assert (parameter.grad - theirs[name]).norm() <= 1e-12 * theirs[name].norm(), name

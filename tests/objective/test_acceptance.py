@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from headstart.objective.acceptance import expected_tokens_per_pass
+from headstart.training.metrics import expected_tokens_per_pass
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.distillation import Divergence, linear_distillation, taught_targets
-from headstart.objective.walk import count_targets, made_of, walk_step
+from headstart.objective.distillation import Divergence, linear_distillation
+from headstart.objective.inputs import StepInputs, Teacher, count_targets, mask_untaught
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
 from headstart.training.adapt.new_heads import freeze, new_parameters
 
 V, D, T = 37, 16, 9
@@ -46,6 +48,10 @@ def lively(config: ModelConfig) -> Transformer:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
     return model
+
+
+def taught_targets(targets: Tensor) -> Tensor:
+    return mask_untaught(StepInputs(targets[..., 0], targets), range(1, targets.shape[2] + 1)).targets
 
 
 def batch(model: Transformer) -> tuple[Tensor, Tensor]:
@@ -81,7 +87,9 @@ def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float)
     (3 * expected).backward()
     theirs = x.grad, weight.grad
     x.grad = weight.grad = None
-    out = linear_distillation(x, weight, targets, teacher, matrix, divergence=divergence, share=share, budget=1)
+    out = linear_distillation(
+        x, weight, targets, Teacher(teacher, matrix), divergence=divergence, share=share, budget=1
+    )
     (3 * out.loss).backward()
     assert torch.allclose(out.loss, expected, rtol=1e-12)
     assert torch.allclose(x.grad, theirs[0], rtol=1e-9, atol=1e-12)
@@ -103,23 +111,21 @@ def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -
     tokens, targets = batch(model)
     targets = taught_targets(targets)
     counts = count_targets(targets)
-    original = made_of(teacher, tokens[:, :T])
+    original = Teacher.of_tokens(teacher, StepInputs(tokens[:, :T], targets))
     latents = model.latents(tokens, [1, 2, 3])
     logits = torch.stack([model.unembedding(latents[k][:, :T], k) for k in (1, 2, 3)], dim=2)
     total = torch.zeros((), dtype=torch.float64)
     scales = [weight / count for weight, count in zip(WEIGHTS, counts.tolist())]
     for k in (1, 2, 3):
         for t in range(T - k + 1):
-            p = logits[:, t + k - 1, 0] if k > 1 else original[0][:, t] @ original[1].T
+            p = logits[:, t + k - 1, 0] if k > 1 else original.x[:, t] @ original.weight.T
             kind_of_loss: Divergence = divergence if k > 1 else "kl"
             part = plain_loss(logits[:, t, k - 1], p, targets[:, t, k - 1], kind_of_loss, 0.6 if k > 1 else 1.0)
             total = total + scales[k - 1] * part
     total.backward()
     theirs = gradients(model)
-    walk_step(
-        model, tokens, targets, counts, WEIGHTS, loss=LossConfig(heads=divergence, share=0.6), budget=1,
-        original=original,
-    )  # fmt: skip
+    objective = Objective(WEIGHTS, LossConfig(heads=divergence, share=0.6), budget=1)
+    walk_step(model, StepInputs(tokens, targets, teacher=original), counts, objective)
     assert_equal(gradients(model), theirs)
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -138,19 +144,19 @@ def test_what_is_frozen_changes_no_gradient_of_the_rest(kind: str, heads: str) -
     tokens, targets = batch(model)
     targets = taught_targets(targets)
     counts, loss, weights = count_targets(targets), LossConfig(heads=heads), [0.0, 0.4, 0.7]  # type: ignore[arg-type]
-    walk_step(model, tokens, targets, counts, weights, loss=loss)
+    walk_step(model, StepInputs(tokens, targets), counts, Objective(weights, loss=loss))
     trained = new_parameters(model)
     theirs = {name: gradient for name, gradient in gradients(model).items() if name in trained}
     assert theirs.keys() == trained
     freeze(model)
-    seen = walk_step(model, tokens, targets, counts, weights, loss=loss)
+    seen = walk_step(model, StepInputs(tokens, targets), counts, Objective(weights, loss=loss))
     assert_equal(gradients(model), theirs)
     z = model.latents(tokens[:, :T], [])[0] if not model.config.ahead else model.latents(tokens, [])[0][:, :T]
-    again = walk_step(model, tokens, targets, counts, weights, loss=loss, z_BTD=z)
+    again = walk_step(model, StepInputs(tokens, targets, z=z), counts, Objective(weights, loss=loss))
     assert_equal(gradients(model), theirs)
     assert torch.equal(seen.sums, again.sums)
     # Head 1 is scored where it has a weight, and is still left alone.
-    walk_step(model, tokens, targets, counts, [1.0, 0.4, 0.7], loss=loss)
+    walk_step(model, StepInputs(tokens, targets), counts, Objective([1.0, 0.4, 0.7], loss=loss))
     assert gradients(model).keys() == trained
 
 

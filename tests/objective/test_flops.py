@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from headstart.model.config import ModelConfig
 from headstart.model.presets import preset
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
 
 ROWS, LENGTH = 2, 16
 SMALL = ModelConfig(vocab_size=50, dim=32, layers=5, attention_heads=4, context=LENGTH, heads=3)
@@ -42,7 +44,9 @@ def test_it_equals_what_the_walk_multiplies(name: str) -> None:
     targets = torch.randint(0, 50, (ROWS, LENGTH, config.heads))
     # In bf16 on a CPU attention is written out in plain products over all pairs, as PaLM counts it.
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-        walk_step(model, tokens, targets, count_targets(targets), budget=4 * 50 * 7)  # several chunks of logits
+        walk_step(
+            model, StepInputs(tokens, targets), count_targets(targets), Objective(budget=4 * 50 * 7)
+        )  # several chunks of logits
     assert counter.get_total_flops() == config.flops_per_token(LENGTH) * ROWS * LENGTH
 
 

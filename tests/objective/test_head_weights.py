@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headstart.errors import UsageError
-from headstart.objective.head_weights import HeadWeights, drawn
+from headstart.objective.head_weights import HeadWeights, draw_head
 
 
 def test_the_paper_weighs_every_head_alike() -> None:
@@ -119,14 +119,14 @@ def test_weights_that_do_not_fit_are_refused(weights: HeadWeights, word: str) ->
 
 def test_one_head_is_drawn_for_a_step_and_stands_for_all() -> None:
     weights = [1.0, 0.5, 0.0, 2.0]
-    steps = [drawn(weights, seed=3, step=step) for step in range(3000)]
+    steps = [draw_head(weights, seed=3, step=step) for step in range(3000)]
     assert all(sum(weight != 0 for weight in step) == 1 and step[2] == 0 for step in steps)
     for k, weight in enumerate(weights):
         assert sum(step[k] for step in steps) / len(steps) == pytest.approx(weight, rel=0.06)
     # By seed and step alone: processes and resumed runs agree, other seeds do not.
-    assert steps[7:12] == [drawn(weights, 3, step) for step in range(7, 12)]
-    assert steps[:20] != [drawn(weights, 4, step) for step in range(20)]
-    assert drawn([0.0, 0.7], 0, 5) == [0.0, 0.7]
+    assert steps[7:12] == [draw_head(weights, 3, step) for step in range(7, 12)]
+    assert steps[:20] != [draw_head(weights, 4, step) for step in range(20)]
+    assert draw_head([0.0, 0.7], 0, 5) == [0.0, 0.7]
 
 
 def test_the_weights_of_papers() -> None:

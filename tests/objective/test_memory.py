@@ -12,7 +12,11 @@ from live_tensors import LiveTensors
 
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step, score_step, walk_step
+from headstart.objective.cross_entropy import LOGITS_BYTES
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import score_step, walk_step
+from tests.reference import joint_step
 
 B, T, V = 2, 64, 4096
 # Every head is added on top, so that trunks are the same for all n and only heads differ.
@@ -28,7 +32,7 @@ WIRINGS = [
 ]
 
 
-def measure(config: ModelConfig, step: Callable[..., Any], **options: Any) -> LiveTensors:
+def measure(config: ModelConfig, step: Callable[..., Any], budget: int = LOGITS_BYTES) -> LiveTensors:
     model = Transformer(config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # gradients are parameters' memory, not the step's
@@ -36,9 +40,10 @@ def measure(config: ModelConfig, step: Callable[..., Any], **options: Any) -> Li
     tokens = torch.randint(0, V, (B, T), generator=generator)
     targets = torch.randint(0, V, (B, T, config.heads), generator=generator)
     counts = count_targets(targets)
-    step(model, tokens, targets, *([] if step is score_step else [counts]), **options)
+    arguments = [] if step is score_step else [counts, Objective(budget=budget)]
+    step(model, StepInputs(tokens, targets), *arguments)
     with LiveTensors() as live:
-        step(model, tokens, targets, *([] if step is score_step else [counts]), **options)
+        step(model, StepInputs(tokens, targets), *arguments)
     return live
 
 

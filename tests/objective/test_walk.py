@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +13,10 @@ from headstart.data.batches import IGNORE
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
-from headstart.objective.walk import HeadLosses, count_targets, joint_step, score_step, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import HeadLosses, score_step, walk_step
+from tests.reference import joint_step
 
 SMALL = ModelConfig(vocab_size=61, dim=16, layers=6, attention_heads=4, kv_heads=2, context=64, heads=4)
 WIRINGS = [
@@ -93,9 +95,9 @@ def test_walk_equals_joint(kind: str, wiring: str, tied: bool, budget: int, weig
     tokens, targets = batch(model)
     counts = count_targets(targets)
     assert len(set(counts.tolist())) > 1
-    expected = joint_step(model, tokens, targets, counts, weights)
+    expected = joint_step(model, StepInputs(tokens, targets), counts, Objective(weights))
     theirs = gradients(model)
-    losses = walk_step(model, tokens, targets, counts, weights, budget=budget)
+    losses = walk_step(model, StepInputs(tokens, targets), counts, Objective(weights, budget=budget))
     mine = gradients(model)
     assert_equal(mine, theirs)
     assert_losses_equal(losses, expected)
@@ -127,8 +129,8 @@ def test_in_float64_gradients_have_all_their_digits(kind: str, wiring: str) -> N
     tokens, targets = batch(model, rows=2)
     by_hand(model, tokens, targets, weights, 0.03).backward()
     theirs = gradients(model)
-    for step in (partial(walk_step, loss=LossConfig(z_loss=0.03)), partial(joint_step, z_loss=0.03)):
-        step(model, tokens, targets, count_targets(targets), weights)
+    for step in (walk_step, joint_step):
+        step(model, StepInputs(tokens, targets), count_targets(targets), Objective(weights, LossConfig(z_loss=0.03)))
         assert_equal(gradients(model), theirs, 2e-14)
 
 
@@ -138,11 +140,13 @@ def test_z_loss_is_differentiated_and_not_reported(kind: str, wiring: str, tied:
     model = lively(shaped(kind, wiring, tied=tied))
     tokens, targets = batch(model)
     counts = count_targets(targets)
-    plain = joint_step(model, tokens, targets, counts, WEIGHTS)
+    plain = joint_step(model, StepInputs(tokens, targets), counts, Objective(WEIGHTS))
     without = gradients(model)
-    expected = joint_step(model, tokens, targets, counts, WEIGHTS, z_loss=0.03)
+    expected = joint_step(model, StepInputs(tokens, targets), counts, Objective(WEIGHTS, loss=LossConfig(z_loss=0.03)))
     theirs = gradients(model)
-    losses = walk_step(model, tokens, targets, counts, WEIGHTS, loss=LossConfig(z_loss=0.03), budget=1)
+    losses = walk_step(
+        model, StepInputs(tokens, targets), counts, Objective(WEIGHTS, loss=LossConfig(z_loss=0.03), budget=1)
+    )
     assert_equal(gradients(model), theirs)
     assert_losses_equal(losses, expected)
     assert_losses_equal(losses, plain)
@@ -169,7 +173,7 @@ def test_heads_of_weight_zero_cost_nothing(kind: str, wiring: str, alone: int) -
         head.register_forward_hook(lambda *_, k=k: ran.append(k if kind != "sequential" else len(ran) + 1))
     model.unembedding.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
     weights = [float(k == alone) for k in range(1, 5)]
-    losses = walk_step(model, tokens, targets, count_targets(targets), weights)
+    losses = walk_step(model, StepInputs(tokens, targets), count_targets(targets), Objective(weights))
     assert sorted(ran) == RUN[wiring][alone == 3] and asked == [alone]
     others = [k for k in range(4) if k != alone - 1]
     assert losses.sums[others].tolist() == [0, 0, 0] and losses.sums[alone - 1] > 0
@@ -181,7 +185,7 @@ def test_heads_of_weight_zero_cost_nothing(kind: str, wiring: str, alone: int) -
 def test_without_any_weight_nothing_happens() -> None:
     model = lively(SMALL)
     tokens, targets = batch(model)
-    losses = walk_step(model, tokens, targets, count_targets(targets), [0.0] * 4)
+    losses = walk_step(model, StepInputs(tokens, targets), count_targets(targets), Objective([0.0] * 4))
     assert losses.sums.tolist() == [0] * 4 and gradients(model) == {}
 
 
@@ -191,12 +195,12 @@ def test_walk_equals_joint_inside_documents(kind: str, wiring: str) -> None:
     tokens, targets = batch(model)
     documents = (torch.arange(11) // torch.tensor([[3], [4], [5], [11]])).long()
     counts = count_targets(targets)
-    joint_step(model, tokens, targets, counts, documents_BT=documents)
+    joint_step(model, StepInputs(tokens, targets, documents), counts)
     theirs = gradients(model)
-    walk_step(model, tokens, targets, counts, documents_BT=documents)
+    walk_step(model, StepInputs(tokens, targets, documents), counts)
     mine = gradients(model)
     assert_equal(mine, theirs)
-    walk_step(model, tokens, targets, counts)
+    walk_step(model, StepInputs(tokens, targets), counts)
     name = "trunk.blocks.0.attention.qkv.weight"
     assert (gradients(model)[name] - mine[name]).norm() > 1e-3 * mine[name].norm()
 
@@ -208,9 +212,9 @@ def test_walk_equals_joint_on_trees_no_wiring_makes(parents: tuple[int, ...], mo
         model = lively(shaped(kind))
         tokens, targets = batch(model)
         counts = count_targets(targets)
-        expected = joint_step(model, tokens, targets, counts, WEIGHTS)
+        expected = joint_step(model, StepInputs(tokens, targets), counts, Objective(WEIGHTS))
         theirs = gradients(model)
-        losses = walk_step(model, tokens, targets, counts, WEIGHTS, budget=1)
+        losses = walk_step(model, StepInputs(tokens, targets), counts, Objective(WEIGHTS, budget=1))
         assert_equal(gradients(model), theirs)
         assert_losses_equal(losses, expected)
 
@@ -220,10 +224,10 @@ def test_walk_adds_to_gradients_that_are_there(kind: str, wiring: str) -> None:
     model = lively(shaped(kind, wiring, tied=True))
     tokens, targets = batch(model)
     counts = count_targets(targets)
-    walk_step(model, tokens, targets, counts)
+    walk_step(model, StepInputs(tokens, targets), counts)
     once = {name: gradient.clone() for name, gradient in gradients(model).items()}
     for _ in range(2):
-        walk_step(model, tokens, targets, counts)
+        walk_step(model, StepInputs(tokens, targets), counts)
     assert_equal(gradients(model), {name: 2 * gradient for name, gradient in once.items()})
 
 
@@ -234,15 +238,15 @@ def test_accumulation_is_exact_with_global_counts(kind: str, wiring: str) -> Non
     tokens, targets = batch(model)
     targets[3, :, 1] = IGNORE  # a micro-batch without any target for head 2
     counts = count_targets(targets)
-    whole = walk_step(model, tokens, targets, counts)
+    whole = walk_step(model, StepInputs(tokens, targets), counts)
     at_once = gradients(model)
-    pieces = [walk_step(model, t, y, counts) for t, y in zip(tokens.split(1), targets.split(1))]
+    pieces = [walk_step(model, StepInputs(t, y), counts) for t, y in zip(tokens.split(1), targets.split(1))]
     assert_equal(gradients(model), at_once)
     assert torch.allclose(sum(piece.sums for piece in pieces), whole.sums, rtol=1e-6)
     assert torch.equal(sum(piece.counts for piece in pieces), whole.counts)
 
     for t, y in zip(tokens.split(1), targets.split(1)):
-        walk_step(model, t, y, count_targets(y) * 4)
+        walk_step(model, StepInputs(t, y), count_targets(y) * 4)
     wrong = gradients(model)["trunk.embedding.weight"]
     right = at_once["trunk.embedding.weight"]
     assert (wrong - right).norm() > 0.1 * right.norm()
@@ -254,13 +258,13 @@ def test_a_head_without_targets_is_silent(kind: str, wiring: str) -> None:
     tokens, targets = batch(model)
     targets[..., 2] = IGNORE
     counts = count_targets(targets)
-    joint_step(model, tokens, targets, counts)
+    joint_step(model, StepInputs(tokens, targets), counts)
     theirs = gradients(model)
-    losses = walk_step(model, tokens, targets, counts)
+    losses = walk_step(model, StepInputs(tokens, targets), counts)
     mine = gradients(model)
     assert_equal(mine, theirs)
     assert losses.sums[2] == 0 and losses.counts[2] == 0
-    walk_step(model, tokens, torch.full_like(targets, IGNORE), torch.zeros_like(counts))
+    walk_step(model, StepInputs(tokens, torch.full_like(targets, IGNORE)), torch.zeros_like(counts))
     assert all((gradient == 0).all() for gradient in gradients(model).values())
 
 
@@ -270,10 +274,10 @@ def test_the_trunk_may_be_frozen(kind: str, wiring: str) -> None:
     model = lively(shaped(kind, wiring))
     tokens, targets = batch(model)
     counts = count_targets(targets)
-    walk_step(model, tokens, targets, counts)
+    walk_step(model, StepInputs(tokens, targets), counts)
     expected = gradients(model)
     model.trunk.requires_grad_(False)
-    walk_step(model, tokens, targets, counts)
+    walk_step(model, StepInputs(tokens, targets), counts)
     mine = gradients(model)
     assert mine.keys() == {name for name in expected if not name.startswith("trunk.")}
     assert_equal(mine, {name: expected[name] for name in mine})
@@ -287,8 +291,8 @@ def test_bf16_is_near(wiring: str) -> None:
     wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
     tokens, targets = batch(model)
     counts = count_targets(targets)
-    expected = joint_step(wide, tokens, targets, counts)
-    losses = walk_step(model, tokens, targets, counts)
+    expected = joint_step(wide, StepInputs(tokens, targets), counts)
+    losses = walk_step(model, StepInputs(tokens, targets), counts)
     assert torch.allclose(losses.sums.double(), expected.sums, rtol=1e-2)
     theirs, mine = gradients(wide), gradients(model)
     for name in theirs:
@@ -299,10 +303,10 @@ def test_autocast_keeps_fp32_gradients() -> None:
     model = lively(SMALL, torch.float32)
     tokens, targets = batch(model)
     counts = count_targets(targets)
-    walk_step(model, tokens, targets, counts)
+    walk_step(model, StepInputs(tokens, targets), counts)
     expected = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):
-        walk_step(model, tokens, targets, counts)
+        walk_step(model, StepInputs(tokens, targets), counts)
     mine = gradients(model)
     for name in expected:
         assert mine[name].dtype == torch.float32
@@ -317,18 +321,18 @@ def test_scores_are_losses_and_hits(kind: str, wiring: str) -> None:
     logits = model(tokens, heads=4)[:, :11]
     # Let a known number of targets be right.
     targets[0, :5] = logits[0, :5].argmax(-1)
-    scores = score_step(model, tokens, targets)
+    scores = score_step(model, StepInputs(tokens, targets))
     with torch.enable_grad():
-        losses = joint_step(model, tokens, targets, count_targets(targets))
+        losses = joint_step(model, StepInputs(tokens, targets), count_targets(targets))
     for k in range(1, 5):
         right = (logits[:, :, k - 1].argmax(-1) == targets[..., k - 1]).sum()
         assert scores[k - 1].correct == right >= 5
         assert scores[k - 1].count == losses.counts[k - 1]
         assert torch.allclose(scores[k - 1].loss, losses.sums[k - 1], rtol=1e-5)
     documents = (torch.arange(11) // 4).expand(4, -1)
-    inside = score_step(model, tokens, targets, documents)
+    inside = score_step(model, StepInputs(tokens, targets, documents))
     with torch.enable_grad():
-        losses = joint_step(model, tokens, targets, count_targets(targets), documents_BT=documents)
+        losses = joint_step(model, StepInputs(tokens, targets, documents), count_targets(targets))
     assert all(torch.allclose(inside[k].loss, losses.sums[k], rtol=1e-5) for k in range(4))
 
 
@@ -336,7 +340,7 @@ def test_no_graph_is_left_behind() -> None:
     """Losses can neither be scaled nor differentiated by mistake."""
     model = lively(SMALL)
     tokens, targets = batch(model)
-    losses = walk_step(model, tokens, targets, count_targets(targets))
+    losses = walk_step(model, StepInputs(tokens, targets), count_targets(targets))
     assert losses.sums.grad_fn is None and losses.counts.tolist() == count_targets(targets).tolist()
     with pytest.raises(RuntimeError):
         losses.sums.sum().backward()
@@ -348,7 +352,7 @@ def test_ordinary_autograd_over_the_logits_of_sequential_heads(kind: str) -> Non
     model = lively(shaped(kind, "causal"))
     tokens, targets = batch(model)
     counts, T = count_targets(targets), targets.shape[1]
-    walk_step(model, tokens, targets, counts)
+    walk_step(model, StepInputs(tokens, targets), counts)
     walked = gradients(model)
     logits = model(tokens, heads=4)
     for k in range(1, 5):

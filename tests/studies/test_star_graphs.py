@@ -12,7 +12,7 @@ import torch
 
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
-from headstart.training.loop import build_model
+from headstart.training.new_model import build_model
 from headstart.training.processes import joined
 from studies.path_star import STUDY, batches_of, config_of, right_of
 from studies.star_graphs import StarGraphs

@@ -13,12 +13,11 @@ from torch.utils._pytree import tree_leaves
 from headstart.data.batches import Batch
 from headstart.model.config import ModelConfig
 from headstart.training.config import BatchConfig, RunConfig
-from headstart.training.loop import build_model
 from headstart.training.memory import estimate, layout
-from headstart.training.optimizer import build_optimizers
+from headstart.training.new_model import NewModel
 from headstart.training.parallel import ParallelConfig
 from headstart.training.processes import Processes, joined
-from headstart.training.step import train_step
+from headstart.training.step import Learner
 
 # Mostly weights, so that an error in what is shared and gathered shows.
 MODEL = ModelConfig(vocab_size=256, dim=160, layers=5, attention_heads=4, context=32, heads=2)
@@ -57,11 +56,10 @@ def counted(config: RunConfig, processes: Processes) -> int:
     text = torch.randint(MODEL.vocab_size, (rows, config.length, MODEL.heads))
     batch = Batch(text[..., 0], text, torch.zeros(rows, config.length).long())
     with LiveStorages() as live:
-        model, sums = build_model(config, processes)
-        optimizers = build_optimizers(model, config.optimizer, processes.device)
+        learner = Learner(NewModel.build(config, processes), config, processes)
         for _ in range(2):
             live.peak = 0
-            train_step(model, optimizers, [batch] * micro_batches, [1.0] * MODEL.heads, 1e-3, config, processes, sums)
+            learner.update([learner.inputs(batch, 0)] * micro_batches, [1.0] * MODEL.heads, 1e-3)
     return live.peak
 
 

@@ -15,18 +15,20 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart.data.batches import Batch, Registers
+from headstart.data.batches import Batch
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step, walk_step
-from headstart.training.auxiliary.losses import ExtraLosses
-from headstart.training.auxiliary.registers import RegisterConfig, with_registers
-from headstart.training.auxiliary.token_order import TokenOrderConfig, add_token_order
+from headstart.objective.inputs import Registers, StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
+from headstart.training.auxiliary.base import StepAuxiliaries
+from headstart.training.auxiliary.registers import RegisterConfig
+from headstart.training.auxiliary.token_order import TokenOrderConfig
 from headstart.training.config import RunConfig
 from headstart.training.muon import Muon
 from headstart.training.parallel import ParallelConfig, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined
-from headstart.training.step import move
+from tests.reference import joint_step
 
 HEADS, LENGTH, ROWS = 3, 12, 4
 KINDS = [
@@ -82,8 +84,9 @@ def gradients(
     run = RunConfig(1, model=config, token_order=TokenOrderConfig(weight), registers=RegisterConfig(weight, share=0.5))
     with torch.device("meta"):
         model, alone = Transformer(config), Transformer(config)
-        for each in (model, alone) if methods else ():
-            add_token_order(each)
+        for auxiliary in run.auxiliaries:
+            auxiliary.add_parameters(model)
+            auxiliary.add_parameters(alone)
     mesh = processes.mesh(parallel.mesh_shape(processes.count, processes.per_node))
     sums = parallelize(model, mesh, parallel, compile=compile, dtype=dtype)
     materialize(model, processes.device, seed=0)
@@ -95,27 +98,28 @@ def gradients(
         targets = torch.stack([text[:, k : k + LENGTH] for k in range(1, HEADS + 1)], -1)
         targets[torch.rand(targets.shape, generator=generator) < 0.3] = -100  # ragged counts over processes
         places = torch.arange(2 * len(text)).view(-1, 2)
-        whole = Batch(text[:, :LENGTH], targets, torch.zeros_like(text[:, :LENGTH]), text[:, LENGTH:], places)
-        whole = with_registers(whole, run.registers, token=36, seed=0, step=step)
+        batch = Batch(text[:, :LENGTH], targets, torch.zeros_like(text[:, :LENGTH]), text[:, LENGTH:], places)
+        whole = StepInputs.of_batch(batch, config.ahead, attention_within_documents=False)
+        for auxiliary in run.auxiliaries:
+            whole = auxiliary.inputs(whole, step)
         mine = torch.arange(len(text)).view(accumulate, processes.count, -1)[:, processes.rank]
-        batches = [move(rows_of(whole, rows), processes.device) for rows in mine]
-        whole = move(whole, processes.device)
+        batches = [rows_of(whole, rows).to(processes.device) for rows in mine]
+        whole = whole.to(processes.device)
         valid = count_targets(whole.targets)
         model.zero_grad()
         alone.zero_grad()
         autocast = torch.autocast(processes.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-        beside = ExtraLosses(alone, run, [whole], valid[0], Processes(processes.device))
+        both = StepAuxiliaries(run.auxiliaries, alone, [whole], valid[0], Processes(processes.device))
         with autocast:
-            given = whole.read(config.ahead), whole.targets, valid
-            reference = (walk_step if methods else joint_step)(alone, *given, **beside.of(whole)).sums
-        extras = ExtraLosses(model, run, batches, valid[0], processes)
+            step_alone = walk_step if methods else joint_step
+            reference = step_alone(alone, whole, valid, Objective(auxiliaries=both.losses)).sums
+        spread = StepAuxiliaries(run.auxiliaries, model, batches, valid[0], processes)
         total = torch.zeros(HEADS, device=processes.device)
         # What is compiled is not, under a mode that watches it.
         with nullcontext(Collectives()) if compile else Collectives() as collectives:
             for i, batch in enumerate(batches):
                 with autocast, sums.micro_batch(last=i == accumulate - 1, losses=HEADS):
-                    tokens = batch.read(config.ahead)
-                    total += walk_step(model, tokens, batch.targets, valid, **extras.of(batch)).sums
+                    total += walk_step(model, batch, valid, Objective(auxiliaries=spread.losses)).sums
         counts = dict(collectives.counts)
         squares = []
         expected = dict(alone.named_parameters())
@@ -130,7 +134,7 @@ def gradients(
             squares.append(torch.stack([(parameter.grad.to_local() - theirs).square().sum(), theirs.square().sum()]))
         error, size = processes.sum(torch.stack(squares)).T
         losses = [(processes.sum(total) - reference).abs() / reference]
-        losses += [torch.tensor([abs(ours / beside.means()[name] - 1)]) for name, ours in extras.means().items()]
+        losses += [torch.tensor([abs(ours / both.means()[name] - 1)]) for name, ours in spread.means().items()]
         worst = max(worst, (error / size).sqrt().max().item())
         worst = max(worst, torch.cat(losses).max().item() if dtype == "float32" else 0.0)
     result = {"error": worst, "collectives": counts}
@@ -144,7 +148,7 @@ def gradients(
     return result
 
 
-def rows_of(batch: Batch, rows: torch.Tensor) -> Batch:
+def rows_of(batch: StepInputs, rows: torch.Tensor) -> StepInputs:
     registers = None if batch.registers is None else Registers(*(each[rows] for each in vars(batch.registers).values()))
     parts = {name: value[rows] for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
     return replace(batch, **parts, registers=registers)

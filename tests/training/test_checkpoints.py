@@ -11,10 +11,9 @@ import torch
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.training import checkpoint_state, checkpoint_writer, checkpoints
+from headstart.training import checkpoint_state, checkpoints
 from headstart.training.checkpoint_state import Position, read_state
-from headstart.training.checkpoint_writer import CheckpointWriter
-from headstart.training.checkpoints import all_steps, latest
+from headstart.training.checkpoints import CheckpointWriter, all_steps, latest
 from headstart.training.config import CheckpointConfig
 from headstart.training.optimizer import OptimizerConfig, build_optimizers
 from headstart.training.processes import Processes
@@ -88,13 +87,13 @@ def test_keep_every(tmp_path) -> None:
 def test_what_is_written_is_what_was_there(tmp_path, monkeypatch) -> None:
     """Training goes on while the thread writes."""
     gate = threading.Event()
-    original = checkpoint_writer.dcp.FileSystemWriter.write_data
+    original = checkpoints.dcp.FileSystemWriter.write_data
 
     def slow(self, *args):
         assert gate.wait(10)
         return original(self, *args)
 
-    monkeypatch.setattr(checkpoint_writer.dcp.FileSystemWriter, "write_data", slow)
+    monkeypatch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", slow)
     model, optimizers = make()
     before = [p.detach().clone() for p in model.parameters()]
     moment = optimizers[0].state[next(model.parameters())]["exp_avg"].clone()
@@ -116,14 +115,14 @@ def test_what_is_written_is_what_was_there(tmp_path, monkeypatch) -> None:
 
 def test_torch_may_close_what_copies_the_weights(tmp_path, monkeypatch) -> None:
     """torch 2.11 does: what had copied the weights of one checkpoint failed at the next."""
-    original = checkpoint_writer.dcp.async_save
+    original = checkpoints.dcp.async_save
 
     def as_in_2_11(*args, async_stager, **more):
         answer = original(*args, async_stager=async_stager, **more)
         async_stager.close()
         return answer
 
-    monkeypatch.setattr(checkpoint_writer.dcp, "async_save", as_in_2_11)
+    monkeypatch.setattr(checkpoints.dcp, "async_save", as_in_2_11)
     model, optimizers = make(kind="muon")
     writer = CheckpointWriter(tmp_path, model, optimizers, CheckpointConfig(), ALONE)
     for step in (2, 4):
@@ -143,7 +142,7 @@ def test_one_that_cannot_be_written_is_told_and_tried_again(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_writer.dcp.FileSystemWriter, "write_data", full)
+        patch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", full)
         writer.save(Position(step=4))
         writer.wait()
         assert "warning:" in (said := capsys.readouterr().err) and "the disk is full" in said
@@ -163,7 +162,7 @@ def test_nothing_is_deleted_before_the_new_one_is_whole(tmp_path, monkeypatch) -
     def fail(*args, **kwargs):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(checkpoint_writer.torch, "save", fail)
+    monkeypatch.setattr(checkpoints.torch, "save", fail)
     with pytest.raises(RuntimeError):
         save(tmp_path, model, optimizers, Position(step=4), keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.training import compilation
-from headstart.training.compilation import blocks_compiled, pays
+from headstart.training import new_model
 from headstart.training.config import load_config
+from headstart.training.new_model import blocks_compiled, pays
 from headstart.training.processes import Processes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -70,7 +70,7 @@ def test_where_another_process_cannot_none_does(tiny, compiling, monkeypatch, ca
 
 @pytest.mark.slow
 def test_torch_can_compile_where_the_tests_run() -> None:
-    assert compilation._problem(CPU) == ""
+    assert new_model._problem(CPU) == ""
 
 
 @pytest.mark.parametrize(

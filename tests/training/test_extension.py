@@ -11,12 +11,12 @@ import pytest
 
 from headstart.errors import UsageError
 from headstart.objective.head_weights import HeadWeights
-from headstart.training import loop
 from headstart.training.checkpoint_state import read_state
 from headstart.training.config import CheckpointConfig, ValidationConfig
-from headstart.training.extension import rate_of
 from headstart.training.loop import train
-from headstart.training.optimizer import OptimizerConfig, extended_rate, learning_rate
+from headstart.training.optimizer import OptimizerConfig
+from headstart.training.schedule import extended_rate, learning_rate, rate_of
+from headstart.training.step import Learner
 
 COSINE = OptimizerConfig(lr=1e-2, warmup_steps=2)
 WSD = replace(COSINE, schedule="wsd", decay_fraction=0.5)
@@ -78,7 +78,7 @@ def test_a_stopped_extension_resumes_on_its_schedule(finished, rates, monkeypatc
     whole, broken = (extended(finished(name), 12, extension=extension) for name in ("whole", "broken"))
     train(whole)
     broken = replace(broken, checkpoints=CheckpointConfig(every=8))
-    original, left = loop.train_step, [4]
+    original, left = Learner.update, [4]
 
     def dying(*args):
         left[0] -= 1
@@ -88,10 +88,10 @@ def test_a_stopped_extension_resumes_on_its_schedule(finished, rates, monkeypatc
 
     for steps in (1, 4):  # before the first checkpoint of the extension, and behind it
         left[0] = steps
-        monkeypatch.setattr(loop, "train_step", dying)
+        monkeypatch.setattr(Learner, "update", dying)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
-    monkeypatch.setattr(loop, "train_step", original)
+    monkeypatch.setattr(Learner, "update", original)
     capsys.readouterr()
     train(broken)
     assert rates(broken) == rates(whole)
@@ -110,7 +110,7 @@ def test_extensions_follow_one_another(finished, rates) -> None:
 
 def test_a_run_that_had_not_ended_has_its_schedule_planned_anew(finished, tiny, rates, capsys, monkeypatch) -> None:
     config = tiny(optimizer=COSINE, validation=ValidationConfig(every=0), checkpoints=CheckpointConfig(every=3))
-    original = loop.train_step
+    original = Learner.update
 
     def dying(*args):
         if rates(config)[3:]:
@@ -118,7 +118,7 @@ def test_a_run_that_had_not_ended_has_its_schedule_planned_anew(finished, tiny, 
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dying)
+        patch.setattr(Learner, "update", dying)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     capsys.readouterr()
@@ -152,13 +152,13 @@ def test_a_schedule_that_ends_at_0_needs_a_warm_up(finished) -> None:
 
 def test_the_head_weights_of_an_extension_are_the_final_ones(finished, monkeypatch) -> None:
     weights = HeadWeights(initial=(1, 1), final=(1, 0))
-    config, seen, original = finished(head_weights=weights), [], loop.train_step
+    config, seen, original = finished(head_weights=weights), [], Learner.update
 
-    def spy(model, optimizers, batches, weights, *rest):
+    def spy(self, batches, weights, lr):
         seen.append(list(weights))
-        return original(model, optimizers, batches, weights, *rest)
+        return original(self, batches, weights, lr)
 
-    monkeypatch.setattr(loop, "train_step", spy)
+    monkeypatch.setattr(Learner, "update", spy)
     train(extended(config, 8))
     assert seen == [[1, 0], [1, 0]]
 

@@ -21,14 +21,13 @@ from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.presets import preset
 from headstart.objective.walk import walk_step
-from headstart.training import step
 from headstart.training.config import BatchConfig, DataConfig, RunConfig
-from headstart.training.loop import build_model
 from headstart.training.memory import estimate, layout
-from headstart.training.optimizer import OptimizerConfig, build_optimizers
+from headstart.training.new_model import NewModel
+from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.processes import Processes
-from headstart.training.step import train_step
+from headstart.training.step import Learner, Walk
 
 ALONE = Processes(torch.device("cpu"))
 # Those whose logits or weights or activations, in turn, are the most of it.
@@ -44,7 +43,7 @@ def run(model: ModelConfig, rows: int = 4, accumulate: int = 1, **settings: obje
     return RunConfig(steps=2, device="cpu", model=model, batch=batch, **settings)  # type: ignore[arg-type]
 
 
-def measured(config: RunConfig) -> int:
+def measured(config: RunConfig, walk: Walk = walk_step) -> int:
     """Peak bytes of the second step: weights, gradients, optimiser state, batches and everything made on the way."""
     shape, rows = config.model, config.batch.rows
     generator = torch.Generator().manual_seed(0)
@@ -59,12 +58,11 @@ def measured(config: RunConfig) -> int:
         )
 
     with LiveTensors() as live:
-        model, sums = build_model(config, ALONE)
-        optimizers = build_optimizers(model, config.optimizer, ALONE.device, config.dtype)
+        learner = Learner(NewModel.build(config, ALONE), config, ALONE, walk=walk)
         for _ in range(2):
             live.peak = live.now
             batches = [batch() for _ in range(config.batch.accumulate)]
-            train_step(model, optimizers, batches, [1.0] * shape.heads, 1e-3, config, ALONE, sums)
+            learner.update([learner.inputs(each, 0) for each in batches], [1.0] * shape.heads, 1e-3)
     return live.peak
 
 
@@ -97,13 +95,16 @@ def test_it_is_what_a_step_takes(config: RunConfig) -> None:
 
 
 @pytest.mark.slow
-def test_a_chunk_of_logits_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_of_logits_is_what_a_step_takes() -> None:
     config = run(replace(TOKENS, vocab_size=16384, dim=32), rows=6)
     budget = 2 * 16384 * 64  # 64 of 768 rows at once
-    monkeypatch.setattr(step, "walk_step", partial(walk_step, budget=budget))
+
+    def walk(model, inputs, counts, objective):  # type: ignore[no-untyped-def]
+        return walk_step(model, inputs, counts, replace(objective, budget=budget))
+
     chunked = estimate(config, layout(config, 1), "cpu", budget).peak
     assert chunked < 0.7 * estimate(config, layout(config, 1), "cpu").peak
-    assert chunked == pytest.approx(measured(config), rel=0.1)
+    assert chunked == pytest.approx(measured(config, walk), rel=0.1)
 
 
 def test_checkpointing_is_what_a_step_takes() -> None:

@@ -19,15 +19,16 @@ from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.training import loop
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig, linear_token_order
 from headstart.training.config import BatchConfig, DataConfig, ValidationConfig, load_config
 from headstart.training.estimate import estimate_run
-from headstart.training.loop import build_model, train
+from headstart.training.loop import train
+from headstart.training.new_model import build_model
 from headstart.training.processes import Processes
+from headstart.training.step import Learner
 from headstart.training.trackers import WatchConfig
 from headstart.training.validation import validate
 
@@ -45,7 +46,7 @@ class Killed(BaseException):
 
 
 def die_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original, calls = loop.train_step, [0]
+    original, calls = Learner.update, [0]
 
     def dying(*args: Any) -> Any:
         calls[0] += 1
@@ -53,7 +54,7 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise Killed
         return original(*args)
 
-    monkeypatch.setattr(loop, "train_step", dying)
+    monkeypatch.setattr(Learner, "update", dying)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -119,11 +120,12 @@ def test_a_teacherless_model_is_trained_and_scored_without_its_answers(tiny, ans
     for module, name in (("headstart.training.step", "walk_step"), ("headstart.training.validation", "score_step")):
         original = getattr(sys.modules[module], name)
 
-        def record(model, tokens, targets, *rest, original=original):  # type: ignore[no-untyped-def]
+        def record(model, inputs, *rest, original=original):  # type: ignore[no-untyped-def]
+            tokens, targets = inputs.tokens, inputs.targets
             is_answer = targets[:, :-1, 0] != -100
             assert is_answer.any() and (tokens[:, 1:][is_answer] == 264).all() and not (tokens == 264).all()
             seen.append(tokens)
-            return original(model, tokens, targets, *rest)
+            return original(model, inputs, *rest)
 
         monkeypatch.setattr(f"{module}.{name}", record)
     train(config)

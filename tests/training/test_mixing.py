@@ -13,10 +13,13 @@ from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.training import loop
+from headstart.training import checkpoints
 from headstart.training.config import DataConfig, RunConfig, ValidationConfig, load_config, save_config
-from headstart.training.loop import build_model, train
+from headstart.training.loop import train
+from headstart.training.new_model import build_model
+from headstart.training.optimizer import build_optimizers
 from headstart.training.processes import Processes
+from headstart.training.step import Learner
 from headstart.training.validation import validate
 
 ALONE = Processes(torch.device("cpu"))
@@ -127,8 +130,8 @@ def test_validation_of_a_mixture_is_the_mean_of_its_parts_by_weight(mixed, metri
     train(config)
     last = metrics(config.run_dir)[-1]
     model, _ = build_model(config, ALONE)
-    loop.checkpoints.restore_newest(
-        config.run_dir / "checkpoints", model, loop.build_optimizers(model, config.optimizer, ALONE.device), ALONE
+    checkpoints.restore_newest(
+        config.run_dir / "checkpoints", model, build_optimizers(model, config.optimizer, ALONE.device), ALONE
     )
     opened = [TokenShards.open(path, "validation") for path in (shards, books)]
     alone = [validate(model, part, config, ALONE) for part in opened]
@@ -171,28 +174,28 @@ def test_a_mixture_that_died_goes_on_exactly(mixed, metrics, books, monkeypatch)
     class Killed(BaseException):
         pass
 
-    original, seen = loop.train_step, []
+    original, seen = Learner.update, []
 
     def until(stop: int):
-        def step(model, optimizers, batches, *rest):
+        def step(self, batches, *rest):
             if len(seen) == stop:
                 raise Killed
             seen.append(torch.cat([batch.tokens for batch in batches]))
-            return original(model, optimizers, batches, *rest)
+            return original(self, batches, *rest)
 
         return step
 
-    monkeypatch.setattr(loop, "train_step", until(-1))
+    monkeypatch.setattr(Learner, "update", until(-1))
     train(mixed("whole"))
     whole, seen[:] = list(seen), []
     text = TokenShards.open(books, "train").tokens[:].tobytes()
     of_books = [bytes(row.tolist()) in text for row in torch.cat(whole)]
     assert of_books.count(True) == len(of_books) / 4 == 6
-    monkeypatch.setattr(loop, "train_step", until(3))
+    monkeypatch.setattr(Learner, "update", until(3))
     with pytest.raises(Killed):
         train(mixed("broken"))
     del seen[2:]  # step 3 ran after the checkpoint of step 2, so it runs again
-    monkeypatch.setattr(loop, "train_step", until(-1))
+    monkeypatch.setattr(Learner, "update", until(-1))
     train(mixed("broken"))
     assert len(whole) == len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(whole, seen))
     assert metrics(mixed("whole").run_dir) == metrics(mixed("broken").run_dir)

@@ -10,17 +10,17 @@ import torch
 from headstart.errors import UsageError
 from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.training import loop
 from headstart.training.config import BatchConfig
 from headstart.training.loop import train
+from headstart.training.step import Learner
 
 
 @pytest.fixture
 def results(monkeypatch) -> list:
     """What the steps to come will give."""
     seen: list = []
-    original = loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *args: seen.append(original(*args)) or seen[-1])
+    original = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda *args: seen.append(original(*args)) or seen[-1])
     return seen
 
 

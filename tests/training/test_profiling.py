@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from headstart.errors import UsageError
-from headstart.training import loop, profiling
+from headstart.training import profiling
 from headstart.training.loop import train
 from headstart.training.profiling import ProfileConfig
+from headstart.training.step import Learner
 
 
 def trace(config) -> dict:
@@ -21,14 +22,14 @@ def trace(config) -> dict:
 def test_the_window_holds_its_steps_and_no_others(tiny, monkeypatch, capsys) -> None:
     from torch.profiler import record_function
 
-    original, calls = loop.train_step, []
+    original, calls = Learner.update, []
 
     def named(*args):
         calls.append(len(calls) + 1)
         with record_function(f"this is step {calls[-1]}"):
             return original(*args)
 
-    monkeypatch.setattr(loop, "train_step", named)
+    monkeypatch.setattr(Learner, "update", named)
     config = tiny(profile=ProfileConfig(start=3, steps=2))
     train(config)
     seen = {e["name"] for e in trace(config)["traceEvents"] if str(e.get("name")).startswith("this is")}

@@ -12,11 +12,12 @@ import torch
 
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
-from headstart.training import loop
+from headstart.training import checkpoints
 from headstart.training.config import BatchConfig, save_config
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
+from headstart.training.step import Learner
 
 TIED = ModelConfig(dim=16, layers=3, attention_heads=2, context=24, heads=2, tied=True)
 
@@ -27,7 +28,7 @@ class Killed(BaseException):
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
     """Calls `action` in the middle of the step that follows `step` finished ones."""
-    original, calls = loop.train_step, [0]
+    original, calls = Learner.update, [0]
 
     def stopping(*args):
         calls[0] += 1
@@ -35,7 +36,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
             action()
         return original(*args)
 
-    monkeypatch.setattr(loop, "train_step", stopping)
+    monkeypatch.setattr(Learner, "update", stopping)
 
 
 def die() -> None:
@@ -83,28 +84,28 @@ def test_a_run_that_died_goes_on_exactly(tiny, metrics, weights, monkeypatch, ca
 def test_the_data_order_over_epochs_survives(tiny, metrics, monkeypatch) -> None:
     changes = {"batch": BatchConfig(rows=160), "steps": 4}  # 10 kB of text: an epoch is under 3 steps
     seen: dict[str, list[torch.Tensor]] = {"whole": [], "broken": []}
-    original = loop.train_step
+    original = Learner.update
 
     def record(name):
-        def step(model, optimizers, batches, *rest):
+        def step(self, batches, *rest):
             seen[name] += [batch.tokens.clone() for batch in batches]
             if name == "broken" and len(seen[name]) == 4:
                 seen[name].pop()
                 raise Killed
-            return original(model, optimizers, batches, *rest)
+            return original(self, batches, *rest)
 
         return step
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", record("whole"))
+        patch.setattr(Learner, "update", record("whole"))
         train(tiny("whole", **changes))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", record("broken"))
+        patch.setattr(Learner, "update", record("broken"))
         with pytest.raises(Killed):
             train(tiny("broken", **changes))
         assert len(seen["broken"]) == 3
         del seen["broken"][2:]  # step 3 ran after the checkpoint of step 2, so it runs again
-        patch.setattr(loop, "train_step", record("whole_again"))
+        patch.setattr(Learner, "update", record("whole_again"))
         seen["whole_again"] = seen["broken"]
         train(tiny("broken", **changes))
     assert len(seen["whole"]) == len(seen["broken"]) == 4
@@ -144,7 +145,7 @@ KILLED = """
 import os, signal, shutil, sys
 from pathlib import Path
 from headstart import fileio
-from headstart.training import checkpoint_writer, loop
+from headstart.training import checkpoints, loop
 from headstart.training.config import load_config
 
 def kill(*args, **kwargs):
@@ -162,7 +163,7 @@ def at_step_4(original, before=False):
 
 moment = sys.argv[2]
 if moment == "tensors written":
-    writer = checkpoint_writer.CheckpointWriter
+    writer = checkpoints.CheckpointWriter
     finish = writer._finish
     def tensors_written(self, tensors, stager, path, *rest):
         tensors.result()
@@ -181,7 +182,7 @@ elif moment == "while the old one is deleted":
             (Path(path) / "state.json").unlink()
             kill()
         original(path, **kwargs)
-    checkpoint_writer.shutil.rmtree = half
+    checkpoints.shutil.rmtree = half
 loop.train(load_config(sys.argv[1]))
 """
 
@@ -200,7 +201,7 @@ def test_kill_9_during_a_save(tiny, metrics, weights, tmp_path, forks, moment) -
     status, said = forks.run(tmp_path / "said.txt", tmp_path, program=KILLED, arguments=arguments)
     assert status == -signal.SIGKILL, said
     newest = {"tensors written": 2, "before the rename": 2}.get(moment, 4)
-    assert loop.checkpoints.latest(broken.run_dir) == broken.run_dir / "checkpoints" / f"step-{newest:08d}"
+    assert checkpoints.latest(broken.run_dir) == broken.run_dir / "checkpoints" / f"step-{newest:08d}"
     train(broken)
     assert_same_run(whole.run_dir, broken.run_dir, metrics, weights)
     assert not list((broken.run_dir / "checkpoints").glob(".*"))
@@ -226,13 +227,13 @@ def test_a_changed_learning_rate_takes_effect(tiny, metrics, monkeypatch) -> Non
         with pytest.raises(Killed):
             train(config)
     decayed: list[float] = []
-    original = loop.train_step
+    original = Learner.update
 
-    def spy(model, optimizers, *rest):
-        decayed.append(optimizers[-1].param_groups[0]["weight_decay"])
-        return original(model, optimizers, *rest)
+    def spy(self, *rest):
+        decayed.append(self.optimizers[-1].param_groups[0]["weight_decay"])
+        return original(self, *rest)
 
-    monkeypatch.setattr(loop, "train_step", spy)
+    monkeypatch.setattr(Learner, "update", spy)
     train(replace(config, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2, weight_decay=0.5)))
     rates = [line["lr"] for line in metrics(config.run_dir) if "lr" in line]
     assert rates[1] == 1e-2 and max(rates[2:]) < 1e-3
@@ -253,7 +254,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny, metrics, weights, monkey
 
     whole, broken = tiny("whole"), tiny("broken")
     train(whole)
-    original = loop.checkpoints.dcp.FileSystemWriter.write_data
+    original = checkpoints.dcp.FileSystemWriter.write_data
 
     def full(self, *args):
         if "step-00000004" in str(self.path):
@@ -261,7 +262,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tiny, metrics, weights, monkey
         return original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.checkpoints.dcp.FileSystemWriter, "write_data", full)
+        patch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", full)
         stop_at(patch, 5, die)
         with pytest.raises(Killed):
             train(broken)

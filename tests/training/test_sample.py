@@ -16,8 +16,8 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.training.config import RunConfig
 from headstart.training.loop import train
-from headstart.training.sample import decode_sample, prompt_tokens, shown
 from headstart.training.trackers import WatchConfig
+from headstart.training.validation import decode_sample, describe_sample, prompt_tokens
 
 
 def made(config: RunConfig) -> Transformer:
@@ -76,7 +76,7 @@ def test_without_a_prompt_it_begins_a_document(tiny) -> None:
 
 
 def test_the_line_about_it_is_one_line() -> None:
-    line = shown({"text": "a\nb" + "c" * 200, "tokens_per_pass": 1.256})
+    line = describe_sample({"text": "a\nb" + "c" * 200, "tokens_per_pass": 1.256})
     assert line.startswith(r"sample, 1.26 tokens per pass: a\nbccc") and "\n" not in line and len(line) < 130
 
 

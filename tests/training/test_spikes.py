@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.training import loop, spikes, step
+from headstart.training import spikes, step
 from headstart.training.config import ValidationConfig
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.spikes import LossHistory
+from headstart.training.step import Learner
 
 
 def history_of(losses: list[float]) -> LossHistory:
@@ -134,7 +135,7 @@ def test_a_run_that_goes_on_remembers_its_losses(tiny, monkeypatch) -> None:
 
     whole, broken = tiny("whole"), tiny("broken")
     train(whole)
-    original, calls = loop.train_step, [0]
+    original, calls = Learner.update, [0]
 
     def dying(*args):
         calls[0] += 1
@@ -143,7 +144,7 @@ def test_a_run_that_goes_on_remembers_its_losses(tiny, monkeypatch) -> None:
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dying)
+        patch.setattr(Learner, "update", dying)
         with pytest.raises(Killed):
             train(broken)
     assert history(broken)["count"] == 2

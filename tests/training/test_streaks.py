@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.training import checkpoint_state, loop, spikes, step
+from headstart.training import checkpoint_state, checkpoints, spikes, step
 from headstart.training.checkpoints import all_steps
 from headstart.training.config import CheckpointConfig, RunConfig, ValidationConfig
 from headstart.training.interruption import Interrupted
 from headstart.training.loop import train
+from headstart.training.step import Learner
 
 SILENT = ValidationConfig(every=0)
 
@@ -25,13 +26,10 @@ SILENT = ValidationConfig(every=0)
 def fail(monkeypatch: pytest.MonkeyPatch, first: int, last: int, kind: str, at_last=lambda: None) -> None:
     """Make every attempt at the steps `first` to `last` a spike, or its gradient NaN; `at_last` runs in the last."""
     monkeypatch.setattr(spikes, "WINDOW", 3)
-    original_train, original_walk, number = loop.train_step, step.walk_step, [0]
+    original_walk, number = step.walk_step, [0]
 
-    def train_step(*args):
-        return original_train(*args)
-
-    def walk(model, *args, **named):
-        seen = original_walk(model, *args, **named)
+    def walk(model, *args):
+        seen = original_walk(model, *args)
         if not first <= number[0] <= last:
             return seen
         if number[0] == last:
@@ -42,15 +40,14 @@ def fail(monkeypatch: pytest.MonkeyPatch, first: int, last: int, kind: str, at_l
             parameter.grad *= float("nan")
         return seen
 
-    original_step = loop.Run.step
+    original_step = Learner.step
 
-    def counted(self, *args):
-        number[0] = self.position.step + 1
-        return original_step(self, *args)
+    def counted(self, batches, at):
+        number[0] = at + 1
+        return original_step(self, batches, at)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
     monkeypatch.setattr(step, "walk_step", walk)
-    monkeypatch.setattr(loop.Run, "step", counted)
+    monkeypatch.setattr(Learner, "step", counted)
 
 
 def root(config: RunConfig) -> Path:
@@ -109,9 +106,11 @@ def test_a_checkpoint_that_fell_due_in_a_streak_is_written_behind_it(tiny, metri
     config = tiny(steps=9, checkpoints=CheckpointConfig(every=5, keep_last=0), validation=SILENT)
     fail(monkeypatch, 5, 6, "spike")
     saved: list[int] = []
-    original = loop.CheckpointWriter.save
+    original = checkpoints.CheckpointWriter.save
     monkeypatch.setattr(
-        loop.CheckpointWriter, "save", lambda self, position: saved.append(position.step) or original(self, position)
+        checkpoints.CheckpointWriter,
+        "save",
+        lambda self, position: saved.append(position.step) or original(self, position),
     )
     train(config)
     assert saved == [7, 9] == list(all_steps(root(config)))

@@ -14,6 +14,7 @@ import pytest
 from headstart.errors import UsageError
 from headstart.training import loop, trackers
 from headstart.training.loop import train
+from headstart.training.step import Learner
 from headstart.training.trackers import Trackers, WatchConfig, check_packages
 
 RECORD = {
@@ -83,7 +84,7 @@ def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(recorders, tin
 
 
 def test_a_failed_run_is_told_as_failed(recorders, tiny, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "train_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(Learner, "update", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(tiny(watch=WatchConfig(trackers=("trackio",))))
     assert recorders[0].closed == [True]

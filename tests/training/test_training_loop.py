@@ -18,11 +18,14 @@ from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
 from headstart.objective.head_weights import HeadWeights
-from headstart.training import loop, step
+from headstart.training import checkpoints, step
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, ValidationConfig, load_config
-from headstart.training.loop import build_model, train
-from headstart.training.optimizer import OptimizerConfig, learning_rate
+from headstart.training.loop import train
+from headstart.training.new_model import build_model
+from headstart.training.optimizer import OptimizerConfig, build_optimizers
 from headstart.training.processes import Processes
+from headstart.training.schedule import learning_rate
+from headstart.training.step import Learner
 from headstart.training.validation import validate
 
 
@@ -70,8 +73,8 @@ def weights_after(config) -> dict[str, torch.Tensor]:
     """Full-precision weights: those of the model directory are rounded to bfloat16."""
     train(config)
     model = build_model(config, ALONE)[0]
-    optimizers = loop.build_optimizers(model, config.optimizer, torch.device("cpu"))
-    loop.checkpoints.restore_newest(config.run_dir / "checkpoints", model, optimizers, ALONE)
+    optimizers = build_optimizers(model, config.optimizer, torch.device("cpu"))
+    checkpoints.restore_newest(config.run_dir / "checkpoints", model, optimizers, ALONE)
     return model.state_dict()
 
 
@@ -108,13 +111,13 @@ def test_the_norm_is_clipped_over_all_parameters(tiny, monkeypatch) -> None:
 
 def test_head_weights_follow_their_schedule(tiny, monkeypatch) -> None:
     seen = []
-    original = loop.train_step
+    original = Learner.update
 
-    def spy(model, optimizers, batches, weights, *rest):
+    def spy(self, batches, weights, lr):
         seen.append(list(weights))
-        return original(model, optimizers, batches, weights, *rest)
+        return original(self, batches, weights, lr)
 
-    monkeypatch.setattr(loop, "train_step", spy)
+    monkeypatch.setattr(Learner, "update", spy)
     train(tiny(head_weights=HeadWeights(initial=(1, 1), final=(1, 0), begin=0, end=0.5)))
     assert [w[1] for w in seen] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0])
 
@@ -136,14 +139,14 @@ def test_a_step_that_is_not_finite_is_skipped(tiny, metrics, monkeypatch, capsys
     poison(monkeypatch, {3})
     config = tiny(checkpoints=CheckpointConfig(every=1, keep_last=0))
     after: list[dict[str, torch.Tensor]] = [{}]
-    original = loop.train_step
+    original = Learner.update
 
-    def spy(model, *args):
-        result = original(model, *args)
-        after.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    def spy(self, *args):
+        result = original(self, *args)
+        after.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
         return result
 
-    monkeypatch.setattr(loop, "train_step", spy)
+    monkeypatch.setattr(Learner, "update", spy)
     train(config)
     third = [line for line in metrics(config.run_dir) if "lr" in line][2]
     assert third["grad_norm"] is None and third["skipped"] == 1 and third["loss/head1"] > 0
@@ -154,11 +157,11 @@ def test_a_step_that_is_not_finite_is_skipped(tiny, metrics, monkeypatch, capsys
     assert all(torch.equal(second[name], third_weights[name]) for name in second)
     assert any(not torch.equal(second[name], fourth[name]) for name in second)
     assert all(tensor.isfinite().all() for tensor in fourth.values())
-    saved = loop.checkpoints.all_steps(config.run_dir / "checkpoints")
+    saved = checkpoints.all_steps(config.run_dir / "checkpoints")
     assert list(saved) == [1, 2, 4, 5, 6]
     model = build_model(config, ALONE)[0]
-    optimizers = loop.build_optimizers(model, config.optimizer, torch.device("cpu"))
-    position = loop.checkpoints.restore(saved[4], model, optimizers, ALONE)
+    optimizers = build_optimizers(model, config.optimizer, torch.device("cpu"))
+    position = checkpoints.restore(saved[4], model, optimizers, ALONE)
     assert position.skipped == 1 and position.skipped_in_a_row == 0
     assert all(torch.equal(fourth[name], tensor) for name, tensor in model.state_dict().items())
 

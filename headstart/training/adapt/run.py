@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from headstart.console import Progress, say
-from headstart.data.batches import Batch, BatchStream
+from headstart.data.batches import BatchStream
 from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
@@ -22,115 +21,117 @@ from headstart.formats.generation_config import keep_generation
 from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.head_weights import HeadWeights
-from headstart.objective.walk import made_of
+from headstart.objective.inputs import StepInputs, Teacher
 from headstart.training import checkpoints
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.adapt.hidden_states import HiddenStates
 from headstart.training.adapt.lora import Lora
 from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
 from headstart.training.config import RunConfig
+from headstart.training.new_model import blocks_compiled
+from headstart.training.parallel import parallelize
 from headstart.training.processes import Processes
+from headstart.training.schedule import stage_of
 from headstart.training.step import autocast
 
 SOURCE_FILE = "source.json"
 """In the run folder: what the files of the existing model were when the run began."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Consecutive steps in which the same is trained."""
-
-    begin: int
-    """Its first step, from 0."""
-    steps: int
-    heads_alone: bool
-
-
 class ExistingModel:
-    """The model of the run, and what a step on it needs beside the batch."""
+    """A model with new heads on it, and what a step on it needs in addition to the rows."""
 
-    def __init__(self, config: RunConfig, processes: Processes) -> None:
-        """Raises UsageError where the model is not there, is another than `config.model` grew from, or has changed
-        since the run began; and for several processes."""
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: Processes,
+        sources: Sequence[Source],
+        progress: Callable[..., Progress] = Progress,
+    ) -> None:
+        """Load the model and add the heads; store the trunk's hidden states if the run reads stored ones.
+
+        Raises UsageError if the model is missing, if `config.model` did not grow from it, if it has changed since the
+        run began, if `sources` use another tokenizer, and for several processes.
+        """
         assert config.adapt is not None
-        check_processes(processes.count)
         self._config, self._adapt = config, config.adapt
         adapt = config.adapt
+        check_vocabulary(sources, adapt.model, config.model.vocab_size)
+        check_processes(processes.count)
         check_shape(load_config(adapt.model), config)
         check_unchanged(adapt.model, config.run_dir)
         old = load_model(adapt.model)
         self.stored_dtype = old.trunk.embedding.weight.dtype
-        """Of the existing model."""
+        """Dtype of the existing model's files."""
         check_frozen_dtype(config, self.stored_dtype)
         model = with_heads(old.to(getattr(torch, adapt.frozen_dtype)), config.model, config.seed)
         del old
         self.model = model.to(processes.device)
         self.heads = new_parameters(self.model)
         """Names of the parameters of the new heads."""
-        trained, self.lora = trained_parameters(self.model, adapt, config.seed)
-        freeze(self.model, trained)
-        self._trained = trained
-        self._states: HiddenStates | None = None
+        self._trained, self.lora = trained_parameters(self.model, adapt, config.seed)
+        freeze(self.model, self._trained)
         self._original: Transformer | None = None
         if adapt.self_distilled and self.lora is None:
             self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
             self._original.requires_grad_(False)
+        self._states = self._store_states(sources, progress)
+        torch.manual_seed(config.seed)
+        compile = blocks_compiled(config, processes)
+        self.sums = parallelize(self.model, None, config.parallel, compile=compile, dtype=config.dtype)
 
-    def begin_step(self, step: int, extended: int = 0) -> list[float]:
-        """Freeze what step `step` (from 0) does not train and return the heads' weights. `extended`:
-        `Position.extended`."""
-        stage = stage_of(step, self._config, extended)
-        freeze(self.model, self.heads if stage.heads_alone else self._trained)
-        done, weights = step - stage.begin, self._config.head_weights
-        n = self._config.model.heads
-        if stage.heads_alone:
-            # Head 1 is frozen: its loss would teach nobody. All others count in full, whatever they do afterwards.
-            weights = HeadWeights(decay=weights.decay, sampled=weights.sampled)
-            return [0.0, *weights.at(0, n)[1:]]
-        return weights.at(1.0 if stage.begin and stage.begin == extended else done / stage.steps, n)
+    def begin_step(self, step: int, extended: int) -> None:
+        """Freeze what step `step` (from 0) does not train; `extended` is `Position.extended`."""
+        freeze(self.model, self.heads if stage_of(step, self._config, extended).heads_alone else self._trained)
 
-    def known(self, batch: Batch) -> dict[str, Any]:
-        """What `walk_step` is given for `batch` beside it."""
+    def complete(self, inputs: StepInputs) -> StepInputs:
+        """Add the stored output of the trunk, or the model as it was as the teacher of head 1."""
         if self._states is not None:
-            assert batch.places is not None
-            z_BTD = self._states.of(batch.places)
-            # As the trunk gives them: its residual stream is in the dtype of its weights.
-            return {"z_BTD": z_BTD.to(batch.tokens.device, self.model.trunk.embedding.weight.dtype)}
+            assert inputs.places is not None
+            # The trunk's residual stream is in the dtype of its weights.
+            z_BTD = self._states.of(inputs.places).to(inputs.tokens.device, self.model.trunk.embedding.weight.dtype)
+            return replace(inputs, z=z_BTD)
         if not self._adapt.self_distilled:
-            return {}
-        documents = batch.documents if self._config.data.attention_within_documents else None
+            return inputs
         if self.lora is not None:
             with self.lora.off():
-                return {"original": made_of(self.model, batch.tokens, documents)}
+                return replace(inputs, teacher=Teacher.of_tokens(self.model, inputs))
         assert self._original is not None
-        return {"original": made_of(self._original, batch.tokens, documents)}
+        return replace(inputs, teacher=Teacher.of_tokens(self._original, inputs))
+
+    def tokenizer(self, of_data: Tokenizer) -> Tokenizer:
+        """Return the model's own tokenizer, or that of the data if it has none."""
+        return load_model_tokenizer(self._adapt.model) or of_data
 
     def whole(self) -> Transformer:
-        """The model as others know it: what LoRA adds is added to the weights."""
+        """Return the model without additions: LoRA's products are added to the weights."""
         return self.model if self.lora is None else self.lora.merged(self.model)
 
     def save(self, whole: Transformer, directory: Path, tokenizer: Tokenizer) -> None:
-        """Writes the model directory, in the dtype of the existing model's: what was frozen keeps its bytes. Where that
-        ends a text stays as it is. What LoRA trained is also written as a peft adapter, RUN/adapter."""
+        """Write the model directory in the existing model's dtype, so that frozen weights keep their bytes.
+
+        The stop tokens of the existing model stay. What LoRA trained is also written as a peft adapter, RUN/adapter.
+        """
         if self.lora is not None:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
         save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
         keep_generation(self._adapt.model, directory)
 
-    def cache_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> None:
-        """Makes the hidden states of all rows of `sources`, or what is missing of them, where the run reads such.
-        Raises UsageError where they would take too much."""
+    def _store_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> HiddenStates | None:
+        """Store the missing hidden states of all rows of `sources`, if the run reads stored ones.
+
+        Raises UsageError if they would take too much room.
+        """
         folder, config = self._adapt.cache_states, self._config
         if folder is None:
-            return
+            return None
         splits, device = [source.train for source in sources], self.model.trunk.embedding.weight.device
         streams = [
             BatchStream(split, rows=1, length=config.length, heads=config.model.offset_of_heads, seed=0, shuffle=False)
             for split in splits
         ]
         rows = [stream.rows_of[0] for stream in streams]
-        made_of = {
+        origin = {
             "model": digests(self._adapt.model),
             "trunk_layers": config.model.trunk_layers,
             "data": [sha256_of(split.directory / MANIFEST) for split in splits],
@@ -139,13 +140,13 @@ class ExistingModel:
             "attention_within_documents": config.data.attention_within_documents,
         }
         dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
-        states = HiddenStates(folder, made_of, rows, config.length, config.model.dim, dtype)
+        states = HiddenStates(folder, origin, rows, config.length, config.model.dim, dtype)
         states.check_room(int(self._adapt.cache_gib * 2**30))
         visits = config.steps * config.tokens_per_step / (sum(rows) * config.length)
         say(
             f"hidden states of {sum(rows):,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in "
             f"{states.folder}; this run reads each {visits:.1f} times"
-            + ("" if visits > 1 else ", so keeping them gains it nothing")
+            + ("" if visits > 1 else ", so storing them saves nothing")
         )
 
         @torch.no_grad()
@@ -163,19 +164,7 @@ class ExistingModel:
         if missing:
             with progress("hidden states", missing, unit="rows") as bar:
                 states.fill(read, config.batch.rows, bar.advance)
-        self._states = states
-
-
-def stage_of(step: int, config: RunConfig, extended: int = 0) -> Stage:
-    """Return the stage that step `step` (from 0) lies in; steps from `extended` on, where it is not 0, continue the
-    last one."""
-    assert config.adapt is not None
-    if extended and step >= extended:
-        return Stage(extended, config.steps - extended, config.adapt.mode == "heads")
-    if config.adapt.mode == "heads":
-        return Stage(0, config.steps, True)
-    first = round(config.steps * config.adapt.heads_first)
-    return Stage(0, first, True) if step < first else Stage(first, config.steps - first, False)
+        return states
 
 
 def trained_parameters(model: Transformer, adapt: AdaptConfig, seed: int) -> tuple[set[str], Lora | None]:
@@ -267,17 +256,12 @@ def _vocabulary(file: Path) -> object:
     return content["model"], [(token["id"], token["content"]) for token in content.get("added_tokens", [])]
 
 
-def tokenizer_of(model: Path, otherwise: Tokenizer) -> Tokenizer:
-    """The model's own tokenizer, or that of the data where it has none."""
-    return load_model_tokenizer(model) or otherwise
-
-
 def flops_per_token(config: RunConfig) -> int:
     """FLOPs of training on one token, as `ModelConfig.flops_per_token`; what is frozen is only run forward, and the
     unembedding gets no gradient. Joint runs are counted as in their second stage. Registers are counted as the tokens
     that they stand beside, token order as one more unembedding."""
     model, whole = config.model, config.model.flops_per_token(config.length) * config.positions // config.length
-    whole += 6 * model.vocab_size * model.dim if config.token_order.on else 0
+    whole += sum(method.extra_flops(model) for method in config.methods)
     if config.adapt is None or config.adapt.mode == "joint":
         return whole
     decoder = replace(

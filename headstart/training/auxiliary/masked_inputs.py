@@ -1,8 +1,8 @@
-"""Inputs that are hidden from the model while it trains, behind a mask token; what it is to predict stays as it is.
+"""Inputs hidden behind a mask token during training; the targets stay as they are.
 
-Teacherless training (Bachmann & Nagarajan 2024, arXiv 2403.06963, section 5) hides the whole answer: each of its tokens
-is predicted from the prompt and from its place alone, and decoded so, all at once. Random masks hide a share of it
-("masking" in companions of that paper): a model trained so is decoded as any other.
+Teacherless training (Bachmann & Nagarajan 2024, arXiv 2403.06963, section 5) hides the whole answer: the model predicts
+each of its tokens from the prompt and from its position alone, and decodes them all at once. Random masks hide a share
+of it ("masking" in companions of that paper); such a model is decoded like any other.
 """
 
 from __future__ import annotations
@@ -12,26 +12,37 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from headstart.data.batches import IGNORE, Batch
+from headstart.data.batches import IGNORE
+from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
+from headstart.objective.inputs import StepInputs
+from headstart.training.auxiliary.base import Auxiliary, AuxiliarySettings, row_generators
 
 MaskKind = Literal["none", "teacherless", "random"]
 
 
 @dataclass(frozen=True)
-class MaskConfig:
-    """Which inputs are hidden. An input belongs to the answer if it is a target of the position before it: in
-    conversations what the assistant says, in plain text all but the first token of a row or document."""
+class MaskConfig(AuxiliarySettings):
+    """Inputs hidden from the model.
+
+    An input belongs to the answer if it is the target of the position before it: in conversations what the assistant
+    says, in plain text all but the first token of a row or document.
+    """
+
+    name = "masked_inputs"
+    why_not_adapted = "whose model has no row for a mask, and a trunk that does not learn to read one"
+    has_token = True
 
     kind: MaskKind = "none"
     """none; teacherless: all inputs of answers, for data with answers; random: a share of them."""
     share: float | None = None
-    """random: each is hidden with this probability (None: one drawn for each row, uniformly from 0 to 1)."""
+    """random: probability that an input is hidden (None: one drawn for each row, uniformly from 0 to 1)."""
     everywhere: bool = False
-    """random: whether inputs that are no target, as a prompt's, are hidden too."""
+    """random: whether inputs that are no target, such as a prompt's, are hidden too."""
     rows: float = 1.0
-    """Share of rows that this is done to; the others stay as they are."""
+    """Share of rows with hidden inputs; the others stay as they are."""
     token: int | None = None
     """The id that stands for a hidden input (None: a row of its own at the end of the vocabulary)."""
 
@@ -52,46 +63,65 @@ class MaskConfig:
 
     @property
     def on(self) -> bool:
+        """Whether inputs are hidden."""
         return self.kind != "none"
+
+    def auxiliary(self, token: int, seed: int) -> MaskedInputs:
+        """Return the objective."""
+        return MaskedInputs(self, token, seed)
 
     @property
     def in_use(self) -> bool:
-        """Whether the model, once trained, is to be given masks: it has never seen an answer."""
+        """Whether the trained model is given masks too, because it has never seen an answer."""
         return self.kind == "teacherless" and self.rows == 1
 
 
-def masked(batch: Batch, config: MaskConfig, token: int, seed: int, step: int) -> Batch:
-    """`batch` with the id `token` in place of inputs, as `config` says; its targets are those of the text.
+@dataclass(frozen=True)
+class MaskedInputs(Auxiliary):
+    """Put the id `token` in place of inputs; the targets stay those of the text."""
 
-    What is hidden is drawn from (seed, step, the row's place in its source) alone: micro-batches, processes and resumed
-    runs agree.
-    """
-    if not config.on:
-        return batch
-    is_answer = torch.zeros_like(batch.tokens, dtype=torch.bool)
-    is_answer[:, 1:] = batch.targets[:, :-1, 0] != IGNORE
-    if config.in_use:
-        hidden = is_answer
-    else:
-        draws_BT, rates_B1 = _draws(batch, config, seed, step)
-        hidden = draws_BT < rates_B1
-        if not config.everywhere:
-            hidden &= is_answer
-    return replace(batch, tokens=torch.where(hidden, token, batch.tokens))
+    name = "masked_inputs"
+    settings: MaskConfig
+    token: int
+    seed: int
 
+    def check_data(self, shards: TokenShards) -> None:
+        """Raise UsageError if all answers are to be hidden and the data does not mark them."""
+        if self.settings.kind == "teacherless" and shards.targets is None:
+            raise UsageError(
+                f"{shards.directory}: does not say which tokens are answers, so masked_inputs.kind teacherless "
+                "would hide all; prepare conversations (headstart prepare), or take kind random"
+            )
 
-def _draws(batch: Batch, config: MaskConfig, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A number of [0, 1) for each input, (B, T), and below which it is hidden, (B, 1): 0 in rows that stay."""
-    draws, rates = np.empty(batch.tokens.shape), np.zeros((len(batch.tokens), 1))
-    for row, rng in enumerate(row_generators(batch, seed, step, purpose=1)):
-        chosen, rate = rng.random(2)
-        if chosen < config.rows:
-            rates[row] = 1.0 if config.kind == "teacherless" else rate if config.share is None else config.share
-        draws[row] = rng.random(draws.shape[1])
-    return torch.from_numpy(draws), torch.from_numpy(rates)
+    def inputs(self, inputs: StepInputs, step: int) -> StepInputs:
+        """Hide the inputs that step `step` hides."""
+        settings = self.settings
+        is_answer = torch.zeros_like(inputs.tokens, dtype=torch.bool)
+        is_answer[:, 1:] = inputs.targets[:, :-1, 0] != IGNORE
+        if settings.in_use:
+            hidden = is_answer
+        else:
+            draws_BT, rates_B1 = self._draw(inputs, step)
+            hidden = draws_BT < rates_B1
+            if not settings.everywhere:
+                hidden &= is_answer
+        return replace(inputs, tokens=torch.where(hidden, self.token, inputs.tokens))
 
+    def validation_inputs(self, inputs: StepInputs) -> StepInputs:
+        """Hide inputs only from a model that will be given masks once it is trained."""
+        return self.inputs(inputs, step=0) if self.settings.in_use else inputs
 
-def row_generators(batch: Batch, seed: int, step: int, purpose: int) -> list[np.random.Generator]:
-    """One for each row, of (seed, step, the row's place in its source, purpose). The batch must know its places."""
-    assert batch.places is not None
-    return [np.random.default_rng([seed, step, *place, purpose]) for place in batch.places.tolist()]
+    def _draw(self, inputs: StepInputs, step: int) -> tuple[Tensor, Tensor]:
+        """Draw a number of [0, 1) for each input, (B, T), and the rate below which it is hidden, (B, 1).
+
+        The rate is 0 in rows that stay as they are.
+        """
+        settings = self.settings
+        draws, rates = np.empty(inputs.tokens.shape), np.zeros((len(inputs.tokens), 1))
+        for row, rng in enumerate(row_generators(inputs, self.seed, step, purpose=1)):
+            chosen, rate = rng.random(2)
+            if chosen < settings.rows:
+                fixed = 1.0 if settings.kind == "teacherless" else settings.share
+                rates[row] = rate if fixed is None else fixed
+            draws[row] = rng.random(draws.shape[1])
+        return torch.from_numpy(draws), torch.from_numpy(rates)

