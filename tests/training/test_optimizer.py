@@ -15,10 +15,10 @@ from headstart.training.optimizer import (
     OptimizerConfig,
     ParameterGroup,
     build_optimizers,
-    learning_rate,
     parameter_groups,
     set_learning_rate,
 )
+from headstart.training.schedule import learning_rate
 
 
 def curve(steps: int, **settings) -> list[float]:
