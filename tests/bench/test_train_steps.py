@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bench import train
-from bench.train import GROUP_TURNS, call_group, joint_walk_step
+from bench.train import GROUP_TURNS, call_group
 from bench.train_steps import Steps, TrainSettings, case_of, random_batch, run_config, step_case
 from headstart.model.config import ModelConfig
-from headstart.training import step as training_step
 from headstart.training.parallel import ParallelConfig
 from headstart.training.processes import Processes
+from tests.reference import joint_step
 
 MODEL = ModelConfig(vocab_size=60, dim=16, layers=5, attention_heads=2, context=8, heads=4)
 ALONE = Processes(torch.device("cpu"))
@@ -48,13 +48,7 @@ def test_two_processes_send_what_a_sum_of_gradients_needs():
     assert len(answer["speeds"]["run"]) == GROUP_TURNS
 
 
-@pytest.fixture
-def own_step(monkeypatch):
-    """The memory case changes the training step of its process for good."""
-    monkeypatch.setattr(training_step, "walk_step", training_step.walk_step)
-
-
-def test_memory_compares_the_walk_with_the_joint_step(in_process, own_step):
+def test_memory_compares_the_walk_with_the_joint_step(in_process):
     settings = TrainSettings(
         parts=("memory",), dim=16, layers=9, length=8, steps=1, threads=1, memory_vocabularies=(300,)
     )  # fmt: skip
@@ -62,11 +56,10 @@ def test_memory_compares_the_walk_with_the_joint_step(in_process, own_step):
     assert [row["what"] for row in rows] == ["V = 300, walk", "V = 300, joint", "V = 300, walk / joint"]
 
 
-def test_the_joint_step_does_the_same_step(own_step):
+def test_the_joint_step_does_the_same_step():
     walked = Steps(run_config(MODEL, 2, device="cpu", dtype="float32"), ALONE)
-    joint = Steps(run_config(MODEL, 2, device="cpu", dtype="float32"), ALONE)
+    joint = Steps(run_config(MODEL, 2, device="cpu", dtype="float32"), ALONE, joint_step)
     expected = walked.step()
-    training_step.walk_step = joint_walk_step
     result = joint.step()
     assert result.losses == pytest.approx(expected.losses, rel=1e-5)
     assert result.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)

@@ -12,6 +12,7 @@ import torch
 
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
+from headstart.objective.inputs import StepInputs
 from headstart.training.new_model import build_model
 from headstart.training.processes import joined
 from studies.path_star import STUDY, batches_of, config_of, right_of
@@ -59,15 +60,18 @@ def test_what_a_method_reads_and_learns(method: str) -> None:
     if method == "reversed":
         path = path[:, ::-1]
     assert np.array_equal(batch.targets[:, P - 1 :, 0].numpy(), path)
+    inputs = StepInputs.of_batch(batch, attention_within_documents=False)
+    for auxiliary in config.auxiliaries:
+        inputs = auxiliary.inputs(inputs, 0)
     if method == "teacherless":
-        assert (batch.tokens[:, P:] == graphs.spare).all()
+        assert (inputs.tokens[:, P:] == graphs.spare).all()
     else:
-        assert np.array_equal(batch.tokens[:, P:].numpy(), path[:, :-1])
+        assert np.array_equal(inputs.tokens[:, P:].numpy(), path[:, :-1])
     if method == "3 heads":
         assert np.array_equal(batch.targets[:, P - 1, 2].numpy(), path[:, 2])  # the goal, from "=" on
         assert (batch.targets[:, P:, 2] == IGNORE).all()
     if method == "registers":
-        assert batch.registers is not None and (batch.registers.targets != IGNORE).any(1).all()
+        assert inputs.registers is not None and (inputs.registers.targets != IGNORE).any(1).all()
 
 
 def test_teacherless_decoding_reads_no_answer() -> None:

@@ -13,14 +13,14 @@ from headstart.training.step import StepResult
 
 def record(result: StepResult, **changes):
     settings = dict(
-        step=3, tokens=96, lr=0.1, clip=1.0, tokens_per_second=50.0, seconds_at_peak=0.004, memory=2**29
+        step=3, tokens=96, clip=1.0, tokens_per_second=50.0, seconds_at_peak=0.004, memory=2**29
     )  # fmt: skip
     return step_record(result, **{**settings, **changes})
 
 
 def test_every_name_of_a_step() -> None:
     made = record(
-        StepResult(losses=[2.0, 3.0], accuracies=[], gradient_norm=1.5, finite=True),
+        StepResult(losses=[2.0, 3.0], accuracies=[], gradient_norm=1.5, finite=True, lr=0.1),
         accuracies=[0.5, 0.25],
         tokens_per_pass=1.25,
     )
@@ -33,7 +33,9 @@ def test_every_name_of_a_step() -> None:
 
 
 def test_what_is_not_known_or_not_finite_is_null() -> None:
-    made = record(StepResult(losses=[math.nan, 3.0], accuracies=[], gradient_norm=math.inf, finite=False), memory=None)
+    made = record(
+        StepResult(losses=[math.nan, 3.0], accuracies=[], gradient_norm=math.inf, finite=False, lr=0.1), memory=None
+    )
     assert made["loss/head1"] is None and made["grad_norm"] is None and made["memory_gib"] is None
     assert made["clipped"] is False  # a step that was skipped
     assert "top1/head1" not in made and "expected_tokens_per_pass" not in made
