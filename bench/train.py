@@ -34,11 +34,11 @@ from headstart.hardware import dtype_on, peak_flops
 from headstart.model.config import ModelConfig
 from headstart.model.presets import PRESETS
 from headstart.objective.walk import walk_step
-from tests.reference import joint_step
 from headstart.training.config import RunConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.processes import joined, pick_device
 from headstart.training.yaml_settings import to_plain
+from tests.reference import joint_step
 
 HEADS = 4
 """Heads of the parts processes, compile and memory, and the larger number of gpu."""
