@@ -19,6 +19,8 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
+IMPORT_TORCH = {"train", "tune", "inspect", "convert", "push", "doctor"}
+"""Commands whose help needs torch."""
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
 
 
@@ -181,6 +183,16 @@ def test_help_and_version_answer_without_torch() -> None:
 def test_the_table_names_the_modules_and_what_they_do(name) -> None:
     command = importlib.import_module(f"headstart.commands.{name.replace('-', '_')}")
     assert (cli.settings_of(command).__doc__ or "").splitlines()[0] == cli.COMMANDS[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - IMPORT_TORCH))
+def test_the_help_of_a_command_answers_without_torch(name) -> None:
+    program = (
+        f"import sys, headstart.cli as c\nsys.argv = ['headstart', '{name}', '--help']\n"
+        "try: c.main()\nexcept SystemExit as end: sys.exit(end.code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and "--" in done.stdout
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -16,7 +16,6 @@ from headstart.console import Progress, format_table, print_result
 from headstart.errors import UsageError
 from headstart.fileio import write_text
 from headstart.hardware import use_threads
-from headstart.model.config import HeadKindName
 from headstart.model.shape import Wiring
 from headstart.objective.head_weights import HeadWeights
 
@@ -45,7 +44,7 @@ class AdaptSettings:
     stopped."""
     heads: int = 4
     """Heads in all, including the model's own next-token head."""
-    head_kind: HeadKindName = "transformer"
+    head_kind: str = "transformer"
     """transformer: a block per head; linear, medusa, stern: smaller, nearly free to run; sequential: also reads the
     tokens between; replicated: an unembedding per head."""
     wiring: Wiring | None = None
