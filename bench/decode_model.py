@@ -17,7 +17,7 @@ from headstart.decoding.policy.calibration import read_tuning
 from headstart.decoding.policy.timing import DTYPES, Decoded, decode, first_difference, interleave, ratios
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
-from headstart.evaluation.repetition import repeated
+from headstart.evaluation.free_running import repeated
 from headstart.fileio import replacing_file
 from headstart.formats.huggingface import load_config, load_model
 from headstart.model.config import ModelConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from headstart.data.byte_alphabet import byte_alphabet
+from headstart.data.byte_tokenizer import byte_alphabet
 from headstart.data.tokenizers import PretrainedTokenizer
 
 CHATML = (

@@ -208,6 +208,11 @@ def test_the_model_knows_only_itself() -> None:
     assert rooms <= {"model", "errors"}
 
 
+def test_reading_shards_does_not_import_what_writes_them() -> None:
+    for file in (PACKAGE / "data").glob("*.py"):
+        assert "headstart.data.prepare" not in file.read_text(encoding="utf-8"), file
+
+
 BREAKS = {
     "a higher floor": (upward, "model/heads.py", "from headstart.objective.walk import walk_step\n"),
     "a higher floor, by its name": (upward, "model/heads.py", "import headstart.formats.huggingface\n"),

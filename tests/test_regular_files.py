@@ -16,7 +16,7 @@ from headstart.data.byte_tokenizer import ByteTokenizer
 from headstart.data.chat_template import load_chat_template
 from headstart.data.manifest import read_manifest
 from headstart.data.prepare.write import _names
-from headstart.data.prompt_files import read_prompt_file
+from headstart.data.prompts import read_prompt_file
 from headstart.data.shards import _read_starts, faults_of
 from headstart.data.tokenizers import load_tokenizer
 from headstart.decoding.policy.calibration import read_tuning

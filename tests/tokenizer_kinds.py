@@ -59,7 +59,7 @@ def byte_level(folder: Path, digits: bool = False, lacking: bytes = b"") -> Pret
     `lacking`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from headstart.data.byte_alphabet import byte_alphabet
+    from headstart.data.byte_tokenizer import byte_alphabet
 
     alphabet = [letter for byte, letter in enumerate(byte_alphabet()) if byte not in lacking]
     engine = Tokenizer(models.BPE())

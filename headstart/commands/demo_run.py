@@ -23,7 +23,7 @@ from headstart.decoding.engine import generate_all
 from headstart.decoding.generation import Generation, OriginStream, Stats
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
-from headstart.evaluation.repetition import repeated
+from headstart.evaluation.free_running import repeated
 from headstart.evaluation.texts import PROMPTS_FILE, cut_prompts, read_prompts
 from headstart.fileio import write_text
 from headstart.formats.bundled import boxed_model

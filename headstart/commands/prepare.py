@@ -63,9 +63,9 @@ class PrepareSettings:
 
 def run(settings: PrepareSettings) -> None:
     """Prepare the sources, or verify an earlier preparation."""
-    from headstart.data import shards
     from headstart.data.prepare.bpe import NewBpe
     from headstart.data.prepare.hub import is_dataset
+    from headstart.data.prepare.pipeline import Preparation, prepare
     from headstart.data.prepare.units import Selection
     from headstart.formats.huggingface import load_data_tokenizer
     from headstart.hardware import cores
@@ -79,24 +79,26 @@ def run(settings: PrepareSettings) -> None:
         fraction = 0.0 if settings.validation_sources else 0.02
     all_sources = (*settings.sources, *settings.validation_sources)
     with Progress("prepare", unit="documents" if any(map(is_dataset, all_sources)) else "bytes") as bar:
-        manifest = shards.prepare(
+        manifest = prepare(
             settings.sources,
             settings.out,
             load_data_tokenizer(settings.tokenizer) if settings.train_bpe is None else NewBpe(settings.train_bpe),
-            selection=Selection(
-                settings.text_field,
-                settings.split,
-                settings.hf_config,
-                settings.conversations,
-                settings.each_answer,
-                settings.rewards,
+            Preparation(
+                selection=Selection(
+                    settings.text_field,
+                    settings.split,
+                    settings.hf_config,
+                    settings.conversations,
+                    settings.each_answer,
+                    settings.rewards,
+                ),
+                validation_fraction=fraction,
+                validation_sources=settings.validation_sources,
+                seed=settings.seed,
+                deduplicate=settings.deduplicate,
+                literal=settings.literal,
             ),
-            validation_fraction=fraction,
-            validation_sources=settings.validation_sources,
-            seed=settings.seed,
             workers=cores() if settings.workers is None else settings.workers,
-            deduplicate=settings.deduplicate,
-            literal=settings.literal,
             progress=bar.update,
             report=say,
         )

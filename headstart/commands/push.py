@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from headstart.commands.card import MARK, write_card
 from headstart.console import print_result, say
-from headstart.data.prompt_files import read_prompt_file
+from headstart.data.prompts import read_prompt_file
 from headstart.errors import UsageError
 from headstart.evaluation.texts import PROMPTS_FILE
 from headstart.fileio import read_json, replacing_directory

@@ -18,7 +18,7 @@ from headstart.api import LanguageModel
 from headstart.commands.ordered_lines import OrderedLines, ordered_lines
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.conversations import ASSISTANT, Conversation
-from headstart.data.prompt_files import read_prompt_file
+from headstart.data.prompts import read_prompt_file
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.settings import GenerationSettings

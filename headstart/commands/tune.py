@@ -22,7 +22,7 @@ from headstart.decoding.policy.calibration import AcceptanceTable, Tuning, write
 from headstart.decoding.policy.timing import pass_costs
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
-from headstart.evaluation.draft_ranks import draft_ranks
+from headstart.evaluation.free_running import draft_ranks
 from headstart.evaluation.texts import FilePrompts, LongPrompts, find_prompts, prompt_limit, sizes
 from headstart.formats.bundled import model_directory
 from headstart.hardware import use_threads

@@ -6,9 +6,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from headstart.data.byte_alphabet import byte_alphabet
 from headstart.data.special_tokens import CONFIG_FILE, OWN_KIND, TOKENIZER_FILE
 from headstart.errors import UsageError
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's 256 visible characters, one per byte value: itself where it prints, else 256 and up, in order."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    characters, spare = [], 256
+    for byte in range(256):
+        if byte in visible:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(spare))
+            spare += 1
+    return characters
 
 
 def check_text(text: str) -> None:

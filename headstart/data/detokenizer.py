@@ -5,10 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, dropwhile, islice
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from headstart.data.tokenizers import Tokenizer
+from headstart.data.tokenizers import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 TAIL = 8

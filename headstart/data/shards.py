@@ -1,9 +1,10 @@
 """Token shards: a corpus as token ids on disk, split by document into training and validation.
 
 A shards folder holds, for each split, `SPLIT-00000.bin`, `SPLIT-00001.bin` and so on (raw little-endian ids, every
-document closed by the end token; together one sequence, cut every 256 MiB), `SPLIT.documents.npy` (int64, where each
-document starts in that sequence), of conversations `SPLIT-00000.targets` and so on (which tokens are to be predicted,
-see `target_bits`), further `validation.names.json` (names of the held-out documents), `tokenizer/` and `manifest.json`.
+document closed by the end token; together one sequence, cut every 256 MiB) and `SPLIT.documents.npy` (int64, the start
+of each document in that sequence). For conversations, `SPLIT-00000.targets` and so on say which tokens are to be
+predicted (`manifest.TargetBits`). The folder also holds `validation.names.json` (names of the held-out documents),
+`tokenizer/` and `manifest.json`.
 """
 
 from __future__ import annotations
@@ -20,14 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from headstart.data.manifest import DTYPES, WITH_TARGETS, faults_of_sealed, read_manifest
-from headstart.data.prepare.pipeline import prepare
-from headstart.data.target_bits import TargetBits, bytes_for
+from headstart.data.manifest import DTYPES, WITH_TARGETS, TargetBits, bytes_for, faults_of_sealed, read_manifest
 from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import regular, sha256_of
-
-__all__ = ["SplitTokens", "TokenShards", "prepare", "verify"]
 
 
 class SplitTokens:

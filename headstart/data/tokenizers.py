@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from headstart.data.byte_alphabet import byte_alphabet
-from headstart.data.byte_tokenizer import ByteTokenizer, check_ids, check_text
-from headstart.data.detokenizer import TextStream
+from headstart.data.byte_tokenizer import ByteTokenizer, byte_alphabet, check_ids, check_text
 from headstart.data.special_tokens import (
     ADDED_FILE,
     CONFIG_FILE,
@@ -30,7 +28,7 @@ from headstart.data.special_tokens import (
 )
 from headstart.errors import UsageError, shorten
 
-__all__ = ["ByteTokenizer", "PretrainedTokenizer", "TextStream", "Tokenizer", "load_tokenizer"]
+__all__ = ["ByteTokenizer", "PretrainedTokenizer", "Tokenizer", "load_tokenizer"]
 
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 LONG = 2**14

@@ -14,8 +14,7 @@ from headstart.data.conversations import ASSISTANT
 from headstart.data.prepare.documents import Document
 from headstart.data.prepare.hub import is_dataset
 from headstart.data.prepare.units import Selection, hold_conversations, plan, read
-from headstart.data.prompt_files import FilePrompt, read_prompt_file
-from headstart.data.prompts import chat_ids, turn_ends
+from headstart.data.prompts import FilePrompt, chat_ids, read_prompt_file, turn_ends
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.errors import UsageError

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from headstart.data.byte_alphabet import byte_alphabet
+from headstart.data.byte_tokenizer import byte_alphabet
 from headstart.data.chat_template import load_chat_template
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError

@@ -14,8 +14,8 @@ from typing import Any
 
 from headstart.console import Progress, say
 from headstart.data.mixture import MixturePart, Source, open_sources
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
-from headstart.data.shards import prepare
 from headstart.errors import UsageError
 from headstart.fileio import replacing_file, status_of, take_lock, unwritable
 from headstart.formats.huggingface import load_data_tokenizer
@@ -108,9 +108,11 @@ class RunFolder:
                     config.data.sources,
                     self.data,
                     load_data_tokenizer(config.data.tokenizer),
-                    selection=Selection(conversations=config.data.conversations, texts=config.data.conversations),
-                    validation_fraction=config.data.validation_fraction,
-                    seed=config.seed,
+                    Preparation(
+                        selection=Selection(conversations=config.data.conversations, texts=config.data.conversations),
+                        validation_fraction=config.data.validation_fraction,
+                        seed=config.seed,
+                    ),
                     progress=bar.update,
                     report=say,
                 )

@@ -9,7 +9,7 @@ from bench import decode, decode_passes
 from bench.decode_model import draw_figure
 from bench.decode_passes import pass_bytes
 from bench.decode_settings import DecodeSettings
-from headstart.data.shards import prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.kernels.pack import PackedUnembedding, pack
@@ -145,7 +145,7 @@ def test_prompts_from_jsonl_and_from_the_data_of_the_run(model_directory, tmp_pa
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} " * 5)
     data = tmp_path / "shards"
-    prepare([str(tmp_path / "texts")], data, ByteTokenizer(), validation_fraction=0.5, seed=0)
+    prepare([str(tmp_path / "texts")], data, ByteTokenizer(), Preparation(validation_fraction=0.5, seed=0))
     found = load_prompts(model_directory, prompts=None, data=data, count=3, tokens=11, room=8)
     assert [len(prompt) for prompt in found] == [11, 11, 11] and len(set(found)) > 1
     assert set(sum(found, ())) <= set(b"document 0123456789")

@@ -16,7 +16,7 @@ from seeds import trained_seed
 from headstart.cli import run_command
 from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, run_config
 from headstart.commands.dry_run import DryRunSettings
-from headstart.data.shards import prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model, save_model
@@ -57,7 +57,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").mkdir()
     for i in range(10):
         (folder / "texts" / f"{i}.txt").write_text(TEXT[i * 3000 : (i + 1) * 3000])
-    prepare([str(folder / "texts")], folder / "data", load_tokenizer("bytes"), validation_fraction=0.2)
+    prepare([str(folder / "texts")], folder / "data", load_tokenizer("bytes"), Preparation(validation_fraction=0.2))
     return folder / "data"
 
 

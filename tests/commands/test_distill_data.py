@@ -14,8 +14,9 @@ from chats import CHATML, chat_tokenizer
 import headstart
 from headstart.cli import main
 from headstart.commands.self_distillation import DistillSettings, distill, fingerprint, read_prompts
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.shards import TokenShards
 from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 from headstart.fileio import take_lock
@@ -168,7 +169,10 @@ def test_conversations_are_answered_turn_by_turn(model, saved, tmp_path):
         alone = model.generate(rendered, 80, temperature=1.0, seed=int.from_bytes(seed, "big", signed=True), heads=1)
         assert 262 in alone.tokens and model.tokenizer.decode(alone.tokens[: alone.tokens.index(262)]) == answer
     manifest = prepare(
-        [str(out)], tmp_path / "shards", model.tokenizer, selection=Selection(conversations=True), validation_fraction=0
+        [str(out)],
+        tmp_path / "shards",
+        model.tokenizer,
+        Preparation(selection=Selection(conversations=True), validation_fraction=0),
     )
     assert manifest["splits"]["train"]["documents"] == 3
     assert TokenShards.open(tmp_path / "shards", "train").targets[:].any()

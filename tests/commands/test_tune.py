@@ -18,7 +18,7 @@ from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.policy.calibration import PRIOR, TUNING_FILE, AcceptanceTable, read_tuning
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
-from headstart.evaluation.draft_ranks import draft_ranks
+from headstart.evaluation.free_running import draft_ranks
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

@@ -15,8 +15,9 @@ from headstart.data.chat_template import ChatTemplate, encode_conversation, load
 from headstart.data.conversations import Conversation, parse_conversation
 from headstart.data.prepare import units, write
 from headstart.data.prepare.bpe import NewBpe
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
-from headstart.data.shards import TokenShards, prepare, verify
+from headstart.data.shards import TokenShards, verify
 from headstart.errors import UsageError
 
 TALK = (
@@ -173,8 +174,7 @@ def prepared(corpus, tmp_path, monkeypatch) -> Path:
         [str(corpus)],
         tmp_path / "out",
         chat_tokenizer(tmp_path / "tokenizer"),
-        selection=Selection(conversations=True),
-        validation_fraction=0.2,
+        Preparation(selection=Selection(conversations=True), validation_fraction=0.2),
         report=lines.append,
     )
     assert lines == [f"{corpus}: 60 documents read; skipped: 1 not conversations, 1 null, 1 without an answer"]
@@ -229,7 +229,9 @@ def test_only_answers_become_targets(prepared, tmp_path):
 def test_masked_and_plain_sources_are_mixed(prepared, tmp_path):
     plain = tmp_path / "plain.txt"
     plain.write_text("y" * 3000)
-    prepare([str(plain)], tmp_path / "plain", chat_tokenizer(tmp_path / "tokenizer"), validation_fraction=0)
+    prepare(
+        [str(plain)], tmp_path / "plain", chat_tokenizer(tmp_path / "tokenizer"), Preparation(validation_fraction=0)
+    )
     talk, text = TokenShards.open(prepared, "train"), TokenShards.open(tmp_path / "plain", "train")
     assert text.targets is None and text.manifest["version"] == 2
     mixed = BatchStream([talk, text], rows=8, length=32, heads=2, seed=0, weights=[1, 1])
@@ -257,22 +259,25 @@ def test_conversations_are_asked_for(corpus, tmp_path):
     chosen = Selection(conversations=True)
     with pytest.raises(UsageError, match=r'a.jsonl, line 1: field "messages" holds list.* --conversations'):
         prepare(
-            [str(corpus / "a.jsonl")], tmp_path / "x", chat_tokenizer(tmp_path / "t"), selection=Selection("messages")
+            [str(corpus / "a.jsonl")],
+            tmp_path / "x",
+            chat_tokenizer(tmp_path / "t"),
+            Preparation(selection=Selection("messages")),
         )
     with pytest.raises(UsageError, match=r"has no chat template.* chat_template\.jinja beside"):
-        prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "u", None), selection=chosen)
+        prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "u", None), Preparation(selection=chosen))
     with pytest.raises(UsageError, match=r"a\.jsonl:2: the chat template writes"):
-        prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "v", THINKING), selection=chosen)
+        prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "v", THINKING), Preparation(selection=chosen))
     with pytest.raises(UsageError, match="each_answer is for conversations"):
-        prepare([str(corpus)], tmp_path / "x", NewBpe(300), selection=Selection(each_answer=True))
+        prepare([str(corpus)], tmp_path / "x", NewBpe(300), Preparation(selection=Selection(each_answer=True)))
     with pytest.raises(UsageError, match="a new vocabulary has no chat template"):
-        prepare([str(corpus)], tmp_path / "x", NewBpe(300), selection=chosen)
+        prepare([str(corpus)], tmp_path / "x", NewBpe(300), Preparation(selection=chosen))
 
 
 def test_each_answer_can_be_a_document(corpus, tmp_path):
     tokenizer = chat_tokenizer(tmp_path / "v", THINKING)
     chosen = Selection(conversations=True, each_answer=True)
-    prepare([str(corpus)], tmp_path / "x", tokenizer, selection=chosen, validation_fraction=0.2)
+    prepare([str(corpus)], tmp_path / "x", tokenizer, Preparation(selection=chosen, validation_fraction=0.2))
     found, names = [], json.loads((tmp_path / "x" / "validation.names.json").read_text())
     for split in ("train", "validation"):
         shards = TokenShards.open(tmp_path / "x", split)
@@ -303,5 +308,7 @@ def test_conversations_of_equal_text_that_differ_otherwise_are_no_copies(tmp_pat
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     chosen = Selection(conversations=True)
     tokenizer = chat_tokenizer(tmp_path / "t")
-    manifest = prepare([str(tmp_path / "a.jsonl")], tmp_path / "x", tokenizer, selection=chosen, deduplicate=True)
+    manifest = prepare(
+        [str(tmp_path / "a.jsonl")], tmp_path / "x", tokenizer, Preparation(selection=chosen, deduplicate=True)
+    )
     assert manifest["duplicates"] == {"exact": 1, "near": 0, "near_held_out": 0, "left_out": 1}

@@ -13,9 +13,10 @@ from headstart.commands.self_distillation import read_prompts as prompts_to_dist
 from headstart.data.lines import parse_json, read_file_lines
 from headstart.data.prepare.corpora import list_files
 from headstart.data.prepare.documents import Document, Field, read_lines
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection, hold_conversations
-from headstart.data.prompt_files import read_prompt_file
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.prompts import read_prompt_file
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.evaluation.code.problems import load_problems
@@ -155,7 +156,12 @@ def test_conversations_and_texts_are_prepared_together(tmp_path: Path) -> None:
     assert hold_conversations([str(plain), str(text), str(own)])
     assert not hold_conversations([str(plain), str(text)])
     both = Selection(conversations=True, texts=True)
-    prepare([str(own), str(plain), str(text)], tmp_path / "data", tokenizer, selection=both, validation_fraction=0)
+    prepare(
+        [str(own), str(plain), str(text)],
+        tmp_path / "data",
+        tokenizer,
+        Preparation(selection=both, validation_fraction=0),
+    )
     shards = TokenShards.open(tmp_path / "data", "train")
     assert shards.targets is not None
     targets = shards.targets[0 : len(shards.tokens)]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.data.mixture import MixturePart, Turns, open_sources
-from headstart.data.shards import prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 
@@ -79,7 +79,12 @@ def folder(tmp_path):
         texts.mkdir(parents=True)
         for i in range(documents):
             (texts / f"{i}.txt").write_text(f"{name} {i} " * 20)
-        prepare([str(texts)], tmp_path / name, tokenizer or ByteTokenizer(), **{"validation_fraction": 0.3, **options})
+        prepare(
+            [str(texts)],
+            tmp_path / name,
+            tokenizer or ByteTokenizer(),
+            Preparation(**{"validation_fraction": 0.3, **options}),
+        )
         return tmp_path / name
 
     return make

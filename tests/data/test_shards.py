@@ -12,7 +12,8 @@ import pytest
 from headstart.data.batches import evaluation_batches
 from headstart.data.manifest import manifest_text
 from headstart.data.prepare import write
-from headstart.data.shards import SplitTokens, TokenShards, prepare, verify
+from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.shards import SplitTokens, TokenShards, verify
 from headstart.data.tokenizers import ByteTokenizer, load_tokenizer
 from headstart.errors import UsageError
 
@@ -35,7 +36,7 @@ def documents_of(shards):
 @pytest.fixture
 def prepared(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
-    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), validation_fraction=0.2)
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), Preparation(validation_fraction=0.2))
     return tmp_path / "out"
 
 
@@ -46,7 +47,7 @@ def test_every_document_lands_in_exactly_one_split(tmp_path):
         [str(corpus)],
         tmp_path / "out",
         ByteTokenizer(),
-        validation_fraction=0.2,
+        Preparation(validation_fraction=0.2),
         progress=lambda done, total: calls.append((done, total)),
     )
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -73,7 +74,7 @@ def test_the_split_of_a_document_depends_on_seed_and_content_alone(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
 
     def held_out(name, *sources, seed=0):
-        prepare(list(sources), tmp_path / name, ByteTokenizer(), validation_fraction=0.3, seed=seed)
+        prepare(list(sources), tmp_path / name, ByteTokenizer(), Preparation(validation_fraction=0.3, seed=seed))
         return set(json.loads((tmp_path / name / "validation.names.json").read_text()))
 
     every = held_out("a", str(corpus))
@@ -120,7 +121,7 @@ def test_verify_covers_every_file(prepared):
 @pytest.mark.parametrize("count", [2, 5])
 def test_small_corpora_have_both_splits(tmp_path, fraction, count):
     corpus = write_corpus(tmp_path / "corpus", count)
-    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), validation_fraction=fraction)
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), Preparation(validation_fraction=fraction))
     train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
     few = validation if fraction < 0.5 else train
     assert len(few.documents) == 1
@@ -141,7 +142,7 @@ def test_small_corpora_have_both_splits(tmp_path, fraction, count):
 @pytest.mark.parametrize("fraction", [0.0, 0.999999])
 def test_one_document_is_for_training(tmp_path, fraction):
     corpus = write_corpus(tmp_path / "corpus", 1)
-    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), validation_fraction=fraction)
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), Preparation(validation_fraction=fraction))
     assert len(TokenShards.open(tmp_path / "out", "train").documents) == 1
     with pytest.raises(UsageError, match="validation split is empty"):
         TokenShards.open(tmp_path / "out", "validation")
@@ -162,7 +163,7 @@ def test_the_dtype_holds_the_vocabulary(tmp_path, vocab_size, dtype):
     tokenizer = Shifted()
     tokenizer.vocab_size, tokenizer.end_id = vocab_size, vocab_size - 1
     corpus = write_corpus(tmp_path / "corpus", 3)
-    manifest = prepare([str(corpus)], tmp_path / "out", tokenizer, validation_fraction=0)
+    manifest = prepare([str(corpus)], tmp_path / "out", tokenizer, Preparation(validation_fraction=0))
     shards = TokenShards.open(tmp_path / "out", "train")
     assert manifest["dtype"] == dtype == shards.tokens.dtype.name
     assert isinstance(shards.tokens.base, np.memmap)
@@ -252,9 +253,9 @@ def test_verify_names_the_damaged_files(prepared):
 def split(tmp_path, monkeypatch):
     """Shards of 100 tokens, and the same corpus in one shard."""
     corpus = write_corpus(tmp_path / "corpus")
-    whole = prepare([str(corpus)], tmp_path / "whole", ByteTokenizer(), validation_fraction=0.2)
+    whole = prepare([str(corpus)], tmp_path / "whole", ByteTokenizer(), Preparation(validation_fraction=0.2))
     monkeypatch.setattr(write, "SHARD_BYTES", 100)
-    manifest = prepare([str(corpus)], tmp_path / "split", ByteTokenizer(), validation_fraction=0.2)
+    manifest = prepare([str(corpus)], tmp_path / "split", ByteTokenizer(), Preparation(validation_fraction=0.2))
     for name, content in manifest["splits"].items():
         assert [shard["tokens"] for shard in content["shards"][:-1]] == [100] * (len(content["shards"]) - 1)
         assert {**content, "shards": None} == {**whole["splits"][name], "shards": None}
@@ -369,7 +370,7 @@ def test_output_below_the_source_is_not_read_again(tmp_path):
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_impossible_fractions_are_refused(tmp_path, fraction):
     with pytest.raises(UsageError, match="validation_fraction"):
-        prepare(["python-stdlib"], tmp_path / "out", ByteTokenizer(), validation_fraction=fraction)
+        prepare(["python-stdlib"], tmp_path / "out", ByteTokenizer(), Preparation(validation_fraction=fraction))
 
 
 def test_a_source_of_bytes_that_are_not_text_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.data.byte_alphabet import byte_alphabet
+from headstart.data.byte_tokenizer import byte_alphabet
 from headstart.data.prepare.bpe import train
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
 from headstart.decoding.engine import Engine, generate_all

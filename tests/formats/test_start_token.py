@@ -14,7 +14,8 @@ import torch
 import headstart
 from headstart.commands.convert import convert, read_source
 from headstart.data.chat_template import load_chat_template
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer, prompt_ids
 from headstart.decoding.constraints import Constraint
 from headstart.errors import UsageError
@@ -89,7 +90,7 @@ def test_documents_for_such_a_model_begin_with_it(directory: Path, tmp_path: Pat
         (tmp_path / "text" / f"{i}.txt").write_text("<s>word " * i if i == 5 else f"text {i}")
     for name, source, start in (("model", directory, [0]), ("alone", directory / "tokenizer.json", [])):
         tokenizer = load_data_tokenizer(source)
-        prepare([str(tmp_path / "text")], tmp_path / name, tokenizer, validation_fraction=0.3, seed=1)
+        prepare([str(tmp_path / "text")], tmp_path / name, tokenizer, Preparation(validation_fraction=0.3, seed=1))
         for split in ("train", "validation"):
             shards = TokenShards.open(tmp_path / name, split)
             assert shards.manifest["start_ids"] == start and shards.tokenizer().start_ids == tuple(start)
@@ -190,7 +191,12 @@ def test_an_added_token_for_which_the_model_has_no_row(directory: Path, tmp_path
     with pytest.raises(UsageError, match="<picture>"):
         read_documents([str(tmp_path / "a.txt")], ours.tokenizer)
     with pytest.raises(UsageError, match="<picture>"):
-        prepare([str(tmp_path / "a.txt")], tmp_path / "shards", load_data_tokenizer(more), validation_fraction=0.0)
+        prepare(
+            [str(tmp_path / "a.txt")],
+            tmp_path / "shards",
+            load_data_tokenizer(more),
+            Preparation(validation_fraction=0.0),
+        )
     save_model(load_model(more), tmp_path / "again", load_model_tokenizer(more))
     assert headstart.load(tmp_path / "again").tokenizer.vocab_size == 258
 

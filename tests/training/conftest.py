@@ -12,7 +12,7 @@ import torch
 from seeds import trained_seed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from headstart.data.shards import prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.training.config import (
@@ -45,7 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "data"
-    prepare([str(corpus)], out, load_tokenizer("bytes"), validation_fraction=0.2)
+    prepare([str(corpus)], out, load_tokenizer("bytes"), Preparation(validation_fraction=0.2))
     return out
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from headstart.data.mixture import MixturePart
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.training.checkpoint_state import read_state
@@ -25,7 +26,7 @@ def prepared(folder: Path, text: str, seed: int = 0) -> Path:
     source.mkdir(exist_ok=True)
     for i in range(12):
         (source / f"{i:02d}.txt").write_text(f"{i:02d} " + text * 300)
-    prepare([str(source)], folder, load_tokenizer("bytes"), validation_fraction=0.2, seed=seed)
+    prepare([str(source)], folder, load_tokenizer("bytes"), Preparation(validation_fraction=0.2, seed=seed))
     return folder
 
 
@@ -69,7 +70,7 @@ def test_less_text_is_allowed_too(run, tmp_path) -> None:
     config = replace(config, batch=BatchConfig(rows=16))
     train(replace(config, steps=8))
     (tmp_path / "one.txt").write_text("c" * 3000)
-    prepare([str(tmp_path / "one.txt")], data, load_tokenizer("bytes"), validation_fraction=0.0)
+    prepare([str(tmp_path / "one.txt")], data, load_tokenizer("bytes"), Preparation(validation_fraction=0.0))
     train(replace(config, steps=9, data=replace(config.data, allow_changed=True)))
 
 

@@ -13,8 +13,9 @@ import torch
 from chats import chat_tokenizer
 
 from headstart.data.batches import IGNORE, evaluation_batches
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model
 from headstart.model.config import ModelConfig
@@ -104,7 +105,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "talks.jsonl"
     source.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     chosen = Selection(conversations=True)
-    prepare([str(source)], folder / "data", chat_tokenizer(folder), selection=chosen, validation_fraction=0.3)
+    prepare(
+        [str(source)], folder / "data", chat_tokenizer(folder), Preparation(selection=chosen, validation_fraction=0.3)
+    )
     return folder / "data"
 
 

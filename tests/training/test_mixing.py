@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from headstart.data.mixture import MixturePart
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.training import checkpoints
@@ -31,7 +32,7 @@ def books(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("books")
     for i in range(10):
         (folder / f"{i}.txt").write_text(f"Überlange Bücher {i} öffnen sich. " * 12)
-    prepare([str(folder)], folder / "books", load_tokenizer("bytes"), validation_fraction=0.3)
+    prepare([str(folder)], folder / "books", load_tokenizer("bytes"), Preparation(validation_fraction=0.3))
     return folder / "books"
 
 

@@ -10,7 +10,8 @@ import torch
 
 from headstart import hardware
 from headstart.data.batches import evaluation_batches
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.prepare.pipeline import prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_model

@@ -1,4 +1,4 @@
-"""Preparation: sources into a shards folder, in many processes, going on where an interrupted call stopped."""
+"""Prepare token shards from sources, in many processes; an interrupted preparation resumes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from headstart.data.manifest import (
 )
 from headstart.data.prepare import bpe
 from headstart.data.prepare.encode import SPLITS, Encoder, Summary
-from headstart.data.prepare.splitting import split_documents
+from headstart.data.prepare.splitting import Splits, split_documents
 from headstart.data.prepare.units import Selection, Unit, plan
 from headstart.data.prepare.workers import run_all
 from headstart.data.prepare.write import pack, write_names
@@ -37,95 +37,102 @@ from headstart.errors import UsageError
 from headstart.fileio import replacing_directory, sha256_of, take_lock, unwritable
 
 ALONE_BYTES = 1 << 23
-"""Less than this is encoded in this process: others would take longer to start."""
+"""Smaller amounts of text are encoded in this process: starting others would take longer."""
 
+Progress = Callable[[int, int | None], None]
+"""Called with (bytes read, bytes in total), or (documents, None) if a dataset is among the sources."""
 Report = Callable[[str], None]
+"""Called with each line that a user should read."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The choices that decide what `prepare` writes."""
+
+    selection: Selection = field(default_factory=Selection)
+    """What is read from sources with fields."""
+    validation_fraction: float = 0.02
+    """Share of the documents held out.
+
+    A document is held out if a hash of (seed, its content) says so, independent of order and other documents, so equal
+    documents share a side. If that leaves a split empty, the documents nearest to it change sides (validation takes
+    some only if two documents differ).
+    """
+    validation_sources: tuple[str, ...] = ()
+    """Sources held out whole: a split by project, author or year. Their files go nowhere else, even if another source
+    contains them, and documents of other sources that equal one of theirs are left out."""
+    seed: int = 0
+    """Seed of the hash that decides which documents are held out."""
+    deduplicate: bool = False
+    """Leave out exact and near duplicates, which are counted in any case."""
+    literal: bool = False
+    """Keep special tokens that a document spells as text, as always with a new vocabulary; otherwise they become their
+    ids, as in transformers."""
+
+    def check(self) -> None:
+        """Raise UsageError for values out of range and choices that exclude each other."""
+        selection = self.selection
+        if not 0 <= self.validation_fraction < 1:
+            raise UsageError(
+                f"validation_fraction {self.validation_fraction}: must be at least 0 and below 1, such as 0.02"
+            )
+        if selection.each_answer and not selection.conversations:
+            raise UsageError("each_answer is for conversations; ask for both (--conversations --each-answer)")
+        if selection.rewards and (selection.conversations or selection.text_field != Selection.text_field):
+            raise UsageError("rewards belong to problems of CodeContests; take --rewards without another field")
 
 
 def prepare(
     sources: Sequence[str],
     out: str | os.PathLike[str],
     tokenizer: Tokenizer | bpe.NewBpe,
+    settings: Preparation | None = None,
     *,
-    selection: Selection | None = None,
-    validation_fraction: float = 0.02,
-    validation_sources: Sequence[str] = (),
-    seed: int = 0,
     workers: int = 1,
-    deduplicate: bool = False,
-    literal: bool = False,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Encodes the documents of `sources` (see `units.plan`) into the shards folder `out`; returns its manifest.
+    """Encode the documents of `sources` into the shards folder `out` and return its manifest.
 
-    A document goes to validation if a hash of (seed, its content) says so, whatever the order and the other documents:
-    equal documents share a side. If that leaves a split empty, the documents nearest to it change sides (validation
-    takes some if two documents differ). All of `validation_sources` goes to validation, and their files to nothing
-    else, even if a source contains them: a split by project, by author, by year. A document of another source that
-    equals one of theirs is left out.
+    Conversations (`Selection.conversations`) are written by the tokenizer's chat template, and only what the assistant
+    wrote is to be predicted; `bytes` then counts answers. The output is the same for every number of `workers`
+    (processes).
 
-    Exact and near duplicates are counted, in the manifest and by `report`; with `deduplicate` they are left out.
+    `out` appears whole or not at all, and replaces an older shards folder. Work in progress lies next to it, in
+    `.NAME.preparing`: after a failure or a kill, the same call resumes from it.
 
-    With `literal` special tokens that a document spells stay text, as they always do with a vocabulary that
-    `bpe.NewBpe` learnt. Otherwise they become their ids, as in transformers.
+    Args:
+        sources: what `units.plan` takes.
+        tokenizer: a tokenizer, or the size of a vocabulary to learn from the sources.
+        settings: None stands for the defaults.
 
-    Of conversations (`selection.conversations`) all is written as the tokenizer's chat template has it, and what the
-    assistant wrote is told from the rest: that alone is to be predicted. `bytes` then counts answers. With
-    `selection.each_answer` each answer is a document, with what comes before it. With `selection.rewards` each program
-    of a problem is one, marked as correct or incorrect (`rewarded_programs`).
-
-    The output is the same for every number of `workers` (processes). `progress` gets (bytes read, bytes in all), or
-    (documents, None) where a dataset is among the sources.
-
-    `out` appears whole or not at all; an older shards folder there is replaced, anything else there raises UsageError.
-    Work lies beside it, in `.NAME.preparing`: after a failure or a kill, the same call goes on with what is done.
+    Raises:
+        UsageError: a source or a setting is wrong, or `out` is something else than a shards folder.
     """
-    if not 0 <= validation_fraction < 1:
-        raise UsageError(f"validation_fraction {validation_fraction}: must be at least 0 and below 1, such as 0.02")
+    settings = settings or Preparation()
+    settings.check()
     if workers < 1:
         raise UsageError(f"workers {workers}: must be 1 or more")
-    selection, say = selection or Selection(), report or (lambda line: None)
-    if selection.each_answer and not selection.conversations:
-        raise UsageError("each_answer is for conversations; ask for both (--conversations --each-answer)")
-    if selection.rewards and (selection.conversations or selection.text_field != Selection.text_field):
-        raise UsageError("rewards belong to problems of CodeContests; take --rewards without another field")
-    template = _template(tokenizer) if selection.conversations else None
+    say = report or (lambda line: None)
+    template = _template(tokenizer) if settings.selection.conversations else None
     out = Path(os.path.abspath(out))
     check_target(out)
     sources = [sources] if isinstance(sources, str) else list(sources)
-    units = plan(sources, selection, out, validation_sources)
+    units = plan(sources, settings.selection, out, settings.validation_sources)
     if not units:
         raise UsageError(f"{', '.join(sources)}: no text outside {out}; name UTF-8 text files")
     with _working_folder(out, say) as work:
         if isinstance(tokenizer, bpe.NewBpe):
-            tokenizer = _learn(tokenizer, [unit for unit in units if not unit.held_out], selection, work, say)
-        encoder = Encoder(
-            tokenizer=tokenizer,
-            fingerprint=_fingerprint(tokenizer, work / "tokenizer"),
-            selection=selection,
-            validation_fraction=validation_fraction,
-            seed=seed,
-            dtype=DTYPES[dtype_for(tokenizer.vocab_size)],
-            count_documents=any(unit.format == "dataset" for unit in units),
-            folder=work / "units",
-            template=template,
-            literal=literal or getattr(tokenizer, "learnt", False),
-        )
+            tokenizer = _learn(tokenizer, [unit for unit in units if not unit.held_out], settings.selection, work, say)
+        encoder = _encoder(tokenizer, settings, template, units, work)
         summaries = _encode(encoder, units, workers, progress, say)
         folders = [encoder.folder / encoder.key(unit) for unit in units]
-        splitting = split_documents(folders, summaries, validation_fraction, deduplicate)
-        segments = splitting.segments
-        if not segments["validation"] and validation_fraction > 0:
-            say(_no_validation(sum(summary.documents for summary in summaries), splitting.duplicates.exact))
-        for line in splitting.duplicates.told(deduplicate):
-            say(line)
-        if spelled := sum(summary.spelled for summary in summaries):
-            say(f"{spelled:,} documents spell the end token, which became its id (--literal keeps it as text)")
+        splitting = split_documents(folders, summaries, settings.validation_fraction, settings.deduplicate)
+        _report_splits(splitting, summaries, settings, say)
         with replacing_directory(out) as folder:
             splits = {
                 split: pack(
-                    segments[split],
+                    splitting.segments[split],
                     split,
                     folder,
                     encoder.dtype,
@@ -134,26 +141,9 @@ def prepare(
                 )
                 for split in SPLITS
             }
-            write_names(folder / NAMES, segments["validation"])
+            write_names(folder / NAMES, splitting.segments["validation"])
             tokenizer.save(folder / "tokenizer")
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION if template is None else WITH_TARGETS,
-                "tokenizer": tokenizer.name,
-                "vocab_size": tokenizer.vocab_size,
-                "end_id": tokenizer.end_id,
-                "start_ids": list(tokenizer.start_ids),
-                "dtype": dtype_for(tokenizer.vocab_size),
-                "splits": splits,
-                "sources": sources,
-                "validation_sources": list(validation_sources),
-                **asdict(selection),
-                "seed": seed,
-                "validation_fraction": validation_fraction,
-                "literal": encoder.literal,
-                "deduplicated": deduplicate,
-                "duplicates": asdict(splitting.duplicates),
-            }
+            manifest = _manifest(encoder, settings, sources, splits, splitting)
             seal(manifest, folder)
             (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
         shutil.rmtree(work)
@@ -163,15 +153,56 @@ def prepare(
 def _template(tokenizer: Tokenizer | bpe.NewBpe) -> ChatTemplate:
     if isinstance(tokenizer, bpe.NewBpe):
         raise UsageError(
-            "a new vocabulary has no chat template, which conversations need; learn it from texts first, put a "
-            "chat_template.jinja beside its tokenizer.json and give that as the tokenizer"
+            "a new vocabulary has no chat template, which conversations need; learn it from text first, put a "
+            "chat_template.jinja next to its tokenizer.json and give that as the tokenizer"
         )
     return need_chat_template(tokenizer)
 
 
+def _encoder(
+    tokenizer: Tokenizer, settings: Preparation, template: ChatTemplate | None, units: list[Unit], work: Path
+) -> Encoder:
+    return Encoder(
+        tokenizer=tokenizer,
+        fingerprint=_fingerprint(tokenizer, work / "tokenizer"),
+        selection=settings.selection,
+        validation_fraction=settings.validation_fraction,
+        seed=settings.seed,
+        dtype=DTYPES[dtype_for(tokenizer.vocab_size)],
+        count_documents=any(unit.format == "dataset" for unit in units),
+        folder=work / "units",
+        template=template,
+        literal=settings.literal or getattr(tokenizer, "learnt", False),
+    )
+
+
+def _manifest(
+    encoder: Encoder, settings: Preparation, sources: list[str], splits: dict[str, Any], splitting: Splits
+) -> dict[str, Any]:
+    tokenizer = encoder.tokenizer
+    return {
+        "format": FORMAT,
+        "version": VERSION if encoder.template is None else WITH_TARGETS,
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "end_id": tokenizer.end_id,
+        "start_ids": list(tokenizer.start_ids),
+        "dtype": dtype_for(tokenizer.vocab_size),
+        "splits": splits,
+        "sources": sources,
+        "validation_sources": list(settings.validation_sources),
+        **asdict(settings.selection),
+        "seed": settings.seed,
+        "validation_fraction": settings.validation_fraction,
+        "literal": encoder.literal,
+        "deduplicated": settings.deduplicate,
+        "duplicates": asdict(splitting.duplicates),
+    }
+
+
 @contextmanager
 def _working_folder(out: Path, say: Report) -> Iterator[Path]:
-    """`.NAME.preparing` beside `out`, for this process alone; removed where nothing in it is worth keeping."""
+    """Own `.NAME.preparing` next to `out` within the block; remove it if it holds nothing to resume from."""
     work = out.with_name(f".{out.name}.preparing")
     try:
         (work / "units").mkdir(parents=True, exist_ok=True)
@@ -194,22 +225,23 @@ def _working_folder(out: Path, say: Report) -> Iterator[Path]:
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _learn(wanted: bpe.NewBpe, units: list[Unit], selection: Selection, work: Path, say: Report) -> Tokenizer:
-    """The vocabulary learnt from these units, or the one that an earlier, interrupted call has learnt from them."""
+def _learn(new: bpe.NewBpe, units: list[Unit], selection: Selection, work: Path, say: Report) -> Tokenizer:
+    """Learn a vocabulary from these units, unless an interrupted call already has."""
     key = hashlib.sha256(repr((bpe.SAMPLE_BYTES, selection, units)).encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    folder = work / f"vocabulary-{key}" / f"bpe-{wanted.vocab_size}"
+    folder = work / f"vocabulary-{key}" / f"bpe-{new.vocab_size}"
     if folder.exists():
         say("the vocabulary is learnt already")
     else:
-        say(f"learning a vocabulary of {wanted.vocab_size:,} tokens from {bpe.SAMPLE_BYTES >> 20} MiB of text at most")
+        say(f"learning a vocabulary of {new.vocab_size:,} tokens from {bpe.SAMPLE_BYTES >> 20} MiB of text at most")
         with replacing_directory(folder) as temporary:
-            size = bpe.train(bpe.sample(units, selection), wanted.vocab_size, temporary)
-        if size < wanted.vocab_size:
+            size = bpe.train(bpe.sample(units, selection), new.vocab_size, temporary)
+        if size < new.vocab_size:
             say(f"the text gives a vocabulary of {size:,} tokens and no more")
     return load_tokenizer(folder)
 
 
 def _fingerprint(tokenizer: Tokenizer, folder: Path) -> str:
+    """Return text that two tokenizers share only if they encode alike."""
     shutil.rmtree(folder, ignore_errors=True)
     with replacing_directory(folder) as temporary:
         tokenizer.save(temporary)
@@ -218,18 +250,12 @@ def _fingerprint(tokenizer: Tokenizer, folder: Path) -> str:
     return repr((tokenizer.vocab_size, tokenizer.end_id, files, *start))
 
 
-def _encode(
-    encoder: Encoder,
-    units: list[Unit],
-    workers: int,
-    progress: Callable[[int, int | None], None] | None,
-    say: Report,
-) -> list[Summary]:
-    """The summaries of all units; those that an earlier call has finished are not encoded again."""
+def _encode(encoder: Encoder, units: list[Unit], workers: int, progress: Progress | None, say: Report) -> list[Summary]:
+    """Encode the units that no earlier call has finished, and return the summaries of all."""
     keys = [encoder.key(unit) for unit in units]
-    wanted = set(keys)
+    current = set(keys)
     for folder in encoder.folder.iterdir():
-        if folder.name not in wanted:
+        if folder.name not in current:
             shutil.rmtree(folder)  # of a call with other arguments
     found = {key: summary for key in keys if (summary := encoder.finished(key)) is not None}
     todo = [unit for key, unit in zip(keys, units) if key not in found]
@@ -255,30 +281,37 @@ def _encode(
         found[summary.key] = summary
         left[summary.source] -= 1
         if left[summary.source] == 0:
-            of_source = [each for each in found.values() if each.source == summary.source]
-            if not any(each.documents for each in of_source):
-                for each in of_source:
-                    shutil.rmtree(encoder.folder / each.key)  # there is nothing in it to resume from
-            _report_source(summary.source, of_source, say)
+            _finish_source(encoder, [each for each in found.values() if each.source == summary.source], say)
     return [found[key] for key in keys]
 
 
-def _no_validation(documents: int, duplicates: int) -> str:
-    """Return the line that says why no document is for validation."""
-    if documents == 1:
-        return "a single document: it is for training, and there is no validation split"
-    why = "are equal" if duplicates == documents - 1 else "come from one conversation or problem"
-    return f"all {documents:,} documents {why}: they are for training, and there is no validation split"
-
-
-def _report_source(source: str, summaries: list[Summary], say: Report) -> None:
-    """What was skipped. Raises UsageError where that was everything."""
+def _finish_source(encoder: Encoder, summaries: list[Summary], say: Report) -> None:
+    """Report what a source skipped. If it holds no document, remove its units and raise UsageError."""
     skipped: Counter[str] = Counter()
     for summary in summaries:
         skipped.update(summary.skipped)
+    source = summaries[0].source
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
     documents = sum(summary.documents for summary in summaries)
     if documents == 0:
+        for summary in summaries:
+            shutil.rmtree(encoder.folder / summary.key)  # there is nothing in it to resume from
         raise UsageError(f"{source}: no document in it (skipped: {reasons or 'nothing'}); name UTF-8 text")
     if reasons:
         say(f"{source}: {documents:,} documents read; skipped: {reasons}")
+
+
+def _report_splits(splitting: Splits, summaries: list[Summary], settings: Preparation, say: Report) -> None:
+    """Report a missing validation split, duplicates, and documents that spell the end token."""
+    duplicates = splitting.duplicates
+    documents = sum(summary.documents for summary in summaries)
+    if not splitting.segments["validation"] and settings.validation_fraction > 0:
+        if documents == 1:
+            say("a single document: it is for training, and there is no validation split")
+        else:
+            why = "are equal" if duplicates.exact == documents - 1 else "come from one conversation or problem"
+            say(f"all {documents:,} documents {why}: they are for training, and there is no validation split")
+    for line in duplicates.lines(settings.deduplicate):
+        say(line)
+    if spelled := sum(summary.spelled for summary in summaries):
+        say(f"{spelled:,} documents spell the end token, which became its id (--literal keeps it as text)")

@@ -31,8 +31,8 @@ class Duplicates:
     near_held_out: int = 0  # documents for training that nearly equal a held-out one
     left_out: int = 0
 
-    def told(self, deduplicated: bool) -> list[str]:
-        """Return the lines that preparation reports: none if there are no duplicates."""
+    def lines(self, deduplicated: bool) -> list[str]:
+        """Return the lines to report: none if there are no duplicates."""
         found = []
         if self.exact or self.near:
             found.append(

@@ -11,8 +11,7 @@ from headstart.data.conversations import MESSAGES, SHAREGPT
 from headstart.data.lines import read_records
 from headstart.data.prepare import documents, hub
 from headstart.data.prepare.corpora import STDLIB, SourceFile, list_files
-from headstart.data.prepare.documents import NO_CONVERSATION, NO_PROBLEM, Document, Field, Skipped
-from headstart.data.prepare.rewarded_programs import PROBLEM
+from headstart.data.prepare.documents import NO_CONVERSATION, NO_PROBLEM, PROBLEM, Document, Field, Skipped
 from headstart.errors import UsageError
 
 UNIT_BYTES = 1 << 24

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from headstart.data.manifest import write_bits
 from headstart.data.prepare.encode import RECORD
 from headstart.data.prepare.workers import Advance, run_all
-from headstart.data.target_bits import write_bits
 from headstart.errors import UsageError
 from headstart.fileio import COPY_BYTES, regular, sha256_of
 

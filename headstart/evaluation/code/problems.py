@@ -13,8 +13,8 @@ from typing import Any
 
 from headstart.console import say
 from headstart.data.lines import parse_json, read_file_lines
+from headstart.data.prepare.documents import plain_prompt, rewarded_prompt
 from headstart.data.prepare.hub import load_rows
-from headstart.data.prepare.rewarded_programs import plain_prompt, rewarded_prompt
 from headstart.errors import UsageError
 from headstart.evaluation.code.sandbox import Program, Verdict
 

@@ -7,7 +7,8 @@ import pytest
 
 from headstart.data.prepare import bpe
 from headstart.data.prepare.bpe import NewBpe
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 
@@ -102,7 +103,11 @@ def test_text_that_spells_the_end_token_stays_text(corpus, tmp_path):
     assert tokenizer.end_id in TokenShards.open(tmp_path / "as ids", "train").document(0).tolist()[:-1]
     assert any(line.startswith("1 documents spell the end token") for line in said)
     prepare(
-        [str(corpus)], tmp_path / "as text", load_tokenizer(foreign), literal=True, report=lambda line: said.clear()
+        [str(corpus)],
+        tmp_path / "as text",
+        load_tokenizer(foreign),
+        Preparation(literal=True),
+        report=lambda line: said.clear(),
     )
     assert TokenShards.open(tmp_path / "as text", "train").document(0).tolist() == ids
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from headstart.data.prepare import hub
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection, hold_conversations
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 
@@ -41,7 +42,7 @@ def test_datasets_give_their_rows(saved, monkeypatch, name):
         [f"hf:{saved / name}"],
         saved / "out",
         ByteTokenizer(),
-        validation_fraction=0.2,
+        Preparation(validation_fraction=0.2),
         progress=lambda done, total: calls.append((done, total)),
     )
     assert sorted(texts(saved / "out") + texts(saved / "out", "validation")) == sorted(row["text"] for row in ROWS)
@@ -52,7 +53,9 @@ def test_datasets_give_their_rows(saved, monkeypatch, name):
 
 
 def test_splits_and_fields(saved):
-    prepare([f"hf:{saved / 'splits'}"], saved / "a", ByteTokenizer(), selection=Selection("meta.note", "test"))
+    prepare(
+        [f"hf:{saved / 'splits'}"], saved / "a", ByteTokenizer(), Preparation(selection=Selection("meta.note", "test"))
+    )
     assert sorted(texts(saved / "a") + texts(saved / "a", "validation")) == [f"note {i}" for i in range(7)]
 
 
@@ -69,7 +72,7 @@ def test_splits_and_fields(saved):
 )
 def test_what_is_not_there_is_told(saved, source, selection, expected):
     with pytest.raises(UsageError, match=expected) as raised:
-        prepare([f"hf:{saved / source}"], saved / "out", ByteTokenizer(), selection=selection)
+        prepare([f"hf:{saved / source}"], saved / "out", ByteTokenizer(), Preparation(selection=selection))
     assert f"hf:{saved / source}" in str(raised.value) and "\n" not in str(raised.value)
 
 

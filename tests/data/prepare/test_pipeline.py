@@ -13,8 +13,9 @@ import pytest
 from headstart import fileio
 from headstart.data.prepare import pipeline, units
 from headstart.data.prepare.bpe import NewBpe
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 
@@ -60,7 +61,7 @@ def test_the_output_does_not_depend_on_the_processes(corpus, tmp_path):
             [str(corpus)],
             tmp_path / name,
             ByteTokenizer(),
-            validation_fraction=0.2,
+            Preparation(validation_fraction=0.2),
             workers=workers,
             progress=lambda done, total: calls.append((done, total)),
             report=lines.append,
@@ -114,10 +115,10 @@ def test_other_arguments_start_anew(corpus, tmp_path, change):
         tokenizer.end_id = 254
     tokenizer.fatal = 79
     with pytest.raises(KeyboardInterrupt):
-        prepare([str(corpus)], tmp_path / "out", tokenizer, **change)
+        prepare([str(corpus)], tmp_path / "out", tokenizer, Preparation(**change))
     assert units_before.isdisjoint((tmp_path / ".out.preparing" / "units").iterdir())  # they would fill the disk
     tokenizer.fatal = None
-    prepare([str(corpus)], tmp_path / "out", tokenizer, **change)
+    prepare([str(corpus)], tmp_path / "out", tokenizer, Preparation(**change))
     assert tokenizer.seen >= 20
 
 
@@ -315,7 +316,10 @@ def texts(folder, split):
 def test_whole_sources_are_held_out_even_of_a_source_that_contains_them(projects, tmp_path, held_out):
     held_out = str(tmp_path / held_out)
     manifest = prepare(
-        [str(projects)], tmp_path / "out", ByteTokenizer(), validation_fraction=0.0, validation_sources=[held_out]
+        [str(projects)],
+        tmp_path / "out",
+        ByteTokenizer(),
+        Preparation(validation_fraction=0.0, validation_sources=(held_out,)),
     )
     assert manifest["validation_sources"] == [held_out] and manifest["validation_fraction"] == 0
     train, validation = (texts(tmp_path / "out", split) for split in ("train", "validation"))
@@ -324,9 +328,9 @@ def test_whole_sources_are_held_out_even_of_a_source_that_contains_them(projects
 
 
 def test_held_out_sources_and_a_fraction_of_the_others(projects, tmp_path):
-    settings = {"validation_fraction": 0.5, "validation_sources": [str(projects / "bee")]}
-    prepare([str(projects / "ant")], tmp_path / "alone", ByteTokenizer(), validation_fraction=0.5)
-    prepare([str(projects / "ant")], tmp_path / "both", ByteTokenizer(), **settings)
+    settings = Preparation(validation_fraction=0.5, validation_sources=(str(projects / "bee"),))
+    prepare([str(projects / "ant")], tmp_path / "alone", ByteTokenizer(), Preparation(validation_fraction=0.5))
+    prepare([str(projects / "ant")], tmp_path / "both", ByteTokenizer(), settings)
     assert texts(tmp_path / "both", "train") == texts(tmp_path / "alone", "train")
     assert texts(tmp_path / "both", "validation") == [
         *texts(tmp_path / "alone", "validation"), *(f"bee {i} " + "bee" * 10 for i in sorted(range(12), key=str))
@@ -335,8 +339,8 @@ def test_held_out_sources_and_a_fraction_of_the_others(projects, tmp_path):
 
 def test_a_held_out_document_never_goes_to_training(projects, tmp_path):
     """Where the fraction leaves nothing to train on, a document of the other sources changes sides."""
-    settings = {"validation_fraction": 0.999, "validation_sources": [str(projects / "bee")]}
-    prepare([str(projects / "ant")], tmp_path / "out", ByteTokenizer(), **settings)
+    settings = Preparation(validation_fraction=0.999, validation_sources=(str(projects / "bee"),))
+    prepare([str(projects / "ant")], tmp_path / "out", ByteTokenizer(), settings)
     assert [text[:3] for text in texts(tmp_path / "out", "train")] == ["ant"]
 
 
@@ -349,13 +353,15 @@ def test_a_vocabulary_is_not_learnt_from_what_is_held_out(projects, tmp_path, mo
         return real(units, selection)
 
     monkeypatch.setattr(pipeline.bpe, "sample", sample)
-    prepare([str(projects)], tmp_path / "out", NewBpe(258), validation_sources=[str(projects / "bee")])
+    prepare([str(projects)], tmp_path / "out", NewBpe(258), Preparation(validation_sources=(str(projects / "bee"),)))
     assert set(seen) == {"ant", "cow"}
 
 
 def test_holding_everything_out_is_told(projects, tmp_path):
     with pytest.raises(UsageError, match="held out for validation, which leaves nothing to train on"):
-        prepare([str(projects / "bee")], tmp_path / "out", ByteTokenizer(), validation_sources=[str(projects)])
+        prepare(
+            [str(projects / "bee")], tmp_path / "out", ByteTokenizer(), Preparation(validation_sources=(str(projects),))
+        )
     with pytest.raises(UsageError, match="nowhere: no such file"):
-        prepare([str(projects)], tmp_path / "out", ByteTokenizer(), validation_sources=["nowhere"])
+        prepare([str(projects)], tmp_path / "out", ByteTokenizer(), Preparation(validation_sources=("nowhere",)))
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from headstart.data.prepare.pipeline import prepare
-from headstart.data.prepare.rewarded_programs import rewarded_programs
+from headstart.data.prepare.documents import rewarded_programs
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
@@ -60,10 +60,8 @@ def test_prepared_a_program_is_a_document_and_no_problem_is_in_two_splits(tmp_pa
     rows += [{"description": "In C alone.", "solutions": {"language": [2], "solution": ["int main() {}"]}}]
     source = written(tmp_path / "problems.jsonl", *rows)
     said: list[str] = []
-    prepare(
-        [str(source)], tmp_path / "a", ByteTokenizer(),
-        selection=REWARDS, validation_fraction=0.3, report=said.append,
-    )  # fmt: skip
+    settings = Preparation(selection=REWARDS, validation_fraction=0.3)
+    prepare([str(source)], tmp_path / "a", ByteTokenizer(), settings, report=said.append)
     train, validation = (texts_in(tmp_path / "a", split) for split in ("train", "validation"))
     problems = [{text.split("\n")[1] for text in texts} for texts in (train, validation)]
     assert len(train) + len(validation) == 60 and not problems[0] & problems[1]
@@ -77,7 +75,7 @@ def test_from_parquet_and_from_a_folder_with_other_files(tmp_path: Path) -> None
 
     parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / "problems.parquet")
     (tmp_path / "notes.txt").write_text("no problem")
-    prepare([str(tmp_path)], tmp_path / "out", ByteTokenizer(), selection=REWARDS, validation_fraction=0)
+    prepare([str(tmp_path)], tmp_path / "out", ByteTokenizer(), Preparation(selection=REWARDS, validation_fraction=0))
     assert texts_in(tmp_path / "out", "train") == TEXTS
 
 
@@ -92,6 +90,6 @@ def test_from_parquet_and_from_a_folder_with_other_files(tmp_path: Path) -> None
 def test_rows_of_another_form_are_named(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = str(written(tmp_path / "problems.jsonl", row))
     with pytest.raises(UsageError, match=message):
-        prepare([source], tmp_path / "out", ByteTokenizer(), selection=REWARDS)
+        prepare([source], tmp_path / "out", ByteTokenizer(), Preparation(selection=REWARDS))
     with pytest.raises(UsageError, match="take --rewards without another field"):
-        prepare([source], tmp_path / "out", ByteTokenizer(), selection=Selection("body", rewards=True))
+        prepare([source], tmp_path / "out", ByteTokenizer(), Preparation(selection=Selection("body", rewards=True)))

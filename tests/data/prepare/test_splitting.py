@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from headstart.data.prepare.duplicates import keys_of, near_copies
+from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
-from headstart.data.shards import TokenShards, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 
@@ -40,8 +42,8 @@ def test_equal_documents_share_a_side_and_are_counted(tmp_path):
     texts = [" ".join(words(seed)) for seed in range(20)]
     said: list[str] = []
     corpus = write(tmp_path / "corpus", texts + texts[:15])
-    more = {"validation_fraction": 0.4, "report": said.append}
-    manifest = prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), **more)
+    settings = Preparation(validation_fraction=0.4)
+    manifest = prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), settings, report=said.append)
     train, validation = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")
     assert not set(train) & set(validation) and sorted(train + validation) == sorted(texts + texts[:15])
     assert len(set(validation)) < len(validation)  # a copy on this side too: the test would see one that crossed
@@ -49,7 +51,7 @@ def test_equal_documents_share_a_side_and_are_counted(tmp_path):
     assert said[-1] == "15 exact and 0 near duplicates (--deduplicate leaves them out)"
     names = json.loads((tmp_path / "out" / "validation.names.json").read_text())
     assert [(tmp_path / name).read_text() for name in names] == validation
-    whole = prepare([str(corpus)], tmp_path / "once", ByteTokenizer(), deduplicate=True, **more)
+    whole = prepare([str(corpus)], tmp_path / "once", ByteTokenizer(), replace(settings, deduplicate=True))
     assert texts_of(tmp_path / "once", "train") == list(dict.fromkeys(train))
     assert texts_of(tmp_path / "once", "validation") == list(dict.fromkeys(validation))
     assert whole["duplicates"]["left_out"] == 15 and whole["deduplicated"]
@@ -64,11 +66,11 @@ def test_near_duplicates_are_counted_and_left_out_on_the_side_of_training(tmp_pa
     texts = [" ".join(words(seed, 400)) for seed in range(12)] + [" ".join(changed(seed)) for seed in range(6)]
     corpus = write(tmp_path / "corpus", texts)
     arguments = ([str(corpus)], tmp_path / "out", ByteTokenizer())
-    counts = prepare(*arguments, validation_fraction=0.4)["duplicates"]
+    counts = prepare(*arguments, Preparation(validation_fraction=0.4))["duplicates"]
     held_out = set(texts_of(tmp_path / "out", "validation"))
     crossing = [i for i in range(6) if (texts[i] in held_out) != (texts[12 + i] in held_out)]
     assert counts == {"exact": 0, "near": 6, "near_held_out": len(crossing), "left_out": 0} and crossing
-    counts = prepare(*arguments, validation_fraction=0.4, deduplicate=True)["duplicates"]
+    counts = prepare(*arguments, Preparation(validation_fraction=0.4, deduplicate=True))["duplicates"]
     kept = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "validation")
     assert counts["left_out"] == 6 and len(kept) == 12
     assert all((texts[i] in held_out) == (texts[i] in kept) for i in crossing)  # of such a pair that for training goes
@@ -77,22 +79,22 @@ def test_near_duplicates_are_counted_and_left_out_on_the_side_of_training(tmp_pa
 def test_copies_of_held_out_sources_are_left_out_of_training(tmp_path):
     texts = [" ".join(words(seed)) for seed in range(6)]
     corpus, held_out = write(tmp_path / "corpus", texts), write(tmp_path / "held out", texts[4:])
-    arguments = {"validation_fraction": 0, "validation_sources": [str(held_out)]}
+    settings = Preparation(validation_fraction=0, validation_sources=(str(held_out),))
     said: list[str] = []
-    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), **arguments, report=said.append)
+    prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), settings, report=said.append)
     assert texts_of(tmp_path / "out", "train") == texts[:4] and texts_of(tmp_path / "out", "validation") == texts[4:]
     assert "2 documents for training equal one for validation and are left out" in said
     with pytest.raises(UsageError, match="every document for training equals one for validation"):
-        prepare([f"{corpus}/00[45].txt"], tmp_path / "none", ByteTokenizer(), **arguments)
+        prepare([f"{corpus}/00[45].txt"], tmp_path / "none", ByteTokenizer(), settings)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.999999])
 def test_small_corpora_of_copies_have_them_on_one_side(tmp_path, fraction):
     write(tmp_path / "same", ["one text"] * 3)
-    prepare([str(tmp_path / "same")], tmp_path / "a", ByteTokenizer(), validation_fraction=fraction)
+    prepare([str(tmp_path / "same")], tmp_path / "a", ByteTokenizer(), Preparation(validation_fraction=fraction))
     assert texts_of(tmp_path / "a", "train") == ["one text"] * 3 and not texts_of(tmp_path / "a", "validation")
     write(tmp_path / "two", ["one text", "another", "one text"])
-    prepare([str(tmp_path / "two")], tmp_path / "b", ByteTokenizer(), validation_fraction=fraction)
+    prepare([str(tmp_path / "two")], tmp_path / "b", ByteTokenizer(), Preparation(validation_fraction=fraction))
     sides = [texts_of(tmp_path / "b", split) for split in ("train", "validation")]
     assert sorted(sides) == [["another"], ["one text", "one text"]]
 
@@ -102,7 +104,10 @@ def test_documents_of_one_conversation_or_problem_are_no_copies(tmp_path):
     programs = {"language": [3, 3, 3], "solution": ["print(1)", "print(2)", "print(1)"]}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"description": problem, "solutions": programs}) + "\n")
     manifest = prepare(
-        [str(tmp_path / "rows.jsonl")], tmp_path / "out", ByteTokenizer(), selection=Selection(rewards=True)
+        [str(tmp_path / "rows.jsonl")],
+        tmp_path / "out",
+        ByteTokenizer(),
+        Preparation(selection=Selection(rewards=True)),
     )
     assert manifest["duplicates"] == {"exact": 1, "near": 0, "near_held_out": 0, "left_out": 0}
 
