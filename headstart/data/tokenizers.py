@@ -5,9 +5,7 @@ Importing this file imports neither `tokenizers` nor `transformers`: a byte-leve
 
 from __future__ import annotations
 
-import base64
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from headstart.data import tokenizer_limits
 from headstart.data.byte_tokenizer import ByteTokenizer, byte_alphabet, check_ids, check_text
 from headstart.data.special_tokens import (
     ADDED_FILE,
@@ -33,9 +32,6 @@ __all__ = ["ByteTokenizer", "PretrainedTokenizer", "Tokenizer", "load_tokenizer"
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 LONG = 2**14
 """Number of characters from which other threads run while a text is encoded."""
-MAX_GROWTH = 64
-MAX_ID = 10**8
-"""Bound of token ids, the largest vocabulary that a model may have."""
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -100,11 +96,7 @@ class PretrainedTokenizer:
         self._file = source / TOKENIZER_FILE if source.is_dir() else source
         self._directory = self._file.parent
         content = read_json(self._file, f"name a {TOKENIZER_FILE} you may read")
-        if max(_growth(content.get("normalizer")), _growth(content.get("decoder"))) > MAX_GROWTH:
-            raise UsageError(
-                f"{self._file}: its normalizer or decoder makes a text over {MAX_GROWTH} times as long; "
-                "name a tokenizer that keeps the length of texts"
-            )
+        tokenizer_limits.check_growth(self._file, content)
         unreadable = f"{self._file}: not a tokenizer that the tokenizers library reads"
         with _one_line(unreadable, "name a directory that AutoTokenizer.save_pretrained wrote"):
             self._engine = Engine.from_file(str(self._file))
@@ -113,13 +105,7 @@ class PretrainedTokenizer:
         self._engine.no_padding()
         self._add_tokens()
         ids = self._engine.get_vocab(with_added_tokens=True)
-        # The library gives an added token another id than the file, without a word, if the file's is out of order.
-        added = [token["id"] for token in content.get("added_tokens") or []]
-        largest = max([*ids.values(), *added, *_processor_ids(content.get("post_processor"))], default=0)
-        if largest >= MAX_ID:
-            raise UsageError(
-                f"{self._file}: holds token id {largest:,}, ids must be below {MAX_ID:,}; fetch the file again"
-            )
+        tokenizer_limits.check_ids(self._file, content, ids.values())
         self.name = self._file.parent.resolve().name
         config = self._directory / CONFIG_FILE
         self.learnt = config.is_file() and read_json(config).get(OWN_KIND) == "bpe"  # by prepare, from plain documents
@@ -349,60 +335,6 @@ def _decoder_steps(decoder: Any) -> list[str]:
     if decoder.get("type") == "Sequence":
         return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
     return [str(decoder.get("type"))]
-
-
-def _processor_ids(processor: Any) -> list[int]:
-    """Return the token ids that a tokenizer.json's post-processor puts around a text."""
-    if isinstance(processor, list):
-        return [token for part in processor for token in _processor_ids(part)]
-    if not isinstance(processor, dict):
-        return []
-    pairs = [processor.get("sep"), processor.get("cls")]
-    ids = [pair[1] for pair in pairs if isinstance(pair, list) and len(pair) == 2]
-    for token in (processor.get("special_tokens") or {}).values():
-        ids += token["ids"]
-    return ids + _processor_ids(processor.get("processors"))
-
-
-def _growth(step: Any) -> float:
-    """Return how many times as long a tokenizer.json's normalizer or decoder makes a character, at most."""
-    if not isinstance(step, dict):
-        return 1.0
-    if step.get("type") == "Sequence":
-        parts = step.get("normalizers") or step.get("decoders")
-        return math.prod(_growth(part) for part in parts) if isinstance(parts, list) else 1.0
-    if step.get("type") == "Prepend":
-        return 1.0 + len(str(step.get("prepend")))
-    if step.get("type") == "Precompiled":
-        return _growth_of_charsmap(str(step.get("precompiled_charsmap")))
-    content, pattern = step.get("content"), step.get("pattern")
-    if step.get("type") != "Replace" or not isinstance(content, str) or not isinstance(pattern, dict):
-        return 1.0
-    literal = pattern.get("String")
-    if isinstance(literal, str) and literal:
-        return max(1.0, len(content) / len(literal))
-    return max(1.0, len(content) + _matches_nothing(str(literal or pattern.get("Regex") or "")))
-
-
-def _matches_nothing(pattern: str) -> bool:
-    """Return whether a pattern may match the empty text, and so inserts between all characters."""
-    try:
-        return re.match(pattern, "") is not None
-    except (re.error, RecursionError, OverflowError):
-        return True
-
-
-def _growth_of_charsmap(charsmap: str) -> float:
-    """Return the most characters that a SentencePiece map, in base64, puts in the place of one.
-
-    The map is the size of a trie in four bytes, the trie, and texts that end with NUL.
-    """
-    try:
-        content = base64.b64decode(charsmap)
-    except ValueError:
-        return 1.0  # the library says what is wrong
-    texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
-    return float(max(1, *(len(text.decode("utf-8", "replace")) for text in texts)))
 
 
 def _first_line(error: BaseException) -> str:

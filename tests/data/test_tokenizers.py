@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headstart.data.tokenizers import LONG, ByteTokenizer, PretrainedTokenizer, load_tokenizer
 from headstart.data.detokenizer import TextStream
+from headstart.data.tokenizers import LONG, ByteTokenizer, PretrainedTokenizer, load_tokenizer
 from headstart.errors import UsageError
 
 AWKWARD = [
