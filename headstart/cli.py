@@ -27,7 +27,7 @@ COMMANDS = {
     "generate": "Continue a prompt, and print the text as it is decoded.",
     "serve": "Serve a model behind an OpenAI-compatible API, with a page to try it at /.",
     "evaluate": "Measure how well a model predicts text, head by head, and how many of its drafts are accepted.",
-    "tune": "Measure what drafts are worth and what a pass costs here; decoding then chooses how many to feed.",
+    "tune": "Measure how often drafts are right and what a pass costs here; decoding then chooses how many to feed.",
     "inspect": "Show what a model directory holds: sizes, heads, wiring, acceptance.",
     "convert": "Write a model in another format, read it back and compare the two.",
     "push": "Put a model and a model card into a folder, or onto the Hugging Face hub.",

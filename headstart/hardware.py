@@ -1,4 +1,4 @@
-"""The machine under a measurement: what it is, how fast it reads memory, how fast it multiplies matrices."""
+"""Describe the machine, and measure how fast it reads memory and multiplies matrices."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 64
-"""Of tensors, as torch aligns them: the compiled kernels read whole cache lines."""
-# Those that decide how fast matrix products are.
+"""Bytes to which torch aligns tensors: the compiled kernels read whole cache lines."""
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "bf16")
+"""The instruction sets that decide the speed of matrix products."""
 BFLOAT16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""The last one is ARM's."""
-
+"""The instruction sets for bfloat16; the last one is ARM's."""
 MAX_THREADS = 4096
 
-# TFLOP/s of dense products from the makers' data sheets: bf16 on tensor cores (fp16 where a card has no bf16), and fp32
-# without them. A name is looked for as whole words, longer ones first.
+# TFLOP/s of dense products from the makers' data sheets: bf16 on tensor cores (fp16 for cards without bf16), and fp32
+# without tensor cores. Names match whole words, the longest first.
 GPU_TERAFLOPS = {
     "H100 PCIe": (756, 51),
     "H100 NVL": (835, 60),
@@ -62,7 +61,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory, GPUs, versions, threads and load, as plain data for a report."""
+    """Return processor, memory, GPUs, versions, threads and load, as plain data for a report."""
     import torch
 
     model, flags = processor()
@@ -82,15 +81,16 @@ def describe() -> dict[str, Any]:
     }
 
 
-def dtype_on(device: str, wanted: str = "auto") -> Any:
-    """`wanted`, or for "auto" what matrix products are fastest in on "cpu", "cuda", ...: "bfloat16" or "float32".
+def dtype_on(device: str, dtype: str = "auto") -> Any:
+    """Return `dtype`, or for "auto" the one with the fastest matrix products on "cpu", "cuda", ...
 
-    A CPU without instructions for bfloat16 does it in software, 20 to 100 times slower than float32.
+    That is "bfloat16" or "float32". A CPU without instructions for bfloat16 computes it in software, 20 to 100 times
+    slower than float32.
     """
     import torch
 
-    if wanted != "auto":
-        return wanted
+    if dtype != "auto":
+        return dtype
     if device.startswith("cuda"):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -99,32 +99,32 @@ def dtype_on(device: str, wanted: str = "auto") -> Any:
 
 
 def cores() -> int:
-    """Processors that this process may run on."""
+    """Return the number of processors that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping; None where the system does not tell."""
+    """Return the bytes that can be allocated without swapping, or None if the system does not report them."""
     kib = _field(Path("/proc/meminfo"), "MemAvailable")
     return None if kib is None else int(kib.split()[0]) * 1024
 
 
 def free_memory(device: Any) -> int | None:
-    """Bytes that can be allocated on a torch device now; None where the system does not tell."""
+    """Return the bytes that can be allocated on a torch device now, or None if the system does not report them."""
     import torch
 
     device = torch.device(device)
     if device.type == "cuda":
-        # What torch keeps for later use counts as free.
+        # Memory that torch has reserved for later use counts as free.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     return available_memory() if device.type == "cpu" else None
 
 
 def resident_memory() -> int | None:
-    """Bytes of this process that are in memory now; None where the system does not tell."""
+    """Return the bytes of this process that are in memory now, or None if the system does not report them."""
     try:
         pages = int(Path("/proc/self/statm").read_bytes().split()[1])
     except (OSError, ValueError, IndexError):
@@ -133,8 +133,16 @@ def resident_memory() -> int | None:
 
 
 def peak_flops(dtype: str, device: str = "cpu", threads: int = 1) -> tuple[float, str]:
-    """FLOP/s that matrix products in `dtype` ("bfloat16", "float32") can reach on one device, and whose word that is:
-    "data sheet" for the GPUs of `GPU_TERAFLOPS`, "measured" for everything else."""
+    """Return the FLOP/s that matrix products can reach on one device, and the source of the number.
+
+    Args:
+        dtype: "bfloat16" or "float32".
+        device: "cpu", "cuda", ...
+        threads: CPU threads of a measurement.
+
+    Returns:
+        The FLOP/s, and "data sheet" for the GPUs of `GPU_TERAFLOPS` or "measured" for all others.
+    """
     import torch
 
     if device.startswith("cuda"):
@@ -145,7 +153,7 @@ def peak_flops(dtype: str, device: str = "cpu", threads: int = 1) -> tuple[float
 
 
 def data_sheet(gpu: str) -> tuple[float, float] | None:
-    """The entry of `GPU_TERAFLOPS` for a device name; None for one not listed, and for a part of a GPU (MIG)."""
+    """Return the entry of `GPU_TERAFLOPS` for a device name, or None for other names and for parts of a GPU (MIG)."""
     if "MIG" in gpu:
         return None
     names = sorted(GPU_TERAFLOPS, key=len, reverse=True)
@@ -154,10 +162,9 @@ def data_sheet(gpu: str) -> tuple[float, float] | None:
 
 @cache
 def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 0.3) -> float:
-    """FLOP/s of the best of the square products that fit into `seconds`; measured once per process.
+    """Return the FLOP/s of the best of the square products that fit into `seconds`, measured once per process.
 
-    The best, because whatever disturbs a product only makes it slower. Another program on the cores lowers it all the
-    same.
+    The best counts, because disturbances only make a product slower. A program that runs all the time still lowers it.
     """
     import torch
 
@@ -169,12 +176,12 @@ def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 
         if device == "cpu":
             small = x[:128, :128].contiguous()
             once = []
-            for _ in range(4):  # the first one wakes the threads
+            for _ in range(4):  # the first product wakes the threads
                 start = time.perf_counter()
                 torch.mm(small, small)
                 once.append(time.perf_counter() - start)
             if min(once) * (n / 128) ** 3 > 3 * seconds:
-                n, x = 128, small  # a dtype that the processor does not have, in software
+                n, x = 128, small  # the processor computes this dtype in software
         torch.mm(x, x)[0, 0].item()  # wakes the threads; .item() waits for a GPU
         best, began = float("inf"), time.perf_counter()
         while (start := time.perf_counter()) < began + seconds or best == float("inf"):
@@ -186,19 +193,23 @@ def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 
 
 
 def huge_pages(x: Tensor) -> Tensor:
-    """Asks the kernel to keep `x`, just made and not yet written to, in pages of 2 MiB where it can: a processor that
-    reads gigabytes in pages of 4 KiB waits for their addresses too. Returns `x`; nothing changes but on Linux."""
+    """Ask Linux to keep `x`, which is not written to yet, in pages of 2 MiB, and return `x`.
+
+    A processor that reads gigabytes in pages of 4 KiB also waits for their addresses. Other systems do nothing.
+    """
     size = 2 << 20
     begin, end = -(-x.data_ptr() // size) * size, (x.data_ptr() + x.nbytes) // size * size
     if platform.system() == "Linux" and x.device.type == "cpu" and begin < end:
         libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)  # a hint: it may refuse
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)  # a hint
     return x
 
 
 def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
-    """Return a tensor of zeros, in huge pages where they are had. On a CPU its pages take up memory only once they are
-    written to: torch.zeros writes all of them at once."""
+    """Return a tensor of zeros, in huge pages if the system has them.
+
+    On a CPU its pages take up memory only when they are written to, while torch.zeros writes all of them at once.
+    """
     import numpy as np
     import torch
 
@@ -211,9 +222,9 @@ def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
 
 
 def stream_bandwidth(threads: int, *, device: str = "cpu", mebibytes: int = 512, repetitions: int = 5) -> float:
-    """GB/s at which `threads` torch threads read memory: the best of `repetitions` sums over an fp32 tensor.
+    """Return the GB/s at which `threads` torch threads read memory: the best of `repetitions` sums over a tensor.
 
-    The tensor must be much larger than the caches; the best, because whatever disturbs a read only makes it slower.
+    The fp32 tensor must be much larger than the caches. The best counts, because disturbances only slow a read down.
     """
     import torch
 
@@ -222,7 +233,7 @@ def stream_bandwidth(threads: int, *, device: str = "cpu", mebibytes: int = 512,
     try:
         x = huge_pages(torch.empty(mebibytes * 2**20 // 4, device=device)).fill_(1)
         best = float("inf")
-        for _ in range(repetitions + 1):  # the first one also wakes the threads
+        for _ in range(repetitions + 1):  # the first sum also wakes the threads
             began = time.perf_counter()
             x.sum().item()  # .item() waits for a GPU
             best = min(best, time.perf_counter() - began)
@@ -232,7 +243,7 @@ def stream_bandwidth(threads: int, *, device: str = "cpu", mebibytes: int = 512,
 
 
 def summary(machine: dict[str, Any]) -> str:
-    """`describe()` in one line."""
+    """Format the result of `describe` in one line."""
     parts = [
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['instruction_sets']) or 'no AVX'})",
         f"{machine['memory_gib']} GiB" if machine["memory_gib"] else "",
@@ -248,11 +259,11 @@ def processor() -> tuple[str, set[str]]:
     """Return the name of the processor, and its instruction sets as Linux names them."""
     file = Path("/proc/cpuinfo")
     model = _field(file, "model name") or platform.processor() or platform.machine()
-    return model, set((_field(file, "flags") or _field(file, "Features") or "").split())  # the latter on ARM
+    return model, set((_field(file, "flags") or _field(file, "Features") or "").split())  # Features on ARM
 
 
 def _field(file: Path, name: str) -> str | None:
-    """The value of the first line `name: value` of a file in /proc; None where there is no such file or line."""
+    """Return the value of the first line `name: value` of a file in /proc, or None without such a file or line."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

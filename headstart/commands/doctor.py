@@ -1,4 +1,4 @@
-"""Whether this machine and this model are well: dtypes, threads, bandwidth, and speculation against plain decoding."""
+"""`headstart doctor`: check this machine, and that a model's speculation equals plain decoding."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from headstart.model.transformer import Transformer
 PROMPTS = ("def add(a, b):\n    return", "The history of the city begins")
 NEW_TOKENS = 48
 DECODE_SECONDS = 8.0
-"""About how long the decoding check may take; large models get fewer tokens."""
+"""Approximate seconds of the decoding check; large models get fewer tokens."""
 COMPARED_PARAMETERS = 300_000_000
-"""Models above this size are compared with transformers on `FEW` tokens alone: in fp32 they take long."""
+"""The size above which models are compared with transformers on `FEW` tokens only, because fp32 takes long."""
 FEW = 4
 
 
@@ -64,12 +64,12 @@ def run(settings: DoctorSettings) -> None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the machine is timed with."""
+    """The sizes of the timed work."""
 
     product: int = 2048
     """Width of the weights that a window goes through."""
     product_seconds: float = 0.3
-    """How long products are timed in each dtype."""
+    """Seconds of timing products in each dtype."""
     stream_mebibytes: int = 512
     decoder: ModelConfig = field(
         default_factory=lambda: ModelConfig(vocab_size=8192, dim=512, layers=6, attention_heads=8)
@@ -79,7 +79,7 @@ class Sizes:
 
 @dataclass
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -88,16 +88,16 @@ class Finding:
 
 
 def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Looks at the machine and, if given, at a model directory.
+    """Check the machine and, if given, a model directory.
 
     Returns:
         {"machine", "findings": [{"name", "status", "sentence", "values"}], "verdict": the worst status}.
 
     Raises:
-        UsageError: `model_path` is no model that can be read.
+        UsageError: `model_path` is not a readable model.
     """
     sizes = sizes or Sizes()
-    config = None if model_path is None else load_config(model_path)  # a wrong path is told before anything is timed
+    config = None if model_path is None else load_config(model_path)  # fails before anything is timed
     described = hardware.describe()
     findings = [_processor(described), _kernels(), _dtype(sizes), _window(sizes), _threads(sizes), _bandwidth(sizes)]
     if torch.cuda.is_available():
@@ -114,15 +114,15 @@ def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None
 
 
 def format_diagnosis(diagnosis: dict[str, Any]) -> str:
-    """`diagnose`'s result for people: a line a finding."""
+    """Format the result of `diagnose` for people, one line per finding."""
     lines = [hardware.summary(diagnosis["machine"]), ""]
     width = max(len(finding["name"]) for finding in diagnosis["findings"])
     for finding in diagnosis["findings"]:
         lines.append(f"{finding['status']:4}  {finding['name']:{width}}  {finding['sentence']}")
     verdict = {
-        "ok": "All is well.",
-        "warn": "It works; the warnings above say what could be better.",
-        "fail": "Something is wrong: see the lines that begin with fail.",
+        "ok": "All checks passed.",
+        "warn": "Decoding works; the warnings above say what could be better.",
+        "fail": "A check failed: see the lines that begin with fail.",
     }
     return "\n".join([*lines, "", verdict[diagnosis["verdict"]]])
 
@@ -132,12 +132,12 @@ def _processor(described: dict[str, Any]) -> Finding:
     busy = load is not None and load[0] > 0.5 * described["cores"]
     sentence = f"{described['cpu']}, {described['cores']} cores, {', '.join(sets) or 'no known instruction sets'}"
     if busy:
-        sentence += f"; load average {load[0]:.1f}: others are at work, so the times below are too high"
+        sentence += f"; load average {load[0]:.1f}: other programs are running, so the times below are too high"
     return Finding("processor", "warn" if busy else "ok", sentence + ".", {"load_average": load})
 
 
 def _kernels() -> Finding:
-    """Which products decoding uses, in the type that this processor decodes best in."""
+    """Report which products decoding uses, in the dtype that this processor decodes best in."""
     name = hardware.dtype_on("cpu")
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
     if cpu.kernels(dtype) is not None:
@@ -147,14 +147,14 @@ def _kernels() -> Finding:
         sentence = f"{name} decoding uses oneDNN's packed products; there are no compiled kernels for this processor."
         return Finding("kernels", "ok", sentence, {"compiled": False})
     sentence = (
-        "the compiled kernels for this processor are not there: a C compiler (cc) and a cache folder that can be "
-        "written (XDG_CACHE_HOME) make decoding faster."
+        "the compiled kernels for this processor are missing: install a C compiler (cc) and set XDG_CACHE_HOME to a "
+        "writable folder, and decoding is faster."
     )
     return Finding("kernels", "warn", sentence, {"compiled": False})
 
 
 def _dtype(sizes: Sizes) -> Finding:
-    """Matrix products in fp32 and bf16: training and prompts live on them."""
+    """Time matrix products in fp32 and bf16, which bound training and prompts."""
     threads = torch.get_num_threads()
     rates = {
         dtype: hardware.matmul_peak(threads, dtype, seconds=sizes.product_seconds) / 1e9
@@ -163,20 +163,20 @@ def _dtype(sizes: Sizes) -> Finding:
     faster, used = max(rates, key=lambda dtype: rates[dtype]), hardware.dtype_on("cpu")
     sentence = f"{rates['float32']:,.0f} GFLOP/s in fp32, {rates['bfloat16']:,.1f} in bf16: "
     if faster == used:
-        sentence += f"{faster} is the fast path, and what is taken where nothing is said."
+        sentence += f"{faster} is the fast path and the default."
     else:
-        sentence += f"{faster} is the fast path here, but {used} is taken where nothing is said: give dtype {faster}."
+        sentence += f"{faster} is the fast path here, but {used} is the default: give dtype {faster}."
     return Finding("matrix products", "ok" if faster == used else "warn", sentence, {"gflops": rates})
 
 
 def _window(sizes: Sizes) -> Finding:
-    """A packed linear on 1 and 8 rows: what a window costs over a single token."""
+    """Time a packed linear map on 1 and 8 rows: the cost of a window over that of a single token."""
     n, copies = sizes.product, 4
     variants = {}
     for dtype in (torch.float32, torch.bfloat16):
         if not can_pack(torch.device("cpu"), dtype):
             continue
-        # Several matrices in turn: a single one would stay in the cache, where the rows cost more than the reading.
+        # Several matrices in turn: a single one would stay in the cache, where rows cost more than reading.
         layers = [PackedLinear(torch.randn(4 * n, n).to(dtype), None, 8) for _ in range(copies)]
         for rows in (1, 8):
             run = partial(_through_all, layers, torch.randn(rows, n).to(dtype))
@@ -188,7 +188,7 @@ def _window(sizes: Sizes) -> Finding:
     costs = {name: times[8] / times[1] for name, times in milliseconds.items()}
     if hardware.dtype_on("cpu") not in costs:
         sentence = (
-            f"oneDNN packs no {hardware.dtype_on('cpu')} weights here: decoding runs in plain products, and slower."
+            f"oneDNN packs no {hardware.dtype_on('cpu')} weights here: decoding uses plain products, which are slower."
         )
         return Finding("windows", "warn", sentence, {"cost_of_8_rows": costs, "milliseconds": milliseconds})
     fastest = min(milliseconds, key=lambda name: milliseconds[name][8])
@@ -204,13 +204,13 @@ def _through_all(layers: Sequence[PackedLinear], x: torch.Tensor) -> None:
 
 
 def _threads(sizes: Sizes) -> Finding:
-    """A small decoding pass with 1, 2 and all threads: more are not always better, and much worse beside neighbours."""
+    """Time a small decoding pass with 1, 2 and all threads: next to other programs more are much slower."""
     choices = sorted({1, min(2, hardware.cores()), hardware.cores()})
     before = torch.get_num_threads()
     small = Pass(pack(random_model(sizes.decoder, hardware.dtype_on("cpu"), "cpu")), rows=1)
     times: dict[int, list[float]] = {}
     try:
-        for threads in choices:  # one after the other: changing the number costs more than a pass
+        for threads in choices:  # one number after the other: changing it costs more than a pass
             torch.set_num_threads(threads)
             times[threads] = _pass_times(small, sizes.passes)
     finally:
@@ -220,14 +220,14 @@ def _threads(sizes: Sizes) -> Finding:
     best = min(medians, key=lambda threads: medians[threads])
     # A tenth is not worth the risk: several threads wait for the slowest at every product.
     if medians[best] > 0.9 * medians[1] or worst[best] > worst[1]:
-        why = "more threads gain less than a tenth or stumble over other work"
+        why = "more threads gain less than a tenth, or wait for other programs"
         best = 1
     else:
         why = f"{medians[1] / medians[best]:.1f} times as fast as one"
     timings = ", ".join(f"{medians[t]:.2f} ms ({worst[t]:.2f} at the 90th percentile) with {t}" for t in choices)
     if len(choices) == 1:
         why = "there is one core"
-    # What torch would use if nobody said anything, had it been timed here.
+    # The number that torch uses now, if it was timed.
     slow = before in medians and medians[before] > 1.25 * medians[best]
     sentence = f"a small pass takes {timings}: decode with {best} ({why}); OMP_NUM_THREADS={best} does it."
     return Finding(
@@ -239,7 +239,7 @@ def _threads(sizes: Sizes) -> Finding:
 
 
 def _pass_times(small: Pass, passes: int) -> list[float]:
-    """Seconds of up to `passes` passes; fewer where they are slow, as several threads beside a neighbour can be."""
+    """Return the seconds of up to `passes` passes, or of fewer if they are slow, as with threads that wait."""
     measure = timed(small)
     times: list[float] = []
     warmup, deadline = 2, time.perf_counter() + 2.0
@@ -275,7 +275,7 @@ def _model(path: Path, config: ModelConfig) -> list[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_model_tokenizer(path)
     prompts = _prompts(tokenizer, config)
-    findings = [_transformers(path, config, prompts[0])]
+    findings = [compare_with_transformers(path, config, prompts[0])]
     loaded = load_model(path, device=device)
     model = pack(loaded.to(decoding_dtype(loaded)))
     tokens = _affordable_tokens(model, prompts)
@@ -295,16 +295,16 @@ def _prompts(tokenizer: Tokenizer | None, config: ModelConfig) -> list[tuple[int
 def _affordable_tokens(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> int:
     room = max(1, model.config.context - max(map(len, prompts)))
     request = Request(prompts[0], min(4, room), heads=1)
-    decode(model, [request])  # the first one is slow, whatever the model
+    decode(model, [request])  # the first run is slow for every model
     began = time.perf_counter()
     decode(model, [request])
     seconds = (time.perf_counter() - began) / 4
-    texts = 2 * 2 * len(prompts)  # greedy and sampled, plain and with all heads
-    return max(1, min(NEW_TOKENS, room, int(DECODE_SECONDS / texts / seconds)))
+    outputs = 2 * 2 * len(prompts)  # greedy and sampled, plain and with all heads
+    return max(1, min(NEW_TOKENS, room, int(DECODE_SECONDS / outputs / seconds)))
 
 
 def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float) -> Finding:
-    """All heads that draft against head 1 alone, exact: the tokens must be identical."""
+    """Compare decoding with all heads that draft and with head 1 alone, both exact: the tokens must be identical."""
     n = model.config.drafting_heads
 
     def run(heads: int) -> Decoded:
@@ -323,10 +323,10 @@ def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens:
         "acceptance": full.stats.acceptance,
     }
     if difference is not None:
-        text, at = difference
+        output, at = difference
         sentence = (
-            f"with {n} heads text {text + 1} differs from plain decoding at token {at + 1}: decoding is not lossless "
-            "here; please report it with this output."
+            f"with {n} heads output {output + 1} differs from plain decoding at token {at + 1}: decoding is not "
+            "lossless here; please report this with the lines above."
         )
         return Finding(name, "fail", sentence, values)
     if n == 1:
@@ -339,8 +339,10 @@ def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens:
     return Finding(name, "ok", sentence, values)
 
 
-def _transformers(path: Path, config: ModelConfig, prompt: tuple[int, ...]) -> Finding:
-    """The same next tokens as transformers, in fp32, where rounding decides nothing but exact ties."""
+def compare_with_transformers(
+    path: Path, config: ModelConfig, prompt: tuple[int, ...], most_parameters: int = COMPARED_PARAMETERS
+) -> Finding:
+    """Compare the next tokens with those of transformers, in fp32, where rounding decides only exact ties."""
     name = "transformers"
 
     def left_out(why: str, status: Literal["ok", "warn"] = "ok") -> Finding:
@@ -349,9 +351,9 @@ def _transformers(path: Path, config: ModelConfig, prompt: tuple[int, ...]) -> F
     if not config.kind.plain_decoder:
         return left_out("linear heads wired anticausally are no plain decoder, only headstart reads them")
     parameters, free = config.parameters()["total"], hardware.available_memory()
-    if parameters > COMPARED_PARAMETERS:
+    if parameters > most_parameters:
         prompt = prompt[:FEW]
-    if free is not None and 5 * parameters > free:  # a copy in fp32, and what a pass takes
+    if free is not None and 5 * parameters > free:  # a copy in fp32, and the memory of a pass
         return left_out(
             f"a copy in fp32 takes {4 * parameters / 2**30:.1f} GiB, and {free / 2**30:.1f} are free", "warn"
         )
@@ -367,7 +369,7 @@ def _transformers(path: Path, config: ModelConfig, prompt: tuple[int, ...]) -> F
     gap = float((own - other).abs().max())
     disagreeing = int((own.argmax(-1) != other.argmax(-1)).sum())
     values = {"compared": True, "largest_logit_difference": gap, "disagreeing_positions": disagreeing}
-    # A tie may fall either way; logits that differ by more than rounding do not.
+    # A tie may fall either way; logits that differ by no more than rounding make a tie.
     same = disagreeing == 0 or gap <= 1e-4 * max(1.0, float(own.abs().max()))
     sentence = (
         f"the same next token at {len(prompt) - disagreeing} of {len(prompt)} positions, "

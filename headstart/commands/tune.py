@@ -1,4 +1,4 @@
-"""`headstart tune`: measures how sure drafts are right and what a pass costs here, for decoding to choose by."""
+"""`headstart tune`: measure how often drafts are right and what passes cost, so that decoding can choose its rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 import headstart
 from headstart.api import LanguageModel
+from headstart.arguments import whole_number
 from headstart.console import Progress, format_table, print_result, say
 from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow
 from headstart.decoding.engine import Engine
@@ -29,14 +30,14 @@ from headstart.hardware import use_threads
 from headstart.reports.evaluation import left_out
 
 RANKS = 8
-"""Candidates of a head that a tree may take."""
-PAYS = 1.02
-"""A tree must beat the best chain by more than timings are off."""
+"""The most candidates of a head in a tree."""
+TREE_MARGIN = 1.02
+"""The factor by which a tree must beat the best chain; less may be an error of timing."""
 
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Measure what drafts are worth and what a pass costs here; decoding then chooses how many to feed."""
+    """Measure how often drafts are right and what a pass costs here; decoding then chooses how many to feed."""
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box). `tuning.json` is written into it."""
@@ -48,65 +49,49 @@ class TuneSettings:
     prompt_count: int = 32
     """At most this many prompts."""
     prompt_tokens: int | None = None
-    """Tokens of a piece of a document, and of the longest prompt of a file (None: 128, or half the model's context; of
-    a file whatever the context has room for)."""
+    """Tokens of a piece of a document, and the most tokens of a prompt from a file (None: 128, or half the model's
+    context; for a file as many as the context has room for)."""
     long_prompts: LongPrompts | None = None
-    """Longer prompts of a file are left out (skip), cut in their middle (middle), or cut to their start (start, which
-    leaves conversations out); they are counted (None: skip, and start where --prompt-tokens is given)."""
+    """Treatment of longer prompts of a file: skip leaves them out, middle cuts out their middle, start keeps their
+    start and leaves conversations out (None: skip, or start with --prompt-tokens). The report counts them."""
     new_tokens: int | None = None
-    """Written after each, greedily and sampled (None: 128, or what the prompt leaves of the context)."""
+    """Tokens to generate after each prompt, greedily and sampled (None: 128, or as many as fit into the context)."""
     temperature: float = 0.8
-    """Of the sampled half."""
+    """Temperature of the sampled half."""
     tree_nodes: int = 0
-    """Also measure trees of up to this many drafts, and use one where it beats a chain (0: chains only)."""
+    """Also measure trees of up to this many drafts, and use one if it beats a chain (0: chains only)."""
     batches: tuple[int, ...] = (1, 4, 16)
-    """Batch sizes to time passes at; others are judged by the nearest two."""
+    """Batch sizes to time passes at; costs at other sizes follow from the nearest two."""
     seconds: float = 4.0
-    """Spent on timing passes at each batch size, greedy ones and sampled ones."""
+    """Seconds of timing passes at each batch size, for greedy and for sampled ones each."""
     dtype: str | None = None
-    """bfloat16 or float32 (None: as `headstart generate` would take)."""
+    """bfloat16 or float32 (None: the dtype that `headstart generate` uses)."""
     quantize: Quantize | None = None
-    """int8: of the model as `headstart generate --quantize int8` decodes it; its costs are kept beside the others."""
+    """int8: tune the model as `headstart generate --quantize int8` decodes it; other costs in the file stay."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
-    """CPU threads (None: as torch chooses). What is measured holds for this number alone."""
+    """CPU threads (None: torch's choice). Measured costs hold for this number alone."""
     json: bool = False
-    """Print what was measured as JSON."""
+    """Print the measurements as JSON."""
 
 
 def run(settings: TuneSettings) -> None:
-    """Measure, write `tuning.json`, and print what was found."""
+    """Measure, write `tuning.json`, and print the measurements."""
     use_threads(settings.threads)
     print_result(tune(settings), settings.json, format_tuning)
 
 
 def tune(settings: TuneSettings) -> dict[str, Any]:
-    """Measures, writes `tuning.json`, and tells what was found."""
+    """Measure acceptance and costs, write `tuning.json`, and return the measurements."""
     path = model_directory(settings.model)
-    for name in ("prompt_count", "prompt_tokens", "new_tokens"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if settings.seconds <= 0:
-        raise UsageError(f"--seconds is {settings.seconds}; passes need some time to be timed in, more than 0")
-    if not 0 <= settings.tree_nodes <= MOST_NODES:
-        raise UsageError(
-            f"--tree-nodes is {settings.tree_nodes}; it must be 0 (chains only) or more, and at most {MOST_NODES}"
-        )
-    batches = tuple(sorted(set(settings.batches)))
-    if not batches or batches[0] < 1:
-        raise UsageError(f"--batches {' '.join(map(str, batches))}: name batch sizes of at least 1")
-    if settings.temperature <= 0:
-        raise UsageError(f"--temperature is {settings.temperature}; the greedy half is measured anyway, take above 0")
+    _check(settings)
     language_model = headstart.load(path, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
     model = language_model.transformer
     if model.config.heads == 1:
         raise UsageError(f"{path}: has one head, so there are no drafts to tune")
     if model.config.drafting_heads < model.config.heads:
-        raise UsageError(
-            f"{path}: its heads predict with gaps between, and tables are of chains without; leave it untuned"
-        )
+        raise UsageError(f"{path}: its offsets have gaps, which tuning does not cover; decode without tuning")
     if settings.tree_nodes and model.config.ahead:
         raise UsageError(f"{path}: sequential heads draft one chain, not trees; leave --tree-nodes out")
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context, most=128)
@@ -118,19 +103,19 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     if left_out(counts):
         say(f"{len(prompts)} prompts are used{left_out(counts)}")
     ranks = RANKS if settings.tree_nodes else 0
-    greedy, seen = _acceptance(language_model, given, new, 0.0, ranks)
-    sampled, _ = _acceptance(language_model, given, new, settings.temperature, ranks)
+    greedy, seen = measure_acceptance(language_model, given, new, 0.0, ranks)
+    sampled, _ = measure_acceptance(language_model, given, new, settings.temperature, ranks)
     largest = grow(greedy.rank_mean, settings.tree_nodes) if settings.tree_nodes else None
     costs, sampled_costs = (
-        pass_costs(model, batches, length + new // 2, settings.seconds, largest, temperature)
+        pass_costs(
+            model, tuple(sorted(set(settings.batches))), length + new // 2, settings.seconds, largest, temperature
+        )
         for temperature in (0.0, settings.temperature)
     )
     tuning = Tuning(greedy, sampled, costs, sampled_costs=sampled_costs)
-    trees = [] if largest is None else _trees(tuning, largest, seen)
-    if trees and (best := max(trees, key=lambda tree: tree["expected_speedup"]))["expected_speedup"] > PAYS * max(
-        tree["expected_speedup"] for tree in trees if tree["chain"]
-    ):
-        tuning = replace(tuning, tree=DraftTree.parse(best["tree"]))
+    trees = [] if largest is None else _weigh_trees(tuning, largest, seen)
+    if trees and _best(trees)["expected_speedup"] > TREE_MARGIN * _best(trees, chain=True)["expected_speedup"]:
+        tuning = replace(tuning, tree=DraftTree.parse(_best(trees)["tree"]))
     more = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
@@ -139,14 +124,34 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     }
     file = write_tuning(path, model, tuning, more)
     say(f"tuning: {file}")
-    return {**_found(path, tuning), "trees": trees, "exact": backend_of(model).row_exact, **counts}
+    return {**_summarize(path, tuning), "trees": trees, "exact": backend_of(model).row_exact, **counts}
 
 
-def _acceptance(
+def _check(settings: TuneSettings) -> None:
+    """Raise UsageError for settings out of range."""
+    for name in ("prompt_count", "prompt_tokens", "new_tokens"):
+        value = getattr(settings, name)
+        if value is not None:
+            whole_number(f"--{name.replace('_', '-')}", value, 1)
+    whole_number("--tree-nodes", settings.tree_nodes, 0, MOST_NODES)
+    if settings.seconds <= 0:
+        raise UsageError(f"--seconds is {settings.seconds}; give a time above 0")
+    if not settings.batches or min(settings.batches) < 1:
+        raise UsageError(f"--batches {' '.join(map(str, settings.batches))}: name batch sizes of at least 1")
+    if settings.temperature <= 0:
+        raise UsageError(
+            f"--temperature is {settings.temperature}; give one above 0, greedy drafts are measured anyway"
+        )
+
+
+def measure_acceptance(
     language_model: LanguageModel, given: FilePrompts, new_tokens: int, temperature: float, ranks: int
 ) -> tuple[AcceptanceTable, list[list[int]]]:
-    """Of texts that the model writes with all heads in chains; and with `ranks`, of every pass the ranks
-    that the tokens which came had among the candidates of the heads."""
+    """Generate after each prompt with all heads, in chains, and count the right drafts.
+
+    Returns:
+        The table, and with `ranks` for each pass the rank of the right token among the candidates of each head.
+    """
     observed: list[tuple[list[float], int]] = []
     drafted_at: dict[Generation, list[int]] = {}
 
@@ -168,16 +173,18 @@ def _acceptance(
         return table, []
     seen: list[list[tuple[float, int]]] = []
     for generation, rows in drafted_at.items():
-        text = [*generation.request.prompt, *generation.tokens]
-        known = [row for row in rows if row + n < len(text)]
-        if known:
-            seen += draft_ranks(model, text, known, generation.request.sampling)
+        sequence = [*generation.request.prompt, *generation.tokens]
+        followed = [row for row in rows if row + n < len(sequence)]
+        if followed:
+            seen += draft_ranks(model, sequence, followed, generation.request.sampling)
     return table.with_ranks(seen, ranks), [[rank for _, rank in heads] for heads in seen]
 
 
-def _trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> list[dict[str, Any]]:
-    """What chains and the beginnings of the largest tree would write over plain decoding, greedily and one request at a
-    time, by the drafts that they would have kept of those seen."""
+def _weigh_trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> list[dict[str, Any]]:
+    """Return the expected speed-up of chains and of the beginnings of the largest tree over plain decoding.
+
+    It holds for one greedy request at a time, and follows from the drafts that each would have kept of those in `seen`.
+    """
     slots = tuning.costs.slots[0]
     plain, chain_costs = tuning.costs.at(slots)
     _, tree_costs = tuning.costs.at_tree(slots)
@@ -200,7 +207,12 @@ def _trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> list[di
     return found
 
 
-def _found(path: Path, tuning: Tuning) -> dict[str, Any]:
+def _best(trees: list[dict[str, Any]], chain: bool | None = None) -> dict[str, Any]:
+    """Return the fastest of the trees, of the chains alone, or of the real trees alone."""
+    return max((t for t in trees if chain in (None, t["chain"])), key=lambda tree: tree["expected_speedup"])
+
+
+def _summarize(path: Path, tuning: Tuning) -> dict[str, Any]:
     n = len(tuning.greedy.mean) + 1
     return {
         "model": str(path),
@@ -220,14 +232,14 @@ def _found(path: Path, tuning: Tuning) -> dict[str, Any]:
 
 
 def format_tuning(found: dict[str, Any]) -> str:
-    """`tune`'s result for people."""
+    """Format the result of `tune` for people."""
     n = len(found["acceptance"]["greedy"]) + 1
     rows = [[kind, *(f"{share:.0%}" for share in found["acceptance"][kind])] for kind in ("greedy", "sampled")]
     parts = [
         found["model"],
-        "Drafts right where all before them are:",
+        "Share of right drafts if all drafts before them are right:",
         format_table(["", *(f"head {k}" for k in range(2, n + 1))], rows),
-        "A greedy pass, ms, and what fixed windows would write over plain decoding, greedily and sampled:",
+        "Milliseconds of a greedy pass, and expected speed-up of fixed windows, greedily and sampled:",
     ]
     costs = []
     for batch in found["batches"]:
@@ -237,26 +249,18 @@ def format_tuning(found: dict[str, Any]) -> str:
             costs.append([f"    {label}", "1.00", *(f"{speedup:.2f}" for speedup in batch[kind])])
     parts.append(format_table(["", "plain", *(f"{w} rows" for w in range(1, n + 1))], costs))
     if found["trees"]:
-        best = {
-            chain: max((t for t in found["trees"] if t["chain"] == chain), key=lambda tree: tree["expected_speedup"])
-            for chain in (True, False)
-        }
-        rows = [
-            [
-                "chain" if chain else "tree",
-                f"{t['nodes']}",
-                f"{t['tokens_per_pass']:.2f}",
-                f"{t['expected_speedup']:.2f}",
-            ]
-            for chain, t in best.items()
-        ]
+        rows = []
+        for name, chain in (("chain", True), ("tree", False)):
+            tree = _best(found["trees"], chain)
+            rows.append([name, f"{tree['nodes']}", f"{tree['tokens_per_pass']:.2f}", f"{tree['expected_speedup']:.2f}"])
         parts += [
-            "The best chain and the best tree, greedily and one request at a time:",
+            "The best chain and the best tree, for one greedy request at a time:",
             format_table(["", "drafts", "tokens per pass", "times plain"], rows),
-            f"Used where it pays: {found['tree']}" if found["tree"] else "The tree does not pay: chains are used.",
+            f"Decoding uses this tree: {found['tree']}" if found["tree"] else "The tree does not pay: chains are used.",
         ]
     where = "" if found["exact"] else " with --no-exact (exact decoding fixes the rows of a pass here)"
     parts.append(
-        f"Decoding without --heads{where} now chooses the rows of each pass by this, and by how sure drafts are."
+        f"Decoding without --heads{where} now chooses the rows of each pass by these numbers and by the confidence of "
+        "each draft."
     )
     return "\n\n".join(parts)

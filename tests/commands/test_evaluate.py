@@ -131,7 +131,7 @@ def test_free_running_and_tune_end_at_the_end_of_a_turn(directory, monkeypatch) 
     asked: list[Request] = []
     submit = Engine.submit
     monkeypatch.setattr(Engine, "submit", lambda engine, request: (asked.append(request), submit(engine, request))[1])
-    tune._acceptance(loaded, FilePrompts([prompt, prompt], ends=[turn_end, frozenset()]), 4, 0.0, 0)
+    tune.measure_acceptance(loaded, FilePrompts([prompt, prompt], ends=[turn_end, frozenset()]), 4, 0.0, 0)
     assert [request.ends for request in asked] == [turn_end, frozenset()]
 
 
