@@ -1,1 +1,1 @@
-"""What Headstart costs: each benchmark is a frozen dataclass of settings and `run(settings) -> dict` beside it."""
+"""Measure what Headstart costs. Each benchmark has a frozen dataclass of settings and `run(settings) -> dict`."""

@@ -17,13 +17,15 @@ def bench(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(bench.__doc__)
         return
-    from bench import adapt, decode, load, loss, report, serve
-    from bench import train as training
+    # Heavy: torch.
+    from bench import adapt, decode, load, loss, report, serve, train
+    from bench.decode_settings import DecodeSettings
+    from bench.train_steps import TrainSettings
 
     benchmarks: dict[str, tuple[Any, Callable[[Any], dict[str, Any]]]] = {
         "loss": (loss.LossSettings, loss.run),
-        "train": (training.TrainSettings, training.run),
-        "decode": (decode.DecodeSettings, decode.run),
+        "train": (TrainSettings, train.run),
+        "decode": (DecodeSettings, decode.run),
         "adapt": (adapt.AdaptSettings, adapt.run),
         "serve": (serve.ServeSettings, serve.run),
         "load": (load.LoadSettings, load.run),

@@ -242,14 +242,14 @@ class PointRun:
         ks = [str(k) for k in self.kind.ks]
         exact = ks + [name for name in POLICIES if name in self.kept]
         reference = self.kept["1"][-1].tokens
-        beside: dict[str, Any] = {name: speeds.pop(name) for name in ("ragged", "equal") if name in speeds}
+        others: dict[str, Any] = {name: speeds.pop(name) for name in ("ragged", "equal") if name in speeds}
         return {
             "tokens_per_second": speeds,
             "tokens_per_pass": {name: streams.tokens_per_pass(runs[-1].stamps) for name, runs in self.kept.items()},
             "differing": [name for name in exact if self.kept[name][-1].tokens != reference],
             "by_costs": {n: (p.gained / p.spent, p.drafting / p.passes) for n, p in self.policies.items()},
             "gaps_ms": {name: self.gaps_ms(name) for name in (PLAIN, ks[-1])} if with_gaps else {},
-            **beside,
+            **others,
         }
 
     def variants(self) -> dict[str, Callable[[], float]]:

@@ -29,7 +29,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a measured value must reach."""
+    """A limit for a measured value."""
 
     sign: Literal["<", "<=", ">="]
     value: float

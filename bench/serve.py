@@ -79,7 +79,7 @@ class ServeSettings(BenchSettings):
 
 @dataclass(frozen=True)
 class Bench:
-    """What all parts use."""
+    """The model, the client and the prompts of all parts."""
 
     settings: ServeSettings
     directory: Path

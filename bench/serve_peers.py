@@ -155,7 +155,7 @@ class Runs:
     failure: str | None = None
     rounds: dict[int, list[list[Answer]]] = field(default_factory=dict)
     equal: dict[int, list[bool]] = field(default_factory=dict)
-    """Whether each answer is the output of decoding offline."""
+    """For each answer, True if it is the output of decoding offline."""
 
     def ask(self, client: ClientProcess, examples: Sequence[Example], clients: int, *, counted: bool) -> None:
         """Run one round. A server that has failed gets no more requests."""
@@ -198,7 +198,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class PeerPlan:
-    """What to compare with which peers."""
+    """Settings of the comparison."""
 
     peers: Sequence[str]
     install: bool

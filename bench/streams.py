@@ -58,8 +58,7 @@ def decode(
 ) -> Stream:
     """Decode `requests` as one batch. The clock stands still while drafts are replaced.
 
-    Args:
-        engine: an engine that has decoded such requests before; on a GPU it has captured its graphs already.
+    An `engine` that has decoded such requests before has captured its graphs already, on a GPU.
     """
     engine = engine or engine_for(model, requests, exact=exact, policy=policy)
     generations = [engine.submit(request) for request in requests]

@@ -1,7 +1,7 @@
-"""Puts a finished run into its box: python models/box.py RUN PROMPTS.jsonl OUT
+"""Make the directory of a bundled model from a finished run: `python models/box.py RUN PROMPTS.jsonl OUT`.
 
-OUT gets the model directory of the run, its config.yaml, every tenth step and every validation of its metrics.jsonl,
-and the prompts. A README.md that lies there stays.
+OUT gets the model directory of the run, its config.yaml, the prompts, and of its metrics.jsonl every tenth step and
+every validation. A README.md in OUT stays.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Run the command."""
     run, prompts, out = map(Path, sys.argv[1:])
     shutil.copytree(run / "model", out, dirs_exist_ok=True)
     shutil.copy(run / "config.yaml", out / "config.yaml")

@@ -1,14 +1,13 @@
-"""Collects the Python code that the model in the box is trained on: the standard library and wheels.
+"""Collect the Python code for the bundled model: `python models/collect.py WHEELS OUT`.
 
-python models/collect.py WHEELS OUT: reads the *.whl files of the folder WHEELS, and the library of this interpreter,
-and writes OUT/SPLIT/NAME/... with the .py files worth learning from, a folder for each package, and OUT/sources.json
-with what was kept, what was dropped and why, and each package's licence. SPLIT is train, validation or test.
-OUT/prompts.jsonl gets 200 pieces of the test packages, 256 bytes each, spread evenly over their files.
+The command reads the *.whl files of the folder WHEELS and the library of this interpreter. It writes the .py files to
+train on to OUT/SPLIT/NAME/..., with a folder for each package; SPLIT is train, validation or test. OUT/sources.json
+lists each package's licence and the numbers of files kept and dropped, with the reasons. OUT/prompts.jsonl gets 200
+pieces of the test packages, 256 bytes each, spread evenly over their files.
 
-Dropped: tests, migrations, translations and what was copied in from other projects (by the names of their folders);
-files that say that they were generated; tables of data (long lines, few letters); copies and near-copies of a file kept
-before. Packages are taken in the order of their names, held-out ones last: what stands in both is trained on, and not
-tested with.
+The command drops tests, migrations, translations and vendored code (by the names of their folders), files that say
+that they were generated, tables of data (long lines, few letters), and copies and near-copies of a file kept before.
+It takes packages in the order of their names, held-out ones last: code in both is trained on, and not tested with.
 """
 
 from __future__ import annotations
@@ -38,11 +37,12 @@ GENERATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 LONGEST_LINE, LONGEST_MEAN, FEWEST_LETTERS = 500, 80, 0.4
-NEAR_COPY = 0.7  # share of a file's lines that stand in one earlier file
-COMMON = 25  # lines that stand in more files than that tell nothing
+NEAR_COPY = 0.7  # share of a file's lines that one earlier file contains
+COMMON = 25  # lines in more files than that are no sign of a copy
 
 
 def wheel_files(wheel: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and content of each .py file of a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
             if name.endswith(".py") and ".data/" not in name:
@@ -50,6 +50,7 @@ def wheel_files(wheel: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def licence(wheel: Path) -> str:
+    """Return the licence that a wheel states."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         fields = HeaderParser().parsestr(archive.read(name).decode())
@@ -59,7 +60,7 @@ def licence(wheel: Path) -> str:
 
 
 def fault(name: str, text: str) -> str | None:
-    """Why a file teaches nothing, or None."""
+    """Return the reason to drop a file, or None."""
     lines = text.splitlines()
     if any(map(SKIPPED_FOLDERS.fullmatch, name.split("/")[:-1])) or TEST_FILE.fullmatch(name):
         return "tests and copied-in code"
@@ -75,7 +76,7 @@ def fault(name: str, text: str) -> str | None:
 
 
 class Seen:
-    """Files kept so far, for finding copies."""
+    """The files kept so far, to find copies."""
 
     def __init__(self) -> None:
         self.hashes: set[bytes] = set()
@@ -83,7 +84,7 @@ class Seen:
         self.count = 0
 
     def copy(self, text: str) -> str | None:
-        """What kind of copy of a file seen before `text` is, or None, and then it counts as seen."""
+        """Return the kind of copy that `text` is of an earlier file. If it is none, return None and note it as seen."""
         lines = {line for raw in text.splitlines() if len(line := " ".join(raw.split())) > 8}
         digest = hashlib.sha256("\n".join(" ".join(line.split()) for line in text.splitlines()).encode()).digest()
         if digest in self.hashes:
@@ -100,10 +101,12 @@ class Seen:
 
 
 def hash_of(line: str) -> int:
+    """Return a hash of a line that is the same in every process."""
     return int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest(), "big")
 
 
 def main() -> None:
+    """Run the command."""
     wheels, out = Path(sys.argv[1]), Path(sys.argv[2])
     packages: dict[str, tuple[str, str, Iterator[tuple[str, bytes]]]] = {
         STDLIB: (
@@ -142,8 +145,8 @@ def main() -> None:
         print(f"{package} {version}: {kept} files, {size / 1e6:.2f} MB; dropped {dict(dropped)}", flush=True)
     (out / "sources.json").write_text(json.dumps(found, indent=2) + "\n")
     # A piece must not end inside a character.
-    texts = [file.read_text(encoding="utf-8") for file in sorted((out / "test").rglob("*.py"))]
-    pieces = cut_prompts([text.encode() for text in texts if text.isascii()], 200, 256, 256)
+    contents = [file.read_text(encoding="utf-8") for file in sorted((out / "test").rglob("*.py"))]
+    pieces = cut_prompts([text.encode() for text in contents if text.isascii()], 200, 256, 256)
     lines = [json.dumps({"prompt": bytes(piece).decode()}) + "\n" for piece in pieces]
     (out / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
     for split in ("train", "validation", "test"):

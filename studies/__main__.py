@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 from headstart.cli import run_program
 from headstart.command_line import parse_settings
@@ -15,32 +14,32 @@ from headstart.hardware import use_threads
 def study(arguments: list[str]) -> None:
     """Rerun an experiment of the paper: headstart study NAME --scale smoke|cpu|gpu|paper [--seeds N] [--out DIR].
 
-    Started again, it goes on where it was stopped. All its settings are flags: headstart study NAME --help.
+    Started again, it resumes where it was stopped. All its settings are flags: headstart study NAME --help.
 
-    NAME --scale S   which study (--list: all of them), for which purse (default: cpu)
-    --out DIR        where its results lie (default: runs/studies/NAME-SCALE)
+    NAME --scale S   name of the study (see --list), and its budget (default: cpu)
+    --out DIR        folder of the results (default: runs/studies/NAME-SCALE)
     --threads N      CPU threads
     --json           print the results as JSON
-    --list           print the studies, what each claims and what is known of it
+    --list           print the names and claims of all studies
     """
-    from studies.catalogue import STUDIES, study_called
-    from studies.run import run_study
-    from studies.study import SCALES, Scale
+    # Heavy: torch.
+    from studies.run import STUDIES, find_study, run_study
+    from studies.study import SCALES
 
     json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
     if "--list" in arguments:
-        known = [study_called(name) for name in STUDIES]
+        studies = [find_study(name) for name in STUDIES]
         if json:
-            print_json([{"study": s.name, "section": s.section, "claim": s.claim} for s in known])
+            print_json([{"study": s.name, "section": s.section, "claim": s.claim} for s in studies])
         else:
-            print(format_table(["study", "section", "claim"], [[s.name, s.section, s.claim] for s in known]))
+            print(format_table(["study", "section", "claim"], [[s.name, s.section, s.claim] for s in studies]))
         return
     if not arguments or arguments[0] in ("-h", "--help"):
         print(study.__doc__)
         return
     name, *rest = arguments
-    wanted, out, threads = (_taken(rest, flag) for flag in ("--scale", "--out", "--threads"))
-    chosen, scale = study_called(name), cast(Scale, wanted or "cpu")
+    scale, out, threads = (_take_value(rest, flag) for flag in ("--scale", "--out", "--threads"))
+    chosen, scale = find_study(name), scale or "cpu"
     if scale not in SCALES:
         raise UsageError(f"--scale {scale!r} is unknown; take one of {', '.join(SCALES)}")
     if threads is not None and not threads.isdigit():
@@ -54,8 +53,8 @@ def study(arguments: list[str]) -> None:
         print_json(found)
 
 
-def _taken(arguments: list[str], flag: str) -> str | None:
-    """The value of `flag`, which is taken out of `arguments`."""
+def _take_value(arguments: list[str], flag: str) -> str | None:
+    """Remove `flag` from `arguments` and return its value."""
     for at, argument in enumerate(arguments):
         if argument.startswith(flag + "="):
             return arguments.pop(at).removeprefix(flag + "=")

@@ -1,4 +1,4 @@
-"""Study: heads put on a frozen model, by kind of head and by loss, at equal training time (Medusa-1)."""
+"""Study heads on a frozen model, by kind of head and by loss, at equal training time (Medusa-1)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class AdaptedHeadsSettings(StudySettings):
+    """Settings of the study."""
+
     dim: int = 128
-    """Width of the byte model that heads are put on; it is trained here, with one head."""
+    """Width of the byte model that gets heads; it is trained here, with one head."""
     layers: int = 4
     context: int = 256
     base_steps: int = 1500
@@ -45,20 +47,22 @@ class AdaptedHeadsSettings(StudySettings):
     kinds: tuple[HeadKindName, ...] = ("transformer", "linear", "medusa", "stern", "sequential", "replicated")
     losses: tuple[HeadLoss, ...] = ("cross-entropy", "kl", "total-variation")
     loss_kinds: tuple[HeadKindName, ...] = ("transformer", "medusa")
-    """Kinds that are trained with every loss; the others with cross-entropy."""
+    """Kinds that are trained with every loss; the others are trained with the first."""
     seconds: float = 25.0
-    """Of processor time, in which each condition makes as many steps as fit."""
+    """Seconds of processor time in which each condition makes as many steps as fit."""
     trial_steps: int = 12
-    """Steps by which that is judged."""
+    """Steps of the trial that measures the time of a step."""
     prompts: int = 16
     new_tokens: int = 128
     scored_tokens: int = 30_000
-    """Of held-out text."""
+    """Tokens of held-out text to score."""
     package: str | None = None
-    """Read this package of Python's library alone (None: the whole library)."""
+    """Package of Python's library to read alone (None: the whole library)."""
 
 
 class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
+    """The study."""
+
     name = "adapted-heads"
     claim = (
         "Heads put on a frozen model draft for it without changing its text; trained on the model's own next-token "
@@ -84,6 +88,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
     }  # fmt: skip
 
     def cases(self, settings: AdaptedHeadsSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         pairs = [
             (kind, loss)
             for kind in settings.kinds
@@ -92,12 +97,13 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         return [Case({"heads": kind, "loss": loss}, seed) for kind, loss in pairs for seed in range(settings.seeds)]
 
     def run(self, settings: AdaptedHeadsSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         tell(step="the model below")
         base = _base(settings, case.seed)
         kind, loss = case.conditions["heads"], case.conditions["loss"]
         with tempfile.TemporaryDirectory(prefix="headstart-study-") as folder:
             trials = [_adapt(settings, case, base, Path(folder) / str(i), settings.trial_steps * i) for i in (1, 3)]
-            # Of the longer trial, what starting takes is a part; the difference alone may be noise.
+            # The longer trial includes the time to start; the difference alone may be noise.
             step = max((trials[1] - trials[0]) / 2, trials[1] / 9) / settings.trial_steps
             steps = max(settings.trial_steps, int(settings.seconds / step))
             tell(step=f"{steps} steps of {kind} heads, {loss}")
@@ -105,7 +111,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
             model = Path(folder) / "run" / "model"
             scores = _scores(settings, model, base)
             free = _written(settings, model, base)
-            unchanged = _texts(settings, model, base) == _texts(settings, base / "model", base)
+            unchanged = _outputs(settings, model, base) == _outputs(settings, base / "model", base)
         return {
             "steps": steps,
             "processor_seconds": spent,
@@ -117,6 +123,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         }
 
     def findings(self, settings: AdaptedHeadsSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows = []
         for case in self.cases(settings):
             if case.seed:
@@ -148,8 +155,8 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         notes = [
             f"Each condition trains for {settings.seconds:g} s of one processor's time (the trunk runs in every step; "
             "with hidden states kept on disk all would make more steps); so cheap heads make more steps.",
-            "Shares are of all positions of held-out text, read with teacher forcing; greedy: in texts that the model "
-            "writes itself behind held-out prompts.",
+            "Shares are of all positions of held-out text, read with teacher forcing; greedy: in outputs of the model "
+            "after held-out prompts.",
             "The model below is trained for this study, with one head, once for each seed.",
         ]
         kinds = ", ".join(f"{row[0]} {row[-1].split()[0]}" for row in rows if row[1] == settings.losses[0])
@@ -157,6 +164,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
 
     def draw(self, figure: Any, settings: AdaptedHeadsSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         conditions = [case.conditions for case in self.cases(settings) if not case.seed]
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.3)})
         for where in conditions:
@@ -192,7 +200,7 @@ def _free(result: Result) -> float:
 
 @cache
 def _base(settings: AdaptedHeadsSettings, seed: int) -> Path:
-    """The run folder of the model that heads are put on: trained at the first case of its seed in this process."""
+    """Return the run folder of the model below the heads, trained at the first case of its seed in this process."""
     folder = Path(tempfile.mkdtemp(prefix="headstart-study-base-"))
     _train_quietly(
         RunConfig(
@@ -238,7 +246,7 @@ def _adapt_settings(settings: AdaptedHeadsSettings, case: Case, base: Path, fold
 
 
 def _adapt(settings: AdaptedHeadsSettings, case: Case, base: Path, folder: Path, steps: int) -> float:
-    """Trains; the seconds of processor time that it took."""
+    """Train heads and return the seconds of processor time."""
     began = time.process_time()
     _train_quietly(run_config(_adapt_settings(settings, case, base, folder, steps)))
     return time.process_time() - began
@@ -256,7 +264,7 @@ def _held_out(base: Path) -> list[list[int]]:
 
 
 def _scores(settings: AdaptedHeadsSettings, model: Path, base: Path) -> HeadScores:
-    """Of the beginnings of held-out documents, of each as many tokens as of the others."""
+    """Return the scores of the begins of held-out documents, each with the same number of tokens."""
     documents = _held_out(base)
     share = max(2, settings.scored_tokens // len(documents))
     read = [document[:share] for document in documents if len(document) > 1]
@@ -264,7 +272,7 @@ def _scores(settings: AdaptedHeadsSettings, model: Path, base: Path) -> HeadScor
 
 
 def _train_quietly(config: RunConfig) -> None:
-    """What each of the many runs would tell is in its own progress; the study has one."""
+    """Train without output: the study shows its own progress."""
     mute()
     try:
         train(config)
@@ -279,12 +287,12 @@ def _prompts(settings: AdaptedHeadsSettings, base: Path) -> list[tuple[int, ...]
 
 def _written(settings: AdaptedHeadsSettings, model: Path, base: Path) -> FreeRunning:
     engine = headstart.load(model, dtype="float32").engine(min(8, settings.prompts), settings.context)
-    engine.policy, engine.tokenizer = None, None  # every draft is fed, and an end token ends nothing
+    engine.policy, engine.tokenizer = None, None  # the engine feeds every draft, and an end token ends no output
     return run_freely(engine, _prompts(settings, base), settings.new_tokens, 0.0)
 
 
-def _texts(settings: AdaptedHeadsSettings, model: Path, base: Path) -> list[list[int]]:
-    """What head 1 writes, greedily."""
+def _outputs(settings: AdaptedHeadsSettings, model: Path, base: Path) -> list[list[int]]:
+    """Return the greedy outputs of head 1."""
     loaded = headstart.load(model, dtype="float32")
     outputs = loaded.generate(_prompts(settings, base)[:4], max_new_tokens=settings.new_tokens, heads=1)
     assert isinstance(outputs, list)

@@ -1,4 +1,4 @@
-"""Study: drafts of byte-level models (paper sections 3.3 and 2, Table S3)."""
+"""Study the drafts of byte-level models (paper sections 3.3 and 2, Table S3)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ USED = (1, 2, 4, 8, 12, 16, 20, 24, 28, 32)
 
 @dataclass(frozen=True)
 class BytesSettings(CodeSettings):
+    """Settings of the study."""
+
     size: str = "6.7B"
     heads: tuple[int, ...] = (1, 8, 16, 32)
 
 
 class BytesStudy(Study[BytesSettings]):
+    """The study."""
+
     name = "bytes"
     claim = (
         "Byte-level models with n heads write more bytes per pass with every further head that is used, and the "
@@ -62,9 +66,11 @@ class BytesStudy(Study[BytesSettings]):
     }  # fmt: skip
 
     def cases(self, settings: BytesSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return crossed(settings.seeds, n=settings.heads)
 
     def run(self, settings: BytesSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         model = sized(
             settings.size, vocab_size=256, heads=case.conditions["n"], head_kind="replicated",
             context=settings.training.length,
@@ -72,6 +78,7 @@ class BytesStudy(Study[BytesSettings]):
         return train_on_code(settings, model, case.seed, tell)
 
     def findings(self, settings: BytesSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows = []
         shown = [k for k in USED if k <= max(settings.heads)]
         for n in settings.heads:
@@ -106,7 +113,7 @@ class BytesStudy(Study[BytesSettings]):
         )
 
     def _contrasts(self, settings: BytesSettings, results: Sequence[Result]) -> list[Contrast]:
-        """More heads used, more bytes; each head's drafts are right less often than those of the one before."""
+        """Return the contrasts: more heads write more bytes, and each head is right less often than the one before."""
         found = []
         for n in settings.heads:
             if n == 1:
@@ -120,6 +127,7 @@ class BytesStudy(Study[BytesSettings]):
         return found
 
     def draw(self, figure: Any, settings: BytesSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         left, right = figure.subplots(1, 2)
         for i, n in enumerate(n for n in settings.heads if n > 1):
             curves = values(results, lambda r: r.numbers["tokens_per_pass"], n=n)

@@ -1,4 +1,4 @@
-"""Study: how often a multi-token loss counts a choice point (paper sections 5.1 and L.3)."""
+"""Study how often a multi-token loss counts a choice point (paper sections 5.1 and L.3)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from studies.training import TrainingSettings, in_memory, run_config, sized, str
 from studies.verdicts import Contrast, judge
 
 LENGTH, INCONSEQUENTIAL, CHOICE = 24, 7, 15
-"""Tokens of a text; which one is drawn without consequence, and which one decides all that follow (from 0)."""
+"""Tokens of a sequence, and the places (from 0) of the token drawn without consequence, and of the one that decides all
+later tokens."""
 ALLOWED = 0.1
-"""Of the count: how far a trained model's losses may be from it. What is enumerated must be exact."""
+"""Share of the count by which a trained model's losses may differ from it. Enumerated losses must be exact."""
 
 
 @dataclass(frozen=True)
 class ChoicePointsSettings(StudySettings):
+    """Settings of the study."""
+
     branches: int = 4
     """Equally probable tokens at both draws."""
     heads: tuple[int, ...] = (1, 2, 4)
@@ -32,6 +35,8 @@ class ChoicePointsSettings(StudySettings):
 
 
 class ChoicePointsStudy(Study[ChoicePointsSettings]):
+    """The study."""
+
     name = "choice-points"
     claim = (
         "Predicting n tokens ties n(n+1)/2 terms of the loss to a transition with consequences and n to one without: "
@@ -53,24 +58,27 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
     }  # fmt: skip
 
     def cases(self, settings: ChoicePointsSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         exact = [Case({"by": "enumeration", "n": n}, 0) for n in settings.heads]
         trained = [Case({"by": "training", "n": n}, seed) for n in settings.heads for seed in range(settings.seeds)]
         return exact + trained
 
     def run(self, settings: ChoicePointsSettings, case: Case, tell: Tell) -> dict[str, Any]:
-        texts, n = texts_of(settings.branches), int(case.conditions["n"])
+        """Train and measure one case."""
+        sequences, n = sequences_of(settings.branches), int(case.conditions["n"])
         if case.conditions["by"] == "enumeration":
-            losses_Tn = np.array([[_entropy(texts, t, k) for k in range(1, n + 1)] for t in range(LENGTH)])
-            return _terms(losses_Tn, settings.branches) | {"sigmas": sigmas(texts)}
+            losses_Tn = np.array([[_entropy(sequences, t, k) for k in range(1, n + 1)] for t in range(LENGTH)])
+            return _terms(losses_Tn, settings.branches) | {"sigmas": sigmas(sequences)}
         rng = np.random.default_rng(case.seed)
-        documents = [texts[i] for i in rng.integers(len(texts), size=2000)]
-        vocabulary = 1 + max(map(max, texts))
+        documents = [sequences[i] for i in rng.integers(len(sequences), size=2000)]
+        vocabulary = 1 + max(map(max, sequences))
         model = sized(settings.size, vocab_size=vocabulary, heads=n, context=settings.training.length)
         config = run_config(settings.training, model, case.seed, settings.device)
         trained = train_model(config, stream_of(in_memory(documents), config), tell)
-        return _terms(_losses(trained.model, texts, n), settings.branches) | {"losses": trained.losses}
+        return _terms(_losses(trained.model, sequences, n), settings.branches) | {"losses": trained.losses}
 
     def findings(self, settings: ChoicePointsSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows, contrasts = [], []
         for n in settings.heads:
             counts = {"with consequences": n * (n + 1) / 2, "without": float(n)}
@@ -80,7 +88,7 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
                     found = values(results, lambda r, kind=kind: r.numbers[kind], by=by, n=n)  # type: ignore[misc]
                     cells.append(spread(found))
                     if by == "enumeration":
-                        found *= 2  # there is no chance in it
+                        found *= 2  # it has no randomness
                     contrasts.append(Contrast(f"{by}, n={n}", [allowed * count - abs(x - count) for x in found]))
                 rows.append([str(n), by, *cells, f"{counts['with consequences']:g} / {n}"])
         top = max(settings.heads)
@@ -95,9 +103,9 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
             f"{top * (top + 1) / 2:g} and {top} are counted."
         )
         notes = [
-            f"Texts of {LENGTH} tokens: token {INCONSEQUENTIAL + 1} is drawn without consequence, token {CHOICE + 1} "
-            f"decides all that follow; {settings.branches} equally probable tokens each.",
-            f"Where the reward is 1 for one branch and 0 for the others, sigma (section 5.1) is {sigma:.3f} at the "
+            f"Sequences of {LENGTH} tokens: token {INCONSEQUENTIAL + 1} is drawn without consequence, token "
+            f"{CHOICE + 1} decides all that follow; {settings.branches} equally probable tokens each.",
+            f"If the reward is 1 for one branch and 0 for the others, sigma (section 5.1) is {sigma:.3f} at the "
             "choice point and 0 everywhere else.",
         ]
         headers = ["n", "by", "terms, with consequences", "terms, without", "the paper"]
@@ -105,6 +113,7 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
         return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
 
     def draw(self, figure: Any, settings: ChoicePointsSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         axes = figure.add_subplot()
         ns = np.array(settings.heads)
         fine = np.linspace(1, max(ns), 50)
@@ -119,50 +128,58 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
         axes.legend()
 
 
-def texts_of(branches: int) -> list[list[int]]:
-    """All texts, equally probable. Every token that is not drawn follows from its place and the branch taken."""
-    texts = []
+def sequences_of(branches: int) -> list[list[int]]:
+    """Return all sequences, which are equally probable.
+
+    Every token that is not drawn follows from its place and the branch taken.
+    """
+    sequences = []
     for free in range(branches):
         for branch in range(branches):
             text = list(range(LENGTH))
             text[INCONSEQUENTIAL] = LENGTH + free
             text[CHOICE:] = [LENGTH + branches + branch * LENGTH + t for t in range(CHOICE, LENGTH)]
-            texts.append(text)
-    return texts
+            sequences.append(text)
+    return sequences
 
 
-def _entropy(texts: list[list[int]], t: int, k: int) -> float:
-    """H(x_{t+k} | x_0..x_t) in nats, by counting; 0 where the text has ended."""
+def _entropy(sequences: list[list[int]], t: int, k: int) -> float:
+    """Return H(x_{t+k} | x_0..x_t) in nats, by counting; 0 after the end of a sequence."""
     if t + k >= LENGTH:
         return 0.0
     groups: dict[tuple[int, ...], dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for text in texts:
+    for text in sequences:
         groups[tuple(text[: t + 1])][text[t + k]] += 1
     total = 0.0
     for group in groups.values():
         whole = sum(group.values())
         total -= sum(count * math.log(count / whole) for count in group.values())
-    return total / len(texts)
+    return total / len(sequences)
 
 
-def sigmas(texts: list[list[int]]) -> dict[str, float]:
-    """sigma = sqrt(Var over the next token of the expected reward) at the choice point, and the largest elsewhere. The
-    reward of a text is 1 if its branch is the first, else 0; the policy is the texts' own distribution."""
-    first = texts[0][CHOICE]
+def sigmas(sequences: list[list[int]]) -> dict[str, float]:
+    """Return sigma = sqrt(Var over the next token of the expected reward), at the choice point and at most elsewhere.
+
+    The reward of a sequence is 1 if its branch is the first, else 0; the policy is the distribution of the sequences.
+    """
+    first = sequences[0][CHOICE]
 
     def value(prefix: list[int]) -> float:
-        rewards = [float(text[CHOICE] == first) for text in texts if text[: len(prefix)] == prefix]
+        rewards = [float(text[CHOICE] == first) for text in sequences if text[: len(prefix)] == prefix]
         return sum(rewards) / len(rewards)
 
     found = []
     for t in range(1, LENGTH):
-        values_after = [[value(other[: t + 1]) for other in texts if other[:t] == text[:t]] for text in texts]
+        values_after = [[value(other[: t + 1]) for other in sequences if other[:t] == text[:t]] for text in sequences]
         found.append(math.sqrt(max(map(statistics.pvariance, values_after))))
     return {"choice": found[CHOICE - 1], "elsewhere": max(x for t, x in enumerate(found, start=1) if t != CHOICE)}
 
 
 def _terms(losses_Tn: np.ndarray, branches: int) -> dict[str, Any]:
-    """Losses tied to each of the two draws, in entropies of one: `losses_Tn[t, k-1]` is head k's at position t."""
+    """Return the losses tied to each of the two draws, in entropies of one draw.
+
+    `losses_Tn[t, k-1]` is the loss of head k at position t.
+    """
     count = {"with consequences": 0.0, "without": 0.0}
     for t, row in enumerate(losses_Tn):
         for k, loss in enumerate(row, start=1):
@@ -174,10 +191,10 @@ def _terms(losses_Tn: np.ndarray, branches: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _losses(model: torch.nn.Module, texts: list[list[int]], n: int) -> np.ndarray:
-    """(T, n): mean loss of every head at every position over all texts, each behind another, as in training."""
+def _losses(model: torch.nn.Module, sequences: list[list[int]], n: int) -> np.ndarray:
+    """Return the mean loss (T, n) of every head at every position, of all sequences behind another, as in training."""
     device = next(model.parameters()).device
-    tokens_BT = torch.tensor([[*texts[-1], *text] for text in texts], device=device)
+    tokens_BT = torch.tensor([[*sequences[-1], *text] for text in sequences], device=device)
     log_BTnV = model(tokens_BT, heads=n)[:, LENGTH:].double().log_softmax(-1).cpu()
     losses_Tn = np.zeros((LENGTH, n))
     for k in range(1, n + 1):

@@ -1,4 +1,4 @@
-"""Byte models of Python's own library: what the studies on heads, sizes and schedules train and measure."""
+"""Train and score byte models of Python's own library, for the studies on heads, sizes and schedules."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from studies.study import Result, StudySettings, Tell, values
 from studies.training import TrainingSettings, in_memory, run_config, stream_of, train_model
 
 HELD_OUT = 20
-"""Every so many files one is held out."""
+"""Number of files of which one is held out."""
 
 
 @dataclass(frozen=True)
 class CodeSettings(StudySettings):
-    """Of studies that train on code."""
+    """Settings of studies that train on code."""
 
     train_bytes: int = 4_000_000
-    """Of the library, read again and again where training takes longer."""
+    """Bytes of the library, read again and again if training takes longer."""
     test_pieces: int = 8
-    """Other files, on which the heads are scored."""
+    """Number of other files, on which the heads are scored."""
     piece: int = 2000
     """Bytes of each of them, from its middle."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -36,8 +36,8 @@ class CodeSettings(StudySettings):
 
 @cache
 def code_bytes(train_bytes: int, test_pieces: int, piece: int) -> tuple[list[bytes], list[bytes]]:
-    """Files for training, at most so many bytes together, and pieces of others; the same whenever the Python is."""
-    # The tables of encodings hold the same lines again and again, in files held out and others.
+    """Return files for training of `train_bytes` together, and pieces of others; the same with the same Python."""
+    # The tables of encodings share their lines, so held-out files would resemble files to train on.
     files = [file for file in list_files([STDLIB]) if file.size > 4000 and "encodings" not in file.path.parts]
     order = np.random.default_rng(0).permutation(len(files))
     training: list[bytes] = []
@@ -57,10 +57,12 @@ def code_bytes(train_bytes: int, test_pieces: int, piece: int) -> tuple[list[byt
 def train_on_code(
     settings: CodeSettings, model: ModelConfig, seed: int, tell: Tell, head_weights: HeadWeights | None = None
 ) -> dict[str, Any]:
-    """Trains a byte model and scores it on held-out files, by teacher forcing; head k's number is at k-1.
+    """Train a byte model and score it on held-out files, with teacher forcing.
 
-    Returns `losses` (nats, training), `bits_per_byte`, `top1`, `prefix` (share of positions at which heads 2..k are all
-    right, at k-2: drafts that decoding would accept), `tokens_per_pass` (by number of heads used) and `clipped`.
+    Returns:
+        `losses` (nats, training), `bits_per_byte` and `top1` of head k at k-1; `prefix`, at k-2 the share of positions
+        at which heads 2..k are all right, so decoding would accept their drafts; `tokens_per_pass` by number of heads
+        used; `clipped`.
     """
     training, pieces = code_bytes(settings.train_bytes, settings.test_pieces, settings.piece)
     end = ByteTokenizer.end_id
@@ -80,7 +82,7 @@ def train_on_code(
 
 
 def learned(settings: CodeSettings, results: Sequence[Result], head: int = 1, margin: float = 0.02) -> bool:
-    """Whether some model's `head` is right more often than one that always says the most frequent byte, a blank."""
+    """Return whether some model's `head` is right more often than the most frequent byte, a blank."""
     _, pieces = code_bytes(settings.train_bytes, settings.test_pieces, settings.piece)
     content = b"".join(pieces)
     share = max(content.count(byte) for byte in set(content)) / len(content)
@@ -89,10 +91,10 @@ def learned(settings: CodeSettings, results: Sequence[Result], head: int = 1, ma
 
 
 def next_byte(results: Sequence[Result], **conditions: object) -> list[float]:
-    """Bits per byte of head 1, by seed."""
+    """Return the bits per byte of head 1, by seed."""
     return values(results, lambda result: result.numbers["bits_per_byte"][0], **conditions)
 
 
 def per_pass(results: Sequence[Result], heads: int, **conditions: object) -> list[float]:
-    """Bytes per pass with so many heads used, by seed."""
+    """Return the bytes per pass with so many heads used, by seed."""
     return values(results, lambda result: result.numbers["tokens_per_pass"][heads - 1], **conditions)

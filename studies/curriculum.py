@@ -1,4 +1,4 @@
-"""Study: heads taken in one by one, or left out one by one (arXiv 2505.22757)."""
+"""Study heads taken in one by one, or left out one by one (arXiv 2505.22757)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,15 @@ ALONE = "next token alone"
 
 @dataclass(frozen=True)
 class CurriculumSettings(CodeSettings):
+    """Settings of the study."""
+
     size: str = "1.3B"
     heads: int = 4
 
 
 class CurriculumStudy(Study[CurriculumSettings]):
+    """The study."""
+
     name = "curriculum"
     claim = (
         "For small models a forward curriculum (heads join one by one) has a better next token than all heads from the "
@@ -60,15 +64,18 @@ class CurriculumStudy(Study[CurriculumSettings]):
     }  # fmt: skip
 
     def cases(self, settings: CurriculumSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return [Case({"schedule": name}, seed) for name in (ALONE, *SCHEDULES) for seed in range(settings.seeds)]
 
     def run(self, settings: CurriculumSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         schedule = str(case.conditions["schedule"])
         heads = 1 if schedule == ALONE else settings.heads
         model = sized(settings.size, vocab_size=256, heads=heads, context=settings.training.length)
         return train_on_code(settings, model, case.seed, tell, SCHEDULES.get(schedule))
 
     def findings(self, settings: CurriculumSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         bits = {name: next_byte(results, schedule=name) for name in (ALONE, *SCHEDULES)}
         drafts = {name: per_pass(results, settings.heads, schedule=name) for name in SCHEDULES}
         rows = [[name, spread(bits[name]), spread(drafts[name], ".2f") if name in drafts else "1.00"] for name in bits]
@@ -88,6 +95,7 @@ class CurriculumStudy(Study[CurriculumSettings]):
         return Findings(headers, rows, judge(contrasts, within_reach=within_reach), sentence, ours, notes)
 
     def draw(self, figure: Any, settings: CurriculumSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         left, right = figure.subplots(1, 2)
         for place, name in enumerate((ALONE, *SCHEDULES)):
             found = next_byte(results, schedule=name)

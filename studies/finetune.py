@@ -1,4 +1,4 @@
-"""Study: finetuning a model with four heads, with and without them (paper section 3.6, on polynomial arithmetic)."""
+"""Study finetuning a model with four heads, with and without them (paper section 3.6, on polynomial arithmetic)."""
 
 from __future__ import annotations
 
@@ -27,21 +27,25 @@ HEADS = 4
 
 @dataclass(frozen=True)
 class FinetuneSettings(StudySettings):
+    """Settings of the study."""
+
     p: int = 7
     d: int = 5
     operations: int = 5
-    """Pretraining has 1 to this many operations, finetuning exactly one more."""
+    """Most operations of pretraining; finetuning has exactly one more."""
     problems: int = 100_000
     finetuning_problems: int = 10_000
     tests: int = 2000
     size: str = "30M"
     answers_only: bool = False
-    """As in the study of polynomials."""
+    """True: questions are no targets, as in the study polynomial."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     finetuning: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 class FinetuneStudy(Study[FinetuneSettings]):
+    """The study."""
+
     name = "finetune"
     claim = (
         "A model pretrained with four heads is the better one to finetune, and best where the further heads are left "
@@ -82,10 +86,11 @@ class FinetuneStudy(Study[FinetuneSettings]):
     }  # fmt: skip
 
     def cases(self, settings: FinetuneSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return crossed(settings.seeds, pretrained=(1, HEADS))
 
     def run(self, settings: FinetuneSettings, case: Case, tell: Tell) -> dict[str, Any]:
-        """Pretrains with so many heads, then finetunes with them and, from the same weights, without the further."""
+        """Pretrain, then finetune with all heads and, from the same weights, with head 1 alone."""
         ring, n = Ring(settings.p, settings.d), int(case.conditions["pretrained"])
         context = max(settings.training.length, settings.finetuning.length, ring.longest(settings.operations + 1, 0))
         model = sized(settings.size, vocab_size=ring.vocab_size, heads=n, context=context)
@@ -119,6 +124,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
         return sum(map(all, right)) / len(right)
 
     def findings(self, settings: FinetuneSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         arms = {
             "n=1, then 1": values(results, lambda r: r.numbers["then 1"], pretrained=1),
             f"n={HEADS}, then {HEADS}": values(results, lambda r: r.numbers[f"then {HEADS}"], pretrained=HEADS),
@@ -154,6 +160,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
         return Findings(headers, rows, judge(contrasts, within_reach=learned), sentence, ours, notes)
 
     def draw(self, figure: Any, settings: FinetuneSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         axes = figure.add_subplot()
         arms = (("n = 1, then 1", 1, "then 1"), (f"n = {HEADS}, then {HEADS}", HEADS, f"then {HEADS}"),
                 (f"n = {HEADS}, then 1", HEADS, "then 1"))  # fmt: skip
@@ -174,7 +181,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
 
 
 def without_further_heads(model: Transformer) -> Transformer:
-    """The next-token model inside one with several heads: trunk and the path to head 1, with weights of its own."""
+    """Return the next-token model inside one with several heads, as a copy: the trunk and the path to head 1."""
     config = replace(model.config, heads=1, layers=model.config.next_token_layers, extra_layers=0)
     copy = Transformer(model.config)
     copy.load_state_dict(model.state_dict())

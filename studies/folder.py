@@ -1,4 +1,4 @@
-"""The folder of a study: one file for each finished case, so that a second start goes on; and who may write there."""
+"""Keep the folder of a study: one file for each finished case, so that another start resumes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from studies.study import Case, Result, StudySettings
 
 
 class StudyFolder:
-    """study.json (which study, with which settings), cases/, and in the end results.json, report.md and figure.png."""
+    """A folder with study.json (name and settings), cases/, and at the end results.json, report.md and figure.png."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class StudyFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Makes the folder and keeps other processes out of it."""
+        """Make the folder and keep other processes out of it."""
         try:
             self.cases.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
@@ -42,8 +42,10 @@ class StudyFolder:
             yield
 
     def accept(self, name: str, scale: str, settings: StudySettings) -> None:
-        """Raises UsageError where the folder holds another study, or cases of other settings. More or fewer seeds, or
-        another device, are no other settings."""
+        """Write the settings, or raise UsageError if the folder holds another study or other settings.
+
+        Another number of seeds and another device are no other settings.
+        """
         now = {"study": name, "scale": scale, **_plain(settings)}
         if self.settings.exists():
             try:
@@ -51,17 +53,17 @@ class StudyFolder:
                 flat = _flat(before)
             except (ValueError, AttributeError) as error:
                 raise UsageError(f"{self.settings}: cannot be read ({error}); give another --out") from error
-            wanted = _flat(now)
-            for key in [*wanted, *(flat.keys() - wanted.keys())]:
-                if key not in ("seeds", "device") and flat.get(key) != wanted.get(key):
+            expected = _flat(now)
+            for key in [*expected, *(flat.keys() - expected.keys())]:
+                if key not in ("seeds", "device") and flat.get(key) != expected.get(key):
                     raise UsageError(
-                        f"{self.path}: holds a study with {key} {flat.get(key)}, not {wanted.get(key)}; "
+                        f"{self.path}: holds a study with {key} {flat.get(key)}, not {expected.get(key)}; "
                         "give another --out"
                     )
         write_text(self.settings, json.dumps(now, indent=2) + "\n")
 
     def find(self, case: Case) -> Result | None:
-        """What `case` has found, if it is finished."""
+        """Return the result of `case`, if it is finished."""
         file = self.cases / f"{case.name}.json"
         try:
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -72,7 +74,7 @@ class StudyFolder:
             raise UsageError(f"{file}: cannot be read ({error}); delete it and run the study again") from error
 
     def keep(self, result: Result) -> Result:
-        """Writes what a case found, in one step, and gives it as it will be read."""
+        """Write a result in one step, and return it as `find` will read it."""
         case = result.case
         kept = {"conditions": case.conditions, "seed": case.seed, "numbers": _finite(result.numbers)}
         text = json.dumps({**kept, "seconds": round(result.seconds, 2)}, indent=2, allow_nan=False)
@@ -93,7 +95,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """What JSON has no number for is null."""
+    """Return `value` with null for numbers that JSON lacks."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Study: kinds of heads and wirings at an equal budget (paper section B, Table S4)."""
+"""Study kinds of heads and wirings at an equal budget (paper section B, Table S4)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stern": {"head_kind": "stern"},
     "sequential": {"head_kind": "sequential", "wiring": "causal"},
 }
-"""What differs from four parallel transformer heads."""
+"""Differences from four parallel transformer heads."""
 PAPER = {
     "next token alone": (30.0, 22.8),
     "transformer, parallel": (33.8, 24.0),
@@ -41,11 +41,15 @@ HEADS = 4
 
 @dataclass(frozen=True)
 class HeadsSettings(CodeSettings):
+    """Settings of the study."""
+
     size: str = "6.7B"
     kinds: tuple[str, ...] = tuple(KINDS)
 
 
 class HeadsStudy(Study[HeadsSettings]):
+    """The study."""
+
     name = "heads"
     claim = (
         "Of all kinds and wirings of heads, parallel transformer heads gain most consistently on next-token training."
@@ -78,14 +82,17 @@ class HeadsStudy(Study[HeadsSettings]):
     }  # fmt: skip
 
     def cases(self, settings: HeadsSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return [Case({"kind": kind}, seed) for kind in settings.kinds for seed in range(settings.seeds)]
 
     def run(self, settings: HeadsSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         changes = {"heads": HEADS} | KINDS[str(case.conditions["kind"])]
         model = sized(settings.size, vocab_size=256, context=settings.training.length, **changes)
         return train_on_code(settings, model, case.seed, tell) | {"parameters": model.parameters()["total"]}
 
     def findings(self, settings: HeadsSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows, contrasts = [], []
         alone = next_byte(results, kind="next token alone")
         for kind in settings.kinds:
@@ -131,7 +138,7 @@ class HeadsStudy(Study[HeadsSettings]):
         return Findings(headers, rows, judge(within, within_reach=within_reach), sentence, ours, notes)
 
     def _improved_by_parallel(self, contrasts: Sequence[Any]) -> list[Any]:
-        """The claim is of parallel transformer heads: that they gain, and more than every other kind of Table S4."""
+        """Return the contrasts of the claim: parallel transformer heads gain, and more than all others of Table S4."""
         known = {each.what.rstrip(":"): each for each in contrasts if each.what.rstrip(":") in PAPER}
         parallel = known.pop("transformer, parallel", None)
         if parallel is None:
@@ -145,6 +152,7 @@ class HeadsStudy(Study[HeadsSettings]):
         ]
 
     def draw(self, figure: Any, settings: HeadsSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         left, middle, right = figure.subplots(1, 3, sharey=True)
         for place, kind in enumerate(settings.kinds):
             heads = KINDS[kind].get("heads", HEADS)

@@ -1,4 +1,4 @@
-"""Study: induction, "A B ... A" -> "B" (paper section 4.1 and appendix J)."""
+"""Study induction, "A B ... A" -> "B" (paper section 4.1 and appendix J)."""
 
 from __future__ import annotations
 
@@ -24,30 +24,34 @@ from studies.training import (
 from studies.verdicts import Contrast, contrast, in_words, judge
 
 FORMED = 0.1
-"""Accuracy above guessing that some model must reach: below, nobody formed induction and nothing is compared."""
+"""Accuracy above guessing that some model must reach: else no model formed induction, and nothing is compared."""
 
 
 @dataclass(frozen=True)
 class InductionSettings(StudySettings):
+    """Settings of the study."""
+
     sizes: tuple[str, ...] = ("1M", "3M", "10M", "30M", "100M", "300M", "1B")
     heads: tuple[int, ...] = (1, 2)
     data: tuple[str, ...] = ("stories", "books")
     """stories alone, or books and stories 9:1 (appendix J)."""
     names: int = 120
-    """Different names in the training stories; people in books have names of their own."""
+    """Number of names in the training stories; people in books have other names."""
     first: int = 24
-    """Tokens that names begin with."""
+    """Number of tokens with which names begin."""
     second: int = 24
-    """And end with."""
+    """Number of tokens with which names end."""
     stories: int = 4000
     tests: int = 100
-    """Stories with names that no training story has."""
+    """Number of test stories, with names that no training story has."""
     every: int = 50
-    """Steps between evaluations: the best counts, as in the paper."""
+    """Steps between evaluations, of which the best counts, as in the paper."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 class InductionStudy(Study[InductionSettings]):
+    """The study."""
+
     name = "induction"
     claim = (
         "Predicting two tokens makes small models form induction, which next-token models of their size do not; "
@@ -81,9 +85,11 @@ class InductionStudy(Study[InductionSettings]):
     }  # fmt: skip
 
     def cases(self, settings: InductionSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return crossed(settings.seeds, data=settings.data, size=settings.sizes, n=settings.heads)
 
     def run(self, settings: InductionSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         stories, training = Stories(settings.first, settings.second), settings.training
         model = sized(
             str(case.conditions["size"]), vocab_size=stories.vocab_size, heads=case.conditions["n"],
@@ -114,6 +120,7 @@ class InductionStudy(Study[InductionSettings]):
         return {"best": max(found), "last": found[-1], "curve": found, "losses": trained.losses}
 
     def findings(self, settings: InductionSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows = []
         for data in settings.data:
             for size in settings.sizes:
@@ -159,6 +166,7 @@ class InductionStudy(Study[InductionSettings]):
         return found
 
     def draw(self, figure: Any, settings: InductionSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         grid = figure.subplots(1, len(settings.data), squeeze=False, sharey=True)[0]
         for axes, data in zip(grid, settings.data):
             for i, n in enumerate(settings.heads):
@@ -180,7 +188,7 @@ def _two(names: list[Name], rng: np.random.Generator) -> tuple[Name, Name]:
 
 
 def _tests(stories: Stories, count: int, known: set[Name]) -> list[tuple[list[int], list[int]]]:
-    """Stories with new names, and where the tokens stand that count."""
+    """Return stories with new names, and the places of the tokens that count."""
     rng = np.random.default_rng(1)
     names = stories.names(2 * count, rng, known)
     return [stories.story(_two(names, rng), rng) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Study: the memory of a training step by number of heads (paper section 2, "memory-efficient implementation")."""
+"""Study the memory of a training step by number of heads (paper section 2, "memory-efficient implementation")."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ STEPS = {"walk": "one head at a time", "joint": "all heads at once"}
 
 @dataclass(frozen=True)
 class MemorySettings(StudySettings):
+    """Settings of the study."""
+
     vocab_size: int = 32_000
     dim: int = 256
     layers: int = 10
@@ -32,6 +34,8 @@ class MemorySettings(StudySettings):
 
 
 class MemoryStudy(Study[MemorySettings]):
+    """The study."""
+
     name = "memory"
     claim = (
         "With forward and backward of one head at a time, training n heads needs no more memory than one, where all at "
@@ -47,9 +51,11 @@ class MemoryStudy(Study[MemorySettings]):
     }
 
     def cases(self, settings: MemorySettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return crossed(settings.seeds, step=settings.steps, n=settings.heads)
 
     def run(self, settings: MemorySettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         n, step = int(case.conditions["n"]), str(case.conditions["step"])
         device = pick_device(settings.device).type
         if step == "joint" and not joint_step_fits(device, n, settings.length, settings.vocab_size):
@@ -65,6 +71,7 @@ class MemoryStudy(Study[MemorySettings]):
         return {"mib": answer["bytes"] / 2**20, "method": answer["method"]}
 
     def findings(self, settings: MemorySettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         logits = 4 * settings.vocab_size * settings.length / 2**20
         mib = {(step, n): _known(results, step, n) for step in STEPS for n in settings.heads}
         rows = [[str(n), *(_cell(mib[step, n]) for step in STEPS), f"{logits * n:,.0f}"] for n in settings.heads]
@@ -86,7 +93,7 @@ class MemoryStudy(Study[MemorySettings]):
         )
         headers = ["n", *(f"{words}, MiB" for words in STEPS.values()), "the logits of all heads in fp32, MiB"]
         notes = [
-            "The most that a training run of two steps held above what was there before its model: weights, gradients, "
+            "Peak of a training run of two steps above the level before its model was built: weights, gradients, "
             "moments, activations, loss; each case in a process of its own (bench/train.py).",
             "A dash: not run, or more than this machine has.",
             f"One row of {settings.length} tokens, V = {settings.vocab_size:,}, d = {settings.dim}, {settings.layers} "
@@ -95,6 +102,7 @@ class MemoryStudy(Study[MemorySettings]):
         return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
 
     def draw(self, figure: Any, settings: MemorySettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         axes = figure.add_subplot()
         for i, (step, words) in enumerate(STEPS.items()):
             found = [(n, x) for n in settings.heads for x in _known(results, step, n)]

@@ -1,4 +1,4 @@
-"""Study: a two-token loss counts the mutual information of neighbouring tokens twice (paper sections 5.2 and L.2)."""
+"""Study how a two-token loss counts the mutual information of neighbouring tokens (paper sections 5.2 and L.2)."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from studies.information import cross_entropy, divergence, identity_errors, relative_information
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, spread, values
 from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model
 from studies.verdicts import Contrast, judge
 
 TOLERANCE = 1e-9
-"""Nats: the identities are exact, arithmetic is float64."""
+"""Largest error in nats: the identities are exact, the arithmetic is float64."""
 
 
 @dataclass(frozen=True)
 class MutualInformationSettings(StudySettings):
+    """Settings of the study."""
+
     alphabets: tuple[int, ...] = (2, 8, 32)
     draws: int = 200
     """Pairs of random distributions for each alphabet and seed."""
     symbols: int = 8
-    """Of the Markov chain that a model learns."""
+    """Symbols of the Markov chain that a model learns."""
     size: str = "0.06M"
     documents: int = 400
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 class MutualInformationStudy(Study[MutualInformationSettings]):
+    """The study."""
+
     name = "mutual-information"
     claim = (
-        "The loss on two tokens is H(X|Y) + 2 I(X;Y) + H(Y|X): beside next-token prediction it doubles the weight of "
-        "what the tokens say of one another, and so too for a model q of the data p."
+        "The loss on two tokens is H(X|Y) + 2 I(X;Y) + H(Y|X): compared with next-token prediction it doubles the "
+        "weight of what the tokens say of one another, and so too for a model q of the data p."
     )
     section = "sections 5.2 and L.2"
     published = "identities, exact"
@@ -54,6 +57,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
     }  # fmt: skip
 
     def cases(self, settings: MutualInformationSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         conditions: list[dict[str, str | int | float]] = [
             {"of": "random", "alphabet": size} for size in settings.alphabets
         ]
@@ -61,6 +65,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
         return [Case(condition, seed) for condition in conditions for seed in range(settings.seeds)]
 
     def run(self, settings: MutualInformationSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         rng = np.random.default_rng(case.seed)
         if case.conditions["of"] == "random":
             worst: dict[str, float] = {}
@@ -77,7 +82,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
     def _of_a_model(
         self, settings: MutualInformationSettings, case: Case, rng: np.random.Generator, tell: Tell
     ) -> dict[str, Any]:
-        """A model with two heads learns a Markov chain; what it says after each symbol is enumerated."""
+        """Train a model with two heads on a Markov chain, and enumerate its distributions after each symbol."""
         symbols = settings.symbols
         chain = rng.dirichlet(np.full(symbols, 0.5), size=symbols)
         length = settings.training.length
@@ -94,7 +99,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
         kept, whole, apart = [], [], []
         for symbol in range(symbols):
             p_XY = chain[symbol][:, None] * chain
-            q_XY, head_2 = _said_after(trained.model, documents[0][: length // 2], symbol, symbols)
+            q_XY, head_2 = _distributions_after(trained.model, documents[0][: length // 2], symbol, symbols)
             worst = {name: max(worst.get(name, 0.0), e) for name, e in identity_errors(p_XY, q_XY).items()}
             whole.append(relative_information(p_XY, p_XY))
             kept.append(relative_information(p_XY, q_XY))
@@ -109,6 +114,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
         }
 
     def findings(self, settings: MutualInformationSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows, contrasts = [], []
         conditions = [case.conditions for case in self.cases(settings) if case.seed == 0]
         for condition in conditions:
@@ -138,6 +144,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
         return Findings(headers, rows, verdict, sentence, f"errors up to {worst:.0e} nats", notes)
 
     def draw(self, figure: Any, settings: MutualInformationSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         left, right = figure.subplots(1, 2)
         names = list(results[0].numbers["errors"])
         for i, name in enumerate(names):
@@ -160,13 +167,56 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
         right.legend()
 
 
+def cross_entropy(p: np.ndarray, q: np.ndarray) -> float:
+    """Return H(p, q) = -sum p log q in nats, of distributions of one shape; it is H(p) if q is p."""
+    seen = p > 0
+    return float(-(p[seen] * np.log(q[seen])).sum())
+
+
+def conditional_cross_entropy(p_XY: np.ndarray, q_XY: np.ndarray) -> float:
+    """Return H(p_{X|Y}, q_{X|Y}) = E_{y ~ p_Y} H(p(.|y), q(.|y)), by its definition; for Y given X, transpose both."""
+    total = 0.0
+    for p_X, q_X in zip(p_XY.T, q_XY.T):
+        if p_X.sum() > 0:
+            total += p_X.sum() * cross_entropy(p_X / p_X.sum(), q_X / q_X.sum())
+    return total
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Return D(p || q)."""
+    return cross_entropy(p, q) - cross_entropy(p, p)
+
+
+def relative_information(p_XY: np.ndarray, q_XY: np.ndarray) -> float:
+    """Return I_{p||q}(X;Y) = D(p || q_X (x) q_Y) - D(p || q), which is the mutual information if q is p."""
+    return divergence(p_XY, np.outer(q_XY.sum(1), q_XY.sum(0))) - divergence(p_XY, q_XY)
+
+
+def identity_errors(p_XY: np.ndarray, q_XY: np.ndarray) -> dict[str, float]:
+    """Return the errors of the paper's identities: of entropies of p, of the lemma on cross-entropies, of their sums.
+
+    The sums over both variables are a two-token loss.
+    """
+    errors = {}
+    for name, q in (("entropy", p_XY), ("lemma", q_XY)):
+        h_X = cross_entropy(p_XY.sum(1), q.sum(1))
+        h_Y = cross_entropy(p_XY.sum(0), q.sum(0))
+        shared = relative_information(p_XY, q)
+        x_given_y, y_given_x = conditional_cross_entropy(p_XY, q), conditional_cross_entropy(p_XY.T, q.T)
+        errors[name] = abs(h_X - (x_given_y + shared))
+        errors[f"{name}, two tokens"] = abs(h_X + h_Y - (x_given_y + 2 * shared + y_given_x))
+    return errors
+
+
 @torch.no_grad()
-def _said_after(model: torch.nn.Module, before: list[int], symbol: int, symbols: int) -> tuple[np.ndarray, np.ndarray]:
-    """(X, Y), what head 1 gives the next two symbols after `symbol`; and (Y,), what head 2 gives the second."""
+def _distributions_after(
+    model: torch.nn.Module, before: list[int], symbol: int, symbols: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (X, Y), the distribution of the two symbols after `symbol` by head 1, and (Y,), the second by head 2."""
     prefix = [*before, symbol]
     device = next(model.parameters()).device
-    texts = torch.tensor([[*prefix, x] for x in range(symbols)], device=device)
-    logits_XTKV = model(texts, heads=2).double().cpu()
+    sequences = torch.tensor([[*prefix, x] for x in range(symbols)], device=device)
+    logits_XTKV = model(sequences, heads=2).double().cpu()
     probabilities = logits_XTKV.softmax(-1).numpy()
     at = len(prefix) - 1
     q_XY = probabilities[0, at, 0][:, None] * probabilities[:, at + 1, 0]

@@ -1,4 +1,4 @@
-"""Study: path-star graphs, on which next-token prediction fails (arXiv 2403.06963), and what does not."""
+"""Study path-star graphs, on which next-token prediction fails, and objectives that do not (arXiv 2403.06963)."""
 
 from __future__ import annotations
 
@@ -26,48 +26,52 @@ from studies.verdicts import Contrast, contrast, in_words, judge
 TEST_SEED = 1_000_000
 NEXT = "next token"
 SOLVED = 0.99
-"""Training ends where so many of the graphs of two tests in a row on the way are right."""
+"""Training ends when this share of the graphs is right in two consecutive tests during training."""
 SHOWN = ("teacherless", "reversed", "token order", "registers")
 """Methods without further heads."""
 
 
 @dataclass(frozen=True)
 class PathStarSettings(StudySettings):
+    """Settings of the study."""
+
     degree: int = 2
-    """d, the arms of a graph; guessing one is right in 1/d."""
+    """Arms d of a graph; a guess is right with probability 1/d."""
     length: int = 3
-    """Nodes of an arm, the start counted: the path that is to be written."""
+    """Nodes of an arm with the start: the length of the path to write."""
     labels: int = 8
-    """Node labels."""
+    """Number of node labels."""
     dim: int = 64
     layers: int = 3
     """Blocks between a token and its prediction."""
     head_kind: HeadKindName = "transformer"
-    """Of several heads. Transformer heads have a block each of their own, and can know the arm while the trunk does
-    not; linear ones know nothing that is not in the trunk, where head 1 finds it."""
+    """Kind of several heads. Transformer heads have a block each and can know the arm while the trunk does not; linear
+    heads know nothing that is not in the trunk, where head 1 finds it."""
     tied: bool = False
-    """Whether the unembedding is the embedding matrix, which makes copying easy to learn."""
+    """True: the unembedding is the embedding matrix, which makes copying easy to learn."""
     methods: tuple[str, ...] = (NEXT, "3 heads", *SHOWN)
     seeds_beside: int | None = None
-    """Seeds of the methods without further heads, which are then shown and not judged (None: as many as the rest)."""
+    """Seeds of the methods without further heads, which are then shown and not judged (None: those of the others)."""
     tests: int = 1000
-    """Graphs that are tested on; those of training are drawn anew at each step."""
+    """Graphs of the test; those of training are drawn anew at each step."""
     watched: int = 50
-    """Steps between tests on the way."""
+    """Steps between tests during training."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 class _Solved(Exception):
-    """Ends a training early."""
+    """A training that ends early."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
 
 class PathStarStudy(Study[PathStarSettings]):
+    """The study."""
+
     name = "path-star"
     claim = (
-        "Trained on the next token alone, a model that is asked for the path in a path-star graph guesses the arm, for "
+        "Trained on the next token alone, a model that must write the path of a path-star graph guesses the arm, for "
         "what follows can be read off the tokens before; objectives that look further ahead find the arm."
     )
     section = "arXiv 2403.06963, section 5; arXiv 2508.19228, table of star graphs; arXiv 2505.10518"
@@ -96,12 +100,14 @@ class PathStarStudy(Study[PathStarSettings]):
     }  # fmt: skip
 
     def cases(self, settings: PathStarSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         cases = crossed(settings.seeds, method=settings.methods)
         fewer = settings.seeds if settings.seeds_beside is None else settings.seeds_beside
         kept = [case for case in cases if case.seed < fewer or case.conditions["method"] not in SHOWN]
         return sorted(kept, key=lambda case: case.seed)
 
     def run(self, settings: PathStarSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         graphs = StarGraphs(settings.degree, settings.length, settings.labels)
         method = str(case.conditions["method"])
         config = config_of(settings, graphs, method, case.seed)
@@ -129,13 +135,14 @@ class PathStarStudy(Study[PathStarSettings]):
         }
 
     def findings(self, settings: PathStarSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows = []
         for method in settings.methods:
             row = [method, spread(values(results, exact_of, method=method))]
             row += [spread(values(results, place_of(at), method=method)) for at in range(settings.length)]
             steps = spread(values(results, lambda r: float(r.numbers["steps"]), method=method), ".0f")
             rows.append([*row, steps, spread(values(results, lambda r: r.seconds, method=method), ".0f")])
-        judged, beside = self._contrasts(settings, results)
+        judged, shown = self._contrasts(settings, results)
         chance = 1 / settings.degree
         plain = values(results, exact_of, method=NEXT)
         learned = statistics.median(plain) > chance / 2
@@ -143,8 +150,8 @@ class PathStarStudy(Study[PathStarSettings]):
             f"Exact match in G({settings.degree},{settings.length}) with {settings.labels} labels, next token "
             f"{spread(plain)} where guessing the arm gives {chance:.3f}; over it: {in_words(judged)}."
         )
-        if beside:
-            sentence += f" Beside it, not judged: {in_words(beside)}."
+        if shown:
+            sentence += f" Shown, not judged: {in_words(shown)}."
         if not learned:
             sentence += " Next-token prediction did not learn to write a path at all: too short a training."
         solved = [m for m in settings.methods if min(values(results, exact_of, method=m)) >= 0.95]
@@ -153,7 +160,7 @@ class PathStarStudy(Study[PathStarSettings]):
         headers = ["method", "exact match", *places, "steps", "seconds"]
         notes = [
             "Exact match of greedy decoding that runs freely; of teacherless training, of all tokens at once. By "
-            "place: head 1 behind the true tokens before, in which all but token 2 can be copied or read off an edge "
+            "place: head 1 after the true tokens, in which all but token 2 can be copied or read off an edge "
             "(reversed: all).",
             "Losses are of positions from '=' on, for every head. Graphs of training are drawn anew, so none is seen "
             f"twice; at most {settings.training.steps} steps, fewer where {SOLVED:.0%} of 250 graphs are right at two "
@@ -164,7 +171,7 @@ class PathStarStudy(Study[PathStarSettings]):
     def _contrasts(
         self, settings: PathStarSettings, results: Sequence[Result]
     ) -> tuple[list[Contrast], list[Contrast]]:
-        """Of each method to the next token: those that are judged, and those that are shown beside."""
+        """Return the contrasts of methods to the next token: those to judge, and those to show."""
         plain = values(results, exact_of, method=NEXT)
         margin = 2 / settings.tests**0.5  # two standard errors of a difference, and more
         others = [method for method in settings.methods if method != NEXT]
@@ -173,6 +180,7 @@ class PathStarStudy(Study[PathStarSettings]):
         return [found[m] for m in others if m not in aside], [found[m] for m in others if m in aside]
 
     def draw(self, figure: Any, settings: PathStarSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 2]})
         for i, method in enumerate(settings.methods):
             curves = values(results, lambda r: r.numbers["on_the_way"], method=method)
@@ -196,15 +204,17 @@ class PathStarStudy(Study[PathStarSettings]):
 
 
 def exact_of(result: Result) -> float:
+    """Return the exact match of a result."""
     return float(result.numbers["exact"])
 
 
 def place_of(at: int) -> Callable[[Result], float]:
+    """Return the function that gives the share of right tokens at a place of the path."""
     return lambda result: float(result.numbers["places"][at])
 
 
 def config_of(settings: PathStarSettings, graphs: StarGraphs, method: str, seed: int) -> RunConfig:
-    """The run that trains by `method`: the same model but for its heads."""
+    """Return the run that trains by `method`: the same model except for its heads."""
     heads = int(method.split()[0]) if method.endswith(" heads") else 1
     length = graphs.prompt + graphs.length - 1
     model = ModelConfig(
@@ -232,39 +242,38 @@ def config_of(settings: PathStarSettings, graphs: StarGraphs, method: str, seed:
 
 
 def batches_of(graphs: StarGraphs, config: RunConfig, method: str) -> Iterator[Batch]:
-    """Fresh graphs for every step of the run."""
+    """Yield batches of new graphs for every step of the run."""
     rng = np.random.default_rng(config.seed)
     T, heads, rows = config.length, config.model.heads, config.batch.rows
     for step in range(config.steps * config.batch.accumulate):
-        texts = texts_of(graphs, graphs.draw(rows, rng), method)
-        tokens = torch.from_numpy(np.pad(texts, ((0, 0), (0, heads - 1))))
+        sequences = sequences_of(graphs, graphs.draw(rows, rng), method)
+        tokens = torch.from_numpy(np.pad(sequences, ((0, 0), (0, heads - 1))))
         documents = (torch.arange(T + heads) > T).long().expand(rows, -1)
         targets = targets_of(tokens, documents, heads)
-        targets[:, : graphs.prompt - 1] = IGNORE  # the graph itself is chance
+        targets[:, : graphs.prompt - 1] = IGNORE  # the graph itself is random
         places = torch.stack(
             [torch.zeros(rows, dtype=torch.int64), torch.arange(rows) + step % config.batch.accumulate * rows], 1
         )
         yield Batch(tokens[:, :T], targets, documents[:, :T], places=places)
 
 
-def texts_of(graphs: StarGraphs, texts: np.ndarray, method: str) -> np.ndarray:
-    """The texts that a method writes: from the goal back, if reversed."""
+def sequences_of(graphs: StarGraphs, sequences: np.ndarray, method: str) -> np.ndarray:
+    """Return the sequences that a method learns: from the goal back, if reversed."""
     if method != "reversed":
-        return texts
-    return np.concatenate([texts[:, : graphs.prompt], texts[:, : graphs.prompt - 1 : -1]], 1)
+        return sequences
+    return np.concatenate([sequences[:, : graphs.prompt], sequences[:, : graphs.prompt - 1 : -1]], 1)
 
 
 @torch.no_grad()
-def right_of(model: Transformer, graphs: StarGraphs, texts: np.ndarray, method: str) -> np.ndarray:
-    """(tests, length) bool: which tokens of each path are right, behind the true ones before (`written_right`); in
-    teacherless decoding behind masks."""
-    texts, first = texts_of(graphs, texts, method), graphs.prompt
+def right_of(model: Transformer, graphs: StarGraphs, sequences: np.ndarray, method: str) -> np.ndarray:
+    """Return which tokens of each path are right after the true ones (teacherless: masks), (tests, length) bool."""
+    sequences, first = sequences_of(graphs, sequences, method), graphs.prompt
     if method != "teacherless":
-        return np.array(written_right(model, texts[:, :first].tolist(), texts[:, first:].tolist()))
-    given = texts[:, :-1].copy()
+        return np.array(written_right(model, sequences[:, :first].tolist(), sequences[:, first:].tolist()))
+    given = sequences[:, :-1].copy()
     given[:, first:] = graphs.spare
     chosen = model(torch.from_numpy(given).to(model.trunk.embedding.weight.device)).argmax(-1).cpu().numpy()
-    right: np.ndarray = chosen[:, first - 1 :] == texts[:, first:]
+    right: np.ndarray = chosen[:, first - 1 :] == sequences[:, first:]
     return right
 
 

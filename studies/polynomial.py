@@ -1,4 +1,4 @@
-"""Study: polynomial arithmetic (paper section 4.2)."""
+"""Study polynomial arithmetic (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -25,38 +25,42 @@ from studies.verdicts import Contrast, contrast, in_words, judge
 
 @dataclass(frozen=True)
 class PolynomialSettings(StudySettings):
+    """Settings of the study."""
+
     p: int = 7
     d: int = 5
     operations: int = 5
-    """m: problems for training have 1 to this many."""
+    """Most operations m of a problem for training; the least is 1."""
     test_operations: int = 10
-    """And for tests 1 to this many: beyond `operations` they are out of domain."""
+    """Most operations of a test; beyond `operations` they are out of domain."""
     problems: int = 100_000
-    """For training; read again and again where training takes longer."""
+    """Problems for training, read again and again if training takes longer."""
     tests: int = 2000
-    """Problems for each m."""
+    """Test problems for each m."""
     sizes: tuple[str, ...] = ("30M", "100M")
     heads: tuple[int, ...] = (1, 2, 4)
     pauses: tuple[int, ...] = (0, 5, 10)
     answers_only: bool = False
-    """Whether questions are no targets: their coefficients are random, and a short training drowns in them. The paper
-    does not say that it leaves them out."""
+    """True: questions are no targets, for their random coefficients would dominate a short training. The paper does not
+    say that it leaves them out."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 def exact_by_operations(result: Result, first: int, last: int) -> float:
-    """Mean exact match over m = first..last."""
+    """Return the mean exact match over m = first..last."""
     return statistics.fmean(result.numbers["exact"][first - 1 : last])
 
 
 def above_guessing(settings: PolynomialSettings, results: Sequence[Result], first: int, last: int) -> bool:
-    """Whether some model solves more problems of m = first..last than the most frequent answer does."""
+    """Return whether some model solves more problems of m = first..last than the most frequent answer."""
     floor = statistics.fmean(results[0].numbers["guessed"][first - 1 : last])
     best = max(exact_by_operations(result, first, last) for result in results)
     return best > floor + 3 * (floor / settings.tests) ** 0.5
 
 
 class PolynomialStudy(Study[PolynomialSettings]):
+    """The study."""
+
     name = "polynomial"
     claim = (
         "Models trained to predict several tokens solve more problems of polynomial arithmetic at every number of "
@@ -89,9 +93,11 @@ class PolynomialStudy(Study[PolynomialSettings]):
     }  # fmt: skip
 
     def cases(self, settings: PolynomialSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return crossed(settings.seeds, pauses=settings.pauses, size=settings.sizes, n=settings.heads)
 
     def run(self, settings: PolynomialSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         ring, pauses = Ring(settings.p, settings.d), int(case.conditions["pauses"])
         context = max(settings.training.length, ring.longest(settings.test_operations, pauses))
         model = sized(
@@ -118,6 +124,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
         }
 
     def findings(self, settings: PolynomialSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         inside, last = settings.operations, settings.test_operations
         rows = []
         for pauses in settings.pauses:
@@ -162,7 +169,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
     def _contrasts(
         self, settings: PolynomialSettings, results: Sequence[Result], domains: dict[str, tuple[int, int]]
     ) -> list[Contrast]:
-        """More heads over one, in each domain in which anything was learned; and over one in the next larger size."""
+        """Return the contrasts of more heads over one, of the same and of the next larger size, in learned domains."""
         found = []
         for domain, (first, stop) in domains.items():
             margin = 0.5 / (settings.tests * (stop - first + 1)) ** 0.5  # at most one standard error of a share
@@ -187,6 +194,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
         return found
 
     def draw(self, figure: Any, settings: PolynomialSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         panels = [(pauses, size) for pauses in settings.pauses for size in settings.sizes]
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         operations = range(1, settings.test_operations + 1)

@@ -1,4 +1,4 @@
-"""Problems over F_p[X]/(X^d) (paper section 4.2), of negation, addition, multiplication and composition."""
+"""Make problems over F_p[X]/(X^d) (paper section 4.2): negation, addition, multiplication and composition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Polynomial = tuple[int, ...]
-"""Coefficients, the constant one first."""
+"""Coefficients, the constant first."""
 UNARY = "-"
 BINARY = ("+", "*", "o")
 MARKS = ("(", ")", UNARY, *BINARY, "=", "pause", "end")
@@ -16,26 +16,30 @@ MARKS = ("(", ")", UNARY, *BINARY, "=", "pause", "end")
 
 @dataclass(frozen=True)
 class Ring:
-    """F_p[X]/(X^d), and the vocabulary in which its problems are written: the coefficients 0..p-1, then `MARKS`."""
+    """The ring F_p[X]/(X^d) with the vocabulary of its problems: the coefficients 0..p-1, then `MARKS`."""
 
     p: int = 7
     d: int = 5
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens."""
         return self.p + len(MARKS)
 
     def mark(self, mark: str) -> int:
-        """Its token."""
+        """Return the token of a mark."""
         return self.p + MARKS.index(mark)
 
     def negate(self, f: Polynomial) -> Polynomial:
+        """Return -f."""
         return tuple(-a % self.p for a in f)
 
     def add(self, f: Polynomial, g: Polynomial) -> Polynomial:
+        """Return f + g."""
         return tuple((a + b) % self.p for a, b in zip(f, g))
 
     def multiply(self, f: Polynomial, g: Polynomial) -> Polynomial:
+        """Return f g mod X^d."""
         product = [0] * self.d
         for i, a in enumerate(f):
             for j in range(self.d - i):
@@ -43,16 +47,20 @@ class Ring:
         return tuple(a % self.p for a in product)
 
     def compose(self, f: Polynomial, g: Polynomial) -> Polynomial:
-        """f(g(X)) mod X^d for the representatives of degree < d. On classes it would not be well defined: X^d composed
-        with g is g^d, which is not 0 where g(0) is not."""
+        """Return f(g(X)) mod X^d of the representatives of degree < d.
+
+        On classes it would not be well defined: X^d composed with g is g^d, which is not 0 if g(0) is not 0.
+        """
         total: Polynomial = (0,) * self.d
         for a in reversed(f):  # Horner
             total = self.add(self.multiply(total, g), (a,) + (0,) * (self.d - 1))
         return total
 
     def problem(self, operations: int, rng: np.random.Generator) -> tuple[list[int], Polynomial]:
-        """An expression with so many operations, as tokens, and its value. Operators and coefficients are uniform; the
-        operations left are split uniformly between the operands."""
+        """Return an expression with so many operations, as tokens, and its value.
+
+        Operators and coefficients are uniform; the other operations are split uniformly between the operands.
+        """
         if operations == 0:
             value = tuple(rng.integers(self.p, size=self.d).tolist())
             return list(value), value
@@ -67,18 +75,17 @@ class Ring:
         return [self.mark("("), *first, self.mark(operator), *second, self.mark(")")], combine(f, g)
 
     def question(self, tokens: Sequence[int], pauses: int) -> list[int]:
-        """The end token of the problem before, the expression, pauses, and the equality sign, which starts the
-        answer."""
+        """Return the previous problem's end token, the expression, pauses, and the equality sign before the answer."""
         return [self.mark("end"), *tokens, *[self.mark("pause")] * pauses, self.mark("=")]
 
     def documents(self, count: int, operations: int, pauses: int, seed: int, least: int = 1) -> list[list[int]]:
-        """Problems with `least` to `operations` operations, answers and end tokens included."""
+        """Return problems with `least` to `operations` operations, with answers and end tokens."""
         rng = np.random.default_rng([seed, 0])
-        texts = []
+        sequences = []
         for _ in range(count):
             tokens, value = self.problem(int(rng.integers(least, operations + 1)), rng)
-            texts.append([*self.question(tokens, pauses)[1:], *value, self.mark("end")])
-        return texts
+            sequences.append([*self.question(tokens, pauses)[1:], *value, self.mark("end")])
+        return sequences
 
     def tests(self, count: int, operations: int, pauses: int) -> tuple[list[list[int]], list[Polynomial]]:
         """Questions with exactly `operations` operations, and their answers: always the same."""

@@ -1,4 +1,4 @@
-"""The report of a study: results.json for programs, report.md and a figure for people."""
+"""Write the report of a study: results.json for programs, report.md and a figure for people."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from studies.folder import StudyFolder
 from studies.study import Findings, Result, Scale, Study, StudySettings
 
 INK, MUTED, LINE = (COLOURS[name][0] for name in ("ink", "muted", "line"))
-SMOKE = "A smoke run shows that the study runs, and nothing of its claim. "
+SMOKE = "A smoke run shows that the study runs, and says nothing about its claim. "
 
 
 def results_of(
     study: Study[Any], scale: Scale, settings: StudySettings, results: Sequence[Result], findings: Findings
 ) -> dict[str, Any]:
-    """All that is known of a study that was run."""
+    """Return all results of a study with its claim, settings and machine, as JSON holds them."""
     smoke = scale == "smoke"
     return {
         "study": study.name,
@@ -48,7 +48,7 @@ def results_of(
 
 
 def format_report(found: dict[str, Any], *, short: bool = False) -> str:
-    """As Markdown, or `short` for the terminal: the table and what it says."""
+    """Return the report as Markdown, or, if `short`, its table and sentence for the terminal."""
     headers, rows = found["table"]["headers"], found["table"]["rows"]
     if short:
         return f"\n{format_table(headers, rows)}\n\n{found['verdict']}: {found['sentence']}\n"
@@ -80,13 +80,13 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
 
 
 def index_row(found: dict[str, Any]) -> str:
-    """A row of docs/studies/index.md."""
+    """Return the row of docs/studies/index.md."""
     cells = [f"[{found['study']}]({found['study']}/report.md)", f"{found['claim']} ({found['section']})"]
     return _row([*cells, found["published"], found["ours"], f"**{found['verdict']}**"])
 
 
 def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Result], path: Path) -> None:
-    """Writes the figure as PNG."""
+    """Write the figure as PNG."""
     import matplotlib
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -105,6 +105,7 @@ def draw_figure(study: Study[Any], settings: StudySettings, results: Sequence[Re
 
 
 def write_results(found: dict[str, Any], folder: StudyFolder) -> None:
+    """Write report.md and results.json."""
     write_text(folder.report, format_report(found))
     write_text(folder.results, json.dumps(found, indent=2, allow_nan=False) + "\n")
 

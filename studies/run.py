@@ -1,7 +1,8 @@
-"""Running a study: case by case, going on where an earlier start stopped, then the report."""
+"""Run a study case by case, resume it where an earlier start stopped, and write its report."""
 
 from __future__ import annotations
 
+import importlib
 import time
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,37 @@ from studies.folder import StudyFolder
 from studies.report import draw_figure, format_report, results_of, write_results
 from studies.study import Result, Scale, Study, StudySettings
 
+STUDIES = (
+    "polynomial",
+    "induction",
+    "choice-points",
+    "mutual-information",
+    "bytes",
+    "heads",
+    "scaling",
+    "curriculum",
+    "adapted-heads",
+    "finetune",
+    "speed",
+    "memory",
+    "path-star",
+)
+"""Names of the studies in the order of the index; each is the file of that name."""
 STUDIES_FOLDER = Path("runs/studies")
 
 
-def run_study(study: Study[Any], scale: Scale, settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
-    """Runs the cases that are missing in `out` (None: runs/studies/NAME-SCALE), and gives what is in its results.json.
+def find_study(name: str) -> Study[Any]:
+    """Return a study by its name, or raise UsageError."""
+    if name not in STUDIES:
+        raise UsageError(f"there is no study {name!r}; take one of {', '.join(STUDIES)}")
+    study: Study[Any] = importlib.import_module(f"studies.{name.replace('-', '_')}").STUDY
+    return study
 
-    Raises UsageError where the folder is in use, or holds another study or other settings.
+
+def run_study(study: Study[Any], scale: Scale, settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
+    """Run the cases that are missing in `out` (None: runs/studies/NAME-SCALE), and return the content of results.json.
+
+    Raises UsageError if the folder is in use, or holds another study or other settings.
     """
     need_matplotlib("a study's figure")
     if settings.seeds < 1:
@@ -30,7 +55,7 @@ def run_study(study: Study[Any], scale: Scale, settings: StudySettings, out: Pat
         folder.accept(study.name, scale, settings)
         say(f"{study.name} ({study.section}), scale {scale}: {study.claim}")
         if scale in study.not_yet_run:
-            say(f"nobody has run the scale {scale} of this study yet; its settings were checked, its numbers are new")
+            say(f"the scale {scale} of this study was never run: its settings were checked, its numbers are new")
         results = _run_cases(study, settings, folder)
         findings = study.findings(settings, results)
         draw_figure(study, settings, results, folder.figure)

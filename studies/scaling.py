@@ -1,4 +1,4 @@
-"""Study: what more heads do to the next token, by size (paper section 3.1, Table S7)."""
+"""Study the effect of more heads on the next token, by size (paper section 3.1, Table S7)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ PAPER = {"0.3B": -0.8, "0.6B": -1.7, "1.3B": 0.6, "3B": 1.6, "6.7B": 2.1, "13B":
 
 @dataclass(frozen=True)
 class ScalingSettings(CodeSettings):
+    """Settings of the study."""
+
     sizes: tuple[str, ...] = tuple(PAPER)
     heads: tuple[int, ...] = (1, 2, 4)
 
 
 class ScalingStudy(Study[ScalingSettings]):
+    """The study."""
+
     name = "scaling"
     claim = "Several heads cost small models quality at an equal budget, larger ones less, and large ones gain by them."
     section = "section 3.1, figure 3, Table S7"
@@ -53,15 +57,18 @@ class ScalingStudy(Study[ScalingSettings]):
     }  # fmt: skip
 
     def cases(self, settings: ScalingSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return crossed(settings.seeds, size=settings.sizes, n=settings.heads)
 
     def run(self, settings: ScalingSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         model = sized(
             str(case.conditions["size"]), vocab_size=256, heads=case.conditions["n"], context=settings.training.length
         )
         return train_on_code(settings, model, case.seed, tell)
 
     def findings(self, settings: ScalingSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows, contrasts = [], []
         losses: dict[tuple[str, int], list[float]] = {}
         more = max(settings.heads)
@@ -98,6 +105,7 @@ class ScalingStudy(Study[ScalingSettings]):
         return Findings(headers, rows, verdict, sentence, ours, notes)
 
     def draw(self, figure: Any, settings: ScalingSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         left, right = figure.subplots(1, 2)
         one = {size: next_byte(results, size=size, n=1) for size in settings.sizes}
         for i, n in enumerate(n for n in settings.heads if n > 1):

@@ -1,4 +1,4 @@
-"""Study: how much faster decoding is with the heads, and how much slower training (paper Tables S2, S3, S5)."""
+"""Study the speed of decoding with heads, and of training them (paper Tables S2, S3, S5)."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ PAPER: dict[str, dict[int, tuple[float, float]]] = {"S2": KINDS["tokens"].paper,
 """Table -> heads used -> (speed-up, tokens per pass): code, n = 4; bytes, n = 8."""
 PAPER_TRAINING = {"0.3B": (1.07, 1.22), "1.3B": (1.04, 1.12), "3B": (1.02, 1.07), "13B": (1.04, 1.09)}
 """Table S5: time of a training step with n = 2 and n = 4 over n = 1."""
-NEAR = 0.15
-"""How far a step's time may be above what its products say."""
-KEPT = 0.7
-"""Share of the tokens per pass that must come out as speed; the paper's is 0.87 (S2) and 0.91 (S3)."""
+MOST_ABOVE = 0.15
+"""Share by which the time of a step may exceed that of its products."""
+LEAST_SHARE = 0.7
+"""Least speed-up over the tokens per pass; the paper's is 0.87 (S2) and 0.91 (S3)."""
 
 
 @dataclass(frozen=True)
 class SpeedSettings(StudySettings):
+    """Settings of the study."""
+
     decoded: Size = "12M"
-    """S2: size of the model, with random weights and drafts made right at the paper's rate."""
+    """S2: size of the model, which has random weights and drafts that are right at the paper's rate."""
     prompts: int = 4
     """S3: prompts of the model in the box."""
     prompt_tokens: int = 128
     new_tokens: int = 128
     dtype: str = "float32"
     repetitions: int = 3
-    """Rounds within a case; every case is a process of its own, and so is every seed."""
+    """Rounds within a case; every case and seed is a process of its own."""
     dim: int = 256
-    """S5: of the model that is trained."""
+    """S5: width of the model to train."""
     layers: int = 10
     length: int = 256
     vocab_size: int = 32_000
@@ -52,6 +54,8 @@ class SpeedSettings(StudySettings):
 
 
 class SpeedStudy(Study[SpeedSettings]):
+    """The study."""
+
     name = "speed"
     claim = (
         "Decoding gets faster with every head used, close to the tokens that a pass commits; a training step gets "
@@ -76,9 +80,11 @@ class SpeedStudy(Study[SpeedSettings]):
     }  # fmt: skip
 
     def cases(self, settings: SpeedSettings) -> list[Case]:
+        """Return the cases of all conditions and seeds."""
         return [Case({"table": table}, seed) for table in settings.tables for seed in range(settings.seeds)]
 
     def run(self, settings: SpeedSettings, case: Case, tell: Tell) -> dict[str, Any]:
+        """Train and measure one case."""
         device = pick_device(settings.device).type
         if case.conditions["table"] == "S5":
             return self._training(settings, device)
@@ -123,6 +129,7 @@ class SpeedStudy(Study[SpeedSettings]):
         }
 
     def findings(self, settings: SpeedSettings, results: Sequence[Result]) -> Findings:
+        """Judge the claim by the results."""
         rows, contrasts, ours = [], [], []
         for table in settings.tables:
             numbers = values(results, lambda r: r.numbers, table=table)
@@ -138,7 +145,7 @@ class SpeedStudy(Study[SpeedSettings]):
             "is measured. S3: the model in the box on prompts of its own. Speed-ups are over the fastest plain "
             "decoding.",
             f"S5: V = {settings.vocab_size:,}, d = {settings.dim}: the unembedding is a larger part of the whole than "
-            "in the paper's models, so n = 4 costs more; what can be compared is the time beside the products.",
+            "in the paper's models, so n = 4 costs more; only the time over that of the products can be compared.",
             f"{settings.dtype}, {settings.threads} CPU thread, where it runs on a CPU.",
         ]  # fmt: skip
         headers = ["table", "", "speed-up, or step time over n=1", "tokens per pass", "the paper"]
@@ -151,10 +158,12 @@ class SpeedStudy(Study[SpeedSettings]):
             rows.append(
                 [table, f"k={k}", spread(up, ".2f"), spread(per_pass, ".2f"), f"{paper_up:.2f} / {paper_pass:.2f}"]
             )
-        # The last k is that of all heads.
+        # The last k is the number of all heads.
         contrasts = [
             contrast(f"{table}: all heads over plain decoding", up, [1.0] * len(up), 0.05),
-            contrast(f"{table}: speed-up over {KEPT} of the tokens per pass", up, [KEPT * x for x in per_pass]),
+            contrast(
+                f"{table}: speed-up over {LEAST_SHARE} of the tokens per pass", up, [LEAST_SHARE * x for x in per_pass]
+            ),
         ]
         words = f"{statistics.median(up):.2f} times at {statistics.median(per_pass):.2f} tokens per pass"
         return rows, contrasts, words
@@ -168,13 +177,14 @@ class SpeedStudy(Study[SpeedSettings]):
             paper = {2: "1.02 to 1.07", 4: "1.07 to 1.22"}.get(n, "1.00")
             rows.append(["S5", f"n={n}", spread(time, ".2f"), f"by products {product:.2f}", paper])
             if n != 1:
-                near = [NEAR - (x / product - 1) for x in time]
+                near = [MOST_ABOVE - (x / product - 1) for x in time]
                 contrasts.append(
-                    Contrast(f"S5: n={n} no slower than its products say, and {NEAR:.0%}, with room", near)
+                    Contrast(f"S5: n={n} no slower than its products say, and {MOST_ABOVE:.0%}, with room", near)
                 )
         return rows, contrasts, f"{statistics.median(time):.2f} at n={n}, by products {product:.2f}"
 
     def draw(self, figure: Any, settings: SpeedSettings, results: Sequence[Result]) -> None:
+        """Draw the results next to the paper's."""
         grid = figure.subplots(1, len(settings.tables), squeeze=False)[0]
         for axes, table in zip(grid, settings.tables):
             numbers = values(results, lambda r: r.numbers, table=table)

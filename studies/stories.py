@@ -1,4 +1,4 @@
-"""Stories from templates, their people with names of two tokens: stand-ins for children's stories (section 4.1)."""
+"""Make stories from templates, with names of two tokens, in place of children's stories (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -56,35 +56,37 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Stories:
-    """The vocabulary: words, then `first` tokens that names begin with and `second` that they end with."""
+    """The vocabulary: words, then `first` tokens with which names begin and `second` with which they end."""
 
     first: int = 24
     second: int = 24
 
     @property
     def words(self) -> list[str]:
-        texts = [*OPENINGS, *SENTENCES, *CLOSINGS, *BOOK, *WORDS.values()]
-        found = {word for text in texts for word in text.split() if word[0] != "{" and word not in "AB"}
+        """Words of all templates."""
+        templates = [*OPENINGS, *SENTENCES, *CLOSINGS, *BOOK, *WORDS.values()]
+        found = {word for text in templates for word in text.split() if word[0] != "{" and word not in "AB"}
         return ["<end>", *sorted(found)]
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens."""
         return len(self.words) + self.first + self.second
 
     def names(self, count: int, rng: np.random.Generator, without: set[Name] = frozenset()) -> list[Name]:  # type: ignore[assignment]
-        """So many different names, none of `without`. Several begin alike where there are more than `first`."""
+        """Return `count` different names, none of `without`. Several begin alike if they are more than `first`."""
         begin = len(self.words)
         every = [(begin + i, begin + self.first + j) for i in range(self.first) for j in range(self.second)]
         free = [name for name in every if name not in without]
         return [free[i] for i in rng.permutation(len(free))[:count]]
 
     def story(self, people: tuple[Name, Name], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """Tokens, end token included, and where the second token of a name stands that was mentioned before."""
+        """Return tokens with the end token, and the places of the second tokens of names mentioned before."""
         middle = [SENTENCES[i] for i in rng.integers(len(SENTENCES), size=rng.integers(6, 11))]
         return self._written([_one(OPENINGS, rng), *middle, _one(CLOSINGS, rng)], people, rng)
 
     def book(self, people: tuple[Name, Name], rng: np.random.Generator) -> tuple[list[int], list[int]]:
-        """A page of prose, more tangled than a story."""
+        """Return what `story` does, for a page of prose more complex than a story."""
         return self._written([_one(BOOK, rng) for _ in range(rng.integers(7, 12))], people, rng)
 
     def _written(

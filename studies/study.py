@@ -1,4 +1,4 @@
-"""What a study is: a claim of a paper, cases that are run, and what their numbers say of the claim."""
+"""Define a study: a claim of a paper, the cases that test it, and a judgement of their numbers."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ Scale = Literal["smoke", "cpu", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
 Verdict = Literal["reproduced", "direction only", "null", "out of reach"]
 Tell = Callable[..., None]
-"""Shows its keywords beside the progress of the study: `tell(step="20/60", loss="1.31")`."""
+"""Function that shows its keywords next to the progress of the study: `tell(step="20/60", loss="1.31")`."""
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What every study is told; each has a dataclass of its own with more, one value of it for each scale."""
+    """Settings of every study. Each study has a dataclass with more, and one value of it for each scale."""
 
     seeds: int = 1
-    """Every condition is run with this many seeds, 0, 1, ...; a finished study may go on with more."""
+    """Seeds 0, 1, ... of every condition; a finished study can continue with more."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, ..."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A condition with a seed: what is run as one, and kept as one file."""
+    """A condition with a seed, whose result is one file."""
 
     conditions: dict[str, str | int | float]
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its file too."""
+        """Name of the case and of its file."""
         words = [f"{name}={value}" for name, value in {**self.conditions, "seed": self.seed}.items()]
         return ",".join(words).replace("/", "_").replace(" ", "_")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a case found."""
+    """The result of a case."""
 
     case: Case
     numbers: dict[str, Any]
     seconds: float
 
     def of(self, **conditions: object) -> bool:
-        """Whether its case has all of `conditions`."""
+        """Return whether its case has all of `conditions`."""
         return all(self.case.conditions.get(name) == value for name, value in conditions.items())
 
 
 def values(results: Sequence[Result], number: Callable[[Result], Any], **conditions: object) -> list[Any]:
-    """`number` of the results of these conditions, in the order of their seeds."""
+    """Return `number` of the results with these conditions, in the order of their seeds."""
     found = sorted((result for result in results if result.of(**conditions)), key=lambda result: result.case.seed)
     return [number(result) for result in found]
 
 
 def spread(numbers: Sequence[float], form: str = ".3f") -> str:
-    """Median over seeds and, of several, their range: "0.42 (0.40 to 0.47)"."""
+    """Return the median over seeds and the range of several, as "0.42 (0.40 to 0.47)"."""
     if not numbers:
         return ""
     middle = format(statistics.median(numbers), form)
@@ -70,16 +70,16 @@ def spread(numbers: Sequence[float], form: str = ".3f") -> str:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the results say."""
+    """The judgement of a study's results."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     """The table: medians and ranges over seeds."""
     verdict: Verdict
     sentence: str
-    """What the data support, nulls included."""
+    """Sentence that the data support, nulls included."""
     ours: str
-    """The number of ours that stands beside the paper's, in a few words."""
+    """Our number to compare with the paper's, in a few words."""
     notes: Sequence[str] = field(default=())
 
 
@@ -87,39 +87,39 @@ Settings = TypeVar("Settings", bound=StudySettings)
 
 
 class Study(ABC, Generic[Settings]):
-    """One file of this folder; its module ends with `STUDY = ...`, and `catalogue.py` names it."""
+    """A study. Its file ends with `STUDY = ...`, and `run.STUDIES` names it."""
 
     name: ClassVar[str]
     claim: ClassVar[str]
     """One sentence."""
     section: ClassVar[str]
-    """Where the claim stands: the paper's section or table."""
+    """The paper's section or table that makes the claim."""
     published: ClassVar[str]
     """The paper's own number in a few words, or that it gives none."""
     not_yet_run: ClassVar[tuple[Scale, ...]] = ("gpu", "paper")
-    """Scales whose settings were only ever checked."""
+    """Scales that were never run: only their settings were checked."""
     scales: ClassVar[dict[Scale, Any]]
-    """Settings of its own dataclass."""
+    """Settings of each scale, in the study's own dataclass."""
 
     @abstractmethod
     def cases(self, settings: Settings) -> list[Case]:
-        """What is to be run, in order; cases that are in one another's comparison stand close together."""
+        """Return the cases in order; cases to compare with one another stand close together."""
 
     @abstractmethod
     def run(self, settings: Settings, case: Case, tell: Tell) -> dict[str, Any]:
-        """The numbers of one case, as JSON has them."""
+        """Run a case and return its numbers, as JSON holds them."""
 
     @abstractmethod
     def findings(self, settings: Settings, results: Sequence[Result]) -> Findings:
-        """Of the results of all cases."""
+        """Judge the claim by the results of all cases."""
 
     @abstractmethod
     def draw(self, figure: Any, settings: Settings, results: Sequence[Result]) -> None:
-        """Draws on a matplotlib figure, the paper's numbers beside ours."""
+        """Draw our numbers next to the paper's on a matplotlib figure."""
 
 
 def crossed(seeds: int, **conditions: Sequence[Any]) -> list[Case]:
-    """Every combination of the conditions with every seed; the last condition and then the seed change fastest."""
+    """Return every combination of conditions and seeds; the seed and then the last condition change fastest."""
     combinations: list[dict[str, Any]] = [{}]
     for name, choices in conditions.items():
         combinations = [{**before, name: choice} for before in combinations for choice in choices]

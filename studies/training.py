@@ -1,4 +1,4 @@
-"""Training inside a case: the project's own step on batches that lie in memory."""
+"""Train inside a case: the library's own step on batches that lie in memory."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ SIZES = {
     "0.25M": ModelConfig(dim=64, layers=5, attention_heads=4),
     "0.55M": ModelConfig(dim=96, layers=5, attention_heads=4),
 } | PRESETS
-"""Sizes by name: those of Table S14, and below them smaller ones that a CPU trains in minutes, named as the first seven
-of Table S14 are, by 12 x layers x dim^2."""
+"""Sizes by name: those of Table S14, and smaller ones that a CPU trains in minutes. Their names are 12 x layers x dim^2,
+like the first seven of Table S14."""
 LAST = 0.1
-"""Share of the steps, at the end, over which losses are averaged."""
+"""Last share of the steps, over which losses are averaged."""
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How the models of a study are trained; the same for all its conditions."""
+    """Settings of training, the same for all conditions of a study."""
 
     steps: int = 100
     rows: int = 32
@@ -47,7 +47,7 @@ class TrainingSettings:
     accumulate: int = 1
     """Micro-batches of `rows` rows in a step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """The paper's, or the one that needs fewer steps."""
+    """The paper's optimizer, or the one that needs fewer steps."""
     lr: float = 1e-3
     warmup_steps: int = 20
     final_lr_ratio: float = 0.03
@@ -60,17 +60,17 @@ class Trained:
 
     model: Transformer
     losses: list[float]
-    """Of each head, in nats, over the last tenth of the steps."""
+    """Mean loss of each head over the last tenth of the steps, in nats."""
     curve: list[list[float]] = field(repr=False)
-    """The losses of each head at every step."""
+    """Losses of each head at every step."""
     clipped: float = 0.0
-    """Share of the steps whose gradient was clipped: summed losses make it larger for more heads."""
+    """Share of the steps whose gradient was clipped: the sum of more losses makes it larger."""
 
 
 def sized(size: str, **changes: object) -> ModelConfig:
-    """A size by its name, with `changes` to any field. Raises UsageError where no size is called so."""
+    """Return a size by its name, with `changes` to any field. Raises UsageError for an unknown name."""
     if size not in SIZES:
-        raise UsageError(f"no size is called {size!r}; there are {', '.join(SIZES)}")
+        raise UsageError(f"the size {size!r} is unknown; take one of {', '.join(SIZES)}")
     return replace(SIZES[size], **changes)  # type: ignore[arg-type]
 
 
@@ -81,7 +81,7 @@ def run_config(
     device: str = "auto",
     head_weights: HeadWeights | None = None,
 ) -> RunConfig:
-    """The settings of a training run, as `headstart train` has them."""
+    """Return the settings of a training run, as `headstart train` reads them."""
     return RunConfig(
         steps=settings.steps,
         seed=seed,
@@ -103,8 +103,12 @@ def run_config(
 def in_memory(
     documents: Sequence[Sequence[int] | np.ndarray], targets_from: Sequence[int] | None = None
 ) -> TokenShards:
-    """Documents, each closed by its end token, as a split of token shards that lies nowhere on disk. With
-    `targets_from` only the tokens of a document from that place on are to be predicted."""
+    """Return a split of token shards that is not on disk. Each document ends with its end token.
+
+    Args:
+        documents: the documents' tokens.
+        targets_from: place in each document from which on its tokens are targets (None: all are).
+    """
     starts = np.cumsum([0, *map(len, documents[:-1])], dtype=np.int64)
     tokens = np.concatenate([np.asarray(document, dtype=np.uint32) for document in documents])
     is_target = None
@@ -117,7 +121,7 @@ def in_memory(
 def stream_of(
     shards: TokenShards | Sequence[TokenShards], config: RunConfig, weights: Sequence[float] | None = None
 ) -> BatchStream:
-    """The rows that `headstart train` would read; several splits are mixed by weight."""
+    """Return the rows that `headstart train` would read; several splits are mixed by weight."""
     rows, length, heads = config.batch.rows, config.length, config.model.offset_of_heads
     return BatchStream(shards, rows=rows, length=length, heads=heads, seed=config.seed, weights=weights)
 
@@ -130,12 +134,14 @@ def train_model(
     model: Transformer | None = None,
     watch: Callable[[int, Transformer], None] | None = None,
 ) -> Trained:
-    """Trains until `config.steps`.
+    """Train until `config.steps`.
 
     Args:
-        batches: micro-batches, without end; (B, T) tokens with their targets.
-        model: what training begins from (None: first weights from `config.seed`).
-        watch: called after each step, with how many are done, and the model.
+        config: the run.
+        batches: endless micro-batches; (B, T) tokens with their targets.
+        tell: shows the step and the loss.
+        model: the model to train (None: first weights from `config.seed`).
+        watch: called after each step with the number of steps done, and the model.
 
     Raises:
         UsageError: losses or gradients were not finite at the end.
@@ -167,7 +173,7 @@ def train_model(
 
 
 def _mean(column: np.ndarray) -> float:
-    """Over the steps in which the head had a weight."""
+    """Return the mean over the steps in which the head had a weight."""
     known = column[~np.isnan(column)]
     return float(known.mean()) if len(known) else math.nan
 
@@ -176,22 +182,22 @@ def _mean(column: np.ndarray) -> float:
 def written_right(
     model: Transformer, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], rows: int = 256
 ) -> list[list[bool]]:
-    """Which tokens of each answer head 1 finds most probable behind the prompt and the answer's tokens before.
+    """Return which tokens of each answer head 1 finds most probable after the prompt and the answer's earlier tokens.
 
-    All of an answer's are right exactly if greedy decoding, running freely from the prompt, writes the answer: up to
-    its first wrong token it reads what is read here. So the share of answers without a wrong token is the exact match
-    of free running, in one pass.
+    All tokens of an answer are right exactly if greedy decoding from the prompt writes the answer: up to its first
+    wrong token it reads the same tokens. So the share of answers without a wrong token is the exact match of free
+    running, measured in one pass.
     """
     device = model.trunk.embedding.weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     right: list[list[bool]] = [[] for _ in prompts]
     for begin in range(0, len(order), rows):
         some = order[begin : begin + rows]
-        texts = [[*prompts[i], *answers[i]] for i in some]
-        tokens_BT = torch.zeros(len(some), max(map(len, texts)), dtype=torch.int64)
-        for row, text in enumerate(texts):
+        sequences = [[*prompts[i], *answers[i]] for i in some]
+        tokens_BT = torch.zeros(len(some), max(map(len, sequences)), dtype=torch.int64)
+        for row, text in enumerate(sequences):
             tokens_BT[row, : len(text)] = torch.tensor(text)
-        # Attention is causal: what fills a row up is not seen by what is scored.
+        # Attention is causal: scored tokens do not see the padding.
         chosen_BT = model(tokens_BT.to(device)).argmax(-1).cpu()
         for row, i in enumerate(some):
             first = len(prompts[i])

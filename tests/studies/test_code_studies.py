@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from studies.catalogue import study_called
 from studies.code_models import code_bytes
+from studies.run import find_study
 from studies.study import Case, Result
 
 
@@ -79,7 +79,7 @@ AS_THE_PAPER = {"constant": 2.2, "forward": 2.1, "reverse": 2.0}
     ],
 )
 def test_findings(name: str, made_up: Callable[[Case], Result], verdict: str) -> None:
-    study = study_called(name)
+    study = find_study(name)
     settings: Any = replace(study.scales["cpu"], seeds=2)
     results = [made_up(case) for case in study.cases(settings)]
     found = study.findings(settings, results)

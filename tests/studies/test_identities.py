@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from studies import choice_points, mutual_information
-from studies.information import (
+from studies.mutual_information import (
     conditional_cross_entropy,
     cross_entropy,
     divergence,
@@ -56,16 +56,16 @@ def test_the_identities_hold_and_their_check_would_notice() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_choice_points_are_counted_n_times_n_plus_1_over_2(n: int) -> None:
-    texts = choice_points.texts_of(3)
-    assert len({*map(tuple, texts)}) == 9
-    losses = np.array([[choice_points._entropy(texts, t, k) for k in range(1, n + 1)] for t in range(24)])
+    sequences = choice_points.sequences_of(3)
+    assert len({*map(tuple, sequences)}) == 9
+    losses = np.array([[choice_points._entropy(sequences, t, k) for k in range(1, n + 1)] for t in range(24)])
     terms = choice_points._terms(losses, 3)
     assert terms == {"with consequences": pytest.approx(n * (n + 1) / 2), "without": pytest.approx(n)}
     assert losses.sum() == pytest.approx(math.log(3) * (n * (n + 1) / 2 + n))  # nothing else is uncertain
 
 
 def test_sigma_is_large_where_the_outcome_is_decided() -> None:
-    sigmas = choice_points.sigmas(choice_points.texts_of(4))
+    sigmas = choice_points.sigmas(choice_points.sequences_of(4))
     assert sigmas["choice"] == pytest.approx(math.sqrt(0.25 * 0.75)) and sigmas["elsewhere"] == 0
 
 

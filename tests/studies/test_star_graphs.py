@@ -1,4 +1,4 @@
-"""Path-star graphs: texts that say what the graph is, and how the study reads them."""
+"""Path-star graphs: sequences that say what the graph is, and how the study reads them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_the_text_is_the_graph_and_its_path(graphs: StarGraphs) -> None:
 
 def test_every_arm_is_asked_for_alike_and_a_seed_gives_the_same_graphs() -> None:
     graphs = StarGraphs(2, 3, 5)
-    texts = graphs.draw(2000, np.random.default_rng(1))
-    arms = texts[:, 1 : 3 * graphs.edges : 3]  # where edges lead to, in the order of the text
-    at = (arms == texts[:, graphs.prompt + 1 : graphs.prompt + 2]).argmax(1)
+    sequences = graphs.draw(2000, np.random.default_rng(1))
+    arms = sequences[:, 1 : 3 * graphs.edges : 3]  # where edges lead to, in the order of the text
+    at = (arms == sequences[:, graphs.prompt + 1 : graphs.prompt + 2]).argmax(1)
     assert np.bincount(at, minlength=4) == pytest.approx(np.full(4, 500), rel=0.2)  # the arm's place tells nothing
-    assert np.array_equal(texts, graphs.draw(2000, np.random.default_rng(1)))
+    assert np.array_equal(sequences, graphs.draw(2000, np.random.default_rng(1)))
     with pytest.raises(UsageError, match="labels is 4; a graph of 5 nodes needs as many"):
         StarGraphs(2, 3, 4)
 
@@ -79,13 +79,13 @@ def test_teacherless_decoding_reads_no_answer() -> None:
     config = config_of(SETTINGS, graphs, "teacherless", seed=0)
     with joined("cpu") as processes:
         model, _ = build_model(config, processes)
-    texts = graphs.draw(50, np.random.default_rng(3))
-    other = texts.copy()
+    sequences = graphs.draw(50, np.random.default_rng(3))
+    other = sequences.copy()
     other[:, graphs.prompt :] = 0
-    found = right_of(model, graphs, texts, "teacherless")
-    masked = np.pad(texts[:, : graphs.prompt], ((0, 0), (0, 2)), constant_values=graphs.spare)
+    found = right_of(model, graphs, sequences, "teacherless")
+    masked = np.pad(sequences[:, : graphs.prompt], ((0, 0), (0, 2)), constant_values=graphs.spare)
     chosen = model(torch.from_numpy(masked)).argmax(-1)[:, graphs.prompt - 1 :].numpy()
-    assert found.shape == (50, 3) and np.array_equal(found, chosen == texts[:, graphs.prompt :])
+    assert found.shape == (50, 3) and np.array_equal(found, chosen == sequences[:, graphs.prompt :])
     assert np.array_equal(right_of(model, graphs, other, "teacherless"), chosen == 0)
 
 
@@ -116,5 +116,5 @@ def test_methods_shown_beside_have_fewer_seeds_and_no_say_in_the_verdict() -> No
     numbers = {"places": [1.0, 0.5, 1.0], "steps": 4}
     results = [Result(case, numbers | {"exact": exact[str(case.conditions["method"])]}, 1.0) for case in cases]
     found = STUDY.findings(settings, results)
-    assert found.verdict == "reproduced" and "Beside it, not judged: reversed -0.300 (one seed)" in found.sentence
+    assert found.verdict == "reproduced" and "Shown, not judged: reversed -0.300 (one seed)" in found.sentence
     assert STUDY.findings(replace(settings, seeds_beside=None), results).verdict == "null"

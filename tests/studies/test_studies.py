@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from headstart.errors import UsageError
-from studies.catalogue import STUDIES, study_called
-from studies.run import run_study
+from studies.run import STUDIES, find_study, run_study
 from studies.study import SCALES
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_smoke_of_every_study_runs(name: str, tmp_path: Path) -> None:
-    study = study_called(name)
+    study = find_study(name)
     assert study.name == name and study.claim.endswith(".") and study.published
     found = run_study(study, "smoke", study.scales["smoke"], tmp_path)
     assert (
@@ -25,7 +24,7 @@ def test_the_smoke_of_every_study_runs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_scale_has_cases_of_different_names(name: str) -> None:
-    study = study_called(name)
+    study = find_study(name)
     assert {*study.scales} == {*SCALES}
     for settings in study.scales.values():
         names = [case.name for case in study.cases(settings)]
@@ -34,4 +33,4 @@ def test_every_scale_has_cases_of_different_names(name: str) -> None:
 
 def test_a_study_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError, match="there is no study 'sums'; take one of polynomial"):
-        study_called("sums")
+        find_study("sums")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.catalogue import STUDIES, study_called
+from studies.run import STUDIES, find_study
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies"
 FOLDERS = sorted(file.parent for file in DOCS.glob("*/report.md"))
@@ -14,7 +14,7 @@ FOLDERS = sorted(file.parent for file in DOCS.glob("*/report.md"))
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_report_and_index_state_the_claim_of_the_study(folder: Path) -> None:
-    study = study_called(folder.name)
+    study = find_study(folder.name)
     report, index = ((folder.parent / name).read_text(encoding="utf-8") for name in (folder / "report.md", "index.md"))
     assert study.claim in report and study.published in report
     assert f"[{study.name}]({study.name}/report.md)" in index and study.claim.replace("|", "\\|") in index

@@ -9,7 +9,7 @@ import pytest
 
 from headstart.errors import UsageError
 from studies.__main__ import study
-from studies.catalogue import STUDIES
+from studies.run import STUDIES
 
 
 @pytest.mark.parametrize(

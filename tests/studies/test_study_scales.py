@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from headstart.training.config import RunConfig
-from studies.catalogue import study_called
+from studies.run import find_study
 from studies.study import Scale
 from studies.training import SIZES
 
@@ -37,7 +37,7 @@ class Reached(Exception):
 @pytest.mark.parametrize("scale", ["gpu", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_case_reaches_its_training(name: str, scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = study_called(name)
+    study = find_study(name)
     settings: Any = study.scales[scale]
     known = {field.name for field in fields(settings)}
     little = replace(settings, device="cpu", **{key: value for key, value in LITTLE.items() if key in known})
