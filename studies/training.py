@@ -31,8 +31,8 @@ SIZES = {
     "0.25M": ModelConfig(dim=64, layers=5, attention_heads=4),
     "0.55M": ModelConfig(dim=96, layers=5, attention_heads=4),
 } | PRESETS
-"""Sizes by name: those of Table S14, and smaller ones that a CPU trains in minutes. Their names are 12 x layers x dim^2,
-like the first seven of Table S14."""
+"""Sizes by name: those of Table S14, and smaller ones that a CPU trains in minutes. Their names are
+12 x layers x dim^2, like the first seven of Table S14."""
 LAST = 0.1
 """Last share of the steps, over which losses are averaged."""
 

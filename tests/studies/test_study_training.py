@@ -85,7 +85,7 @@ def test_exact_match_is_that_of_free_running() -> None:
 
 
 def test_a_size_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"no size is called '2M'; there are 0.06M"):
+    with pytest.raises(UsageError, match=r"size '2M' is unknown; take one of 0.06M"):
         sized("2M")
     counts = {size: sized(size).parameters()["non_embedding"] for size in ("0.06M", "0.25M", "0.55M", "1M")}
     assert all(abs(count / 1e6 - float(size[:-1])) < 0.01 + 0.05 * count / 1e6 for size, count in counts.items())
