@@ -19,7 +19,7 @@ from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.free_running import repeated
 from headstart.fileio import replacing_file
-from headstart.formats.huggingface import load_config, load_model
+from headstart.formats.registry import load_config, load_model
 from headstart.model.config import ModelConfig
 from headstart.reports.html import COLOURS, SERIES, need_matplotlib
 

@@ -15,7 +15,7 @@ from bench.report import Bar, Findings, count, measurement, milliseconds
 from headstart import hardware
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.timing import DTYPES, PASSES_OF_A_BLOCK, Pass, interleave, random_model, ratios, timed
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 
 BANDWIDTH_BARS = {0: Bar(">=", 0.65), 100_000_000: Bar(">=", 0.75), 1_000_000_000: Bar(">=", 0.8)}

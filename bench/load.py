@@ -18,7 +18,8 @@ from bench.report import RESULTS, Bar, BenchSettings, Findings, measurement, res
 from headstart.console import Progress
 from headstart.decoding.policy.timing import DTYPES, ratios
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config, load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_config, load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -24,7 +24,7 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import cache_folder, write_text
 from headstart.formats.gguf import save_gguf
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 
 RUNNER = Path(__file__).with_name("peers") / "run.py"
 SOURCE = Path(__file__).parents[1]

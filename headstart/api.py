@@ -27,7 +27,7 @@ from headstart.decoding.settings import GenerationSettings, Penalties, Request, 
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
 from headstart.formats.hub import local_directory
-from headstart.formats.huggingface import load_model, load_model_tokenizer
+from headstart.formats.registry import load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -19,7 +19,7 @@ from headstart.data.shards import TokenShards
 from headstart.evaluation.free_running import FreeRunning, run_freely
 from headstart.evaluation.heads import HeadScores, score_documents
 from headstart.evaluation.texts import cut_prompts
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.objective.backends import HeadLoss
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig

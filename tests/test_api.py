@@ -7,7 +7,8 @@ import headstart
 from headstart import UsageError
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels import pack
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

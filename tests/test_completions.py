@@ -18,7 +18,8 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import OriginStream
 from headstart.decoding.settings import Penalties, Request
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model_tokenizer, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model_tokenizer
 
 PROMPT = "the text of"
 

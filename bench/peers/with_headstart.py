@@ -13,7 +13,7 @@ from bench import streams
 from bench.streams import Synthetic, share_right
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 
 PLAIN = "plain (K = 1, exact=False)"
 

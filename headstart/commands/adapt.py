@@ -143,7 +143,7 @@ def run(settings: AdaptSettings) -> None:
 def run_config(settings: AdaptSettings) -> RunConfig:
     """Return the configuration of the run. Raises UsageError for settings that do not fit the model or each other."""
     from headstart.formats.hub import local_directory
-    from headstart.formats.huggingface import load_config
+    from headstart.formats.registry import load_config
     from headstart.objective.backends import LossConfig
     from headstart.training.adapt.config import AdaptConfig
     from headstart.training.adapt.lora import LoraConfig
@@ -231,7 +231,7 @@ def _data(settings: AdaptSettings) -> DataConfig:
     """Return where the data is: prepared folders, or text to prepare with the model's tokenizer."""
     from headstart.data.manifest import MANIFEST
     from headstart.data.mixture import MixturePart
-    from headstart.formats.huggingface import load_model_tokenizer
+    from headstart.formats.registry import load_model_tokenizer
     from headstart.training.config import DataConfig
 
     if not settings.data:
@@ -316,7 +316,7 @@ def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
     """
     from headstart.data.mixture import MixturePart, open_sources
     from headstart.evaluation.heads import score_documents
-    from headstart.formats.huggingface import load_model
+    from headstart.formats.registry import load_model
     from headstart.training.run_folder import RunFolder
 
     parts = config.data.prepared or (MixturePart(RunFolder(config.run_dir).data),)

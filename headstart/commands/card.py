@@ -10,8 +10,8 @@ from headstart.commands.evaluate import ACCEPTANCE_FILE
 from headstart.decoding.policy.calibration import TUNING_FILE, AcceptanceTable, PassCosts, Tuning, parse_measured
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.config_json import load_config
 from headstart.formats.hf_code_export import MODELING_FILE
+from headstart.formats.registry import load_config
 from headstart.model.config import ModelConfig
 
 MARK = "<!-- written by headstart push -->"

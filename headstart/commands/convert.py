@@ -10,23 +10,19 @@ import torch
 from tyro.conf import Positional
 
 from headstart.console import print_result, say
-from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
-from headstart.fileio import read_json, replacing_directory, replacing_file
-from headstart.formats.config_json import CONFIG_FILE
+from headstart.fileio import replacing_directory, replacing_file
+from headstart.formats.format import Format
 from headstart.formats.generation_config import keep_generation, named_ends
 from headstart.formats.hub import local_directory
-from headstart.formats.huggingface import (
-    TOKENIZER_FILE,
-    known_start,
+from headstart.formats.huggingface import TOKENIZER_FILE
+from headstart.formats.registry import (
+    format_at,
+    format_named,
     load_data_tokenizer,
     load_model,
     load_model_tokenizer,
 )
-from headstart.formats.medusa import BASE, is_medusa, load_medusa
-from headstart.formats.mimo import is_mimo, load_mimo
-from headstart.formats.registry import Format, known_format
-from headstart.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -83,12 +79,12 @@ def convert(
         UsageError: a source that cannot be read, a format that cannot express it, a target that holds something else,
             a result that is not the same.
     """
-    form, path = known_format(to), Path(target)
+    form, path = format_named(to), Path(target)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
     path = path.resolve()
     _check_target(form, to, Path(source).resolve(), path)
-    model, words = read_source(source)
+    model, words = load_model(source), load_model_tokenizer(source)
     if tokenizer is not None:
         words = load_data_tokenizer(tokenizer)
     if words is None:
@@ -106,37 +102,12 @@ def convert(
     else:
         with replacing_directory(path) as temporary:
             left += form.write(model, temporary, words)
-            folder = source_folder(source)
+            folder = local_directory(source)
+            folder /= format_at(folder).folder
             if tokenizer is None or named_ends(folder, model.config.vocab_size):
                 keep_generation(folder, temporary / form.folder)
             checks = form.check(model, temporary, words)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
-
-
-def read_source(source: str | Path) -> tuple[Transformer, Tokenizer | None]:
-    """The model at `source`, in the dtype in which it is stored, and its tokenizer if it has one.
-
-    Raises UsageError for what headstart does not read.
-    """
-    path = Path(source)
-    if is_mimo(path):
-        model = load_mimo(path)
-        words = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else None
-        if words is not None:
-            words.end_ids |= named_ends(path, model.config.vocab_size)
-        if isinstance(words, PretrainedTokenizer):
-            words.fit(model.config.vocab_size)
-            # As of a model of ours: texts begin with what bos_token_id names.
-            words.start_ids = known_start(words, read_json(path / CONFIG_FILE) | {"headstart": {}})
-        return model, words
-    if is_medusa(path):
-        return load_medusa(path), load_model_tokenizer(path / BASE)
-    return load_model(source), load_model_tokenizer(source)
-
-
-def source_folder(source: str | Path) -> Path:
-    """Return the folder that holds config.json and generation_config.json of the model at `source`."""
-    return Path(source) / BASE if is_medusa(source) else local_directory(source)
 
 
 def _check_target(form: Format, name: str, source: Path, target: Path) -> None:
@@ -150,7 +121,7 @@ def _check_target(form: Format, name: str, source: Path, target: Path) -> None:
     if not form.is_file and not target.is_dir():
         raise UsageError(f"{target}: is a file; name a new directory")
     empty = target.is_dir() and not any(target.iterdir())
-    if not empty and not form.holds(target):
+    if not empty and not form.detect(target):
         raise UsageError(f"{target}: holds something else, and converting would replace it; name a new place")
 
 

@@ -31,7 +31,8 @@ from headstart.decoding.policy.timing import (
 )
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, load_peer
+from headstart.formats.huggingface import load_peer
+from headstart.formats.registry import load_config, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -145,7 +145,7 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
     from headstart.decoding.kernels.pack import decoding_dtype, pack
     from headstart.evaluation.heads import score_documents
     from headstart.evaluation.texts import PROMPTS_FILE, Documents, read_documents, sizes
-    from headstart.formats.huggingface import load_model, load_model_tokenizer
+    from headstart.formats.registry import load_model, load_model_tokenizer
 
     tokenizer = load_model_tokenizer(path)
     if tokenizer is None:

@@ -18,7 +18,7 @@ from headstart.fileio import read_json
 from headstart.formats.bundled import model_directory
 from headstart.formats.families import family_of
 from headstart.formats.hub import local_directory
-from headstart.formats.huggingface import load_config, load_model_tokenizer, stored_dtype
+from headstart.formats.registry import load_config, load_dtype, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.presets import PRESETS, preset
 
@@ -62,7 +62,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "model": str(directory),
         **_shape(config),
         "parameters": config.parameters(),
-        "dtype": str(stored_dtype(directory)).removeprefix("torch."),
+        "dtype": str(load_dtype(directory)).removeprefix("torch."),
         "files": files,
         "bytes": sum(files.values()),
         "tokenizer": None

@@ -67,7 +67,7 @@ def run(settings: PrepareSettings) -> None:
     from headstart.data.prepare.hub import is_dataset
     from headstart.data.prepare.pipeline import Preparation, prepare
     from headstart.data.prepare.units import Selection
-    from headstart.formats.huggingface import load_data_tokenizer
+    from headstart.formats.registry import load_data_tokenizer
     from headstart.hardware import cores
 
     if settings.verify:

@@ -18,7 +18,8 @@ from headstart.data.prompts import read_prompt_file
 from headstart.errors import UsageError
 from headstart.evaluation.texts import PROMPTS_FILE
 from headstart.fileio import read_json, replacing_directory
-from headstart.formats.config_json import CONFIG_FILE, load_config
+from headstart.formats.config_json import CONFIG_FILE
+from headstart.formats.registry import load_config
 
 CARD = "README.md"
 SENT = (

@@ -18,7 +18,7 @@ from headstart.data.prompts import FilePrompt, chat_ids, read_prompt_file, turn_
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config, load_model_tokenizer
+from headstart.formats.registry import load_config, load_model_tokenizer
 
 PROMPTS_FILE = "prompts.jsonl"
 """Prompts that a model directory carries: texts that it was not trained on."""

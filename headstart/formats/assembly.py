@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import UsageError
-from headstart.formats.tensor_names import Part, stored_parts
+from headstart.formats.tensor_names import MODEL_FILE, Part, stored_parts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import TRAINING_ALONE, Transformer
 
@@ -95,6 +95,31 @@ def check_names(model: Transformer) -> None:
                 f"{kind}: a model directory {what} {some}; name every tensor in stored_parts "
                 "(headstart/formats/tensor_names.py), or save the model without what was added to it or taken from it"
             )
+
+
+def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+    """The content of each file: parts of parameters as views where they need no conversion."""
+    check_names(model)
+    state = model.state_dict()
+    files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
+    for name, pieces in stored_parts(model.config).items():
+        parameter = state[name].to("cpu", dtype).contiguous()
+        for part, tensor in zip(pieces, parameter.split([part.shape[0] for part in pieces])):
+            files.setdefault(part.file, {})[part.name] = tensor
+    return files
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows (heads * E, ...) of queries or keys, reordered: Hugging Face's Llama turns coordinates i and i + E/2 as a
+    pair, llama.cpp's 2i and 2i + 1."""
+    halves = rows.unflatten(0, (heads, 2, -1))
+    return halves.transpose(1, 2).flatten(0, 2)
+
+
+def halved(rows: Tensor, heads: int) -> Tensor:
+    """Rows (heads * E, ...) of queries or keys from Meta's pairs 2i, 2i + 1 to ours, i and i + E/2: the inverse of
+    `interleaved`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def inexpressible(config: ModelConfig, known: Iterable[str]) -> list[str]:

@@ -11,7 +11,6 @@ from headstart.errors import UsageError
 from headstart.fileio import read_json
 from headstart.formats.config_fields import check_type
 from headstart.formats.families import FAMILIES, Family, decoder_fields, differences, family_of, read_decoder
-from headstart.formats.hub import local_directory
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 
@@ -48,18 +47,11 @@ def config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[str
     }
 
 
-def load_config(directory: str | Path) -> ModelConfig:
-    """The shape of the model in `directory` (or on the hub, OWNER/NAME); an ordinary one of
-    Hugging Face's gives a model with one head.
+def read_config(directory: Path) -> ModelConfig:
+    """Return the configuration of the model in `directory`; an ordinary model of Hugging Face's has one head.
 
-    Raises UsageError where there is no model, or one that headstart does not compute.
+    Raises UsageError if there is no model, or one that headstart does not compute.
     """
-    directory = local_directory(directory)
-    if not (directory / CONFIG_FILE).is_file():
-        from headstart.formats.meta import is_meta_release, load_meta_config
-
-        if is_meta_release(directory):
-            return load_meta_config(directory)
     file = _config_path(directory)
     content = read_json(file)
     own = content.get("headstart")

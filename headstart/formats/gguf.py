@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
+from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.kernels.pack import pack
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.fileio import replacing_file
-from headstart.formats.assembly import refuse_other_blocks
+from headstart.formats.assembly import interleaved, refuse_other_blocks, stored_tensors
+from headstart.formats.format import NEW_TOKENS, Check, Format, compare_logits
 from headstart.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
-from headstart.formats.huggingface import stored_tensors
 from headstart.formats.tensor_names import MODEL_FILE
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -88,13 +91,6 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), tensor
 
 
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * E, ...) of queries or keys, reordered: Hugging Face's Llama turns coordinates i and i + E/2 as a
-    pair, llama.cpp's 2i and 2i + 1."""
-    halves = rows.unflatten(0, (heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
-
-
 def _gguf() -> Any:
     try:
         import gguf
@@ -116,3 +112,101 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_dimension_count(config.dim_per_head)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+
+
+@torch.no_grad()
+def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
+    """Every tensor of a GGUF file, dequantised by the package gguf, against the model's."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    stored = {
+        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        for tensor in reader.tensors
+    }
+    expected = dict(gguf_tensors(model))
+    same = stored.keys() == expected.keys() and all(
+        torch.equal(stored[name].view(tensor.shape), tensor.float()) for name, tensor in expected.items()
+    )
+    if not same:
+        raise UsageError("gguf: read back, its tensors differ from the model's; nothing was kept, report this")
+    return Check("gguf", f"all {len(stored)} tensors equal")
+
+
+def greedy_tokens(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """What head 1 writes greedily."""
+    engine = Engine(pack(model), context=len(prompt) + count)
+    return generate_all(engine, [Request(tuple(prompt), count, heads=1)])[0].tokens
+
+
+def compare_with_llama_cpp(model: Transformer, file: Path, tokenizer: Tokenizer | None) -> Check:
+    """The greedy text that llama.cpp writes with a GGUF file against ours; where it is not installed, that is told."""
+    try:
+        import llama_cpp
+    except ImportError:
+        return Check("llama.cpp", "llama-cpp-python is not installed: greedy text not compared", passed=None)
+    if tokenizer is None:
+        return Check("llama.cpp", "a model of bare ids: greedy text not compared", passed=None)
+    if model.trunk.embedding.weight.dtype != torch.float32:
+        # llama.cpp multiplies 16-bit weights with rounded activations: greedy texts may part at near ties.
+        return Check("llama.cpp", "compared in float32 only: convert with --dtype float32 to see it", passed=None)
+    new = min(NEW_TOKENS, model.config.context // 2)
+    prompt = tokenizer.encode("def f(x):")[: model.config.context - new]
+    theirs = llama_cpp.Llama(
+        str(file), n_ctx=model.config.context, n_threads=1, verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+    end = theirs.token_eos()
+    written: list[int] = []
+    for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        if token == end or len(written) == new:
+            break
+        written.append(token)
+    mine = greedy_tokens(model, prompt, new)
+    mine = mine[: mine.index(end)] if end in mine else mine
+    if written != mine:
+        raise UsageError("llama.cpp: writes another greedy text than the model; nothing was kept, report this")
+    return Check("llama.cpp", f"the same greedy text, {len(mine)} tokens")
+
+
+def _check_gguf_in_transformers(model: Transformer, path: Path) -> Check:
+    try:
+        import transformers
+    except ImportError:
+        return Check("transformers", "transformers is not installed: logits not compared", passed=None)
+    if model.config.attention_bias:
+        return Check("transformers", "its GGUF loader leaves out biases of attention: not compared", passed=None)
+    transformers.logging.disable_progress_bar()
+    again = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def logits(tokens: Tensor) -> Tensor:
+        return again(tokens).logits[:, :, None]
+
+    return compare_logits("transformers", model.float(), logits, 1)
+
+
+class Gguf(Format):
+    """A GGUF file of trunk and head 1."""
+
+    summary = "a GGUF file of trunk and head 1, for llama.cpp"
+    is_file = True
+    readable = False
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the file begins like a GGUF file."""
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write trunk and head 1; further heads are left out."""
+        heads = model.config.heads
+        left = [] if heads == 1 else ["head 2: left out" if heads == 2 else f"heads 2..{heads}: left out"]
+        left += save_gguf(model, path, tokenizer)
+        if tokenizer is None:
+            left.append("tokenizer: the source has none, so the file takes and gives ids")
+        return left
+
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Compare tensors, and what transformers and llama.cpp compute with them."""
+        checks = [compare_gguf_tensors(model, path), _check_gguf_in_transformers(model, path)]
+        return [*checks, compare_with_llama_cpp(model, path, tokenizer)]

@@ -9,6 +9,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
@@ -16,7 +17,16 @@ from headstart.fileio import read_json
 from headstart.formats.assembly import LLAMA, inexpressible
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.families import family_of
-from headstart.formats.huggingface import save_model
+from headstart.formats.format import (
+    NEW_TOKENS,
+    Check,
+    Format,
+    compare_all_heads,
+    compare_logits,
+    compare_texts,
+    random_text,
+)
+from headstart.formats.huggingface import is_our_directory, read_model, save_model
 from headstart.model.transformer import Transformer
 
 MODELING_FILE = "modeling_headstart.py"
@@ -76,3 +86,39 @@ def written_code(directory: Path, file: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+class HfCode(Format):
+    """A model directory with code for transformers, which headstart reads like any other."""
+
+    summary = "the same, with code by which transformers alone decodes with all heads"
+    readable = False
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the directory is one of ours with the code."""
+        return (path / MODELING_FILE).is_file() and is_our_directory(path)
+
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write the model directory and the code."""
+        save_hf_code(model, path, tokenizer)
+        return []
+
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Compare the logits of all heads, and the greedy text that transformers writes with and without heads."""
+        checks, heads = [compare_all_heads(model, read_model(path))], model.config.heads
+        try:
+            import transformers
+        except ImportError:
+            return [*checks, Check("transformers", "transformers is not installed: not compared", passed=None)]
+        transformers.logging.disable_progress_bar()
+        # As `trust_remote_code=True` does, without leaving the code in transformers' cache of modules.
+        modeling, generating = written_code(path, MODELING_FILE), written_code(path, GENERATE_FILE)
+        again = modeling.HeadstartForCausalLM.from_pretrained(path, dtype=model.trunk.embedding.weight.dtype)
+        checks.append(compare_logits("transformers with the code", model, again.head_logits, heads))
+        prompt = random_text(model)[:1, : model.config.context // 2]
+        count = min(NEW_TOKENS, model.config.context // 2)
+        settings: dict[str, Any] = {"max_new_tokens": count, "eos_token_id": None, "pad_token_id": 0}
+        plain = transformers.LlamaForCausalLM.generate(again, prompt, **settings)[0, prompt.shape[1] :].tolist()
+        found = generating.generate(prompt, model=again, return_dict_in_generate=True, **settings)
+        drafted = found.sequences[0, prompt.shape[1] :].tolist()
+        return [*checks, compare_texts("transformers with the code", model, plain, drafted, found.passes)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,20 +18,17 @@ from torch import Tensor
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, replacing_directory
-from headstart.formats.assembly import assemble_in_place, check_names
-from headstart.formats.config_json import CONFIG_FILE, config_json, load_config
+from headstart.formats.assembly import assemble_in_place, stored_tensors
+from headstart.formats.config_json import CONFIG_FILE, config_json, read_config
 from headstart.formats.families import family_of
+from headstart.formats.format import Check, Format, compare_all_heads
 from headstart.formats.generation_config import GENERATION_FILE, named_ends
-from headstart.formats.hub import local_directory
 from headstart.formats.safetensors_files import TensorFiles, model_files
-from headstart.formats.tensor_names import HEADS_FILE, MODEL_FILE, Part, stored_parts
+from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING, Part, stored_parts
+from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
-__all__ = ["load_config", "load_data_tokenizer", "load_model", "load_model_tokenizer", "save_model"]
-
 TOKENIZER_FILE = "tokenizer.json"
-EMBEDDING = "model.embed_tokens.weight"
-UNEMBEDDING = "lm_head.weight"
 
 
 def save_model(
@@ -86,28 +83,20 @@ def save_model(
             tokenizer.save(temporary)
 
 
-def load_model(
-    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> Transformer:
-    """The model in `directory`: one that `save_model` wrote, or any Hugging Face model of a family in
-    `formats/families.py`, sharded or not, or Meta's release. Where there is no such directory, OWNER/NAME is a model on
-    the hub.
+def read_model(directory: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """Return the model in `directory`: one that `save_model` wrote, or an ordinary one of a family in `families.py`.
 
     The last layer of an ordinary model becomes head 1 of a model with one head.
 
     Args:
+        directory: where config.json lies; the weights may be in several files.
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
 
     Raises:
         UsageError: no model, another architecture, or files that are missing, damaged, or at odds with config.json.
     """
-    directory = local_directory(directory)
-    config = load_config(directory)
-    if not (directory / CONFIG_FILE).is_file():
-        from headstart.formats.meta import load_meta_release
-
-        return load_meta_release(directory, dtype, device)
+    config = read_config(directory)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
     for pieces in stored_parts(config).values():
         for part in pieces:
@@ -139,36 +128,32 @@ def load_model(
         raise error if str(error).startswith(str(directory)) else UsageError(f"{directory}: {error}") from error
 
 
-def stored_dtype(directory: str | Path) -> torch.dtype:
-    """What the embedding, and so all of a model that `load_model` is not told otherwise of, is stored as."""
-    directory = local_directory(directory)
-    if not (directory / CONFIG_FILE).is_file():
-        from headstart.formats.meta import meta_dtype
-
-        return meta_dtype(directory)
-    return TensorFiles(model_files(directory, MODEL_FILE)).dtype(EMBEDDING)
-
-
-def load_model_tokenizer(directory: str | Path) -> Tokenizer | None:
-    """The tokenizer saved in a model directory, or None where there is none.
+def read_tokenizer(
+    directory: Path, vocab_size: int, more: Mapping[str, Any] = MappingProxyType({})
+) -> Tokenizer | None:
+    """Return the tokenizer saved in a directory whose model has `vocab_size` rows, or None if there is none.
 
     Its `start_ids` are what it puts before texts, if the model knows them so: one of ours that read documents without
     them names its end token as bos_token_id. Added tokens for which the model has no row are left out (Gemma 3 has
-    one). Its `end_ids` are its own end token and all that the directory names (`generation_file.named_ends`).
+    one). Its `end_ids` are its own end token and all that the directory names (`named_ends`).
 
-    Raises UsageError where it cannot be read or other tokens are more than the model's.
+    Args:
+        directory: where tokenizer.json and config.json lie.
+        vocab_size: rows of the model's embedding.
+        more: what is added to the content of config.json.
+
+    Raises:
+        UsageError: it cannot be read, or has more tokens than the model.
     """
-    directory = local_directory(directory)
-    config = load_config(directory)
     if not (directory / TOKENIZER_FILE).is_file():
         return None
     tokenizer = load_tokenizer(directory)
-    _check_vocabulary(tokenizer, config.vocab_size, f"load {directory}")
-    tokenizer.end_ids |= named_ends(directory, config.vocab_size)
+    _check_vocabulary(tokenizer, vocab_size, f"load {directory}")
+    tokenizer.end_ids |= named_ends(directory, vocab_size)
     if isinstance(tokenizer, PretrainedTokenizer):
-        tokenizer.fit(config.vocab_size)
+        tokenizer.fit(vocab_size)
         file = directory / CONFIG_FILE
-        tokenizer.start_ids = known_start(tokenizer, read_json(file) if file.is_file() else {})
+        tokenizer.start_ids = known_start(tokenizer, {**(read_json(file) if file.is_file() else {}), **more})
     return tokenizer
 
 
@@ -183,19 +168,6 @@ def known_start(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> t
     return start if start[:1] == (content.get("bos_token_id"),) and start[0] != tokenizer.end_id else ()
 
 
-def load_data_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer that texts are encoded with: what `load_tokenizer` finds, and of a model directory with the start
-    token that its model knows, so that documents begin as the model has seen them begin.
-
-    Raises UsageError for anything else.
-    """
-    path = Path(source)
-    if (path / CONFIG_FILE).is_file() and (path / TOKENIZER_FILE).is_file():
-        with contextlib.suppress(UsageError):  # of a model that we do not know: it still has a tokenizer
-            return load_model_tokenizer(path) or load_tokenizer(source)
-    return load_tokenizer(source)
-
-
 def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:
     needed = tokenizer.needed_rows if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.vocab_size
     if needed > vocab_size:
@@ -203,18 +175,6 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> Non
             f"tokenizer {tokenizer.name} has {needed} ids, the model's vocabulary {vocab_size}; "
             f"{action} with the tokenizer it was trained with"
         )
-
-
-def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
-    """The content of each file: parts of parameters as views where they need no conversion."""
-    check_names(model)
-    state = model.state_dict()
-    files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
-    for name, pieces in stored_parts(model.config).items():
-        parameter = state[name].to("cpu", dtype).contiguous()
-        for part, tensor in zip(pieces, parameter.split([part.shape[0] for part in pieces])):
-            files.setdefault(part.file, {})[part.name] = tensor
-    return files
 
 
 def _check_tied(tensors: TensorFiles, tied: bool) -> None:
@@ -249,3 +209,47 @@ def load_peer(directory: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.to(device).eval()
+
+
+def is_our_directory(path: Path) -> bool:
+    """Return whether the config.json of a directory has the key "headstart"; one that cannot be read has not."""
+    try:
+        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and "headstart" in content
+
+
+class HuggingFace(Format):
+    """A Hugging Face model directory, which may hold further heads."""
+
+    summary = "a model directory: an ordinary Hugging Face model with its further heads in heads/"
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the directory is one of ours; `read` takes ordinary ones too."""
+        return is_our_directory(path)
+
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write everything."""
+        save_model(model, path, tokenizer)
+        return []
+
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Compare the logits of all heads."""
+        return [compare_all_heads(model, read_model(path))]
+
+    def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+        """Return the model with all its heads."""
+        return read_model(path, dtype, device)
+
+    def read_config(self, path: Path) -> ModelConfig:
+        """Return what config.json says."""
+        return read_config(path)
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype of the embedding."""
+        return TensorFiles(model_files(path, MODEL_FILE)).dtype(EMBEDDING)
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer.json of the directory, if there is one."""
+        return read_tokenizer(path, read_config(path).vocab_size)

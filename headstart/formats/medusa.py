@@ -22,11 +22,12 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import assemble
-from headstart.formats.config_json import CONFIG_FILE, load_config
-from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, save_model, stored_tensors
+from headstart.formats.assembly import assemble, stored_tensors
+from headstart.formats.config_json import CONFIG_FILE, read_config
+from headstart.formats.format import Check, Format, compare_all_heads
+from headstart.formats.huggingface import read_tokenizer, save_model
 from headstart.formats.safetensors_files import TensorFiles, model_files
-from headstart.formats.tensor_names import HEADS_FILE, MODEL_FILE, Part
+from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING, Part
 from headstart.model.bounds import MOST_HEADS
 from headstart.model.config import ModelConfig
 from headstart.model.heads import MedusaHeads
@@ -34,11 +35,6 @@ from headstart.model.transformer import Transformer
 
 BASE, VLLM, TGI = "base", "vllm", "tgi"
 TGI_FILE = "medusa_lm_head.safetensors"
-
-
-def is_medusa(directory: str | Path) -> bool:
-    """Whether `directory` is one that `save_medusa` wrote."""
-    return all((Path(directory) / part / CONFIG_FILE).is_file() for part in (BASE, VLLM, TGI))
 
 
 def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
@@ -91,16 +87,9 @@ def load_medusa(
         UsageError: files that are missing, damaged, or at odds with one another.
     """
     directory = Path(directory)
-    plain = load_config(directory / BASE)
-    settings = read_json(directory / heads_of / CONFIG_FILE)
-    file = directory / heads_of / ("model.safetensors" if heads_of == VLLM else TGI_FILE)
-    heads, base = TensorFiles([file]), TensorFiles(model_files(directory / BASE, MODEL_FILE))
-    count = settings.get("num_heads" if heads_of == VLLM else "medusa_num_heads")
-    if type(count) is not int or not 1 <= count < MOST_HEADS or settings.get(_LAYERS[heads_of]) != 1:
-        raise UsageError(f"{directory / heads_of}: {CONFIG_FILE} must speak of heads of one layer; convert it again")
-    names = set(heads.names())
-    shared = bool(settings.get("original_lm_head")) if heads_of == VLLM else _unembedding(TGI, 0) not in names
-    config = replace(plain, heads=count + 1, head_kind="medusa", wiring="parallel", shared=shared)
+    config, heads = _read_heads(directory, heads_of)
+    file = directory / heads_of / _WEIGHTS[heads_of]
+    base, names = TensorFiles(model_files(directory / BASE, MODEL_FILE)), set(heads.names())
 
     def read(part: Part) -> Tensor:
         if part.file == MODEL_FILE:
@@ -111,7 +100,7 @@ def load_medusa(
             raise UsageError(f"{file}: lacks {name}; convert the model again")
         return heads.read(name)
 
-    if heads_of == VLLM and shared:
+    if heads_of == VLLM and config.shared:
         stated = base.read(EMBEDDING if config.tied else UNEMBEDDING)
         if "lm_heads.0.weight" not in names or not torch.equal(heads.read("lm_heads.0.weight"), stated):
             raise UsageError(f"{file}: its unembedding is not that of {BASE}/; convert the model again")
@@ -120,6 +109,22 @@ def load_medusa(
 
 _PARTS = ("weight", "bias")
 _LAYERS = {VLLM: "num_hidden_layers", TGI: "medusa_num_layers"}
+_WEIGHTS = {VLLM: "model.safetensors", TGI: TGI_FILE}
+
+
+def _read_heads(directory: Path, heads_of: str) -> tuple[ModelConfig, TensorFiles]:
+    """Return the configuration of the model with its heads, and the file of the heads."""
+    plain = read_config(directory / BASE)
+    settings = read_json(directory / heads_of / CONFIG_FILE)
+    heads = TensorFiles([directory / heads_of / _WEIGHTS[heads_of]])
+    count = settings.get("num_heads" if heads_of == VLLM else "medusa_num_heads")
+    if type(count) is not int or not 1 <= count < MOST_HEADS or settings.get(_LAYERS[heads_of]) != 1:
+        raise UsageError(f"{directory / heads_of}: {CONFIG_FILE} must speak of heads of one layer; convert it again")
+    if heads_of == VLLM:
+        shared = bool(settings.get("original_lm_head"))
+    else:
+        shared = _unembedding(TGI, 0) not in heads.names()
+    return replace(plain, heads=count + 1, head_kind="medusa", wiring="parallel", shared=shared), heads
 
 
 def _map(place: str, i: int, part: str) -> str:
@@ -154,3 +159,41 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class Medusa(Format):
+    """Medusa heads for engines, and the ordinary model below them."""
+
+    summary = "medusa heads for vLLM and TGI, and the model below them"
+    folder = BASE
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the folder holds the model and the heads for both engines."""
+        return all((path / part / CONFIG_FILE).is_file() for part in (BASE, VLLM, TGI))
+
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write all heads, for each engine under its names."""
+        return save_medusa(model, path, tokenizer)
+
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Compare the logits of all heads, as each engine names them."""
+        return [
+            compare_all_heads(model, load_medusa(path, heads_of=engine), f"headstart, as {engine} names them")
+            for engine in (VLLM, TGI)
+        ]
+
+    def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+        """Return the model with the heads that vLLM reads."""
+        return load_medusa(path, dtype, device)
+
+    def read_config(self, path: Path) -> ModelConfig:
+        """Return the configuration of the ordinary model with its heads."""
+        return _read_heads(path, VLLM)[0]
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype of the embedding."""
+        return TensorFiles(model_files(path / BASE, MODEL_FILE)).dtype(EMBEDDING)
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer of the ordinary model."""
+        return read_tokenizer(path / BASE, read_config(path / BASE).vocab_size)

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from headstart.data.lines import first_line
+from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, regular
-from headstart.formats.assembly import assemble, inexpressible
+from headstart.formats.assembly import assemble, halved, inexpressible, interleaved, stored_tensors
 from headstart.formats.config_fields import Fields
-from headstart.formats.gguf import interleaved
-from headstart.formats.huggingface import UNEMBEDDING, stored_tensors
-from headstart.formats.tensor_names import Part, stored_parts
+from headstart.formats.config_json import CONFIG_FILE
+from headstart.formats.format import Check, Format, compare_all_heads
+from headstart.formats.huggingface import read_tokenizer
+from headstart.formats.tensor_names import UNEMBEDDING, Part, stored_parts
 from headstart.model.config import ModelConfig
 from headstart.model.heads import TransformerHeads
 from headstart.model.transformer import Transformer
@@ -133,12 +135,6 @@ def save_meta_release(model: Transformer, directory: Path, dtype: torch.dtype | 
     if config.tied:
         left.append("tied unembedding: written as a matrix of its own, equal to the embedding")
     return left
-
-
-def halved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * E, ...) of queries or keys from Meta's pairs 2i, 2i + 1 to ours, i and i + E/2: the inverse of
-    `gguf_file.interleaved`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _meta_name(name: str, config: ModelConfig) -> str:
@@ -274,3 +270,40 @@ def _check_names(directory: Path, tensors: dict[str, Tensor], expected: set[str]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             says = "which params.json promises" if names is missing else "of which params.json says nothing"
             raise UsageError(f"{directory}: {PATTERN} {trouble} {names[0]}{more}, {says}; copy the directory again")
+
+
+class MetaRelease(Format):
+    """Meta's multi-token release."""
+
+    summary = "Meta's multi-token release: consolidated.pth and params.json"
+
+    def detect(self, path: Path) -> bool:
+        """Return whether the folder is in Meta's format; one that is an ordinary model too is read as that."""
+        return is_meta_release(path) and not (path / CONFIG_FILE).is_file()
+
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write the weights and params.json, without a tokenizer."""
+        left = save_meta_release(model, path)
+        if tokenizer is not None:
+            left.append("tokenizer: the format takes a SentencePiece tokenizer.model, which headstart does not write")
+        return left
+
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Compare the logits of all heads."""
+        return [compare_all_heads(model, load_meta_release(path))]
+
+    def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+        """Return the model with all its heads."""
+        return load_meta_release(path, dtype, device)
+
+    def read_config(self, path: Path) -> ModelConfig:
+        """Return the configuration, some of which only the shapes of the weights say."""
+        return load_meta_config(path)
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype of the embedding."""
+        return meta_dtype(path)
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer.json of the folder, if there is one."""
+        return read_tokenizer(path, load_meta_config(path).vocab_size)

@@ -21,13 +21,14 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import LLAMA, assemble, inexpressible
+from headstart.formats.assembly import LLAMA, assemble, inexpressible, stored_tensors
 from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE
+from headstart.formats.format import Check, Format, compare_logits, random_text
 from headstart.formats.hf_code_export import template
-from headstart.formats.huggingface import EMBEDDING, UNEMBEDDING, stored_tensors
+from headstart.formats.huggingface import read_tokenizer
 from headstart.formats.safetensors_files import TensorFiles, model_files
-from headstart.formats.tensor_names import MODEL_FILE, Part
+from headstart.formats.tensor_names import EMBEDDING, MODEL_FILE, UNEMBEDDING, Part
 from headstart.model.config import ModelConfig
 from headstart.model.heads import SequentialHeads
 from headstart.model.transformer import Transformer
@@ -37,12 +38,6 @@ CODE = "modeling_mimo.py"
 NAMES = {"latent_norm": "hidden_layernorm", "token_norm": "token_layernorm", "join": "input_proj"}
 FINAL = f"{MODULE}.final_layernorm.weight"
 QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def is_mimo(directory: str | Path) -> bool:
-    """Whether `directory` holds a model in MiMo's layout."""
-    file = Path(directory) / CONFIG_FILE
-    return file.is_file() and read_json(file).get("model_type") == "mimo"
 
 
 def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
@@ -215,3 +210,47 @@ def _config(file: Path, tensors: TensorFiles) -> ModelConfig:
         )
     except UsageError as error:
         raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error
+
+
+class Mimo(Format):
+    """Sequential heads in MiMo's layout."""
+
+    summary = "sequential heads for vLLM and SGLang, in MiMo's layout"
+
+    def detect(self, path: Path) -> bool:
+        """Return whether config.json says so."""
+        file = path / CONFIG_FILE
+        return file.is_file() and read_json(file).get("model_type") == "mimo"
+
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write trunk, head 1 and head 2."""
+        return save_mimo(model, path, tokenizer)
+
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Compare the logits of both heads, and count the drafts that stay the same in the engines."""
+        again = load_mimo(path)
+        tokens_BT = random_text(model)
+        ours = again(tokens_BT, heads=2)[:, :-1, 1].argmax(-1)
+        same = drafts_as_engines_compute(again, tokens_BT).argmax(-1) == ours
+        share = f"head 2 proposes the same token at {int(same.sum())} of {same.numel()} positions"
+        return [
+            compare_logits("headstart", model, lambda tokens: again(tokens, heads=2), 2),
+            Check("headstart, position 0 zeroed as the engines do", share),
+        ]
+
+    def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+        """Return the model with its two heads."""
+        return load_mimo(path, dtype, device)
+
+    def read_config(self, path: Path) -> ModelConfig:
+        """Return the configuration, with two heads."""
+        return _config(path / CONFIG_FILE, TensorFiles(model_files(path, MODEL_FILE)))
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype of the embedding."""
+        return TensorFiles(model_files(path, MODEL_FILE)).dtype(EMBEDDING)
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer, which puts before texts what bos_token_id names, like a model of ours."""
+        content = read_json(path / CONFIG_FILE)
+        return read_tokenizer(path, Fields(path / CONFIG_FILE, content).get("vocab_size", int), {"headstart": {}})

@@ -13,6 +13,8 @@ from headstart.model.config import ModelConfig
 
 MODEL_FILE = "model.safetensors"
 HEADS_FILE = "heads/heads.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
+UNEMBEDDING = "lm_head.weight"
 NORM_NAMES = {
     "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     "post": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model, load_model_tokenizer, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model, load_model_tokenizer
 from headstart.integrations.multi_token import collate_rows, rows_of, step_counts
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig

@@ -11,8 +11,8 @@ import torch
 from headstart import hardware
 from headstart.console import duration, format_table
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config as model_config
-from headstart.formats.huggingface import stored_dtype
+from headstart.formats.registry import load_config as model_config
+from headstart.formats.registry import load_dtype
 from headstart.training.adapt.memory import estimate_adapt
 from headstart.training.adapt.run import check_frozen_dtype, check_processes, check_shape, flops_per_token
 from headstart.training.config import RunConfig
@@ -64,7 +64,7 @@ def estimate_run(
         needed, flops = estimate(config, spread, device), config.model.flops_per_token(config.length)
     else:
         check_shape(model_config(config.adapt.model), config)
-        check_frozen_dtype(config, stored_dtype(config.adapt.model))
+        check_frozen_dtype(config, load_dtype(config.adapt.model))
         needed, flops = estimate_adapt(config, spread, device), flops_per_token(config)
     full = config.dtype == "float32"
     total_flops = flops * config.tokens_per_step * config.steps

@@ -18,7 +18,7 @@ from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
 from headstart.errors import UsageError
 from headstart.fileio import replacing_file, status_of, take_lock, unwritable
-from headstart.formats.huggingface import load_data_tokenizer
+from headstart.formats.registry import load_data_tokenizer
 from headstart.training import checkpoints
 from headstart.training.config import (
     FIXED,

@@ -19,7 +19,7 @@ from headstart.decoding.policy.timing import decode as decode_all
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.texts import load_prompts
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 
 SIZES = ModelConfig(vocab_size=300, dim=32, layers=5, attention_heads=2, context=128)

@@ -19,7 +19,8 @@ from headstart.commands.dry_run import DryRunSettings
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Trunk
 from headstart.training import loop

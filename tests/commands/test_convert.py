@@ -13,10 +13,11 @@ import torch
 import headstart
 from headstart.cli import main
 from headstart.commands.convert import convert
-from headstart.data.tokenizers import ByteTokenizer
+from headstart.data.tokenizers import ByteTokenizer, Tokenizer
 from headstart.errors import UsageError
-from headstart.formats import registry
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.meta import MetaRelease
+from headstart.formats.registry import FORMATS, load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -131,16 +132,15 @@ def test_heads_for_engines_and_back(tmp_path: Path) -> None:
 
 
 def test_what_is_not_the_same_is_not_kept(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = registry.save_meta_release
+    class Wrong(MetaRelease):
+        def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+            with torch.no_grad():
+                changed = Transformer(model.config)
+                changed.load_state_dict(model.state_dict())
+                changed.heads[1].mlp.down.weight.mul_(1.1)
+            return super().write(changed, path, tokenizer)
 
-    def wrong(model: Transformer, path: Path) -> list[str]:
-        with torch.no_grad():
-            changed = Transformer(model.config)
-            changed.load_state_dict(model.state_dict())
-            changed.heads[1].mlp.down.weight.mul_(1.1)
-        return write(changed, path)
-
-    monkeypatch.setattr(registry, "save_meta_release", wrong)
+    monkeypatch.setitem(FORMATS, "meta", Wrong())
     with pytest.raises(UsageError, match="logits differ"):
         convert(saved, tmp_path / "meta", "meta")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}

@@ -23,7 +23,8 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.free_running import run_freely
 from headstart.evaluation.texts import FilePrompts
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

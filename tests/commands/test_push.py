@@ -17,7 +17,8 @@ from headstart.commands.push import hub_id, push
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning, write_tuning
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.formats.assembly import assemble, inexpressible, refuse_other_blocks
-from headstart.formats.huggingface import stored_tensors
+from headstart.formats.assembly import assemble, inexpressible, refuse_other_blocks, stored_tensors
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config, load_model, save_model
+from headstart.formats.huggingface import save_model
 from headstart.formats.meta import load_meta_config, load_meta_release, save_meta_release
+from headstart.formats.registry import load_config, load_model
 from headstart.formats.tensor_names import HEADS_FILE
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling

@@ -15,8 +15,8 @@ from torch import Tensor
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.formats.hf_code_export import written_code
-from headstart.formats.medusa import is_medusa, load_medusa, save_medusa
-from headstart.formats.mimo import drafts_as_engines_compute, is_mimo, load_mimo, save_mimo
+from headstart.formats.medusa import Medusa, load_medusa, save_medusa
+from headstart.formats.mimo import Mimo, drafts_as_engines_compute, load_mimo, save_mimo
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -52,7 +52,7 @@ def test_medusa(change: dict[str, object], tmp_path: Path) -> None:
     model = lively(replace(MEDUSA, **change))
     n, shared = model.config.heads, model.config.shared
     save_medusa(model, tmp_path, ByteTokenizer())
-    assert is_medusa(tmp_path)
+    assert Medusa().detect(tmp_path)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     x, expected = base.model(IDS).last_hidden_state, model(IDS, heads=n)
     assert_close(base(IDS).logits, expected[:, :, 0])
@@ -86,7 +86,7 @@ def test_mimo(change: dict[str, object], tmp_path: Path) -> None:
 
     model = lively(replace(MIMO, **change))
     left = save_mimo(model, tmp_path, ByteTokenizer())
-    assert is_mimo(tmp_path) and any("heads 3..4" in line for line in left) == (model.config.heads == 4)
+    assert Mimo().detect(tmp_path) and any("heads 3..4" in line for line in left) == (model.config.heads == 4)
     settings = json.loads((tmp_path / "config.json").read_text())
     wanted = {key: value for key, value in settings.items() if key not in ("auto_map", "model_type", "architectures")}
     config = transformers.Qwen2Config(**wanted, attn_implementation="eager")

@@ -20,7 +20,8 @@ from headstart.decoding.kernels.cpu_backend import CompiledBlock
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_config, load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_config, load_model
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer

@@ -15,9 +15,11 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
-from headstart.formats.gguf import interleaved, save_gguf
+from headstart.formats.assembly import interleaved
+from headstart.formats.gguf import save_gguf
 from headstart.formats.gguf_vocabulary import read_vocabulary
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -18,7 +18,7 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.formats.hf_code_export import GENERATE_FILE, MODELING_FILE, save_hf_code, template, written_code
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer

@@ -18,7 +18,8 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels import pack
 from headstart.errors import UsageError
 from headstart.formats import hub, safetensors_files
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.formats import huggingface
-from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_config, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.heads import MedusaHeads
 from headstart.model.transformer import Transformer

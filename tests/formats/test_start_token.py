@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import headstart
-from headstart.commands.convert import convert, read_source
+from headstart.commands.convert import convert
 from headstart.data.chat_template import load_chat_template
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.shards import TokenShards
@@ -21,7 +21,8 @@ from headstart.decoding.constraints import Constraint
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
 from headstart.evaluation.texts import cut_prompts, read_documents
-from headstart.formats.huggingface import load_data_tokenizer, load_model, load_model_tokenizer, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_data_tokenizer, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.training.config import BatchConfig, DataConfig, RunConfig
@@ -251,7 +252,7 @@ def test_conversion_keeps_how_texts_begin(directory: Path, tmp_path: Path, sourc
     ends = {"eos_token_id": [1, 5], "bos_token_id": 0}
     (tmp_path / "first" / "generation_config.json").write_text(json.dumps(ends))
     convert(tmp_path / "first", tmp_path / "mimo", to="mimo")
-    read = read_source(tmp_path / "mimo")[1]
+    read = load_model_tokenizer(tmp_path / "mimo")
     assert read is not None and read.start_ids == start
     convert(tmp_path / "mimo", tmp_path / "back")
     again = load_model_tokenizer(tmp_path / "back")

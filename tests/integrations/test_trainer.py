@@ -13,7 +13,8 @@ import headstart
 from headstart.data.batches import IGNORE
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.integrations.multi_token import collate_rows, multi_token_step, step_counts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer

@@ -19,8 +19,9 @@ from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
 from headstart.formats.hf_code_export import save_hf_code
-from headstart.formats.huggingface import load_model, save_model
+from headstart.formats.huggingface import save_model
 from headstart.formats.medusa import save_medusa
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, count_targets

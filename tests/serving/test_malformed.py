@@ -17,7 +17,7 @@ from serving.conftest import HTTP, raw, running
 
 from bench.malformed import bodies
 from headstart.formats.bundled import boxed_model
-from headstart.formats.huggingface import load_config
+from headstart.formats.registry import load_config
 from headstart.serving.bodies import validation_error
 from headstart.serving.fields import IGNORED, NEUTRAL, NEUTRAL_IN_MESSAGES
 from headstart.serving.schemas import ChatRequest, CompletionRequest, Message

@@ -11,7 +11,7 @@ import headstart
 from headstart.commands.serve import ServeCommandSettings, run
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
-from headstart.formats.huggingface import load_config
+from headstart.formats.registry import load_config
 from headstart.serving import server
 from headstart.serving.settings import ServeSettings
 

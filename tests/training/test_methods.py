@@ -17,7 +17,7 @@ from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
 from headstart.training.adapt.config import AdaptConfig

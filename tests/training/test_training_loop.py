@@ -14,7 +14,7 @@ from headstart.data.prepare.pipeline import prepare
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
-from headstart.formats.huggingface import load_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer

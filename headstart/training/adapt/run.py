@@ -18,7 +18,8 @@ from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, sha256_of, write_text
 from headstart.formats.generation_config import keep_generation
-from headstart.formats.huggingface import load_config, load_model, load_model_tokenizer, save_model
+from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_config, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, Teacher
@@ -114,7 +115,7 @@ class ExistingModel:
         """
         if self.lora is not None:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
-        save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
+        save_model(whole, directory, tokenizer, dtype=self.load_dtype)
         keep_generation(self._adapt.model, directory)
 
     def _store_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> HiddenStates | None:

@@ -1,22 +1,20 @@
-"""What was written against what it was written from: logits of every head, tensors, greedy text."""
+"""What a file format is: how it is recognised, read, written, and compared with the model that was written."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.kernels.pack import pack
-from headstart.decoding.settings import Request
 from headstart.errors import UsageError
-from headstart.formats.gguf import gguf_tensors
+from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 TOKENS = (2, 32)
@@ -98,56 +96,51 @@ def compare_texts(by: str, model: Transformer, plain: list[int], drafted: list[i
     return Check(by, f"greedy texts with and without heads part after {same} tokens, by rounding", passed=None)
 
 
-@torch.no_grad()
-def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
-    """Every tensor of a GGUF file, dequantised by the package gguf, against the model's."""
-    import gguf
+class Format(ABC):
+    """One file format. Its class is in the file of the format; the registry names it."""
 
-    reader = gguf.GGUFReader(file)
-    stored = {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in reader.tensors
-    }
-    expected = dict(gguf_tensors(model))
-    same = stored.keys() == expected.keys() and all(
-        torch.equal(stored[name].view(tensor.shape), tensor.float()) for name, tensor in expected.items()
-    )
-    if not same:
-        raise UsageError("gguf: read back, its tensors differ from the model's; nothing was kept, report this")
-    return Check("gguf", f"all {len(stored)} tensors equal")
+    summary: ClassVar[str]
+    """What a result is, for help."""
+    is_file: ClassVar[bool] = False
+    """Whether a result is one file; otherwise it is a directory."""
+    folder: ClassVar[str] = ""
+    """Where in a result the ordinary model lies, with its config.json and its tokenizer."""
+    readable: ClassVar[bool] = True
+    """Whether `read` is there. Results of the other formats are read as another format, or not at all."""
+
+    @abstractmethod
+    def detect(self, path: Path) -> bool:
+        """Return whether `path` holds a model in this format."""
+
+    @abstractmethod
+    def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
+        """Write the model into an empty folder, or as a file, and return lines about what the format cannot carry.
+
+        Raises UsageError for a model that the format cannot express.
+        """
+
+    @abstractmethod
+    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
+        """Read the result back and compare it with the model. Raises UsageError if it differs."""
+
+    def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+        """Return the model at `path`, in the dtype that it is stored in unless another is given."""
+        raise NotImplementedError
+
+    def read_config(self, path: Path) -> ModelConfig:
+        """Return the configuration of the model at `path`."""
+        raise NotImplementedError
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype that the embedding is stored in."""
+        raise NotImplementedError
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer of the model at `path`, if it has one."""
+        raise NotImplementedError
 
 
-def greedy_tokens(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    """What head 1 writes greedily."""
-    engine = Engine(pack(model), context=len(prompt) + count)
-    return generate_all(engine, [Request(tuple(prompt), count, heads=1)])[0].tokens
-
-
-def compare_with_llama_cpp(model: Transformer, file: Path, tokenizer: Tokenizer | None) -> Check:
-    """The greedy text that llama.cpp writes with a GGUF file against ours; where it is not installed, that is told."""
-    try:
-        import llama_cpp
-    except ImportError:
-        return Check("llama.cpp", "llama-cpp-python is not installed: greedy text not compared", passed=None)
-    if tokenizer is None:
-        return Check("llama.cpp", "a model of bare ids: greedy text not compared", passed=None)
-    if model.trunk.embedding.weight.dtype != torch.float32:
-        # llama.cpp multiplies 16-bit weights with rounded activations: greedy texts may part at near ties.
-        return Check("llama.cpp", "compared in float32 only: convert with --dtype float32 to see it", passed=None)
-    new = min(NEW_TOKENS, model.config.context // 2)
-    prompt = tokenizer.encode("def f(x):")[: model.config.context - new]
-    theirs = llama_cpp.Llama(
-        str(file), n_ctx=model.config.context, n_threads=1, verbose=False,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
-    end = theirs.token_eos()
-    written: list[int] = []
-    for token in theirs.generate(prompt, temp=0.0, repeat_penalty=1.0):
-        if token == end or len(written) == new:
-            break
-        written.append(token)
-    mine = greedy_tokens(model, prompt, new)
-    mine = mine[: mine.index(end)] if end in mine else mine
-    if written != mine:
-        raise UsageError("llama.cpp: writes another greedy text than the model; nothing was kept, report this")
-    return Check("llama.cpp", f"the same greedy text, {len(mine)} tokens")
+def compare_all_heads(model: Transformer, again: Transformer, by: str = "headstart") -> Check:
+    """Compare the logits of all heads with those of the model that was read back."""
+    heads = model.config.heads
+    return compare_logits(by, model, lambda tokens: again(tokens, heads=heads), heads)
