@@ -18,12 +18,13 @@ from headstart.decoding.policy.timing import interleave
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.objective.walk import walk_step
+from headstart.settings_loader import load_settings
 from headstart.training.config import BatchConfig, RunConfig
 from headstart.training.metrics import memory_in_use
 from headstart.training.new_model import NewModel
 from headstart.training.processes import Processes, joined
 from headstart.training.step import Learner, StepResult, Walk
-from headstart.training.yaml_settings import build, to_plain
+from headstart.training.yaml_settings import to_plain
 
 Part = Literal["bytes", "large-vocabulary", "processes", "compile", "trainer", "memory", "gpu"]
 
@@ -88,7 +89,7 @@ def run_config(model: ModelConfig, rows: int, **settings: Any) -> RunConfig:
 
 def from_plain(values: Any) -> RunConfig:
     """Return the RunConfig that `to_plain` turned into JSON."""
-    return build(RunConfig, values, Path("benchmark"))
+    return load_settings(RunConfig, values, Path("benchmark"))
 
 
 class Steps:

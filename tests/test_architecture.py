@@ -23,6 +23,7 @@ FLOORS = {
     "hardware": 0,
     "command_line": 0,
     "console": 0,
+    "settings_loader": 0,
     "model": 1,
     "data": 1,
     "objective": 2,

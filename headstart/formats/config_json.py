@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.config_fields import check_type
 from headstart.formats.families import FAMILIES, Family, decoder_fields, differences, family_of, read_decoder
 from headstart.model.config import ModelConfig
-from headstart.model.shape import RopeScaling
-
-Settings = TypeVar("Settings")
+from headstart.settings_loader import load_settings
 
 CONFIG_FILE = "config.json"
 FORMAT = 1
 OWN_TYPE = "headstart"
+AGAIN = "update headstart, or copy the model directory again"
 NOT_COMPUTED = {
     "gemma2": "it caps scores and logits",
     "gemma3": "it reads pictures too; its text models are gemma3_text",
@@ -98,47 +95,7 @@ def _own_config(file: Path, own: object) -> ModelConfig:
         raise UsageError(
             f'{file}: "headstart" has format {own["format"]}, this version reads {FORMAT}; update headstart'
         )
-    try:
-        return _settings(ModelConfig, own["model"], file, "model")
-    except UsageError as error:
-        raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error
-
-
-def _settings(kind: type[Settings], values: dict[str, Any], file: Path, prefix: str) -> Settings:
-    """A dataclass from its fields as JSON has them."""
-    hints = get_type_hints(kind)
-    given: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in hints:
-            raise UsageError(
-                f'{file}: "headstart" names the unknown field {prefix}.{name}; update headstart, or remove it'
-            )
-        of = hints[name]
-        alternatives = get_args(of) if get_origin(of) in (Union, UnionType) else (of,)
-        if value is None and NoneType in alternatives:
-            given[name] = None
-            continue
-        given[name] = _setting(alternatives[0], value, file, f"{prefix}.{name}")
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise UsageError(f'{file}: "headstart" says too little of {prefix}; copy the model directory again') from error
-
-
-def _setting(kind: Any, value: Any, file: Path, name: str) -> Any:
-    if kind is RopeScaling and isinstance(value, dict):
-        return _settings(RopeScaling, value, file, name)
-    if get_origin(kind) is tuple and isinstance(value, list):
-        for item in value:
-            check_type(file, f"headstart.{name}", item, int)
-        return tuple(value)
-    if kind in (int, float, bool):
-        check_type(file, f"headstart.{name}", value, kind)
-    elif get_origin(kind) is Literal or kind is str:
-        check_type(file, f"headstart.{name}", value, str)
-    else:
-        raise UsageError(f"{file}: headstart.{name} is {value!r}; copy the model directory again")
-    return value
+    return load_settings(ModelConfig, own["model"], file, "headstart.model.", AGAIN)
 
 
 def _check_agreement(file: Path, config: ModelConfig, content: dict[str, Any]) -> None:

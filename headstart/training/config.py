@@ -19,6 +19,7 @@ from headstart.hardware import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.objective.backends import LossConfig
 from headstart.objective.head_weights import HeadWeights
+from headstart.settings_loader import load_settings
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.auxiliary.base import Auxiliary, AuxiliarySettings
 from headstart.training.auxiliary.masked_inputs import MaskConfig
@@ -28,7 +29,7 @@ from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.profiling import ProfileConfig
 from headstart.training.trackers import WatchConfig
-from headstart.training.yaml_settings import build, read_mapping, to_plain, write_mapping
+from headstart.training.yaml_settings import expand_preset, read_mapping, to_plain, write_mapping
 
 
 def _at_least(least: float, section: str, settings: object, *names: str) -> None:
@@ -264,7 +265,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def read_config(path: Path) -> RunConfig:
     """Read a YAML file; `model.vocab_size` is not yet that of the tokenizer (`fit_vocabulary`)."""
-    return build(RunConfig, read_mapping(path), path)
+    return load_settings(RunConfig, expand_preset(read_mapping(path), path), path)
 
 
 def gives_vocabulary(path: Path, overrides: Sequence[str] = ()) -> bool:

@@ -1,13 +1,11 @@
-"""YAML into settings dataclasses and back: unknown keys and wrong types are refused, at any depth, by name."""
+"""YAML files of settings: read within bounds of size and depth, and written."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -15,10 +13,8 @@ from yaml.constructor import ConstructorError
 
 from headstart.errors import UsageError, shorten
 from headstart.fileio import read_bounded, write_text
-from headstart.model.config import ModelConfig
 from headstart.model.presets import preset
 
-Settings = TypeVar("Settings")
 STRING_TAG = "tag:yaml.org,2002:str"
 
 
@@ -99,84 +95,16 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def build(kind: type[Settings], values: Any, file: Path, prefix: str = "") -> Settings:
-    """A `kind` from a mapping; what is not in it keeps its default. `prefix` is the key that holds the mapping."""
-    if values is None:  # `model:` with nothing below it
-        values = {}
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{file}: {prefix.rstrip('.')} is {shorten(repr(values))}; it must hold settings, one `key: value` a line"
-        )
-    hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    known = list(fields) + (["preset"] if kind is ModelConfig else [])
-    given: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UsageError(
-                f"{file}: there is no setting {shorten(f'{prefix}{key}')}; {_advice(str(key), known, prefix)}"
-            )
-        given[key] = value if key == "preset" else _convert(hints[key], value, file, prefix + key)
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in given:
-            raise UsageError(f"{file}: {prefix}{name} is missing; add a line `{name}: ...`")
+def expand_preset(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the content of a run's file with the sizes of the preset that its `model` names, under what else it says.
+
+    Raises UsageError for an unknown preset.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return values
     try:
-        if "preset" in given:
-            return preset(str(given.pop("preset")), **given)  # type: ignore[return-value]
-        return kind(**given)
+        sizes = to_plain(preset(str(model["preset"])))
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
-
-
-def _advice(key: str, known: list[str], prefix: str) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else f"the settings here are {', '.join(known)}"
-
-
-def _convert(hint: Any, value: Any, file: Path, key: str) -> Any:
-    """`value` as the type `hint`; raises UsageError that names the key where it is something else."""
-
-    def refuse(wanted: str) -> UsageError:
-        return UsageError(f"{file}: {key} is {shorten(repr(value))}; it must be {wanted}")
-
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, file, key)
-    if origin is Literal:
-        if value not in arguments:
-            raise refuse(f"one of {', '.join(map(str, arguments))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise refuse("a list, such as [a, b]")
-        if arguments[-1] is Ellipsis:
-            arguments = arguments[:1] * len(value)
-        if len(value) != len(arguments):
-            raise refuse(f"a list of {len(arguments)}")
-        return tuple(_convert(a, item, file, f"{key}[{i}]") for i, (a, item) in enumerate(zip(arguments, value)))
-    if dataclasses.is_dataclass(hint):
-        return build(hint, value, file, f"{key}.")  # type: ignore[arg-type]
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise refuse("true or false")
-        return value
-    if hint is int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise refuse("a whole number")
-        return value
-    if hint is float:
-        # YAML 1.1 reads 3e-4 as text, because it has no dot.
-        try:
-            if isinstance(value, bool):
-                raise ValueError
-            return float(value)
-        except (TypeError, ValueError):
-            raise refuse("a number") from None
-    if hint is Path or hint is str:
-        if not isinstance(value, str):
-            raise refuse("text")
-        return hint(value)
-    raise TypeError(f"{key}: no reader for {hint}")
+    return {**values, "model": sizes | {key: value for key, value in model.items() if key != "preset"}}
