@@ -16,6 +16,7 @@ import headstart
 from headstart.commands.inspect import inspect
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.kernels import pack
+from headstart.decoding.kernels.torch_backend import PlainLinear, TorchBackend
 from headstart.errors import UsageError
 from headstart.formats import hub, safetensors_files
 from headstart.formats.huggingface import save_model
@@ -72,8 +73,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_model_is_in_memory_once(saved: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_files, "PIECE_BYTES", 2**14)
     # oneDNN's own tensors cannot be counted; copies can.
-    copied = lambda weight, bias: pack._PlainLinear(weight.clone(), bias)  # noqa: E731
-    monkeypatch.setattr(pack, "_maker", lambda *_: copied)
+    monkeypatch.setattr(TorchBackend, "linear", lambda self, weight, bias: PlainLinear(weight.clone(), bias))
     with LiveTensors() as live:
         model = load_model(saved, dtype=dtype)
         size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -115,7 +115,7 @@ class ExistingModel:
         """
         if self.lora is not None:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
-        save_model(whole, directory, tokenizer, dtype=self.load_dtype)
+        save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
         keep_generation(self._adapt.model, directory)
 
     def _store_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> HiddenStates | None:
