@@ -56,15 +56,10 @@ class AcceptanceTable:
         """
         means, tables = [], []
         for i in range(heads - 1):
-            reached = [(confidences[i], accepted > i) for confidences, accepted in observed if accepted >= i]
-            mean = (sum(right for _, right in reached) + 0.5) / (len(reached) + 1)
-            right_in, all_in = [PRIOR * mean] * (len(EDGES) + 1), [PRIOR] * (len(EDGES) + 1)
-            for confidence, right in reached:
-                at = bisect_right(EDGES, confidence)
-                right_in[at] += right
-                all_in[at] += 1
+            reached = [(confidences[i], int(accepted == i)) for confidences, accepted in observed if accepted >= i]
+            (mean,), (table,) = _count_ranks(reached, 1, 0.5)
             means.append(mean)
-            tables.append(tuple(a / b for a, b in zip(right_in, all_in)))
+            tables.append(table)
         return cls(tuple(means), tuple(tables))
 
     @classmethod
@@ -85,16 +80,9 @@ class AcceptanceTable:
         means, tables = [], []
         for i in range(len(self.mean)):
             reached = [heads[i] for heads in observed if all(rank < ranks for _, rank in heads[:i])]
-            mean = [(sum(r == rank for _, r in reached) + 0.1) / (len(reached) + 1) for rank in range(ranks)]
-            in_bin: list[list[float]] = [[PRIOR * share] * (len(EDGES) + 1) for share in mean]
-            all_in = [PRIOR] * (len(EDGES) + 1)
-            for confidence, rank in reached:
-                at = bisect_right(EDGES, confidence)
-                all_in[at] += 1
-                if rank < ranks:
-                    in_bin[rank][at] += 1
-            means.append(tuple(mean))
-            tables.append(tuple(tuple(a / b for a, b in zip(counts, all_in)) for counts in in_bin))
+            mean, table = _count_ranks(reached, ranks, 0.1)
+            means.append(mean)
+            tables.append(table)
         return replace(self, rank_mean=tuple(means), rank_by_confidence=tuple(tables))
 
     def prefixes(self, confidences: Sequence[float]) -> list[float]:
@@ -111,6 +99,27 @@ class AcceptanceTable:
             return []
         bins = [bisect_right(EDGES, confidence) for confidence in confidences]
         return tree.chances([[ranks[at] for ranks in head] for head, at in zip(self.rank_by_confidence, bins)])
+
+
+def _count_ranks(
+    reached: Sequence[tuple[float, int]], ranks: int, prior: float
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
+    """Return the share of each rank in all drafts, and [rank][bin] in those of each bin.
+
+    Args:
+        reached: for each draft its confidence and the rank of the right token.
+        ranks: the number of ranks to count.
+        prior: the observations of each rank to start with, out of one draft.
+    """
+    mean = [(sum(r == rank for _, r in reached) + prior) / (len(reached) + 1) for rank in range(ranks)]
+    in_bin: list[list[float]] = [[PRIOR * share] * (len(EDGES) + 1) for share in mean]
+    all_in = [PRIOR] * (len(EDGES) + 1)
+    for confidence, rank in reached:
+        at = bisect_right(EDGES, confidence)
+        all_in[at] += 1
+        if rank < ranks:
+            in_bin[rank][at] += 1
+    return tuple(mean), tuple(tuple(a / b for a, b in zip(counts, all_in)) for counts in in_bin)
 
 
 @dataclass(frozen=True)

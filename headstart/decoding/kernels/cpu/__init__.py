@@ -184,18 +184,9 @@ def attend(
     compiled = loaded_kernels(q_SHQE.dtype)
     (S, H, Q, E), (G, W) = q_SHQE.shape, k_SGWE.shape[1:3]
     y_SQHE = torch.empty((S, Q, H, E), dtype=q_SHQE.dtype)
-    rows: list[object] = []
-    for x in (q_SHQE, k_SGWE, v_SGWE):
-        x = x if x.stride(3) == 1 else x.contiguous()
-        rows += [x, (ctypes.c_long * 3)(*x.stride()[:3])]
-    q, q_stride, k, k_stride, v, v_stride = rows
+    rows = [x if x.stride(3) == 1 else x.contiguous() for x in (q_SHQE, k_SGWE, v_SGWE)]
     compiled.attend(
-        q.data_ptr(),  # type: ignore[attr-defined]
-        q_stride,
-        k.data_ptr(),  # type: ignore[attr-defined]
-        k_stride,
-        v.data_ptr(),  # type: ignore[attr-defined]
-        v_stride,
+        *(argument for x in rows for argument in (x.data_ptr(), (ctypes.c_long * 3)(*x.stride()[:3]))),
         y_SQHE.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
