@@ -1,4 +1,4 @@
-"""`headstart tune` from end to end: what it writes, what decoding makes of it, and what it refuses."""
+"""Run `headstart tune` from end to end: the file it writes, its effect on decoding, and the settings it refuses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tune(*arguments: object) -> None:
         sys.argv = before
 
 
-def test_all_of_it(directory, capsys) -> None:
+def test_tuning_is_written_and_used(directory, capsys) -> None:
     tune(directory, *SMALL)
     out = capsys.readouterr().out
     assert "head 3" in out and "batch 2, ms" in out
@@ -67,11 +67,11 @@ def test_all_of_it(directory, capsys) -> None:
     model = headstart.load(directory)
     policy = model.engine(exact=False).policy
     assert policy is not None and policy.calibration.current.costs.slots == (1, 2)
-    assert model.engine(exact=False).policy is not policy  # it remembers how its own engine does
+    assert model.engine(exact=False).policy is not policy  # each engine has its own policy
     chosen = model.generate("def f(", max_new_tokens=40, exact=False)
     plain = model.generate("def f(", max_new_tokens=40, heads=1, exact=False)
     assert chosen.tokens == plain.tokens
-    # Measured with one thread, so it says nothing of two.
+    # The costs of one thread do not hold for two.
     torch.set_num_threads(2)
     online = model.engine(exact=False).policy
     assert (online is not None and online.calibration.online) == backend_of(model.transformer).row_exact
@@ -86,7 +86,7 @@ def test_all_of_it(directory, capsys) -> None:
     assert [entry["setting"]["processor"] == "another" for entry in costs] == [True, False]
 
 
-def test_trees_are_measured_where_they_are_asked_for(directory, capsys) -> None:
+def test_tree_nodes_measures_trees(directory, capsys) -> None:
     tune(directory, *SMALL, "--tree-nodes", 5, "--json")
     found = json.loads(capsys.readouterr().out)
     assert [tree["nodes"] for tree in found["trees"]] == [1, 2, 1, 2, 3, 4, 5]
@@ -128,11 +128,11 @@ def test_trees_are_measured_where_they_are_asked_for(directory, capsys) -> None:
         headstart.load(directory).engine()
 
 
-def test_tables_of_ranks_count_what_was_seen() -> None:
+def test_tables_of_ranks_count_observed_ranks() -> None:
     seen = [[(0.99, 0), (0.5, 1)]] * 30 + [[(0.05, 1), (0.5, 9)]] * 10 + [[(0.05, 9), (0.5, 0)]] * 60
     table = AcceptanceTable((0.3, 0.3), ((0.3,) * 12,) * 2).with_ranks(seen, 2)
     assert table.rank_mean[0] == pytest.approx((30.1 / 101, 10.1 / 101))
-    # Head 3 counts where head 2 had the right token among its candidates.
+    # Head 3 counts if head 2 had the right token among its candidates.
     assert table.rank_mean[1] == pytest.approx((0.1 / 41, 30.1 / 41))
     sure, unsure = table.rank_by_confidence[0][0][-1], table.rank_by_confidence[0][0][0]
     assert sure == pytest.approx((30 + PRIOR * 30.1 / 101) / (30 + PRIOR)) and unsure < 0.02
@@ -142,7 +142,7 @@ def test_tables_of_ranks_count_what_was_seen() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_ranks_are_those_of_the_drafts_that_decoding_makes(directory, temperature) -> None:
+def test_ranks_match_the_drafts_of_decoding(directory, temperature) -> None:
     model, n = headstart.load(directory).transformer, 3
     drafted: list[tuple[int, int, float]] = []
 
@@ -174,7 +174,7 @@ def test_ranks_are_those_of_the_drafts_that_decoding_makes(directory, temperatur
         lambda text: json.dumps({**json.loads(text), "costs": 3}),
     ],
 )
-def test_a_damaged_file_is_named_with_the_mend(directory, damage) -> None:
+def test_a_damaged_file_is_named_with_the_fix(directory, damage) -> None:
     tune(directory, *SMALL)
     file = directory / TUNING_FILE
     file.write_text(damage(file.read_text()))

@@ -8,7 +8,7 @@ import torch
 from conftest import HEADS, packed
 from test_constraint_law import LAW, distance
 from test_constraints import BYTES, CASES, PROMPT, bpe, model_of, one, reference
-from test_policy import Whim
+from test_policy import RandomRows
 from test_rules import _small
 
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
@@ -51,7 +51,7 @@ def test_with_trees_it_is_constrained_plain_decoding(name: str, tokenizer, sampl
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("exact", [True, False])
 def test_in_a_batch_constrained_and_free_texts_both_have_trees(compiled: bool, exact: bool) -> None:
-    class Pruning(Whim):
+    class Pruning(RandomRows):
         def use_tree(self, tree: DraftTree) -> bool:
             self.tree = tree
             return True

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HEADS, packed, trained, untrained
-from test_policy import Whim
+from test_policy import RandomRows
 
 import headstart
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
@@ -158,7 +158,7 @@ def test_in_a_batch_under_any_policy_it_is_the_same_and_free_requests_are_as_eve
         plain.append(one(engine, r.prompt, 50, r.sampling, 1, constraint=r.constraint).tokens)
         if r.constraint is None:  # nothing is made for those that are free
             assert engine.state.constraints._forbidden is None and engine.state.constraints._drafts is None
-    for policy in [None, Whim(3)] if exact is False or backend_of(model).row_exact else [None]:
+    for policy in [None, RandomRows(3)] if exact is False or backend_of(model).row_exact else [None]:
         for lookup in (0, 3):
             engine = Engine(model, slots=3, tokenizer=BYTES, exact=exact, policy=policy, lookup=lookup)
             together = generate_all(engine, requests)

@@ -1,4 +1,4 @@
-"""Products of int8: the compiled ones are the reference bit for bit, and decoding with them is lossless too."""
+"""Compiled int8 products equal the reference bit for bit, and decoding with them is lossless."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def quantized(shape: str, compiled: bool = True) -> Transformer:
 
 @pytest.mark.parametrize("K", [1, 50, 160, 4096, 5000])
 def test_products_of_whole_numbers_are_exact(K: int) -> None:
-    """The reference multiplies in fp32: against Python's integers."""
+    """Compare the reference, which multiplies in fp32, with Python's integers."""
     weight, x = random(3, K), random(2, K, seed=1)
     weight[0], x[0] = 1, -1  # every product as large as it can be, of one sign
     (w, w_scale), (q, q_scale) = quantize_weight(weight), quantize_rows(x)
@@ -65,12 +65,12 @@ def test_compiled_products_are_the_reference(N: int, K: int, rows: int, compiled
         got = fast(x)
         torch.set_num_threads(1)
         assert torch.equal(got, slow(x))
-        for row in range(rows):  # which depend on themselves alone
+        for row in range(rows):  # each row depends on itself alone
             assert torch.equal(fast(x[row : row + 1])[0], got[row])
 
 
 def test_no_sum_overflows_where_all_is_largest(compiled: None) -> None:
-    """vpmaddubsw adds two products in 16 bits, and stops at their ends."""
+    """vpmaddubsw adds two products in 16 bits and saturates."""
     for sign_x in (1, -1):
         for sign_w in (1, -1):
             weight, x = torch.full((16, 64), float(sign_w)), torch.full((3, 64), float(sign_x))
@@ -78,9 +78,9 @@ def test_no_sum_overflows_where_all_is_largest(compiled: None) -> None:
             assert torch.allclose(got, torch.full((3, 16), 64.0 * sign_x * sign_w), rtol=1e-6)
 
 
-def test_rows_and_outputs_of_nothing(compiled: None) -> None:
+def test_rows_and_outputs_of_zeros(compiled: None) -> None:
     weight, x = random(20, 40), random(4, 40, seed=1)
-    weight[3], x[1], x[2] = 0, 0, 1e-35  # what is too small for a reciprocal counts as nothing
+    weight[3], x[1], x[2] = 0, 0, 1e-35  # a value too small for a reciprocal counts as zero
     for linear in (CompiledLinear(weight, None, "int8"), Int8Linear(weight, None)):
         y = linear(x)
         assert (y[:, 3] == 0).all() and (y[1:3] == 0).all() and y.isfinite().all()
@@ -88,12 +88,12 @@ def test_rows_and_outputs_of_nothing(compiled: None) -> None:
 
 def test_an_int8_model_is_near_the_model_and_its_reference(shape: str, compiled: None) -> None:
     tokens = torch.tensor([list(b"the cat then a dog")])
-    # Up to where sequential heads know the tokens between.
+    # Up to the last position whose later tokens sequential heads have.
     want = trained(shape)(tokens, heads=HEADS)[:, : 1 - HEADS]
     got, reference = (quantized(shape, fast)(tokens, heads=HEADS)[:, : 1 - HEADS] for fast in (True, False))
     assert backend_of(quantized(shape)).quantize and backend_of(quantized(shape, False)).quantize
     assert 1e-4 < (got - want).norm() / want.norm() < 0.1
-    # Norms and attention round otherwise in torch, and a row that does may fall to another step.
+    # Norms and attention round differently in torch, so a row may be quantized to another step.
     assert (got - reference).norm() / want.norm() < 0.03
 
 
@@ -112,7 +112,7 @@ def test_speculative_int8_is_plain_int8(shape: str, fast: bool) -> None:
     for heads in (2, HEADS):
         several = generate_all(Engine(model, slots=3), requests[heads])
         assert [g.tokens for g in several] == plain
-        assert sum(g.stats.passes for g in several) < sum(map(len, plain))  # drafts were kept
+        assert sum(g.stats.passes for g in several) < sum(map(len, plain))  # drafts were accepted
 
 
 def test_costs_of_int8_are_kept_apart() -> None:

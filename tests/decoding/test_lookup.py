@@ -9,7 +9,7 @@ import torch
 from conftest import HEADS, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_policy import Whim
+from test_policy import RandomRows
 from test_rules import _distance, _small
 
 from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
@@ -89,7 +89,7 @@ def test_output_does_not_depend_on_what_is_looked_up(shape: str, compiled: bool,
         generate_all(Engine(model, exact=exact), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)])[0]
         for r in requests
     ]
-    policies = [None, Whim(5)] if backend_of(model).row_exact or not exact else [None]
+    policies = [None, RandomRows(5)] if backend_of(model).row_exact or not exact else [None]
     for policy in policies:
         found = generate_all(Engine(model, slots=2, exact=exact, lookup=6, policy=policy), requests)
         assert [g.tokens for g in found] == [g.tokens for g in plain]

@@ -1,4 +1,4 @@
-"""The compiled kernels against torch, in shapes that fill their blocks and shapes that do not."""
+"""Compare the compiled kernels with torch, in shapes that fill their blocks and shapes that do not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @pytest.fixture(params=list(DTYPES), scope="module")
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Of the activations; a processor that has no kernels for it skips."""
+    """Return the type of activations, or skip if this processor has no kernels for it."""
     if cpu.kernels(DTYPES[request.param]) is None:
         pytest.skip(f"no compiled kernels for {request.param} here: another processor, or no C compiler")
     return DTYPES[request.param]
@@ -42,7 +42,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module")
 def error(dtype: torch.dtype) -> float:
-    """What a result may be off by, relative to its size."""
+    """Return the largest relative error of a result."""
     return 1e-2 if dtype == torch.bfloat16 else 1e-5
 
 
@@ -69,7 +69,7 @@ def test_linear(N: int, K: int, rows: int, narrow: bool, dtype: torch.dtype, err
 
 
 def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
-    """Not even on how many there are: the bits are the same for 1 and for 300 rows, for 1 and for 2 threads."""
+    """The bits are the same for 1 and for 300 rows, and for 1 and for 2 threads."""
     linear, x = CompiledLinear(random(200, 640, dtype=dtype), None), random(300, 640, dtype=dtype, seed=1)
     whole = linear(x)
     torch.set_num_threads(2)
@@ -102,7 +102,7 @@ def test_swiglu(hidden: int, dtype: torch.dtype, error: float) -> None:
 
 
 def attention(config: ModelConfig, q, k, v, starts: list[int], keys, values) -> torch.Tensor:
-    """One call on a cache that holds `keys` and `values` (S, G, T, E) already."""
+    """Attend once over a cache that holds `keys` and `values` (S, G, T, E)."""
     S, capacity = len(starts), keys.shape[2]
     cache = KVCache(config, S, capacity, torch.float32, "cpu", compiled=True)
     cache.keys[0] = keys.unflatten(2, (-1, 16)).transpose(-1, -2)
@@ -136,7 +136,7 @@ def test_attention_over_the_cache(
 
 
 def test_attention_of_a_row_depends_on_its_past_alone(dtype: torch.dtype) -> None:
-    """The bits are the same for any window, neighbour, number of slots, span, and rubbish beyond the position."""
+    """The bits are the same for any window, neighbour, number of slots, span, and content beyond the position."""
     config = ModelConfig(dim=128, layers=2, attention_heads=4, kv_heads=2)
     q, k, v = (random(1, n, 8, 32, dtype=dtype, seed=i) for i, n in enumerate((4, 2, 2)))
     keys, values = (random(1, 2, 160, 32, dtype=dtype, seed=3 + i).float() for i in range(2))
@@ -180,7 +180,7 @@ def test_a_block_in_one_call_is_the_block(
     with torch.no_grad():
         everywhere = model.rotary(torch.arange(capacity).repeat(3, 1), torch.float32)
         block(whole, everywhere, past)
-        for slot, start in enumerate(starts):  # what a pass writes it writes itself, and what is beyond it never sees
+        for slot, start in enumerate(starts):  # the pass overwrites its own positions and never reads later ones
             cache.values[:, slot, :, start:] = 9.0
             for t in range(start, capacity):
                 cache.keys[:, slot, :, t // 16, :, t % 16] = 9.0
@@ -247,7 +247,7 @@ def test_without_kernels_everything_still_works(tmp_path, forks) -> None:
 
 
 def test_loading_the_kernels_leaves_denormal_numbers_alone(tmp_path, forks) -> None:
-    """A library linked with -ffast-math makes them zero, in all of the process that loads it."""
+    """A library linked with -ffast-math makes them zero in the whole process that loads it."""
     program = (
         "import sys; from headstart.decoding.kernels import cpu; import torch\n"
         "cpu.kernels(torch.float32), cpu.kernels(torch.bfloat16), cpu.chooser()\n"

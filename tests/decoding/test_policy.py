@@ -1,4 +1,4 @@
-"""How many drafts are fed is a matter of speed alone, and is chosen by what it is worth."""
+"""The policy chooses how many drafts are fed by their value, and its choice changes speed alone."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ SURE, UNSURE = 0.99, 0.05
 
 
 def acceptance(sure: float = 0.95, unsure: float = 0.05) -> AcceptanceTable:
-    """Drafts are right with probability `sure` where their heads are, else with `unsure`."""
+    """Return the table of drafts that are right with probability `sure` if their heads are sure, else `unsure`."""
     table = tuple(sure if i == len(EDGES) else unsure for i in range(len(EDGES) + 1))
     return AcceptanceTable(((sure + unsure) / 2,) * (HEADS - 1), (table,) * (HEADS - 1))
 
 
 def tuning(first: float, row: float, plain: float = 1.0, table: AcceptanceTable | None = None) -> Tuning:
-    """A drafting pass costs `first` and `row` more for each row after it."""
+    """Return a tuning whose drafting passes cost `first`, and `row` more for each further row."""
     costs = tuple(first + row * i for i in range(HEADS))
     table = table or acceptance()
     return Tuning(table, table, PassCosts((1,), (plain,), (costs,)))
 
 
-def test_what_heads_know_in_int8_is_kept_beside_what_they_know_without() -> None:
+def test_a_file_keeps_the_acceptance_of_int8_weights_apart() -> None:
     model = packed("replicated", torch.float32)
     here = machine_key(model)
     plain, quantized = tuning(1.2, 0.1), tuning(1.2, 0.1, table=acceptance(0.5))
@@ -94,7 +94,7 @@ def test_numbers_of_a_file_that_no_measurement_gives_are_refused(path: tuple, va
 
 
 def test_acceptance_is_conditional_and_sorted_by_confidence() -> None:
-    # Head 2 is right where it is sure; head 3 is judged only where head 2 was right.
+    # Head 2 is right if it is sure; head 3 counts only if head 2 was right.
     observed = [([SURE, 0.55], 2)] * 30 + [([SURE, 0.55], 1)] * 10 + [([UNSURE, 0.55], 0)] * 60
     found = AcceptanceTable.from_passes(observed, 3)
     assert found.mean == (pytest.approx(40.5 / 101), pytest.approx(30.5 / 41))
@@ -116,7 +116,7 @@ def test_costs_between_and_beyond_the_batch_sizes_measured() -> None:
     assert plain == pytest.approx(4.5) and rows == pytest.approx((5.4, 7.4667, 9.9333), abs=1e-3)
 
 
-def test_it_feeds_the_drafts_that_are_worth_their_rows() -> None:
+def test_the_policy_feeds_the_drafts_that_are_worth_their_rows() -> None:
     policy = DraftPolicy(tuning(first=1.05, row=0.1))
     sure, unsure = policy.prefixes(False, [SURE] * 3), policy.prefixes(False, [UNSURE] * 3)
     assert policy.plan(1, [sure]) == (4, True)
@@ -125,10 +125,10 @@ def test_it_feeds_the_drafts_that_are_worth_their_rows() -> None:
     assert policy.plan(1, [[]]) == (1, True)  # no drafts yet: they are made
     dear = DraftPolicy(tuning(first=1.0, row=1.1))
     assert dear.plan(1, [sure]) == (1, True)
-    # In a batch all windows are as long: what counts is what they gain together.
+    # In a batch all windows have the same length, so their gain together counts.
     assert policy.plan(1, [sure, unsure]) == (4, True)
     assert policy.plan(1, [sure, *[unsure] * 19]) == (1, True)
-    # Drafts that were looked up may be more than the rows measured; a row costs what the others do on average.
+    # Prompt lookup may draft more rows than were measured; such a row costs the average of the others.
     assert policy.plan(1, [[0.9] * 10]) == (11, True)
     assert policy.plan(1, [[0.9] * 5 + [0.01] * 5]) == (6, True)
 
@@ -147,8 +147,8 @@ def test_where_drafting_cannot_pay_heads_never_draft() -> None:
         policy.observe(1, 1, 1, False, 1)
 
 
-def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely() -> None:
-    """Never much slower than plain, whatever the text: of 20,000 passes of hopeless text few are drafting ones."""
+def test_drafting_that_loses_is_paused_longer_each_time() -> None:
+    """Few of 20,000 passes draft if no draft is ever accepted, so decoding is never much slower than plain."""
     policy = DraftPolicy(tuning(first=1.2, row=0.05))
     drafting = 0
     for _ in range(20_000):
@@ -163,7 +163,7 @@ def test_heads_rest_where_they_turn_out_to_lose_and_look_again_ever_more_rarely(
 
 
 @pytest.mark.parametrize(("slots", "most"), [(1, 8), (4, 3), (16, 1)])
-def test_drafts_that_fall_far_short_of_what_was_foreseen_are_given_up_at_once(slots: int, most: int) -> None:
+def test_drafts_that_fall_far_short_of_the_prediction_are_paused_at_once(slots: int, most: int) -> None:
     policy = DraftPolicy(tuning(first=1.1, row=0.1))
     drafting = 0
     for _ in range(64):
@@ -173,8 +173,8 @@ def test_drafts_that_fall_far_short_of_what_was_foreseen_are_given_up_at_once(sl
     assert 0 < drafting <= most
 
 
-def test_passes_that_nobody_asked_about_are_no_surprise() -> None:
-    """Where every request names its number of heads."""
+def test_passes_that_were_not_planned_are_no_surprise() -> None:
+    """Passes are not planned if every request names its number of heads."""
     policy = DraftPolicy(tuning(first=1.1, row=0.1))
     sure = policy.prefixes(False, [SURE] * 3)
     policy.plan(1, [sure])
@@ -183,7 +183,7 @@ def test_passes_that_nobody_asked_about_are_no_surprise() -> None:
     assert policy.plan(1, [sure])[1]
 
 
-def test_drafts_that_fare_as_foreseen_are_no_surprise() -> None:
+def test_drafts_that_fare_as_predicted_are_no_surprise() -> None:
     rng, given_up = random.Random(0), 0
     for _ in range(200):
         policy = DraftPolicy(tuning(first=1.1, row=0.1, table=acceptance(0.7, 0.7)))
@@ -195,8 +195,8 @@ def test_drafts_that_fare_as_foreseen_are_no_surprise() -> None:
     assert given_up < 0.01 * 200 * 40
 
 
-def test_where_drafting_is_not_expected_to_pay_it_is_tried_late() -> None:
-    """Feeding likely drafts alone may pay where no fixed number of rows does."""
+def test_drafting_that_is_not_expected_to_pay_is_tried_late() -> None:
+    """Feeding only likely drafts may pay although no fixed number of rows does."""
     policy = DraftPolicy(tuning(first=1.1, row=0.6))
     sure = policy.prefixes(False, [SURE] * 3)
     drafts = [policy.plan(1, [[]])[1]]
@@ -211,8 +211,8 @@ def test_where_drafting_is_not_expected_to_pay_it_is_tried_late() -> None:
     assert policy.plan(1, [sure])[1] and policy.plan(2, [sure] * 2)[1]  # with more slots too
 
 
-class Whim(DraftPolicy):
-    """Chooses at random: what it chooses must not matter to the output."""
+class RandomRows(DraftPolicy):
+    """Choose rows at random, which must not change the output."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(tuning(1.0, 0.1))
@@ -240,15 +240,15 @@ def test_output_does_not_depend_on_the_policy(shape: str, compiled: bool) -> Non
         for r in requests
     ]
     for seed, slots in enumerate((1, 2, 3)):
-        policy = Whim(seed)
+        policy = RandomRows(seed)
         got = generate_all(Engine(model, slots=slots, policy=policy, exact=backend_of(model).row_exact), requests)
         assert [g.tokens for g in got] == plain
         assert len(policy.chosen) >= 3 and sum(got[0].stats.accepted) >= 0
 
 
-def test_fixed_shapes_leave_a_policy_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_shapes_leave_a_policy_nothing_to_choose() -> None:
     model = packed("replicated", torch.float32, False)
-    engine = Engine(model, policy=Whim(0), exact=True)
+    engine = Engine(model, policy=RandomRows(0), exact=True)
     assert engine.fixed_shapes and engine.policy is None
     assert generate_all(engine, [Request(PROMPT, 40)])[0].stats.passes < 40
 
@@ -263,8 +263,8 @@ def test_a_request_may_name_its_heads() -> None:
     assert named.stats.passes < 60 and named.stats.drafted[0] == named.stats.drafted[-1] == named.stats.passes - 1
 
 
-class Resting(DraftPolicy):
-    """Drafts in every pass but the tenth."""
+class SkipsTheTenth(DraftPolicy):
+    """Draft in every pass but the tenth."""
 
     def __init__(self) -> None:
         super().__init__(tuning(1.0, 0.01))
@@ -276,21 +276,21 @@ class Resting(DraftPolicy):
 
 
 @pytest.mark.parametrize("shape", ["transformer-parallel", "replicated"])
-def test_heads_whose_caches_have_holes_draft_no_more(shape: str) -> None:
+def test_heads_whose_caches_have_gaps_stop_drafting(shape: str) -> None:
     """Transformer heads miss the keys of positions that they did not run on; the others keep none."""
-    engine = Engine(packed(shape, torch.float32), exact=False, policy=Resting())
+    engine = Engine(packed(shape, torch.float32), exact=False, policy=SkipsTheTenth())
     generation = engine.submit(Request(PROMPT, 200))
     drafted = []
     while engine.busy:
         engine.step()
         drafted.append(sum(generation.stats.drafted))
     assert drafted[9] > 0
-    goes_on = shape == "replicated"
-    assert (drafted[-1] > drafted[12]) == goes_on
-    assert generation.heads == (HEADS if goes_on else 1)
+    continues = shape == "replicated"
+    assert (drafted[-1] > drafted[12]) == continues
+    assert generation.heads == (HEADS if continues else 1)
 
 
-def test_watching_sees_every_draft_with_its_confidence() -> None:
+def test_a_watcher_sees_every_draft_with_its_confidence() -> None:
     seen: list[tuple[float, int]] = []
 
     def watch(generation: Generation, fed: int, accepted: int) -> None:
@@ -301,7 +301,7 @@ def test_watching_sees_every_draft_with_its_confidence() -> None:
     generation = generate_all(Engine(model, watch=watch), [Request(PROMPT, 200)])[0]
     assert len(seen) == generation.stats.passes - 1
     assert sum(accepted > 0 for _, accepted in seen) == generation.stats.accepted[0]
-    # The confidence is what head 2 gave its draft; after training it is worth something.
+    # The confidence of head 2 in its draft; after training it predicts acceptance.
     assert all(0 < confidence <= 1 for confidence, _ in seen)
     right = [confidence for confidence, accepted in seen if accepted]
     wrong = [confidence for confidence, accepted in seen if not accepted]
@@ -316,7 +316,7 @@ def test_sampled_passes_have_costs_of_their_own() -> None:
     sure = policy.prefixes(False, [SURE] * 3)
     assert policy.plan(1, [sure]) == (4, True)
     assert policy.plan(1, [sure], sampled=True) == (1, False)
-    # The file keeps both; one written before they were measured has greedy ones alone.
+    # The file keeps both; an older file has greedy costs alone.
     model = packed("replicated", torch.float32)
     content = json.loads(json.dumps(add_tuning(None, machine_key(model), found, {})))
     assert parse_tuning(content, model) == found
@@ -325,29 +325,30 @@ def test_sampled_passes_have_costs_of_their_own() -> None:
     assert old is not None and old.select(True)[1] == old.costs == greedy
 
 
-def test_the_engine_says_which_passes_are_sampled() -> None:
-    told = []
+def test_the_engine_reports_which_passes_are_sampled() -> None:
+    reported = []
 
-    class Noting(Whim):
+    class Records(RandomRows):
         def plan(self, slots, prefixes, sampled=False):
-            told.append(sampled)
+            reported.append(sampled)
             return super().plan(slots, prefixes, sampled)
 
-    engine = Engine(packed("replicated", torch.float32), slots=2, policy=Noting(0), exact=False)
+    engine = Engine(packed("replicated", torch.float32), slots=2, policy=Records(0), exact=False)
     generate_all(engine, [Request(PROMPT, 40), Request(PROMPT, 8, Sampling(1.0))])
-    assert told[0] and not told[-1]
+    assert reported[0] and not reported[-1]
 
 
 @pytest.mark.parametrize("tree", [None, DraftTree.parse("0,1,0.0,0.1")])
-def test_a_step_alone_feeds_what_it_is_told_at_the_same_length(tree: DraftTree | None) -> None:
+def test_a_timed_step_feeds_its_rows_at_the_same_length(tree: DraftTree | None) -> None:
     model = packed("transformer-parallel", torch.float32)
     drafting = Step(model, rows=3, slots=2, length=20, sampling=Sampling(0.8), tree=tree)
     plain = Step(model, drafting=False, length=20)
     for _ in range(4):
         drafting()
         plain()
-        generations = [g for g in (*drafting.engine._live, *plain.engine._live) if g is not None]
+        generations = [*drafting.generations, *plain.generations]
         assert [g.finished for g in generations] == [False] * 3
-        assert all(20 < length <= 23 for length in drafting.engine._lengths) and plain.engine._lengths == [21]
+        lengths = drafting.engine.state.length_S.tolist()
+        assert all(20 < length <= 23 for length in lengths) and plain.engine.state.length_S.tolist() == [21]
     assert generations[0].stats.rows_per_pass == 2.5  # the first pass has no drafts yet
     assert generations[2].stats.rows_per_pass == 1

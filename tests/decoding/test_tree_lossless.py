@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import HEADS, SHAPES, packed, trained, untrained
-from test_policy import Whim
+from test_policy import RandomRows
 from torch import Tensor
 
 from headstart.decoding.cache import KVCache
@@ -214,7 +214,7 @@ def test_the_walk_in_c_is_the_walk_in_torch(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_output_does_not_depend_on_how_many_nodes_are_fed(compiled: bool) -> None:
-    class Pruning(Whim):
+    class Pruning(RandomRows):
         def use_tree(self, tree: DraftTree) -> bool:
             self.tree = tree
             return True

@@ -1,4 +1,4 @@
-"""A model that was not tuned still never loses much to plain decoding, and writes the same."""
+"""Without tuning, decoding never loses much to plain decoding, and its output is the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT = tuple(b"the cat then")
 
 
 class Costs:
-    """Costs in place of timed ones; `asked` keeps the numbers of slots that were to be timed."""
+    """Return fixed costs in place of timed ones; `asked` keeps the numbers of slots that were to be timed."""
 
     def __init__(self, first: float, row: float) -> None:
         self.first, self.row = first, row
@@ -36,7 +36,7 @@ def policy_of(observed: Observations) -> DraftPolicy:
     return DraftPolicy(OnlineCalibration(observed))
 
 
-def test_a_draft_is_worth_what_is_hoped_until_it_was_seen() -> None:
+def test_acceptance_begins_as_a_prior_and_becomes_what_is_observed() -> None:
     assert 0.3 < prior_acceptance(0.0) < prior_acceptance(0.5) < prior_acceptance(1.0) == 1.0
     counts = AcceptanceCounts(3)
     table = counts.table()
@@ -74,19 +74,19 @@ def test_what_was_prepared_is_not_timed_while_decoding() -> None:
 
 @pytest.mark.parametrize("shape", ["replicated", "transformer-parallel"])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_it_drafts_where_that_pays_rests_where_it_does_not_and_writes_the_same(shape, slots) -> None:
-    # Windows that are not fixed, on every machine: what a policy chose is then what was fed.
+def test_drafting_follows_the_costs_and_changes_no_output(shape, slots) -> None:
+    # In float64 with exact=False windows have no fixed shape on any machine, so the policy decides.
     model = packed(shape, torch.float64)
     requests = [Request(PROMPT[i:], 60, Sampling(0.8 * (i % 2), seed=i)) for i in range(3)]
     plain = [g.tokens for g in generate_all(Engine(model), [Request(r.prompt, 60, r.sampling, 1) for r in requests])]
     drafted = {}
-    for name, first, row in (("free", 1.0, 0.0), ("dear", 1.5, 1.5)):
+    for name, first, row in (("free", 1.0, 0.0), ("expensive", 1.5, 1.5)):
         policy = policy_of(observations(Costs(first, row), model))
         engine = Engine(model, slots=slots, policy=policy, exact=False)
         got = generate_all(engine, requests)
         assert [g.tokens for g in got] == plain
         drafted[name] = sum(sum(g.stats.drafted) for g in got)
-    assert drafted["dear"] == 0 < drafted["free"]
+    assert drafted["expensive"] == 0 < drafted["free"]
 
 
 def test_drafts_that_fail_make_it_pause() -> None:
@@ -108,8 +108,8 @@ def test_drafts_that_fail_make_it_pause() -> None:
 
 
 @pytest.mark.parametrize("odd", [16, 100, 400])
-def test_odd_texts_do_not_stop_drafting_for_long(odd: int) -> None:
-    """Passes whose drafts are all wrong, then text whose drafts are all right."""
+def test_wrong_drafts_do_not_stop_drafting_for_long(odd: int) -> None:
+    """Passes whose drafts are all wrong, then passes whose drafts are all right."""
     policy = policy_of(observations(Costs(1.1, 0.1)))
     half_sure, plain = [0.5] * (HEADS - 1), 0
     confidences: list[float] = []
@@ -124,7 +124,7 @@ def test_odd_texts_do_not_stop_drafting_for_long(odd: int) -> None:
     assert drafts and rows == HEADS and plain <= 128
 
 
-def test_what_one_engine_has_timed_another_one_knows() -> None:
+def test_engines_of_a_model_share_timed_costs() -> None:
     costs = Costs(1.0, 0.1)
     observed = observations(costs)
     first, second = policy_of(observed), policy_of(observed)
@@ -135,7 +135,7 @@ def test_what_one_engine_has_timed_another_one_knows() -> None:
     assert second.plan(4, [[0.9]] * 4) == (2, True) and costs.asked == [1, 4]
 
 
-def test_times_of_passes_are_sane() -> None:
+def test_timed_costs_are_positive_and_ascending() -> None:
     plain, drafting = quick_pass_costs(packed("replicated", torch.float32), 2, True)
     assert plain > 0 and len(drafting) == HEADS
     assert list(drafting) == sorted(drafting)

@@ -120,12 +120,14 @@ class Step:
         self.length = length
         policy = FixedRows(rows, model.config.heads, tree) if drafting else None
         self.engine = Engine(model, slots=slots, context=length + 1, exact=False, policy=policy, tree=tree)
+        self.generations: list[Generation] = []
         generator = torch.Generator().manual_seed(0)
         for slot in range(slots):
             prompt = torch.randint(model.config.vocab_size, (length + 1,), generator=generator).tolist()
             request = Request(tuple(prompt), ENDLESS, sampling or Sampling(), None if drafting else 1)
             heads = self.engine.most_heads if drafting else 1
-            self.engine.begin(slot, Generation(request, heads, Stopper(ENDLESS)))
+            self.generations.append(Generation(request, heads, Stopper(ENDLESS)))
+            self.engine.begin(slot, self.generations[-1])
 
     def __call__(self) -> None:
         """Run the step."""
