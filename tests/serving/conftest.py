@@ -26,6 +26,11 @@ HTTP = httpx.Client(verify=False, timeout=60)
 """Made once: a client reads all certificates there are, unless it is told that it needs none."""
 
 
+def load(server: Server) -> tuple[float, float]:
+    """Return how many outputs are decoded, and how many wait."""
+    return metric(server, "headstart_live_slots"), metric(server, "headstart_queue_length")
+
+
 @contextmanager
 def running(settings: ServeSettings, model: Path | None = None) -> Iterator[Server]:
     """A server in a thread of this process."""
@@ -120,6 +125,22 @@ class Gate:
         self._one.release(steps)
         if wait:
             until(lambda: self.steps >= wanted)
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return a function that makes each step of every engine take so many seconds longer."""
+
+    def slow_down(seconds: float) -> None:
+        step = Engine.step
+
+        def slow(engine: Engine) -> Any:
+            time.sleep(seconds)
+            return step(engine)
+
+        monkeypatch.setattr(Engine, "step", slow)
+
+    return slow_down
 
 
 @pytest.fixture

@@ -109,11 +109,13 @@ def test_others_are_answered_while_a_large_body_is_read(monkeypatch: pytest.Monk
     monkeypatch.setattr(service, "read_body", slow)
     large = json.dumps({"prompt": "x", "max_tokens": 2, "user": "x" * LARGE}).encode()
     with running(ServeSettings(port=0, slots=1)) as server, ThreadPoolExecutor(2) as pool:
+        arrived, read = [], server.service.read
+        monkeypatch.setattr(server.service, "read", lambda *body: arrived.append(body) or read(*body))
         answers = [pool.submit(raw, server, large) for _ in range(2)]
         assert begun.wait(20)
         assert HTTP.get(f"{server.url}/health").status_code == 200
         assert raw(server, b'{"prompt": "x", "max_tokens": 1}')[0] == 200
-        until(lambda: server.service._preparing == 2)
+        until(lambda: sum(len(content) > LARGE for _, content, *_ in arrived) == 2)
         server.drain()
         free.set()
         assert [answer.result()[0] for answer in answers] == [200, 200]

@@ -168,16 +168,9 @@ def test_nginx_shares_requests_out(servers: list[Server], gateway: str) -> None:
 
 
 def test_nginx_lets_events_through_and_tells_of_readers_who_go(
-    servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
+    servers: list[Server], gateway: str, slow_steps: Callable[[float], None]
 ) -> None:
-    for server in servers:
-        step = server.service.worker._step
-
-        def slow(engine: Any, step: Callable[[Any], Any] = step) -> Any:
-            time.sleep(0.02)
-            return step(engine)
-
-        monkeypatch.setattr(server.service.worker, "_step", slow)
+    slow_steps(0.02)
     answer = ask(gateway, max_tokens=400, stream=True, speculative={"enabled": False})
     assert answer.readline().startswith(b"data: ")
     assert any(not server.service.worker.idle for server in servers)  # it came before the text was complete

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -14,7 +13,6 @@ import openai
 import pytest
 from serving.conftest import HTTP, raw, running
 
-from headstart.decoding.engine import Engine
 from headstart.serving import guard
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
@@ -142,15 +140,11 @@ def test_a_body_is_not_waited_for_longer_than_that(server: Server, monkeypatch: 
         assert sent(server, length).startswith(b"HTTP/1.1 408")
 
 
-def test_an_answer_may_take_longer_than_its_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_may_take_longer_than_its_body(
+    server: Server, slow_steps: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
-    step = server.service.worker._step
-
-    def slow(engine: Engine) -> Any:
-        time.sleep(0.06)
-        return step(engine)
-
-    monkeypatch.setattr(server.service.worker, "_step", slow)
+    slow_steps(0.06)
     for stream in (False, True):
         body = {"prompt": "x", "max_tokens": 8, "temperature": 0, "stream": stream, "speculative": {"enabled": False}}
         answer = HTTP.post(f"{server.url}/v1/completions", json=body)

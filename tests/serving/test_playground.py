@@ -332,15 +332,9 @@ def test_the_text_is_the_servers_and_a_race_ends_in_it_twice(tab: Any, server: A
 
 
 @needs_browser
-def test_stop_frees_the_slot(tab: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_frees_the_slot(tab: Any, server: Any, slow_steps: Callable[[float], None]) -> None:
     worker = server.service.worker
-    step = worker._step
-
-    def slow(engine: Any) -> Any:
-        time.sleep(0.02)
-        return step(engine)
-
-    monkeypatch.setattr(worker, "_step", slow)
+    slow_steps(0.02)
     tab.goto(server.url)
     settings_of(tab, max_tokens=480)
     tab.get_by_label("Speculate").uncheck()

@@ -98,11 +98,13 @@ def test_an_address_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_says_what_its_caches_may_take_and_shortens_what_would_take_too_much(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(server.Worker, "start", lambda self: self._make_engine())
     service = server.make_service(boxed_model(), ServeSettings(slots=3, threads=1))
+    service.worker.stop()
     assert service.context == CONTEXT
     said = capsys.readouterr().err
     assert f"for 3 slots of {CONTEXT:,} tokens, taken as texts grow; --slots and --context change it" in said
     monkeypatch.setattr(server, "fitting_context", lambda plan, most, device: 64)
-    assert server.make_service(boxed_model(), ServeSettings(slots=3, threads=1)).context == 64
+    service = server.make_service(boxed_model(), ServeSettings(slots=3, threads=1))
+    service.worker.stop()
+    assert service.context == 64
     assert f"3 slots of 64 tokens (the model has {CONTEXT:,})" in capsys.readouterr().err

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from serving.conftest import HTTP, Gate, metric, opened, raw, running, until
+from serving.conftest import HTTP, Gate, load, metric, opened, raw, running, until
 
+from headstart.api import LanguageModel
 from headstart.decoding.engine import Engine
 from headstart.serving.server import Server
 from headstart.serving.settings import ServeSettings
@@ -27,25 +28,31 @@ def small():
         yield started
 
 
-def live(server: Server) -> float:
-    return metric(server, "headstart_live_slots")
-
-
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_slot_within_a_step(stream: bool, small: Server, gate: Gate) -> None:
+def test_a_client_that_goes_frees_its_slot_within_a_step(
+    stream: bool, small: Server, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled: list[int] = []
+    cancel = small.service.worker.cancel
+
+    def watched(jobs: Any, outcome: str) -> None:
+        cancel(jobs, outcome)
+        cancelled.append(len(jobs))
+
+    monkeypatch.setattr(small.service.worker, "cancel", watched)
     before = metric(small, "headstart_texts_total", outcome="cancelled")
     gate.open.clear()
     connection = opened(small, {**LONG, "stream": stream, "n": 2})
     gate.let(4)
-    assert live(small) == 2
+    assert load(small) == (2, 0)
     if stream:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     steps = gate.steps
-    until(lambda: gate.waiting)  # the next step is under way; what is cancelled now stays listed until it ends
+    until(lambda: gate.waiting)  # the next step has begun
     connection.close()
-    until(lambda: len(small.service.worker._cancelled) == 2)
+    until(lambda: cancelled == [2])
     gate.let(1, wait=False)
-    until(lambda: live(small) == 0)
+    until(lambda: load(small) == (0, 0))
     assert gate.steps <= steps + 1
     assert metric(small, "headstart_texts_total", outcome="cancelled") == before + 2
     gate.open.set()
@@ -84,8 +91,7 @@ def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gat
     body = json.dumps({"prompt": "def f(", "max_tokens": 8, "temperature": 0}).encode()
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(raw, small, body) for _ in range(4)]
-        worker = small.service.worker
-        until(lambda: len(worker._running) + len(worker._waiting) == 4)
+        until(lambda: load(small) == (2, 2))
         answer = HTTP.post(f"{small.url}/v1/completions", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 60
         assert answer.json()["error"]["type"] == "rate_limit_error"
@@ -100,11 +106,11 @@ def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gat
 def test_one_that_waits_and_goes_leaves_the_queue(small: Server, gate: Gate) -> None:
     gate.open.clear()
     first = opened(small, {**LONG, "n": 2})
-    until(lambda: len(small.service.worker._running) == 2)
+    until(lambda: load(small) == (2, 0))
     second = opened(small, LONG)
-    until(lambda: len(small.service.worker._waiting) == 1)
+    until(lambda: load(small) == (2, 1))
     second.close()
-    until(lambda: len(small.service.worker._waiting) == 0)
+    until(lambda: load(small) == (2, 0))
     first.close()
     gate.open.set()
     until(lambda: small.service.worker.idle)
@@ -117,8 +123,7 @@ def test_a_failing_engine_is_told_to_those_in_flight_and_made_anew(
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(raw, small, json.dumps(LONG).encode())
         stream = opened(small, {**LONG, "stream": True})
-        worker = small.service.worker
-        until(lambda: len(worker._running) + len(worker._waiting) == 2)
+        until(lambda: load(small) == (2, 0))
         gate.let(3)
         step = Engine.step
         monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
@@ -144,7 +149,7 @@ def test_a_second_signal_does_not_wait_for_texts(gate: Gate) -> None:
     with running(ServeSettings(port=0, slots=1)) as server:
         gate.open.clear()
         connection = opened(server, LONG)
-        until(lambda: len(server.service.worker._running) == 1)
+        until(lambda: load(server) == (1, 0))
         server.handle_exit(signal.SIGINT, None)
         assert HTTP.get(f"{server.url}/ready").status_code == 503 and not server.should_exit
         server.handle_exit(signal.SIGINT, None)
@@ -156,11 +161,10 @@ def test_texts_have_so_many_seconds_to_finish(gate: Gate) -> None:
     with running(ServeSettings(port=0, slots=1, drain_seconds=0.05)) as server:
         gate.open.clear()
         connection = opened(server, LONG)
-        until(lambda: len(server.service.worker._running) == 1)
+        until(lambda: load(server) == (1, 0))
         server.drain()
-        until(lambda: server.service.worker._stopping, 5)
-        gate.open.set()
         assert connection.recv(100).startswith(b"HTTP/1.1 503")
+        gate.open.set()
 
 
 def test_time_is_over(gate: Gate, model) -> None:
@@ -175,22 +179,15 @@ def test_time_is_over(gate: Gate, model) -> None:
         assert status == 200 and answer["choices"][0]["text"] == model.generate("x", max_new_tokens=2).text
 
 
-def test_an_engine_that_cannot_be_made_again_ends_it_all(gate: Gate) -> None:
+def test_an_engine_that_cannot_be_made_again_ends_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
     with running(ServeSettings(port=0, slots=1)) as server:
-        worker = server.service.worker
-
-        def none() -> Engine:
-            raise MemoryError
-
-        worker._make_engine = none
-        gate.open.clear()
-        connection = opened(server, LONG)
-        until(lambda: len(worker._running) == 1)
-        worker._running[0].wants_origins = True  # what is not there makes the step fail
-        worker._job_of.clear()
-        gate.open.set()
-        assert b"500" in connection.recv(100)
-        until(lambda: worker.dead)
+        monkeypatch.setattr(LanguageModel, "engine", fail)
+        monkeypatch.setattr(Engine, "step", fail)
+        assert raw(server, SHORT)[0] == 500
+        until(lambda: server.service.worker.dead)
         assert HTTP.get(f"{server.url}/health").status_code == 503
         assert HTTP.get(f"{server.url}/ready").status_code == 503
         assert raw(server, SHORT)[0] == 503
@@ -243,7 +240,7 @@ def test_a_route_that_fails_tells_nothing_and_ends_the_connection(
     small: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(small.service, "_answer", lambda *_: 1 / 0)
+        patch.setattr(small.service, "whole", lambda *_: 1 / 0)
         status, answer = raw(small, SHORT)
     assert status == 500 and "division" not in str(answer)
     assert raw(small, SHORT)[0] == 200
