@@ -1,4 +1,4 @@
-"""Who is next: clients take turns, each one's own requests in the order they came."""
+"""Queue items of several clients: clients take turns, and each one's items keep their order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Round-robin over clients, so that one who sends a hundred requests does not keep another waiting for a hundred.
+    """Serve clients round-robin, so that a client with a hundred items does not make another one wait for all of them.
 
-    It is not locked: its owner does that.
+    The owner locks it.
     """
 
     def __init__(self) -> None:
@@ -23,15 +23,15 @@ class FairQueue(Generic[Item]):
         return self._count
 
     def put(self, client: str, item: Item) -> None:
+        """Add an item at the end of its client's queue."""
         self._of.setdefault(client, deque()).append(item)
         self._count += 1
 
     def next(self, skipped: Container[str] = ()) -> Item:
-        """The first item of the client whose turn it is, without those who are skipped; IndexError where there is
-        none."""
+        """Take out the first item of the client whose turn it is. Raises IndexError if all clients are `skipped`."""
         client = next((client for client in self._of if client not in skipped), None)
         if client is None:
-            raise IndexError("nobody waits")
+            raise IndexError("no client waits")
         items = self._of[client]
         item = items.popleft()
         self._count -= 1
@@ -41,9 +41,12 @@ class FairQueue(Generic[Item]):
             del self._of[client]
         return item
 
-    def newest_of_longest(self, client: str, more: int, count: int) -> list[Item] | None:
-        """Choose `count` items that leave a full queue for `more` items of `client`: one by one the newest item of the
-        client that has most. None where no other client has more items than this one would have. Nothing is removed."""
+    def choose_dropped(self, client: str, more: int, count: int) -> list[Item] | None:
+        """Return `count` items to drop for `more` items of `client`, without removing them.
+
+        Each is the newest item of the client that then has most. Returns None if no other client has more items than
+        this one would have.
+        """
         sizes = {other: len(items) for other, items in self._of.items()}
         own = sizes.pop(client, 0) + more
         chosen = []
@@ -56,7 +59,7 @@ class FairQueue(Generic[Item]):
         return chosen
 
     def remove(self, client: str, item: Item) -> bool:
-        """Takes an item out; False if it is not here."""
+        """Remove an item; return False if it does not wait."""
         items = self._of.get(client)
         if items is None or item not in items:
             return False

@@ -59,7 +59,7 @@ class Preparation:
         if self._stopped:
             raise stopping()
         task = Task(client, work)
-        dropped = self._waiting.newest_of_longest(client, 1, len(self._waiting) + 1 - self.queue)
+        dropped = self._waiting.choose_dropped(client, 1, len(self._waiting) + 1 - self.queue)
         if dropped is None:
             raise too_many(len(self._waiting), 1)
         for other in dropped:

@@ -1,4 +1,4 @@
-"""The thread that owns the engine. Others hand it jobs and cancel them; it hands their pieces to the event loop."""
+"""Own the engine in a thread: decode the jobs that others submit, and send their pieces to the event loop."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from headstart.serving.metrics import Metrics
 from headstart.serving.warm_up import warm_up
 
 STOP_SECONDS = 1.0
-"""The step of an engine that is being stopped is waited for so long."""
+"""Most seconds to wait for the last step of an engine that stops."""
 
 
 class Worker:
-    """Steps an engine for as long as there is something to do.
+    """Decode jobs with an engine in a thread.
 
     Args:
-        make_engine: called in the thread; called again if an engine has failed, for what it holds is not known then.
-        tokenizer: for telling which head drafted what, and for constraints.
-        slots: of the engine.
-        queue: how many jobs may wait beside those in slots.
+        make_engine: function that makes the engine, in the thread; it is called again after an engine has failed.
+        tokenizer: tokenizer of the model, for the origins of tokens and for constraints.
+        slots: number of slots of the engine.
+        queue: most jobs that wait, in addition to those in slots.
+        metrics: metrics of the server.
         stream_interval: least seconds between two pieces of a stream.
     """
 
@@ -46,22 +47,22 @@ class Worker:
         self._make_engine, self._tokenizer, self.slots, self.queue = make_engine, tokenizer, slots, queue
         self.metrics, self.stream_interval = metrics, stream_interval
         self.failures = 0
-        """Of the engine."""
+        """Number of engines that have failed."""
         self.dead = False
-        """No engine could be made again."""
+        """True once no engine could be made after one has failed."""
         self._lock = threading.Condition()
         self._waiting: FairQueue[Job] = FairQueue()
         self._cancelled: list[tuple[Job, str]] = []
         self._running: list[Job] = []
         self._job_of: dict[Generation, Job] = {}
         self._stopping = False
-        self._seconds = 1.0  # that a job takes in its slot, lately
+        self._seconds = 1.0  # recent average of the time that a job takes in its slot
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready = threading.Event()
         self._no_start: Exception | None = None
 
     def start(self) -> None:
-        """Returns when the engine is there and warm; raises what kept it from that."""
+        """Start the thread, and return when the engine is warm. Raises the error that prevented this."""
         self._thread.start()
         self._ready.wait()
         if self._no_start is not None:
@@ -69,13 +70,15 @@ class Worker:
 
     @property
     def bound(self) -> int:
-        """Most texts that are written and wait together."""
+        """Return the most jobs that decode and wait together."""
         return self.slots + self.queue
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of them or none; at most `bound`, all of one client. Where the queue is full, the newest texts of
-        clients with longer queues leave it. Raises ApiError 429 where that makes no room, with the seconds after which
-        to try again."""
+        """Queue jobs of one client, at most `bound`: all of them or none.
+
+        If the queue is full, the newest jobs of clients with more jobs in it are dropped. Raises ApiError 429, with the
+        seconds after which to try again, if that makes no room, and ApiError 503 if the engine stops or has failed.
+        """
         with self._lock:
             busy = len(self._waiting) + len(self._running)
             if self.dead:
@@ -84,34 +87,40 @@ class Worker:
                 raise stopping()
             full = too_many(busy, max(1, min(60, math.ceil(busy * self._seconds / self.slots))))
             excess = busy + len(jobs) - self.bound
-            thrown_out = self._waiting.newest_of_longest(jobs[0].client, len(jobs), excess)
-            if thrown_out is None:
+            dropped = self._waiting.choose_dropped(jobs[0].client, len(jobs), excess)
+            if dropped is None:
                 raise full
-            for job in thrown_out:
+            for job in dropped:
                 self._waiting.remove(job.client, job)
                 self.metrics.count_end(job, "refused")
             for job in jobs:
                 self._waiting.put(job.client, job)
+            self._report_load()
             self._lock.notify()
-        _send([], [(job, full) for job in thrown_out])
+        _send([], [(job, full) for job in dropped])
 
     def cancel(self, jobs: Sequence[Job], outcome: str = "cancelled") -> None:
-        """Ends those that are not done: they leave the queue, or their slots before the next pass."""
+        """End the jobs that are not done: they leave the queue at once, or their slots before the next pass."""
         with self._lock:
             for job in jobs:
                 if self._waiting.remove(job.client, job):
                     self.metrics.count_end(job, outcome)
                 elif job in self._running:
                     self._cancelled.append((job, outcome))
+            self._report_load()
             self._lock.notify()
+
+    def _report_load(self) -> None:
+        """Update the metrics of the queue and the slots; the lock is held."""
+        self.metrics.set_load(len(self._waiting), len(self._running))
 
     @property
     def idle(self) -> bool:
+        """Return whether no job waits or decodes."""
         return not self._waiting and not self._running
 
     def stop(self) -> None:
-        """Answers whoever waits with 503, and ends the thread after its step, which is not waited for any longer than
-        `STOP_SECONDS`."""
+        """Answer all jobs with 503, and end the thread after its step; wait for it for at most `STOP_SECONDS`."""
         with self._lock:
             self._stopping = True
             left = self._left()
@@ -130,7 +139,7 @@ class Worker:
             self._ready.set()
         try:
             self._serve(engine)
-        except BaseException:  # nothing is known to raise here; whoever waits must not wait for ever
+        except BaseException:  # no known error reaches this; no client may wait for ever
             traceback.print_exc()
             self.dead = True
         with self._lock:
@@ -140,11 +149,11 @@ class Worker:
         )
 
     def _left(self) -> list[Job]:
-        """The jobs that are not done, out of the queue; the lock is held."""
+        """Return the jobs that are not done, and empty the queue; the lock is held."""
         return [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
 
     def _serve(self, engine: Engine) -> None:
-        """Until it is stopped. Raises what kept an engine from being made again."""
+        """Decode until the worker stops. Raises the error that prevents a new engine."""
         while self._wait():
             if not self._turn(engine):
                 del engine  # its memory is wanted for the next one
@@ -171,10 +180,9 @@ class Worker:
         return not broken
 
     def _wait(self) -> bool:
-        """Until there is something to do; False where that is to stop."""
+        """Wait for jobs. Return False when the worker stops."""
         with self._lock:
             while not (self._stopping or self._waiting or self._running):
-                self.metrics.set_load(0, 0)
                 self._lock.wait()
             return not self._stopping
 
@@ -222,7 +230,7 @@ class Worker:
         return pieces
 
     def _hand_over(self, pieces: list[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:
-        """Tells the event loop, in one call a step."""
+        """Send the pieces and errors of a step to the event loop in one call."""
         if not pieces and not errors:
             return
         done = [(job, piece) for job, piece in pieces if piece.finished]
@@ -235,13 +243,14 @@ class Worker:
         _send(pieces, errors)
 
     def _ended(self, job: Job, outcome: str) -> None:
-        """A job leaves; the lock is held."""
+        """Remove a job that has ended; the lock is held."""
         if job in self._running:
             self._running.remove(job)
         if job.generation is not None:
             self._job_of.pop(job.generation, None)
             self._seconds += 0.1 * (job.generation.stats.seconds - self._seconds)
         self.metrics.count_end(job, outcome)
+        self._report_load()
 
 
 def _send(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiError]]) -> None:

@@ -48,10 +48,10 @@ def test_clients_may_be_skipped() -> None:
 
 def test_the_newest_items_of_the_longest_queues_make_room() -> None:
     queue = filled()  # three of a, two of b, one of c
-    assert queue.newest_of_longest("d", 1, 1) == ["a3"]
-    assert queue.newest_of_longest("d", 1, 3) == ["a3", "a2", "b2"]
-    assert queue.newest_of_longest("d", 1, 4) is None  # every client has one now
-    assert queue.newest_of_longest("c", 1, 1) == ["a3"] and queue.newest_of_longest("c", 1, 2) is None
-    assert queue.newest_of_longest("c", 2, 1) is None and queue.newest_of_longest("a", 1, 1) is None
-    assert queue.newest_of_longest("a", 1, 0) == [] == queue.newest_of_longest("a", 1, -5)
-    assert len(queue) == 6 and FairQueue[str]().newest_of_longest("a", 1, 1) is None
+    assert queue.choose_dropped("d", 1, 1) == ["a3"]
+    assert queue.choose_dropped("d", 1, 3) == ["a3", "a2", "b2"]
+    assert queue.choose_dropped("d", 1, 4) is None  # every client has one now
+    assert queue.choose_dropped("c", 1, 1) == ["a3"] and queue.choose_dropped("c", 1, 2) is None
+    assert queue.choose_dropped("c", 2, 1) is None and queue.choose_dropped("a", 1, 1) is None
+    assert queue.choose_dropped("a", 1, 0) == [] == queue.choose_dropped("a", 1, -5)
+    assert len(queue) == 6 and FairQueue[str]().choose_dropped("a", 1, 1) is None
