@@ -1,4 +1,4 @@
-"""Checks of values that callers pass: whole numbers, numbers, token ids. Wrong ones raise UsageError."""
+"""Check values that callers pass: whole numbers, numbers, token ids. Wrong values raise UsageError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written ever looks whole: write beside, flush to disk, rename."""
+"""Write files so that nothing half-written looks whole: write to a temporary name, flush to disk, rename."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import IO, Any
 from headstart.errors import UsageError
 
 COPY_BYTES = 1 << 22
-"""Files are read and copied in pieces of this size."""
+"""Size of the pieces in which files are read and copied."""
 MOST_JSON = 64 << 20
-"""Bytes of a JSON file of a model directory; the index of a model with 100,000 tensors has 10 MB."""
+"""The largest JSON file of a model directory; the index of a model with 100,000 tensors has 10 MB."""
 
 FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""What the machine lacks, whatever file is named."""
+"""Errors of the machine, which another path would not avoid."""
 
 
 def status_of(error: OSError) -> int:
-    """Return the exit status after `error`: 1 where the machine is the reason, 2 where another path would do."""
+    """Return the exit status for `error`: 1 if the machine is the cause, 2 if another path would work."""
     return 1 if error.errno in FAILURES else 2
 
 
 def unwritable(path: Path, error: OSError, advice: str = "name a place you may write to") -> UsageError:
-    """Return the error of a `path` that cannot be written."""
+    """Return the UsageError for a `path` that cannot be written."""
     status = status_of(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         why, advice = "the disk is full, nothing was replaced", "free some space and run the command again"
@@ -42,7 +42,7 @@ def unwritable(path: Path, error: OSError, advice: str = "name a place you may w
 
 @contextmanager
 def appending(path: Path) -> Iterator[IO[str]]:
-    """Open a text file to append lines. A full disk gives an error that names the file."""
+    """Open a text file to append lines; a full disk raises an error that names the file."""
     try:
         with path.open("a", encoding="utf-8") as file:
             yield file
@@ -53,25 +53,25 @@ def appending(path: Path) -> Iterator[IO[str]]:
 
 
 def regular(path: Path) -> Path:
-    """Return `path`. Raise UsageError where it is a pipe, a device or a socket, which would be read without an end.
+    """Return `path`. Raise UsageError if it is a pipe, a device or a socket, which could be read forever.
 
-    For files of models, shards, checkpoints and settings. A file of prompts that is named may be a pipe.
+    This is for files of models, shards, checkpoints and settings. A file of prompts may be a pipe.
     """
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
-        return path  # whoever reads it says what is wrong
+        return path  # the reader reports what is wrong
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UsageError(f"{path}: is no regular file but a pipe, a device or a socket; put the file itself there")
+        raise UsageError(f"{path}: is a pipe, a device or a socket, not a regular file; put the file itself there")
     return path
 
 
 def read_bounded(path: Path, most: int) -> bytes:
-    """Return the content of a regular file. Raise UsageError where it has more than `most` bytes."""
+    """Return the content of a regular file. Raise UsageError if it has more than `most` bytes."""
     with regular(path).open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise UsageError(f"{path}: larger than {most:,} bytes, as no such file is; copy the right one there")
+        raise UsageError(f"{path}: larger than {most:,} bytes, which no such file is; copy the right one there")
     return content
 
 
@@ -85,7 +85,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on a clean exit it becomes `path` in one step, else it is removed."""
+    """Yield a temporary path that becomes `path` in one step on a clean exit, and is removed otherwise."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
@@ -102,7 +102,7 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `replacing_file`, for a directory. An existing directory at `path` is replaced as a whole.
+    """Yield a temporary directory that becomes `path` on a clean exit, replacing an existing one as a whole.
 
     A directory cannot be exchanged in one system call, so the old one is moved aside first: a kill between the two
     renames leaves the old content under `.NAME.old-PID`, and never a half-written directory under `path`.
@@ -118,9 +118,9 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def becoming_directory(path: Path, temporary: Path, *, mine: bool = True) -> Iterator[None]:
-    """On a clean exit the folder `temporary` becomes `path`; else it is removed, and what went wrong is explained.
+    """Rename the folder `temporary` to `path` on a clean exit; otherwise remove it and explain the failure.
 
-    Of several processes that fill it together, only one says that it is `mine`.
+    If several processes fill it together, only one passes `mine`.
     """
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
@@ -147,13 +147,13 @@ def becoming_directory(path: Path, temporary: Path, *, mine: bool = True) -> Ite
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` (UTF-8) to `path` atomically."""
+    """Write `text` (UTF-8) to `path` atomically."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept for this user: $XDG_CACHE_HOME/headstart. It need not exist."""
+    """Return this user's cache directory, $XDG_CACHE_HOME/headstart, which need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headstart"
 
 
@@ -167,7 +167,7 @@ def sha256_of(path: Path) -> str:
 
 
 def take_lock(file: IO[str]) -> bool:
-    """Whether `file` is now ours until it is closed. True where the system or the file system knows no locks."""
+    """Lock `file` until it is closed and return whether that worked; True if the file system has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -182,7 +182,7 @@ def take_lock(file: IO[str]) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`; UsageError where it is none."""
+    """Return the JSON object in `file`. Raise UsageError for anything else."""
     try:
         content = json.loads(read_bounded(file, MOST_JSON).decode("utf-8"))
     except OSError as error:

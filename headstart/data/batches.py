@@ -1,7 +1,7 @@
-"""Batches: rows of tokens with the targets of every head, made here and nowhere else.
+"""Cut rows of tokens out of shards and make the targets of every head, here and nowhere else.
 
-Row i of a split covers tokens [i*T, i*T + T + n): T positions to predict from and n tokens more, so that every head has
-a target at every position. Neighbouring rows overlap by n, and no target is lost between them.
+Row i of a split covers tokens [i*T, i*T + T + n): T positions to predict from and n more tokens, so every head has a
+target at every position. Neighbouring rows overlap by n tokens, so no target is lost between them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from headstart.data.mixture import Turns
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
 
-SPARE = 32  # an epoch has the same rows for every number of heads up to this: see `_Cutter`
-IGNORE = -100  # the target of a position that has none; what torch's cross-entropy ignores by default
+SPARE = 32
+"""An epoch has the same rows for every number of heads up to this one, see `_Cutter`."""
+IGNORE = -100
+"""The target of a position without one, which torch's cross-entropy ignores by default."""
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -28,13 +30,13 @@ class Batch:
     """B rows of T positions, int64. `targets[..., k-1]` belongs to head k."""
 
     tokens: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T, n), IGNORE where head k's token lies in another document, or is no target
+    targets: torch.Tensor  # (B, T, n), IGNORE if head k's token lies in another document or is no target
     documents: torch.Tensor  # (B, T), counted from 0 in each row, for masks that keep attention inside a document
-    ahead: torch.Tensor | None = None  # (B, the last offset), the tokens behind each row, whatever their document
-    places: torch.Tensor | None = None  # (B, 2), the source and the row in it that each row is, both from 0
+    ahead: torch.Tensor | None = None  # (B, last offset), the tokens after each row, of any document
+    places: torch.Tensor | None = None  # (B, 2), source and row number of each row, both from 0
 
     def read(self, ahead: int) -> torch.Tensor:
-        """The tokens that a model reads whose heads read `ahead` tokens behind a row: (B, T + ahead)."""
+        """Return the tokens of each row and `ahead` more, (B, T + ahead), for heads that read those."""
         if not ahead:
             return self.tokens
         assert self.ahead is not None
@@ -42,7 +44,7 @@ class Batch:
 
 
 def offsets_of(heads: int | Sequence[int]) -> tuple[int, ...]:
-    """How far ahead each head predicts: n heads 1 to n, or as they are given. Raises UsageError where there is none."""
+    """Return how far ahead each head predicts: 1..n for a number n, or the list given. Raise UsageError if empty."""
     offsets = tuple(range(1, heads + 1)) if isinstance(heads, int) else tuple(heads)
     if not offsets:
         raise UsageError(f"heads {heads}: a model has 1 head or more")
@@ -50,14 +52,22 @@ def offsets_of(heads: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def targets_of(tokens: Array, documents: Array, heads: int | Sequence[int], is_target: Array | None = None) -> Array:
-    """What each head is to predict: `targets[b, t, k-1]` is token t+k of row b, for head k in 1..n (paper, equation 2);
-    with a list of offsets in place of n, token t + its entry k-1.
+    """Return the targets of each head: `targets[b, t, k-1]` is token t+k of row b (paper, equation 2).
 
-    `tokens` and `documents` (the document that each position lies in) are (B, T + the last offset); the result is
-    (B, T, n) int64, of their kind. Where t and t+k lie in different documents it is IGNORE; a document's end token
-    belongs to the document. `is_target`, of the shape of tokens, bool: tokens that no head is to predict, as a user's
-    in a conversation, are false (None: all are predicted). They are read all the same. Raises UsageError where the
-    shapes leave no position.
+    The target is IGNORE if t and t+k lie in different documents. A document's end token belongs to the document.
+
+    Args:
+        tokens: (B, T + last offset).
+        documents: the document of each position, of the same shape.
+        heads: n, or the offset of each head, which then replaces k above.
+        is_target: bool, of the same shape: false for tokens that no head predicts, such as a user's words in a
+            conversation; they are still read. None: all are targets.
+
+    Returns:
+        (B, T, n) int64, an array or a tensor like `tokens`.
+
+    Raises:
+        UsageError: the shapes differ or leave no position.
     """
     offsets = offsets_of(heads)
     if tokens.ndim != 2 or tokens.shape != documents.shape or tokens.shape[1] <= offsets[-1]:
@@ -68,7 +78,9 @@ def targets_of(tokens: Array, documents: Array, heads: int | Sequence[int], is_t
     rows, length = tokens.shape[0], tokens.shape[1] - offsets[-1]
     here = documents[:, :length]
     if is_target is not None and is_target.shape != tokens.shape:
-        raise UsageError(f"is_target {tuple(is_target.shape)}: must be as the tokens, {tuple(tokens.shape)}")
+        raise UsageError(
+            f"is_target {tuple(is_target.shape)}: must have the shape of the tokens, {tuple(tokens.shape)}"
+        )
     if isinstance(tokens, torch.Tensor):
         wide = tokens.to(torch.int64)
         if is_target is not None:
@@ -84,24 +96,26 @@ def targets_of(tokens: Array, documents: Array, heads: int | Sequence[int], is_t
 
 
 class BatchStream:
-    """Batches without end, from one split or from several mixed by weight.
+    """An endless stream of batches from one split, or from several mixed by weight.
 
-    The stream is one sequence of rows, cut into batches: it is the same sequence whatever `rows` is. With `ranks`
-    processes, each step takes rows * ranks rows of that sequence and process `rank` (from 0) gets its own share; the
+    The stream is one sequence of rows, cut into batches; the sequence does not depend on `rows`. With `ranks`
+    processes, each step takes rows * ranks rows of the sequence and process `rank` (from 0) gets its own share. The
     state is the same on every process.
 
-    Every source runs through epochs of its own: each visits every row once, in a fresh order given by (seed, source,
-    epoch) alone, and a batch may begin in one epoch and end in the next. The last, short piece of a split is never
-    visited: under T + n tokens, and under T + 32 where T and the split are that long, so that runs that differ in
-    nothing but heads (up to 32) read the same batches in the same order. `weights` say whose row comes next (`Turns`):
-    after N rows, source i has given its share, N * w_i / sum(w) rows of T tokens, to less than one row, so it has been
-    read N * w_i / sum(w) / `rows_of[i]` times.
+    Every source runs through its own epochs. An epoch visits every row once, in an order given by (seed, source, epoch)
+    alone, and a batch may cross from one epoch into the next. The last, short piece of a split is never visited: less
+    than T + n tokens, or less than T + 32 if T and the split are that long. Runs that differ only in their heads (up to
+    32) thus read the same batches in the same order. `weights` decide which source gives the next row (`Turns`): after
+    N rows, source i has given N * w_i / sum(w) of them, to less than one row.
 
-    `heads` is how many there are, or how far ahead each predicts, as in `targets_of`.
+    Args:
+        heads: the number of heads, or their offsets, as in `targets_of`.
 
-    Raises UsageError where a split is shorter than one row.
+    Raises:
+        UsageError: a split is shorter than one row.
     """
 
+    # More than 8 parameters: each describes the stream, and all but two have a default.
     def __init__(
         self,
         shards: TokenShards | Sequence[TokenShards],
@@ -133,7 +147,7 @@ class BatchStream:
 
     @property
     def rows_of(self) -> list[int]:
-        """How many rows an epoch of each source has."""
+        """Return the number of rows in an epoch of each source."""
         return [cutter.count for cutter in self._cutters]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -161,10 +175,10 @@ class BatchStream:
         return _batch(tokens, documents, is_target, self._offsets, places)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch begins, in whole numbers, all from 0.
+        """Return where the next batch begins, in whole numbers, all from 0.
 
-        One source: {"epoch", "row"}, `row` within the epoch's order. Several: {"row", "source0", "source1", ...}, the
-        rows that the mixture and each of its sources have given.
+        One source gives {"epoch", "row"}, with `row` in the epoch's order. Several give {"row", "source0", "source1",
+        ...}: the rows that the mixture and each of its sources have given.
         """
         if len(self._visits) == 1:
             epoch, row = divmod(self._visits[0].given, self._cutters[0].count)
@@ -173,7 +187,7 @@ class BatchStream:
         return {"row": sum(given.values())} | given
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on exactly behind the batch after which `state` was taken. Raises UsageError where it does not fit."""
+        """Resume right after the batch at which `state` was taken. Raise UsageError if it does not fit."""
         if len(self._visits) == 1:
             epoch, row = state.get("epoch", -1), state.get("row", -1)
             fits = epoch >= 0 and 0 <= row < self._cutters[0].count
@@ -201,7 +215,7 @@ class _Visits:
         self._order, self._order_epoch = self._order_of(0), 0
 
     def take(self, count: int) -> np.ndarray:
-        """The numbers of the next `count` rows, (count,) int64."""
+        """Return the numbers of the next `count` rows, (count,) int64."""
         taken = []
         while count > 0:
             epoch, row = divmod(self.given, self._count)
@@ -216,16 +230,17 @@ class _Visits:
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self._shuffle:
             return np.arange(self._count)
-        # A zero at the end changes nothing for numpy: the first source has the order that it has alone.
+        # A zero at the end changes nothing for numpy: the first source has the same order as without others.
         return np.random.default_rng([self._seed, epoch, self._source]).permutation(self._count)
 
 
 def evaluation_batches(
     shards: TokenShards, *, rows: int, length: int, heads: int | Sequence[int], limit_rows: int | None
 ) -> Iterator[Batch]:
-    """Every row once, in order, the last batch perhaps smaller; `limit_rows` takes that many, spread evenly.
+    """Return batches of every row once, in order; the last batch may be smaller.
 
-    The short piece at the end that `BatchStream` never visits is left out. Raises UsageError, at the call, as it does.
+    With `limit_rows` only that many rows, spread evenly, are taken. The short piece at the end of the split is left out
+    as in `BatchStream`. UsageError is raised at the call.
     """
     if rows < 1 or (limit_rows is not None and limit_rows < 1):
         raise UsageError(f"rows {rows}, limit_rows {limit_rows}: both must be 1 or more (no limit: None)")
@@ -245,7 +260,7 @@ def _batch(
     offsets: Sequence[int],
     places: np.ndarray | None = None,
 ) -> Batch:
-    """The batch of rows that a cutter cut."""
+    """Return rows, as `_Cutter.cut` gives them, as a batch."""
     targets, length = targets_of(tokens, documents, offsets, is_target), tokens.shape[1] - offsets[-1]
     return Batch(
         torch.from_numpy(np.ascontiguousarray(tokens[:, :length])),
@@ -266,8 +281,8 @@ class _Cutter:
         self.masked = shards.targets is not None
         self._starts = np.asarray(shards.documents)
         self._length, self.width = length, length + reach
-        # The order of an epoch depends on how many rows it has. Had a split one row less for 8 heads than for 1, the
-        # two runs would read other batches from the first step on, and their comparison would not be one of heads.
+        # The order of an epoch depends on its number of rows. If a split had one row less for 8 heads than for 1, two
+        # runs would read different batches from the first step on, and their comparison would not be one of heads.
         spare = SPARE if length >= SPARE and len(self._tokens) >= length + SPARE else 0
         self.count = (len(self._tokens) - max(reach, spare)) // length
         if self.count < 1:
@@ -277,10 +292,10 @@ class _Cutter:
             )
 
     def cut(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Tokens and documents, (B, T+n) int64, of the rows with these numbers, in this order; and (B, T+n) bool which
-        tokens are targets, or None where all are.
+        """Return tokens, documents, both (B, T+n) int64, and targets, (B, T+n) bool, of the rows with these numbers.
 
-        The document of a position is how many documents have started in its row behind the first position.
+        The document of a position is the number of documents that start in its row after the first position. The
+        targets are None if all tokens are.
         """
         begins = numbers * self._length
         tokens = np.empty((len(begins), self.width), dtype=np.int64)

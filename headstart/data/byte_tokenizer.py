@@ -1,4 +1,4 @@
-"""The tokenizer of byte-level models, and what all tokenizers check of a text and of ids."""
+"""The tokenizer of byte-level models, and the checks of text and ids that all tokenizers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headstart.errors import UsageError
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's 256 visible characters, one per byte value: itself where it prints, else 256 and up, in order."""
+    """Return GPT-2's 256 visible characters, one per byte: itself if it prints, else 256 and up, in order."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     characters, spare = [], 256
     for byte in range(256):
@@ -24,6 +24,7 @@ def byte_alphabet() -> list[str]:
 
 
 def check_text(text: str) -> None:
+    """Raise UsageError if a text has no UTF-8 form."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -34,15 +35,16 @@ def check_text(text: str) -> None:
 
 
 def check_ids(tokens: Sequence[int]) -> None:
+    """Raise UsageError for a negative id."""
     if len(tokens) > 0 and min(tokens) < 0:
         raise UsageError(f"token id {min(tokens)}: ids are not negative; drop padding and ignored positions first")
 
 
 class ByteTokenizer:
-    """The id of a token is the value of a UTF-8 byte; 256 ids, as in the paper's byte-level models (section 3.3).
+    """A tokenizer whose 256 ids are the values of UTF-8 bytes, as in the paper's byte-level models (section 3.3).
 
     Byte 0xFF occurs in no UTF-8 text, so id 255 is the end of a document. The literal text "<|end|>" is seven plain
-    bytes here; transformers, reading the saved files, makes id 255 of it, as it does for every special token.
+    bytes here; transformers, reading the saved files, turns it into id 255 like any special token.
     """
 
     name = "bytes"
@@ -55,26 +57,26 @@ class ByteTokenizer:
         self.end_ids = frozenset([self.end_id])
 
     def encode(self, text: str) -> list[int]:
-        """The UTF-8 bytes of `text`."""
+        """Return the UTF-8 bytes of `text`."""
         check_text(text)
         return list(text.encode("utf-8"))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of bytes 0 to 254; other ids are dropped, invalid UTF-8 becomes U+FFFD, negative ids raise."""
+        """Return the text of bytes 0 to 254. Other ids are dropped, negative ids raise, bad UTF-8 becomes U+FFFD."""
         check_ids(tokens)
         return bytes(token for token in tokens if token < self.end_id).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that `token` stands for: one, or none for the end and for ids beyond the vocabulary."""
+        """Return the byte of `token`, or b"" for the end token and for ids beyond the vocabulary."""
         check_ids([token])
         return bytes([token]) if token < self.end_id else b""
 
     def piece(self, token: int) -> str | None:
-        """What the vocabulary calls `token`; None for a byte."""
+        """Return the name of `token` in the vocabulary; None for a byte."""
         return self.end_name if token == self.end_id else None
 
     def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json` (byte-pair encoding without merges, so that id == byte) and its configuration."""
+        """Write `tokenizer.json` (byte-pair encoding without merges, so that id == byte) and its configuration."""
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as Engine
 

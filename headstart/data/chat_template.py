@@ -1,8 +1,8 @@
-"""Chat templates: a conversation as the text that its model reads, and which parts of it the assistant wrote.
+"""Chat templates: write a conversation as the text that its model reads, and find the parts that the assistant wrote.
 
 The template is the tokenizer's own, `chat_template.jinja` or "chat_template" in its `tokenizer_config.json`. It is a
-program out of a download, so it runs in Jinja's sandbox, with the functions that transformers gives it. Its clock
-stands still: what is prepared must not depend on the day.
+program from a download, so it runs in Jinja's sandbox, with the functions that transformers provides. Its clock stands
+still, because prepared data must not depend on the day.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from headstart.fileio import read_bounded
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_BYTES = 1 << 20
 NOW = datetime(2024, 7, 26)
-"""The day that templates are told, the one that Llama's own names where it is told none."""
+"""The date that templates see. Llama's own template uses it by default."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Put around what a template says the assistant writes. Unicode keeps both for programs; no text holds them."""
+"""Marks around the parts that a template declares as the assistant's. Unicode reserves both; no text holds them."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
-"""Characters of a text, begin and end."""
+"""Begin and end of a piece of text, in characters."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the special tokens that it may ask for, by name."""
+    """A template and the special tokens that it may use, by name."""
 
     source: str
     tokens: tuple[tuple[str, str], ...] = ()
@@ -52,11 +52,17 @@ class ChatTemplate:
         mark: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of `messages`; with `prompt` up to where the assistant begins to write. `variables`: more for the
-        template, such as `enable_thinking`.
+        """Return the text of `messages`.
 
-        `mark` puts OPEN and CLOSE around the parts that the template marks as the assistant's. Raises UsageError with
-        what the template says of messages that it does not take.
+        Args:
+            messages: of the conversation, in order.
+            tools: descriptions of the tools that the assistant may call.
+            prompt: end the text where the assistant begins to write.
+            mark: put OPEN and CLOSE around the parts that the template marks as the assistant's.
+            variables: further variables of the template, such as `enable_thinking`.
+
+        Raises:
+            UsageError: the template refuses the messages, or exceeds its limits.
         """
         context: dict[str, Any] = dict(self.tokens) | dict(variables or {})
         context |= {"add_generation_prompt": prompt, "mark_answers_": mark}
@@ -68,12 +74,16 @@ class ChatTemplate:
             text: str = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **context)
         except Exception as error:  # a program from elsewhere raises what it likes
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"the chat template does not take these messages ({why}); mend them, or it") from error
+            raise UsageError(
+                f"the chat template does not take these messages ({why}); fix the messages or the template"
+            ) from error
         return text
 
     def turn_ends(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """Return the special token that the template puts behind an answer: none where that is plain text, or where
-        the template does not take one question and one answer."""
+        """Return the special token that the template writes after an answer.
+
+        The set is empty if the template writes plain text there, or does not take one question and one answer.
+        """
         said = [{"role": "user", "content": "x"}, {"role": ASSISTANT, "content": "y"}]
         try:
             before, behind = self.render(said[:1], prompt=True), self.render(said)
@@ -86,41 +96,43 @@ class ChatTemplate:
         return frozenset(token for token in end[:1] if token in special)
 
     def answers(self, conversation: Conversation, each: bool = False) -> list[tuple[str, list[Span]]]:
-        """The text of a conversation, and which characters of it the assistant wrote, its ends of turns among them.
+        """Return the text of a conversation and the spans that the assistant wrote, with its ends of turns.
 
-        With `each` one text for each answer, which ends behind it and of which it alone counts.
+        With `each`, return one text per answer: it ends after the answer, and only the answer counts.
 
-        A template that marks them (`{% generation %}`) says so itself. Of others, an answer is what the text up to it
-        has more than the prompt before it. Raises UsageError where that cannot be told, for the template writes the
-        beginning of a conversation otherwise once more follows.
+        A template can mark answers itself (`{% generation %}`). Otherwise an answer is the difference between the text
+        that ends with it and the prompt before it.
+
+        Raises:
+            UsageError: the template writes earlier turns differently when more follow, so answers cannot be found.
         """
         messages, tools = conversation.messages, conversation.tools
         whole = self.render(messages, tools)
         if OPEN in whole or CLOSE in whole:
-            raise UsageError("a message holds U+FDD0 or U+FDD1, which are no characters; take them out")
+            raise UsageError("a message holds U+FDD0 or U+FDD1, which are no characters; remove them")
         numbers = [number for number, message in enumerate(messages) if is_target(message)]
         if _MARKED.search(self.source):
             if not each:
                 spans = _unmarked(self.render(messages, tools, mark=True), whole)
                 return [(whole, self._of_targets(conversation, spans))]
-            texts = [(self.render(messages[: i + 1], tools), messages[: i + 1]) for i in numbers]
-            return [(text, _unmarked(self.render(said, tools, mark=True), text)[-1:]) for text, said in texts]
+            parts = [(self.render(messages[: i + 1], tools), messages[: i + 1]) for i in numbers]
+            return [(text, _unmarked(self.render(said, tools, mark=True), text)[-1:]) for text, said in parts]
         found = []
         for number in numbers:
             before = self.render(messages[:number], tools, prompt=True)
             behind = self.render(messages[: number + 1], tools)
             if not (behind.startswith(before) and (each or whole.startswith(behind))):
                 raise UsageError(
-                    f"the chat template writes what is before message {number + 1} or in it otherwise once more "
-                    "follows, so answers cannot be told from the rest; mark them in it with {% generation %}, or take "
-                    "each answer as a document (--each-answer)"
+                    f"the chat template writes message {number + 1}, or what is before it, differently when more "
+                    "turns follow, so answers cannot be found; mark them in the template with {% generation %}, or "
+                    "prepare each answer as a document (headstart prepare --each-answer)"
                 )
             length = _answer_length(behind[len(before) :], messages[number]["content"])
             found.append((behind, [(len(before), len(before) + length)]))
         return found if each else [(whole, [span for _, spans in found for span in spans])]
 
     def _of_targets(self, conversation: Conversation, spans: list[Span]) -> list[Span]:
-        """Return those of the marked spans that messages to be predicted wrote."""
+        """Return the marked spans that belong to messages to be predicted."""
         messages = conversation.messages
         if all(is_target(message) for message in messages if message["role"] == ASSISTANT):
             return spans
@@ -130,7 +142,8 @@ class ChatTemplate:
         ]
         if opened[-1] != len(spans) or opened != sorted(opened):
             raise UsageError(
-                "the chat template marks other answers once more follows, so none can be left out; mend it"
+                "the chat template marks earlier answers differently when more turns follow, so no answer can be left "
+                "out; fix the template"
             )
         return [
             span
@@ -141,7 +154,7 @@ class ChatTemplate:
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template beside the tokenizer's files; None where there is none."""
+    """Return the template stored with the tokenizer's files; None without one."""
     directory: Path | None = getattr(tokenizer, "directory", None)
     if directory is None:
         return None
@@ -157,7 +170,9 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
             raise UsageError(f"{file}: not UTF-8; fetch the file again") from error
     elif isinstance(source, list):  # several, by name
         if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in source):
-            raise UsageError(f"{file}: chat_template must be a text or a list of name and template; fetch it again")
+            raise UsageError(
+                f"{file}: chat_template must be a text or a list of names and templates; fetch the file again"
+            )
         source = next((each["template"] for each in source if each["name"] == "default"), None)
     if source is None:
         return None
@@ -167,15 +182,15 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """As `load_chat_template`. Raises UsageError where there is none."""
+    """Return the template stored with the tokenizer's files. Raise UsageError without one."""
     template = load_chat_template(tokenizer)
     if template is None:
-        # Bytes have no files of their own, where a template would be read.
+        # The byte tokenizer has no files, so no template can be put next to them.
         has_files = getattr(tokenizer, "directory", None) is not None
-        beside = f", or put a {TEMPLATE_FILE} beside its tokenizer.json" if has_files else ""
+        other = f", or put a {TEMPLATE_FILE} next to its tokenizer.json" if has_files else ""
         raise UsageError(
             f"tokenizer {tokenizer.name}: has no chat template, which conversations need; take the tokenizer of a chat "
-            f"model{beside}"
+            f"model{other}"
         )
     return template
 
@@ -183,11 +198,16 @@ def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 def encode_conversation(
     conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer, each: bool = False
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids (N,) int64 of a conversation, the end token last, and (N,) bool: which of them the assistant wrote; of
-    each of its texts, see `ChatTemplate.answers`.
+    """Encode each text of a conversation (one, or with `each` one per answer, see `ChatTemplate.answers`).
 
-    A token counts as the assistant's if any character of it is. The end token does where the text ends with an answer
-    and no special token ends that turn already. Raises UsageError as `ChatTemplate.answers` does.
+    A token is the assistant's if any of its characters is. The end token is if the text ends with an answer and no
+    special token ends that turn already.
+
+    Returns:
+        For each text the token ids, (N,) int64 with the end token last, and (N,) bool: which the assistant wrote.
+
+    Raises:
+        UsageError: answers cannot be found, or the template refuses the messages.
     """
     return [_tokens(text, spans, tokenizer) for text, spans in template.answers(conversation, each)]
 
@@ -215,19 +235,19 @@ def _unmarked(marked: str, whole: str) -> list[Span]:
         else:
             length += len(piece)
     if re.sub(f"[{OPEN}{CLOSE}]", "", marked) != whole:
-        raise UsageError("the chat template works on what it marks as generated; let it only write there")
+        raise UsageError("the chat template changes what it marks as generated; let it only write there")
     return spans
 
 
 def _answer_length(part: str, content: str) -> int:
-    """How much of what an answer adds to the text the assistant writes: not the space behind its end of turn."""
+    """Return how many characters of `part` the assistant wrote: all but white space after its end of turn."""
     trimmed, said = part.rstrip(), content.rstrip()
     return len(part) if said and trimmed.endswith(said) else len(trimmed)
 
 
 @lru_cache(maxsize=8)
 def _compiled(source: str) -> Any:
-    """The `jinja2.Template` of a source."""
+    """Return the `jinja2.Template` of a source."""
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension

@@ -1,6 +1,6 @@
-"""Conversations: lists of messages, as data sets hold them, in one form.
+"""Conversations: read lists of messages from data sets into one form.
 
-Two ways of writing them are in use: [{"role": "user", "content": "..."}, ...], mostly in a field "messages", and
+Two forms are in use: [{"role": "user", "content": "..."}, ...], mostly in a field "messages", and
 ShareGPT's [{"from": "human", "value": "..."}, ...] in a field "conversations".
 """
 
@@ -14,7 +14,7 @@ from headstart.data.lines import parse_json
 from headstart.errors import UsageError
 
 MESSAGES, SHAREGPT = "messages", "conversations"
-"""The fields that are looked for where none is named."""
+"""Names of the fields that hold conversations by default."""
 ASSISTANT = "assistant"
 ROLES = {
     "human": "user",
@@ -25,25 +25,25 @@ ROLES = {
     "model": ASSISTANT,
     "observation": "tool",
 }
-"""What data sets call the roles that chat templates know by another name."""
+"""Names of roles in data sets, and the role that chat templates know."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, each with "role" and "content" (text) and whatever else the data has (name, tool_calls, ...)."""
+    """Messages, each with "role" and "content" (text) and further fields of the data (name, tool_calls, ...)."""
 
     messages: tuple[dict[str, Any], ...]
     tools: tuple[Any, ...] = ()
-    """Descriptions of the tools that the assistant may call, as chat templates take them."""
+    """Descriptions of the tools that the assistant may call, in the form that chat templates take."""
 
     @property
     def text(self) -> str:
-        """What was said, without a template: to learn a vocabulary from, to measure."""
+        """Return the contents of all messages without a template: to learn a vocabulary from, or to measure."""
         return "\n\n".join(message["content"] for message in self.messages)
 
     @property
     def identity(self) -> bytes:
-        """Return bytes that two conversations share only if they are equal but for the choice of targets."""
+        """Return bytes that two conversations share only if they are equal except for the choice of targets."""
         messages = [{key: message[key] for key in message.keys() - {"weight", "train"}} for message in self.messages]
         return json.dumps([messages, self.tools], sort_keys=True, default=str).encode()
 
@@ -59,7 +59,7 @@ def is_target(message: dict[str, Any]) -> bool:
 
 
 def parse_conversation(value: Any, tools: Any, place: str) -> Conversation:
-    """Raises UsageError, naming `place`, where `value` is no list of messages in one of the two forms."""
+    """Return a list of messages, in either form, as a conversation. Raise UsageError, naming `place`, for others."""
     if not isinstance(value, list):
         raise UsageError(
             f'{place}: holds {type(value).__name__}, not a list of messages like {{"role": "user", "content": "..."}}'
@@ -83,7 +83,7 @@ def _message(value: Any, place: str) -> dict[str, Any]:
             message[names[0]] = message.pop(names[1])
     role = message.get("role")
     if not isinstance(role, str):
-        raise UsageError(f'{place}: says nobody\'s role; a message is {{"role": "user", "content": "..."}}')
+        raise UsageError(f'{place}: has no role; a message is {{"role": "user", "content": "..."}}')
     message["role"] = ROLES.get(role, role)
     message["content"] = _text(message.get("content", ""), place)
     if message.get("weight", 1) not in (0, 1):
@@ -94,11 +94,11 @@ def _message(value: Any, place: str) -> dict[str, Any]:
 
 
 def _text(content: Any, place: str) -> str:
-    """The text of a message, which may come in parts."""
+    """Return the text of a message, joining its parts if it comes in parts."""
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise UsageError(f"{place}: its content is not text; take out what is neither text nor parts of text")
+        raise UsageError(f"{place}: its content is not text; remove what is neither text nor parts of text")
     return content

@@ -1,4 +1,4 @@
-"""Text as it is committed: token ids in, finished characters out."""
+"""Decode text incrementally: token ids in, finished characters out."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from headstart.data.tokenizers import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 TAIL = 8
-"""Most tokens of a prompt that the tokens after it are decoded behind."""
+"""The most tokens of a prompt that serve as context for decoding the tokens after it."""
 
 
 class TextStream:
     """Incremental `tokenizer.decode`.
 
-    The pieces that `push` returns, joined, plus `finish()`, equal the text that the tokens pushed add to the text of
-    the tokens `before` them: without any, `tokenizer.decode` of all tokens pushed. Some decoders strip the space at the
-    beginning of a text (Llama 2, Mistral), and the first token of a completion is not at the beginning. A piece
-    never holds half a character, nor a U+FFFD that a later token would mend: such tokens wait. The work per token does
-    not grow with the length of the text.
+    The pieces that `push` returns, joined, plus `finish()`, equal the text that the pushed tokens add to the text of
+    the tokens `before` them. Without such tokens, they equal `tokenizer.decode` of all pushed tokens. (Some decoders,
+    Llama 2's and Mistral's, strip the space at the beginning of a text; the first token of a completion is not at the
+    beginning.) A piece never holds half a character, nor a U+FFFD that a later token would replace: such tokens wait.
+    The work per token does not grow with the length of the text.
 
-    With `keep_space` the space is kept at the beginning of a text too. A constraint needs this: it has checked the
-    bytes of the tokens, the space among them.
+    With `keep_space` the space is kept at the beginning of a text too. A constraint needs this, because it has checked
+    the bytes of the tokens, including the space.
 
-    Where a tokenizer falls back to single bytes (Llama 2, Gemma), a run of byte tokens waits until it ends: one bad
-    byte turns the *whole* run into U+FFFD, so nothing of it is certain before.
+    If a tokenizer falls back to single bytes (Llama 2, Gemma), a run of byte tokens waits until it ends: one bad byte
+    turns the *whole* run into U+FFFD, so nothing of it is certain before.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), keep_space: bool = False) -> None:
@@ -36,17 +36,17 @@ class TextStream:
         self._assembly = _Window(tokenizer, backwards, keep_space) if token_bytes is None else _Bytes(token_bytes)
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Takes the next tokens and returns the text they complete, "" where they complete none."""
-        # What decoding drops must not look like the end of a run of bytes.
+        """Take the next tokens and return the text that they complete, "" if none."""
+        # A token that decoding drops must not end a run of bytes.
         return self._assembly.push([token for token in tokens if token not in self._skipped])
 
     def finish(self) -> str:
-        """Returns what is left (an unfinished character as U+FFFD); the stream is then as new."""
+        """Return the rest of the text (an unfinished character as U+FFFD) and reset the stream."""
         return self._assembly.finish()
 
 
 class _Bytes:
-    """Byte-level vocabularies: every token is a fixed string of bytes, and UTF-8 decodes incrementally."""
+    """Decode a byte-level vocabulary: every token is a fixed string of bytes, and UTF-8 decodes incrementally."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
@@ -60,10 +60,10 @@ class _Bytes:
 
 
 class _Window:
-    """Any other vocabulary: the text of a token is what it adds behind a few tokens of context.
+    """Decode any other vocabulary: the text of a token is what it adds to the text of a few tokens of context.
 
-    The context is the shortest tail of the tokens done with that decodes to some text: whatever the decoder does to the
-    first token of a text (strip its space, say) then happens inside the context, in both decodings that are compared.
+    The context is the shortest tail of the decoded tokens whose text is not empty. What a decoder does to the first
+    token of a text, such as stripping its space, then happens inside the context, in both decodings that are compared.
     """
 
     def __init__(self, tokenizer: Tokenizer, backwards: Iterator[int], keep_space: bool) -> None:
@@ -98,7 +98,7 @@ class _Window:
         return after[len(before) :]
 
     def _tail(self, tokens: list[int]) -> list[int]:
-        """Return the shortest tail of `tokens` that decodes to some text, all of them where none does."""
+        """Return the shortest tail of `tokens` whose text is not empty, or all of them if there is none."""
         size = 1
         while size < len(tokens):
             if self._tokenizer.decode(tokens[-size:]):
@@ -107,8 +107,10 @@ class _Window:
         return tokens
 
     def _before(self, backwards: Iterator[int]) -> list[int]:
-        """Return the last tokens of a prompt, given from its end. Bytes at the end are left out: bytes that follow
-        would change their text."""
+        """Return the last tokens of a prompt, which comes in reverse.
+
+        Byte tokens at the end are left out, because bytes that follow would change their text.
+        """
         last = next(backwards, None)
         if last is None:
             return []

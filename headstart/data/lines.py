@@ -1,7 +1,7 @@
-"""Lines of text files and JSON in them, read in one way everywhere.
+r"""Read the lines of text files, and JSON in them, in one way everywhere.
 
-Lines end with \\n or \\r\\n alone: U+2028, U+0085, form feeds and the like are characters of a line. A byte order mark
-is no part of the first line. Numbers in JSON may have any number of digits.
+Only \n and \r\n end a line; U+2028, U+0085, form feeds and the like are characters of a line. A byte order mark is not
+part of the first line. Numbers in JSON may have any number of digits.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from headstart.errors import UsageError
 READ_BYTES = 1 << 18
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONG_DIGITS = 4300
-"""Python refuses to convert more digits to an int; its time grows with the square of them."""
+"""The most digits that Python converts to an int; the time grows with the square of their number."""
 
 
 class Damaged(Exception):
-    """What a decompressor says of its input."""
+    """Compressed input is damaged; the message is the decompressor's."""
 
 
 def format_of(name: str) -> str:
-    """ "text", "jsonl", "jsonl.gz", "jsonl.zst" or "parquet"."""
+    """Return the format that a file name implies: "text", "jsonl", "jsonl.gz", "jsonl.zst" or "parquet"."""
     match = re.search(r"\.(?:jsonl|json(?=\.(?:gz|zst)$))(?:\.(gz|zst))?$|\.(parquet)$", name.lower())
     if match is None:
         return "text"
@@ -38,9 +38,9 @@ def _whole_number(digits: str) -> int | float:
 
 
 def parse_json(text: str | bytes, parse_int: Callable[[str], int | float] = _whole_number) -> Any:
-    """Return what JSON text says; a whole number of more than `LONG_DIGITS` digits as a float, without `parse_int`.
+    """Return the value of a JSON text. Without `parse_int`, integers of more than LONG_DIGITS digits become floats.
 
-    Raises ValueError with one line for what is no JSON, nested too deeply, or not UTF-8.
+    Raises ValueError with one line if the text is no JSON, nested too deeply, or not UTF-8.
     """
     try:
         return json.loads(text, parse_int=parse_int)
@@ -51,9 +51,9 @@ def parse_json(text: str | bytes, parse_int: Callable[[str], int | float] = _who
 
 
 def read_file_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the number, from 1, and the text of every line of a UTF-8 file that is not blank, without its line end.
+    """Yield number (from 1) and text of every line of a UTF-8 file that is not blank, without its line end.
 
-    .gz and .zst files are decompressed. Raises UsageError, naming the file, where it cannot be read or is damaged.
+    .gz and .zst files are decompressed. Raises UsageError, naming the file, if it cannot be read or is damaged.
     """
     number = 0
     try:
@@ -72,14 +72,14 @@ def read_file_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file of JSON lines. Raises UsageError, naming the line, for what is no object."""
+    """Yield the objects in a file of JSON lines. Raise UsageError, naming the line, for anything else."""
     for number, line in read_file_lines(file):
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{file}, line {number}: not JSON ({error}); correct the line or take it out") from error
+            raise UsageError(f"{file}, line {number}: not JSON ({error}); correct the line or remove it") from error
         if not isinstance(record, dict):
-            raise UsageError(f"{file}, line {number}: not an object with fields; correct the line or take it out")
+            raise UsageError(f"{file}, line {number}: not an object with fields; correct the line or remove it")
         yield record
 
 
@@ -101,19 +101,19 @@ def unzip(content: BinaryIO) -> Iterator[bytes]:
 
 
 def unzstd(content: BinaryIO) -> Iterator[bytes]:
-    """Yield the content of a Zstandard file in blocks. Raises Damaged, and UsageError where zstandard is missing."""
+    """Yield the content of a Zstandard file in blocks. Raises Damaged, and UsageError if zstandard is missing."""
     try:
         import zstandard
     except ImportError:
         raise UsageError("reading .zst files needs zstandard; pip install 'headstart[data]'") from None
-    # Not zstandard's stream reader: it takes a file that is cut short for a whole one. The window is the largest there
-    # is (`zstd --long=31`); memory is only taken where a file needs it.
+    # zstandard's stream reader takes a file that is cut short for a whole one. The window is the largest possible
+    # (`zstd --long=31`); memory is only allocated if a file needs it.
     engine = zstandard.ZstdDecompressor(max_window_size=2**31)
     yield from _decompress(content, engine.decompressobj, zstandard.ZstdError)
 
 
 def _decompress(content: BinaryIO, start: Any, failure: type[Exception]) -> Iterator[bytes]:
-    """The content of all frames, one after the other; `start` gives the decompressor of a frame."""
+    """Yield the content of all frames in order; `start` returns a decompressor for one frame."""
     engine: Any = None
     pending = b""
     while pending or (pending := content.read(READ_BYTES)):
@@ -124,12 +124,12 @@ def _decompress(content: BinaryIO, start: Any, failure: type[Exception]) -> Iter
             raise Damaged(first_line(error)) from error
         pending = b""
         if engine.eof:
-            engine, pending = None, engine.unused_data.lstrip(b"\0")  # gzip allows zeros between and behind
+            engine, pending = None, engine.unused_data.lstrip(b"\0")  # gzip allows zeros between and after frames
         yield block
     if engine is not None:
         raise Damaged("cut short")
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

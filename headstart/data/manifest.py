@@ -1,7 +1,8 @@
-"""The manifest of a shards folder: what the folder holds, with a SHA-256 for each file, itself among them.
+"""The manifest of a shards folder: its content, with a SHA-256 of each file including the manifest, and target bits.
 
-Version 2 lists a split's shards; version 1 had a single SPLIT.bin, and is read as a list of one. Version 3 says of each
-shard which of its tokens are targets; only conversations have it, so that an older Headstart refuses those alone.
+Version 2 lists a split's shards; version 1 had a single SPLIT.bin, which is read as a list of one shard. Version 3 has
+target bits for each shard: one bit per token that says whether it is to be predicted. Only conversations use version 3,
+so an older Headstart refuses nothing else.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ MANIFEST = "manifest.json"
 NAMES = "validation.names.json"
 """The names of the held-out documents."""
 MAX_BYTES = 256 << 20
-"""Of the file; an entry of a shard has 200."""
+"""The largest manifest; an entry of a shard takes 200 bytes."""
 MOST = 10**15
-"""Of tokens, documents and bytes."""
+"""The largest number of tokens, documents or bytes."""
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 
 
 def dtype_for(vocab_size: int) -> str:
-    """The smallest of DTYPES that holds the ids."""
+    """Return the smallest of DTYPES that holds all ids below `vocab_size`."""
     return "uint8" if vocab_size <= 1 << 8 else "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest in the form of version 2 or 3. Raises UsageError where there is none, or none that can be read."""
+    """Read a manifest in the form of version 2 or 3. Raise UsageError if it is missing or damaged."""
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such folder; write it with: headstart prepare SOURCE --out {directory}")
     file = directory / MANIFEST
@@ -42,7 +43,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(read_bounded(file, MAX_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(
-            f"{directory}: holds no {MANIFEST}, so it is no shards folder; name one that headstart prepare wrote"
+            f"{directory}: holds no {MANIFEST}, so it is not a shards folder; name one that headstart prepare wrote"
         ) from None
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror}); allow reading it") from error
@@ -86,9 +87,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def seal(manifest: dict[str, Any], folder: Path) -> None:
-    """Record the SHA-256 of what the manifest has no other for: the names, the tokenizer's files, and its own content.
+    """Add the SHA-256 of the names, the tokenizer's files and the manifest's own content to the manifest.
 
-    The files of the folder must be written, but for the manifest itself.
+    All files of the folder but the manifest must have been written.
     """
     files = [folder / NAMES, *sorted((folder / "tokenizer").rglob("*"))]
     manifest["files"] = {str(file.relative_to(folder)): sha256_of(file) for file in files if file.is_file()}
@@ -96,12 +97,12 @@ def seal(manifest: dict[str, Any], folder: Path) -> None:
 
 
 def sealed(manifest: dict[str, Any]) -> bool:
-    """Return whether `seal` was called for the manifest: an older Headstart did not."""
+    """Return whether the manifest has the digests of `seal`; those of an older Headstart do not."""
     return "sha256" in manifest or "files" in manifest
 
 
 def faults_of_sealed(directory: Path, manifest: dict[str, Any]) -> list[str]:
-    """Return a line for each sealed file that is missing or changed, and for the manifest itself if it is changed."""
+    """Return a line for each sealed file that is missing or changed, including the manifest itself."""
     found = []
     if sealed(manifest) and not _is_unchanged(directory / MANIFEST, manifest):
         found.append(
@@ -122,12 +123,12 @@ def faults_of_sealed(directory: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """Return the content of the file of a manifest."""
+    """Return the content of a manifest's file."""
     return json.dumps(manifest, indent=2, ensure_ascii=True) + "\n"
 
 
 def _is_unchanged(file: Path, manifest: dict[str, Any]) -> bool:
-    """Return whether the file has the sealed content and, byte for byte, the form that prepare gave it."""
+    """Return whether the file is, byte for byte, the manifest that prepare wrote."""
     form = file.read_bytes() == manifest_text(manifest).encode("utf-8")
     return form and manifest.get("sha256") == _content_digest(manifest)
 
@@ -138,25 +139,25 @@ def _content_digest(manifest: dict[str, Any]) -> str:
 
 
 def check_target(out: Path) -> None:
-    """Raises UsageError unless `out` is new, empty or a shards folder: it is replaced as a whole."""
+    """Raise UsageError unless `out` is new, empty or a shards folder, because it will be replaced as a whole."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise UsageError(f"{out}: is a file; name a folder that is new")
+        raise UsageError(f"{out}: is a file; name a new folder")
     if any(out.iterdir()):
         try:
             read_manifest(out)
         except UsageError:
-            raise UsageError(f"{out}: exists and is no shards folder; name a folder that is new") from None
+            raise UsageError(f"{out}: exists and is not a shards folder; name a new folder") from None
 
 
 def bytes_for(tokens: int) -> int:
-    """What the bits of so many tokens take up."""
+    """Return the number of bytes that the target bits of `tokens` tokens take."""
     return -(-tokens // 8)
 
 
 def write_bits(flags: Iterable[np.ndarray], file: BinaryIO) -> int:
-    """Writes arrays of 0 and 1, one behind the other, the first in the lowest bit; returns how many are 1."""
+    """Write arrays of 0 and 1 in order, the first in the lowest bit, and return how many are 1."""
     rest = np.empty(0, dtype=np.uint8)
     count = 0
     for each in flags:
@@ -170,7 +171,7 @@ def write_bits(flags: Iterable[np.ndarray], file: BinaryIO) -> int:
 
 
 class TargetBits:
-    """What `write_bits` wrote: `len`, and slices without a step as bool."""
+    """Target bits that `write_bits` wrote; takes `len` and slices without a step, which give bool."""
 
     dtype = np.dtype(bool)
 

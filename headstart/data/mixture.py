@@ -1,4 +1,4 @@
-"""Mixtures: several shards folders, and how often each one's turn comes."""
+"""Mix several shards folders by weight."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from headstart.fileio import regular
 
 @dataclass(frozen=True, repr=False)
 class MixturePart:
-    """One of the folders that are mixed."""
+    """A folder of a mixture and its weight."""
 
     path: Path
     """A folder that `headstart prepare` wrote."""
     weight: float = 1.0
-    """Its share of the rows, against the sum of all weights."""
+    """Weight of the folder: its share of the rows is this over the sum of all weights."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -37,16 +37,16 @@ class MixturePart:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An opened shards folder. `name` tells it from the others of its mixture, in metrics and lines."""
+    """An opened shards folder. `name` distinguishes it from others of its mixture in metrics and messages."""
 
     name: str
     weight: float
     train: TokenShards
-    validation: TokenShards | None  # None where no document is held out
+    validation: TokenShards | None  # None if no document is held out
 
 
 def open_sources(parts: Sequence[MixturePart]) -> list[Source]:
-    """Opens every folder of a mixture. Raises UsageError where one cannot be opened or two were encoded differently."""
+    """Open every folder of a mixture. Raise UsageError if one cannot be opened or two were encoded differently."""
     splits = [TokenShards.open(part.path, "train") for part in parts]
     for other in splits[1:]:
         _check_same_tokenizer(splits[0], other)
@@ -59,13 +59,13 @@ def open_sources(parts: Sequence[MixturePart]) -> list[Source]:
 
 
 class Turns:
-    """Whose turn it is: after N rows, part i has had its share of them, N * w_i / sum(w), to less than one row.
+    """Choose which part gives each row: after N rows, part i has given N * w_i / sum(w), to less than one row.
 
     Row k (from 0) of a part with share s has a window: it may not come before row floor(k / s) of the mixture and must
-    not come after row ceil((k + 1) / s) - 1. Of the parts whose window is open, the one whose window closes first is
-    taken. That meets every window, as in proportionate fair scheduling (Baruah et al. 1996); the largest deficit first
-    would not, where there are many parts. All in whole numbers, from the weights as they are written (0.1 is 1/10), so
-    that nothing drifts. The next turn follows from how many rows each part has given, and from nothing else.
+    not come after row ceil((k + 1) / s) - 1. Among the parts whose window is open, the one whose window closes first is
+    taken. This meets every window, as in proportionate fair scheduling (Baruah et al. 1996); taking the largest deficit
+    first would not, with many parts. All numbers are whole, made from the weights as they are written (0.1 is 1/10), so
+    nothing drifts. The next turn depends only on the number of rows that each part has given.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -76,7 +76,7 @@ class Turns:
         self._windows = [int(self._row * total / weight) for weight in exact]
 
     def take(self, given: Sequence[int], count: int) -> list[int]:
-        """The parts (from 0) of the next `count` rows, where part i has given `given[i]` rows so far."""
+        """Return the parts (from 0) of the next `count` rows, if part i has given `given[i]` rows so far."""
         windows = self._windows
         if len(windows) == 1:
             return [0] * count
@@ -90,7 +90,7 @@ class Turns:
         return turns
 
     def fits(self, given: Sequence[int]) -> bool:
-        """Whether these weights can have led to `given`: every part lies within one row of its share."""
+        """Return whether these weights can lead to `given`: every part lies within one row of its share."""
         now = sum(given) * self._row
         return len(given) == len(self._windows) and all(
             rows >= 0 and abs(rows * window - now) < window for rows, window in zip(given, self._windows)
@@ -98,7 +98,7 @@ class Turns:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many folders above them as it takes to tell them apart."""
+    """Return the folders' names, each with as many of its parents as it takes to make all names different."""
     above = [Path(os.path.abspath(path)).parts for path in paths]
     for depth in range(1, max(map(len, above)) + 1):
         names = ["-".join(parts[-depth:]) for parts in above]
@@ -111,15 +111,15 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _check_same_tokenizer(first: TokenShards, other: TokenShards) -> None:
     both = f"{first.directory} and {other.directory}"
-    mend = "prepare one of them again with the other's tokenizer (--tokenizer FOLDER/tokenizer)"
+    fix = "prepare one of them again with the other's tokenizer (--tokenizer FOLDER/tokenizer)"
     for key, what in (("vocab_size", "vocabulary sizes"), ("end_id", "end tokens")):
         a, b = first.manifest.get(key), other.manifest.get(key)
         if a != b:
-            raise UsageError(f"{both}: cannot be mixed, their {what} are {a} and {b}; {mend}")
+            raise UsageError(f"{both}: cannot be mixed, their {what} are {a} and {b}; {fix}")
     if _tokenizer_bytes(first) != _tokenizer_bytes(other):
         names = [shards.manifest.get("tokenizer") for shards in (first, other)]
         raise UsageError(
-            f"{both}: cannot be mixed, their {TOKENIZER_FILE} differ (tokenizers {names[0]!r} and {names[1]!r}); {mend}"
+            f"{both}: cannot be mixed, their {TOKENIZER_FILE} differ (tokenizers {names[0]!r} and {names[1]!r}); {fix}"
         )
 
 

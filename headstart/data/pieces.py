@@ -1,4 +1,4 @@
-"""A single token as text: the bytes that it adds to a text, and a name for people and clients."""
+"""Show a single token: the bytes that it adds to a text, and a name for people and clients."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""A token of a vocabulary that falls back to bytes (Llama 2, Gemma)."""
+"""The name of a byte token in a vocabulary that falls back to bytes (Llama 2, Gemma)."""
 
 
 @lru_cache(maxsize=1 << 16)
 def piece_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """Return the bytes that `token` adds behind other text: b"" for a token that decoding drops."""
+    """Return the bytes that `token` adds after other text; b"" for a token that decoding drops."""
     if isinstance(tokenizer, PretrainedTokenizer) and (token in tokenizer.skipped or token >= tokenizer.vocab_size):
         return b""
     token_bytes: Callable[[int], bytes] | None = getattr(tokenizer, "token_bytes", None)
@@ -30,10 +30,10 @@ def piece_bytes(tokenizer: Tokenizer, token: int) -> bytes:
 
 @lru_cache(maxsize=1 << 16)
 def piece_name(tokenizer: Tokenizer, token: int) -> str:
-    """Return the text of `token`: `bytes:\\xe6` for bytes that are no text, its own name for a special token, and
-    `token_id:7` for an id without either.
+    r"""Return the text of `token`, or else a name for it.
 
-    A byte token has the name of its bytes if another token is the usual one for its text: names do not collide.
+    Bytes that are not text give `bytes:\xe6`, a special token its own name, and an id without either `token_id:7`. A
+    byte token is named by its bytes if another token is the usual one for its text, so names do not collide.
     """
     content = piece_bytes(tokenizer, token)
     if not content:
@@ -55,12 +55,12 @@ def _fallback_byte(tokenizer: Tokenizer, token: int) -> int | None:
 
 
 class TextOffsets:
-    """Where the tokens of a completion begin in its text, in characters.
+    """Find where the tokens of a completion begin in its text, in characters.
 
-    All tokens of one character have its place.
+    All tokens of one character have the character's place.
 
     Args:
-        prompt: tokens that the completion is decoded behind.
+        prompt: tokens before the completion.
         start: the place of the completion's first character.
         keep_space: as for `TextStream`.
     """

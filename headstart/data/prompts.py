@@ -1,4 +1,4 @@
-"""Prompts as callers give them: text, token ids, conversations, or a list of these."""
+"""Prompts of callers and of files: text, token ids, conversations, or a list of these."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def split_prompts(given: Any) -> tuple[list[Any], bool]:
-    """Return the prompts in `given`, one or a list of them, and whether it is a list."""
+    """Return the prompts in `given` as a list, and whether `given` is a list of prompts."""
     if hasattr(given, "ndim"):
         if given.ndim == 2 and not len(given):
             raise UsageError("there is no prompt: the array has no rows; give at least one")
@@ -34,9 +34,9 @@ def split_prompts(given: Any) -> tuple[list[Any], bool]:
 
 
 def encode_prompt(tokenizer: Tokenizer | None, prompt: Any) -> tuple[int, ...]:
-    """Return the ids of a prompt: of text behind its start tokens, of a conversation up to the assistant's turn.
+    """Return the ids of a prompt: text after the start tokens, or a conversation up to the assistant's turn.
 
-    Raises UsageError for a prompt of another kind, where text or messages meet no tokenizer, and messages no chat
+    Raises UsageError for another kind of prompt, for text without a tokenizer, and for messages without a chat
     template.
     """
     if isinstance(prompt, Mapping):
@@ -49,7 +49,7 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Any) -> tuple[int, ...]:
 
 
 def turn_ends(tokenizer: Tokenizer | None, prompt: Any) -> frozenset[int]:
-    """Return the tokens that end the answer to a conversation; none for other prompts."""
+    """Return the tokens that end the answer to a conversation; an empty set for other prompts."""
     if tokenizer is None or not _is_chat(prompt):
         return frozenset()
     return need_chat_template(tokenizer).turn_ends(tokenizer)
@@ -60,7 +60,7 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def chat_ids(tokenizer: Tokenizer, messages: Sequence[Any], tools: Any = None) -> tuple[int, ...]:
-    """Return the ids of a conversation, written by the tokenizer's chat template, with the assistant's turn opened."""
+    """Return the ids of a conversation, written by the chat template up to the start of the assistant's turn."""
     conversation = parse_conversation(list(messages), tools, "prompt")
     rendered = need_chat_template(tokenizer).render(conversation.messages, conversation.tools, prompt=True)
     return tuple(tokenizer.encode(rendered))
@@ -71,7 +71,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class FilePrompt:
-    """A text, or a conversation, and where it stands: for messages."""
+    """A text or a conversation of a file, and its place for error messages."""
 
     place: str
     text: str = ""
@@ -79,14 +79,14 @@ class FilePrompt:
 
 
 def read_prompt_file(file: Path) -> list[FilePrompt]:
-    """Return the prompts of a file in their order: .jsonl (.gz, .zst) with "prompt", "text" or "messages" (ShareGPT's
-    "conversations" too) in each line, or plain text, a prompt a line.
+    """Return the prompts of a file in order.
 
-    Raises UsageError, naming the prompt, for what is none of these.
+    A .jsonl file (also .gz, .zst) has "prompt", "text" or "messages" (or ShareGPT's "conversations") in each line. Any
+    other file is plain text with one prompt per line. Raises UsageError, naming the prompt, for anything else.
     """
     lines = [line for _, line in read_file_lines(file)]
     if not lines:
-        raise UsageError(f"{file}: holds no prompt; write one a line")
+        raise UsageError(f"{file}: holds no prompt; write one per line")
     places = (f"{file}, prompt {number}" for number in range(1, len(lines) + 1))
     if not format_of(file.name).startswith("jsonl"):
         return [FilePrompt(place, line) for place, line in zip(places, lines)]
@@ -99,7 +99,7 @@ def _parse(line: str, place: str) -> FilePrompt:
     except ValueError as error:
         raise UsageError(f"{place}: not JSON ({error}); correct that line") from error
     if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
-        raise UsageError(f"{place}: holds half of a surrogate pair, which is no text; correct that line")
+        raise UsageError(f"{place}: holds half of a surrogate pair, which is not text; correct that line")
     known = record.keys() if isinstance(record, dict) else ()
     for field in (MESSAGES, SHAREGPT):
         if field in known and record[field] is not None:

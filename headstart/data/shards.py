@@ -1,4 +1,4 @@
-"""Token shards: a corpus as token ids on disk, split by document into training and validation.
+"""Read token shards: a corpus as token ids on disk, split by document into training and validation.
 
 A shards folder holds, for each split, `SPLIT-00000.bin`, `SPLIT-00001.bin` and so on (raw little-endian ids, every
 document closed by the end token; together one sequence, cut every 256 MiB) and `SPLIT.documents.npy` (int64, the start
@@ -28,8 +28,10 @@ from headstart.fileio import regular, sha256_of
 
 
 class SplitTokens:
-    """The tokens of several shards as one sequence: `len`, and slices without a step, which may cross from one shard to
-    the next (only then is anything copied). Target bits of several shards too."""
+    """The tokens or target bits of several shards as one sequence.
+
+    It has `len`, and slices without a step, which may cross from one shard to the next (only these copy anything).
+    """
 
     def __init__(self, shards: Sequence[np.ndarray | TargetBits]) -> None:
         self._shards = shards
@@ -57,12 +59,12 @@ class SplitTokens:
 class TokenShards:
     """One split of a shards folder, memory-mapped.
 
-    `tokens` (N,) uint8, uint16 or uint32; `documents` (D,) int64, where each document starts; `bytes_per_token` is the
-    split's UTF-8 bytes over its tokens, so nats per token / ln 2 / bytes_per_token is bits per byte. End tokens count
-    as tokens, not as bytes.
-
-    Where not all tokens are to be predicted, `targets` (N,) bool says which are; `bytes_per_token` is then that of
-    those. None: all are.
+    Attributes:
+        tokens: (N,) uint8, uint16 or uint32.
+        documents: (D,) int64, where each document starts.
+        bytes_per_token: UTF-8 bytes of the tokens to predict over their number, so nats per token / ln 2 /
+            bytes_per_token is bits per byte. End tokens count as tokens, not as bytes.
+        targets: (N,) bool, the tokens to predict; None if all are.
     """
 
     directory: Path
@@ -75,9 +77,9 @@ class TokenShards:
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], split: str) -> TokenShards:
-        """Opens `split` ("train" or "validation"). Raises UsageError where it is missing, empty, cut short or foreign.
+        """Open `split` ("train" or "validation"). Raise UsageError if it is missing, empty, cut short or foreign.
 
-        Sizes are checked, contents are not: `verify` does that.
+        Sizes are checked here, contents only by `verify`.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
@@ -108,15 +110,15 @@ class TokenShards:
         return cls(directory, split, manifest, tokens, documents, int(summary["bytes"]) / targeted, SplitTokens(bits))
 
     def tokenizer(self) -> Tokenizer:
-        """That which the documents were encoded with; they begin with its start tokens, where it has any."""
+        """Return the tokenizer of the documents, with the start tokens that each of them begins with."""
         tokenizer = load_tokenizer(self.directory / "tokenizer")
         tokenizer.start_ids = tuple(self.manifest.get("start_ids", ()))
         return tokenizer
 
     def digests(self) -> dict[str, str]:
-        """Return what identifies the tokens of all splits and the tokenizer: two SHA-256, by "tokens" and "tokenizer".
+        """Return the SHA-256 of the "tokens" of all splits and of the "tokenizer".
 
-        The first is made from the digests in the manifest. Names of sources and times do not change it.
+        The first is made from the digests in the manifest; names of sources and times do not change it.
         """
         splits = {split: _identity(content) for split, content in self.manifest["splits"].items()}
         text = json.dumps([self.manifest["dtype"], splits], sort_keys=True)
@@ -129,7 +131,7 @@ class TokenShards:
             ) from error
 
     def document(self, index: int) -> np.ndarray:
-        """The tokens of document `index` (from 0), its end token included."""
+        """Return the tokens of document `index` (from 0), including its end token."""
         if not 0 <= index < len(self.documents):
             raise UsageError(
                 f"document {index}: {self.directory} has {self.split} documents 0 to {len(self.documents) - 1}"
@@ -145,14 +147,14 @@ class TokenShards:
         return self.tokens[begin:stop]
 
     def verify(self) -> None:
-        """Reads the whole split and raises UsageError, naming the damaged files, unless all SHA-256 are right."""
+        """Read the whole split and raise UsageError, naming the damaged files, unless all SHA-256 are right."""
         faults = faults_of(self.directory, self.split, self.manifest)
         if faults:
             raise UsageError("; ".join(faults))
 
 
 def verify(directory: str | os.PathLike[str]) -> list[str]:
-    """Return a line for each fault in the files of a shards folder, [] if there is none. Reads everything.
+    """Read all files of a shards folder and return a line for each fault.
 
     Folders of an older Headstart have no digests of the tokenizer, the names and the manifest, see `manifest.sealed`.
     """
@@ -163,7 +165,7 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
 
 
 def faults_of(directory: Path, split: str, manifest: dict[str, Any]) -> list[str]:
-    """As `verify`, for one split."""
+    """Read all files of one split and return a line for each fault."""
     found = []
     summary = manifest["splits"][split]
     item = np.dtype(DTYPES[manifest["dtype"]]).itemsize
@@ -186,7 +188,7 @@ def faults_of(directory: Path, split: str, manifest: dict[str, Any]) -> list[str
 
 
 def _identity(content: dict[str, Any]) -> list[object]:
-    """Return the numbers and digests that say which tokens a split of the manifest holds."""
+    """Return the numbers and digests that identify the tokens of a split of the manifest."""
     entries = [*content["shards"], content["starts"], *(x["targets"] for x in content["shards"] if "targets" in x)]
     return [content["tokens"], content["documents"], *(entry["sha256"] for entry in entries)]
 
@@ -208,7 +210,7 @@ def _check_size(file: Path, expected: int) -> None:
 
 
 def _read_starts(file: Path, documents: int, tokens: int) -> np.ndarray:
-    """(D,) int64, memory-mapped: they may be many millions. Only what can be told at once is checked."""
+    """Return the starts of D documents, (D,) int64, memory-mapped: checking all of many millions would take long."""
     try:
         starts = np.asarray(np.load(regular(file), mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""Special and added tokens that the files next to a `tokenizer.json` name, as transformers reads them."""
+"""Read the special and added tokens that the files next to a `tokenizer.json` name, like transformers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from headstart.fileio import read_bounded
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_BYTES = 256 << 20
-"""Of a JSON file of a tokenizer; a tokenizer.json of 260,000 tokens has 33 MB."""
+"""The largest JSON file of a tokenizer; a tokenizer.json of 260,000 tokens has 33 MB."""
 OWN_KIND = "headstart_tokenizer"
-"""The key of tokenizer_config.json that says how Headstart made a tokenizer: "bytes" or "bpe"."""
+"""The key of tokenizer_config.json with the kind of a tokenizer that Headstart made: "bytes" or "bpe"."""
 MAP_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -24,8 +24,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def special_tokens(directory: Path) -> dict[str, str]:
     """Return the text of each special token that has a name, such as `bos_token`.
 
-    `special_tokens_map.json` goes before `tokenizer_config.json`, but is not read where the latter describes its added
-    tokens (`added_tokens_decoder`), which makes it complete. Raises UsageError for a token that is no text.
+    `special_tokens_map.json` overrides `tokenizer_config.json`, unless the latter describes its added tokens
+    (`added_tokens_decoder`), which makes it complete. Raises UsageError for a token that is not text.
     """
     found = _named(directory / CONFIG_FILE)
     if "added_tokens_decoder" not in _read(directory / CONFIG_FILE):
@@ -34,7 +34,7 @@ def special_tokens(directory: Path) -> dict[str, str]:
 
 
 def _named(file: Path) -> dict[str, str]:
-    """Return the text of each of `NAMES` in a file, "" for null."""
+    """Return the text of each of NAMES that a file holds, "" for null."""
     content = _read(file)
     found = {name: "" if content[name] is None else _content(content[name]) for name in NAMES if name in content}
     for name, text in found.items():
@@ -45,7 +45,7 @@ def _named(file: Path) -> dict[str, str]:
 
 
 def added_tokens(directory: Path) -> list[dict[str, Any]]:
-    """Return the tokens that are added to those of `tokenizer.json`, in the order of ids: `content` and `FLAGS`."""
+    """Return the tokens to add to those of `tokenizer.json`, in the order of their ids: content and FLAGS."""
     described = _read(directory / CONFIG_FILE).get("added_tokens_decoder")
     if described is None:
         named = set(special_tokens(directory).values())
@@ -65,7 +65,7 @@ def added_tokens(directory: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path, fix: str = "fetch the file again") -> dict[str, Any]:
-    """Return the object in `path`. Raises UsageError where there is none."""
+    """Return the JSON object in `path`. Raise UsageError for anything else."""
     try:
         content = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
@@ -83,6 +83,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _content(token: object) -> str | None:
-    """Return the text of a token, which files give as it is or as an object."""
+    """Return the text of a token, which files write as text or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None

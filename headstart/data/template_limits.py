@@ -1,4 +1,4 @@
-"""A Jinja sandbox with bounds on steps and sizes: Jinja's own bounds neither time nor memory."""
+"""A Jinja sandbox with limits on steps and sizes; Jinja's own sandbox limits neither time nor memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jinja2.utils import pass_context
 from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 1_000_000
-"""About a second."""
+"""The most steps of a rendering, about a second."""
 MAX_TOKENS = 20_000
 """Tokens of a template's source, about 100 kB; compiling that many takes about two seconds."""
 NODES_PER_STEP = 4
@@ -25,12 +25,14 @@ NODES_PER_STEP = 4
 FILTER_STEPS = 4
 """Steps of a filter call, in addition to those of what it reads."""
 MAX_SIZE = 16 << 20
-"""Characters of a string, items of a list."""
+"""The most characters of a string or items of a list."""
 MAX_BITS = 4096
+"""The most bits of a whole number."""
 _WIDE = re.compile(r"\d{5,}|%[^a-zA-Z]*\*|:[^{}]*\{")
 _PADDING = ("center", "ljust", "rjust", "zfill", "batch", "slice", "truncate")
 _QUADRATIC = ("striptags", "urlize", "wordwrap")
 MAX_QUADRATIC = 1 << 16
+"""The most characters for filters whose time grows with the square of a text."""
 _state = threading.local()
 
 
@@ -56,7 +58,7 @@ def _spend_size(size: int, characters: bool = False) -> None:
 
 
 def _weighed(value: Any) -> Any:
-    """Count reading a value, of containers all that they hold, and return it."""
+    """Count reading a value, including everything in a container, and return it."""
     pending = [value]
     while pending:
         part = pending.pop()
@@ -85,14 +87,14 @@ def _sliced(value: Any) -> Any:
 
 
 def _joined(pieces: Iterable[Any]) -> str:
-    texts, size = [], 0
+    strings, size = [], 0
     for piece in pieces:
         _spend()
-        texts.append(piece if isinstance(piece, str) else str(_weighed(piece)))
-        size += len(texts[-1])
-        _spend_size(len(texts[-1]), characters=True)
+        strings.append(piece if isinstance(piece, str) else str(_weighed(piece)))
+        size += len(strings[-1])
+        _spend_size(len(strings[-1]), characters=True)
         _check(size)
-    return "".join(texts)
+    return "".join(strings)
 
 
 def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,6 +126,7 @@ def _check_call(name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter that counts steps and refuses results that are too large."""
     at = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -211,7 +214,7 @@ class _Count(NodeTransformer):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Raise SecurityError where a template takes too many steps or makes too large a value."""
+    """A sandbox that raises SecurityError if a template takes too many steps or makes too large a value."""
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
@@ -238,7 +241,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _joined(pieces)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right` where the result is bounded."""
+        """Compute `left operator right` if the result is small enough."""
         _spend()
         if operator == "%" and isinstance(left, str):
             _check_call("format", left, (), {})
@@ -257,7 +260,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # as Jinja's
-        """Call a macro, a method or a function, as one step."""
+        """Call a macro, a method or a function, and count a step."""
         _spend()
         if isinstance(__obj, LoopContext) and args:  # a recursive loop
             args = (_counted(args[0]), *args[1:])

@@ -22,7 +22,7 @@ def check_growth(file: Path, content: dict[str, Any]) -> None:
     if max(_growth(content.get("normalizer")), _growth(content.get("decoder"))) > MAX_GROWTH:
         raise UsageError(
             f"{file}: its normalizer or decoder makes a text over {MAX_GROWTH} times as long; "
-            "name a tokenizer that keeps the length of texts"
+            "name a tokenizer that does not lengthen text"
         )
 
 
@@ -79,7 +79,7 @@ def _matches_nothing(pattern: str) -> bool:
 def _growth_of_charsmap(charsmap: str) -> float:
     """Return the most characters that a SentencePiece map, in base64, puts in the place of one.
 
-    The map is the size of a trie in four bytes, the trie, and texts that end with NUL.
+    The map is the size of a trie in four bytes, the trie, and strings that end with NUL.
     """
     try:
         content = base64.b64decode(charsmap)

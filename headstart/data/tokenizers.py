@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes as in the paper's byte-level models, or any Hugging Face `tokenizer.json`.
+"""Tokenizers: raw bytes like the paper's byte-level models, or any Hugging Face `tokenizer.json`.
 
 Importing this file imports neither `tokenizers` nor `transformers`: a byte-level model decodes without them.
 """
@@ -31,7 +31,7 @@ __all__ = ["ByteTokenizer", "PretrainedTokenizer", "Tokenizer", "load_tokenizer"
 
 OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 LONG = 2**14
-"""Number of characters from which other threads run while a text is encoded."""
+"""Characters of a text from which other threads run while it is encoded."""
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
@@ -41,39 +41,41 @@ class Tokenizer(Protocol):
 
     name: str
     vocab_size: int  # one more than the largest id
-    end_id: int  # closes every document; also the start token where a prompt is empty
-    end_ids: frozenset[int]  # end a generation: `end_id`, and what the model's directory names
-    start_ids: tuple[int, ...]  # what `prompt_ids` puts before a text; none for models that never saw it
+    end_id: int  # closes every document; also the start token if a prompt is empty
+    end_ids: frozenset[int]  # end a generation: `end_id`, and those that the model's directory names
+    start_ids: tuple[int, ...]  # put before a text by `prompt_ids`; none for models that were trained without
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without any special token added. Text without a UTF-8 form raises UsageError."""
+        """Return the ids of `text`; no special token is added. Text without a UTF-8 form raises UsageError."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`: special tokens and ids beyond the vocabulary dropped, invalid UTF-8 as U+FFFD."""
+        """Return the text of `tokens`: special tokens and unknown ids are dropped, invalid UTF-8 becomes U+FFFD."""
         ...
 
     def __hash__(self) -> int: ...
 
     def piece(self, token: int) -> str | None:
-        """What the vocabulary calls `token`; None for what it has no name for."""
+        """Return the name of `token` in the vocabulary; None if it has none."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes the files from which `transformers.AutoTokenizer.from_pretrained(directory)` gives the same ids."""
+        """Write files with which `transformers.AutoTokenizer.from_pretrained(directory)` gives the same ids."""
         ...
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text that a model is to go on from: as `encode`, behind the tokens that the tokenizer puts before
-    every text (the start token of Llama, Mistral and Gemma), unless the text has them already."""
+    """Return the ids of a prompt: those of the text, after the tokenizer's start tokens.
+
+    Llama, Mistral and Gemma have a start token. It is not repeated if the text spells it already.
+    """
     ids, start = tokenizer.encode(text), list(tokenizer.start_ids)
     return ids if ids[: len(start)] == start else start + ids
 
 
 @contextmanager
 def _one_line(wrong: str, fix: str) -> Iterator[None]:
-    """Raise UsageError for whatever the tokenizers library raises: bare Exception, or PanicException, which is none."""
+    """Turn any error of the tokenizers library into UsageError; its PanicException is not even an Exception."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -85,8 +87,8 @@ def _one_line(wrong: str, fix: str) -> Iterator[None]:
 class PretrainedTokenizer:
     """Any Hugging Face `tokenizer.json`, through the `tokenizers` library.
 
-    Special tokens written out in a text become their ids, as in transformers. Raises UsageError where the files cannot
-    be read or name no end token.
+    Special tokens that a text spells become their ids, as in transformers. Raises UsageError if the files cannot be
+    read or name no end token.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -100,7 +102,7 @@ class PretrainedTokenizer:
         unreadable = f"{self._file}: not a tokenizer that the tokenizers library reads"
         with _one_line(unreadable, "name a directory that AutoTokenizer.save_pretrained wrote"):
             self._engine = Engine.from_file(str(self._file))
-        # A tokenizer.json may carry the truncation and padding of whoever saved it; documents must be cut by neither.
+        # A tokenizer.json may carry the truncation and padding of whoever saved it; neither may change documents.
         self._engine.no_truncation()
         self._engine.no_padding()
         self._add_tokens()
@@ -121,8 +123,8 @@ class PretrainedTokenizer:
         self.falls_back_to_bytes = "ByteFallback" in steps
         self._bytes_of_character: dict[str, int] | None = None
         self._known_bytes: dict[int, bytes] = {}
-        # What TextStream may rely on: the bytes of each token, or else which tokens leave a character open. A decoder
-        # that mixes ByteLevel with other steps gives neither.
+        # TextStream uses the bytes of each token, or else the knowledge which tokens leave a character unfinished. A
+        # decoder that mixes ByteLevel with other steps offers neither.
         self.token_bytes = None
         if "ByteLevel" not in steps:
             self.is_partial = self._is_partial
@@ -131,7 +133,7 @@ class PretrainedTokenizer:
             self.token_bytes = self._token_bytes
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, no special token added."""
+        """Return the ids of `text`; no special token is added."""
         check_text(text)
         with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             if len(text) < LONG:
@@ -141,7 +143,7 @@ class PretrainedTokenizer:
         return self._with_rows(encoding.ids)
 
     def encode_literally(self, text: str) -> list[int]:
-        """Return the ids of `text` with special tokens that it spells as text, so that it holds no end token."""
+        """Return the ids of `text`, with special tokens that it spells kept as text, so it has no end token."""
         self._engine.encode_special_tokens = True
         try:
             return self.encode(text)
@@ -149,8 +151,10 @@ class PretrainedTokenizer:
             self._engine.encode_special_tokens = False
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """As `encode`, and the characters of `text` that each token stands for, begin and end. Tokens that share a
-        character all have it."""
+        """Return the ids of `text`, and the begin and end of each token in it, in characters.
+
+        Tokens that share a character all include it.
+        """
         check_text(text)
         with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             encoding = self._engine.encode(text, add_special_tokens=False)
@@ -158,12 +162,12 @@ class PretrainedTokenizer:
 
     @property
     def needed_rows(self) -> int:
-        """How many ids a model must have: all but added tokens at the end, which text names only by spelling them."""
+        """Return the number of ids that a model needs; added tokens at the end, used only if spelled, are left out."""
         ordinary = self._engine.get_vocab(with_added_tokens=False).values()
         return max([self.end_id, *self.start_ids, *ordinary]) + 1
 
     def fit(self, rows: int) -> None:
-        """Leave out the tokens beyond `rows`, for which a model has none; from then on a text that names one raises."""
+        """Limit the vocabulary to `rows` ids, those of a model. A text that spells a token beyond then raises."""
         added = self._engine.get_added_tokens_decoder()
         self._without_rows = {i: token.content for i, token in added.items() if i >= rows}
         self.vocab_size = min(self.vocab_size, rows)
@@ -173,34 +177,34 @@ class PretrainedTokenizer:
             if token in self._without_rows:
                 raise UsageError(
                     f"text: {self._without_rows[token]} is token {token}, and the model has {self.vocab_size} rows; "
-                    "take it out of the text"
+                    "remove it from the text"
                 )
         return list(ids)
 
     @property
     def directory(self) -> Path:
-        """Where its files lie."""
+        """Return the folder of its files."""
         return self._directory
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; special tokens and ids beyond the vocabulary are dropped, negative ids raise."""
+        """Return the text of `tokens`. Special tokens and unknown ids are dropped, negative ids raise."""
         check_ids(tokens)
         kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
         with _one_line(f"tokenizer {self.name}: fails on these tokens", "fix the decoder in its tokenizer.json"):
             return str(self._engine.decode(kept, skip_special_tokens=True))
 
     def piece(self, token: int) -> str | None:
-        """What the vocabulary calls `token`; None for an id that it does not use."""
+        """Return the name of `token` in the vocabulary; None for an unused id."""
         return self._engine.id_to_token(token)
 
     def definition(self) -> dict[str, Any]:
-        """What its `tokenizer.json` says, for those who write it in another format; tokens without a row left out."""
+        """Return the content of its `tokenizer.json`, for export, without tokens that the model has no row for."""
         content: dict[str, Any] = json.loads(self._engine.to_str())
         content["added_tokens"] = [each for each in content["added_tokens"] if each["id"] not in self._without_rows]
         return content
 
     def save(self, directory: Path) -> None:
-        """Copies the tokenizer files it came from into `directory`."""
+        """Copy its files into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         try:
@@ -220,15 +224,15 @@ class PretrainedTokenizer:
             (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _add_tokens(self) -> None:
-        """Add the tokens that only the files next to it name: as in transformers, text names them too."""
+        """Add the tokens that only the files next to it name, so that text can spell them, as in transformers."""
         from tokenizers import AddedToken
 
         known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
-        wanted = added_tokens(self._directory)
+        additions = added_tokens(self._directory)
         for text in special_tokens(self._directory).values():
             if self._engine.token_to_id(text) is not None:
-                wanted.append({"content": text, "special": True, "normalized": False})
-        for each in wanted:
+                additions.append({"content": text, "special": True, "normalized": False})
+        for each in additions:
             if each["content"] not in known:
                 known.add(each["content"])
                 self._engine.add_tokens([AddedToken(**each)])
@@ -249,7 +253,7 @@ class PretrainedTokenizer:
         )
 
     def own_start(self) -> tuple[int, ...]:
-        """What transformers' tokenizer puts before a text. Whether a model saw it there, the model's directory says."""
+        """Return the tokens that transformers puts before a text; only the model's directory says if it needs them."""
         with _one_line(f"tokenizer {self.name}: fails on the text 'a'", "fix its tokenizer.json"):
             plain, whole = (self._engine.encode("a", add_special_tokens=special).ids for special in (False, True))
         for count in range(len(whole) - len(plain) + 1):
@@ -271,7 +275,7 @@ class PretrainedTokenizer:
         return known
 
     def _is_partial(self, token: int) -> bool:
-        """Whether `token` does not end a run of byte tokens: it is one, or an unused id, which decoding drops."""
+        """Return whether `token` continues a run of byte tokens: it is one, or an unused id, which decoding drops."""
         if not self.falls_back_to_bytes:
             return False
         text = self._engine.id_to_token(token)
@@ -279,7 +283,7 @@ class PretrainedTokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer that `source` names: "bytes", a `tokenizer.json`, a directory with one, or a hub id OWNER/NAME.
+    """Load the tokenizer that `source` names: "bytes", a `tokenizer.json`, a directory with one, or a hub id.
 
     What lies on the disk goes before the hub. A directory that `ByteTokenizer.save` wrote comes back as ByteTokenizer.
     Anything else raises UsageError.
@@ -311,7 +315,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 
 def _fetch(repository: str) -> Path:
-    """The folder with a hub model's tokenizer files: fetched, or found in the hub's cache."""
+    """Fetch a hub model's tokenizer files, or find them in the hub's cache, and return their folder."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -329,7 +333,7 @@ def _fetch(repository: str) -> Path:
 
 
 def _decoder_steps(decoder: Any) -> list[str]:
-    """The types in a tokenizer.json's decoder, sequences flattened; [] where it has none."""
+    """Return the types of the steps of a tokenizer.json's decoder, with sequences flattened."""
     if not isinstance(decoder, dict):
         return []
     if decoder.get("type") == "Sequence":

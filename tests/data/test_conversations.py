@@ -39,7 +39,7 @@ def test_both_ways_of_writing_messages_are_read():
     for value, said in (
         ("text", "here: holds str, not a list"),
         (["a"], "here, message 1: not an object"),
-        ([*turns, {"content": "b"}], "message 3: says nobody's role"),
+        ([*turns, {"content": "b"}], "message 3: has no role"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 1: its content is not text"),
     ):
         with pytest.raises(UsageError, match=said):
