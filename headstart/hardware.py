@@ -75,7 +75,7 @@ def describe() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": _package_version("transformers"),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
@@ -107,7 +107,7 @@ def cores() -> int:
 
 def available_memory() -> int | None:
     """Return the bytes that can be allocated without swapping, or None if the system does not report them."""
-    kib = _field(Path("/proc/meminfo"), "MemAvailable")
+    kib = _read_field(Path("/proc/meminfo"), "MemAvailable")
     return None if kib is None else int(kib.split()[0]) * 1024
 
 
@@ -258,11 +258,11 @@ def summary(machine: dict[str, Any]) -> str:
 def processor() -> tuple[str, set[str]]:
     """Return the name of the processor, and its instruction sets as Linux names them."""
     file = Path("/proc/cpuinfo")
-    model = _field(file, "model name") or platform.processor() or platform.machine()
-    return model, set((_field(file, "flags") or _field(file, "Features") or "").split())  # Features on ARM
+    model = _read_field(file, "model name") or platform.processor() or platform.machine()
+    return model, set((_read_field(file, "flags") or _read_field(file, "Features") or "").split())  # Features on ARM
 
 
-def _field(file: Path, name: str) -> str | None:
+def _read_field(file: Path, name: str) -> str | None:
     """Return the value of the first line `name: value` of a file in /proc, or None without such a file or line."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -286,7 +286,7 @@ def _gib(count: int | None) -> float | None:
     return None if count is None else round(count / 2**30, 1)
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     from importlib import metadata
 
     try:

@@ -100,11 +100,18 @@ def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None
     sizes = sizes or Sizes()
     config = None if model_path is None else load_config(model_path)  # fails before anything is timed
     described = hardware.describe()
-    findings = [_processor(described), _kernels(), _dtype(sizes), _window(sizes), _threads(sizes), _bandwidth(sizes)]
+    findings = [
+        _check_processor(described),
+        _check_kernels(),
+        _check_products(sizes),
+        _check_windows(sizes),
+        _check_threads(sizes),
+        _check_bandwidth(sizes),
+    ]
     if torch.cuda.is_available():
-        findings.append(_gpu(sizes))
+        findings.append(_check_gpu(sizes))
     if model_path is not None and config is not None:
-        findings += _model(Path(model_path), config)
+        findings += _check_model(Path(model_path), config)
     worst = max((f.status for f in findings), key=("ok", "warn", "fail").index)
     return {
         "machine": described,
@@ -128,7 +135,7 @@ def format_diagnosis(diagnosis: dict[str, Any]) -> str:
     return "\n".join([*lines, "", verdict[diagnosis["verdict"]]])
 
 
-def _processor(described: dict[str, Any]) -> Finding:
+def _check_processor(described: dict[str, Any]) -> Finding:
     sets, load = described["instruction_sets"], described["load_average"]
     busy = load is not None and load[0] > 0.5 * described["cores"]
     sentence = f"{described['cpu']}, {described['cores']} cores, {', '.join(sets) or 'no known instruction sets'}"
@@ -137,7 +144,7 @@ def _processor(described: dict[str, Any]) -> Finding:
     return Finding("processor", "warn" if busy else "ok", sentence + ".", {"load_average": load})
 
 
-def _kernels() -> Finding:
+def _check_kernels() -> Finding:
     """Report which products decoding uses, in the dtype that this processor decodes best in."""
     name = hardware.dtype_on("cpu")
     dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
@@ -154,7 +161,7 @@ def _kernels() -> Finding:
     return Finding("kernels", "warn", sentence, {"compiled": False})
 
 
-def _dtype(sizes: Sizes) -> Finding:
+def _check_products(sizes: Sizes) -> Finding:
     """Time matrix products in fp32 and bf16, which bound training and prompts."""
     threads = torch.get_num_threads()
     rates = {
@@ -170,7 +177,7 @@ def _dtype(sizes: Sizes) -> Finding:
     return Finding("matrix products", "ok" if faster == used else "warn", sentence, {"gflops": rates})
 
 
-def _window(sizes: Sizes) -> Finding:
+def _check_windows(sizes: Sizes) -> Finding:
     """Time a packed linear map on 1 and 8 rows: the cost of a window over that of a single token."""
     n, copies = sizes.product, 4
     variants = {}
@@ -180,7 +187,7 @@ def _window(sizes: Sizes) -> Finding:
         # Several matrices in turn: a single one would stay in the cache, where rows cost more than reading.
         layers = [PackedLinear(torch.randn(4 * n, n).to(dtype), None, 8) for _ in range(copies)]
         for rows in (1, 8):
-            run = partial(_through_all, layers, torch.randn(rows, n).to(dtype))
+            run = partial(_run_all, layers, torch.randn(rows, n).to(dtype))
             variants[f"{str(dtype).removeprefix('torch.')} {rows}"] = timed(run)
     best = {name: 1e3 * min(values) / copies for name, values in interleave(variants, 5).items()}
     milliseconds = {
@@ -199,12 +206,12 @@ def _window(sizes: Sizes) -> Finding:
     return Finding("windows", "ok" if costs[fastest] <= 2 else "warn", sentence, values)
 
 
-def _through_all(layers: Sequence[PackedLinear], x: torch.Tensor) -> None:
+def _run_all(layers: Sequence[PackedLinear], x: torch.Tensor) -> None:
     for layer in layers:
         layer(x)
 
 
-def _threads(sizes: Sizes) -> Finding:
+def _check_threads(sizes: Sizes) -> Finding:
     """Time a small decoding pass with 1, 2 and all threads: next to other programs more are much slower."""
     choices = sorted({1, min(2, hardware.cores()), hardware.cores()})
     before = torch.get_num_threads()
@@ -213,7 +220,7 @@ def _threads(sizes: Sizes) -> Finding:
     try:
         for threads in choices:  # one number after the other: changing it costs more than a pass
             torch.set_num_threads(threads)
-            times[threads] = _pass_times(small, sizes.passes)
+            times[threads] = _time_passes(small, sizes.passes)
     finally:
         torch.set_num_threads(before)
     medians = {threads: 1e3 * statistics.median(values) for threads, values in times.items()}
@@ -239,7 +246,7 @@ def _threads(sizes: Sizes) -> Finding:
     )
 
 
-def _pass_times(small: Pass, passes: int) -> list[float]:
+def _time_passes(small: Pass, passes: int) -> list[float]:
     """Return the seconds of up to `passes` passes, or of fewer if they are slow, as with threads that wait."""
     measure = timed(small)
     times: list[float] = []
@@ -249,7 +256,7 @@ def _pass_times(small: Pass, passes: int) -> list[float]:
     return times[warmup:]
 
 
-def _bandwidth(sizes: Sizes) -> Finding:
+def _check_bandwidth(sizes: Sizes) -> Finding:
     speeds = {
         threads: hardware.stream_bandwidth(threads, mebibytes=sizes.stream_mebibytes, repetitions=3)
         for threads in sorted({1, hardware.cores()})
@@ -264,7 +271,7 @@ def _bandwidth(sizes: Sizes) -> Finding:
     return Finding("bandwidth", "ok", sentence, {"gb_per_second": speeds})
 
 
-def _gpu(sizes: Sizes) -> Finding:
+def _check_gpu(sizes: Sizes) -> Finding:
     speed = hardware.stream_bandwidth(1, device="cuda", mebibytes=sizes.stream_mebibytes, repetitions=3)
     supported = torch.cuda.is_bf16_supported()
     name = torch.cuda.get_device_name()
@@ -272,20 +279,20 @@ def _gpu(sizes: Sizes) -> Finding:
     return Finding("gpu", "ok" if supported else "warn", sentence, {"name": name, "gb_per_second": speed})
 
 
-def _model(path: Path, config: ModelConfig) -> list[Finding]:
+def _check_model(path: Path, config: ModelConfig) -> list[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_model_tokenizer(path)
-    prompts = _prompts(tokenizer, config)
+    prompts = _make_prompts(tokenizer, config)
     findings = [compare_with_transformers(path, config, prompts[0])]
     loaded = load_model(path, device=device)
     model = pack(loaded.to(decoding_dtype(loaded)))
-    tokens = _affordable_tokens(model, prompts)
+    tokens = _count_affordable_tokens(model, prompts)
     for temperature in (0.0, 0.8):
-        findings.append(_speculation(model, prompts, tokens, temperature))
+        findings.append(_check_speculation(model, prompts, tokens, temperature))
     return findings
 
 
-def _prompts(tokenizer: Tokenizer | None, config: ModelConfig) -> list[tuple[int, ...]]:
+def _make_prompts(tokenizer: Tokenizer | None, config: ModelConfig) -> list[tuple[int, ...]]:
     # A context may be tiny; a prompt takes at most a quarter of it.
     longest = max(1, config.context // 4)
     if tokenizer is None:
@@ -293,7 +300,7 @@ def _prompts(tokenizer: Tokenizer | None, config: ModelConfig) -> list[tuple[int
     return [tuple(tokenizer.encode(text)[:longest]) or (tokenizer.end_id,) for text in PROMPTS]
 
 
-def _affordable_tokens(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> int:
+def _count_affordable_tokens(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> int:
     room = max(1, model.config.context - max(map(len, prompts)))
     request = Request(prompts[0], min(4, room), heads=1)
     decode(model, [request])  # the first run is slow for every model
@@ -304,7 +311,9 @@ def _affordable_tokens(model: Transformer, prompts: Sequence[tuple[int, ...]]) -
     return max(1, min(NEW_TOKENS, room, int(DECODE_SECONDS / outputs / seconds)))
 
 
-def _speculation(model: Transformer, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float) -> Finding:
+def _check_speculation(
+    model: Transformer, prompts: Sequence[tuple[int, ...]], tokens: int, temperature: float
+) -> Finding:
     """Compare decoding with all heads that draft and with head 1 alone, both exact: the tokens must be identical."""
     n = model.config.drafting_heads
 

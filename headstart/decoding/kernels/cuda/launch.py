@@ -28,7 +28,7 @@ class Share:
     stages: int = 4
 
 
-def share_of(outputs: int, inputs: int, pair: bool = False) -> Share:
+def choose_share(outputs: int, inputs: int, pair: bool = False) -> Share:
     """Return the share that was measured as fastest for a matrix (N, K) (docs/lab-notes.md)."""
     if pair:
         return Share(32, 128, 2, 3) if outputs >= 8192 else Share(16, 64, 2, 8)
@@ -41,7 +41,7 @@ def norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
     """Return the RMS norm of x (..., K)."""
     K = x.shape[-1]
     y = torch.empty_like(x)
-    kernels._norm[(x.numel() // K,)](x, weight_K, y, K, eps, BK=_power(K), num_warps=8 if K > 2048 else 4)
+    kernels._norm[(x.numel() // K,)](x, weight_K, y, K, eps, BK=_next_power(K), num_warps=8 if K > 2048 else 4)
     return y
 
 
@@ -61,10 +61,10 @@ def linear(
     N = weight_NK.shape[0] // 2 if gated else weight_NK.shape[0]
     M = x.numel() // K
     if M > MOST_ROWS:
-        return _wide(x, weight_NK, bias_N, residual, gated)
-    share = share or share_of(N, K, gated)
+        return _linear_of_many(x, weight_NK, bias_N, residual, gated)
+    share = share or choose_share(N, K, gated)
     y = x.new_empty((*x.shape[:-1], N))
-    rows = _rows(M)
+    rows = _rows_of_program(M)
     grid = (-(-M // rows) * -(-N // share.outputs),)
     kernels._linear[grid](
         x, weight_NK, x if bias_N is None else bias_N, x if residual is None else residual, y, M, N, K, N * K,
@@ -74,7 +74,7 @@ def linear(
     return y
 
 
-def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
+def _linear_of_many(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gated: bool) -> Tensor:
     """Compute `linear` for many rows, in torch's product."""
     y = F.linear(x, weight, bias)
     if residual is not None:
@@ -109,9 +109,9 @@ def rotated_qkv(
             qkv, *places, S * W, *sizes, HEADS=heads, KV_HEADS=kv_heads, E=E, BM=QUERIES
         )
         return queries
-    share = share or share_of((heads + 2 * kv_heads) * E // 2, K, True)
+    share = share or choose_share((heads + 2 * kv_heads) * E // 2, K, True)
     outputs = min(share.outputs, E // 2)
-    rows = _rows(S * W)
+    rows = _rows_of_program(S * W)
     grid = (-(-S * W // rows) * (heads + 2 * kv_heads) * (E // 2 // outputs),)
     kernels._rotated_qkv[grid](
         x_SWD, weight, x_SWD if bias is None else bias, *places, S * W, K, *sizes,
@@ -148,15 +148,15 @@ def attend(
         num_warps=4, num_stages=2,
     )  # fmt: skip
     if parts > 1:
-        kernels._join[(S * R * H,)](answers, sums, y, parts, E=E, BP=_power(parts))
+        kernels._join[(S * R * H,)](answers, sums, y, parts, E=E, BP=_next_power(parts))
     return y
 
 
-def _rows(count: int) -> int:
+def _rows_of_program(count: int) -> int:
     """Return the rows that a program of a product takes: all of them, up to `MOST_ROWS`."""
-    return min(MOST_ROWS, max(16, _power(count)))
+    return min(MOST_ROWS, max(16, _next_power(count)))
 
 
-def _power(number: int) -> int:
+def _next_power(number: int) -> int:
     """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
