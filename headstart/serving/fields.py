@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -18,7 +18,9 @@ IGNORED = frozenset(
 )  # fmt: skip
 """Fields that do not change the answer."""
 
-NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+NeutralFields = Mapping[str, tuple[tuple[Any, ...], str]]
+
+NEUTRAL: NeutralFields = {
     "allowed_token_ids": ((), "tokens cannot be allowed one by one; use a constraint such as guided_regex"),
     "audio": ((), "audio is not supported"),
     "bad_words": (([],), "words cannot be excluded; use logit_bias"),
@@ -47,11 +49,11 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Fields that would change the answer: values that do not, in addition to null, and the reason to refuse others."""
 
-NEUTRAL_IN_CHATS = {
+NEUTRAL_IN_CHATS: NeutralFields = {
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),
     "echo": ((False,), "the answer is the new message alone; use /v1/completions"),
 }
-NEUTRAL_IN_MESSAGES: dict[str, tuple[tuple[Any, ...], str]] = {
+NEUTRAL_IN_MESSAGES: NeutralFields = {
     "annotations": (([],), "messages have text only"),
     "audio": ((), "messages have text only"),
     "function_call": ((), "use tool_calls"),
@@ -66,9 +68,7 @@ def refusal(field: str, why: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{why}", {"field": field, "why": why})
 
 
-def select_fields(
-    body: Any, known: Container[str], neutral: dict[str, tuple[tuple[Any, ...], str]], ignored: Container[str] = ()
-) -> Any:
+def select_fields(body: Any, known: Container[str], neutral: NeutralFields, ignored: Container[str] = ()) -> Any:
     """Return a JSON object with its known fields only. Raise an error for a field that would change the answer."""
     if not isinstance(body, dict):
         return body

@@ -6,17 +6,20 @@ Fields that cannot change the answer are ignored. Every other field is supported
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from headstart.decoding.constraints import Constraint
 from headstart.decoding.settings import RULES
 from headstart.serving.fields import (
     IGNORED,
     NEUTRAL,
     NEUTRAL_IN_CHATS,
     NEUTRAL_IN_MESSAGES,
+    NeutralFields,
     refusal,
     select_fields,
 )
@@ -33,6 +36,8 @@ Strings = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Choices = Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_OPTIONS, fail_fast=True)]
+ANY_OBJECT = {"type": "object"}
+"""JSON schema of any object."""
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "mark_answers_")
 """Variables of a chat template that requests set with other fields, or not at all."""
 
@@ -55,6 +60,18 @@ class Closed(Strict):
         if isinstance(part, dict) and len(part) > MAX_FIELDS:
             return select_fields(part, {field.alias or name for name, field in cls.model_fields.items()}, {})
         return part
+
+
+class Open(Strict):
+    """Ignore fields that cannot change the answer, and refuse other fields that are not declared."""
+
+    neutral: ClassVar[NeutralFields] = NEUTRAL
+    ignored: ClassVar[frozenset[str]] = IGNORED
+
+    @model_validator(mode="before")
+    @classmethod
+    def _select(cls, body: Any) -> Any:
+        return select_fields(body, cls.model_fields, cls.neutral, cls.ignored)
 
 
 class Speculative(Closed):
@@ -106,6 +123,13 @@ class ResponseFormat(Closed):
             raise refusal("json_schema", "give the schema, as {'name': ..., 'schema': {...}}")
         return self
 
+    @property
+    def schema_to_follow(self) -> dict[str, Any] | None:
+        """Return the JSON schema of the answer; None: any text."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return self.json_schema.schema_
+        return ANY_OBJECT if self.type == "json_object" else None
+
 
 def _parse_schema(schema: Any) -> Any:
     """Parse a schema that is given as JSON text."""
@@ -133,7 +157,7 @@ class StructuredOutputs(Closed):
     disable_fallback: bool | None = Field(default=None, description="Ignored: there is one implementation.")
 
 
-class RequestBody(Strict):
+class RequestBody(Open):
     """Hold the fields of both kinds of requests."""
 
     model: str | None = Field(default=None, max_length=512, description="Name of the model; optional.")
@@ -169,11 +193,6 @@ class RequestBody(Strict):
     )
     speculative: Speculative | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _select(cls, body: Any) -> Any:
-        return select_fields(body, cls.model_fields, NEUTRAL, IGNORED)
-
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _check_tokens(cls, bias: Any) -> Any:
@@ -187,30 +206,31 @@ class RequestBody(Strict):
         return bias
 
     @model_validator(mode="after")
-    def _one_constraint(self) -> RequestBody:
-        structured, formatted = self.structured_outputs or StructuredOutputs(), self.response_format
-        whole = {
-            "response_format": None if formatted is None or formatted.type == "text" else formatted,
-            "guided_json": self.guided_json,
-            "guided_regex": self.guided_regex,
-            "guided_choice": self.guided_choice,
-            "guided_grammar": self.guided_grammar,
-        }
-        parts = (structured.json_, structured.json_object or None, structured.regex, structured.choice)
-        given = [name for name, value in whole.items() if value is not None]
-        given += ["structured_outputs" for part in (*parts, structured.grammar) if part is not None]
+    def _check_constraints(self) -> RequestBody:
+        given = [name for name, _, _ in self.constraints]
         if len(given) > 1:
             raise refusal(given[1], f"an answer has one constraint, and {given[0]} is another; leave one out")
         if given and self.ignore_eos:
             raise refusal("ignore_eos", f"{given[0]} ends the answer when it is satisfied; leave one out")
-        # One name for each constraint from here.
-        if structured.json_object:
-            structured.json_ = {"type": "object"}
-        self.guided_json = self.guided_json if structured.json_ is None else structured.json_
-        self.guided_regex = structured.regex or self.guided_regex
-        self.guided_choice = structured.choice or self.guided_choice
-        self.guided_grammar = structured.grammar or self.guided_grammar
         return self
+
+    @property
+    def constraints(self) -> list[tuple[str, Callable[[Any], Constraint], Any]]:
+        """Return the constraints that are set: their field, the function that makes one, and its argument."""
+        structured, formatted = self.structured_outputs or StructuredOutputs(), self.response_format
+        options: list[tuple[str, Callable[[Any], Constraint], Any]] = [
+            ("response_format", Constraint.json_schema, None if formatted is None else formatted.schema_to_follow),
+            ("guided_json", Constraint.json_schema, self.guided_json),
+            ("guided_regex", Constraint.regex, self.guided_regex),
+            ("guided_choice", Constraint.choice, self.guided_choice),
+            ("guided_grammar", Constraint.lark, self.guided_grammar),
+            ("structured_outputs", Constraint.json_schema, structured.json_),
+            ("structured_outputs", Constraint.json_schema, ANY_OBJECT if structured.json_object else None),
+            ("structured_outputs", Constraint.regex, structured.regex),
+            ("structured_outputs", Constraint.choice, structured.choice),
+            ("structured_outputs", Constraint.lark, structured.grammar),
+        ]
+        return [option for option in options if option[2] is not None]
 
     @property
     def speculation(self) -> Speculative:
@@ -293,19 +313,16 @@ class ToolCall(Closed):
         return called if self.id is None else {"id": self.id, **called}
 
 
-class Message(Strict):
+class Message(Open):
     """Hold one message of a chat."""
+
+    neutral, ignored = NEUTRAL_IN_MESSAGES, frozenset[str]()
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)] | None = None
     name: str | None = Field(default=None, max_length=256)
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
     tool_call_id: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _select(cls, message: Any) -> Any:
-        return select_fields(message, cls.model_fields, NEUTRAL_IN_MESSAGES)
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
@@ -336,6 +353,8 @@ class Message(Strict):
 class ChatRequest(RequestBody):
     """Answer a conversation (`/v1/chat/completions`)."""
 
+    neutral = {**NEUTRAL, **NEUTRAL_IN_CHATS}
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: bool | None = False
@@ -343,11 +362,6 @@ class ChatRequest(RequestBody):
     add_generation_prompt: bool | None = Field(default=None, description="False: no start of an answer.")
     continue_final_message: bool | None = Field(default=None, description="Continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _select(cls, body: Any) -> Any:
-        return select_fields(body, cls.model_fields, {**NEUTRAL, **NEUTRAL_IN_CHATS}, IGNORED)
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:

@@ -52,19 +52,8 @@ def _cut_after(text: str, last: str) -> str:
 
 
 def constraint_of(body: GenerationBody) -> Constraint | None:
-    """Return the constraint that a request sets; the fields of a body set at most one."""
-    formatted = body.response_format
-    if formatted is not None and formatted.type == "json_object":
-        return Constraint.json_schema({"type": "object"})
-    if formatted is not None and formatted.json_schema is not None and formatted.type == "json_schema":
-        return Constraint.json_schema(formatted.json_schema.schema_ or {})
-    if body.guided_json is not None:
-        return Constraint.json_schema(body.guided_json)
-    if body.guided_regex is not None:
-        return Constraint.regex(body.guided_regex)
-    if body.guided_choice is not None:
-        return Constraint.choice(body.guided_choice)
-    return None if body.guided_grammar is None else Constraint.lark(body.guided_grammar)
+    """Return the constraint of a request."""
+    return next((make(argument) for _, make, argument in body.constraints), None)
 
 
 def generation_settings(body: GenerationBody, all_heads: int, default_heads: int | None) -> GenerationSettings:
