@@ -85,6 +85,7 @@ def one_line(captured: str) -> str:
         (["generate", "MODEL", "--prompt", "x", "--repetition-penalty", "1e-46"], "repetition penalty"),
         (["generate", "MODEL", "--prompt", "x", "--chat"], "no chat template"),
         (["generate", "MODEL", "--prompt", "x", "--system", "y"], "--chat"),
+        (["adapt", "MODEL", "--data", "x", "--run-dir", "RUN", "--head-kind", "tall"], "take one of transformer,"),
         (["compare", "nowhere"], "not a run folder"),
         (["compare", "MODEL"], "not a run folder"),
         (["inspect", "nowhere"], "nowhere"),

@@ -144,6 +144,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
     """Return the configuration of the run. Raises UsageError for settings that do not fit the model or each other."""
     from headstart.formats.hub import local_directory
     from headstart.formats.registry import load_config
+    from headstart.model.heads import HEAD_KINDS
     from headstart.objective.backends import LossConfig
     from headstart.training.adapt.config import AdaptConfig
     from headstart.training.adapt.lora import LoraConfig
@@ -152,6 +153,8 @@ def run_config(settings: AdaptSettings) -> RunConfig:
     from headstart.training.optimizer import OptimizerConfig
     from headstart.training.trackers import WatchConfig
 
+    if settings.head_kind not in HEAD_KINDS:
+        raise UsageError(f"--head-kind is {settings.head_kind!r}; take one of {', '.join(HEAD_KINDS)}")
     settings = replace(settings, model=local_directory(settings.model))
     model = config_with_heads(
         load_config(settings.model),
