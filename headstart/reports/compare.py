@@ -1,4 +1,4 @@
-"""`headstart compare`: runs laid over one another, on one page."""
+"""Write the page of `headstart compare`: training runs over one another."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from headstart.reports.html import (
     STAND_IN,
     axes,
     document,
+    draw_curve,
     escaped,
     figure,
     figure_style,
+    grid,
     head_colour,
     need_matplotlib,
     number,
+    section,
     table,
 )
 from headstart.reports.runs import Run, common_heads, differences, fade, read_runs, summary
 
-POINTS = 400
-"""Drawn of a curve at most: all of them would be megabytes and look the same."""
 STYLES = ("-", "--", ":")
-"""Of the lines: more runs than colours begin with the next style."""
+"""Styles of lines: if there are more runs than colours, they begin again with the next style."""
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("steps", number),
@@ -45,17 +46,17 @@ ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "clip_rate": ("steps whose gradient was clipped", "{:.1%}".format),
     "skipped": ("steps skipped", number),
 }
-"""Final numbers: name in the summary -> what it is called, how it is written."""
+"""Final numbers: name in the summary -> title and format."""
 
 
 Frame = Literal["tail", "all", "log", "zero", "logged"]
-"""How high a figure is: tail: without what the first tenth of a run has above the rest; all; log; zero: from 0 up;
-logged: all, and not smoothed."""
+"""Range of the y axis. tail: fits all but the first tenth of a run; all; log; zero: from 0 up; logged: all, and the
+curve is not smoothed."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve to draw. `name` is that of metrics.jsonl."""
+    """A curve to draw; `name` is that of metrics.jsonl."""
 
     run: Run
     name: str
@@ -65,7 +66,7 @@ class Line:
 
 
 def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
-    """Reads the runs, writes the page to `out` (None: no page), and returns final numbers and differing settings.
+    """Read the runs, write the page to `out` (None: no page), and return final numbers and differing settings.
 
     Raises UsageError for a folder that is no run, for no folder at all, and without matplotlib.
     """
@@ -86,7 +87,7 @@ def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
 
 
 def format_comparison(result: dict[str, Any]) -> str:
-    """What `compare` returned, as text."""
+    """Format the result of `compare` for a terminal."""
     names = [run["name"] for run in result["runs"]]
     text = format_table(["", *names], _cells(result["runs"]))
     if result["settings"]:
@@ -96,7 +97,7 @@ def format_comparison(result: dict[str, Any]) -> str:
 
 
 def _cells(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """A row per final number that any run has."""
+    """Return a row for each final number that any run has."""
     rows = []
     for name, (title, form) in ROWS.items():
         values = [each[name] for each in summaries]
@@ -117,7 +118,7 @@ def _page(runs: list[Run]) -> str:
         return [Line(run, name, *look, "" if alone else run.name) for run, look in zip(runs, looks)]
 
     def head_lines(prefix: str) -> list[Line]:
-        """All heads of the only run."""
+        """Return the lines of all heads of the only run."""
         spread = 7 / max(1, len(heads) - 1)  # two heads take the two ends of the colours
         colours = [head_colour(1 + round((k - 1) * spread)) for k in heads]
         return [Line(runs[0], f"{prefix}{k}", colours[k - 1], "-", f"head {k}") for k in heads]
@@ -143,19 +144,19 @@ def _page(runs: list[Run]) -> str:
         course += drawing.curves("Clipped steps", lines("clipped"), "share of steps", "zero")
         course += drawing.curves("Speed", lines("tokens_per_second"), "tokens per second", "zero")
     if more:
-        more = f'<details><summary>The other heads</summary><div class="grid">{more}</div></details>'
+        more = f"<details><summary>The other heads</summary>{grid(more)}</details>"
     names = [escaped(run.name) for run in runs]
     numbers = _cells([summary(run, drawing.fade) for run in runs])
     body = f"<h1>{', '.join(names) if len(names) < 4 else f'{len(names)} runs'}</h1>{_notes(runs, drawing.fade)}"
-    body += f"<section><h2>Final numbers</h2>{table('', ['', *names], numbers)}{_skips(runs)}</section>"
-    body += f'<section><h2>Loss and decoding</h2><div class="grid">{losses}</div>{more}</section>'
-    body += f'<section><h2>Course of training</h2><div class="grid">{course}</div></section>'
+    body += section("Final numbers", table("", ["", *names], numbers) + _skips(runs))
+    body += section("Loss and decoding", grid(losses) + more)
+    body += section("Course of training", grid(course))
     body += f"{_samples(runs)}{_settings(runs, names)}"
     return document("Runs compared" if len(runs) > 1 else names[0], body, CSS)
 
 
 class Drawing:
-    """Figures of one page: the same axes and the same smoothing in all."""
+    """Figures of one page, with the same axes and the same smoothing."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.fade = fade(runs)
@@ -178,22 +179,30 @@ class Drawing:
         by: Literal["tokens", "seconds"] = "tokens",
         dots: str = "",
     ) -> str:
-        """Smoothed curves; "" where no run has one. `dots` is another name of metrics.jsonl, drawn as points."""
+        """Return a figure of smoothed curves, "" if no run has one.
+
+        Args:
+            title: heading of the figure.
+            lines: the curves.
+            ylabel: label of the y axis.
+            frame: range of the y axis.
+            by: what the x axis shows.
+            dots: another name of metrics.jsonl, whose values are drawn as points.
+        """
         lines = [line for line in lines if line.run.curve(line.name).values]
         if not lines:
             return ""
         scale, unit = self.units[by]
         plot, smooth, measured = axes(unit, ylabel), [], False
         for line in lines:
-            curve, colour = line.run.curve(line.name), STAND_IN[line.colour]
+            curve = line.run.curve(line.name)
             values = list(curve.values) if frame == "logged" else curve.smoothed(self.fade)
+            raw = curve.values if frame in ("tail", "log") else ()
             x = [value / scale for value in getattr(curve, by)]
-            thin = max(1, len(x) // POINTS)
-            if frame in ("tail", "log"):
-                plot.plot(x[::thin], curve.values[::thin], color=colour, alpha=0.22, linewidth=0.6)
-            plot.plot(x[::thin] + x[-1:], values[::thin] + values[-1:], line.style, color=colour)
+            draw_curve(plot, x, values, raw, colour=line.colour, style=line.style)
             if dots and (points := line.run.curve(dots)).values:
-                plot.plot([v / scale for v in getattr(points, by)], points.values, "o", color=colour, markersize=4)
+                x = [value / scale for value in getattr(points, by)]
+                plot.plot(x, points.values, "o", color=STAND_IN[line.colour], markersize=4)
                 measured = True
             smooth.append(values)
         highest = max(max(values) for values in smooth)
@@ -214,7 +223,7 @@ class Drawing:
         return self._figure(plot, title, lines, " ".join(notes))
 
     def points(self, title: str, lines: Sequence[Line], ylabel: str) -> str:
-        """Few values, each one drawn; "" where no run has any."""
+        """Return a figure of a few values, each marked; "" if no run has any."""
         lines = [line for line in lines if line.run.curve(line.name).values]
         if not lines:
             return ""
@@ -251,22 +260,22 @@ def _notes(runs: Sequence[Run], tokens: float) -> str:
 
 
 def _skips(runs: Sequence[Run]) -> str:
-    texts = [
+    notes = [
         f"{escaped(run.name)}: skipped at step {', '.join(f'{step:,}' for step in run.skipped[:12])}"
         + (f" and {len(run.skipped) - 12} more" if len(run.skipped) > 12 else "")
         for run in runs
         if run.skipped
     ]
-    return f'<p class="note">{"; ".join(texts)} (loss or gradient not finite, or a loss spike).</p>' if texts else ""
+    return f'<p class="note">{"; ".join(notes)} (loss or gradient not finite, or a loss spike).</p>' if notes else ""
 
 
 def _samples(runs: Sequence[Run]) -> str:
-    texts = ""
+    samples = ""
     for run in runs:
         if run.sample is not None:
             step, text = run.sample["step"], escaped(run.sample["text"])
-            texts += f'<h3>{escaped(run.name)}, step {step:,}</h3><div class="sample">{text}</div>'
-    return f"<section><h2>What they wrote last</h2>{texts}</section>" if texts else ""
+            samples += f'<h3>{escaped(run.name)}, step {step:,}</h3><div class="sample">{text}</div>'
+    return section("What they wrote last", samples) if samples else ""
 
 
 def _settings(runs: Sequence[Run], names: list[str]) -> str:
@@ -274,7 +283,7 @@ def _settings(runs: Sequence[Run], names: list[str]) -> str:
         return ""
     rows = [[escaped(name), *(escaped(_setting(v)) for v in values)] for name, values in differences(runs).items()]
     inner = table("", ["setting", *names], rows) if rows else "<p>The runs have the same settings.</p>"
-    return f"<section><h2>Settings that differ</h2>{inner}</section>"
+    return section("Settings that differ", inner)
 
 
 CSS = """

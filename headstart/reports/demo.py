@@ -1,4 +1,4 @@
-"""The report of `headstart demo`: one self-contained HTML file, no scripts, nothing loaded from elsewhere."""
+"""Write the report of `headstart demo`: one self-contained HTML file, no scripts, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from headstart.reports.html import (
     STAND_IN,
     axes,
     document,
+    draw_curve,
     escaped,
     figure,
     figure_style,
+    grid,
     head_colour,
     need_matplotlib,
     number,
+    section,
     table,
 )
+from headstart.reports.runs import running_mean
 
 # arXiv 2404.19737, Table S3, column n = 8: heads used -> (speed-up, bytes per pass). 7B parameters, 314B bytes.
 PAPER_BYTES = {1: (1.00, 1.00), 2: (1.94, 1.98), 4: (3.67, 3.84), 8: (6.39, 7.04)}
@@ -33,73 +37,63 @@ Settings = dict[str, "str | int | float"]
 
 @dataclass(frozen=True)
 class DecodingRow:
-    """One way of decoding the same prompts.
-
-    heads: heads used; 1 is plain decoding.
-    tokens_per_second: tokens committed per second. tokens_per_pass: and per trunk pass, 1 + accepted drafts.
-    speedup: tokens_per_second over that of plain exact decoding.
-    identical: whether every output token equals plain decoding.
-    acceptance: share of passes in which head k's draft was accepted, at k - 2, for k = 2 .. heads.
-    """
+    """One way of decoding the same prompts."""
 
     heads: int
+    """Heads used; 1 is plain decoding."""
     tokens_per_second: float
     tokens_per_pass: float
+    """Committed tokens per pass of the trunk: 1 + accepted drafts."""
     speedup: float
+    """Tokens per second relative to plain exact decoding."""
     identical: bool
+    """Whether every output token equals plain decoding."""
     acceptance: list[float]
+    """Share of passes in which head k's draft was accepted, at k - 2, for k = 2 .. heads."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated text.
-
-    prompt: what the model was given.
-    pieces: what it wrote, in order, each with the head that proposed it (1, or k >= 2: an accepted draft of head k).
-    """
+    """A generated text."""
 
     prompt: str
     pieces: list[tuple[str, int]]
+    """What the model wrote, in order, each piece with the head that proposed it: 1, or k >= 2 for an accepted draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """What one model decoded. A part that is empty or None is left out of the report.
-
-    decoding: greedy decoding, by heads used; the first row is plain exact decoding (heads = 1).
-    fastest_plain: plain decoding with exact=False, equal at least up to rounding.
-    sampled: as `decoding`, at temperature 0.8.
-    samples: generated texts.
-    repeated: share of 8-grams that stood in the same text before, by "greedy" and "sampled".
-    """
+    """The output of one model. A part that is empty or None is left out of the report."""
 
     decoding: list[DecodingRow]
+    """Greedy decoding, by heads used; the first row is plain exact decoding (heads = 1)."""
     fastest_plain: DecodingRow | None = None
+    """Plain decoding with exact=False, equal at least up to rounding."""
     sampled: list[DecodingRow] = field(default_factory=list)
+    """Rows like `decoding`, at temperature 0.8."""
     samples: list[Sample] = field(default_factory=list)
     repeated: dict[str, float] = field(default_factory=dict)
+    """Share of 8-grams that occurred before in the same text, for "greedy" and "sampled"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport(Decoded):
-    """What the demo measured: what the model just trained decoded, and beside it the model in the box.
-
-    machine: CPU, cores, threads, versions, by name.
-    settings: parameters, layers, optimiser, steps, "bytes seen", "minutes", "seed" ..., by name.
-    training: lines of metrics.jsonl: step, tokens, "loss/headK" (nats per byte), tokens_per_second.
-    validation: lines with step, "validation/bits_per_byte/headK" and "validation/top1/headK" (share).
-    boxed: what the model in the box made of the same prompts; None where it is not there.
-    """
+    """The demo's measurements: the output of the model just trained, and that of the model in the box."""
 
     machine: Settings
+    """CPU, cores, threads, versions, by name."""
     settings: Settings
+    """Parameters, layers, optimiser, steps, "bytes seen", "minutes", "seed" ..., by name."""
     training: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of metrics.jsonl: step, tokens, "loss/headK" (nats per byte), tokens_per_second."""
     validation: list[dict[str, Any]] = field(default_factory=list)
+    """Lines with step, "validation/bits_per_byte/headK" and "validation/top1/headK" (share)."""
     boxed: Decoded | None = None
+    """Output of the model in the box for the same prompts; None if that model is not there."""
 
 
 def write_report(path: Path, report: DemoReport) -> None:
-    """Writes `report` to `path` as HTML, atomically. Raises UsageError without matplotlib or where it cannot write."""
+    """Write `report` to `path` as HTML, atomically. Raises UsageError without matplotlib or if it cannot write."""
     if not report.decoding:
         raise ValueError("DemoReport.decoding is empty; its first row is plain decoding")
     need_matplotlib("the demo's report")
@@ -111,7 +105,7 @@ def _heads(count: int) -> str:
 
 
 def _series(records: list[dict[str, Any]], key: str, scale: float = 1.0) -> tuple[list[float], list[float]]:
-    """Steps and scaled values, of the lines that have a finite number under `key`."""
+    """Return steps and scaled values of the lines that have a finite number under `key`."""
     found = [(r["step"], r[key]) for r in records if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
     return [float(step) for step, _ in found], [value * scale for _, value in found]
 
@@ -120,17 +114,8 @@ def _logged_heads(records: list[dict[str, Any]], prefix: str) -> list[int]:
     return sorted({int(m[1]) for r in records for key in r if (m := re.fullmatch(re.escape(prefix) + r"(\d+)", key))})
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Running mean with weights that fade over about 2% of the run, corrected for its start."""
-    keep, total, weight, out = 1 - 1 / max(3.0, len(values) / 50), 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
-    return out
-
-
 def _spread(values: list[float], gap: float) -> list[float]:
-    """The values moved apart, upwards, so that labels at them do not overlap."""
+    """Move values apart, upwards, so that labels at them do not overlap."""
     out = list(values)
     for below, above in pairwise(sorted(range(len(values)), key=values.__getitem__)):
         out[above] = max(out[above], out[below] + gap)
@@ -143,14 +128,12 @@ def _loss_plot(report: DemoReport) -> str:
     if not curves:
         return ""
     plot = axes("training step", "loss (bits per byte)")
-    smooth = {k: _smooth(values) for k, (_, values) in curves.items()}
+    smooth = {k: running_mean(steps, values, max(3.0, len(values) / 50)) for k, (steps, values) in curves.items()}
     for k, (steps, values) in curves.items():
-        thin = max(1, len(steps) // 400)  # all points would be megabytes, and look the same
-        colour = STAND_IN[head_colour(k)]
-        plot.plot(steps[::thin], values[::thin], color=colour, alpha=0.25, linewidth=0.6)
-        plot.plot(steps[::thin] + steps[-1:], smooth[k][::thin] + smooth[k][-1:], color=colour)
-        plot.plot(*_series(report.validation, f"validation/bits_per_byte/head{k}"), "o", color=colour, markersize=4)
-    # The first steps fall from 8 bits; in full they would press the part that differs between heads flat.
+        draw_curve(plot, steps, smooth[k], values, colour=head_colour(k))
+        points = _series(report.validation, f"validation/bits_per_byte/head{k}")
+        plot.plot(*points, "o", color=STAND_IN[head_colour(k)], markersize=4)
+    # The first steps fall from 8 bits; shown in full they would flatten the part in which heads differ.
     top = 1.03 * max(max(s[len(s) // 10 :]) for s in smooth.values())
     plot.set_ylim(low := 0.93 * min(min(s) for s in smooth.values()), top)
     for k, y in zip(curves, _spread([smooth[k][-1] for k in curves], (top - low) * 0.052)):
@@ -212,7 +195,7 @@ def _plots(report: DemoReport) -> str:
         figures = _loss_plot(report) + _acceptance_plot(report)
         figures += _paper_plot(report, "tokens_per_pass", "Tokens per pass", f"Bytes, greedy. {source}")
         figures += _paper_plot(report, "speedup", "Speed-up", f"Over exact plain decoding, greedy. {source}")
-    return f'<section><h2>Plots</h2><div class="grid">{figures}</div>{_validation_table(report)}</section>'
+    return section("Plots", grid(figures) + _validation_table(report))
 
 
 def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow | None) -> str:
@@ -220,7 +203,7 @@ def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow 
     lines = []
     for row in [*rows[:1], *([fastest] if fastest else []), *rows[1:]]:
         name, same = "plain" if row.heads == 1 else _heads(row.heads), '<strong class="alarm">no</strong>'
-        if row is fastest:  # it does not claim to be exact, so a difference here is no fault
+        if row is fastest:  # it is not meant to be exact, so a difference is no fault
             name, same = "fastest plain", "up to rounding"
         line = [name, number(row.tokens_per_second), f"{row.tokens_per_pass:.2f}", f"{row.speedup:.2f}×"]
         if fastest:
@@ -277,7 +260,7 @@ def _summary(report: DemoReport) -> str:
             f"The {BOXED}, trained longer, takes the same prompts {row.speedup:.2f} times as fast, with "
             f"<b>{row.tokens_per_pass:.2f} bytes per pass</b>."
         )
-    return f"<section><h2>Summary</h2>{alarm if wrong else ''}<p>{' '.join(words)}</p></section>"
+    return section("Summary", f"{alarm if wrong else ''}<p>{' '.join(words)}</p>")
 
 
 def _samples(report: DemoReport) -> str:
@@ -285,22 +268,21 @@ def _samples(report: DemoReport) -> str:
         ("Model just trained", report.samples),
         (BOXED.capitalize(), report.boxed.samples if report.boxed else []),
     ]
-    samples = [sample for _, group in groups for sample in group]
-    if not samples:
+    if not any(group for _, group in groups):
         return ""
-    used = sorted({head for sample in samples for _, head in sample.pieces} | {1})
-    legend, texts = "".join(f'<span class="{head_colour(k)}">head {k}</span>' for k in used), ""
+    used = sorted({head for _, group in groups for sample in group for _, head in sample.pieces} | {1})
+    legend, samples = "".join(f'<span class="{head_colour(k)}">head {k}</span>' for k in used), ""
     for name, group in groups:
-        texts += f"<h3>{name}</h3>" if group and report.boxed else ""
+        samples += f"<h3>{name}</h3>" if group and report.boxed else ""
         for sample in group:
             pieces = "".join(
                 f'<span class="{head_colour(head)}">{escaped(text)}</span>' for text, head in sample.pieces
             )
-            # A div, not a pre: HTML drops a pre's first line break.
-            texts += f'<div class="sample"><span class="prompt">{escaped(sample.prompt)}</span>{pieces}</div>'
+            # A div, not a pre: HTML drops the first line break of a pre.
+            samples += f'<div class="sample"><span class="prompt">{escaped(sample.prompt)}</span>{pieces}</div>'
     legend = f'<p class="legend"><span class="prompt">prompt</span>{legend}</p>'
     words = "Each byte has the colour of the head that proposed it (head 1: none). The stronger, the further ahead."
-    return f"<section><h2>What it wrote</h2><p>{words}</p>{legend}{texts}</section>"
+    return section("What it wrote", f"<p>{words}</p>{legend}{samples}")
 
 
 def _honesty(report: DemoReport) -> str:
@@ -312,17 +294,17 @@ def _honesty(report: DemoReport) -> str:
     if papers > row.tokens_per_pass:
         ours = f"{row.tokens_per_pass:.2f} bytes per pass with {_heads(row.heads)}"
         measured = f" So few drafts are accepted here: {ours}, where the paper has {papers:.2f}."
-    return (
-        f"<section><h2>How to read this</h2><p>This model was trained {trained}; the paper's has 7B "
-        f"parameters and saw 314 billion bytes.{measured} Nor do more heads make a model this small better: in the "
-        "paper (section 3.1) they help large models, not small ones. What this demo shows at any size is whether the "
-        "output stays the same, and what each pass yields.</p></section>"
+    return section(
+        "How to read this",
+        f"<p>This model was trained {trained}; the paper's has 7B parameters and saw 314 billion bytes.{measured} Nor "
+        "do more heads make a model this small better: in the paper (section 3.1) they help large models, not small "
+        "ones. What this demo shows at any size is whether the output stays the same, and what each pass yields.</p>",
     )
 
 
 def _page(report: DemoReport) -> str:
     css = ""
-    for k in range(2, 9):  # a tint that grows with the head, so that the order is seen without telling colours apart
+    for k in range(2, 9):  # the tint grows with the head: the order shows without telling colours apart
         tint = f"color-mix(in srgb,var(--h{k}) {8 + 6 * k}%,var(--page))"
         css += f".h{k}{{background:{tint};box-shadow:inset 0 -2px var(--h{k})}}"
     tables = ""
@@ -337,17 +319,20 @@ def _page(report: DemoReport) -> str:
             )
     facts = ""
     for caption, values in (("Settings", report.settings), ("Machine", report.machine)):
-        # A seed is typed back as it stands here, so it gets no thousands separators.
+        # A seed is typed in again as it is shown, so it gets no thousands separators.
         rows = [
             [escaped(key), escaped(str(value)) if key == "seed" else number(value)] for key, value in values.items()
         ]
         facts += table(caption, ["", ""], rows)
+    facts = f'<div class="grid facts">{facts}</div>'
     seed = f" with seed {escaped(str(report.settings['seed']))}" if "seed" in report.settings else ""
+    reproduce = (
+        f"<p><code>make demo</code>{seed}. The same seed, steps and threads on the same machine give the same losses "
+        "and text; the speeds vary with what else the machine does.</p>"
+    )
     body = (
-        f"<h1>Headstart demo</h1>{_summary(report)}<section><h2>Decoding</h2>{tables}</section>{_plots(report)}"
-        f"{_samples(report)}{_honesty(report)}<section><h2>Settings and machine</h2>"
-        f'<div class="grid facts">{facts}</div></section>'
-        f"<section><h2>Reproduce</h2><p><code>make demo</code>{seed}. The same seed, steps and threads on the same "
-        "machine give the same losses and text; the speeds vary with what else the machine does.</p></section>"
+        f"<h1>Headstart demo</h1>{_summary(report)}{section('Decoding', tables)}{_plots(report)}{_samples(report)}"
+        f"{_honesty(report)}{section('Settings and machine', facts)}"
+        f"{section('Reproduce', reproduce)}"
     )
     return document("Headstart demo", body, css)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as tables for a terminal and as a page for a browser."""
+"""Show the result of an evaluation: as tables for a terminal and as a page for a browser."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Part = str | tuple[list[str], list[list[str]]]
 
 
 def format_evaluation(found: dict[str, Any]) -> str:
-    """`evaluate`'s result as tables for people."""
+    """Format the result of `evaluate` as tables for a terminal."""
     parts = [part if isinstance(part, str) else format_table(*part) for part in _parts(found)]
     return "\n\n".join([found["model"] + (f", {found['quantize']}" if "quantize" in found else ""), *parts])
 
 
 def page_of(found: dict[str, Any]) -> str:
-    """The same as one HTML page."""
+    """Return the same tables as one HTML page."""
     quantized = f" in {html.escaped(found['quantize'])}" if "quantize" in found else ""
     title = f"Evaluation of {html.escaped(found['model'])}{quantized}"
     body = f"<h1>{title}</h1>"
@@ -61,7 +61,7 @@ def _parts(found: dict[str, Any]) -> list[Part]:
         columns = ["free running", "tokens per pass", "repeated 8-grams"]
         columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
         parts.append((columns, [_row(name, way) for name, way in ways.items()]))
-        parts.append("A loop is easily drafted: where many 8-grams repeat, tokens per pass flatter the model.")
+        parts.append("A loop is easily drafted: if many 8-grams repeat, tokens per pass flatter the model.")
     if "lm_eval" in found:
         parts += _lm_eval_parts(found["lm_eval"])
     for task, code in found.get("code", {}).items():
@@ -70,7 +70,7 @@ def _parts(found: dict[str, Any]) -> list[Part]:
 
 
 def left_out(counts: dict[str, Any]) -> str:
-    """Say how many prompts of a file were too long, where any was."""
+    """Say how many prompts of a file were too long, if any was."""
     said = ""
     if counts.get("skipped_prompts"):
         said += f"; {counts['skipped_prompts']} longer prompts were left out"
@@ -109,7 +109,7 @@ def _code_line(task: str, code: dict[str, Any]) -> str:
 
 
 def _code_table(code: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """pass@k by temperature, with 90 % intervals over problems; how the programs ended; what writing them took."""
+    """Return pass@k by temperature with 90 % intervals over problems, how programs ended, and their cost."""
     measured = list(code["oracle"])
     columns = ["temperature", *measured, "samples", "programs that", "tokens per pass", "seconds", "over head 1 alone"]
     rows = []

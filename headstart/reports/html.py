@@ -1,9 +1,10 @@
-"""Pages for a browser: one self-contained HTML file, no scripts, figures as inline SVG, light and dark."""
+"""Write pages for a browser: one self-contained HTML file, no scripts, figures as inline SVG, light and dark."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from html import escape
 from typing import Any
@@ -18,34 +19,36 @@ COLOURS = {
     "series4": ("#a8447f", "#e39ac4"), "series5": ("#7a6a00", "#e5d84a"), "series6": ("#4b5563", "#c3cad3"),
 }  # fmt: skip
 SERIES = [name for name in COLOURS if name.startswith("series")]
-# Heads 1 .. 8: the plasma colour map from the end that stands out most against the page. Later heads share the last.
+# Heads 1 .. 8: the plasma colour map, from the end that stands out most against the page. Later heads share the last.
 LIGHT = ("#0d0887", "#3f049c", "#6600a7", "#8a09a5", "#aa2395", "#c43e7f", "#da5a6a", "#eb7655")
 DARK = ("#f7e425", "#fdc328", "#fca338", "#f48849", "#e76f5a", "#d8576b", "#c6417d", "#b12a90")
 COLOURS.update({f"h{k}": pair for k, pair in enumerate(zip(LIGHT, DARK), start=1)})
-# Matplotlib knows no CSS variables: it draws in a stand-in colour, and `figure` puts the variable in its place.
+# Matplotlib knows no CSS variables: it draws in a stand-in colour, which `figure` replaces by the variable.
 STAND_IN = {name: f"#0101{i:02x}" for i, name in enumerate(COLOURS)}
+POINTS = 400
+"""Most points drawn of a curve: all of them would be megabytes and look the same."""
 
 
 def head_colour(k: int) -> str:
-    """The name of head k's colour, which is also a class of text."""
+    """Return the name of head k's colour, which is also a CSS class of text."""
     return f"h{min(k, 8)}"
 
 
 def escaped(text: str) -> str:
-    """Escaped for HTML. A byte model may write anything: control characters are shown as their Unicode pictures."""
+    """Escape text for HTML. A byte model may write anything: control characters become their Unicode pictures."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written to the file
     return escape("".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text))
 
 
 def number(value: str | int | float) -> str:
-    """A number as people read it; text is escaped."""
+    """Format a number for people; text is escaped."""
     if isinstance(value, (bool, str)):
         return escaped(str(value))
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.4g}"
 
 
 def need_matplotlib(what: str) -> None:
-    """Raises UsageError where matplotlib is not installed."""
+    """Raise UsageError if matplotlib is not installed; `what` needs it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -53,7 +56,7 @@ def need_matplotlib(what: str) -> None:
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """The settings of matplotlib within which axes are made and drawn."""
+    """Return a context with the settings of matplotlib in which axes are made and drawn."""
     import matplotlib
 
     ink, muted, line = (STAND_IN[name] for name in ("ink", "muted", "line"))
@@ -68,21 +71,31 @@ def figure_style() -> AbstractContextManager[None]:
 
 
 def axes(xlabel: str, ylabel: str) -> Any:
-    """Matplotlib axes of the size of a figure; colours are those of `STAND_IN`."""
-    # Figure without pyplot: its canvas is Agg, needs no display, and a caller's own pyplot backend stays as it is.
+    """Return matplotlib axes of the size of a figure; draw on them with the colours of `STAND_IN`."""
+    # Without pyplot the canvas is Agg, which needs no display, and a caller's own pyplot backend stays as it is.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(5.4, 4.0), layout="constrained").add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
-def figure(axes: Any, name: str, title: str, caption: str) -> str:
-    """The axes as inline SVG. Text stays text: it can be searched, and takes the page's font and colours.
+def draw_curve(
+    plot: Any, x: list[float], smooth: list[float], raw: Sequence[float] = (), *, colour: str, style: str = "-"
+) -> None:
+    """Draw a smooth curve over x, thinned to `POINTS`, and the faint curve of the raw values below it."""
+    thin = max(1, len(x) // POINTS)
+    if raw:
+        plot.plot(x[::thin], raw[::thin], color=STAND_IN[colour], alpha=0.22, linewidth=0.6)
+    plot.plot(x[::thin] + x[-1:], smooth[::thin] + smooth[-1:], style, color=STAND_IN[colour])
 
-    `name` must differ from that of every other figure of the page; `title` and `caption` are HTML.
+
+def figure(axes: Any, name: str, title: str, caption: str) -> str:
+    """Return the axes as inline SVG. Text stays text: it can be searched, and takes the page's font and colours.
+
+    The `name` must differ from that of every other figure of the page; `title` and `caption` are HTML.
     """
     axes.figure.savefig(buffer := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>|^.*?(?=<svg )", "", buffer.getvalue(), flags=re.DOTALL)
-    # Ids are the page's, not the figure's: two figures must not both own "axes_1".
+    # Ids are unique in a page: two figures must not both have "axes_1".
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
@@ -92,15 +105,25 @@ def figure(axes: Any, name: str, title: str, caption: str) -> str:
 
 
 def table(caption: str, head: list[str], rows: list[list[str]]) -> str:
-    """A table of cells that are HTML; wider than the screen, it scrolls alone."""
+    """Return a table whose cells are HTML; if it is wider than the screen, it scrolls alone."""
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     content = f"<caption>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{lines}</tbody>"
     return f'<div class="wide"><table>{content}</table></div>'
 
 
+def section(title: str, body: str) -> str:
+    """Return a part of the page with a heading."""
+    return f"<section><h2>{title}</h2>{body}</section>"
+
+
+def grid(figures: str) -> str:
+    """Return figures next to each other, as far as the screen has room."""
+    return f'<div class="grid">{figures}</div>'
+
+
 def document(title: str, body: str, css: str = "") -> str:
-    """The whole page; `css` comes after its own."""
+    """Return the whole page; `css` is added to its own."""
     light, dark = (
         f"color-scheme:{scheme};" + "".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items())
         for i, scheme in enumerate(("light", "dark"))

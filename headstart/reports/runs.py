@@ -1,4 +1,4 @@
-"""What run folders hold, read for comparing: curves, settings, final numbers."""
+"""Read run folders in order to compare them: curves, settings, final numbers."""
 
 from __future__ import annotations
 
@@ -17,41 +17,46 @@ from headstart.errors import UsageError
 from headstart.training.yaml_settings import read_mapping
 
 SMOOTHING = 0.02
-"""Share of the longest run's tokens over which a smoothed curve forgets."""
+"""Share of the longest run's tokens over which the weights of a smoothed curve fall to 1/e."""
+
+
+def running_mean(places: Sequence[float], values: Sequence[float], fade: float) -> list[float]:
+    """Return the running mean whose weights fall to 1/e over a distance `fade`, corrected for its start."""
+    out, total, weight, before = [], 0.0, 0.0, 0.0
+    for place, value in zip(places, values):
+        keep = math.exp(-max(0.0, place - before) / fade)
+        total, weight, before = keep * total + value, keep * weight + 1, place
+        out.append(total / weight)
+    return out
 
 
 @dataclass
 class Curve:
-    """One number of a run over its course, in the order of its lines; what was not finite is not there."""
+    """One number of a run over its course, in the order of its lines, without values that are not finite."""
 
     tokens: array[float] = field(default_factory=lambda: array("d"))
     seconds: array[float] = field(default_factory=lambda: array("d"))
-    """Spent in training steps until then."""
+    """Time in training steps until then."""
     values: array[float] = field(default_factory=lambda: array("d"))
 
     def smoothed(self, fade: float) -> list[float]:
-        """Running mean whose weights fall to 1/e over `fade` tokens, corrected for its start."""
-        out, total, weight, before = [], 0.0, 0.0, 0.0
-        for tokens, value in zip(self.tokens, self.values):
-            keep = math.exp(-max(0.0, tokens - before) / fade)
-            total, weight, before = keep * total + value, keep * weight + 1, tokens
-            out.append(total / weight)
-        return out
+        """Return the running mean whose weights fall to 1/e over `fade` tokens."""
+        return running_mean(self.tokens, self.values, fade)
 
 
 @dataclass
 class Run:
-    """A run folder as far as it is written."""
+    """A run folder, as far as it is written."""
 
     name: str
     settings: dict[str, Any]
-    """config.yaml with dotted names; empty where there is none."""
+    """Settings of config.yaml by dotted names; empty if there is no such file."""
     curves: dict[str, Curve] = field(default_factory=dict)
-    """By the names of metrics.jsonl; those inside `sample` as sample/tokens_per_pass."""
+    """Curves by the names of metrics.jsonl; that of the decoded sample is sample/tokens_per_pass."""
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """Spent in training steps; validation, saving and pauses between two starts are not in it."""
+    """Time in training steps, without validation, saving and pauses between two starts."""
     skipped: list[int] = field(default_factory=list)
     """Steps whose loss or gradient was not finite, or whose loss was a spike."""
     sample: dict[str, Any] | None = None
@@ -59,18 +64,19 @@ class Run:
 
     @property
     def heads(self) -> int:
-        """n: the highest head with a loss."""
+        """n, the highest head with a loss."""
         found = [int(m[1]) for name in self.curves if (m := re.fullmatch(r"loss/head(\d+)", name))]
         return max(found, default=0)
 
     def curve(self, name: str) -> Curve:
+        """Return a curve by its name; an empty one if the run does not have it."""
         return self.curves.get(name) or Curve()
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """Reads RUN/metrics.jsonl and RUN/config.yaml. A run may be going on: an unfinished last line is left out.
+    """Read RUN/metrics.jsonl and RUN/config.yaml. The run may be running: an unfinished last line is left out.
 
-    Raises UsageError where `path` is no run folder, or holds no training step yet.
+    Raises UsageError if `path` is no run folder, or holds no training step yet.
     """
     metrics = path / "metrics.jsonl"
     try:
@@ -85,7 +91,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     with lines:
         for line in lines:
             if not line.endswith(b"\n"):
-                break  # being written right now
+                break  # it is being written
             try:
                 record = json.loads(line)
                 step, tokens = int(record["step"]), int(record["tokens"])
@@ -96,12 +102,12 @@ def read_run(path: Path, name: str | None = None) -> Run:
     if unreadable:
         say(f"warning: {metrics}: {unreadable} lines are no records of a run and were left out")
     if not run.steps:
-        raise UsageError(f"{metrics}: holds no training step yet; compare once the run has made some")
+        raise UsageError(f"{metrics}: holds no training step yet; compare it after the first one")
     return run
 
 
 def _add(run: Run, record: dict[str, Any], step: int, tokens: int) -> None:
-    if "tokens_per_second" in record:  # the line of a step; others stand beside one
+    if "tokens_per_second" in record:  # the line of a step; others follow one
         speed = record["tokens_per_second"]
         if _is_number(speed) and speed > 0:
             run.seconds += max(0, tokens - run.tokens) / speed
@@ -122,34 +128,34 @@ def _add(run: Run, record: dict[str, Any], step: int, tokens: int) -> None:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """All of them, under names that differ: the folders' own, or the paths where two folders are called the same."""
+    """Read run folders, named after the folders, or by their paths if two folders have the same name."""
     names = [path.resolve().name for path in paths]
     return [read_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names)]
 
 
 def common_heads(runs: Sequence[Run]) -> list[int]:
-    """The heads whose curves say something side by side: all, if all runs have as many; else head 1 alone.
+    """Return the heads whose curves can be compared: all if all runs have as many, else head 1 alone.
 
-    With another n the heads share the trunk with others, and head 2 of 2 is not head 2 of 8.
+    Head 2 of 2 is not head 2 of 8: it shares the trunk with other heads.
     """
     counts = {run.heads for run in runs}
     return list(range(1, counts.pop() + 1)) if len(counts) == 1 else [1]
 
 
 def fade(runs: Sequence[Run]) -> float:
-    """Tokens over which smoothed curves forget, the same for all: at least ten steps of each."""
+    """Return the `fade` of smoothed curves in tokens, the same for all runs: at least ten steps of each."""
     return max(SMOOTHING * max(run.tokens for run in runs), *(10 * run.tokens / run.steps for run in runs))
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The settings in which the runs differ: dotted name -> a value per run, None where a run does not have it."""
+    """Return the settings in which the runs differ: dotted name -> a value per run, None if a run does not have it."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name != "run_dir")
     found = {name: [run.settings.get(name) for run in runs] for name in names}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
 def summary(run: Run, tokens: float) -> dict[str, Any]:
-    """Final numbers of a run, by name; None where it has none. `tokens`: see `fade`."""
+    """Return the final numbers of a run by name, None if it has none. `tokens`: see `fade`."""
 
     def last(name: str) -> float | None:
         smooth = run.curve(name).smoothed(tokens)
