@@ -1,9 +1,12 @@
-"""How much memory one process of a training run needs, from the settings alone.
+"""Memory that one process of a training run needs, from the settings alone.
 
-Nothing is run: parameters are counted on a model without storage (meta device), activations by what autograd keeps of
+No step runs: parameters are counted on a model without storage (meta device), activations by what autograd keeps of
 each line of `model/layers.py`, the loss by what `objective/cross_entropy.py` holds at once, sharding by what
-`training/parallel.py` gathers. Compared with bytes counted in real steps of one process and of two (docs/scale-out.md);
-for GPUs, whose kernels keep less than a CPU's, not compared yet.
+`training/parallel.py` gathers. Tests compare it with bytes counted in real steps of one process and of two
+(docs/scale-out.md); for GPUs, whose kernels keep less than a CPU's, it has not been compared yet.
+
+A step on fake tensors would count by itself, but a torch built for CPUs makes no fake tensor of a GPU, and a process
+group would have to be faked as well. A dry run has to work on such a machine, for any number of GPUs.
 """
 
 from __future__ import annotations
@@ -87,121 +90,160 @@ class Estimate:
 
 
 def estimate(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"], budget: int = LOGITS_BYTES) -> Estimate:
-    """Peak memory of a training step after the first (the optimiser's state is there), blocks not compiled.
+    """Estimate the peak memory of a training step after the first, when the optimizer's state exists.
 
-    Compiled blocks keep less. On a GPU, torch's own memory (about 1 GiB), the communication's buffers and what the
-    allocator cannot reuse come on top; leave a tenth of the device free.
+    Blocks are not compiled; compiled blocks keep less. On a GPU, torch's own memory (about 1 GiB), the communication's
+    buffers and what the allocator cannot reuse come on top; leave a tenth of the device free.
     """
-    model = empty_model(config)
-    shape, half, spread = config.model, config.in_bfloat16, layout.processes > 1
-    compute = 2 if half else FLOAT32
-    # One process computes under autocast: weights, and so the residual stream, stay float32. Several gather weights in
-    # the compute dtype (FSDP2's mixed precision), and the residual stream follows.
-    residual = compute if spread else FLOAT32
-    tokens = layout.rows * config.positions
-    D, matrix_VD = shape.dim, shape.vocab_size * shape.dim
-    parameters, trunk_parameters = _count(model.parameters()), _count(model.trunk.parameters())
-    unembedding = _count(model.unembedding.parameters())
-    largest_block = max(_count(block.parameters()) for block in model.trunk.blocks)
-    heads = [_count(head.parameters()) for head in model.heads]
-    on_path = _depth(shape)  # heads whose activations are alive together: 1 on the parallel tree
-    kept = Kept(config, compute, residual, device)
-
-    def shared(count: int) -> int:
-        """float32 values of which this process holds its share."""
-        return FLOAT32 * -(-count // layout.sharers)
-
-    groups = parameter_groups(model, config.optimizer)
-    muon = sum(_count(group.parameters.values()) for group in groups if group.muon)
-    always = {
-        "weights (float32)": shared(parameters),
-        "optimizer state": shared(muon) + 2 * shared(parameters - muon),
-        "tokens and targets": 8 * (2 + shape.heads) * tokens * layout.micro_batches,
-    }
-
-    # Gradients of the heads and the unembedding come first. From the second micro-batch on, all are there.
-    of_heads = parameters - trunk_parameters + (matrix_VD if shape.tied else 0)
-    # Of the last head alone: its matrix's is made in its loss, and what others share has been made before.
-    own_matrix = shape.heads == 1 or len(model.unembedding.weights) > 1
-    shared_module = shape.kind.repeats_module
-    in_loss = of_heads - (0 if shared_module else heads[-1]) - (matrix_VD if own_matrix else 0)
-    if layout.micro_batches > 1:
-        of_heads = in_loss = parameters
-    unreduced = 0
-    if spread and layout.micro_batches > 1 and not layout.reduce_each_micro_batch:
-        unreduced, of_heads, in_loss = FLOAT32 * parameters, 0, 0
-    elif spread:
-        unreduced = FLOAT32 * matrix_VD  # the unembedding's, added up over the heads before it is reduced
-
-    if spread:
-        # The embedding stays gathered through the step, the unembedding through the walk. One block is used while the
-        # next is fetched; the gradient of one waits beside its float32 form to be reduced.
-        blocks = _count(model.trunk.blocks.parameters())
-        always_gathered = unembedding + trunk_parameters - blocks - (matrix_VD if shape.tied else 0)
-        in_heads = compute * (always_gathered + on_path * max(heads) + (0 if layout.reshard_after_forward else blocks))
-        in_trunk = compute * (always_gathered + (2 * largest_block if layout.reshard_after_forward else blocks))
-        reduced_head, reduced_block = (compute + FLOAT32) * max(heads), (compute + FLOAT32) * largest_block
-    else:
-        # Autocast keeps each matrix that it has cast until the micro-batch ends.
-        between = [] if model.unembedding.residuals is None else [model.unembedding.residuals]
-        parts = (model.trunk.blocks, model.heads, *between)
-        cast = [p.numel() for part in parts for p in part.parameters() if p.ndim > 1]
-        in_heads = in_trunk = compute * sum(cast) if half else 0
-        # A matrix's gradient is made in the compute dtype, then added to the float32 one.
-        reduced_head = reduced_block = max(cast) * (
-            (compute if half else 0) + (FLOAT32 if layout.micro_batches > 1 else 0)
-        )
-
-    trunk = kept.trunk(shape.trunk_layers, layout.activation_checkpointing) * tokens
-    one_block = kept.block() * tokens
-    loss = kept.loss() * tokens + _loss_weights(matrix_VD, compute, cast=half and not spread)
+    step = _Step(config, layout, device)
     taught = config.loss.heads != "cross-entropy"
     budget //= 2 if taught else 1  # a teacher's logits are held too
-    if device == "gpu":  # as products give them, and in float32
-        rows, held = chunk_rows(shape.vocab_size, budget), FLOAT32 + (compute if half else 0)
-    else:
-        rows, held = chunk_rows(shape.vocab_size, budget, compute), compute
-    piece = min(tokens * shape.vocab_size * FLOAT32, PIECE_BYTES) if device == "cpu" and half and not taught else 0
-    chunk = min(tokens, rows) * shape.vocab_size * held + piece
+    kept, tokens, checkpointing = step.kept, step.tokens, layout.activation_checkpointing
+    in_loss, of_heads, unreduced = step.gradients()
+    gathered = step.gathered()
+    trunk, one_block = kept.trunk(config.model.trunk_layers, checkpointing) * tokens, kept.block() * tokens
+    head, working = step.modules * kept.head() * tokens, kept.backward() * tokens
+    moments = {
+        "the loss of the last head": step.moment(
+            in_loss, unreduced, gathered.in_heads, activations_of_the_trunk=trunk, activations_of_the_head=head,
+            gradients_of_the_loss=step.loss(), chunk_of_logits=step.chunk(budget, taught),
+            distributions_of_the_teacher=distributions(config, tokens, device, budget) if taught else 0,
+        ),
+        "the backward of the last head": step.moment(
+            of_heads, unreduced, gathered.in_heads, activations_of_the_trunk=trunk, activations_of_the_head=head,
+            working_space_of_the_backward=working + gathered.reduced_head,
+        ),
+        "the start of the trunk's backward": step.moment(
+            of_heads, unreduced, gathered.in_trunk, activations_of_the_trunk=trunk,
+            activations_computed_again=one_block if checkpointing else 0,
+            working_space_of_the_backward=working + gathered.reduced_block,
+        ),
+        "the end of the trunk's backward": step.moment(
+            step.parameters if of_heads else 0, unreduced, gathered.in_trunk, activations_of_the_trunk=one_block,
+            working_space_of_the_backward=working + gathered.reduced_block,
+        ),
+        "the update of the weights": {**step.always(), "gradients (float32)": step.shared(step.parameters)},
+    }  # fmt: skip
+    return Estimate(moments)
 
-    def moment(gradients: int, gathered: int, unreduced: int = unreduced, **held: int) -> dict[str, int]:
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of weights gathered or cast, and of the largest gradient before it is reduced."""
+
+    in_heads: int
+    in_trunk: int
+    reduced_head: int
+    reduced_block: int
+
+
+class _Step:
+    """The sizes that the moments of a step share."""
+
+    def __init__(self, config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"]) -> None:
+        self.config, self.layout, self.device, self.shape = config, layout, device, config.model
+        self.model = empty_model(config)
+        self.half, self.spread = config.in_bfloat16, layout.processes > 1
+        self.compute = 2 if self.half else FLOAT32
+        # One process computes under autocast: weights, and so the residual stream, stay float32. Several gather weights
+        # in the compute dtype (FSDP2's mixed precision), and the residual stream follows.
+        self.residual = self.compute if self.spread else FLOAT32
+        self.tokens = layout.rows * config.positions
+        self.matrix = self.shape.vocab_size * self.shape.dim
+        self.parameters, self.of_trunk = _count(self.model.parameters()), _count(self.model.trunk.parameters())
+        self.heads = [_count(head.parameters()) for head in self.model.heads]
+        self.on_path = _depth(self.shape)
+        """Heads whose activations are alive together: 1 on the parallel tree."""
+        self.modules = self.on_path - (1 if self.shape.kind.reads_tokens else 0)
+        """Those of them that are modules: head 1 of sequential heads is none."""
+        self.kept = Kept(config, self.compute, self.residual, device)
+
+    def shared(self, count: int) -> int:
+        """Return the bytes of this process's share of `count` float32 values."""
+        return FLOAT32 * -(-count // self.layout.sharers)
+
+    def always(self) -> dict[str, int]:
+        """Return the bytes that are held throughout the step."""
+        groups = parameter_groups(self.model, self.config.optimizer)
+        muon = sum(_count(group.parameters.values()) for group in groups if group.muon)
+        return {
+            "weights (float32)": self.shared(self.parameters),
+            "optimizer state": self.shared(muon) + 2 * self.shared(self.parameters - muon),
+            "tokens and targets": 8 * (2 + self.shape.heads) * self.tokens * self.layout.micro_batches,
+        }
+
+    def gradients(self) -> tuple[int, int, int]:
+        """Return the gradients held in the last head's loss and after its backward, and the bytes of unreduced ones.
+
+        Gradients of the heads and the unembedding come first. From the second micro-batch on, all exist.
+        """
+        of_heads = self.parameters - self.of_trunk + (self.matrix if self.shape.tied else 0)
+        # The loss makes the gradient of a matrix of the last head's own; that of a shared module or matrix exists.
+        own_matrix = self.shape.heads == 1 or len(self.model.unembedding.weights) > 1
+        in_loss = of_heads - (0 if self.shape.kind.repeats_module else self.heads[-1])
+        in_loss -= self.matrix if own_matrix else 0
+        if self.spread and self.layout.micro_batches > 1 and not self.layout.reduce_each_micro_batch:
+            return 0, 0, FLOAT32 * self.parameters
+        # The unembedding's gradient is added up over the heads before it is reduced.
+        unreduced = FLOAT32 * self.matrix if self.spread else 0
+        if self.layout.micro_batches > 1:
+            return self.parameters, self.parameters, unreduced
+        return in_loss, of_heads, unreduced
+
+    def gathered(self) -> _Gathered:
+        """Return the bytes of weights gathered or cast."""
+        if self.spread:
+            # The embedding stays gathered through the step, the unembedding through the walk. One block is used while
+            # the next is fetched; the gradient of one waits next to its float32 form to be reduced.
+            largest = max(_count(block.parameters()) for block in self.model.trunk.blocks)
+            blocks = _count(self.model.trunk.blocks.parameters())
+            always = _count(self.model.unembedding.parameters()) + self.of_trunk - blocks
+            always -= self.matrix if self.shape.tied else 0
+            reshards = self.layout.reshard_after_forward
+            return _Gathered(
+                self.compute * (always + self.on_path * max(self.heads) + (0 if reshards else blocks)),
+                self.compute * (always + (2 * largest if reshards else blocks)),
+                (self.compute + FLOAT32) * max(self.heads),
+                (self.compute + FLOAT32) * largest,
+            )
+        # Autocast keeps each matrix that it has cast until the micro-batch ends.
+        residuals = self.model.unembedding.residuals
+        parts = (self.model.trunk.blocks, self.model.heads, *([] if residuals is None else [residuals]))
+        cast = [p.numel() for part in parts for p in part.parameters() if p.ndim > 1]
+        held = self.compute * sum(cast) if self.half else 0
+        # A matrix's gradient is made in the compute dtype, then added to the float32 one.
+        accumulated = FLOAT32 if self.layout.micro_batches > 1 else 0
+        reduced = max(cast) * ((self.compute if self.half else 0) + accumulated)
+        return _Gathered(held, held, reduced, reduced)
+
+    def loss(self) -> int:
+        """Return the bytes of the loss's own gradients and of the unembedding's."""
+        cast = self.compute if self.half and not self.spread else 0
+        of_weights = FLOAT32 + (self.compute if self.half else 0) + cast
+        return self.kept.loss() * self.tokens + self.matrix * of_weights
+
+    def chunk(self, budget: int, taught: bool) -> int:
+        """Return the bytes of a chunk of logits."""
+        V, on_cpu = self.shape.vocab_size, self.device == "cpu"
+        if on_cpu:
+            rows, held = chunk_rows(V, budget, self.compute), self.compute
+        else:  # as products give them, and in float32
+            rows, held = chunk_rows(V, budget), FLOAT32 + (self.compute if self.half else 0)
+        piece = min(self.tokens * V * FLOAT32, PIECE_BYTES) if on_cpu and self.half and not taught else 0
+        return min(self.tokens, rows) * V * held + piece
+
+    def moment(self, gradients: int, unreduced: int, gathered: int, **held: int) -> dict[str, int]:
+        """Return the bytes of a moment by name, without those that are 0."""
         parts = {
-            "gradients (float32)": shared(gradients),
+            **self.always(),
+            "gradients (float32)": self.shared(gradients),
             "gradients before they are shared out (float32)": unreduced,
-            f"weights gathered or cast ({config.dtype})": gathered,
+            f"weights gathered or cast ({self.config.dtype})": gathered,
             # The trunk's gradient is summed over the heads in float32; a chain holds one more for each head above.
-            "gradients of latents": (FLOAT32 + (on_path - 1) * residual) * D * tokens,
+            "gradients of latents": (FLOAT32 + (self.modules - 1) * self.residual) * self.shape.dim * self.tokens,
+            **{name.replace("_", " "): size for name, size in held.items()},
         }
-        named = {name.replace("_", " "): size for name, size in held.items()}
-        return {name: size for name, size in {**always, **parts, **named}.items() if size}
-
-    if shape.kind.reads_tokens:
-        on_path -= 1  # head 1 is no module
-    head, working = on_path * kept.head() * tokens, kept.backward() * tokens
-    updating = {**always, "gradients (float32)": shared(parameters)}
-    return Estimate(
-        {
-            "the loss of the last head": moment(
-                in_loss, in_heads, activations_of_the_trunk=trunk, activations_of_the_head=head,
-                gradients_of_the_loss=loss, chunk_of_logits=chunk,
-                distributions_of_the_teacher=distributions(config, tokens, device, budget) if taught else 0,
-            ),
-            "the backward of the last head": moment(
-                of_heads, in_heads, activations_of_the_trunk=trunk, activations_of_the_head=head,
-                working_space_of_the_backward=working + reduced_head,
-            ),
-            "the start of the trunk's backward": moment(
-                of_heads, in_trunk, activations_of_the_trunk=trunk,
-                activations_computed_again=one_block if layout.activation_checkpointing else 0,
-                working_space_of_the_backward=working + reduced_block,
-            ),
-            "the end of the trunk's backward": moment(
-                parameters if of_heads else 0, in_trunk, activations_of_the_trunk=one_block,
-                working_space_of_the_backward=working + reduced_block,
-            ),
-            "the update of the weights": updating,
-        }
-    )  # fmt: skip
+        return {name: size for name, size in parts.items() if size}
 
 
 @dataclass(frozen=True)
@@ -283,11 +325,6 @@ def distributions(
     rows = PIECE_BYTES // (FLOAT32 * vocab_size) if device == "cpu" else chunk_rows(vocab_size, budget)
     latents = (2 * FLOAT32 + (2 if config.in_bfloat16 else FLOAT32)) * config.model.dim * tokens
     return 6 * FLOAT32 * vocab_size * min(tokens, max(1, rows)) + latents
-
-
-def _loss_weights(size: int, compute: int, cast: bool) -> int:
-    """The unembedding's gradient in float32; in bfloat16 also a chunk's share of it, and the weight if it is cast."""
-    return size * (FLOAT32 + (compute if compute < FLOAT32 else 0) + (compute if cast else 0))
 
 
 def _depth(config: ModelConfig) -> int:
