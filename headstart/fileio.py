@@ -181,6 +181,34 @@ def take_lock(file: IO[str]) -> bool:
     return True
 
 
+@contextmanager
+def claimed(lock: Path, taken: str, advice: str, path: Path | None = None) -> Iterator[None]:
+    """Hold the file `lock`, made with its folders, so that one process at a time works on what it stands for.
+
+    Args:
+        lock: the file. It stays when the process ends; the system releases the lock.
+        taken: the error if another process holds it.
+        advice: the advice of the error if it cannot be written.
+        path: what that error names (None: the folder of the lock).
+    """
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise unwritable(path or lock.parent, error, advice) from error
+    with file:
+        if not take_lock(file):
+            raise UsageError(taken)
+        yield
+
+
+def remove_unfinished(*folders: Path) -> None:
+    """Delete what `replacing_file` and its like left in `folders` when their process was killed."""
+    for folder in folders:
+        for left in folder.glob(".*.writing-*"):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in `file`. Raise UsageError for anything else."""
     try:

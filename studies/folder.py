@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.errors import UsageError
-from headstart.fileio import take_lock, unwritable, write_text
+from headstart.fileio import claimed, remove_unfinished, write_text
 from studies.study import Case, Result, StudySettings
 
 
@@ -29,16 +29,10 @@ class StudyFolder:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Make the folder and keep other processes out of it."""
-        try:
-            self.cases.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a")
-        except OSError as error:
-            raise unwritable(self.path, error, "give another --out") from error
-        with lock:
-            if not take_lock(lock):
-                raise UsageError(f"{self.path}: another study is running there; wait for it or give another --out")
-            for left in self.cases.glob(".*.writing-*"):
-                left.unlink(missing_ok=True)
+        taken = f"{self.path}: another study is running there; wait for it or give another --out"
+        with claimed(self.path / ".lock", taken, "give another --out"):
+            self.cases.mkdir(exist_ok=True)
+            remove_unfinished(self.cases)
             yield
 
     def accept(self, name: str, scale: str, settings: StudySettings) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headstart.errors import UsageError
-from headstart.fileio import take_lock, unwritable, write_text
+from headstart.fileio import claimed, unwritable, write_text
 
 
 class OrderedLines:
@@ -50,14 +50,8 @@ def ordered_lines(path: Path, settings: Mapping[str, Any], places: int) -> Itera
     it, if it was written with other settings or by another program, or if it is damaged.
     """
     folder = path.with_name(f".{path.name}.distilling")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    except OSError as error:
-        raise unwritable(path, error, "name a file you may write") from error
-    with lock:
-        if not take_lock(lock):
-            raise UsageError(f"{path}: another process is writing it; wait for it, or name another file")
+    taken = f"{path}: another process is writing it; wait for it, or name another file"
+    with claimed(folder / "lock", taken, "name a file you may write", path):
         growing = folder / "lines.jsonl"
         written = any(file.exists() and file.stat().st_size > 0 for file in (path, growing))
         _check_settings(path, folder / "settings.json", json.loads(json.dumps(settings)), written)

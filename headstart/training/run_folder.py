@@ -17,7 +17,7 @@ from headstart.data.mixture import MixturePart, Source, open_sources
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
 from headstart.errors import UsageError
-from headstart.fileio import replacing_file, status_of, take_lock, unwritable
+from headstart.fileio import claimed, remove_unfinished, replacing_file, status_of, unwritable
 from headstart.formats.registry import load_data_tokenizer
 from headstart.training import checkpoints
 from headstart.training.config import (
@@ -45,24 +45,16 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, main: bool = True) -> Iterator[None]:
-        """Makes the folder and keeps other runs out of it; removes what a killed one left half-written. Of several
-        processes of one run only the `main` one does it."""
+        """Make the folder, keep other runs out of it, and remove the unfinished files of a killed one.
+
+        Of several processes of one run only the `main` one does it.
+        """
         if not main:
             yield
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a")
-        except OSError as error:
-            raise unwritable(self.path, error, "give a --run-dir you may write to") from error
-        with lock:
-            if not take_lock(lock):
-                raise UsageError(
-                    f"{self.path}: another process is training there; wait for it or give another --run-dir"
-                )
-            for folder in (self.path, self.checkpoints):
-                for left in folder.glob(".*.writing-*"):
-                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        taken = f"{self.path}: another process is training there; wait for it or give another --run-dir"
+        with claimed(self.path / ".lock", taken, "give a --run-dir you may write to"):
+            remove_unfinished(self.path, self.checkpoints)
             yield
 
     def check(self, config: RunConfig) -> tuple[RunConfig | None, dict[str, tuple[Any, Any]]]:

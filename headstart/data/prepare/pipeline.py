@@ -34,7 +34,7 @@ from headstart.data.prepare.workers import run_all
 from headstart.data.prepare.write import pack, write_names
 from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.errors import UsageError
-from headstart.fileio import replacing_directory, sha256_of, take_lock, unwritable
+from headstart.fileio import claimed, replacing_directory, sha256_of
 
 ALONE_BYTES = 1 << 23
 """Smaller amounts of text are encoded in this process: starting others would take longer."""
@@ -204,14 +204,9 @@ def _manifest(
 def _working_folder(out: Path, say: Report) -> Iterator[Path]:
     """Own `.NAME.preparing` next to `out` within the block; remove it if it holds nothing to resume from."""
     work = out.with_name(f".{out.name}.preparing")
-    try:
-        (work / "units").mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("a")
-    except OSError as error:
-        raise unwritable(work, error, "give an --out you may write to") from error
-    with lock:
-        if not take_lock(lock):
-            raise UsageError(f"{out}: another process is preparing it; wait for it or give another --out")
+    taken = f"{out}: another process is preparing it; wait for it or give another --out"
+    with claimed(work / "lock", taken, "give an --out you may write to"):
+        (work / "units").mkdir(exist_ok=True)
         for left in (*out.parent.glob(f".{out.name}.writing-*"), *(work / "units").glob(".*")):
             shutil.rmtree(left, ignore_errors=True)  # half-written by a process that was killed
         try:

@@ -20,7 +20,7 @@ from headstart.evaluation.code.pass_at_k import estimate, oracle
 from headstart.evaluation.code.problems import CodeProblem, load_problems
 from headstart.evaluation.code.sandbox import Program, Sandbox
 from headstart.evaluation.settings import CodeSettings
-from headstart.fileio import appending, take_lock, write_text
+from headstart.fileio import appending, claimed, write_text
 
 
 @dataclass
@@ -251,10 +251,8 @@ def _identity(task: str, settings: CodeSettings, model_name: str) -> dict[str, A
 @contextmanager
 def _own(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
     """The folder for this run alone. Raises UsageError where another one has it, or it holds other samples."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        if not take_lock(lock):
-            raise UsageError(f"{folder}: another run is writing there; wait for it, or name another --out")
+    taken = f"{folder}: another run is writing there; wait for it, or name another --out"
+    with claimed(folder / ".lock", taken, "name another --out"):
         file = folder / "settings.json"
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
