@@ -62,7 +62,7 @@ def regular(path: Path) -> Path:
     except (OSError, ValueError):
         return path  # the reader reports what is wrong
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise UsageError(f"{path}: is a pipe, a device or a socket, not a regular file; put the file itself there")
+        raise UsageError(f"{path}: is not a regular file but a pipe, a device or a socket; put the file itself there")
     return path
 
 

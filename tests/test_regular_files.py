@@ -53,7 +53,7 @@ def test_a_pipe_or_device_is_refused_at_once(tmp_path: Path, name: str, kind: st
         os.mkfifo(file)
     else:
         file.symlink_to("/dev/zero")
-    with pytest.raises(UsageError, match=rf"{name}: .*no regular file"):
+    with pytest.raises(UsageError, match=rf"{name}: .*not a regular file"):
         READERS[name](file)
 
 
@@ -70,7 +70,7 @@ def test_a_directory_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
 def test_what_is_sealed_may_be_no_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.npy")
     manifest = {"dtype": "uint8", "splits": {"train": {"shards": [], "starts": {"file": "a.npy", "sha256": "0"}}}}
-    assert ["no regular file" in line for line in faults_of(tmp_path, "train", manifest)] == [True]
+    assert ["not a regular file" in line for line in faults_of(tmp_path, "train", manifest)] == [True]
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "\\ud800"}', '{"messages": [{"role": "user", "content": "\\udfff"}]}'])

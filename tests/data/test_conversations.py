@@ -117,7 +117,7 @@ def test_what_the_assistant_wrote(tmp_path, name):
 
 
 def test_what_cannot_be_told_is_refused():
-    with pytest.raises(UsageError, match=r"before message 2 or in it otherwise.* mark them in it with \{% generation"):
+    with pytest.raises(UsageError, match=r"writes message 2, or what is before it, differently.* mark them in the template with \{% generation"):
         ChatTemplate(THINKING).answers(CONVERSATION)
     first, second = ChatTemplate(THINKING).answers(CONVERSATION, each=True)  # with nothing behind it, it can
     assert ChatTemplate(THINKING).answers(Conversation(TALK[:2])) == [first]
@@ -127,7 +127,7 @@ def test_what_cannot_be_told_is_refused():
     assert [span for _, spans in marked for span in spans] == whole[0][1] and marked[1][0] == whole[0][0]
     with pytest.raises(UsageError, match=r"does not take these messages .no system here"):
         ChatTemplate(INSTRUCTIONS).render([{"role": "system", "content": "be kind"}])
-    with pytest.raises(UsageError, match="works on what it marks"):
+    with pytest.raises(UsageError, match="changes what it marks"):
         ChatTemplate("{% set x %}{% generation %}ab{% endgeneration %}{% endset %}{{ x | length }}").answers(
             CONVERSATION
         )
@@ -264,7 +264,7 @@ def test_conversations_are_asked_for(corpus, tmp_path):
             chat_tokenizer(tmp_path / "t"),
             Preparation(selection=Selection("messages")),
         )
-    with pytest.raises(UsageError, match=r"has no chat template.* chat_template\.jinja beside"):
+    with pytest.raises(UsageError, match=r"has no chat template.* chat_template\.jinja next to"):
         prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "u", None), Preparation(selection=chosen))
     with pytest.raises(UsageError, match=r"a\.jsonl:2: the chat template writes"):
         prepare([str(corpus)], tmp_path / "x", chat_tokenizer(tmp_path / "v", THINKING), Preparation(selection=chosen))

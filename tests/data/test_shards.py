@@ -354,7 +354,7 @@ def test_a_prepare_that_dies_leaves_the_older_one(prepared, tmp_path):
 def test_foreign_folders_are_not_replaced(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", 3)
     for target in (corpus, corpus / "001.txt"):
-        with pytest.raises(UsageError, match="is new"):
+        with pytest.raises(UsageError, match="a new folder"):
             prepare([str(corpus)], target, ByteTokenizer())
     assert len(list(corpus.iterdir())) == 3
     (tmp_path / "empty").mkdir()

@@ -133,7 +133,7 @@ def test_metas_release_with_a_weight_that_is_no_number_is_refused(tmp_path: Path
 def test_a_pipe_among_the_files_of_a_model_is_refused_at_once(model: Path, file: str) -> None:
     (model / "model.safetensors").unlink()
     os.mkfifo(model / file)
-    with pytest.raises(UsageError, match="no regular file"):
+    with pytest.raises(UsageError, match="not a regular file"):
         load_model(model)
 
 

@@ -124,7 +124,7 @@ def test_the_template_that_the_error_asks_for_is_read(tmp_path) -> None:
     config.pop("chat_template", None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UsageError, match=r"put a chat_template\.jinja beside its tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"put a chat_template\.jinja next to its tokenizer\.json"):
         need_chat_template(load_tokenizer(tmp_path))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     assert need_chat_template(load_tokenizer(tmp_path)).render([{"role": "user", "content": "x"}]) == "x"
