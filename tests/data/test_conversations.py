@@ -117,9 +117,11 @@ def test_what_the_assistant_wrote(tmp_path, name):
 
 
 def test_what_cannot_be_told_is_refused():
-    with pytest.raises(UsageError, match=r"writes message 2, or what is before it, differently.* mark them in the template with \{% generation"):
+    with pytest.raises(
+        UsageError, match=r"writes message 2.* differently.* mark them in the template with \{% generation"
+    ):
         ChatTemplate(THINKING).answers(CONVERSATION)
-    first, second = ChatTemplate(THINKING).answers(CONVERSATION, each=True)  # with nothing behind it, it can
+    first, second = ChatTemplate(THINKING).answers(CONVERSATION, each=True)
     assert ChatTemplate(THINKING).answers(Conversation(TALK[:2])) == [first]
     answers = [text[begin:end] for text, spans in (first, second) for begin, end in spans]
     assert answers == ["<think></think> hell ÿ, he said \n<|im_end|>", "<think></think>well<|im_end|>"]
