@@ -54,7 +54,7 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
         engine = model.engine(settings.slots, settings.context, settings.exact, settings.lookup)
         whole = "" if engine.context == most else f" (the model has {most:,})"
         slots = f"{settings.slots} slots of {engine.context:,} tokens{whole}"
-        say(f"memory: up to {engine.memory}, for {slots}, taken as texts grow; --slots and --context change it")
+        say(f"memory: up to {engine.memory}, for {slots}, taken as sequences grow; --slots and --context change it")
         return engine
 
     name = settings.name or directory.resolve().name

@@ -1,4 +1,4 @@
-"""Servers for tests: real ones, on free ports. One a module, over the model in the box: it writes real text, and some
+"""Run real servers on free ports for tests, one per module, with the bundled model: it writes real text, and some
 of its drafts are right."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from headstart.serving.server import Server, make_service
 from headstart.serving.settings import ServeSettings
 
 HTTP = httpx.Client(verify=False, timeout=60)
-"""Made once: a client reads all certificates there are, unless it is told that it needs none."""
+"""One client without certificates, for a client that verifies reads all of them."""
 
 
 def load(server: Server) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def load(server: Server) -> tuple[float, float]:
 
 @contextmanager
 def running(settings: ServeSettings, model: Path | None = None) -> Iterator[Server]:
-    """A server in a thread of this process."""
+    """Run a server in a thread of this process."""
     server = Server(make_service(model or boxed_model(), settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -46,27 +46,27 @@ def running(settings: ServeSettings, model: Path | None = None) -> Iterator[Serv
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Waits for what must come, however slow the machine is."""
+    """Wait for a condition, and fail after a time that is long enough for a slow machine."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it has not come"
+        assert time.monotonic() < end, "the condition does not hold"
         time.sleep(0.005)
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
-    """A number of /metrics; 0 where it is not there yet."""
+    """Return a number of /metrics; 0 before it is first set."""
     named = {"model_name": server.service.name, **labels}
     return server.service.worker.metrics.registry.get_sample_value(name, named) or 0.0
 
 
 def raw(server: Server, body: bytes, path: str = "/v1/completions", **headers: str) -> tuple[int, Any]:
-    """Status and JSON of an answer to a body as it stands."""
+    """Send a body as it is, and return the status and the JSON of the answer."""
     answer = HTTP.post(server.url + path, content=body, headers={"Content-Type": "application/json", **headers})
     return answer.status_code, json.loads(answer.content)
 
 
 def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
-    """A connection on which a request was sent, and nothing read."""
+    """Send a request, and return the connection without reading from it."""
     host, port = server.socket.getsockname()[:2]
     connection = socket.create_connection((host, port))
     content = json.dumps(body).encode()
@@ -79,7 +79,7 @@ def opened(server: Server, body: dict[str, Any], path: str = "/v1/completions") 
 
 @pytest.fixture(scope="module", autouse=True)
 def timed_in_haste() -> Iterator[None]:
-    """Servers time passes before they are ready; what comes of it moves no text."""
+    """Shorten the timing of passes when a server starts; it does not change any output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "QUICK_SECONDS", 0.01)
         yield
@@ -93,19 +93,19 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def model() -> headstart.api.LanguageModel:
-    """The same model, for what is written offline."""
+    """Load the same model, for offline outputs."""
     return headstart.load()
 
 
 class Gate:
-    """Lets the engine's steps through one by one, while it is shut."""
+    """Hold the engine's steps while it is closed, and let them run one by one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
         self.open.set()
         self.steps = 0
         self.waiting = False
-        """A step is held."""
+        """Whether a step is held."""
         self._one = threading.Semaphore(0)
         step = Engine.step
 

@@ -1,4 +1,4 @@
-"""Large bodies: they are counted before they are parsed, and read while others are answered."""
+"""Check that large bodies are counted before they are parsed, and read while other requests are answered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_body_of_too_many_values_is_refused_unparsed(
 
 
 @pytest.mark.parametrize("body", [b'{"":' * 50_000, b'{"spice":{%s}}' % b",".join([b'"a":1'] * MAX_PARTS)])
-def test_it_names_no_field_that_it_does_not_know(body: bytes) -> None:
+def test_the_error_names_known_fields_only(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not read, for it has more than") as refused:
         read(body)
     assert refused.value.param is None and refused.value.detail.startswith("the body")
@@ -51,8 +51,8 @@ def test_it_names_no_field_that_it_does_not_know(body: bytes) -> None:
 
 @pytest.mark.parametrize("text", ['[{,:"\\', '"', "\\", '\\"', "x,"])
 @pytest.mark.parametrize("shift", range(4))
-def test_what_stands_in_strings_is_not_counted(text: str, shift: int) -> None:
-    """Wherever a step ends."""
+def test_strings_are_not_counted(text: str, shift: int) -> None:
+    """The result does not depend on where a step ends."""
     prompt = "x" * shift + text * (2 * STEP // len(text))
     assert read({"prompt": prompt, "stop": ["a", "b"]}, most=3).prompt == prompt
     with pytest.raises(ApiError):
@@ -79,7 +79,7 @@ def test_lists_in_chats_are_bounded(message: list[Any], place: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["structured_outputs", "speculative", "stream_options", "response_format"])
-def test_of_many_unknown_fields_the_first_one_is_told(field: str) -> None:
+def test_many_unknown_fields_are_one_error(field: str) -> None:
     body = {"prompt": "x", field: {f"x{i}": 1 for i in range(200)}}
     with pytest.raises(ValidationError) as failed:
         CompletionRequest.model_validate(body)
@@ -87,7 +87,7 @@ def test_of_many_unknown_fields_the_first_one_is_told(field: str) -> None:
     assert validation_error(failed.value.errors(), body).param == f"{field}.x0"
 
 
-def test_a_long_list_is_not_searched_for_a_name() -> None:
+def test_an_error_path_does_not_search_a_long_list() -> None:
     class Long(list[int]):
         def __len__(self) -> int:
             raise AssertionError("its places are compared with a name")
@@ -97,7 +97,7 @@ def test_a_long_list_is_not_searched_for_a_name() -> None:
 
 
 def test_others_are_answered_while_a_large_body_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a stop waits for it."""
+    """A stop waits for it."""
     free, begun = threading.Event(), threading.Event()
 
     def slow(kind: Any, content: bytes, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Conversations, by the chat template of a tokenizer."""
+"""Check chat completions, with the chat template of a tokenizer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_chat_is_the_offline_output_of_its_template(limit, chatting) -> None:
     assert [delta.role for delta in deltas] == ["assistant", *[None] * (len(deltas) - 1)]
 
 
-def test_a_chat_ends_with_its_turn(chatting) -> None:
+def test_a_chat_stops_at_the_end_of_its_turn(chatting) -> None:
     client, model = chatting
     turn_end = model.tokenizer.encode("<|im_end|>")[0]
     assert turn_end != model.tokenizer.end_id
@@ -72,7 +72,7 @@ def test_a_chat_ends_with_its_turn(chatting) -> None:
     assert (plain.choices[0].finish_reason, plain.usage.completion_tokens) == ("length", 4)
 
 
-def test_without_a_limit_a_chat_goes_to_the_end_of_the_context(chatting) -> None:
+def test_a_chat_without_limit_fills_the_context(chatting) -> None:
     client, model = chatting
     prompt = model.tokenizer.encode(RENDERED)
     answer = client.chat.completions.create(model="talks", messages=MESSAGES, temperature=0)
@@ -105,7 +105,7 @@ def test_log_probabilities_of_a_chat(chatting) -> None:
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "context"),
     ],
 )
-def test_what_a_chat_cannot_have_is_refused(change, message, chatting) -> None:
+def test_unsupported_options_of_chats_are_refused(change, message, chatting) -> None:
     client, _ = chatting
     asked = {"model": "talks", "messages": MESSAGES, "max_tokens": 4, **change}
     with pytest.raises(openai.BadRequestError, match=message):
@@ -118,7 +118,7 @@ def test_a_model_without_a_template_says_so(server) -> None:
     assert status == 400 and "chat template" in message and "chat_template.jinja" not in message  # it would not be read
 
 
-def test_the_template_that_the_error_asks_for_is_read(tmp_path) -> None:
+def test_the_template_that_the_error_requires_is_read(tmp_path) -> None:
     chat_tokenizer(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)

@@ -1,4 +1,4 @@
-"""Clients do not see, starve or stop each other: prefixes, the queue, and what is bounded before anything is made."""
+"""Check that clients do not see, starve or stop each other: prefixes, the queue, and bounds before any work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SECRET = "# internal: the master password is tr0ub4dor&3 do not share\n"
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Server]:
-    """Two slots, room for four more, two keys."""
+    """Run a server with two slots, a queue of four, and two keys."""
     with running(ServeSettings(port=0, slots=2, queue=4, api_key=("alpha", "beta"))) as started:
         yield started
 
@@ -50,7 +50,7 @@ def cached(server: Server, prompt: str, key: str = "alpha", **body: Any) -> int:
 # Prefixes
 
 
-def test_a_prompt_is_reused_under_its_own_key_and_salt_alone(locked: Server) -> None:
+def test_a_prompt_is_reused_within_its_key_and_salt_only(locked: Server) -> None:
     assert cached(locked, SECRET) == 0
     guess = SECRET[:40] + "~"
     assert cached(locked, guess, "beta") == 0 and cached(locked, guess) == 40
@@ -59,13 +59,13 @@ def test_a_prompt_is_reused_under_its_own_key_and_salt_alone(locked: Server) -> 
     assert asked(locked, prompt="x", cache_salt="")[0] == 400
 
 
-def test_without_keys_a_salt_keeps_a_prompt_apart(server: Server) -> None:
+def test_a_salt_separates_prompts_without_keys(server: Server) -> None:
     assert cached(server, SECRET) == 0 and cached(server, SECRET, "whatever") == len(SECRET) - 1
     assert cached(server, SECRET, cache_salt="mine") == 0
     assert cached(server, SECRET, cache_salt="mine") == len(SECRET) - 1
 
 
-def test_choices_of_a_prompt_count_what_the_first_one_found(server: Server) -> None:
+def test_cached_tokens_of_choices_are_those_of_the_first(server: Server) -> None:
     prompt = "a prompt that nobody has sent before, of some length"
     assert cached(server, prompt, n=3) == 0
     assert cached(server, prompt, n=3) == len(prompt) - 1
@@ -92,9 +92,7 @@ def test_a_client_is_the_key_that_matched(locked: Server, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("proxies", [(), ("127.0.0.1",)])
-def test_without_keys_it_is_the_address_that_is_trusted(
-    proxies: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_without_key_is_its_trusted_address(proxies: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     clients: list[str] = []
     with running(ServeSettings(port=0, slots=1, trusted_proxies=proxies)) as server:
         submit = server.service.worker.submit
@@ -110,7 +108,7 @@ def test_without_keys_it_is_the_address_that_is_trusted(
 
 
 class Fake:
-    """A request as the worker sees it before its turn."""
+    """Stand for the request of a job that waits."""
 
     prompt = (1,)
 
@@ -121,11 +119,11 @@ def jobs_of(client: str, count: int) -> list[Job]:
 
 
 def idle_worker(slots: int = 2, queue: int = 4) -> Worker:
-    """Without a thread: what is submitted waits."""
+    """Return a worker without a thread, in which all jobs wait."""
     return Worker(lambda: None, None, slots, queue, Metrics("m"))  # type: ignore[arg-type, return-value]
 
 
-def test_who_fills_the_queue_makes_room_for_others() -> None:
+def test_the_longest_queue_makes_room_for_other_clients() -> None:
     async def play() -> None:
         worker = idle_worker()
         many = [jobs_of("a", 1)[0] for _ in range(6)]
@@ -153,8 +151,8 @@ def test_who_fills_the_queue_makes_room_for_others() -> None:
     asyncio.run(play())
 
 
-def test_what_was_refused_is_not_kept() -> None:
-    """The engine is idle: nothing would empty a list of what was cancelled."""
+def test_refused_jobs_are_not_kept() -> None:
+    """An idle engine would not empty a list of cancelled jobs."""
 
     async def play() -> None:
         worker = idle_worker()
@@ -171,8 +169,8 @@ def test_what_was_refused_is_not_kept() -> None:
     asyncio.run(play())
 
 
-def test_a_text_that_is_done_is_not_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by a thread that waits for the next one either."""
+def test_finished_jobs_are_not_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread does not keep them either while it waits."""
     kept: list[weakref.ref[Job]] = []
     submit = server.service.worker.submit
 
@@ -188,7 +186,7 @@ def test_a_text_that_is_done_is_not_kept(server: Server, monkeypatch: pytest.Mon
     assert len(kept) == 2
 
 
-def test_others_are_answered_while_one_key_keeps_the_queue_full(locked: Server, gate: Gate) -> None:
+def test_a_full_queue_of_one_key_does_not_block_others(locked: Server, gate: Gate) -> None:
     gate.open.clear()
     with ThreadPoolExecutor(12) as pool:
         greedy = [pool.submit(asked, locked, "alpha", prompt="x", max_tokens=2) for _ in range(10)]
@@ -203,7 +201,7 @@ def test_others_are_answered_while_one_key_keeps_the_queue_full(locked: Server, 
 # Bounds
 
 
-def test_too_many_texts_are_refused_before_anything_is_made(locked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_outputs_are_refused_before_any_work(locked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(*_: Any, **__: Any) -> Any:
         raise AssertionError("made")
 
@@ -234,7 +232,7 @@ def test_too_many_texts_are_refused_before_anything_is_made(locked: Server, monk
     ],
     ids=lambda body: "-".join(body),
 )
-def test_what_would_take_long_is_refused_unread(
+def test_large_constraints_are_refused_before_compiling(
     body: dict[str, Any], locked: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service_module, "compiled", None)
@@ -244,7 +242,7 @@ def test_what_would_take_long_is_refused_unread(
 # Constraints and time
 
 
-def test_a_constraint_is_compiled_once_and_never_by_the_engine(locked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constraint_is_compiled_once_outside_the_engine(locked: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "compiled", None)
     monkeypatch.setattr(constraints, "KEPT_GRAMMARS", 0)  # forgotten at once
     status, answer = asked(locked, prompt="x", guided_regex="ab{3}c", max_tokens=20, n=3)
@@ -252,7 +250,7 @@ def test_a_constraint_is_compiled_once_and_never_by_the_engine(locked: Server, m
 
 
 def test_the_deadline_holds_while_a_request_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of its threads is stuck; others are answered, and the server ends."""
+    """All threads of a client are stuck; other requests are answered, and the server stops."""
     free = threading.Event()
     compiled, read = service_module.compiled, service_module.prompt_ids
 
@@ -278,7 +276,7 @@ def test_the_deadline_holds_while_a_request_is_prepared(monkeypatch: pytest.Monk
     free.set()
 
 
-def test_a_stop_waits_for_requests_in_preparation_and_tells_them(
+def test_a_stop_waits_for_requests_in_preparation(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     free, begun = threading.Event(), threading.Event()
@@ -310,7 +308,7 @@ def test_a_stop_waits_for_requests_in_preparation_and_tells_them(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_client_that_goes_is_not_prepared_any_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preparation_ends_when_the_client_goes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
     before = metric(server, "headstart_texts_total", outcome="cancelled")
     compiled = service_module.compiled

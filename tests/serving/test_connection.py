@@ -1,4 +1,4 @@
-"""Limits on headers, idle time and connections, over an application that answers at once."""
+"""Check the limits on headers, idle time and connections, over an application that answers at once."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Open = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Running:
-    """A listening server and the connections that it has."""
+    """Hold a listening server and its connections."""
 
     def __init__(self, shared: Connections, port: int) -> None:
         self.shared, self.port = shared, port
         self.release = asyncio.Event()
-        """Lets the answers of /slow end."""
+        """Event that lets the answers of /slow end."""
         self.begun = 0
-        """Requests for /slow that have begun to be answered."""
+        """Number of requests for /slow that have started."""
         self.gone = 0
-        """Clients of /slow that went before their answer."""
+        """Number of clients of /slow that went before their answer."""
 
     async def open(self, *sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -42,7 +42,7 @@ class Running:
         return reader, writer
 
     async def all(self, *sent: bytes, half: bool = False) -> bytes:
-        """Everything that is answered until the server closes the connection."""
+        """Return everything that the server sends until it closes the connection."""
         reader, writer = await self.open(*sent)
         if half:
             writer.write_eof()
@@ -118,7 +118,7 @@ def test_a_head_is_read_up_to_its_limit(endless: list[bytes]) -> None:
     run(test)
 
 
-def test_trailers_count_and_are_no_headers() -> None:
+def test_trailers_are_counted_and_not_passed_on() -> None:
     async def test() -> None:
         async with listening(max_header_bytes=8192) as server:
             chunked = b"POST /slow HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
@@ -134,7 +134,7 @@ def test_trailers_count_and_are_no_headers() -> None:
 
 
 @pytest.mark.parametrize("begun", [b"", b"\r\n", b"GET /health HTTP/1.1\r\nHo"])
-def test_a_head_has_its_time_and_no_more(begun: bytes) -> None:
+def test_a_head_has_a_time_limit(begun: bytes) -> None:
     async def test() -> None:
         async with listening(header_timeout=0.05) as server:
             answer = await server.all(begun)
@@ -154,7 +154,7 @@ def test_the_time_of_a_second_head_and_between_requests() -> None:
     run(test)
 
 
-def test_an_answer_takes_longer_than_a_head() -> None:
+def test_the_time_limit_of_a_head_does_not_limit_the_answer() -> None:
     async def test() -> None:
         async with listening(header_timeout=0.02, idle_timeout=0.02) as server:
             asking = asyncio.ensure_future(server.all(SLOW))
@@ -199,7 +199,7 @@ def test_while_all_connections_are_answered_health_is_too() -> None:
     run(test)
 
 
-def test_many_pipelined_requests_are_answered_and_endless_ones_not() -> None:
+def test_the_number_of_pipelined_requests_is_bounded() -> None:
     async def test() -> None:
         async with listening() as server:
             last = GET.replace(b"Host", b"Connection: close\r\nHost")
@@ -209,7 +209,7 @@ def test_many_pipelined_requests_are_answered_and_endless_ones_not() -> None:
     run(test)
 
 
-def test_a_client_that_only_stops_sending_gets_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_closed_connection_gets_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "PROBE_SECONDS", (0.01, 0.01))
 
     async def test() -> None:
@@ -244,7 +244,7 @@ def test_a_client_that_closes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("begun", [1, 2])
 @pytest.mark.parametrize("how", ["close", "reset", "body"])
 def test_a_client_that_pipelines_and_goes_is_noticed(how: str, begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request that is being answered ends, and those that wait for it never begin."""
+    """The request that is answered ends, and those that wait for it never start."""
     monkeypatch.setattr(connection, "PROBE_SECONDS", (0.01, 0.01))
 
     async def test() -> None:
@@ -287,7 +287,7 @@ def test_the_bytes_of_pipelined_requests_are_bounded() -> None:
     run(test)
 
 
-def test_what_is_no_http_is_refused_in_shape() -> None:
+def test_other_protocols_are_refused_with_a_json_error() -> None:
     async def test() -> None:
         async with listening() as server:
             for data in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"GET " + b"/" * 70_000 + b"\r\n"):

@@ -1,4 +1,4 @@
-"""Messages of a chat as the text that the model reads, and messages that are refused."""
+"""Check the text that the messages of a chat become, and the messages that are refused."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def refusal(*messages: dict[str, Any], **fields: Any) -> ApiError:
     return validation_error(failed.value.errors(), body)
 
 
-def test_an_assistant_may_say_nothing() -> None:
+def test_content_of_an_assistant_may_be_null() -> None:
     asked = request(USER, {"role": "assistant", "content": None}, {"role": "assistant"}, USER)
     assert render_chat(asked, PLAIN) == "[user]hi;[assistant];[assistant];[user]hi;[assistant]"
 
 
-def test_an_answer_of_the_official_client_is_taken_back() -> None:
+def test_an_answer_of_the_official_client_is_a_valid_message() -> None:
     answer = {"role": "assistant", "content": "a", "refusal": None, "annotations": None, "audio": None}
     answer |= {"function_call": None, "tool_calls": None}
     assert render_chat(request(USER, answer, USER), PLAIN).startswith("[user]hi;[assistant]a;[user]hi;")
@@ -60,7 +60,7 @@ def test_calls_reach_a_template_that_shows_them() -> None:
     assert render_chat(request(USER, {**called, "tool_calls": []}, result), PLAIN).endswith("[tool]y1;[assistant]")
 
 
-def test_calls_that_a_template_needs_are_shown() -> None:
+def test_a_template_may_require_calls() -> None:
     needs = ChatTemplate("{% for m in messages %}{{ m.tool_calls[0].id }}{% endfor %}")
     assert render_chat(request({"role": "assistant", "tool_calls": [CALL]}), needs) == "1"
 
@@ -75,7 +75,7 @@ def test_calls_that_a_template_needs_are_shown() -> None:
     ],
     ids=str,
 )
-def test_how_the_text_ends(fields: dict[str, Any], text: str) -> None:
+def test_fields_that_control_the_end_of_the_prompt(fields: dict[str, Any], text: str) -> None:
     assert render_chat(request(USER, **fields), PLAIN) == text
 
 
@@ -92,7 +92,7 @@ def test_the_last_message_is_continued(said: str, text: str) -> None:
         render_chat(request(USER, last, continue_final_message=True), shouting)
 
 
-def test_a_template_that_refuses_says_so() -> None:
+def test_an_error_of_the_template_is_reported() -> None:
     with pytest.raises(UsageError, match="no systems"):
         render_chat(request(USER), ChatTemplate("{{ raise_exception('no systems') }}"))
 
@@ -118,7 +118,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_what_a_message_cannot_be(message: Any, param: str, why: str) -> None:
+def test_invalid_messages_are_refused(message: Any, param: str, why: str) -> None:
     error = refusal(USER, message)
     assert error.param == param and why in error.detail and error.detail.startswith("messages[1]")
 
@@ -137,7 +137,7 @@ def test_what_a_message_cannot_be(message: Any, param: str, why: str) -> None:
     ],
     ids=str,
 )
-def test_what_a_chat_cannot_ask_for(fields: dict[str, Any], param: str) -> None:
+def test_invalid_fields_of_chats_are_refused(fields: dict[str, Any], param: str) -> None:
     body = {"messages": [USER], **fields}
     error = refusal(*body.pop("messages"), **body)
     assert error.param == param and error.detail.startswith(param)

@@ -1,4 +1,4 @@
-"""What lies in deploy/, checked by the tools that will read it."""
+"""Check the files of deploy/ with the tools that read them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DEPLOY = ROOT / "deploy"
 
 
 def run(*command: str | Path) -> str:
-    """What it says; it must succeed."""
+    """Run a command that must succeed, and return its output."""
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not here to check its unit")
-def test_systemd_takes_the_unit_and_calls_it_safe(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit_and_rates_it_safe(tmp_path: Path) -> None:
     unit = tmp_path / "headstart@.service"
     text = (DEPLOY / unit.name).read_text()
     unit.write_text(text.replace("/opt/headstart/bin/headstart", sys.executable))  # it looks for the program
@@ -46,7 +46,7 @@ def test_systemd_takes_the_unit_and_calls_it_safe(tmp_path: Path) -> None:
         run("systemd-analyze", "security", "--offline=true", "--threshold=16", unit)
 
 
-def test_what_is_started_takes_the_options_named() -> None:
+def test_unit_and_image_use_existing_options() -> None:
     known = {"--" + field.name.replace("_", "-") for field in fields(ServeSettings)}
     for name in ("headstart@.service", "Dockerfile"):
         line = re.findall(r"^(?:ExecStart|ENTRYPOINT).*", (DEPLOY / name).read_text(), re.M)[0]
@@ -97,7 +97,7 @@ def listens(port: int) -> bool:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[Server]]:
-    """Two that write texts of the model in the box."""
+    """Run two servers with the bundled model."""
     both = [
         Server(make_service(boxed_model(), ServeSettings(port=0, slots=2, trusted_proxies=("127.0.0.1",))))
         for _ in range(2)
@@ -114,7 +114,7 @@ def servers() -> Iterator[list[Server]]:
 
 @pytest.fixture
 def gateway(servers: list[Server], tmp_path: Path) -> Iterator[str]:
-    """Its address; deploy/nginx.conf with the ports of the servers."""
+    """Run nginx with deploy/nginx.conf and the ports of the servers, and return its address."""
     nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     if nginx is None:
         pytest.skip("no nginx here: apt-get install nginx-light")
@@ -140,7 +140,7 @@ def gateway(servers: list[Server], tmp_path: Path) -> Iterator[str]:
 
 
 def ask(gateway: str, **asked: object) -> Any:
-    """The open answer to a request for a text."""
+    """Send a request, and return the open response."""
     body = {"prompt": "def f(", "max_tokens": 4, "temperature": 0, **asked}
     headers = {"Content-Type": "application/json", "X-Forwarded-For": "203.0.113.9"}  # of a gateway before this one
     request = urllib.request.Request(gateway + "/v1/completions", json.dumps(body).encode(), headers)
@@ -153,21 +153,21 @@ def text(gateway: str) -> str:
 
 
 def ended(server: Server, outcome: str) -> float:
-    """How many texts of a server have ended so."""
+    """Return how many outputs of a server ended with this outcome."""
     page = server.service.worker.metrics.page().decode()
     found = re.findall(rf'^headstart_texts_total{{.*outcome="{outcome}".*}} (\S+)$', page, re.M)
     return sum(map(float, found))
 
 
-def test_nginx_shares_requests_out(servers: list[Server], gateway: str) -> None:
-    texts = [text(gateway) for _ in range(6)]
-    assert len(set(texts)) == 1 and texts[0]
+def test_nginx_distributes_requests(servers: list[Server], gateway: str) -> None:
+    outputs = [text(gateway) for _ in range(6)]
+    assert len(set(outputs)) == 1 and outputs[0]
     assert all(ended(server, "length") > 0 for server in servers)
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(gateway + "/metrics")
 
 
-def test_nginx_lets_events_through_and_tells_of_readers_who_go(
+def test_nginx_streams_and_reports_clients_that_go(
     servers: list[Server], gateway: str, slow_steps: Callable[[float], None]
 ) -> None:
     slow_steps(0.02)
@@ -179,7 +179,7 @@ def test_nginx_lets_events_through_and_tells_of_readers_who_go(
     assert all(server.service.worker.idle for server in servers)
 
 
-def test_nginx_passes_on_who_asks_and_that_servers_are_full(
+def test_nginx_forwards_the_client_and_full_queues(
     servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -197,7 +197,7 @@ def test_nginx_passes_on_who_asks_and_that_servers_are_full(
     assert asked == ["203.0.113.9"]  # once, and in the name of who asks
 
 
-def test_nginx_goes_round_servers_that_drain_or_are_gone(
+def test_nginx_avoids_servers_that_drain_or_are_down(
     servers: list[Server], gateway: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = ended(servers[1], "length")

@@ -1,4 +1,4 @@
-"""A server as a process: it says where it listens, and a signal lets it finish."""
+"""Run a server as a process: it reports its address, and a signal lets it finish."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
-def test_a_signal_lets_texts_finish_and_takes_no_more(started: tuple[subprocess.Popen[str], str], model) -> None:
+def test_a_signal_lets_requests_finish_and_refuses_new_ones(started: tuple[subprocess.Popen[str], str], model) -> None:
     process, url = started
     key = {"Authorization": "Bearer k2"}
     with (
@@ -61,7 +61,7 @@ def test_a_signal_lets_texts_finish_and_takes_no_more(started: tuple[subprocess.
             late.status_code == 503 and late.json()["error"]["type"] == "server_error" and late.headers["retry-after"]
         )
         choices += [event["choices"][0] for event in events]
-    texts = ["".join(choice["text"] for choice in choices if choice["index"] == i) for i in range(3)]
-    assert texts == [model.generate("def f(", max_new_tokens=300).text] * 3  # the third one was waiting
+    outputs = ["".join(choice["text"] for choice in choices if choice["index"] == i) for i in range(3)]
+    assert outputs == [model.generate("def f(", max_new_tokens=300).text] * 3  # the third one waited
     assert process.wait(30) == 0
     assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]

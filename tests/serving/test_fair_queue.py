@@ -1,4 +1,4 @@
-"""Clients take turns."""
+"""Check the order of a queue in which clients take turns."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def taken(queue: FairQueue[str]) -> list[str]:
     return [queue.next() for _ in range(len(queue))]
 
 
-def test_who_asks_much_does_not_keep_the_others_waiting() -> None:
+def test_clients_take_turns() -> None:
     assert taken(filled()) == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
-def test_who_comes_late_is_behind_those_who_have_a_turn() -> None:
+def test_a_new_client_waits_one_round() -> None:
     queue = filled()
     assert queue.next() == "a1"
     queue.put("d", "d1")
     assert taken(queue) == ["b1", "c1", "a2", "d1", "b2", "a3"]
 
 
-def test_those_who_go_are_gone() -> None:
+def test_items_can_be_removed() -> None:
     queue = filled()
     assert queue.remove("a", "a1") and queue.remove("c", "c1")
     assert not queue.remove("a", "a1") and not queue.remove("z", "z1") and not queue.remove("b", "a2")

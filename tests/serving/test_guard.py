@@ -1,4 +1,4 @@
-"""Keys, origins, and what is open to everybody."""
+"""Check keys, hosts, origins, and the paths that are open to every client."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def locked() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("key", ["first", "second"])
-def test_a_key_opens(key: str, locked: Server) -> None:
+def test_each_key_is_accepted(key: str, locked: Server) -> None:
     with openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key) as client:
         assert client.completions.create(model="python-bytes-8", **BODY).choices
 
 
 @pytest.mark.parametrize("header", ["", "Bearer third", "Bearer firs", "Basic first", "first", "Bearer é"])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics", "/openapi.json", "/nowhere"])
-def test_nothing_else_does(header: str, path: str, locked: Server) -> None:
+def test_other_credentials_are_refused(header: str, path: str, locked: Server) -> None:
     answer = HTTP.request(
         "POST" if "completions" in path else "GET",
         locked.url + path,
@@ -48,7 +48,7 @@ def test_nothing_else_does(header: str, path: str, locked: Server) -> None:
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_what_needs_no_key(locked: Server) -> None:
+def test_open_paths_need_no_key(locked: Server) -> None:
     assert HTTP.get(f"{locked.url}/health").json() == {"status": "ok", "engine_failures": 0}
     assert HTTP.get(f"{locked.url}/ready").json() == {"status": "ready"}
     page = HTTP.get(f"{locked.url}/")
@@ -64,11 +64,11 @@ def test_what_needs_no_key(locked: Server) -> None:
         *((host, False) for host in ("localhost.evil.example", "notmine.example", "[mine.example]", "[::1].evil.net")),
     ],
 )
-def test_hosts(host: str, allowed: bool) -> None:
+def test_allowed_hosts(host: str, allowed: bool) -> None:
     assert guard.is_allowed_host(host, ("mine.example",)) is allowed
 
 
-def test_a_page_on_a_name_that_points_here_gets_nothing(server: Server, locked: Server) -> None:
+def test_other_host_names_are_refused_without_keys(server: Server, locked: Server) -> None:
     body = b'{"prompt": "x", "max_tokens": 1}'
     for path in ("/", "/health", "/metrics", "/v1/models"):
         answer = HTTP.get(server.url + path, headers={"Host": "evil.example"})
@@ -93,7 +93,7 @@ def test_head_is_get_without_its_body(path: str, server: Server) -> None:
     assert head.headers["content-type"] == get.headers["content-type"] and int(head.headers["content-length"])
 
 
-def test_a_panic_is_answered_in_shape(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_panic_is_a_json_error(capsys: pytest.CaptureFixture[str]) -> None:
     class Panic(BaseException): ...
 
     async def app(*_: Any) -> None:
@@ -127,20 +127,20 @@ def test_the_servers_own_limit_of_tokens(locked: Server) -> None:
 
 
 def sent(server: Server, head: str) -> bytes:
-    """What is answered to a head without its body."""
+    """Send a head without its body, and return the answer."""
     with socket.create_connection(server.socket.getsockname()[:2], timeout=20) as connection:
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode())
         return connection.recv(1000)
 
 
-def test_a_body_is_not_waited_for_longer_than_that(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_has_a_time_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent(server, "Content-Length: 100000000").startswith(b"HTTP/1.1 413")  # at once
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.1)
     for length in ("Content-Length: 100", "Transfer-Encoding: chunked"):
         assert sent(server, length).startswith(b"HTTP/1.1 408")
 
 
-def test_an_answer_may_take_longer_than_its_body(
+def test_the_time_limit_of_a_body_does_not_limit_the_answer(
     server: Server, slow_steps: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)

@@ -1,4 +1,4 @@
-"""Requests that are not right: told in OpenAI's shape, with a status below 500, and nothing else is disturbed."""
+"""Check that malformed requests get errors in OpenAI's format below 500, and disturb no other request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOOD = {"prompt": "def f(", "max_tokens": 2, "temperature": 0}
 
 
 def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/completions") -> dict[str, Any]:
-    """The error of an answer, which is of OpenAI's shape."""
+    """Check that a request is refused in OpenAI's format, and return the error."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     found, answer = raw(server, content, path)
     assert found == status, answer
@@ -93,7 +93,7 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_the_field_that_is_wrong_is_named(change: dict[str, Any], param: str | None, server: Server) -> None:
+def test_errors_name_the_field(change: dict[str, Any], param: str | None, server: Server) -> None:
     error = refused(server, {**GOOD, **change})
     assert error["param"] == param or (error["param"] or "").startswith(f"{param}.")
     assert error["type"] == "invalid_request_error"
@@ -104,7 +104,7 @@ def test_the_field_that_is_wrong_is_named(change: dict[str, Any], param: str | N
     [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"prompt"', b"[" * 100_000, b'{"a":' * 50_000, b'{"prompt": 1e999}'],
     ids=lambda body: str(body[:12]),
 )
-def test_what_is_no_object_is_refused(body: bytes, server: Server) -> None:
+def test_bodies_that_are_no_objects_are_refused(body: bytes, server: Server) -> None:
     message = refused(server, body)["message"]
     if b"1e999" not in body:
         assert message.startswith("the body is not") and "; send" in message
@@ -140,7 +140,7 @@ def test_other_models_paths_and_methods(server: Server) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_is_told_of_the_field_as_it_was_sent(
+def test_errors_name_the_field_as_sent_and_the_fix(
     change: dict[str, Any], param: str, message: str, server: Server
 ) -> None:
     error = refused(server, {**GOOD, **change})
@@ -155,11 +155,11 @@ CHANGING: dict[str, Any] = {
     "return_tokens_as_token_ids": True, "skip_special_tokens": False, "tool_choice": "required", "tools": [{}],
     "truncate_prompt_tokens": 2, "use_beam_search": True, "verbosity": "low", "web_search_options": {},
 }  # fmt: skip
-"""A value of each field of `NEUTRAL` with which the answer would be another one."""
+"""A value of each field of `NEUTRAL` that would change the answer."""
 
 
 def test_fields_that_would_change_the_answer_are_refused_by_name() -> None:
-    """At once, for completions and chats; with their neutral values, and null, they are taken."""
+    """Their neutral values and null are accepted, in completions and chats."""
     assert CHANGING.keys() == NEUTRAL.keys()
     chat = {"messages": [{"role": "user", "content": "x"}]}
     for name, value in CHANGING.items():
@@ -172,7 +172,7 @@ def test_fields_that_would_change_the_answer_are_refused_by_name() -> None:
             assert error.param == name and error.detail.startswith(f"{name}: ") and "leave" in error.detail
 
 
-def test_every_field_of_the_official_client_is_decided() -> None:
+def test_every_field_of_the_official_client_is_listed() -> None:
     for kind, params in ((CompletionRequest, completion_create_params), (ChatRequest, chat_create_params)):
         of_client = set(params.CompletionCreateParamsBase.__annotations__) | {"stream"}
         assert of_client <= {*kind.model_fields, *NEUTRAL, *IGNORED}
@@ -181,7 +181,7 @@ def test_every_field_of_the_official_client_is_decided() -> None:
         assert of_client <= {*Message.model_fields, *NEUTRAL_IN_MESSAGES}
 
 
-def test_harmless_fields_are_ignored(server: Server) -> None:
+def test_ignored_fields_do_not_change_the_answer(server: Server) -> None:
     wanted = raw(server, json.dumps(GOOD).encode())[1]["choices"]
     assert raw(server, json.dumps({**GOOD, **{name: "x" for name in IGNORED}}).encode())[1]["choices"] == wanted
 
@@ -196,7 +196,7 @@ def test_the_body_is_bounded() -> None:
 
 
 def test_hundreds_of_malformed_bodies(server: Server) -> None:
-    """Whatever is answered, it is no 5xx, it is JSON or a stream, and the server goes on."""
+    """Every answer is JSON or a stream with a status below 500, and the server continues."""
     wanted = raw(server, json.dumps(GOOD).encode())[1]["choices"]
     statuses = []
     with httpx.Client(base_url=server.url, timeout=60) as client:

@@ -1,4 +1,4 @@
-"""What /metrics tells of requests whose cost is known."""
+"""Check /metrics with requests whose cost is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from serving.conftest import HTTP, metric, raw, until
 from headstart.serving.server import Server
 
 
-def test_counters_are_what_the_answers_say(server: Server) -> None:
+def test_counters_equal_the_usage_of_answers(server: Server) -> None:
     names = (
         "vllm:spec_decode_num_drafts_total",
         "vllm:spec_decode_num_draft_tokens_total",

@@ -1,4 +1,4 @@
-"""The official client, against a real server: what it gets is what decoding gives offline."""
+"""Check with the official client that a real server returns the offline output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "python-bytes-8"
 PROMPT = "def f("
 BOOLEAN = {"name": "a", "schema": {"type": "boolean"}}
 ALL = {"speculative": {"policy": "fixed"}}
-"""All heads draft in every pass: how many are worth it may depend on the machine."""
+"""All heads draft in every pass, for the number that pays depends on the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def test_a_stream_is_the_offline_output_with_origins(client, model) -> None:
     assert not last.choices and last.usage.completion_tokens == 40
 
 
-def test_origins_and_usage_come_only_where_they_are_asked_for(client) -> None:
+def test_origins_and_usage_are_sent_on_request_only(client) -> None:
     chunks = list(client.completions.create(model=NAME, prompt=PROMPT, max_tokens=8, stream=True))
     assert all(len(chunk.choices) == 1 and chunk.usage is None for chunk in chunks)
     assert not any(hasattr(chunk.choices[0], "speculative") for chunk in chunks)
 
 
 @pytest.mark.parametrize("asked", [{"enabled": False}, {"heads": 3}, {"policy": "fixed"}, {"acceptance": "match"}])
-def test_no_way_of_drafting_changes_the_text(asked, client, model) -> None:
+def test_speculative_settings_do_not_change_the_text(asked, client, model) -> None:
     answer = client.completions.create(
         model=NAME, prompt=PROMPT, max_tokens=24, temperature=0.7, seed=1, extra_body={"speculative": asked}
     )
@@ -94,7 +94,7 @@ def test_each_choice_has_the_next_seed(client, model) -> None:
     assert answer.usage.prompt_tokens == len(PROMPT) + len("class A") and answer.usage.completion_tokens == 80
 
 
-def test_a_seed_that_was_drawn_is_told(client, model) -> None:
+def test_a_random_seed_is_reported(client, model) -> None:
     answers = [client.completions.create(model=NAME, prompt=PROMPT, max_tokens=20) for _ in range(2)]
     for answer in answers:
         offline = model.generate(PROMPT, max_new_tokens=20, temperature=1.0, seed=answer.seed)
@@ -158,7 +158,7 @@ def test_log_probabilities_are_those_of_decoding(stream, client, model) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ids", [False, True])
 def test_an_echo_has_the_log_probabilities_of_the_prompt(stream, ids, client, model) -> None:
-    """As lm-eval's local-completions reads them."""
+    """lm-eval's local-completions reads them."""
     tokens = model.tokenizer.encode(PROMPT)
     asked = {"model": NAME, "prompt": tokens if ids else PROMPT, "max_tokens": 2, "temperature": 0, "echo": True}
     asked |= {"logprobs": 1, "stream": stream}
@@ -179,7 +179,7 @@ def test_an_echo_has_the_log_probabilities_of_the_prompt(stream, ids, client, mo
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echo_alone_writes_nothing(stream, client, model) -> None:
+def test_an_echo_alone_has_no_completion_tokens(stream, client, model) -> None:
     asked = {"model": NAME, "prompt": [PROMPT, "x"], "max_tokens": 0, "echo": True, "logprobs": 0, "stream": stream}
     if stream:
         asked["stream_options"] = {"include_usage": True}
@@ -220,7 +220,7 @@ def test_constraints_hold(asked, constraint, client, model) -> None:
     assert answer.choices[0].text == offline.text and answer.choices[0].finish_reason == "stop"
 
 
-def test_an_object_of_json_begins_as_one(client) -> None:
+def test_json_objects_start_with_a_brace(client) -> None:
     answer = client.completions.create(
         model=NAME, prompt="x = ", max_tokens=60, temperature=0, extra_body={"response_format": {"type": "json_object"}}
     )
@@ -230,8 +230,8 @@ def test_an_object_of_json_begins_as_one(client) -> None:
         json.loads(choice.text)
 
 
-def test_many_at_once_get_what_each_gets_alone(client, model) -> None:
-    """More than there are slots, of all kinds, streaming and not; one in three is refused among them."""
+def test_concurrent_requests_get_the_offline_output(client, model) -> None:
+    """More requests than slots, of all kinds, streaming or not; one in three is refused."""
 
     def ask(i: int) -> str | int:
         asked = {"model": NAME, "prompt": f"def f{i}(", "max_tokens": 16 + i, "temperature": i % 3 / 2, "seed": i}

@@ -1,4 +1,4 @@
-"""The OpenAPI document, and what schemathesis makes of it: requests that it allows, and requests that it does not."""
+"""Check the OpenAPI document, and send valid and invalid requests that schemathesis derives from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from headstart.serving.server import Server
 WRITING = ["/v1/completions", "/v1/chat/completions"]
 
 
-def test_it_names_the_routes_and_their_errors(server: Server) -> None:
+def test_the_document_lists_routes_and_errors(server: Server) -> None:
     paths = json.loads(HTTP.get(f"{server.url}/openapi.json").content)["paths"]
     assert set(paths) == {*WRITING, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"}
     for path in WRITING:
@@ -25,8 +25,8 @@ def test_it_names_the_routes_and_their_errors(server: Server) -> None:
 
 
 def stand(server: Server, examples: int, folder: Path) -> None:
-    """No answer is a 5xx, and the server goes on."""
-    # A process of its own: compiled kernels round subnormal numbers to 0, and Hypothesis does not work where that is.
+    """Check that no answer has a status of 500 or more, and that the server continues."""
+    # A process of its own: compiled kernels round subnormal numbers to 0, and Hypothesis then refuses to work.
     program = Path(sys.executable).with_name("schemathesis")
     if not program.is_file():
         pytest.skip("schemathesis is not installed")
@@ -39,10 +39,10 @@ def stand(server: Server, examples: int, folder: Path) -> None:
     assert raw(server, b'{"prompt": "x", "max_tokens": 1}')[0] == 200
 
 
-def test_what_schemathesis_thinks_of(server: Server, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_server_error(server: Server, tmp_path: Path) -> None:
     stand(server, 8, tmp_path)
 
 
 @pytest.mark.slow
-def test_thousands_of_things_that_schemathesis_thinks_of(server: Server, tmp_path: Path) -> None:
+def test_schemathesis_finds_no_server_error_in_thousands_of_requests(server: Server, tmp_path: Path) -> None:
     stand(server, 5000, tmp_path)

@@ -1,4 +1,4 @@
-"""The playground in a real browser: Debian's Chromium, driven by Playwright."""
+"""Test the playground in a real browser: Debian's Chromium, driven by Playwright."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="pip install play
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 HTML = files("headstart.serving").joinpath("playground.html").read_text(encoding="utf-8")
 NOWHERE = "http://playground.test/"
-"""Where the page lies in tests that need no server: the browser is answered by the test."""
+"""Address of the page in tests that answer the browser themselves."""
 MODELS: Any = {"object": "list", "data": [{"id": "some-model", "object": "model", "heads": 3}]}
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium here: apt-get install chromium, or name one in CHROMIUM"
@@ -62,7 +62,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def tab(browser: Any) -> Iterator[Any]:
-    """A page of the width of a phone, that lets nothing wrong pass."""
+    """Open a page of the width of a phone that fails on any error of the browser."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="light")
     page = context.new_page()
     page.set_default_timeout(60_000)
@@ -80,7 +80,7 @@ Answer = Callable[[Any], None]
 
 
 def opened(tab: Any, answer: Answer | None = None, chat: bool = False) -> Any:
-    """The page, asking nobody but the test."""
+    """Open the page with answers from the test."""
     models = {"object": "list", "data": [MODELS["data"][0] | {"chat": chat}]}
     tab.route(NOWHERE, lambda route: route.fulfill(body=HTML, content_type="text/html; charset=utf-8"))
     tab.route(NOWHERE + "v1/models", lambda route: route.fulfill(json=models))
@@ -189,7 +189,7 @@ def test_the_server_says_whether_its_model_chats(tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_what_a_model_writes_is_text(tab: Any) -> None:
+def test_output_is_shown_as_text_only(tab: Any) -> None:
     bad = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\x1b[31m"
     opened(tab, streamed(chunk((bad, 1)), usage(1)))
     tab.locator("#prompt").fill(bad[:-5])
@@ -230,7 +230,7 @@ def test_what_a_model_writes_is_text(tab: Any) -> None:
         ),
     ],
 )
-def test_what_goes_wrong_is_told_in_a_line(tab: Any, answer: Answer, line: str) -> None:
+def test_errors_are_shown_in_one_line(tab: Any, answer: Answer, line: str) -> None:
     opened(tab, answer)
     press(tab, "Write")
     playwright.expect(tab.get_by_role("alert")).to_have_text(line)
@@ -239,7 +239,7 @@ def test_what_goes_wrong_is_told_in_a_line(tab: Any, answer: Answer, line: str) 
 
 
 @needs_browser
-def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Any) -> None:
+def test_a_key_is_requested_and_kept_in_the_tab(tab: Any) -> None:
     asked: list[str | None] = []
 
     def models(route: Any) -> None:
@@ -269,7 +269,7 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(tab: Any) -> None:
 
 
 @needs_browser
-def test_a_race_says_where_texts_part(tab: Any) -> None:
+def test_a_race_reports_the_first_difference(tab: Any) -> None:
     def answer(route: Any) -> None:
         body = json.loads(route.request.post_data)
         if not body["stream"]:
@@ -293,7 +293,7 @@ def width(tab: Any) -> int:
 
 
 @needs_browser
-def test_the_text_is_the_servers_and_a_race_ends_in_it_twice(tab: Any, server: Any) -> None:
+def test_a_race_shows_the_servers_output_twice(tab: Any, server: Any) -> None:
     prompt = "class Stack:\n    def push(self, item):\n"
     fields = {"max_tokens": 80, "temperature": 0.9, "top_p": 0.95, "seed": 5}
     assert tab.goto(server.url).header_value("content-security-policy") == "frame-ancestors 'none'"

@@ -1,4 +1,4 @@
-"""Threads that prepare requests: clients take turns, and what never ends keeps nobody else waiting."""
+"""Check the threads that prepare requests: clients take turns, and endless work does not block others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from headstart.serving.preparation import MOST_STUCK, Preparation
 
 
 class Works:
-    """Pieces of work that end when they are let go."""
+    """Make pieces of work that end when `ends` is set."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -49,7 +49,7 @@ def played(play: Callable[[Works], Coroutine[Any, Any, None]]) -> None:
 
 
 def submitted(pool: Preparation, works: Works, *names: str) -> list[asyncio.Task[str]]:
-    """Work of the clients that names begin with."""
+    """Run work for the clients that names begin with."""
     return [asyncio.create_task(pool.run(name[0], works.named(name))) for name in names]
 
 
@@ -72,7 +72,7 @@ def test_a_client_has_its_share_of_the_threads_and_no_more() -> None:
     played(play)
 
 
-def test_what_fails_is_told_and_frees_its_thread() -> None:
+def test_failing_work_raises_and_frees_its_thread() -> None:
     async def play(works: Works) -> None:
         pool = Preparation(threads=1, share=1, queue=1)
         for error in (ValueError, KeyboardInterrupt):  # the panic of a library is no Exception either
@@ -87,7 +87,7 @@ def test_what_fails_is_told_and_frees_its_thread() -> None:
     played(play)
 
 
-def test_a_thread_that_never_ends_blocks_nobody() -> None:
+def test_endless_work_does_not_block_others() -> None:
     async def play(works: Works) -> None:
         pool = Preparation(threads=1, share=1, queue=10)
         for count in range(MOST_STUCK):
@@ -102,7 +102,7 @@ def test_a_thread_that_never_ends_blocks_nobody() -> None:
     played(play)
 
 
-def test_one_that_is_given_up_while_it_waits_is_never_begun() -> None:
+def test_cancelled_work_never_starts() -> None:
     async def play(works: Works) -> None:
         pool = Preparation(threads=1, share=1, queue=10)
         first, second = submitted(pool, works, "a1", "a2")
@@ -115,7 +115,7 @@ def test_one_that_is_given_up_while_it_waits_is_never_begun() -> None:
     played(play)
 
 
-def test_a_full_queue_has_room_for_clients_with_less() -> None:
+def test_a_full_queue_accepts_clients_with_less_work() -> None:
     async def play(works: Works) -> None:
         pool = Preparation(threads=1, share=1, queue=2)
         tasks = submitted(pool, works, "x1", "a1", "a2", "a3")
@@ -131,7 +131,7 @@ def test_a_full_queue_has_room_for_clients_with_less() -> None:
     played(play)
 
 
-def test_a_stop_answers_everybody() -> None:
+def test_a_stop_answers_all_work_with_503() -> None:
     async def play(works: Works) -> None:
         pool = Preparation(threads=1, share=1, queue=10)
         tasks = submitted(pool, works, "a1", "a2", "b1")

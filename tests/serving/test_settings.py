@@ -1,4 +1,4 @@
-"""What a server is told wrongly is told back in a line, before anything runs."""
+"""Check that wrong settings are refused in one line before anything runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CONTEXT = load_config(boxed_model()).context
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_no_server_can_be_told(wrong: dict[str, Any], line: str) -> None:
+def test_invalid_settings_are_refused(wrong: dict[str, Any], line: str) -> None:
     with pytest.raises(UsageError, match=line):
         ServeSettings(**wrong)
 
@@ -60,7 +60,7 @@ def test_what_no_server_can_be_told(wrong: dict[str, Any], line: str) -> None:
     ],
     ids=str,
 )
-def test_hosts_are_checked_where_no_key_is_asked_for(given: dict[str, Any], hosts: tuple[str, ...] | None) -> None:
+def test_hosts_are_checked_without_keys(given: dict[str, Any], hosts: tuple[str, ...] | None) -> None:
     assert ServeSettings(**given).hosts == hosts
 
 
@@ -74,7 +74,7 @@ def test_keys_of_the_environment(variable: str, keys: tuple[str, ...], monkeypat
     assert [settings.api_key for settings in found] == [keys, ("c",)]
 
 
-def test_an_environment_without_a_key_closes_nothing_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_key_in_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSTART_API_KEY", " , ")
     with pytest.raises(UsageError, match="HEADSTART_API_KEY holds no key"):
         run(ServeCommandSettings())
@@ -83,26 +83,28 @@ def test_an_environment_without_a_key_closes_nothing_in_silence(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("wrong", "line"), [({"context": CONTEXT + 1}, f"this model's is {CONTEXT}"), ({"heads": 9}, "has 8")]
 )
-def test_what_this_model_has_not(wrong: dict[str, Any], line: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_beyond_the_model_are_refused(
+    wrong: dict[str, Any], line: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(headstart.api, "load", lambda *_, **__: model)
     with pytest.raises(UsageError, match=line):
         server.make_service(boxed_model(), ServeSettings(**wrong))
 
 
-def test_an_address_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_in_use_is_refused_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(server, "make_service", lambda *_: pytest.fail("it is told before a model is loaded"))
+        monkeypatch.setattr(server, "make_service", lambda *_: pytest.fail("the error comes before a model is loaded"))
         with pytest.raises(UsageError, match=f"{port}: Address already in use; name another --port or --host"):
             server.serve(boxed_model(), ServeSettings(port=port))
 
 
-def test_a_server_says_what_its_caches_may_take_and_shortens_what_would_take_too_much(monkeypatch, capsys) -> None:
+def test_the_memory_of_caches_is_reported_and_bounded(monkeypatch, capsys) -> None:
     service = server.make_service(boxed_model(), ServeSettings(slots=3, threads=1))
     service.worker.stop()
     assert service.context == CONTEXT
     said = capsys.readouterr().err
-    assert f"for 3 slots of {CONTEXT:,} tokens, taken as texts grow; --slots and --context change it" in said
+    assert f"for 3 slots of {CONTEXT:,} tokens, taken as sequences grow; --slots and --context change it" in said
     monkeypatch.setattr(server, "fitting_context", lambda plan, most, device: 64)
     service = server.make_service(boxed_model(), ServeSettings(slots=3, threads=1))
     service.worker.stop()

@@ -1,4 +1,4 @@
-"""What happens when much is asked at once, when clients go, when time is over, and when an engine fails."""
+"""Check a server with many requests, clients that go, deadlines and failing engines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0}).encode()
 
 @pytest.fixture(scope="module")
 def small():
-    """Two slots, room for two more."""
+    """Run a server with two slots and a queue of two."""
     with running(ServeSettings(port=0, slots=2, queue=2)) as started:
         yield started
 
@@ -86,7 +86,7 @@ def test_a_client_that_goes_within_its_body_leaves_no_traceback(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gate: Gate, model) -> None:
+def test_requests_beyond_the_queue_are_answered_429(small: Server, gate: Gate, model) -> None:
     gate.open.clear()
     body = json.dumps({"prompt": "def f(", "max_tokens": 8, "temperature": 0}).encode()
     with ThreadPoolExecutor(4) as pool:
@@ -103,7 +103,8 @@ def test_past_the_bound_it_is_429_and_those_before_are_served(small: Server, gat
     assert metric(small, "headstart_requests_total", endpoint="/v1/completions", status="429") >= 1
 
 
-def test_one_that_waits_and_goes_leaves_the_queue(small: Server, gate: Gate) -> None:
+def test_a_waiting_client_that_goes_leaves_the_queue(small: Server, gate: Gate) -> None:
+    before = metric(small, "headstart_texts_total", outcome="cancelled")
     gate.open.clear()
     first = opened(small, {**LONG, "n": 2})
     until(lambda: load(small) == (2, 0))
@@ -114,9 +115,10 @@ def test_one_that_waits_and_goes_leaves_the_queue(small: Server, gate: Gate) -> 
     first.close()
     gate.open.set()
     until(lambda: small.service.worker.idle)
+    assert metric(small, "headstart_texts_total", outcome="cancelled") == before + 3
 
 
-def test_a_failing_engine_is_told_to_those_in_flight_and_made_anew(
+def test_a_failed_engine_ends_its_requests_and_is_replaced(
     small: Server, gate: Gate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate.open.clear()
@@ -145,7 +147,7 @@ def test_a_failing_engine_is_told_to_those_in_flight_and_made_anew(
     assert raw(small, SHORT)[0] == 200
 
 
-def test_a_second_signal_does_not_wait_for_texts(gate: Gate) -> None:
+def test_a_second_signal_ends_requests(gate: Gate) -> None:
     with running(ServeSettings(port=0, slots=1)) as server:
         gate.open.clear()
         connection = opened(server, LONG)
@@ -157,7 +159,7 @@ def test_a_second_signal_does_not_wait_for_texts(gate: Gate) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 503")
 
 
-def test_texts_have_so_many_seconds_to_finish(gate: Gate) -> None:
+def test_a_drain_has_a_time_limit(gate: Gate) -> None:
     with running(ServeSettings(port=0, slots=1, drain_seconds=0.05)) as server:
         gate.open.clear()
         connection = opened(server, LONG)
@@ -167,7 +169,7 @@ def test_texts_have_so_many_seconds_to_finish(gate: Gate) -> None:
         gate.open.set()
 
 
-def test_time_is_over(gate: Gate, model) -> None:
+def test_a_request_ends_at_its_deadline(gate: Gate, model) -> None:
     with running(ServeSettings(port=0, slots=1, request_timeout=0.3)) as server:
         gate.open.clear()
         status, answer = raw(server, json.dumps(LONG).encode())
@@ -179,7 +181,7 @@ def test_time_is_over(gate: Gate, model) -> None:
         assert status == 200 and answer["choices"][0]["text"] == model.generate("x", max_new_tokens=2).text
 
 
-def test_an_engine_that_cannot_be_made_again_ends_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_be_replaced_makes_the_server_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise MemoryError
 
@@ -193,7 +195,7 @@ def test_an_engine_that_cannot_be_made_again_ends_it_all(monkeypatch: pytest.Mon
         assert raw(server, SHORT)[0] == 503
 
 
-def test_passes_faster_than_the_interval_share_a_piece(model) -> None:
+def test_fast_passes_share_an_event(model) -> None:
     with running(ServeSettings(port=0, slots=1, stream_interval=10)) as server:
         asked = {"prompt": "def f(", "max_tokens": 60, "temperature": 0, "stream": True}
         events = HTTP.post(f"{server.url}/v1/completions", json={**asked, "speculative": {"origins": True}}).text
@@ -203,7 +205,7 @@ def test_passes_faster_than_the_interval_share_a_piece(model) -> None:
     assert "".join(t["text"] for choice in choices for t in choice["speculative"]["tokens"]) == wanted
 
 
-def test_what_nobody_thought_of_is_a_500_that_tells_nothing(
+def test_an_unexpected_error_is_a_500_without_details(
     small: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> Any:
@@ -218,7 +220,7 @@ def test_what_nobody_thought_of_is_a_500_that_tells_nothing(
 
 
 class Panic(BaseException):
-    """A panic in Rust, as pyo3 raises it: no Exception."""
+    """Stand for a panic in Rust, which pyo3 raises as a BaseException."""
 
 
 @pytest.mark.parametrize("place", ["submit", "step"])
@@ -236,9 +238,7 @@ def test_a_panic_in_rust_leaves_the_engine_running(
     assert "somebody" in capsys.readouterr().err
 
 
-def test_a_route_that_fails_tells_nothing_and_ends_the_connection(
-    small: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_route_is_a_500_without_details(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(small.service, "whole", lambda *_: 1 / 0)
         status, answer = raw(small, SHORT)

@@ -1,4 +1,4 @@
-"""Work ends at its deadline, and when nobody reads its result."""
+"""Check that work ends at its deadline, and when its client goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is slow the first time is over when a server is ready."""
+"""Check that a server is warm when it is ready."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headstart.serving.server import make_service
 from headstart.serving.settings import ServeSettings
 
 
-def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_times_passes_and_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[int, int]] = []
     written: list[Request] = []
 
@@ -48,12 +48,12 @@ def test_passes_are_timed_and_a_text_is_written_before(monkeypatch: pytest.Monke
         assert timed == before
 
 
-def test_an_engine_that_does_not_work_keeps_the_server_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_a_failing_engine_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make_service(boxed_model(), ServeSettings(slots=1))
 
 
-def test_a_context_without_room_for_it() -> None:
+def test_a_short_context_skips_the_warm_up() -> None:
     with running(ServeSettings(port=0, slots=1, context=3)) as server:
         assert HTTP.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
