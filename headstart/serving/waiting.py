@@ -41,7 +41,7 @@ class Deadline:
                 raise self.error
             return task.result()
         finally:
-            task.cancel()
+            await _end(task)
 
 
 async def while_connected(work: Awaitable[Result], receive: Receive, seconds: float) -> Result:
@@ -57,12 +57,17 @@ async def while_connected(work: Awaitable[Result], receive: Receive, seconds: fl
             raise GoneError
         return task.result()
     finally:
-        for each in (task, gone):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
+        await _end(task, gone)
 
 
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks, and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
