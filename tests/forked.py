@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch._dynamo  # with the first optimiser: two seconds
 
-import headstart.commands.doctor
+import headstart.commands.doctor_checks
 import headstart.reports.compare
 import headstart.training.estimate
 import headstart.training.loop  # noqa: F401

@@ -19,8 +19,8 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
-IMPORT_TORCH = {"train", "tune", "inspect", "convert", "push", "doctor"}
-"""Commands whose help needs torch."""
+IMPORT_TORCH = {"train"}
+"""Commands whose help needs torch: it shows the settings of a run."""
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
 
 

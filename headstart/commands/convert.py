@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tyro.conf import Positional
 
 from headstart.console import print_result, say
 from headstart.errors import UsageError
 from headstart.fileio import replacing_directory, replacing_file
-from headstart.formats.format import Format
-from headstart.formats.generation_config import keep_generation, named_ends
-from headstart.formats.hub import local_directory
-from headstart.formats.huggingface import TOKENIZER_FILE
-from headstart.formats.registry import (
-    format_at,
-    format_named,
-    load_data_tokenizer,
-    load_model,
-    load_model_tokenizer,
-)
+
+if TYPE_CHECKING:
+    from headstart.formats.format import Format
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ def run(settings: ConvertSettings) -> None:
     print_result(found, settings.json, format_conversion)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def convert(
@@ -79,6 +70,19 @@ def convert(
         UsageError: a source that cannot be read, a format that cannot express it, a target that holds something else,
             a result that is not the same.
     """
+    import torch
+
+    from headstart.formats.generation_config import keep_generation, named_ends
+    from headstart.formats.hub import local_directory
+    from headstart.formats.huggingface import TOKENIZER_FILE
+    from headstart.formats.registry import (
+        format_at,
+        format_named,
+        load_data_tokenizer,
+        load_model,
+        load_model_tokenizer,
+    )
+
     form, path = format_named(to), Path(target)
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
@@ -91,9 +95,9 @@ def convert(
         say(f"{source}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
     stored = model.trunk.embedding.weight.dtype
     left = []
-    if dtype is not None and DTYPES[dtype] != stored:
-        model = model.to(DTYPES[dtype])
-        if DTYPES[dtype] != torch.float32:
+    if dtype is not None and getattr(torch, dtype) != stored:
+        model = model.to(getattr(torch, dtype))
+        if dtype != "float32":
             left.append(f"weights: rounded from {str(stored).removeprefix('torch.')} to {dtype}")
     if form.is_file:
         with replacing_file(path) as temporary:

@@ -144,7 +144,8 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
 
     from headstart.decoding.kernels.pack import decoding_dtype, pack
     from headstart.evaluation.heads import score_documents
-    from headstart.evaluation.texts import PROMPTS_FILE, Documents, read_documents, sizes
+    from headstart.evaluation.settings import PROMPTS_FILE
+    from headstart.evaluation.texts import Documents, read_documents, sizes
     from headstart.formats.registry import load_model, load_model_tokenizer
 
     tokenizer = load_model_tokenizer(path)

@@ -1,26 +1,21 @@
-"""What is in a model: sizes, heads, wiring, files, and what was measured of it. For `headstart inspect`."""
+"""`headstart inspect`: show what a model holds: sizes, heads, wiring, files, measured acceptance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tyro.conf import Positional
 
 from headstart.commands.evaluate import ACCEPTANCE_FILE
 from headstart.console import format_table, print_result
-from headstart.decoding.memory import kv_bytes_per_token
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.bundled import model_directory
-from headstart.formats.families import family_of
-from headstart.formats.hub import local_directory
-from headstart.formats.registry import load_config, load_dtype, load_model_tokenizer
-from headstart.model.config import ModelConfig
-from headstart.model.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from headstart.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -35,21 +30,31 @@ class InspectSettings:
 
 def run(settings: InspectSettings) -> None:
     """Print what the model holds."""
+    from headstart.formats.bundled import model_directory
+
     found = inspect(model_directory(None) if settings.model is None else settings.model)
     print_result(found, settings.json, format_inspection)
 
 
 PRESET_HEADS = (1, 2, 4)
-CACHES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What keys and values are kept in; on CPUs float32, whatever the weights are (`decoding/cache.py`)."""
+CACHE_DTYPES = ("bfloat16", "float32")
+"""dtypes of cached keys and values; on CPUs float32, whatever the dtype of the weights (`decoding/cache.py`)."""
 PARTS = ("embedding", "trunk", "heads", "unembedding", "total", "non_embedding", "next_token_path")
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """What is in the model directory `path`, or behind the name of one of the paper's sizes ("100M").
+    """Return what the model directory `path` holds, or the sizes of one of the paper's models ("100M").
 
-    No weights are read. Raises UsageError where there is neither.
+    No weights are read. Raises UsageError if `path` is neither.
     """
+    import torch
+
+    from headstart.decoding.memory import kv_bytes_per_token
+    from headstart.formats.families import family_of
+    from headstart.formats.hub import local_directory
+    from headstart.formats.registry import load_config, load_dtype, load_model_tokenizer
+    from headstart.model.presets import PRESETS
+
     if str(path) in PRESETS and not Path(path).exists():
         return _inspect_preset(str(path))
     directory = local_directory(path)
@@ -70,7 +75,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         else {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "end_id": tokenizer.end_id},
         "plain_decoder": config.kind.plain_decoder,
         "family": family_of(config).model_type,
-        "kv_bytes_per_token": {name: kv_bytes_per_token(config, dtype) for name, dtype in CACHES.items()},
+        "kv_bytes_per_token": {name: kv_bytes_per_token(config, getattr(torch, name)) for name in CACHE_DTYPES},
     }
     if (directory / ACCEPTANCE_FILE).is_file():
         found["acceptance"] = read_json(directory / ACCEPTANCE_FILE)
@@ -78,12 +83,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
 
 def format_inspection(found: dict[str, Any]) -> str:
-    """`inspect`'s result for people."""
+    """Format the result of `inspect` for people."""
     return _format_preset(found) if "preset" in found else _format_directory(found)
 
 
 def head_tree(config: ModelConfig) -> str:
-    """The tree of heads as text, a line a head, rooted at the trunk."""
+    """Return the tree of heads as text, rooted at the trunk, with a line for each head."""
     return "\n".join([f"trunk ({_blocks(config.trunk_layers)})", *_branches(config, 0, "")])
 
 
@@ -100,7 +105,7 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     return {
         "sizes": {
             **asdict(config),
-            # What the fields left out stand for.
+            # The values of fields that a configuration leaves out.
             "kv_heads": config.key_value_heads,
             "head_dim": config.dim_per_head,
             "hidden_dim": config.hidden,
@@ -115,6 +120,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
 
 
 def _inspect_preset(name: str) -> dict[str, Any]:
+    from headstart.model.presets import PRESETS, preset
+
     counts = {}
     for heads in PRESET_HEADS:
         if heads < PRESETS[name].layers:  # the trunk keeps a block
@@ -184,7 +191,7 @@ def _format_directory(found: dict[str, Any]) -> str:
 
 
 def _plain_lines(content: dict[str, Any], indent: str) -> Iterator[str]:
-    """Whatever the file holds: its writer decides what is worth telling."""
+    """Format everything in the file: its writer decides what is worth showing."""
     for name, value in content.items():
         if isinstance(value, dict):
             yield f"{indent}{name}:"
@@ -215,7 +222,7 @@ def _blocks(number: int) -> str:
 
 
 def _files(directory: Path) -> dict[str, int]:
-    """Size of every file, by its path in the directory."""
+    """Return the size of every file by its path in the directory."""
     files = (file for file in directory.rglob("*") if file.is_file())
     return {str(file.relative_to(directory)): file.stat().st_size for file in sorted(files)}
 

@@ -12,14 +12,11 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from headstart.commands.card import MARK, write_card
 from headstart.console import print_result, say
 from headstart.data.prompts import read_prompt_file
 from headstart.errors import UsageError
-from headstart.evaluation.texts import PROMPTS_FILE
+from headstart.evaluation.settings import PROMPTS_FILE
 from headstart.fileio import read_json, replacing_directory
-from headstart.formats.config_json import CONFIG_FILE
-from headstart.formats.registry import load_config
 
 CARD = "README.md"
 SENT = (
@@ -98,6 +95,8 @@ def push(
     Raises:
         UsageError: no model, a folder that holds something else, files that are damaged, a hub that says no.
     """
+    from headstart.formats.registry import load_config
+
     directory = Path(model)
     load_config(directory)
     repository = hub_id(to)
@@ -141,6 +140,8 @@ def _card(
     directory: Path, name: str, licence: str | None, base: str | None, results: dict[str, Any] | None, new: bool
 ) -> tuple[str, str]:
     """The text of the card, and where it comes from."""
+    from headstart.commands.card import MARK, write_card
+
     file = directory / CARD
     if file.is_file() and not new:
         text = file.read_text(encoding="utf-8")
@@ -170,6 +171,8 @@ def _check_target(source: Path, target: Path) -> None:
         raise UsageError(f"{target}: is where the model lies; name another folder")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; name a folder")
+    from headstart.formats.config_json import CONFIG_FILE
+
     earlier = (target / CONFIG_FILE).is_file() and (target / CARD).is_file()
     if target.is_dir() and any(target.iterdir()) and not earlier:
         raise UsageError(f"{target}: holds something else, and would be replaced; name a new folder")

@@ -5,29 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from tyro.conf import Positional
 
-import headstart
-from headstart.api import LanguageModel
 from headstart.arguments import whole_number
 from headstart.console import Progress, format_table, print_result, say
-from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow
-from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Generation
-from headstart.decoding.kernels.backend import backend_of
-from headstart.decoding.kernels.int8 import Quantize
-from headstart.decoding.policy.calibration import AcceptanceTable, Tuning, write_tuning
-from headstart.decoding.policy.timing import pass_costs
-from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
-from headstart.evaluation.free_running import draft_ranks
-from headstart.evaluation.texts import FilePrompts, LongPrompts, find_prompts, prompt_limit, sizes
-from headstart.formats.bundled import model_directory
 from headstart.hardware import use_threads
 from headstart.reports.evaluation import left_out
+
+if TYPE_CHECKING:
+    from headstart.api import LanguageModel
+    from headstart.decoding.drafters.tree import DraftTree
+    from headstart.decoding.generation import Generation
+    from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
+    from headstart.evaluation.texts import FilePrompts
 
 RANKS = 8
 """The most candidates of a head in a tree."""
@@ -51,7 +44,7 @@ class TuneSettings:
     prompt_tokens: int | None = None
     """Tokens of a piece of a document, and the most tokens of a prompt from a file (None: 128, or half the model's
     context; for a file as many as the context has room for)."""
-    long_prompts: LongPrompts | None = None
+    long_prompts: Literal["skip", "middle", "start"] | None = None
     """Treatment of longer prompts of a file: skip leaves them out, middle cuts out their middle, start keeps their
     start and leaves conversations out (None: skip, or start with --prompt-tokens). The report counts them."""
     new_tokens: int | None = None
@@ -66,7 +59,7 @@ class TuneSettings:
     """Seconds of timing passes at each batch size, for greedy and for sampled ones each."""
     dtype: str | None = None
     """bfloat16 or float32 (None: the dtype that `headstart generate` uses)."""
-    quantize: Quantize | None = None
+    quantize: Literal["int8"] | None = None
     """int8: tune the model as `headstart generate --quantize int8` decodes it; other costs in the file stay."""
     device: str = "cpu"
     """cpu, cuda, ..."""
@@ -84,6 +77,16 @@ def run(settings: TuneSettings) -> None:
 
 def tune(settings: TuneSettings) -> dict[str, Any]:
     """Measure acceptance and costs, write `tuning.json`, and return the measurements."""
+    import torch
+
+    import headstart
+    from headstart.decoding.drafters.tree import DraftTree, grow
+    from headstart.decoding.kernels.backend import backend_of
+    from headstart.decoding.policy.calibration import Tuning, write_tuning
+    from headstart.decoding.policy.timing import pass_costs
+    from headstart.evaluation.texts import find_prompts, prompt_limit, sizes
+    from headstart.formats.bundled import model_directory
+
     path = model_directory(settings.model)
     _check(settings)
     language_model = headstart.load(path, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
@@ -129,6 +132,8 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
 
 def _check(settings: TuneSettings) -> None:
     """Raise UsageError for settings out of range."""
+    from headstart.decoding.drafters.tree import MOST_NODES
+
     for name in ("prompt_count", "prompt_tokens", "new_tokens"):
         value = getattr(settings, name)
         if value is not None:
@@ -152,6 +157,11 @@ def measure_acceptance(
     Returns:
         The table, and with `ranks` for each pass the rank of the right token among the candidates of each head.
     """
+    from headstart.decoding.engine import Engine
+    from headstart.decoding.policy.calibration import AcceptanceTable
+    from headstart.decoding.settings import Request, Sampling
+    from headstart.evaluation.free_running import draft_ranks
+
     observed: list[tuple[list[float], int]] = []
     drafted_at: dict[Generation, list[int]] = {}
 
@@ -185,6 +195,8 @@ def _weigh_trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> l
 
     It holds for one greedy request at a time, and follows from the drafts that each would have kept of those in `seen`.
     """
+    from headstart.decoding.drafters.tree import DraftTree
+
     slots = tuning.costs.slots[0]
     plain, chain_costs = tuning.costs.at(slots)
     _, tree_costs = tuning.costs.at_tree(slots)

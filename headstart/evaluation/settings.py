@@ -1,9 +1,12 @@
-"""Options of single tasks of `headstart evaluate`. Importing them does not import torch."""
+"""Options of single tasks of `headstart evaluate`, and file names. Importing them does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
+PROMPTS_FILE = "prompts.jsonl"
+"""File of a model directory with prompts: text that the model was not trained on."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from headstart.data.prompts import FilePrompt, chat_ids, read_prompt_file, turn_
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.errors import UsageError
+from headstart.evaluation.settings import PROMPTS_FILE
 from headstart.formats.registry import load_config, load_model_tokenizer
 
-PROMPTS_FILE = "prompts.jsonl"
-"""Prompts that a model directory carries: texts that it was not trained on."""
 LongPrompts = Literal["skip", "middle", "start"]
 """Prompts that are too long are left out, cut in their middle, or, where they are text, cut to their start."""
 

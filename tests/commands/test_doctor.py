@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from headstart import hardware
-from headstart.commands import doctor
-from headstart.commands.doctor import Sizes, diagnose, format_diagnosis
+from headstart.commands import doctor_checks
+from headstart.commands.doctor import format_diagnosis
+from headstart.commands.doctor_checks import Sizes, diagnose
 from headstart.decoding.policy.timing import Decoded
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
@@ -81,8 +82,8 @@ def test_a_difference_is_a_failure_that_says_where(model_directory, monkeypatch)
             decoded.generations[1].tokens[2] += 1
         return decoded
 
-    real = doctor.decode
-    monkeypatch.setattr(doctor, "decode", lossy)
+    real = doctor_checks.decode
+    monkeypatch.setattr(doctor_checks, "decode", lossy)
     diagnosis = diagnose(model_directory, sizes=SMALL)
     assert diagnosis["verdict"] == "fail" and 4 in calls
     finding = of(diagnosis, "speculation, greedy")
@@ -98,9 +99,9 @@ def test_a_missing_model_is_reported_before_anything_is_timed(tmp_path, monkeypa
 
 def test_large_models_are_compared_on_a_few_tokens_and_not_where_memory_is_short(model_directory, monkeypatch):
     pytest.importorskip("transformers")
-    config = doctor.load_config(model_directory)
-    finding = doctor.compare_with_transformers(model_directory, config, (1, 2, 3, 4, 5, 6), most_parameters=10)
+    config = doctor_checks.load_config(model_directory)
+    finding = doctor_checks.compare_with_transformers(model_directory, config, (1, 2, 3, 4, 5, 6), most_parameters=10)
     assert finding.status == "ok" and "at 4 of 4 positions" in finding.sentence
     monkeypatch.setattr(hardware, "available_memory", lambda: 1000)
-    finding = doctor.compare_with_transformers(model_directory, config, (1, 2, 3))
+    finding = doctor_checks.compare_with_transformers(model_directory, config, (1, 2, 3))
     assert finding.status == "warn" and "are free" in finding.sentence and not finding.values["compared"]
