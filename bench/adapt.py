@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.report import Bar, BenchSettings, Findings, measurement, run_parts
-from headstart.decoding.policy.timing import interleave, ratios, timed
+from bench.report import Bar, BenchSettings, Findings, run_parts
+from headstart.decoding.policy.timing import interleave, timed
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, count_targets
@@ -66,10 +66,11 @@ def _measure(kind: HeadKindName, settings: AdaptSettings) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: timed(step) for name, step in _steps(settings, kind, Path(folder)).items()}
         seconds = interleave(steps, settings.repetitions)
-    rows = [measurement(kind, f"{name}: a step", values, "s") for name, values in seconds.items()]
-    over = ratios(seconds["trunk runs"], seconds["states are read"])
-    rows.append(measurement(kind, "trunk runs / states are read", over, bar=STATES_BAR))
-    return Findings(rows)
+    found = Findings(kind)
+    for name, values in seconds.items():
+        found.measure(f"{name}: a step", values, "s")
+    found.ratio("trunk runs / states are read", seconds["trunk runs"], seconds["states are read"], STATES_BAR)
+    return found
 
 
 def _steps(settings: AdaptSettings, kind: HeadKindName, folder: Path) -> dict[str, Callable[[], object]]:

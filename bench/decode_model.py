@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import fresh_process, report
 from bench.decode_settings import DecodeSettings
-from bench.report import NONE, Bar, Findings, count, measurement
+from bench.report import NONE, Bar, Findings, count
 from headstart.console import say
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import pack
@@ -41,7 +41,7 @@ def model(settings: DecodeSettings) -> Findings:
     """Measure every number of heads and the policy, greedily and sampled, and draw the figure."""
     assert settings.model is not None
     config, prompts = load_config(settings.model), settings.load_prompts()
-    found, drawn = Findings(), {}
+    found, drawn = Findings("model"), {}
     ks = sorted(k for k in settings.heads if k <= config.heads)
     for temperature in settings.temperatures:
         case = settings.case(
@@ -59,7 +59,7 @@ def model(settings: DecodeSettings) -> Findings:
         table, drawn[name] = _report_temperature(found, name, ks, answer)
         title = f"{settings.model}, {name}; {answer['repeated_8_grams']:.0%} of the 8-grams repeat themselves"
         found.tables.append(report.table(title, HEADERS, table))
-    found.notes.append(_note(settings, config, len(prompts)))
+    found.note(_note(settings, config, len(prompts)))
     _draw(drawn, settings)
     return found
 
@@ -108,42 +108,35 @@ def _report_temperature(
     """Add the measurements of one temperature, and return its table and its bars."""
     speeds, per_pass = answer["tokens_per_second"], answer["tokens_per_pass"]
     plain, what = speeds[PLAIN], f"{name}, plain (K = 1, exact=False)"
-    found.rows.append(measurement("model", what, plain, "tokens/s", tokens_per_pass=per_pass[PLAIN]))
-    lines: list[list[object]] = [[what, found.rows[-1]["median"], 1.0, None, 1.0, 1.0, "", "", "1.00"]]
+    speed = found.measure(what, plain, "tokens/s", tokens_per_pass=per_pass[PLAIN])["median"]
+    lines: list[list[object]] = [[what, speed, 1.0, None, 1.0, 1.0, "", "", "1.00"]]
     labels = {str(k): f"K = {k}" for k in ks} | ({POLICY: POLICY} if POLICY in speeds else {})
     drawn: Drawn = []
     for k, label in labels.items():
-        acceptance, fed = answer["acceptance"][k], answer["rows_per_pass"][k]
-        speed = measurement(
-            "model", f"{name}, {label}", speeds[k], "tokens/s", tokens_per_pass=per_pass[k], acceptance=acceptance,
-            rows_per_pass=fed,
-        )  # fmt: skip
-        over_plain = measurement("model", f"{name}, {label} / plain", ratios(speeds[k], plain))
-        over_exact = measurement("model", f"{name}, {label} / K = 1", ratios(speeds[k], speeds["1"]))
-        found.rows += [speed, over_plain, over_exact]
-        gain = over_plain["median"]
+        shares, fed = answer["acceptance"][k], answer["rows_per_pass"][k]
+        details = {"tokens_per_pass": per_pass[k], "acceptance": shares, "rows_per_pass": fed}
+        speed = found.measure(f"{name}, {label}", speeds[k], "tokens/s", **details)["median"]
+        gain = found.ratio(f"{name}, {label} / plain", speeds[k], plain)["median"]
+        exact = found.ratio(f"{name}, {label} / K = 1", speeds[k], speeds["1"])["median"]
         paper = " / ".join(f"{x:.2f}" for x in PAPER.get(int(k) if k.isdigit() else 0, ()))
-        shares = " ".join(f"{share:.2f}" for share in acceptance)
-        lines.append(
-            [label, speed["median"], gain, over_exact["median"], per_pass[k], gain / per_pass[k], paper, shares,
-             f"{fed:.2f}"]
-        )  # fmt: skip
+        acceptance = " ".join(f"{share:.2f}" for share in shares)
+        efficiency = gain / per_pass[k]
+        lines.append([label, speed, gain, exact, per_pass[k], efficiency, paper, acceptance, f"{fed:.2f}"])
         drawn.append((k, gain, per_pass[k]))
     if name == "greedy" and ks[-1] > 1:
         for k in [str(ks[-1]), *list(labels)[len(ks) :]]:
             kept = [gain / per_pass[k] for gain in ratios(speeds[k], speeds["1"])]
-            what = f"{name}, {labels[k]} / K = 1 over its tokens per pass"
-            found.rows.append(measurement("model", what, kept, bar=EFFICIENCY_BAR))
+            found.measure(f"{name}, {labels[k]} / K = 1 over its tokens per pass", kept, bar=EFFICIENCY_BAR)
     differing = [k for k in labels if answer["first_difference"][k] is not None]
     # A count with a bar, so that a lossy run shows as missed and not as a remark.
     what = f"{name}: numbers of heads whose output differs from K = 1"
-    found.rows.append(measurement("model", what, [len(differing)], bar=NONE, differing=differing))
+    found.measure(what, [len(differing)], bar=NONE, differing=differing)
     return lines, drawn
 
 
 def _note(settings: DecodeSettings, config: ModelConfig, prompts: int) -> str:
     return (
-        f"model: n = {config.heads} {config.head_kind} heads, {config.wiring}, {settings.quantize or settings.dtype}, "
+        f"n = {config.heads} {config.head_kind} heads, {config.wiring}, {settings.quantize or settings.dtype}, "
         f"{count(settings.threads[-1], 'thread')}; {prompts} prompts of at most {settings.prompt_tokens} tokens, "
         f"{settings.new_tokens} new tokens, batch {settings.batch}; prompts are not timed, end tokens end no output. "
         "Efficiency = speed-up over plain / tokens per pass. Policy: rows of each pass chosen by what `headstart tune` "

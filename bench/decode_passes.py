@@ -11,7 +11,7 @@ import torch
 
 from bench import fresh_process
 from bench.decode_settings import DecodeSettings, four_heads
-from bench.report import Bar, Findings, count, measurement, milliseconds
+from bench.report import Bar, Findings, count
 from headstart import hardware
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.timing import DTYPES, PASSES_OF_A_BLOCK, Pass, interleave, random_model, ratios, timed
@@ -57,28 +57,24 @@ def merged_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes:
 
 def bandwidth(settings: DecodeSettings) -> Findings:
     """Measure which share of the memory bandwidth a plain pass reaches."""
-    found, size = Findings(), 0
-    shares: dict[int, list[float]] = {}
+    found, size = Findings("bandwidth"), 0
+    shares: dict[str, list[float]] = {}
     config = replace(settings.sizes, heads=1)
     for threads, label in settings.thread_labels():
         case = settings.case(config, stream_mebibytes=settings.stream_mebibytes)
         answer = fresh_process.call(bandwidth_case, case, threads=threads)
         size, stream = answer["bytes"], answer["stream_gb_per_second"]
-        shares[threads] = [size / s / 1e9 / stream for s in answer["seconds"]]
-        what = f"bytes of a pass / its time / stream read, {label}"
-        found.rows += [
-            milliseconds("bandwidth", f"plain pass, {label}", answer["seconds"], threads=threads),
-            measurement("bandwidth", f"stream read, {label}", [stream], "GB/s", threads=threads),
-            measurement("bandwidth", what, shares[threads], threads=threads, bytes=size),
-        ]
-    best = max(shares, key=lambda threads: statistics.median(shares[threads]))
-    what = f"the same at the best setting ({count(best, 'thread')})"
+        shares[label] = [size / s / 1e9 / stream for s in answer["seconds"]]
+        found.times(f"plain pass, {label}", answer["seconds"])
+        found.measure(f"stream read, {label}", [stream], "GB/s")
+        found.measure(f"bytes of a pass / its time / stream read, {label}", shares[label])
+    best = max(shares, key=lambda label: statistics.median(shares[label]))
     bar = BANDWIDTH_BARS[max(least for least in BANDWIDTH_BARS if config.parameters()["total"] >= least)]
-    found.rows.append(measurement("bandwidth", what, shares[best], bar=bar, threads=best))
-    found.notes.append(
-        f"bandwidth: a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the "
-        f"keys and values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of "
-        "fp32 with as many threads."
+    found.measure(f"the same at the best setting ({best})", shares[best], bar=bar)
+    found.note(
+        f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
+        f"values of its span. Stream read: the best of 2 x 5 sums over {settings.stream_mebibytes} MiB of fp32 with as "
+        "many threads."
     )
     return found
 
@@ -104,21 +100,18 @@ def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def window(settings: DecodeSettings) -> Findings:
     """Measure a pass over several rows against a pass over one row of the same weights."""
-    found, rows = Findings(), settings.window
+    found, rows = Findings("window"), settings.window
     for threads, label in settings.thread_labels():
         case = settings.case(replace(settings.sizes, heads=1), rows=rows)
         answer = fresh_process.call(window_case, case, threads=threads)
         for name, seconds in answer.items():
-            shown = f"{rows} rows" if name == "window" else name
-            found.rows.append(milliseconds("window", f"{shown}, {label}", seconds, threads=threads))
-        faster = min(("one row", "one row, own layout"), key=lambda name: sorted(answer[name])[len(answer[name]) // 2])
-        values = ratios(answer["window"], answer[faster], PASSES_OF_A_BLOCK)
-        what = f"{rows} rows / {faster}, {label}"
-        found.rows.append(measurement("window", what, values, bar=WINDOW_BAR, threads=threads))
-    found.notes.append(
-        f"window: trunk, head 1 and unembedding on {rows} rows against one row of the same {settings.sizes.layers} "
-        f"layers, batch 1, at {settings.cached} cached positions. The faster of two one-row passes is the "
-        f"denominator: weights laid out for {rows} rows, and for one (own layout)."
+            found.times(f"{f'{rows} rows' if name == 'window' else name}, {label}", seconds)
+        one = min(("one row", "one row, own layout"), key=lambda name: statistics.median_high(answer[name]))
+        found.ratio(f"{rows} rows / {one}, {label}", answer["window"], answer[one], WINDOW_BAR, PASSES_OF_A_BLOCK)
+    found.note(
+        f"trunk, head 1 and unembedding on {rows} rows against one row of the same {settings.sizes.layers} layers, "
+        f"batch 1, at {settings.cached} cached positions. The faster of two one-row passes is the denominator: weights "
+        f"laid out for {rows} rows, and for one (own layout)."
     )
     return found
 
@@ -142,20 +135,18 @@ def window_case(case: dict[str, Any]) -> dict[str, list[float]]:
 
 def merged(settings: DecodeSettings) -> Findings:
     """Measure a pass that verifies and drafts with all heads, against a plain pass and the bytes of both."""
-    config = four_heads(settings.sizes)
+    found, config = Findings("merged"), four_heads(settings.sizes)
     answer = fresh_process.call(merged_case, settings.case(config), threads=settings.threads[-1])
     expected = answer["merged bytes"] / answer["plain bytes"]
     over = [ratio / expected for ratio in ratios(answer["merged"], answer["plain"], PASSES_OF_A_BLOCK)]
-    rows = [
-        milliseconds("merged", f"{name} pass", answer[name], bytes=answer[f"{name} bytes"])
-        for name in ("plain", "merged")
-    ]
-    rows.append(measurement("merged", "merged / plain pass, over the same ratio of bytes", over, bar=MERGED_BAR))
-    note = (
-        f"merged: four parallel transformer heads, {config.parameters()['total']:,} parameters, batch 1: a pass over "
-        f"four rows that verifies and drafts with all heads reads {expected:.3f} times the bytes of a plain pass."
+    for name in ("plain", "merged"):
+        found.times(f"{name} pass", answer[name], bytes=answer[f"{name} bytes"])
+    found.measure("merged / plain pass, over the same ratio of bytes", over, bar=MERGED_BAR)
+    found.note(
+        f"four parallel transformer heads, {config.parameters()['total']:,} parameters, batch 1: a pass over four rows "
+        f"that verifies and drafts with all heads reads {expected:.3f} times the bytes of a plain pass."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def merged_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +164,7 @@ def merged_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def deferred(settings: DecodeSettings) -> Findings:
     """Measure passes whose drafting heads run on the accepted row alone, against all rows."""
-    rows: list[dict[str, Any]] = []
+    found = Findings("deferred")
     for threads, label in settings.thread_labels():
         for n in settings.deferred_heads:
             case = settings.case(replace(settings.sizes, heads=n), batches=list(settings.deferred_batches))
@@ -181,17 +172,11 @@ def deferred(settings: DecodeSettings) -> Findings:
             for batch in settings.deferred_batches:
                 fast, full = answer[f"deferred {batch}"], answer[f"all {batch}"]
                 where = f"K = n = {n}, batch {batch}, {label}"
-                details: dict[str, Any] = {"threads": threads, "heads": n, "batch": batch}
-                over = ratios(fast, full, PASSES_OF_A_BLOCK)
-                rows += [
-                    milliseconds("deferred", f"accepted row, {where}", fast, **details),
-                    milliseconds("deferred", f"all rows, {where}", full, **details),
-                    measurement("deferred", f"accepted row / all rows, {where}", over, **details),
-                ]
-    note = (
-        "deferred: a whole pass whose drafting heads (transformer, parallel) run on the accepted row, or on all rows."
-    )
-    return Findings(rows, [note])
+                found.times(f"accepted row, {where}", fast)
+                found.times(f"all rows, {where}", full)
+                found.ratio(f"accepted row / all rows, {where}", fast, full, block=PASSES_OF_A_BLOCK)
+    found.note("a whole pass whose drafting heads (transformer, parallel) run on the accepted row, or on all rows.")
+    return found
 
 
 def deferred_case(case: dict[str, Any]) -> dict[str, list[float]]:
@@ -211,7 +196,7 @@ def deferred_case(case: dict[str, Any]) -> dict[str, list[float]]:
 
 def rows(settings: DecodeSettings) -> Findings:
     """Measure passes by rows, in the dtype and in int8, of the trained model if one is given."""
-    found, dtype = Findings(), settings.dtype
+    found, dtype = Findings("rows"), settings.dtype
     path = None if settings.model is None else str(settings.model)
     for threads, label in settings.thread_labels():
         case = settings.case(replace(settings.sizes, heads=1), model=path)
@@ -219,16 +204,15 @@ def rows(settings: DecodeSettings) -> Findings:
         for kind, seconds in answer.items():
             for width, values in seconds.items():
                 what = f"{kind}, {count(int(width), 'row')}, {label}"
-                found.rows.append(milliseconds("rows", what, values, threads=threads))
+                found.times(what, values)
                 others: dict[str, list[float]] = {dtype: answer[dtype][width]} if kind != dtype else {}
                 others |= {"1 row": seconds["1"]} if width != "1" else {}
                 for name, other in others.items():
-                    over = ratios(values, other, PASSES_OF_A_BLOCK)
-                    found.rows.append(measurement("rows", f"{what} / {name}", over, threads=threads))
+                    found.ratio(f"{what} / {name}", values, other, block=PASSES_OF_A_BLOCK)
     weights = path or f"{settings.sizes.layers} layers of {settings.sizes.dim}, random weights"
-    found.notes.append(
-        f"rows: passes of head 1 without drafts at {settings.cached} cached positions, each after a pass of the same "
-        f"kind, of {weights}; int8: headstart/decoding/kernels/int8.py."
+    found.note(
+        f"passes of head 1 without drafts at {settings.cached} cached positions, each after a pass of the same kind, "
+        f"of {weights}; int8: headstart/decoding/kernels/int8.py."
     )
     return found
 

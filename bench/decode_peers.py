@@ -17,7 +17,7 @@ from bench import report, streams
 from bench.decode_settings import SIZES, DecodeSettings, four_heads
 from bench.peer_processes import PACKAGES, PeerError, PeerProcess, find_python, write_gguf
 from bench.peers.with_headstart import PLAIN
-from bench.report import Bar, Findings, count, measurement
+from bench.report import Bar, Findings, count
 from bench.streams import common_prefix, p50_p95
 from headstart.console import say
 from headstart.decoding.policy.timing import random_model, ratios
@@ -188,7 +188,7 @@ def random_subject(label: str, config: ModelConfig, settings: DecodeSettings, fo
 
 def plain(settings: DecodeSettings) -> Findings:
     """Measure our plain decoding against that of transformers, one stream of the same directory."""
-    found, agreement = Findings(), []
+    found, agreement = Findings("plain"), []
     config = replace(settings.sizes, heads=1)
     pythons = _pythons(["transformers"], install=settings.install_peers)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,14 +199,12 @@ def plain(settings: DecodeSettings) -> Findings:
             for each in runs:
                 if each.failure is not None:
                     raise UsageError(f"the part plain needs {each.peer}: {each.failure}")
-                what = f"{each.peer}, {label}"
-                found.rows.append(measurement("plain", what, each.rates, "tokens/s", threads=threads))
+                found.measure(f"{each.peer}, {label}", each.rates, "tokens/s")
             ours, theirs = runs
             agreement.append(common_prefix(ours.streams[-1]["tokens"][0], theirs.streams[-1]["tokens"][0]))
-            what, values = f"headstart / transformers, {label}", ratios(ours.rates, theirs.rates)
-            found.rows.append(measurement("plain", what, values, bar=TRANSFORMERS_BAR, threads=threads))
-    found.notes.append(
-        f"plain: one stream, batch 1, greedy, {config.parameters()['total']:,} parameters with random weights, n = 1, "
+            found.ratio(f"headstart / transformers, {label}", ours.rates, theirs.rates, TRANSFORMERS_BAR)
+    found.note(
+        f"one stream, batch 1, greedy, {config.parameters()['total']:,} parameters with random weights, n = 1, "
         f"the same model directory for both; {settings.prompt_tokens} prompt and {settings.new_tokens} new tokens, "
         "timed from the first new token to the last (the prompt is not counted). transformers: "
         "LlamaForCausalLM.generate, use_cache, its default attention, in a process of its own. The first "
@@ -218,7 +216,7 @@ def plain(settings: DecodeSettings) -> Findings:
 
 def peers(settings: DecodeSettings) -> Findings:
     """Measure every peer with random weights of each size, and with the trained model if one is given."""
-    found = Findings()
+    found = Findings("peers")
     threads, batches = settings.threads[-1], settings.peer_batches
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -233,11 +231,11 @@ def peers(settings: DecodeSettings) -> Findings:
                 where = f"{subject.label}, batch {batch}"
                 say(f"peers: {where}")
                 runs = rounds.measure(subject, batch)
-                found.rows += _compare(runs, where, subject.label if batch == 1 else "")
+                _compare(found, runs, where, subject.label if batch == 1 else "")
                 title = f"Peers: {where}, {settings.dtype}, {count(threads, 'thread')}"
                 found.tables.append(_table(runs, title))
-    found.notes.append(
-        f"peers: {'; '.join(rounds.versions.values())}. The same weights, prompts and threads for all, greedy, "
+    found.note(
+        f"{'; '.join(rounds.versions.values())}. The same weights, prompts and threads for all, greedy, "
         f"{settings.new_tokens} new tokens, each peer in a process of its own, variants taking turns. Prompts are not "
         "timed. 12M, 105M, 235M: random weights with four heads; their drafts are made right at the rate that the "
         "paper's have in code (synthetic acceptance). The output of such weights is no text, so it does not judge "
@@ -247,23 +245,17 @@ def peers(settings: DecodeSettings) -> Findings:
     return found
 
 
-def _compare(found: list[Runs], where: str, size: str) -> list[dict[str, Any]]:
-    """Return the rate of each variant, and ours over each of the peers'. `size` selects the bars."""
-    done = [runs for runs in found if runs.failure is None]
-    rows = [
-        measurement(
-            "peers", f"{where}: {runs.name}", runs.rates, "tokens/s", tokens_per_pass=runs.tokens_per_pass
-        )
-        for runs in done
-    ]  # fmt: skip
-    for mine in (runs for runs in done if runs.peer == OURS and runs.variant != "K = 1"):
-        for other in (runs for runs in done if runs.peer != OURS):
+def _compare(found: Findings, runs: list[Runs], where: str, size: str) -> None:
+    """Add the rate of each variant, and ours over each of the peers'. `size` selects the bars."""
+    done = [each for each in runs if each.failure is None]
+    for each in done:
+        found.measure(f"{where}: {each.name}", each.rates, "tokens/s", tokens_per_pass=each.tokens_per_pass)
+    for mine in (each for each in done if each.peer == OURS and each.variant != "K = 1"):
+        for other in (each for each in done if each.peer != OURS):
             bars = PLAIN_BARS if mine.variant == PLAIN else HEADS_BARS
             by_size = bars.get(other.peer, {}) if other.variant in ("greedy", "greedy, compiled") else {}
             bar = Bar(">=", by_size[size]) if size in by_size else None
-            what = f"{where}: {mine.name} / {other.name}"
-            rows.append(measurement("peers", what, ratios(mine.rates, other.rates), bar=bar))
-    return rows
+            found.ratio(f"{where}: {mine.name} / {other.name}", mine.rates, other.rates, bar)
 
 
 def _table(found: list[Runs], title: str) -> dict[str, Any]:

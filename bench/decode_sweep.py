@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import fresh_process, report, streams
 from bench.decode_settings import SIZES, DecodeSettings, byte_heads, four_heads
-from bench.report import NONE, Bar, Findings, count, measurement
+from bench.report import NONE, Bar, Findings, count
 from bench.streams import Stream, Synthetic, acceptance_table, share_right
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.backend import backend_of
@@ -115,7 +115,7 @@ def points(batches: Sequence[int], lengths: Sequence[tuple[int, int]], temperatu
 
 def sweep(settings: DecodeSettings) -> Findings:
     """Measure every point with every kind of heads and size."""
-    found, threads = Findings(), settings.threads[-1]
+    found, threads = Findings("sweep"), settings.threads[-1]
     at = points(settings.sweep_batches, settings.sweep_lengths, settings.temperatures)
     for size in settings.sweep_sizes:
         for name in settings.sweep_kinds:
@@ -128,8 +128,8 @@ def sweep(settings: DecodeSettings) -> Findings:
             )
             answer = fresh_process.call(sweep_case, case, threads=threads)
             _report_kind(found, f"{size}, {kind.name}", kind, at, answer)
-    found.notes.append(
-        f"sweep: random weights, {settings.dtype}, {count(threads, 'thread')}; drafts made right at the rate of the "
+    found.note(
+        f"random weights, {settings.dtype}, {count(threads, 'thread')}; drafts made right at the rate of the "
         f"paper's models (synthetic acceptance: {' and '.join(str(k.tokens_per_pass) for k in KINDS.values())} tokens "
         "per pass with all heads), so the output stays that of plain decoding. Tokens/s of all rows together, while "
         "all of them write; prompts are not timed. Plain: K = 1, exact=False. The policy has measured what passes "
@@ -147,9 +147,8 @@ def _report_kind(found: Findings, label: str, kind: Heads, at: Sequence[Point], 
     columns = []
     for point, numbers in zip(at, answer):
         where = f"{label}, {point}"
-        rows, column = _speeds(where, kind, numbers, judged=point is at[0])
-        columns.append(column)
-        found.rows += rows + _checks(where, kind, numbers)
+        columns.append(_report_speeds(found, where, kind, numbers, judged=point is at[0]))
+        _report_checks(found, where, numbers)
     lines: list[list[object]] = []
     for i, k in enumerate(kind.ks):
         paper = " / ".join(f"{x:.2f}" for x in kind.paper[k])
@@ -158,47 +157,39 @@ def _report_kind(found: Findings, label: str, kind: Heads, at: Sequence[Point], 
     found.tables.append(report.table(title, ["k", *map(str, at), "paper, code"], lines))
 
 
-def _speeds(
-    where: str, kind: Heads, numbers: dict[str, Any], *, judged: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rates of every variant and their ratios to plain decoding, and the cells of a point by k."""
-    rows, column = [], []
+def _report_speeds(found: Findings, where: str, kind: Heads, numbers: dict[str, Any], *, judged: bool) -> list[str]:
+    """Add the rates of every variant and their ratios to plain decoding, and return the cells of a point by k."""
+    column = []
     speeds, ks = numbers["tokens_per_second"], [str(k) for k in kind.ks]
     for name in [PLAIN, *ks, *(n for n in POLICIES if n in speeds)]:
-        per_pass = numbers["tokens_per_pass"][name]
-        what = f"{where}: {_shown(name)}"
-        rows.append(measurement("sweep", what, speeds[name], "tokens/s", tokens_per_pass=per_pass))
+        per_pass, what = numbers["tokens_per_pass"][name], f"{where}: {_shown(name)}"
+        found.measure(what, speeds[name], "tokens/s", tokens_per_pass=per_pass)
         if name == PLAIN:
             continue
-        gains = ratios(speeds[name], speeds[PLAIN])
         bar = POLICY_BAR if name in POLICIES else None
-        rows.append(measurement("sweep", f"{what} / plain", gains, bar=bar))
+        gain = found.ratio(f"{what} / plain", speeds[name], speeds[PLAIN], bar)["median"]
         if name in ks:
-            column.append(f"{rows[-1]['median']:.2f} / {per_pass:.2f}")
+            column.append(f"{gain:.2f} / {per_pass:.2f}")
         if name == ks[-1] and judged:
-            kept = [gain / per_pass for gain in gains]
-            rows.append(measurement("sweep", f"{what} / plain over its tokens per pass", kept, bar=kind.bar))
-    return rows, column
+            kept = [gain / per_pass for gain in ratios(speeds[name], speeds[PLAIN])]
+            found.measure(f"{what} / plain over its tokens per pass", kept, bar=kind.bar)
+    return column
 
 
-def _checks(where: str, kind: Heads, numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the measurements of a point other than speeds."""
-    rows = []
+def _report_checks(found: Findings, where: str, numbers: dict[str, Any]) -> None:
+    """Add the measurements of a point other than speeds."""
     for name, (ratio, share) in numbers["by_costs"].items():
         what = f"{where}: {name} / plain, by the costs of its passes"
-        rows.append(measurement("sweep", what, [ratio], bar=POLICY_BAR, passes_that_draft=share))
+        found.measure(what, [ratio], bar=POLICY_BAR, passes_that_draft=share)
     differing = numbers["differing"]
     what = f"{where}: numbers of heads whose output differs from K = 1"
-    rows.append(measurement("sweep", what, [len(differing)], bar=NONE, differing=differing))
+    found.measure(what, [len(differing)], bar=NONE, differing=differing)
     for name, (passes, tokens) in numbers["gaps_ms"].items():
         for noun, (p50, p95) in (("passes", passes), ("tokens as streamed", tokens)):
-            what = f"{where}: {_shown(name)}, between {noun}"
-            rows.append(measurement("sweep", f"{what}, p50", [p50], "ms"))
-            rows.append(measurement("sweep", f"{what}, p95", [p95], "ms"))
+            found.measure(f"{where}: {_shown(name)}, between {noun}, p50", [p50], "ms")
+            found.measure(f"{where}: {_shown(name)}, between {noun}, p95", [p95], "ms")
     if "ragged" in numbers:
-        values = ratios(numbers["ragged"], numbers["equal"])
-        rows.append(measurement("sweep", f"{where}: ragged / equal rows", values, bar=RAGGED_BAR))
-    return rows
+        found.ratio(f"{where}: ragged / equal rows", numbers["ragged"], numbers["equal"], RAGGED_BAR)
 
 
 def _shown(name: str) -> str:

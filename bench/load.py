@@ -14,9 +14,9 @@ import torch
 import headstart
 from bench import fresh_process
 from bench.fresh_process import ALLOCATOR, memory_meter
-from bench.report import RESULTS, Bar, BenchSettings, Findings, measurement, result
+from bench.report import RESULTS, Bar, BenchSettings, Findings, result
 from headstart.console import Progress
-from headstart.decoding.policy.timing import DTYPES, ratios
+from headstart.decoding.policy.timing import DTYPES
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_config, load_model
@@ -62,7 +62,7 @@ def run(settings: LoadSettings) -> dict[str, Any]:
         if not files:
             raise UsageError(f"{directory}: holds no .safetensors file; name a model directory")
         size = sum(file.stat().st_size for file in files)
-        return result("load", settings, Findings(_measure(settings, directory, files), _notes(size)))
+        return result("load", settings, Findings("load", _measure(settings, directory, files), _notes(size)))
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,17 +98,18 @@ def _measure(settings: LoadSettings, directory: Path, files: list[Path]) -> list
 def _rows(
     dtype: str, settings: LoadSettings, found: dict[str, list[dict[str, float]]], parameters: int
 ) -> list[dict[str, Any]]:
+    rows = Findings(dtype)
     seconds = {way: [one["seconds"] for one in each] for way, each in found.items()}
-    rows = [measurement(dtype, f"{way}: time", values, "s") for way, values in seconds.items()]
+    for way, values in seconds.items():
+        rows.measure(f"{way}: time", values, "s")
     for way in WAYS[1:]:
         # Bars hold if nothing is converted: the stored type is the loaded one.
-        same = dtype == settings.stored and way == "load_model"
+        judged = dtype == settings.stored and way == "load_model"
+        time_bar, memory_bar = (TIME_BAR, MEMORY_BAR) if judged else (None, None)
+        rows.ratio(f"{way} / reading the file", seconds[way], seconds["file"], time_bar)
         over = [one["peak"] / parameters for one in found[way]]
-        time_bar, memory_bar = (TIME_BAR, MEMORY_BAR) if same else (None, None)
-        times = ratios(seconds[way], seconds["file"])
-        rows.append(measurement(dtype, f"{way} / reading the file", times, bar=time_bar))
-        rows.append(measurement(dtype, f"{way}: peak memory / size of its parameters", over, bar=memory_bar))
-    return rows
+        rows.measure(f"{way}: peak memory / size of its parameters", over, bar=memory_bar)
+    return rows.rows
 
 
 def load_case(case: dict[str, Any]) -> dict[str, float]:

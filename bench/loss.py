@@ -10,9 +10,8 @@ import torch
 
 from bench import fresh_process
 from bench.fresh_process import ALLOCATOR, joint_step_fits, memory_meter
-from bench.report import Bar, BenchSettings, Findings, measurement, run_parts
+from bench.report import Bar, BenchSettings, Findings, run_parts
 from headstart.data.batches import IGNORE
-from headstart.decoding.policy.timing import ratios
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
@@ -62,17 +61,16 @@ def _gradients(settings: LossSettings) -> Findings:
     kinds: list[tuple[HeadKindName, Wiring]] = [
         (kind, wiring) for kind in ("transformer", "linear") for wiring in ("parallel", "causal", "anticausal")
     ]
-    rows = []
+    found = Findings("gradients")
     for kind, wiring in [*kinds, ("replicated", "parallel")]:
         for tied in (False, True):
-            error = gradient_error(kind, wiring, tied)
             what = f"{kind}, {wiring}, {'tied' if tied else 'untied'}: walk against joint autograd"
-            rows.append(measurement("gradients", what, [error], "relative error", GRADIENT_BAR))
-    note = (
-        "gradients: float64; per parameter the largest difference over the largest gradient, of the worst parameter. "
-        "Four heads, ignored targets and unequal head weights included; logits in several chunks."
+            found.measure(what, [gradient_error(kind, wiring, tied)], "relative error", GRADIENT_BAR)
+    found.note(
+        "float64; per parameter the largest difference over the largest gradient, of the worst parameter. Four heads, "
+        "ignored targets and unequal head weights included; logits in several chunks."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def gradient_error(kind: HeadKindName, wiring: Wiring, tied: bool) -> float:
@@ -110,7 +108,7 @@ def _batch(config: ModelConfig, rows: int, length: int) -> tuple[torch.Tensor, t
 
 
 def _memory(settings: LossSettings) -> Findings:
-    found = Findings()
+    found = Findings("memory")
     peaks: dict[tuple[str, int], list[float]] = {}
     method = ""
     first, last = min(settings.heads), max(settings.heads)
@@ -120,7 +118,7 @@ def _memory(settings: LossSettings) -> Findings:
     for step, n in cases:
         positions = settings.rows * settings.length
         if step == "joint" and not joint_step_fits(settings.device, n, positions, settings.vocab_size):
-            found.notes.append(f"memory: joint step at n = {n} left out, this machine's memory cannot hold it.")
+            found.note(f"joint step at n = {n} left out, this machine's memory cannot hold it.")
             continue
         case = {
             "step": step.split(",")[0],
@@ -132,10 +130,10 @@ def _memory(settings: LossSettings) -> Findings:
         }
         answer = fresh_process.call(memory_case, case, threads=settings.threads, environment=ALLOCATOR)
         peaks[step, n], method = answer["mebibytes"], answer["method"]
-        found.rows.append(measurement("memory", f"{step}, n = {n}", peaks[step, n], "MiB", heads=n, step=step))
-    found.rows += _memory_ratios(settings, peaks)
-    found.notes.append(
-        f"memory: {method}, fp32, {settings.rows} x {settings.length} positions, each case in a process of its own. "
+        found.measure(f"{step}, n = {n}", peaks[step, n], "MiB")
+    _compare_memory(found, settings, peaks)
+    found.note(
+        f"{method}, fp32, {settings.rows} x {settings.length} positions, each case in a process of its own. "
         "Counted above the level after the model was built, all gradients were allocated and one step had run: weights "
         "and gradients are the same for every n and are left out. Transformer heads are taken from the trunk, so with "
         "more heads fewer blocks' activations are alive at once; "
@@ -143,27 +141,20 @@ def _memory(settings: LossSettings) -> Findings:
     )
     if settings.device == "cpu":
         variables = " ".join(f"`{name}={value}`" for name, value in ALLOCATOR.items())
-        found.notes.append(f"memory: {variables} in those processes.")
+        found.note(f"{variables} in those processes.")
     return found
 
 
-def _memory_ratios(settings: LossSettings, peaks: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
-    rows = []
+def _compare_memory(found: Findings, settings: LossSettings, peaks: dict[tuple[str, int], list[float]]) -> None:
     first, last = min(settings.heads), max(settings.heads)
     if first < last:
-        one = peaks["walk", first]
-        bar = FLAT_BAR if (first, last) == (1, 8) else None
-        what = f"walk n = {last} / walk n = {first}"
-        rows.append(measurement("memory", what, ratios(peaks["walk", last], one), bar=bar))
+        one, what = peaks["walk", first], f"walk n = {last} / walk n = {first}"
+        found.ratio(what, peaks["walk", last], one, FLAT_BAR if (first, last) == (1, 8) else None)
         if first == 1:
-            same = ratios(peaks["walk, same trunk", last], one)
-            rows.append(measurement("memory", f"{what}, same trunk", same))
+            found.ratio(f"{what}, same trunk", peaks["walk, same trunk", last], one)
     for n in settings.heads:
         if n > 1 and ("joint", n) in peaks:
-            values = ratios(peaks["walk", n], peaks["joint", n])
-            bar = JOINT_BAR if n == 4 else None
-            rows.append(measurement("memory", f"walk / joint, n = {n}", values, bar=bar))
-    return rows
+            found.ratio(f"walk / joint, n = {n}", peaks["walk", n], peaks["joint", n], JOINT_BAR if n == 4 else None)
 
 
 def _config(settings: LossSettings, heads: int, extra_layers: int) -> ModelConfig:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from headstart import hardware
 from headstart.console import say
+from headstart.decoding.policy.timing import ratios
 from headstart.fileio import write_text
 
 RESULTS = Path("bench/results")
@@ -50,18 +51,36 @@ NONE = Bar("<=", 0)
 class Findings:
     """Results of one part of a benchmark."""
 
+    part: str
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """Measurements, see `measurement`."""
+    """Measurements, see `measure`."""
     notes: list[str] = field(default_factory=list)
     """Sentences that explain them."""
     tables: list[dict[str, Any]] = field(default_factory=list)
     """Further tables, see `table`."""
 
-    def add(self, other: Findings) -> None:
-        """Append the findings of another part."""
-        self.rows += other.rows
-        self.notes += other.notes
-        self.tables += other.tables
+    def measure(
+        self, what: str, values: Sequence[float], unit: str = "", bar: Bar | None = None, **details: Any
+    ) -> dict[str, Any]:
+        """Append and return one measured quantity, whose median `bar` judges. The JSON file holds `details` too."""
+        found = spread(values)
+        judged = {"bar": asdict(bar), "met": bar.met(found["median"])} if bar else {"bar": None, "met": None}
+        self.rows.append({"part": self.part, "what": what, "unit": unit, **found, **judged, **details})
+        return self.rows[-1]
+
+    def times(self, what: str, seconds: Sequence[float], **details: Any) -> None:
+        """Append times, in ms."""
+        self.measure(what, [1e3 * s for s in seconds], "ms", **details)
+
+    def ratio(
+        self, what: str, a: Sequence[float], b: Sequence[float], bar: Bar | None = None, block: int = 1
+    ) -> dict[str, Any]:
+        """Append and return the ratios of two measured quantities, see `timing.ratios`."""
+        return self.measure(what, ratios(a, b, block), bar=bar)
+
+    def note(self, sentences: str) -> None:
+        """Append sentences that explain the measurements."""
+        self.notes.append(f"{self.part}: {sentences}")
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -73,21 +92,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         low, high, kind = min(values), max(values), "range" if len(values) > 1 else "single value"
     median = statistics.median(values)
     return {"median": median, "low": low, "high": high, "spread": kind, "repetitions": len(values)}
-
-
-def measurement(
-    part: str, what: str, values: Sequence[float], unit: str = "", bar: Bar | None = None, **details: Any
-) -> dict[str, Any]:
-    """Return one measured quantity, whose median `bar` judges. The JSON file holds `details` too."""
-    row: dict[str, Any] = {"part": part, "what": what, "unit": unit, **spread(values), "bar": None, "met": None}
-    if bar is not None:
-        row |= {"bar": asdict(bar), "met": bar.met(row["median"])}
-    return row | details
-
-
-def milliseconds(part: str, what: str, seconds: Sequence[float], **details: Any) -> dict[str, Any]:
-    """Return the measurement of times, in ms."""
-    return measurement(part, what, [1e3 * s for s in seconds], "ms", **details)
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> dict[str, Any]:
@@ -102,13 +106,15 @@ def run_parts(
     name: str, settings: Settings, parts: Mapping[Any, Callable[[Settings], Findings]], notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run the parts in order, print each measurement, and return what `result` makes of them."""
-    found = Findings(notes=list(notes))
+    found = Findings(name, notes=list(notes))
     for part, measure in parts.items():
         say(f"{part} ...")
         more = measure(settings)
         for row in more.rows:
             say(f"{row['part']}: {row['what']}: {row['median']:.4g} {row['unit']}".rstrip())
-        found.add(more)
+        found.rows += more.rows
+        found.notes += more.notes
+        found.tables += more.tables
     return result(name, settings, found)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from bench import malformed
 from bench.decode_settings import Size
-from bench.report import NONE, RESULTS, Bar, BenchSettings, Findings, count, measurement, run_parts
+from bench.report import NONE, RESULTS, Bar, BenchSettings, Findings, count, run_parts
 from bench.serve_peers import PeerContest, PeerPlan
 from bench.serve_processes import TIMED_OUT, Answer, ClientProcess, ServerProcess
 from headstart import api
@@ -180,15 +180,15 @@ def _overhead(bench: Bench) -> Findings:
             "HTTP": lambda: _rate(bench.served(server, streams, {"heads": heads})),
         }
         rates = interleave(variants, settings.repetitions)
-    where = f"{streams} streams, {count(settings.threads, 'thread')}"
-    rows = [measurement("overhead", f"{name}, {where}", values, "tokens/s") for name, values in rates.items()]
-    values = ratios(rates["engine"], rates["HTTP"])
-    rows.append(measurement("overhead", f"engine / HTTP, {where}", values, bar=OVERHEAD_BAR))
-    note = (
-        f"overhead: greedy, all {heads} heads, {settings.new_tokens} new tokens of each stream after a prompt of at "
-        "most 200, from the first request to the last piece, prompts included; the client runs on the same cores."
+    found, where = Findings("overhead"), f"{streams} streams, {count(settings.threads, 'thread')}"
+    for name, values in rates.items():
+        found.measure(f"{name}, {where}", values, "tokens/s")
+    found.ratio(f"engine / HTTP, {where}", rates["engine"], rates["HTTP"], OVERHEAD_BAR)
+    found.note(
+        f"greedy, all {heads} heads, {settings.new_tokens} new tokens of each stream after a prompt of at most 200, "
+        "from the first request to the last piece, prompts included; the client runs on the same cores."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def _first(bench: Bench) -> Findings:
@@ -214,33 +214,34 @@ def _first(bench: Bench) -> Findings:
 
         repetitions = max(8, 3 * bench.settings.repetitions)
         times = interleave({"engine": alone, "HTTP": served}, repetitions, warmup=3)
-    rows = [measurement("first", f"first token, {name}", values, "ms") for name, values in times.items()]
-    rows.append(measurement("first", "HTTP / engine", ratios(times["HTTP"], times["engine"], 4), bar=FIRST_TOKEN_BAR))
-    return Findings(rows, ["first: one stream, a new prompt of at most 200 tokens and a new connection each time."])
+    found = Findings("first")
+    for name, values in times.items():
+        found.measure(f"first token, {name}", values, "ms")
+    found.ratio("HTTP / engine", times["HTTP"], times["engine"], FIRST_TOKEN_BAR, block=4)
+    found.note("one stream, a new prompt of at most 200 tokens and a new connection each time.")
+    return found
 
 
 def _speculation(bench: Bench) -> Findings:
     """Measure speculation on over off, in the server and in the engine alone."""
-    rows = []
+    found = Findings("speculation")
     for streams in (1, MANY_STREAMS):
         rates, per_pass = _speculation_rates(bench, streams)
         where = count(streams, "stream")
-        rows += [measurement("speculation", f"{name}, {where}", v, "tokens/s") for name, v in rates.items()]
-        gains = ratios(rates["on"], rates["off"])
-        engines = ratios(rates["engine alone, on"], rates["engine alone, off"])
-        rows.append(measurement("speculation", f"engine alone, on / off, {where}", engines))
-        rows.append(measurement("speculation", f"tokens per pass, {where}", per_pass))
+        for name, values in rates.items():
+            found.measure(f"{name}, {where}", values, "tokens/s")
+        found.ratio(f"engine alone, on / off, {where}", rates["engine alone, on"], rates["engine alone, off"])
+        found.measure(f"tokens per pass, {where}", per_pass)
         bar = None if streams == 1 else MANY_STREAMS_BAR
-        rows.append(measurement("speculation", f"on / off, {where}", gains, bar=bar))
+        found.ratio(f"on / off, {where}", rates["on"], rates["off"], bar)
         if streams == 1:
-            shares = [gain / tokens for gain, tokens in zip(gains, per_pass)]
-            what = "on / off / tokens per pass, 1 stream"
-            rows.append(measurement("speculation", what, shares, bar=ONE_STREAM_BAR))
-    note = (
-        "speculation: on: the request does not name heads, so as many draft as pay; off: plain decoding in the same "
-        "server. Engine alone: the same without a server, in turns with it."
+            shares = [gain / tokens for gain, tokens in zip(ratios(rates["on"], rates["off"]), per_pass)]
+            found.measure("on / off / tokens per pass, 1 stream", shares, bar=ONE_STREAM_BAR)
+    found.note(
+        "on: the request does not name heads, so as many draft as pay; off: plain decoding in the same server. Engine "
+        "alone: the same without a server, in turns with it."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def _speculation_rates(bench: Bench, streams: int) -> tuple[dict[str, list[float]], list[float]]:
@@ -286,20 +287,19 @@ def _soak(bench: Bench) -> Findings:
     errors = [a for a in answers if a.status not in (200, 429)]
     for answer in errors[:3]:
         say(f"soak: {answer.status} {answer.body[:200]}")
-    rows = [
-        measurement("soak", "outputs", [len(done)]),
-        measurement("soak", "answers 429", [sum(a.status == 429 for a in answers)]),
-        measurement("soak", "other errors", [len(errors)], bar=NONE),
-        measurement("soak", "outputs other than offline", [len(wrong)], bar=NONE),
-        measurement("soak", "resident memory", [after / 2**20], "MiB"),
-        measurement("soak", "resident memory, end / begin", [after / before], bar=GROWTH_BAR),
-    ]
-    note = (
-        f"soak: {settings.clients} clients for {settings.soak_seconds:g} s at 8 slots and a queue of 32, streaming and "
-        "not, greedy and sampled, 1 to 79 tokens; every output is compared with that of decoding offline with its "
-        "seed. Memory is read after a first third (at most 20 s) and at the end."
+    found = Findings("soak")
+    found.measure("outputs", [len(done)])
+    found.measure("answers 429", [sum(a.status == 429 for a in answers)])
+    found.measure("other errors", [len(errors)], bar=NONE)
+    found.measure("outputs other than offline", [len(wrong)], bar=NONE)
+    found.measure("resident memory", [after / 2**20], "MiB")
+    found.measure("resident memory, end / begin", [after / before], bar=GROWTH_BAR)
+    found.note(
+        f"{settings.clients} clients for {settings.soak_seconds:g} s at 8 slots and a queue of 32, streaming and not, "
+        "greedy and sampled, 1 to 79 tokens; every output is compared with that of decoding offline with its seed. "
+        "Memory is read after a first third (at most 20 s) and at the end."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def _malformed(bench: Bench) -> Findings:
@@ -313,15 +313,14 @@ def _malformed(bench: Bench) -> Findings:
     for answer in failed[:3]:
         say(f"malformed: {answer.status} {answer.body[:200]} for {bodies[answer.number]['text'][:300]}")
     expected = bench.offline({"prompt": "def f(", "max_tokens": 8})
-    rows = [
-        measurement("malformed", "requests", [len(answers)]),
-        measurement("malformed", "refused (4xx)", [sum(400 <= a.status < 500 for a in answers)]),
-        measurement("malformed", "5xx or broken", [len(failed)], bar=NONE),
-        measurement("malformed", "no answer in time", [sum(a.status == TIMED_OUT for a in answers)], bar=NONE),
-        measurement("malformed", "wrong afterwards", [int(after.text != expected)], bar=NONE),
-    ]
-    note = "malformed: hand-made: fields set to odd values, nested, removed; JSON cut, doubled, stirred."
-    return Findings(rows, [note])
+    found = Findings("malformed")
+    found.measure("requests", [len(answers)])
+    found.measure("refused (4xx)", [sum(400 <= a.status < 500 for a in answers)])
+    found.measure("5xx or broken", [len(failed)], bar=NONE)
+    found.measure("no answer in time", [sum(a.status == TIMED_OUT for a in answers)], bar=NONE)
+    found.measure("wrong afterwards", [int(after.text != expected)], bar=NONE)
+    found.note("hand-made: fields set to odd values, nested, removed; JSON cut, doubled, stirred.")
+    return found
 
 
 def _peers(bench: Bench) -> Findings:

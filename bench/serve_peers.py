@@ -24,7 +24,7 @@ import torch
 from bench import report
 from bench.decode_settings import SIZES, Size, byte_heads
 from bench.peer_processes import PeerError, find_python, last_line, package_version, peer_environment, write_gguf
-from bench.report import Findings, count, measurement
+from bench.report import Findings, count
 from bench.serve_processes import Answer, ClientProcess, ServerProcess
 from bench.streams import p50_p95
 from headstart import api
@@ -249,10 +249,11 @@ class PeerContest:
                     for runs in found:
                         runs.ask(self.client, some, number, counted=repetition >= 0)
         label = directory.name if plan.size is None else f"{plan.size}, random weights"
-        findings = Findings(notes=[self._note()])
+        findings = Findings("peers")
+        findings.note(self._note())
         for number in plan.clients:
             where = f"{label}, {count(number, 'client')}"
-            findings.rows += _compare(found, number, where)
+            _compare(findings, found, number, where)
             title = f"Peers: {where}, {dtype}, {count(plan.threads, 'thread')}"
             findings.tables.append(_table(found, number, title))
         return findings
@@ -281,7 +282,7 @@ class PeerContest:
 
     def _note(self) -> str:
         return (
-            f"peers: {'; '.join(self.versions) or 'no peer is here'}. Each server is a process of its own with the "
+            f"{'; '.join(self.versions) or 'no peer is here'}. Each server is a process of its own with the "
             "same plain weights, prompts and decoding threads, and else its defaults; greedy, "
             f"{self.plan.new_tokens} new tokens of each stream, servers taking turns. A client sends its next request "
             "when the last stream has ended; the clients run on the same cores. Tokens/s: from the first request of a "
@@ -324,15 +325,14 @@ def _event_tokens(event: dict[str, Any]) -> int:
     return sum(len(choice["text"]) for choice in event["choices"])
 
 
-def _compare(found: Sequence[Runs], clients: int, where: str) -> list[dict[str, Any]]:
-    """Return the rate of each server, and each of ours over each peer's."""
+def _compare(findings: Findings, found: Sequence[Runs], clients: int, where: str) -> None:
+    """Add the rate of each server, and each of ours over each peer's."""
     done = [runs for runs in found if runs.failure is None]
-    rows = [measurement("peers", f"{where}: {runs.name}", runs.rates(clients), "tokens/s") for runs in done]
+    for runs in done:
+        findings.measure(f"{where}: {runs.name}", runs.rates(clients), "tokens/s")
     for mine in (runs for runs in done if runs.name in OURS):
         for other in (runs for runs in done if runs.name not in OURS):
-            values = ratios(mine.rates(clients), other.rates(clients))
-            rows.append(measurement("peers", f"{where}: {mine.name} / {other.name}", values))
-    return rows
+            findings.ratio(f"{where}: {mine.name} / {other.name}", mine.rates(clients), other.rates(clients))
 
 
 def _table(found: Sequence[Runs], clients: int, title: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from bench import fresh_process
 from bench.fresh_process import ALLOCATOR, joint_step_fits, memory_meter
-from bench.report import Bar, Findings, count, measurement, run_parts
+from bench.report import Bar, Findings, count, run_parts
 from bench.train_peer import check_installed, trainer
 from bench.train_steps import (
     Part,
@@ -95,34 +95,31 @@ def heads(part: Part, settings: TrainSettings) -> Findings:
     models = {str(n): replace(one, heads=n) for n in settings.heads}
     configs = {name: run_config(model, batch_rows, **settings.run_fields()) for name, model in models.items()}
     speeds = measure(configs, settings.repetitions, settings.steps, settings.threads)["speeds"]
-    found = Findings(
-        [measurement(part, f"n = {n}", speeds[n], "tokens/s", heads=model.heads) for n, model in models.items()]
-    )
+    found = Findings(part)
+    for name, model in models.items():
+        found.measure(f"n = {name}", speeds[name], "tokens/s", heads=model.heads)
     for name, model in models.items():
         if "1" in models and name != "1":
-            found.rows += _over_one_head(part, model, ratios(speeds[name], speeds["1"]), large)
-    found.notes.append(
-        f"{part}: V = {vocab_size:,}, batches of {batch_rows} x {settings.length}. Transformer heads, parallel, taken "
-        "from the trunk, so every model has the same number of parameters."
+            _over_one_head(found, model, ratios(speeds[name], speeds["1"]), large)
+    found.note(
+        f"V = {vocab_size:,}, batches of {batch_rows} x {settings.length}. Transformer heads, parallel, taken from the "
+        "trunk, so every model has the same number of parameters."
     )
     if large:
-        found.notes.append(
-            f"{part}: FLOP ratio: matrix products of a token, 12 L d^2 + V d + 2 T d L and (n-1) V d more, over those "
-            "of n = 1; the slowdowns of the paper's Table S5 follow it up to 3B parameters."
+        found.note(
+            "FLOP ratio: matrix products of a token, 12 L d^2 + V d + 2 T d L and (n-1) V d more, over those of n = 1; "
+            "the slowdowns of the paper's Table S5 follow it up to 3B parameters."
         )
     return found
 
 
-def _over_one_head(part: str, model: ModelConfig, faster: list[float], large: bool) -> list[dict[str, Any]]:
+def _over_one_head(found: Findings, model: ModelConfig, faster: list[float], large: bool) -> None:
     n, predicted = model.heads, flop_ratio(model)
-    what = f"n = {n} / n = 1 (by products alone: {1 / predicted:.2f})"
     bar = SPEED_BAR if n == 4 and not large else None
-    rows = [measurement(part, what, faster, bar=bar, heads=n)]
+    found.measure(f"n = {n} / n = 1 (by products alone: {1 / predicted:.2f})", faster, bar=bar)
     if large:
         over = [1 / ratio / predicted for ratio in faster]
-        bar = FLOP_BAR if n == 4 else None
-        rows.append(measurement(part, f"n = {n}: step time over its FLOP ratio", over, bar=bar, heads=n))
-    return rows
+        found.measure(f"n = {n}: step time over its FLOP ratio", over, bar=FLOP_BAR if n == 4 else None)
 
 
 def processes(settings: TrainSettings) -> Findings:
@@ -145,20 +142,21 @@ def processes(settings: TrainSettings) -> Findings:
         return 1e6 / statistics.median(answer["speeds"]["run"])
 
     times = interleave({name: partial(start, name) for name in variants}, settings.process_rounds, warmup=0)
-    rows = [measurement("processes", name, times[name], "µs/token") for name in variants]
+    found = Findings("processes")
+    for name in variants:
+        found.measure(name, times[name], "µs/token")
     for name, (_, number, _) in variants.items():
         if number > 1:
             for base in ("1 process, 1 thread", "1 process, 2 threads"):
-                rows.append(measurement("processes", f"{name} / {base}", ratios(times[name], times[base])))
-            sends = sent[name] / 2**20
-            rows.append(measurement("processes", f"{name}: sent per step by each", [sends], "MiB"))
-    notes = [
-        f"processes: time of a step over all its tokens, V = 256, n = {HEADS}, {settings.rows} x {settings.length} "
-        "tokens a step in every case, FSDP2 over gloo on one machine. Each value is the median of "
-        f"{GROUP_TURNS} turns in fresh processes; the cases take turns.",
-        "processes: bytes sent are computed from the sizes of gathers and sums, as a ring of processes sends them.",
-    ]
-    return Findings(rows, notes)
+                found.ratio(f"{name} / {base}", times[name], times[base])
+            found.measure(f"{name}: sent per step by each", [sent[name] / 2**20], "MiB")
+    found.note(
+        f"time of a step over all its tokens, V = 256, n = {HEADS}, {settings.rows} x {settings.length} tokens a step "
+        f"in every case, FSDP2 over gloo on one machine. Each value is the median of {GROUP_TURNS} turns in fresh "
+        "processes; the cases take turns. Bytes sent are computed from the sizes of gathers and sums, as a ring of "
+        "processes sends them."
+    )
+    return found
 
 
 def call_group(config: RunConfig, number: int, threads: int, steps: int) -> dict[str, Any]:
@@ -187,7 +185,7 @@ def _torchrun_environment(rank: int, number: int, port: int) -> Mapping[str, str
 
 def compiled(settings: TrainSettings) -> Findings:
     """Measure compiled blocks against eager ones, and the time of compiling, for several sizes."""
-    rows, better = [], []
+    found, better = Findings("compile"), []
     for dim, layers in settings.compile_sizes:
         size = f"{dim} x {layers}"
         config = run_config(replace(settings.model(), dim=dim, layers=layers, heads=HEADS), settings.rows)
@@ -203,22 +201,22 @@ def compiled(settings: TrainSettings) -> Findings:
         )  # fmt: skip
         speeds, first = answer["speeds"], answer["first_seconds"]
         for name in configs:
-            rows.append(measurement("compile", f"{size}, {name}", speeds[name], "tokens/s", dim=dim, layers=layers))
-        gain = measurement("compile", f"{size}: compiled / eager", ratios(speeds["compiled"], speeds["eager"]))
+            found.measure(f"{size}, {name}", speeds[name], "tokens/s")
+        gain = found.ratio(f"{size}: compiled / eager", speeds["compiled"], speeds["eager"])["median"]
         seconds = first["compiled"] - 2 * config.tokens_per_step / statistics.median(speeds["compiled"])
-        rows += [gain, measurement("compile", f"{size}: compiling took", [seconds], "s", dim=dim, layers=layers)]
-        better.append(f"{size}: {'compiled' if gain['median'] > 1 else 'eager'}")
-        say(f"compile: {size}: {gain['median']:.2f} of eager, compiling took {seconds:.0f} s")
-    note = (
-        f"compile: V = 256, n = {HEADS}, batches of {settings.rows} x {settings.length}; each block through "
-        "torch.compile, nothing in its cache. Faster steps, once compiled: " + "; ".join(better) + "."
+        found.measure(f"{size}: compiling took", [seconds], "s")
+        better.append(f"{size}: {'compiled' if gain > 1 else 'eager'}")
+        say(f"compile: {size}: {gain:.2f} of eager, compiling took {seconds:.0f} s")
+    found.note(
+        f"V = 256, n = {HEADS}, batches of {settings.rows} x {settings.length}; each block through torch.compile, "
+        "nothing in its cache. Faster steps, once compiled: " + "; ".join(better) + "."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def memory(settings: TrainSettings) -> Findings:
     """Measure the memory of a whole training step against ordinary autograd over all heads at once."""
-    found, method, batch_rows = Findings(), "", 1
+    found, method, batch_rows = Findings("memory"), "", 1
     for vocab_size in settings.memory_vocabularies:
         model = replace(settings.model(), vocab_size=vocab_size, heads=HEADS)
         config = to_plain(run_config(model, batch_rows, **settings.run_fields()))
@@ -227,17 +225,16 @@ def memory(settings: TrainSettings) -> Findings:
         for step in ("walk", "joint"):
             positions = batch_rows * settings.length
             if step == "joint" and not joint_step_fits(settings.device, HEADS, positions, vocab_size):
-                found.notes.append(f"memory: joint step at {where} left out, this machine's memory cannot hold it.")
+                found.note(f"joint step at {where} left out, this machine's memory cannot hold it.")
                 continue
             case = {"config": config, "step": step, "steps": settings.steps}
             answer = fresh_process.call(memory_case, case, threads=settings.threads, environment=ALLOCATOR)
             peaks[step], method = [answer["bytes"] / 2**20], answer["method"]
-            found.rows.append(measurement("memory", f"{where}, {step}", peaks[step], "MiB", vocab_size=vocab_size))
+            found.measure(f"{where}, {step}", peaks[step], "MiB")
         if "joint" in peaks:
-            over = ratios(peaks["walk"], peaks["joint"])
-            found.rows.append(measurement("memory", f"{where}, walk / joint", over))
-    found.notes.append(
-        f"memory: {method}, above the level before the model was built: weights, gradients, "
+            found.ratio(f"{where}, walk / joint", peaks["walk"], peaks["joint"])
+    found.note(
+        f"{method}, above the level before the model was built: weights, gradients, "
         f"AdamW's moments, activations, loss. n = {HEADS}, {batch_rows} x {settings.length} tokens, {settings.dtype}. "
         "walk: one head at a time, its logits in chunks; joint: the same training step with ordinary autograd over the "
         "logits of all heads. Each case in a process of its own."
@@ -263,7 +260,7 @@ def gpu(settings: TrainSettings, sizes: Mapping[str, ModelConfig] = GPU_SIZES, c
     case = {"dtype": settings.dtype, "device": settings.device}
     # In a process of its own: this one must not hold a part of the GPU.
     peak, source = fresh_process.call(peak_case, case, threads=settings.threads)
-    rows = []
+    found = Findings("gpu")
     for size, one in sizes.items():
         speeds: dict[int, list[float]] = {}
         memory: dict[int, float] = {}
@@ -275,23 +272,19 @@ def gpu(settings: TrainSettings, sizes: Mapping[str, ModelConfig] = GPU_SIZES, c
             answer = measure({"run": config}, settings.repetitions, settings.steps, settings.threads)
             speeds[n], memory[n] = answer["speeds"]["run"], (answer["memory"] or 0) / 2**30
             used = [speed * model.flops_per_token(config.length) / peak for speed in speeds[n]]
-            rows += [
-                measurement("gpu", what, speeds[n], "tokens/s", size=size, heads=n),
-                measurement("gpu", f"{what}: MFU", used, bar=UTILISATION_BAR, size=size, heads=n),
-                measurement("gpu", f"{what}: peak memory", [memory[n]], "GiB", size=size, heads=n),
-            ]
-            say(f"gpu: {what}: {rows[-3]['median']:,.0f} tokens/s, MFU {rows[-2]['median']:.2f}, {memory[n]:.1f} GiB")
+            speed = found.measure(what, speeds[n], "tokens/s")["median"]
+            share = found.measure(f"{what}: MFU", used, bar=UTILISATION_BAR)["median"]
+            found.measure(f"{what}: peak memory", [memory[n]], "GiB")
+            say(f"gpu: {what}: {speed:,.0f} tokens/s, MFU {share:.2f}, {memory[n]:.1f} GiB")
         over = [ratio / flop_ratio(replace(one, heads=HEADS)) for ratio in ratios(speeds[1], speeds[HEADS])]
-        rows += [
-            measurement("gpu", f"{size}, n = {HEADS}: step time over its FLOP ratio", over, bar=GPU_FLOP_BAR),
-            measurement("gpu", f"{size}: peak memory, n = {HEADS} / n = 1", [memory[HEADS] / memory[1]]),
-        ]
-    note = (
-        f"gpu: {settings.dtype}, compiled, {settings.gpu_rows} rows of the whole context, each case in a process of "
-        f"its own. MFU: FLOPs of a token (`ModelConfig.flops_per_token`) x tokens/s over {peak / 1e12:,.1f} TFLOP/s "
+        found.measure(f"{size}, n = {HEADS}: step time over its FLOP ratio", over, bar=GPU_FLOP_BAR)
+        found.measure(f"{size}: peak memory, n = {HEADS} / n = 1", [memory[HEADS] / memory[1]])
+    found.note(
+        f"{settings.dtype}, compiled, {settings.gpu_rows} rows of the whole context, each case in a process of its "
+        f"own. MFU: FLOPs of a token (`ModelConfig.flops_per_token`) x tokens/s over {peak / 1e12:,.1f} TFLOP/s "
         f"({source})."
     )
-    return Findings(rows, [note])
+    return found
 
 
 def peak_case(case: dict[str, Any]) -> tuple[float, str]:

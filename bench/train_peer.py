@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from bench import fresh_process
-from bench.report import Bar, Findings, measurement
+from bench.report import Bar, Findings
 from bench.train_steps import TrainSettings, from_plain, run_config
 from headstart.console import Progress
 from headstart.data.batches import Batch
-from headstart.decoding.policy.timing import ratios
 from headstart.errors import UsageError
 from headstart.formats.huggingface import load_peer, save_model
 from headstart.training.config import DataConfig, RunConfig
@@ -45,7 +44,7 @@ def check_installed() -> None:
 
 def trainer(settings: TrainSettings) -> Findings:
     """Measure the tokens per second of both loops, in turns, and the difference of their first step."""
-    rows: list[dict[str, Any]] = []
+    found = Findings("trainer")
     batches = ((256, settings.rows), (settings.large_vocabulary, settings.large_rows))
     for vocab_size, batch_rows in batches:
         model = replace(settings.model(), vocab_size=vocab_size)
@@ -56,32 +55,24 @@ def trainer(settings: TrainSettings) -> Findings:
             threads=settings.threads,
         )
         what, theirs = f"V = {vocab_size:,}", answer["theirs"]
-        difference = max(abs(a / b - 1) for a, b in (answer["loss"], answer["gradient_norm"]))
-        speeds = answer["ours"] | {"transformers Trainer": theirs}
-        rows += [
-            measurement("trainer", f"{what}: {name}", values, "tokens/s", vocab_size=vocab_size)
-            for name, values in speeds.items()
-        ]
-        rows += [
-            measurement("trainer", f"{what}: {name} / Trainer", ratios(values, theirs), bar=SPEED_BAR)
-            for name, values in answer["ours"].items()
-        ]
-        rows.append(
-            measurement(
-                "trainer", f"{what}: same weights and batch, difference of loss and gradient norm", [difference],
-                bar=SAME_BAR, loss=answer["loss"], gradient_norm=answer["gradient_norm"],
-            )
-        )  # fmt: skip
+        for name, values in (answer["ours"] | {"transformers Trainer": theirs}).items():
+            found.measure(f"{what}: {name}", values, "tokens/s")
+        for name, values in answer["ours"].items():
+            found.ratio(f"{what}: {name} / Trainer", values, theirs, SPEED_BAR)
+        loss, norm = answer["loss"], answer["gradient_norm"]
+        difference = max(abs(a / b - 1) for a, b in (loss, norm))
+        what = f"{what}: same weights and batch, difference of loss and gradient norm"
+        found.measure(what, [difference], bar=SAME_BAR, loss=loss, gradient_norm=norm)
     sizes = " and ".join(f"{batch_rows} x {settings.length} (V = {v:,})" for v, batch_rows in batches)
-    notes = [
-        f"trainer: n = 1, batches of {sizes}, {settings.dtype} autocast, clipping at 1, AdamW; turns of "
+    found.note(
+        f"n = 1, batches of {sizes}, {settings.dtype} autocast, clipping at 1, AdamW; turns of "
         f"{settings.steps} steps in one process, the loops of both around them (reading batches, bookkeeping), nothing "
         "logged or saved by Trainer. Ours writes its line of metrics.jsonl each step. Compiled: as `headstart train` "
         "does by default in runs long enough to win by it. Trainer has `optim=adamw_torch_fused`, its fastest; else "
-        "its defaults, and so is not compiled" + (", but for this report it is." if settings.compile else "."),
-        "trainer: the difference is relative, of the first step, the larger one of the two.",
-    ]
-    return Findings(rows, notes)
+        "its defaults, and so is not compiled" + (", but for this report it is." if settings.compile else ".")
+    )
+    found.note("the difference is relative, of the first step, the larger one of the two.")
+    return found
 
 
 def trainer_case(case: dict[str, Any]) -> dict[str, Any]:

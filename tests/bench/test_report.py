@@ -7,7 +7,7 @@ import pytest
 
 from bench import fresh_process, report
 from bench.decode_model import model_case
-from bench.report import Bar, BenchSettings, Findings, measurement, spread
+from bench.report import Bar, BenchSettings, Findings, spread
 from headstart.decoding.policy.timing import interleave, ratios
 from headstart.errors import UsageError
 
@@ -51,13 +51,11 @@ def test_bars(bar, value, met):
 
 
 def test_report_files(tmp_path):
-    rows = [
-        measurement("part", "fast", [2.0, 3.0, 4.0], "x", Bar(">=", 1.5), threads=2),
-        measurement("part", "slow", [1.0], "x", Bar(">=", 1.5)),
-        measurement("part", "seen", [7.0], "ms"),
-    ]
-    tables = [report.table("T", ["a", "b"], [["x", 0.5]])]
-    result = report.result("demo", Settings(date="2026-11-23"), Findings(rows, ["a note"], tables))
+    found = Findings("part", notes=["a note"], tables=[report.table("T", ["a", "b"], [["x", 0.5]])])
+    found.measure("fast", [2.0, 3.0, 4.0], "x", Bar(">=", 1.5), threads=2)
+    found.measure("slow", [1.0], "x", Bar(">=", 1.5))
+    found.times("seen", [0.007])
+    result = report.result("demo", Settings(date="2026-11-23"), found)
     paths = report.write(result, tmp_path / "deep")
     assert [path.name for path in paths] == ["demo.json", "demo.md"]
     read = json.loads(paths[0].read_text())
