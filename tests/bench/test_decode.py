@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -61,7 +62,7 @@ def test_bytes_of_a_pass_by_hand():
     ],
 )
 def test_bytes_of_a_pass_are_those_of_the_modules_it_runs(changes):
-    config = ModelConfig(**{**SIZES.__dict__, **changes})
+    config = replace(SIZES, **changes)
     model = random_model(config, "float32", "cpu")
     on_path = [model.heads[k - 1] for k in model.path(1)]
     read = sum(p.numel() for part in (model.trunk.blocks, *on_path) for p in part.parameters())

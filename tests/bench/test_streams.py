@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from bench import streams
@@ -31,7 +33,7 @@ def test_the_share_for_a_number_of_tokens_per_pass():
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["transformer", "replicated"])
 def test_drafts_are_right_at_the_rate_and_the_text_is_plain(kind, temperature):
-    config = ModelConfig(**{**SIZES.__dict__, "head_kind": kind})
+    config = replace(SIZES, head_kind=kind)
     model = pack(random_model(config, "float32", "cpu"))
     texts = streams.plain_outputs(model, requests(4, temperature=temperature))
     plain = streams.decode(model, requests(1, temperature=temperature))
