@@ -51,6 +51,7 @@ def add_repeated(target: Callable[..., Any], arguments: Sequence[str]) -> list[s
 
     Args:
         target: the function or dataclass that `tyro.cli` parses the arguments for.
+        arguments: the command line.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     named = Counter(_option(argument) for argument in arguments[:end])
@@ -73,9 +74,7 @@ def add_repeated(target: Callable[..., Any], arguments: Sequence[str]) -> list[s
                 found.append(name)
                 places[option], values[option] = len(found), []
             if value.startswith("-"):
-                raise UsageError(
-                    f"{argument}: a value with a dash in front needs the only {name}; name the others there"
-                )
+                raise UsageError(f"{argument}: if a value begins with a dash, name {name} once, with all its values")
             values[option] += [value] if equals else []
     for option, at in reversed(places.items()):
         found[at:at] = values[option]
@@ -101,7 +100,7 @@ def yaml_numbers() -> Any:
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="FLOAT",
-            instance_from_str=lambda texts: number_of(texts[0]),
+            instance_from_str=lambda words: number_of(words[0]),
             is_instance=lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
             str_from_instance=lambda value: [str(value)],
         )

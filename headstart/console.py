@@ -1,7 +1,7 @@
-"""What a person sees while a command works: lines, tables and progress, all on stderr.
+"""Print lines, tables and progress for the person watching on stderr, and results on stdout.
 
-Results that are data go to stdout by their command alone, so `--json` output stays clean whatever is said here. On a
-terminal progress is a bar; elsewhere it is a plain line every few seconds, without carriage returns.
+Only the result of a command goes to stdout, so that `--json` output is clean. On a terminal progress is a bar;
+elsewhere it is a plain line every few seconds, without carriage returns.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 LINE_SECONDS = 10.0
-"""Off a terminal, a line of progress at most this often."""
+"""Least seconds between two lines of progress if stderr is no terminal."""
 
 _bar: RichProgress | None = None
-"""The bar on the screen, if any: lines must be printed above it."""
+"""The bar on the screen, if there is one: lines must be printed above it."""
 _muted = False
 
 
 def mute(muted: bool = True) -> None:
-    """Lets `say` and `Progress` print nothing: of several processes that do the same, one speaks."""
+    """Make `say` and `Progress` print nothing, in all but one of several processes that do the same."""
     global _muted
     _muted = muted
 
 
 def say(text: str = "") -> None:
-    """Prints a line for the person watching."""
+    """Print a line for the person watching."""
     if _muted:
         return
     if _bar is not None:
-        # A line that wraps must not be broken into two, or paths and commands could not be copied.
+        # rich must not break long lines in two: paths and commands are copied from them.
         _bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
         print(text, file=sys.stderr, flush=True)
@@ -52,7 +52,7 @@ def print_json(result: object) -> None:
 
 
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Plain columns; a column is set to the right if all its cells are numbers."""
+    """Return a table as plain text; a column is aligned to the right if all its cells are numbers."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(headers), *cells]) for i in range(len(headers))]
     right = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(headers))]
@@ -65,12 +65,12 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> st
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints `format_table` for the person watching."""
+    """Print a table for the person watching."""
     say(format_table(headers, rows))
 
 
 def duration(seconds: float) -> str:
-    """45 -> "45s", 125 -> "2m05s", 7260 -> "2h01m"."""
+    """Format seconds: 45 -> "45s", 125 -> "2m05s", 7260 -> "2h01m"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -85,8 +85,8 @@ class Progress:
     with Progress("train", total=60, unit="steps") as progress:
         progress.advance(1, loss="2.31")
 
-    `total=None` where it is not known yet; `update` may give it later. `start` is what an earlier run has done: it
-    counts for the bar and not for the time left. Only one bar is on the screen: one inside another prints lines.
+    Use `total=None` if the total is not known yet; `update` may give it later. `start` is how much an earlier run did:
+    it counts for the bar, but not for the time left. Only one bar is on the screen: a second one prints lines.
     """
 
     def __init__(self, label: str, total: int | None = None, *, unit: str = "", start: int = 0) -> None:
@@ -121,11 +121,11 @@ class Progress:
             self._print_line()
 
     def advance(self, n: int = 1, /, **fields: object) -> None:
-        """Counts `n` more units as done; `fields` are shown beside the bar until they are given anew."""
+        """Count `n` more units as done; `fields` are shown next to the bar until they are given again."""
         self.update(self.done + n, None, **fields)
 
     def update(self, done: int, total: int | None = None, /, **fields: object) -> None:
-        """Sets how much is done: the shape of a callback such as `prepare(progress=...)`."""
+        """Set how much is done; this method can be passed as a callback, such as `prepare(progress=...)`."""
         self.done = done
         self.total = self.total if total is None else total
         self._fields.update(fields)
@@ -135,7 +135,7 @@ class Progress:
             self._print_line()
 
     def say(self, text: str) -> None:
-        """As the function `say`."""
+        """Print a line for the person watching."""
         say(text)
 
     def _count(self) -> str:
@@ -162,7 +162,7 @@ class Progress:
 
 
 def _make_bar() -> RichProgress:
-    # rich is a tenth of a second to import: only where there is a bar to draw.
+    # rich takes a tenth of a second to import, and is needed only to draw a bar.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -185,11 +185,11 @@ def _is_number(text: str) -> bool:
 
 
 HEAD_COLOURS = ("default", "cyan", "blue", "magenta", "red", "yellow", "green", "bright_black")
-"""Of the text that heads 1, 2, ... 8 proposed; further heads have the last one."""
+"""Colours of text that heads 1, 2, ... 8 proposed; later heads share the last."""
 
 
 class ColouredText:
-    """Text on stdout or stderr, each piece in the colour of the head that proposed it, if colours show there."""
+    """Prints text, each piece in the colour of the head that proposed it if the terminal shows colours."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         from rich.console import Console
@@ -198,7 +198,7 @@ class ColouredText:
         self.coloured = self._console.is_terminal and not self._console.no_color
 
     def legend(self, title: str, heads: int = len(HEAD_COLOURS)) -> None:
-        """A line that says which colour is whose."""
+        """Print which colour belongs to which head."""
         if not self.coloured:
             return
         from rich.text import Text
@@ -209,24 +209,23 @@ class ColouredText:
         self._console.print(legend, soft_wrap=True)
 
     def prompt(self, text: str) -> None:
-        """What the text goes on from."""
+        """Print the prompt, dimmed."""
         self._print(text, "dim")
 
     def piece(self, text: str, head: int) -> None:
-        """A piece that `head` proposed; 0 and below: no head did, and it has no colour."""
+        """Print a piece of text that `head` proposed; it has no colour if `head` is 0 or less: no head proposed it."""
         colour = HEAD_COLOURS[min(head, len(HEAD_COLOURS)) - 1]
         self._print(text, "bold" if head == 1 else "underline" if head < 1 else f"{colour} underline")
 
     def _print(self, text: str, style: str) -> None:
         if not self.coloured:
-            print(text, end="", flush=True, file=self._console.file)  # rich leaves control characters out
+            print(text, end="", flush=True, file=self._console.file)  # rich drops control characters
             return
         self._console.print(text, style=style, end="", soft_wrap=True, markup=False, emoji=False)
 
 
 def show_pieces(title: str, prompt: str, pieces: Iterable[tuple[str, int]]) -> None:
-    """Prints a generated text, each piece (text, head) in the colour of the head that proposed it. Where colours do not
-    show, nothing is printed."""
+    """Print a generated text, each piece (text, head) in the colour of its head; print nothing without colours."""
     if _muted or not sys.stderr.isatty():
         return
     text = ColouredText(stderr=True)

@@ -15,7 +15,7 @@ class CompareSettings:
     """Compare training runs on one HTML page: losses, speed, settings that differ."""
 
     runs: Positional[list[Path]]
-    """Run folders, at least one; a run may still be going on."""
+    """Run folders, at least one; a run may still be running."""
     out: Path | None = None
     """The page to write (default: runs/comparison.html; none with --json)."""
     json: bool = False

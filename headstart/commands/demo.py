@@ -16,7 +16,7 @@ class DemoSettings:
     out: Path = Path("runs/demo")
     """Run folder; the report is OUT/report.html. A finished demo is trained again."""
     minutes: float = 3.5
-    """How long to train; decoding takes about one minute more."""
+    """Minutes of training; decoding takes about one minute more."""
     seed: int = 0
     """Seed of weights, data order and sampling."""
     threads: int | None = None

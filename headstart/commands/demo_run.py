@@ -47,7 +47,7 @@ MAX_STEPS = 20_000
 
 @dataclass(frozen=True)
 class DecodingSizes:
-    """How much is decoded, and with how many heads."""
+    """Sizes of the decoding half: prompts, new bytes, numbers of heads."""
 
     heads: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of heads to decode with; the first is 1, plain decoding."""

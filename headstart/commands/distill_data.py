@@ -44,9 +44,9 @@ class DistillDataSettings:
     drop_unfinished: bool = False
     """Leave out answers cut off at --max-new-tokens; training would take the cut for an end."""
     heads: int | None = None
-    """How many heads decode (default: as many as pay). The output does not depend on it."""
+    """Number of heads that decode (default: as many as pay). The output does not depend on it."""
     slots: int = 8
-    """How many answers are decoded together. The output does not depend on it."""
+    """Number of answers decoded together. The output does not depend on it."""
     exact: bool = True
     """Give bit-identical output for every number of heads; --no-exact is faster, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None

@@ -18,12 +18,12 @@ class DryRunSettings:
     dry_run: bool = False
     """Train nothing: print the tokens of the run, the memory of one process, and hours."""
     processes: int = 1
-    """With --dry-run: processes (devices) that torchrun would start."""
+    """Processes (devices) that torchrun would start, for --dry-run."""
     device_memory: str | None = None
-    """With --dry-run: memory of one device, such as 80GiB (default: that of the GPU here; on a CPU, what is
+    """Memory of one device for --dry-run, such as 80GiB (default: that of the GPU here; on a CPU, what is
     available)."""
     mfu: float = 0.4
-    """With --dry-run: model FLOPs utilisation that the hours assume."""
+    """Model FLOPs utilisation that the hours of --dry-run assume."""
 
     def check(self) -> None:
         """Raise UsageError for an option that is given without `--dry-run`."""

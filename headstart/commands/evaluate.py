@@ -49,7 +49,7 @@ class EvaluateSettings:
     """Tokens of a piece of the text, and of the longest prompt of a file (None: 256, or half the model's context; for a
     file, what the context has room for)."""
     long_prompts: Literal["skip", "middle", "start"] | None = None
-    """What happens to longer prompts of a file: skip leaves them out, middle cuts out their middle, start keeps their
+    """Treatment of longer prompts of a file: skip leaves them out, middle cuts out their middle, start keeps their
     start and leaves conversations out. They are counted (None: skip, and start if --prompt-tokens is given)."""
     new_tokens: int | None = None
     """Tokens generated after each prompt (None: 256, or what the prompt leaves of the context)."""

@@ -31,11 +31,11 @@ class GenerateSettings:
     chat: bool = False
     """Take the prompt as a user's message: the model's chat template writes it, and the assistant answers."""
     system: str | None = None
-    """With --chat, a system message before the prompt."""
+    """System message before the prompt (with --chat)."""
     max_new_tokens: int = 200
     """The largest number of tokens to generate."""
     heads: int | None = None
-    """How many heads decode; 1 is plain decoding (default: as many as pay according to `headstart tune`, or else
+    """Number of heads that decode; 1 is plain decoding (default: as many as pay according to `headstart tune`, or else
     according to the first passes). The output does not depend on it."""
     temperature: float = 0.0
     """Temperature of the sampling; 0 is greedy."""
@@ -50,8 +50,8 @@ class GenerateSettings:
     stop: tuple[str, ...] = ()
     """Strings that end the text."""
     acceptance: str = "match"
-    """Which drafts are kept: match (the text of plain decoding), rejection or block (lossless in distribution, keep
-    more), or lossy-typical, lossy-top-k:3, lossy-distance, lossy-minimum."""
+    """Rule that accepts drafts: match (the text of plain decoding), rejection or block (lossless in distribution,
+    accept more), or lossy-typical, lossy-top-k:3, lossy-distance, lossy-minimum."""
     repetition_penalty: float = 1.0
     """Divide positive logits of tokens in prompt and text by this, and multiply negative ones (1: no penalty)."""
     presence_penalty: float = 0.0
@@ -63,7 +63,7 @@ class GenerateSettings:
     regex: str | None = None
     """Write text that this regular expression matches as a whole."""
     logprobs: int | None = None
-    """With --json, add the log-probability of each token and of this many most probable ones."""
+    """Add to the JSON the log-probability of each token and of this many most probable ones."""
     lookup: int = 0
     """The largest number of drafts per pass that are looked up in the text itself."""
     tree: str | None = None

@@ -38,7 +38,7 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """What to answer, how, and where the answers go."""
+    """Settings of a distillation: prompts, decoding, output file."""
 
     prompts: Path
     """File of prompts, see `read_prompts`."""
@@ -47,13 +47,13 @@ class DistillSettings:
     generation: GenerationSettings = field(default_factory=lambda: GenerationSettings(256, 0.3))
     """Length, sampling and heads of an answer; its seed is the seed of the whole file."""
     chat: bool = False
-    """Whether prompts that are text are messages of a user, which the chat template writes."""
+    """True: prompts that are text are messages of a user, which the chat template writes."""
     drop_unfinished: bool = False
-    """Whether answers cut off at `max_new_tokens` are left out."""
+    """True: answers cut off at `max_new_tokens` are left out."""
     slots: int = 8
     """Number of answers decoded together; the output does not depend on it."""
     exact: bool = True
-    """Whether the output is bit-identical for every number of heads and slots; else it is so up to rounding."""
+    """True: the output is bit-identical for every number of heads and slots; False: equal up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Prompt:
 
 
 def read_prompts(file: Path, as_chat: bool = False) -> list[Prompt]:
-    """Read a file of prompts: .jsonl with "prompt", "text" or "messages" (or ShareGPT's "conversations") in each line,
-    or plain text with a prompt a line.
+    """Read a file of prompts.
 
-    Messages of the assistant are left out: the model answers for itself. With `as_chat` a text is the message of a
-    user. Raises UsageError, naming the line, for anything else.
+    A .jsonl file has "prompt", "text" or "messages" (or ShareGPT's "conversations") in each line; any other file is
+    text with a prompt in each line. Messages of the assistant are left out: the model answers for itself. With
+    `as_chat` a text is the message of a user. Raises UsageError, naming the line, for anything else.
     """
     prompts = []
     for found in read_prompt_file(file):

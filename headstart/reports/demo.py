@@ -47,7 +47,7 @@ class DecodingRow:
     speedup: float
     """Tokens per second relative to plain exact decoding."""
     identical: bool
-    """Whether every output token equals plain decoding."""
+    """True if every output token equals plain decoding."""
     acceptance: list[float]
     """Share of passes in which head k's draft was accepted, at k - 2, for k = 2 .. heads."""
 
@@ -58,7 +58,7 @@ class Sample:
 
     prompt: str
     pieces: list[tuple[str, int]]
-    """What the model wrote, in order, each piece with the head that proposed it: 1, or k >= 2 for an accepted draft."""
+    """Output in order, each piece with the head that proposed it: 1, or k >= 2 for an accepted draft of head k."""
 
 
 @dataclass(frozen=True, kw_only=True)
