@@ -93,7 +93,7 @@ def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
     cache_bytes = plain.state.cache.keys.element_size()
     return {
         "seconds": seconds,
-        "bytes": pass_bytes(config, plain.span, weight_bytes, cache_bytes),
+        "bytes": pass_bytes(config, plain.plan.span, weight_bytes, cache_bytes),
         "stream_gb_per_second": stream,
     }
 
@@ -157,8 +157,8 @@ def merged_case(case: dict[str, Any]) -> dict[str, Any]:
     size, cached = (x.element_size() for x in (model.trunk.embedding.weight, plain.state.cache.keys))
     seconds = interleave({"plain": timed(plain), "merged": timed(merged)}, case["passes"], warmup=5)
     return seconds | {
-        "plain bytes": pass_bytes(config, plain.span, size, cached),
-        "merged bytes": merged_bytes(config, plain.span, size, cached),
+        "plain bytes": pass_bytes(config, plain.plan.span, size, cached),
+        "merged bytes": merged_bytes(config, plain.plan.span, size, cached),
     }
 
 

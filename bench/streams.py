@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import torch
 
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable
 from headstart.decoding.policy.policy import DraftPolicy
@@ -87,7 +87,9 @@ def engine_for(
 ) -> Engine:
     """Return an engine that decodes `requests` as one batch."""
     context = max(len(r.prompt) + r.max_new_tokens for r in requests)
-    return Engine(model, slots=len(requests), context=context, exact=exact, policy=policy, prefill_budget=None)
+    return Engine(
+        model, EngineConfig(slots=len(requests), context=context, exact=exact, prefill_budget=None), policy=policy
+    )
 
 
 def plain_outputs(model: Transformer, requests: Sequence[Request]) -> list[list[int]]:
@@ -148,7 +150,7 @@ class SyntheticAcceptance:
         self.engine.step()
         began = time.perf_counter()
         drafts = self.engine.model.config.heads - 1
-        window = self.engine.state.window_SW
+        window = self.engine.state.windows.tokens_SW
         rows = [[0] * drafts for _ in window]
         right = self._draw_right(drafts)
         for generation, output in self.outputs.items():

@@ -1,4 +1,4 @@
-"""What `import headstart` offers: load a model, generate, stream, ask for logits."""
+"""The Python API: load a model, generate, stream, compute logits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from headstart.arguments import whole_number
 from headstart.data.prompts import Prompt, encode_prompt, split_prompts, turn_ends
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.drafters.tree import wanted_tree
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.drafters.tree import parse_tree
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.int8 import Quantize, parse_quantize
@@ -51,23 +51,25 @@ class Output:
     """One generated text."""
 
     text: str
-    """What was generated, the prompt and a stop string excluded; "" for a model without a tokenizer."""
+    """Generated text, without the prompt and a stop string; "" for a model without a tokenizer."""
     tokens: list[int]
-    """Generated token ids, an end token excluded."""
+    """Generated token ids, without an end token."""
     finish_reason: str
-    """"end" (end token, or the constraint is satisfied and allows nothing more), "stop" (stop string), "length", or
-    "stuck" (the constraint has no way on that this model's tokens can take)."""
+    """Reason of the end: "end" (end token, or a satisfied constraint that allows nothing more), "stop" (stop string),
+    "length", or "stuck" (the constraint allows no token of this model)."""
     origins: list[int]
-    """For each token the head that proposed it: 1, or k for an accepted draft of head k; 0 where it was looked up, -1
-    where the constraint left no choice."""
+    """Origin of each token: 1 for head 1, k for an accepted draft of head k, 0 where it was looked up, -1 where the
+    constraint left no choice."""
     stats: Stats
+    """Passes, acceptance and speed."""
     logprobs: list[float]
-    """For each token its log-probability under the model (before penalties and temperature), if they were asked for."""
+    """Log-probability of each token under the model, before penalties and temperature, if requested."""
     top_logprobs: list[list[tuple[int, float]]]
-    """For each token the most probable (token, log-probability), best first."""
+    """The most probable (token, log-probability) pairs at each token, best first, if requested."""
 
     @classmethod
     def of(cls, generation: Generation) -> Output:
+        """Return the output of a generation that has ended."""
         return cls(
             generation.text,
             generation.tokens,
@@ -99,7 +101,7 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Has `encode(text)` and `decode(tokens)`. Raises UsageError if the model directory holds none."""
+        """The tokenizer, with `encode(text)` and `decode(tokens)`. Raises UsageError if the model has none."""
         if self._tokenizer is None:
             raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
         return self._tokenizer
@@ -114,39 +116,44 @@ class LanguageModel:
         prefix_reuse: bool = True,
         tree: int | str | None = None,
     ) -> Engine:
-        """A decoding engine over this model, for many requests at once (docs/decoding.md). `tree`: see `generate`.
+        """Return a decoding engine over this model, for many requests at once (docs/decoding.md).
 
-        Raises UsageError where its caches do not fit into memory.
+        For the arguments see `EngineConfig`, for `tree` see `generate`. Raises UsageError where the caches do not fit
+        into memory.
         """
         tuning = self._tuning()
-        planted = None
+        draft_tree = None
         if tree is not None:
-            planted = wanted_tree(tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean)
+            draft_tree = parse_tree(tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean)
             tuning = None if tuning is None else replace(tuning, tree=None)
         policy = self._untuned(tree) if tuning is None else DraftPolicy(tuning)
         return Engine(
             self.transformer,
-            slots=slots,
-            context=context,
+            EngineConfig(
+                slots=slots,
+                context=context,
+                exact=exact,
+                lookup=lookup,
+                prefill_budget=prefill_budget,
+                prefix_reuse=prefix_reuse,
+                tree=draft_tree,
+            ),
             tokenizer=self._tokenizer,
-            exact=exact,
             policy=policy,
-            lookup=lookup,
-            prefill_budget=prefill_budget,
-            prefix_reuse=prefix_reuse,
-            tree=planted,
         )
 
     def _untuned(self, tree: int | str | None) -> DraftPolicy | None:
-        """A policy that finds out by itself. Not where the rows of a pass move last bits: the text would tell what was
-        timed."""
+        """Return a policy that calibrates itself while decoding.
+
+        None where the rows of a pass change last bits: the output would depend on timings.
+        """
         if tree is not None or self.config.heads == 1 or not backend_of(self.transformer).row_exact:
             return None
         observations = self._observations.setdefault(torch.get_num_threads(), Observations(self.transformer))
         return DraftPolicy(OnlineCalibration(observations))
 
     def _tuning(self) -> Tuning | None:
-        """What `headstart tune` measured for as many threads as there are now."""
+        """Return what `headstart tune` measured with the current number of threads."""
         threads = torch.get_num_threads()
         if threads not in self._tunings:
             directory = self._directory
@@ -262,15 +269,16 @@ def load(
     device: str = "cpu",
     quantize: Quantize | None = None,
 ) -> LanguageModel:
-    """Opens a model: a directory that `headstart train` wrote, a Hugging Face model's (docs/existing-models.md says of
-    which families), or where there is no such directory the model of that name on the hub, OWNER/NAME.
+    """Load a model for decoding.
 
     Args:
-        path: None: the model in the box, a small byte-level model of Python code (models/README.md).
+        path: a directory that `headstart train` wrote, a Hugging Face model directory (docs/existing-models.md lists
+            the families), a GGUF file, or the name OWNER/NAME of a model on the hub (None: the bundled model, a small
+            byte-level model of Python code, models/README.md).
         dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software).
         device: "cpu", "cuda", ...
-        quantize: "int8": weights and activations of all products in int8, the rest in float32; for CPUs. Another model,
-            close to it (docs/decoding.md).
+        quantize: "int8" puts weights and activations of all products in int8, the rest in float32; for CPUs. The model
+            is then a different one, close to the original (docs/decoding.md).
 
     Raises:
         UsageError: the directory is missing, foreign, truncated or of an unsupported kind; `quantize` with another

@@ -59,7 +59,7 @@ def test_a_tree_changes_no_token(saved, tree) -> None:
     model = headstart.load(saved[1])
     plain = model.generate("ab", max_new_tokens=40, temperature=1.0, heads=1)
     fast = model.generate("ab", max_new_tokens=40, temperature=1.0, tree=tree)
-    assert fast.tokens == plain.tokens and (fast.stats.beside > 0) == bool(tree)
+    assert fast.tokens == plain.tokens and (fast.stats.siblings > 0) == bool(tree)
     assert "".join(model.stream("ab", max_new_tokens=40, temperature=1.0, tree=tree)) == fast.text
     with pytest.raises(UsageError, match="needs 1 before it"):
         model.generate("ab", tree="0,1.0")

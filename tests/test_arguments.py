@@ -15,7 +15,7 @@ from headstart import Penalties, UsageError
 from headstart.api import LanguageModel
 from headstart.arguments import number, token_ids, whole_number
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
-from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow, wanted_tree
+from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, grow, parse_tree
 from headstart.decoding.settings import Rule
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -223,10 +223,10 @@ def test_logits_of_arrays(model: LanguageModel) -> None:
 
 
 def test_a_tree_has_a_largest_size() -> None:
-    assert wanted_tree(np.int64(4), 4) == wanted_tree("4", 4)
-    assert wanted_tree(MOST_NODES, 8) is not None
+    assert parse_tree(np.int64(4), 4) == parse_tree("4", 4)
+    assert parse_tree(MOST_NODES, 8) is not None
     with pytest.raises(UsageError, match="too large"):
-        wanted_tree(10**5000, 4)
+        parse_tree(10**5000, 4)
     with pytest.raises(UsageError, match="too large"):
         grow([[0.5] * 8] * 7, MOST_NODES + 1)
     with pytest.raises(UsageError, match="too large"):

@@ -14,7 +14,7 @@ from tokenizer_kinds import KINDS, random_model, sentencepiece
 from headstart.api import LanguageModel
 from headstart.data.tokenizers import PretrainedTokenizer
 from headstart.decoding.constraints import Constraint, compiled
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import OriginStream
 from headstart.decoding.settings import Penalties, Request
 from headstart.errors import UsageError
@@ -73,7 +73,7 @@ def test_each_of_the_ends_ends_a_generation(model: LanguageModel) -> None:
             assert (found.tokens, found.finish_reason) == (before, "end")
         assert "".join(ended.stream(prompt, max_new_tokens=40)) == found.text
         # An end that one request names is no end of the others.
-        engine = Engine(model.transformer, slots=2)
+        engine = Engine(model.transformer, EngineConfig(slots=2))
         both = generate_all(engine, [Request(prompt, 40, ends=frozenset([token])), Request(prompt, 40)])
         assert [generation.tokens for generation in both] == [before, free]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
@@ -65,7 +65,8 @@ def test_graphs_change_neither_output_nor_acceptance(temperature: float, exact: 
     packed = pack(model(torch.bfloat16))
     requests = [Request(tuple(range(20 + i)), 60, Sampling(temperature, seed=i)) for i in range(5)]
     eager, graphed = (
-        generate_all(Engine(packed, slots=3, exact=exact, graphs=graphs), requests) for graphs in (False, True)
+        generate_all(Engine(packed, EngineConfig(slots=3, exact=exact, graphs=graphs)), requests)
+        for graphs in (False, True)
     )
     assert [g.tokens for g in graphed] == [g.tokens for g in eager]
     assert [g.stats.accepted for g in graphed] == [g.stats.accepted for g in eager]

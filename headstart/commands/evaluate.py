@@ -198,7 +198,7 @@ def _acceptance(
     new: int,
 ) -> dict[str, Any]:
     """Measure how many drafts are accepted after prompts of a file, or after pieces of `documents`."""
-    from headstart.decoding.engine import Engine
+    from headstart.decoding.engine import Engine, EngineConfig
     from headstart.decoding.kernels.pack import pack
     from headstart.evaluation.free_running import run_freely
     from headstart.evaluation.texts import cut_prompts, fitting_prompts, prompt_limit
@@ -214,7 +214,7 @@ def _acceptance(
     else:
         prompts = cut_prompts(documents, settings.prompt_count, length, new)
     packed, slots = model if settings.quantize else pack(model), min(settings.batch, len(prompts))
-    engine = Engine(packed, slots=slots, tokenizer=tokenizer, prefill_budget=None)
+    engine = Engine(packed, EngineConfig(slots=slots, prefill_budget=None), tokenizer=tokenizer)
     found: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": length, "new_tokens": new, **counts}
     for name, temperature in (("greedy", 0.0), (f"temperature {settings.temperature:g}", settings.temperature)):
         with Progress(f"acceptance, {name}", len(prompts), unit="prompts") as bar:

@@ -157,7 +157,7 @@ def measure_acceptance(
     Returns:
         The table, and with `ranks` for each pass the rank of the right token among the candidates of each head.
     """
-    from headstart.decoding.engine import Engine
+    from headstart.decoding.engine import Engine, EngineConfig
     from headstart.decoding.policy.calibration import AcceptanceTable
     from headstart.decoding.settings import Request, Sampling
     from headstart.evaluation.free_running import draft_ranks
@@ -166,12 +166,14 @@ def measure_acceptance(
     drafted_at: dict[Generation, list[int]] = {}
 
     def watch(generation: Generation, fed: int, accepted: int) -> None:
-        observed.append((generation.confidences, accepted))
+        observed.append((generation.window.confidences, accepted))
         root = len(generation.request.prompt) + len(generation.tokens) - 1
         drafted_at.setdefault(generation, []).append(root - 1)
 
     model, tokenizer, prompts = language_model.transformer, language_model.tokenizer, given.prompts
-    engine = Engine(model, slots=min(8, len(prompts)), tokenizer=tokenizer, watch=watch, prefill_budget=None)
+    engine = Engine(
+        model, EngineConfig(slots=min(8, len(prompts)), prefill_budget=None), tokenizer=tokenizer, watch=watch
+    )
     for seed, (prompt, ends) in enumerate(zip(prompts, given.ends or [frozenset[int]()] * len(prompts))):
         engine.submit(Request(prompt, new_tokens, Sampling(temperature, seed=seed), ends=ends))
     with Progress("drafts, sampled" if temperature else "drafts, greedy", len(prompts), unit="prompts") as bar:

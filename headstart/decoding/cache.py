@@ -17,19 +17,19 @@ from headstart.model.layers import Attend
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a model with weights of `dtype` caches in."""
+    """Return the type in which a model with weights of `dtype` caches keys and values."""
     # On a CPU, torch's attention over bf16 keys is up to eight times slower than over fp32 ones.
     narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if narrow else dtype
 
 
 class KVCache:
-    """Buffers (layers, slots, kv_heads, capacity, E). Rolling back is forgetting: a slot's length lies with its owner,
-    rows beyond it are masked, and the next window overwrites them.
+    """Buffers (layers, slots, kv_heads, capacity, E) of keys and values.
 
-    Blocks of heads come behind the trunk's, in order. A head reads only the trunk (or another head) at positions it has
-    seen, so its keys at position p depend on tokens up to p alone: what was accepted is right and stays. Sequential
-    heads read further tokens as well: see `chain`.
+    To roll back, nothing is erased: a slot's length is kept by its owner, rows beyond it are masked, and the next
+    window overwrites them. Blocks of heads come after the trunk's, in order. A head reads only the trunk (or another
+    head) at positions it has seen, so its keys at position p depend on tokens up to p alone: accepted positions are
+    right and stay. Sequential heads read later tokens too, see `drafters.sequential`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class KVCache:
         device: torch.device | str,
         compiled: bool = False,
     ) -> None:
-        """`compiled`: laid out for `cpu.attend`, keys in blocks of 16 positions; fp32 on a CPU only."""
+        """Allocate the buffers; `compiled` ones are laid out for `cpu.attend`, keys in blocks of 16 positions."""
         self.capacity = -(-capacity // 16) * 16 if compiled else capacity
         E = config.dim_per_head
         first = (config.trunk_layers + config.head_blocks, slots, config.key_value_heads)
@@ -50,41 +50,42 @@ class KVCache:
         blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
         self.keys = untouched_zeros(blocks, dtype, device)
         self.compiled = compiled
-        # (n-2, slots, D): of sequential heads 2..n-1 the latent at the last position that is right, see `chain`.
+        # (n-2, slots, D): latents of sequential heads 2..n-1 at the last position that is right.
         self.carried = torch.zeros(max(0, config.ahead - 1), slots, config.dim, dtype=dtype, device=device)
 
     def keys_of(self, slot: int) -> Tensor:
-        """The keys of a slot as (layers, kv_heads, capacity, E), whatever the layout."""
+        """Return the keys of a slot as (layers, kv_heads, capacity, E), whatever the layout."""
         keys = self.keys[:, slot]
         return keys.transpose(-1, -2).flatten(2, 3) if self.compiled else keys
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """The first `count` positions of a slot into another one."""
+        """Copy the first `count` positions of a slot into another one."""
         for buffer, rows in self._leading(count):
             buffer[:, target, :, :rows] = buffer[:, source, :, :rows]
 
     def swap(self, a: int, b: int, count_a: int, count_b: int) -> None:
-        """The first `count_a` positions of slot a change places with the first `count_b` of slot b."""
+        """Exchange the first `count_a` positions of slot a with the first `count_b` of slot b."""
         for (buffer, rows_a), (_, rows_b) in zip(self._leading(count_a), self._leading(count_b)):
             kept = buffer[:, a, :, :rows_a].clone()
             buffer[:, a, :, :rows_b] = buffer[:, b, :, :rows_b]
             buffer[:, b, :, :rows_a] = kept
 
     def clear(self, slot: int, start: int, end: int) -> None:
-        """Zeros at positions start .. end - 1; where the kernels mask whatever a key holds, keys stay as they are.
-        Nothing is carried on in the slot."""
+        """Set positions start .. end - 1 of a slot to zero, and the latents it carries to the next pass.
+
+        The compiled kernels mask keys whatever they hold: there keys stay as they are.
+        """
         self.carried[:, slot] = 0
         self.values[:, slot, :, start:end] = 0
         if not self.compiled:
             self.keys[:, slot, :, start:end] = 0
 
     def _leading(self, count: int) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-        """Each buffer, and how many of its rows hold the first `count` positions."""
+        """Return each buffer with the number of its rows that hold the first `count` positions."""
         return (self.keys, -(-count // 16) if self.compiled else count), (self.values, count)
 
     def compact(self, slots: slice, start_S: Tensor, row_S: Tensor, tree: TreeRows) -> None:
-        """Of a window of `tree` at `start_S` the path to row `row_S` of each slot moves to the positions that it stands
-        for, in every layer, as if no other rows had been there."""
+        """Move the path to row `row_S` of a tree at `start_S` to consecutive positions, in every layer."""
         keys, values = self.keys[:, slots], self.values[:, slots]
         if self.compiled:
             cpu.compact(keys, values, start_S, row_S, tree.compiled)
@@ -97,6 +98,7 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
+        """Bytes of keys and values."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
 
@@ -105,14 +107,15 @@ class CachedAttention:
 
     Args:
         slots: the range of slots in this pass, S of them.
+        cache: the buffers.
         positions_SW: (S, W) int64 place of each row in the cache, consecutive in each slot. Negative in a slot that
-            takes no part: what it computes is finite and means nothing, and only the last W positions of its buffers,
-            which no text reaches, may change.
-        span: how many cached positions are read. Must exceed every position.
+            takes no part: its results are finite and never read, and only the last W positions of its buffers, which
+            no sequence reaches, may change.
+        span: number of cached positions to read; it exceeds every position.
         starts: the first column of `positions_SW` as Python numbers where the host knows it (saves indexed writes).
-        tree: of which each row sees its path alone.
-        row_by_row: whether torch's attention takes the rows of a tree one by one, each over its path as a chain has it:
-            slow, and then a row's bits do not depend on the tree. (The compiled kernels' never do.)
+        tree: the tree whose nodes the rows are; each row sees its path alone.
+        row_by_row: whether torch's attention takes the rows of a tree one by one, each over its path as in a chain.
+            That is slow, and a row's bits then do not depend on the tree. (With compiled kernels they never do.)
     """
 
     def __init__(
@@ -132,12 +135,12 @@ class CachedAttention:
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Which columns each row sees, (S, 1, W, span), and the positions that rows (S, W) and columns stand for."""
+        """The columns that each row sees, (S, 1, W, span), and the positions of rows (S, W) and columns."""
         columns = torch.arange(self.span, device=self.positions.device)
         rows_SW = self.positions.clamp_min(0)  # a row that sees nothing would be NaN
         if self.tree is None:
             return (columns <= rows_SW[..., None])[:, None], rows_SW, columns[None]
-        # Before the window all of it; inside, the path; nothing beyond.
+        # A row sees everything before the window, its path inside, nothing beyond.
         tree = self.tree
         inside = F.pad(F.pad(tree.sees_RR, (1, 0), value=True), (0, 1))
         start_S1 = rows_SW[:, :1]
@@ -150,7 +153,7 @@ class CachedAttention:
         )
 
     def _mask(self, window: int | None) -> Tensor:
-        """Which columns each row sees, (S, 1, W, span); of those that its path has, the last `window` positions."""
+        """Return the columns that each row sees, (S, 1, W, span): the last `window` positions of its path."""
         mask, rows_SW, columns = self._places
         if window is None or window >= self.span:
             return mask
@@ -192,7 +195,7 @@ class CachedAttention:
         assert self.tree is not None
         slot, columns = torch.arange(keys.shape[0], device=keys.device), torch.arange(self.span, device=keys.device)
         done: dict[int, Tensor] = {}
-        # Depth first: where a row begins, its parents lie before it, each at its depth.
+        # Depth first: when a row is computed, its parents are in the cache, each at its depth.
         for row in self.tree.depth_first:
             at_S = self.positions[:, 0] + self.tree.depth_R[row]
             keys.transpose(1, 2)[slot, at_S] = k_SKWE[:, :, row].to(keys.dtype)
@@ -206,18 +209,19 @@ class CachedAttention:
 
 @dataclass
 class LayerAttention:
-    """The attention of one block through torch: an `Attend`, and what kernels need to do it themselves."""
+    """The attention of one block through torch; an `Attend`, and its inputs for kernels that run it themselves."""
 
     whole: CachedAttention
     keys: Tensor
     """(S, K, capacity, E), as values."""
     values: Tensor
     row_S: Tensor | None
-    """The one row of each slot that asks (None: all of them)."""
+    """The one row of each slot whose attention is computed (None: all rows)."""
 
     def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
+        """Write keys and values, then attend."""
         whole, keys, values = self.whole, self.keys, self.values
-        # A row that asks alone only drafts: its last bits do not matter.
+        # A single row only drafts: its last bits do not matter.
         alone = whole.row_by_row and whole.tree is not None and self.row_S is None
         y = whole._row_by_row(q_SHWE, k_SKWE, v_SKWE, keys, values, window) if alone else None
         whole._write(keys, k_SKWE)
@@ -225,14 +229,14 @@ class LayerAttention:
         if y is None:
             mask = whole._mask(window)
             if self.row_S is not None:
-                q_SHWE, mask = pick(q_SHWE, self.row_S, 2), pick(mask, self.row_S, 2)
+                q_SHWE, mask = gather_row(q_SHWE, self.row_S, 2), gather_row(mask, self.row_S, 2)
             y = whole._attend(q_SHWE, keys, values, mask)
         return y.to(v_SKWE.dtype)
 
 
 @dataclass
 class CompiledAttention:
-    """The attention of one block through `native`: an `Attend`, and what a compiled block needs to do it itself."""
+    """The attention of one block through compiled kernels; an `Attend`, and its inputs for compiled blocks."""
 
     keys: Tensor
     """(S, K, capacity / 16, E, 16) fp32."""
@@ -240,19 +244,19 @@ class CompiledAttention:
     """(S, K, capacity, E) fp32."""
     positions_SW: Tensor
     row_S: Tensor | None
-    """The one row of each slot that asks (None: all of them)."""
+    """The one row of each slot whose attention is computed (None: all rows)."""
     tree: cpu.Tree | None = None
 
     def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
-        """`window` is not less than the context: others are not compiled (`CompiledBackend`)."""
+        """Attend; `window` is at least the context, for others are not compiled (`CompiledBackend`)."""
         if self.row_S is not None:
-            q_SHWE = pick(q_SHWE, self.row_S, 2)
+            q_SHWE = gather_row(q_SHWE, self.row_S, 2)
         places = (self.positions_SW, self.row_S)
         return cpu.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, *places, self.tree)
 
 
-def pick(x: Tensor, row_S: Tensor, dim: int) -> Tensor:
-    """x[s, ..., row_S[s], ...] for each s, the picked axis kept with size 1."""
+def gather_row(x: Tensor, row_S: Tensor, dim: int) -> Tensor:
+    """Return x[s, ..., row_S[s], ...] for each s; axis `dim` stays, with size 1."""
     if x.shape[0] == 1:  # one operator instead of three
         return x.index_select(dim, row_S)
     shape = [1] * x.dim()

@@ -1,4 +1,4 @@
-"""A tokenizer as llguidance sees it: the bytes of each token, and how a forced stretch of text is cut into tokens."""
+"""A tokenizer in llguidance's form: the bytes of each token, and the tokens of a forced piece of text."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 UTF8_BYTES = (*range(0xC0), *range(0xC2, 0xF5))
-"""The bytes that a text may hold."""
+"""The bytes that occur in UTF-8."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer in llguidance's form.
 
-    A vocabulary without a token for every byte gets stand-ins behind its own ids, for llguidance cuts every forced
-    stretch into tokens: what it cannot write it would forget, and its masks would be wrong from there on. A model never
-    writes a stand-in, so what needs one is excluded.
+    A vocabulary without a token for every byte gets stand-ins after its own ids: llguidance splits every forced piece
+    into tokens, and would drop what it cannot write, so that its masks were wrong from there on. A model never writes a
+    stand-in, so outputs that need one are excluded.
     """
 
     ll: LLTokenizer
     size: int
-    """The tokenizer's own ids."""
+    """Number of the tokenizer's own ids."""
     lacking: tuple[int, ...]
     """Bytes without a token of their own."""
 
@@ -42,7 +42,7 @@ class Vocabulary:
         return frozenset(self.ll.decode_bytes([token]) for token in tokens)
 
     def can_write(self, text: str) -> bool:
-        """Return whether some tokens, one after the other, are `text`."""
+        """Return whether some sequence of tokens is `text`."""
         if not self.lacking:
             return True
         content, reached = text.encode(), {0}
@@ -55,8 +55,7 @@ class Vocabulary:
 
     @cached_property
     def writable(self) -> str | None:
-        """Return a regular expression for text without the characters that begin with, or are, a byte that no token
-        holds. None where there is no such byte."""
+        """A regular expression for text that the tokens can write; None where they can write every byte."""
         held = frozenset().union(*self.pieces) if self.lacking else frozenset(UTF8_BYTES)
         spans = [span for byte in UTF8_BYTES if byte not in held for span in _led_by(byte)]
         ranges = "".join(rf"\u{{{first:x}}}-\u{{{last:x}}}" for first, last in spans)
@@ -64,7 +63,7 @@ class Vocabulary:
 
 
 def _led_by(byte: int) -> Iterator[tuple[int, int]]:
-    """Give the first and last character whose UTF-8 form begins with `byte`; nothing for a byte inside a form."""
+    """Yield the first and last character whose UTF-8 form begins with `byte`; nothing for a continuation byte."""
     if byte < 0x80:
         yield byte, byte
     elif 0xC2 <= byte < 0xE0:
@@ -81,8 +80,7 @@ _vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """Return the tokenizer in llguidance's form, made once. Raises UsageError for a kind that llguidance does not
-    know."""
+    """Return the tokenizer in llguidance's form, made once. Raises UsageError for an unsupported kind."""
     if tokenizer not in _vocabularies:
         _vocabularies[tokenizer] = _made(tokenizer)
     return _vocabularies[tokenizer]
@@ -102,8 +100,8 @@ def _made(tokenizer: Tokenizer) -> Vocabulary:
     except ValueError as error:
         why = (str(error).splitlines() or ["unknown error"])[0]
         raise UsageError(
-            f"tokenizer {tokenizer.name}: constraints cannot be had with its kind ({why}); "
-            "byte-level BPE and BPE with byte fallback can"
+            f"tokenizer {tokenizer.name}: its kind does not support constraints ({why}); "
+            "byte-level BPE and BPE with byte fallback do"
         ) from error
     single = {ll.decode_bytes([token]) for token in range(tokenizer.vocab_size)}
     lacking = tuple(byte for byte in UTF8_BYTES if bytes([byte]) not in single)
@@ -113,8 +111,7 @@ def _made(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def _plain_decoder(decoder: Any) -> Any:
-    """Return a tokenizer.json's decoder with each Metaspace step as the replacement that it does, which is all that
-    llguidance understands."""
+    """Return a tokenizer.json's decoder with each Metaspace step as a Replace step, which llguidance understands."""
     if isinstance(decoder, dict) and decoder.get("type") == "Sequence":
         return decoder | {"decoders": [_plain_decoder(step) for step in decoder.get("decoders", [])]}
     if isinstance(decoder, dict) and decoder.get("type") == "Metaspace":
@@ -123,7 +120,7 @@ def _plain_decoder(decoder: Any) -> Any:
 
 
 class _Bytes:
-    """`ByteTokenizer` as llguidance wants to see it."""
+    """`ByteTokenizer` in the interface that llguidance takes."""
 
     eos_token_id = ByteTokenizer.end_id
     bos_token_id = None
@@ -135,7 +132,7 @@ class _Bytes:
 
 
 class _StandIns:
-    """A tokenizer with further ids for the bytes `lacking`, as llguidance wants to see it."""
+    """A tokenizer with further ids for the bytes `lacking`, in the interface that llguidance takes."""
 
     bos_token_id = None
 
@@ -151,7 +148,7 @@ class _StandIns:
         self._longest = max(map(len, self._token_of))
 
     def __call__(self, text: str) -> list[int]:
-        """Return the tokenizer's own tokens where they are the text to the byte, otherwise the longest that fit."""
+        """Return the tokenizer's own tokens if they are the text to the byte, else the longest that fit."""
         content, start = text.encode(), self._tokenizer.encode("a")
         for tokens in (self._tokenizer.encode(text), self._tokenizer.encode("a" + text)[len(start) :]):
             if b"".join(self.tokens[token] for token in tokens) == content:

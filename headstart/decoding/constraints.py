@@ -1,9 +1,9 @@
-"""Constraints on the text: a JSON schema, a regular expression, a list of choices, a grammar.
+"""Constraints on the output: a JSON schema, a regular expression, a list of choices, a grammar.
 
-A constraint allows a set of tokens after each text; the others lose their logits, before temperature. Along a window
-the text grows row by row, so row j is masked by the state after the drafts before it, as with penalties: constrained
-decoding with drafts is constrained plain decoding, token for token. The states are llguidance's; how drafts are chosen
-under them is in `constrained_drafts.py`.
+A constraint allows a set of tokens after each prefix of the output; the logits of the others become -inf, before
+temperature. Along a window the output grows row by row, so row j is masked by the state after the drafts before it:
+constrained decoding with drafts is constrained plain decoding, token for token. llguidance keeps the states;
+`drafters/constrained.py` chooses drafts under them.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ if TYPE_CHECKING:
 
 NAMES = {"json_schema": "JSON schema", "regex": "regular expression", "choice": "choice", "lark": "Lark grammar"}
 JSON_LAYOUT: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON on one line, as `json.dumps` writes it: where any white space goes, nothing is forced, and small models write
-nothing else. A schema's own "x-guidance" goes before it."""
+"""Layout of JSON: one line, as `json.dumps` writes it. With free white space nothing is forced, and small models write
+nothing else. A schema's own "x-guidance" takes precedence."""
 KEPT_GRAMMARS = 64
+"""Compiled grammars to keep for each tokenizer."""
 LEXER_FUEL = 100_000
-"""Work that llguidance does in advance for a regular expression; the rest is done as the output reaches it. The
+"""Work that llguidance does in advance for a regular expression; it does the rest when the output gets there. The
 default, ten times as much, takes seconds and 150 MB for `a{99}` nested four times."""
 UNWRITABLE = "no text of this model's tokens satisfies it; loosen it"
 FORCED_TOKENS = 256
-"""How far a text that leaves no choice is followed to see whether this model's tokens can write it."""
+"""Most forced tokens to follow when checking that this model's tokens can satisfy a constraint."""
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must be, from its first token to its end. Compiled when a request with it is submitted."""
+    """The form of a whole output. It is compiled when a request with it is submitted."""
 
     kind: str
-    """json_schema, regex, choice or lark."""
+    """One of json_schema, regex, choice and lark."""
     text: str
-    """The schema as JSON; the regular expression (Rust's syntax, no look-around; the whole text matches it); the
+    """The schema as JSON; the regular expression (Rust's syntax, no look-around; the whole output matches it); the
     choices as a JSON list of strings; the grammar in llguidance's dialect of Lark."""
 
     def __post_init__(self) -> None:
@@ -57,28 +58,31 @@ class Constraint:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Constraint:
-        """JSON that satisfies `schema`, a mapping or JSON; `{"type": "object"}` for any object."""
+        """Ask for JSON that satisfies `schema`, a mapping or JSON; `{"type": "object"}` allows any object."""
         return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
 
     @classmethod
     def regex(cls, pattern: str) -> Constraint:
+        """Ask for an output that matches `pattern` from its beginning to its end."""
         return cls("regex", pattern)
 
     @classmethod
     def choice(cls, options: Sequence[str]) -> Constraint:
+        """Ask for one of `options`."""
         return cls("choice", json.dumps(list(options)))
 
     @classmethod
     def lark(cls, grammar: str) -> Constraint:
+        """Ask for a sentence of a grammar."""
         return cls("lark", grammar)
 
     @classmethod
     def named(cls, json_schema: str | None, regex: str | None) -> Constraint | None:
-        """Of a command line: a schema, as JSON or the file that holds it, or a regular expression, or neither."""
+        """Return the constraint of a command line: a schema (JSON, or its file), a regular expression, or None."""
         if json_schema is None:
             return None if regex is None else cls.regex(regex)
         if regex is not None:
-            raise UsageError("there is both a JSON schema and a regular expression; give one of them")
+            raise UsageError("a JSON schema and a regular expression are given; give one of them")
         if not json_schema.lstrip().startswith("{"):
             try:
                 json_schema = Path(json_schema).read_text(encoding="utf-8")
@@ -88,8 +92,10 @@ class Constraint:
         return cls.json_schema(json_schema)
 
     def grammar(self, vocabulary: Vocabulary) -> str:
-        """In the words of llguidance, without what these tokens cannot write as far as that shows: choices, and in a
-        regular expression characters. Raises UsageError for what is no JSON, or no list of choices."""
+        """Return the grammar for llguidance, without choices and characters that these tokens cannot write.
+
+        Raises UsageError for invalid JSON and for what is not a list of choices.
+        """
         from llguidance import LLMatcher
 
         if self.kind == "regex":
@@ -103,10 +109,10 @@ class Constraint:
         try:
             content = json.loads(self.text)
         except ValueError as error:
-            raise UsageError(f"{NAMES[self.kind]}: not JSON ({error}); mend it there") from error
+            raise UsageError(f"{NAMES[self.kind]}: not JSON ({error}); correct it there") from error
         if self.kind == "choice":
             if not isinstance(content, list) or not content or not all(isinstance(x, str) and x for x in content):
-                raise UsageError(f"choice: {self.text} must be a list of texts, none of them empty")
+                raise UsageError(f"choice: {self.text} must be a list of strings, none of them empty")
             options = [option for option in content if vocabulary.can_write(option)]
             if not options:
                 raise UsageError(f"choice: {UNWRITABLE}")
@@ -117,7 +123,7 @@ class Constraint:
 
 
 class Matcher:
-    """Where one text stands in its constraint."""
+    """The state of one output in its constraint."""
 
     def __init__(self, beginning: LLMatcher, vocab_size: int, own: int, ends: Collection[int]) -> None:
         self._beginning, self._vocab_size, self._own = beginning, vocab_size, min(own, vocab_size)
@@ -126,12 +132,14 @@ class Matcher:
         self._tokens: list[int] = []
 
     def restarted(self, ends: Collection[int]) -> Matcher:
-        """Another one, at the beginning, for a text that each of the tokens `ends` ends."""
+        """Return a matcher at the beginning, for an output that each of the tokens `ends` ends."""
         return Matcher(self._beginning, self._vocab_size, self._own, ends)
 
     def allowed(self) -> np.ndarray:
-        """Which tokens (V,) bool may come next, the end tokens among them where the text may end. None where a text has
-        got stuck: its grammar grew too complex, or the model's vocabulary has no token to go on with."""
+        """Return which tokens (V,) bool may come next, with the end tokens where the output may end.
+
+        All are False where the output is stuck: the grammar grew too complex, or the vocabulary has no allowed token.
+        """
         if self._matcher.is_error():
             return np.zeros(self._vocab_size, dtype=bool)
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
@@ -144,29 +152,29 @@ class Matcher:
         return allowed
 
     def push(self, token: int) -> bool:
-        """The text goes on with `token`; False where that is not allowed, and then nothing is any more."""
+        """Append `token`; return False where that is not allowed, after which no token is allowed."""
         if not self._matcher.consume_token(token):
             return False
         self._tokens.append(token)
         return True
 
     def back(self, count: int) -> None:
-        """Takes the last `count` tokens back, and what was refused or got stuck after them."""
+        """Take back the last `count` tokens, and any refusal after them."""
         del self._tokens[len(self._tokens) - count :]
         if not self._matcher.is_error():
             self._matcher.rollback(count)
-        else:  # which a matcher never leaves
+        else:  # a matcher never leaves an error
             self._matcher = self._beginning.deep_copy()
             self._matcher.consume_tokens(self._tokens)
 
     @property
     def may_end(self) -> bool:
-        """Whether the text may end here."""
+        """True if the output may end here."""
         return not self._matcher.is_error() and bool(self._matcher.is_accepting())
 
     @property
     def ended(self) -> bool:
-        """Whether the text must end here."""
+        """True if the output must end here."""
         return self.may_end and bool(self._matcher.is_stopped())
 
 
@@ -176,18 +184,21 @@ _compiled: WeakKeyDictionary[Tokenizer, OrderedDict[tuple[Constraint, int], Matc
 def compiled(
     constraint: Constraint, tokenizer: Tokenizer | None, vocab_size: int, ends: Collection[int] | None = None
 ) -> Matcher:
-    """A matcher at the beginning of `constraint`, for a model of `vocab_size` tokens. The last `KEPT_GRAMMARS` are kept
-    for each tokenizer. Each token of `ends` ends a text (None: the tokenizer's `end_ids`).
+    """Return a matcher at the beginning of `constraint`, for a model of `vocab_size` tokens.
 
-    Raises UsageError: it cannot be compiled, nothing satisfies it, the tokenizer is of no kind that llguidance knows,
-    or llguidance is not there.
+    Each token of `ends` ends the output (None: the tokenizer's `end_ids`). The last `KEPT_GRAMMARS` of each tokenizer
+    are kept.
+
+    Raises:
+        UsageError: the constraint cannot be compiled, nothing satisfies it, llguidance does not support the tokenizer,
+            or llguidance is not installed.
     """
     if tokenizer is None:
         raise UsageError("a constraint needs a tokenizer; this model directory has none")
     kept = _compiled.setdefault(tokenizer, OrderedDict())
     key = (constraint, vocab_size)
     matcher = kept.pop(key, None) or _compile(constraint, tokenizer, vocab_size)
-    kept[key] = matcher  # last; each line by itself is safe beside other threads, which servers have
+    kept[key] = matcher  # last; each line by itself is safe with several threads
     if len(kept) > KEPT_GRAMMARS:
         kept.popitem(last=False)
     return matcher.restarted(tokenizer.end_ids if ends is None else ends)
@@ -215,7 +226,7 @@ def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> M
 
 
 def _satisfiable(matcher: Matcher, most: int) -> bool:
-    """Return whether tokens can follow wherever the constraint leaves one choice, for at most so many tokens."""
+    """Return whether the vocabulary has the tokens that the constraint forces, for at most `most` tokens."""
     for _ in range(most):
         if matcher.may_end:
             return True
@@ -227,14 +238,16 @@ def _satisfiable(matcher: Matcher, most: int) -> bool:
 
 
 def _gist(message: str) -> str:
-    """One line of llguidance's several: what is wrong, else the first."""
+    """Return the line of llguidance's message that says what is wrong, else the first."""
     lines = message.splitlines() or ["unknown error"]
     return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
 
 
 class ConstraintRows:
-    """Which tokens each row of all slots' windows must not choose, and what drafts are chosen from. Nothing is
-    allocated before a slot has a constraint."""
+    """The tokens that are forbidden in each row of all slots' windows, and the logits that drafts are chosen from.
+
+    Nothing is allocated before a slot has a constraint.
+    """
 
     def __init__(self, slots: int, width: int, vocab_size: int) -> None:
         self.has = [False] * slots
@@ -243,29 +256,28 @@ class ConstraintRows:
         self._drafts: tuple[Tensor, int] | None = None
 
     def set(self, slot: int, constrained: bool) -> None:
-        """A request begins in `slot`."""
+        """Set whether the request that begins in `slot` is constrained."""
         if constrained and self._forbidden is None:
             self._forbidden = torch.zeros(self._shape, dtype=torch.bool)
         self.has[slot] = constrained
 
     def clear(self, slot: int) -> None:
-        """The request in `slot` has ended."""
+        """Remove the constraint of `slot`."""
         if self._forbidden is not None and self.has[slot]:
             self._forbidden[slot] = False
         self.has[slot] = False
 
     def any(self, slots: slice) -> bool:
-        """Whether any of these slots is constrained."""
+        """Return whether any of these slots is constrained."""
         return any(self.has[slots])
 
     def rows(self, slot: int) -> np.ndarray:
-        """The rows (W, V) bool of a constrained slot, to be written; on the host."""
+        """Return the forbidden tokens (W, V) bool of a constrained slot, on the host and for writing."""
         assert self._forbidden is not None
         return self._forbidden[slot].numpy()
 
     def apply(self, logits_SRV: Tensor, slots: slice) -> Tensor:
-        """Logits (S, R, V) of the windows' rows, without those of forbidden tokens; free slots keep theirs as they
-        are."""
+        """Return the logits (S, R, V) with those of forbidden tokens at -inf."""
         if not self.any(slots):
             return logits_SRV
         assert self._forbidden is not None
@@ -273,11 +285,11 @@ class ConstraintRows:
         return logits_SRV.masked_fill(forbidden, float("-inf"))
 
     def keep(self, drafts_SKV: Tensor, slots: slice) -> None:
-        """Keeps what a pass chooses the drafts of its heads from, where any of these slots is constrained."""
+        """Keep the logits (S, K-1, V) that drafts are chosen from, where any of these slots is constrained."""
         self._drafts = (drafts_SKV, slots.start) if self.any(slots) else None
 
     def kept(self, slot: int, head: int) -> Tensor:
-        """Of those kept, the logits (V,) of one slot and head."""
+        """Return the logits (V,) kept for one slot and head."""
         assert self._drafts is not None
         drafts_SKV, first = self._drafts
         return drafts_SKV[slot - first, head - 2]

@@ -10,66 +10,67 @@ from dataclasses import dataclass, field
 from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Matcher
-from headstart.decoding.drafters.lookup import Lookup
-from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.settings import Request
 from headstart.decoding.stopping import Stopper
+from headstart.decoding.window import FORCED, Origin, Window
 
-FORCED = -1
-"""Stands for the head of a draft that the constraint left no choice about."""
+HEAD_1 = Origin(1)
+"""Origin of the tokens that no draft proposed."""
 
 
 @dataclass
 class Stats:
-    """What a generation cost."""
+    """Costs of a generation."""
 
     passes: int = 0
     """Trunk passes after the prompt."""
     tokens: int = 0
-    """Tokens generated."""
+    """Tokens generated, without end tokens."""
     ends: int = 0
-    """Tokens that passes committed and the output leaves out: end tokens, and those that a constraint forbids."""
+    """Tokens that passes committed and the output omits: end tokens, and tokens that a constraint forbids."""
     drafted: list[int] = field(default_factory=list)
-    """Entry k-2: passes in which head k had a draft in the window."""
+    """Passes with a draft of head k in the window, as entry k-2."""
     accepted: list[int] = field(default_factory=list)
-    """Entry k-2: passes in which the draft of head k was accepted."""
+    """Passes that accepted the draft of head k, as entry k-2."""
     looked_up: int = 0
-    """Drafts that were looked up in the text itself and fed."""
+    """Looked up drafts that were fed."""
     looked_up_accepted: int = 0
-    beside: int = 0
-    """Drafts of trees that were fed beside those counted in `drafted`, of which there is one of each head."""
+    """Looked up drafts that were accepted."""
+    siblings: int = 0
+    """Drafts of trees that were fed in addition to the one of each head that `drafted` counts."""
     forced: int = 0
-    """Drafts that a constraint left no choice about, and fed."""
+    """Drafts that a constraint left no choice about and that were fed."""
     seconds: float = 0.0
-    """From the prompt's prefill to the last token, waiting for other slots included."""
+    """Seconds from the start of prefill to the last token, with the time spent on other slots."""
     prefill_seconds: float = 0.0
-    """Of these, those in which this prompt was read."""
+    """Seconds of these in which the prompt was read."""
     prompt_tokens_reused: int = 0
-    """Tokens of the prompt whose keys and values were there already, of another text in a slot."""
+    """Tokens of the prompt whose keys and values were reused from another sequence."""
 
     @property
     def tokens_per_pass(self) -> float:
-        """Committed tokens per pass, end tokens included: exactly 1 in plain decoding."""
+        """Committed tokens per pass, with end tokens: exactly 1 in plain decoding."""
         return (self.tokens + self.ends) / self.passes if self.passes else 0.0
 
     @property
     def rows_per_pass(self) -> float:
-        """Rows fed on average: the root and drafts."""
-        drafts = sum(self.drafted) + self.looked_up + self.beside + self.forced
+        """Average number of rows fed: the root and drafts."""
+        drafts = sum(self.drafted) + self.looked_up + self.siblings + self.forced
         return 1 + drafts / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens generated per second of `seconds`."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def acceptance(self) -> list[float]:
-        """Entry k-2: the share of head k's drafts that were accepted (with all before them)."""
+        """Shares of the drafts of head k that were accepted, with all before them, as entry k-2."""
         return [a / d if d else 0.0 for a, d in zip(self.accepted, self.drafted)]
 
     @classmethod
     def summed(cls, parts: Sequence[Stats]) -> Stats:
-        """Of several generations with the same number of heads."""
+        """Return the sum over generations with the same number of heads."""
         return cls(
             passes=sum(part.passes for part in parts),
             tokens=sum(part.tokens for part in parts),
@@ -78,7 +79,7 @@ class Stats:
             accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
             looked_up=sum(part.looked_up for part in parts),
             looked_up_accepted=sum(part.looked_up_accepted for part in parts),
-            beside=sum(part.beside for part in parts),
+            siblings=sum(part.siblings for part in parts),
             forced=sum(part.forced for part in parts),
             seconds=sum(part.seconds for part in parts),
             prefill_seconds=sum(part.prefill_seconds for part in parts),
@@ -86,7 +87,7 @@ class Stats:
         )
 
     def summary(self) -> dict[str, int | float | list[float]]:
-        """Rounded, for people and for JSON."""
+        """Return rounded numbers, for people and for JSON."""
         return {
             "tokens": self.tokens,
             "passes": self.passes,
@@ -109,54 +110,45 @@ class Generation:
     def __init__(self, request: Request, heads: int, stopper: Stopper) -> None:
         self.request = request
         self.heads = heads
+        """Number of heads it uses, head 1 included."""
         self.stats = Stats(drafted=[0] * (heads - 1), accepted=[0] * (heads - 1))
         self.origins: list[int] = []
-        """For each token the head that proposed it: 1 for head 1, k for an accepted draft of head k, 0 for one that was
-        looked up in the text, -1 (`FORCED`) for one that the constraint left no choice about."""
+        """Drafter of each token: 1 for head 1, k for an accepted draft of head k, 0 for one that was looked up in the
+        sequence, -1 for one that the constraint left no choice about (`Origin`)."""
         self.logprobs: list[float] = []
-        """For each token its log-probability under the model, before penalties, temperature and truncation; where the
-        request asks for them."""
+        """Log-probability of each token under the model, before penalties, temperature and truncation, if the request
+        asks for them."""
         self.top_logprobs: list[list[tuple[int, float]]] = []
-        """For each token the (token, log-probability) of the most probable ones, best first."""
+        """The most probable (token, log-probability) pairs at each token, best first."""
         self.prompt_logprobs: list[float] = []
-        """Log-probabilities of the prompt's tokens from the second one on, where the request asks for them."""
+        """Log-probabilities of the prompt's tokens from the second one on, if the request asks for them."""
         self.prompt_top_logprobs: list[list[tuple[int, float]]] = []
         """Like `top_logprobs`, for the prompt's tokens from the second one on."""
         self.slot: int | None = None
-        self.sources: list[int] = []
-        """For each draft in its window, or depth of its tree, the head that proposed it; 0 where it was looked up,
-        `FORCED` where nothing else may stand."""
-        self.confidences: list[float] = []
-        """Of the drafts in its window, in a tree of the best of each head; empty where there are none, or where nothing
-        asks for them."""
-        self.nodes: dict[int, int] | None = None
-        """Of a tree under a constraint, the rows that hold drafts, with their depths; of others None, for all do."""
-        self.forced: set[tuple[int, ...]] = set()
-        """The beginnings of drafts of which the last one was forced."""
-        self.prefixes: list[float] = []
-        """Entry j-1: the probability that the first j drafts in its window are right, in a tree that the path to node j
-        is; where something estimates it."""
-        self.lookup: Lookup | None = None
-        self.match = 0
-        """Length of the match that the looked up drafts in its window are from."""
+        """Slot that decodes it; None while it waits."""
+        self.window = Window()
+        """The drafts that the next pass may feed."""
         self._stopper = stopper
         self._started = 0.0
 
     @property
     def tokens(self) -> list[int]:
+        """Tokens generated so far, without an end token."""
         return self._stopper.tokens
 
     @property
     def text(self) -> str:
+        """Text released so far."""
         return self._stopper.text
 
     @property
     def sampled(self) -> bool:
+        """True if its tokens are drawn with noise."""
         return self.request.sampling.temperature > 0
 
     @property
     def matcher(self) -> Matcher | None:
-        """Where the text stands in the request's constraint."""
+        """The state of the request's constraint."""
         return self._stopper.matcher
 
     @property
@@ -166,52 +158,50 @@ class Generation:
 
     @property
     def finish_reason(self) -> str | None:
+        """Why it ended; None before (see `FinishReason`)."""
         return self._stopper.finish_reason
 
     @property
     def finished(self) -> bool:
+        """True if it has ended."""
         return self._stopper.finish_reason is not None
 
-    def fed(self, rows: int, tree: DraftTree | None) -> tuple[int, int]:
-        """Of how many drafts, or depths of a tree, one was fed with the first `rows` rows of the window, and how many
-        more beside those."""
-        if tree is None:
-            return min(len(self.sources), rows - 1), 0
-        if self.nodes is None:
-            fed = min(len(self.sources), tree.depth)
-            return fed, tree.within(rows, fed) - fed
-        depths = [depth for row, depth in self.nodes.items() if row < rows]
-        fed = max(depths, default=0)
-        return fed, len(depths) - fed
+    def start(self, slot: int) -> None:
+        """Begin in a slot: the time counts from now on."""
+        self.slot, self._started = slot, time.perf_counter()
 
-    def commit(self, tokens: list[int], fed: int, beside: int = 0) -> str:
-        """Takes the tokens of one pass that was fed the first `fed` drafts, and in a tree `beside` more of the same
-        depths: those accepted, then head 1's own token."""
+    def commit(self, tokens: list[int], fed: int, siblings: int = 0) -> str:
+        """Take the tokens of a pass: the accepted drafts, then head 1's own. Return the text that they release.
+
+        The pass was fed the first `fed` drafts of the window, and in a tree `siblings` more of the same depths.
+        """
         before, accepted = len(self.tokens), len(tokens) - 1
-        sources = self.sources[:fed]
-        for i in range(accepted if self.forced else 0):  # of several candidates some may be forced
-            if tuple(tokens[: i + 1]) in self.forced:
-                sources[i] = FORCED
-        for i, head in enumerate(sources):
-            if head > 0:
-                self.stats.drafted[head - 2] += 1
-                self.stats.accepted[head - 2] += i < accepted
-            elif head == FORCED:
-                self.stats.forced += 1
+        drafters = self.window.drafters[:fed]
+        if self.window.forced:  # of several candidates some may be forced
+            for i in range(accepted):
+                if tuple(tokens[: i + 1]) in self.window.forced:
+                    drafters[i] = FORCED
+        stats = self.stats
+        for i, drafter in enumerate(drafters):
+            if drafter.is_head:
+                stats.drafted[drafter - 2] += 1
+                stats.accepted[drafter - 2] += i < accepted
+            elif drafter == FORCED:
+                stats.forced += 1
             else:
-                self.stats.looked_up += 1
-                self.stats.looked_up_accepted += i < accepted
-        self.stats.beside += beside
-        self.stats.passes += 1
+                stats.looked_up += 1
+                stats.looked_up_accepted += i < accepted
+        stats.siblings += siblings
+        stats.passes += 1
         released = self._stopper.push(tokens)
-        self.origins += [*sources[:accepted], 1][: len(self.tokens) - before]
-        self.stats.tokens = len(self.tokens)
-        self.stats.ends = self._stopper.judged - len(self.tokens)
-        self.stats.seconds = time.perf_counter() - self._started
+        self.origins += [*drafters[:accepted], HEAD_1][: len(self.tokens) - before]
+        stats.tokens = len(self.tokens)
+        stats.ends = self._stopper.judged - len(self.tokens)
+        stats.seconds = time.perf_counter() - self._started
         return released
 
     def keep_logprobs(self, count: int, own: list[float], best: list[list[int]], of_best: list[list[float]]) -> None:
-        """Keeps the log-probabilities of the first `count` tokens of a pass."""
+        """Keep the log-probabilities of the first `count` tokens of a pass."""
         alternatives = self.request.logprobs or 0
         self.logprobs += own[:count]
         self.top_logprobs += [list(zip(*pair))[:alternatives] for pair in zip(best[:count], of_best[:count])]
@@ -222,13 +212,14 @@ class Generation:
         self.prompt_top_logprobs += [list(zip(*pair)) for pair in zip(best, of_best)]
 
     def cancel(self) -> str:
+        """End it where it is; return the text that this releases."""
         return self._stopper.cancel()
 
 
 class OriginStream:
-    """The released text of a generation as it grows, in pieces of one head each: 1, or k for accepted drafts of head k.
+    """Splits the released text of a generation into pieces by origin, see `Generation.origins`.
 
-    A character that takes several tokens belongs to the head of its last one.
+    A character that takes several tokens belongs to the origin of its last one.
     """
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
@@ -236,10 +227,10 @@ class OriginStream:
         request = generation.request
         self._stream = TextStream(tokenizer, request.prompt, keep_space=request.constraint is not None)
         self._tokens = self._characters = 0
-        self._waiting: list[tuple[str, int]] = []  # of tokens whose text is held back: it may be that of a stop string
+        self._waiting: list[tuple[str, int]] = []  # of tokens whose text may be part of a stop string
 
     def new(self) -> list[tuple[str, int]]:
-        """What was released since the last call."""
+        """Return (text, origin) pieces of what was released since the last call."""
         generation = self.generation
         for token, head in zip(generation.tokens[self._tokens :], generation.origins[self._tokens :]):
             self._waiting += [(character, head) for character in self._stream.push([token])]

@@ -1,34 +1,35 @@
-"""CUDA graphs of decoding passes: a small model's pass is hundreds of kernels, each of which costs more to launch than
-to run. A graph launches all of them, verification and drafting alike, at once.
+"""CUDA graphs of decoding passes.
 
-A pass may be captured because nothing in it goes to the host, and because all that it reads and changes lies in
-`DecodingState`, at addresses that stay. What the host does decide is the graph's key: shapes, and which transforms of
-logits any slot asks for. Where there is no GPU, tests replay through a stand-in.
+A small model's pass is hundreds of kernels, each of which costs more to launch than to run; a graph launches all of
+them at once, verification and drafting alike. A pass may be captured because nothing in it goes to the host, and
+because all that it reads and changes is in `DecodingState`, at fixed addresses. What the host decides is the graph's
+key: the plan of the pass, and the transforms of logits that any slot asks for. Tests replay without a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from headstart.decoding.decode_pass import DecodingState, decode_step
+from headstart.decoding.decode_pass import decode_pass
+from headstart.decoding.state import DecodingState, PassPlan
 from headstart.model.transformer import Transformer
 
 Replay = Callable[[], tuple[Tensor, Tensor]]
 
 MOST = 256
-"""Graphs kept by an engine; passes of further shapes run without."""
+"""Most graphs of an engine; passes of further shapes run without."""
 
 
-class GraphedStep:
-    """`decode_step` for one model and state, through graphs.
+class GraphedPass:
+    """`decode_pass` for one model and state, through graphs.
 
-    The first pass of a key runs as it is, which warms up what libraries allocate once; the second is captured, which
-    computes nothing, and replayed. What reads values on the host, or brings new tensors from it, always runs as it is:
-    penalties, constraints, rules other than matching, log-probabilities.
+    The first pass of a key runs without a graph, which warms up what libraries allocate once; the second is captured,
+    which computes nothing, and replayed. Passes that read values on the host, or bring new tensors from it, always run
+    without: penalties, constraints, rules other than matching, log-probabilities.
 
     Args:
         capture: turns a function that runs kernels into one that replays them.
@@ -38,19 +39,18 @@ class GraphedStep:
         self.model, self.state, self._capture = model, state, capture
         self._graphs: dict[Hashable, Replay | None] = {}
 
-    def __call__(
-        self, slots: slice, *, starts: list[int] | None = None, keep_logits: bool = False, **shape: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As `decode_step`. What it returns is overwritten by the next call."""
-        settings = graph_settings(self.state, slots)
-        key = (slots.start, slots.stop, *sorted(shape.items()), settings)
+    def __call__(self, plan: PassPlan) -> tuple[Tensor, Tensor]:
+        """Run a pass, see `decode_pass`. The next call overwrites what it returns."""
+        settings = graph_settings(self.state, plan.slots)
+        key = _key(plan, settings)
+        if settings is None or plan.keep_logits or (key not in self._graphs and len(self._graphs) >= MOST):
+            return decode_pass(self.model, self.state, plan)
+        # Without `starts`: a graph would keep the numbers of the pass that was captured.
+        fixed = replace(plan, starts=None)
 
         def run() -> tuple[Tensor, Tensor]:
-            # Without `starts`: a graph would keep the numbers of the pass that was captured.
-            return decode_step(self.model, self.state, slots, starts=None, **shape)
+            return decode_pass(self.model, self.state, fixed)
 
-        if settings is None or keep_logits or (key not in self._graphs and len(self._graphs) >= MOST):
-            return decode_step(self.model, self.state, slots, starts=starts, keep_logits=keep_logits, **shape)
         if key not in self._graphs:
             self._graphs[key] = None
             return run()
@@ -60,15 +60,20 @@ class GraphedStep:
         return replay()
 
 
+def _key(plan: PassPlan, settings: Hashable) -> Hashable:
+    shape = (plan.slots.start, plan.slots.stop, plan.rows, plan.heads, plan.span, plan.tree, plan.draft_tree)
+    return (*shape, plan.deferred, plan.confident, plan.row_by_row, settings)
+
+
 def graph_settings(state: DecodingState, slots: slice) -> Hashable | None:
-    """What of the slots' settings decides which kernels a pass runs; None where it cannot be captured."""
+    """Return what of the slots' settings decides which kernels a pass runs; None where it cannot be captured."""
     if state.penalties.any(slots) or state.constraints.any(slots) or not state.sampling.plain_rules(slots):
         return None
     return state.sampling.transforms(slots)
 
 
 def cuda_capture() -> Callable[[Replay], Replay]:
-    """Captures into CUDA graphs that share one pool of memory."""
+    """Return a capture into CUDA graphs that share one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
 
     def capture(run: Replay) -> Replay:

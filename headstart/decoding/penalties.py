@@ -1,7 +1,7 @@
-"""Penalties on tokens that were already written, and biases: changes of the logits that depend on the text so far.
+"""Penalties and biases: changes of the logits by the tokens generated so far.
 
-Along a window the text so far grows row by row: row j is judged with the drafts before it counted, for it matters only
-if they are kept. So penalised decoding with drafts is penalised plain decoding, token for token.
+Along a window the output grows row by row: row j counts the drafts before it, because it matters only if they are
+accepted. So penalised decoding with drafts is penalised plain decoding, token for token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from headstart.decoding.settings import MOST_BIAS, Penalties
 
 
 class PenaltyRows:
-    """The penalties of all slots, and what each has written. Nothing is allocated before a slot has any."""
+    """The penalties of all slots, and what each has generated. Nothing is allocated before a slot has penalties."""
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device | str) -> None:
         self._of = [Penalties()] * slots
@@ -22,7 +22,7 @@ class PenaltyRows:
         self._written: Tensor | None = None
 
     def set(self, slot: int, penalties: Penalties, prompt: Tensor) -> None:
-        """A request with this prompt (T,) int64 begins in `slot`. Raises UsageError for a bias of no token."""
+        """Set the penalties of `slot`, for a request with this prompt (T,) int64."""
         self.clear(slot)
         self._of[slot] = penalties
         if penalties.none:
@@ -45,18 +45,21 @@ class PenaltyRows:
         self._numbers[:, slot, 0, 0] = torch.tensor(numbers, device=self._device)
 
     def clear(self, slot: int) -> None:
-        """The request in `slot` has ended."""
+        """Remove the penalties of `slot`."""
         self._of[slot] = Penalties()
         if self._written is not None:
             self._has[slot] = False
 
     def any(self, slots: slice) -> bool:
-        """Whether any of these slots has penalties."""
+        """Return whether any of these slots has penalties."""
         return any(not penalties.none for penalties in self._of[slots])
 
     def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice, tree: TreeRows | None = None) -> Tensor:
-        """Logits (S, R, V) of rows of which row j comes after the first j drafts (None: all after none), or in a tree
-        after those of its path; penalised."""
+        """Return penalised logits (S, R, V).
+
+        Row j comes after the first j drafts, in a tree after those of its path; without drafts all rows come after the
+        committed tokens.
+        """
         if self._written is None or not self.any(slots):
             return logits_SRV
         logits = logits_SRV.float() if logits_SRV.dtype != torch.float64 else logits_SRV
@@ -77,7 +80,7 @@ class PenaltyRows:
         return torch.where(self._has[slots, None, None], result, logits)
 
     def wrote(self, tokens_SR: Tensor, accepted_S: Tensor, slots: slice) -> None:
-        """Counts the tokens[s, : accepted[s] + 1] that a pass has committed."""
+        """Count the tokens[s, : accepted[s] + 1] that a pass has committed."""
         if self._written is None or not self.any(slots):
             return
         committed = torch.arange(tokens_SR.shape[1], device=tokens_SR.device) <= accepted_S[:, None]

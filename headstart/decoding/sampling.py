@@ -1,4 +1,4 @@
-"""Choosing tokens: greedy, or sampled with noise that belongs to the position.
+"""Choice of tokens: greedy, or sampled with noise that belongs to the position.
 
 A sampled token is argmax(transformed logits + g), where the Gumbel noise g is a hash of (seed, absolute position, token
 id): drawing the same position again, in another window, batch or slot, with or without drafts, gives the same token.
@@ -24,12 +24,12 @@ from headstart.decoding.settings import COLDEST, Rule, Sampling
 
 
 def _folded(seed: int) -> int:
-    """Any Python integer is a seed: it is folded into 64 signed bits."""
+    """Fold a seed, any Python integer, into 64 signed bits."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
 def _stream(seed: int, number: int) -> int:
-    """The seed of another stream of noise."""
+    """Return the seed of another stream of noise."""
     return (_folded(seed) ^ 0x5851F42D4C957F2D) * 6364136223846793005 + number
 
 
@@ -37,23 +37,25 @@ _M1, _M2, _STEP = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB 
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64. Torch shifts arithmetically: the masks make the shifts logical."""
+    """Apply SplitMix64's finaliser to int64. Torch shifts arithmetically: the masks make the shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _M1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _M2
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
 def window_key(root_S: Tensor, offset_R: Tensor) -> Tensor:
-    """Return the keys (S, R) int64 of draws that belong to windows with roots at positions `root_S` (S,). Keys of other
-    roots or of other offsets, 1 to 2^31, differ."""
+    """Return the keys (S, R) int64 of draws that belong to windows with roots at positions `root_S` (S,).
+
+    Keys of other roots or of other offsets, 1 to 2^31, differ.
+    """
     return root_S[:, None] + (offset_R << 32)
 
 
 def position_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise (..., V) fp32 for int64 `seeds` and `positions` of one shape (...).
+    """Return standard Gumbel noise (..., V) fp32 for int64 `seeds` and `positions` of one shape (...).
 
-    A pure function of (seed, position, token id), whatever the shape. It is hashed by integer arithmetic, the same on
-    every device; the last bit of its two logarithms is that of the device's library.
+    It is a pure function of (seed, position, token id), whatever the shape. Integer arithmetic hashes it, the same on
+    every device; the last bit of its two logarithms depends on the device's library.
     """
     compiled = cpu.chooser() if seeds.device.type == "cpu" else None
     if compiled is None:
@@ -76,7 +78,7 @@ def _reference_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tenso
 
 
 class SamplingRows:
-    """The settings of all slots as tensors (S,), and which transforms any of them needs (kept on the host)."""
+    """The settings of all slots as tensors (S,), and on the host which transforms any of them needs."""
 
     def __init__(self, slots: int, device: torch.device | str) -> None:
         self._of: list[Sampling] = [Sampling()] * slots
@@ -87,16 +89,18 @@ class SamplingRows:
         self.min_p = torch.zeros(slots, device=device)
         self.seed = torch.zeros(slots, dtype=torch.int64, device=device)
         self.draft_seed = torch.zeros(slots, dtype=torch.int64, device=device)
-        """Of the noise that drafts are drawn with: `seed`, or another where a rule weighs the draft against the target,
-        for which it must be independent of what the target is drawn with."""
+        """Seed of the noise that drafts are drawn with: `seed`, or another one where a rule weighs drafts, which must
+        be independent of the draws of the target."""
         self.weighs = torch.zeros(slots, dtype=torch.bool, device=device)
-        """Whether the slot's rule weighs probabilities: not where it is greedy, whatever the rule."""
+        """True where the slot's rule weighs probabilities; never in greedy slots."""
         self.block = torch.zeros(slots, dtype=torch.bool, device=device)
+        """True where the slot's rule is block verification."""
 
     def set(self, slot: int, sampling: Sampling, rule: Rule | None = None) -> None:
+        """Set the sampling and the acceptance rule of `slot`."""
         rule = rule or Rule()
         if sampling.temperature == 0 and rule.kind in ("rejection", "block", "lossy-typical"):
-            rule = Rule()  # what these come to where one token has all the probability
+            rule = Rule()  # the same where one token has all the probability
         self._of[slot], self.rules[slot] = sampling, rule
         self.weighs[slot], self.block[slot] = rule.weighs, rule.kind == "block"
         self.temperature[slot] = sampling.temperature
@@ -107,16 +111,19 @@ class SamplingRows:
         self.draft_seed[slot] = _folded(_stream(sampling.seed, 1) if rule.weighs else sampling.seed)
 
     def clear(self, slot: int) -> None:
-        """The request in `slot` has ended: it asks the others for no noise, transform or rule of its own any more."""
+        """Make `slot` greedy, so that it costs the other slots no noise and no transforms."""
         self._of[slot], self.rules[slot] = Sampling(), Rule()
 
     def any_sampled(self, slots: slice) -> bool:
-        """Whether any of these slots needs noise."""
+        """Return whether any of these slots needs noise."""
         return any(s.temperature > 0 for s in self._of[slots])
 
     def transforms(self, slots: slice) -> tuple[bool, int, bool, bool] | None:
-        """Which kernels choosing runs, as far as the host decides it: whether any of these slots is sampled, the
-        largest top-k, whether any has a top-p, a min-p; None where it looks at values on the host (top-p on a CPU)."""
+        """Return which kernels `choose` runs, as far as the host decides.
+
+        They depend on whether any of these slots is sampled, the largest top-k, and whether any has a top-p or a min-p.
+        None where `choose` reads values on the host (top-p on a CPU).
+        """
         settings = self._of[slots]
         top_p = any(s.top_p < 1 for s in settings)
         if top_p and self.temperature.device.type == "cpu":
@@ -125,31 +132,35 @@ class SamplingRows:
         return self.any_sampled(slots), top_k, top_p, any(s.min_p for s in settings)
 
     def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
-        """The noise (S, R, V) of these positions."""
+        """Return the noise (S, R, V) of these positions."""
         return position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
 
     def draft_noise(self, root_S: Tensor, offset_R: Tensor, vocab_size: int, slots: slice) -> Tensor:
-        """Return the noise (S, R, V) of drafts so many positions behind the roots at positions `root_S`: that of the
-        window where the slot's rule weighs drafts, else that of the draft's position, which verification shares."""
+        """Return the noise (S, R, V) of drafts at some offsets from the roots at positions `root_S`.
+
+        It belongs to the window where the slot's rule weighs drafts, else to the draft's position, as in verification.
+        """
         at_SR = torch.where(self.weighs[slots, None], window_key(root_S, offset_R), root_S[:, None] + offset_R)
         return position_noise(self.draft_seed[slots, None].expand_as(at_SR), at_SR, vocab_size)
 
     def uniform(self, root_S: Tensor, offset_R: Tensor, slots: slice) -> Tensor:
-        """Return draws (S, R) in [0, 1) for windows with roots at positions `root_S`, independent of all noise. A draw
-        is below h with probability h, to 2^-24: always for h = 1, never for h = 0."""
+        """Return draws (S, R) in [0, 1) for windows with roots at positions `root_S`, independent of all noise.
+
+        A draw is below h with probability h, to 2^-24: always for h = 1, never for h = 0.
+        """
         key = _mix(_mix(self.draft_seed[slots, None] ^ _M1) + window_key(root_S, offset_R) * _STEP)
         return (key >> 40 & 0xFFFFFF).float().mul_(2.0**-24)
 
     def plain_rules(self, slots: slice) -> bool:
-        """Whether all these slots keep the drafts that plain decoding would write."""
+        """Return whether all these slots accept by matching plain decoding."""
         return all(rule.kind == "match" for rule in self.rules[slots])
 
     def probabilities(self, logits_SRV: Tensor, slots: slice) -> Tensor:
-        """The distributions (S, R, V) that tokens are drawn from; of greedy slots, those of temperature 1."""
+        """Return the distributions (S, R, V) that tokens are drawn from; greedy slots have temperature 1 here."""
         return self._transformed(logits_SRV.float(), slots).softmax(-1)
 
     def choose(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice) -> Tensor:
-        """Tokens (S, R) int64 for logits (S, R, V); `noise` is that of the positions which the tokens will have."""
+        """Return tokens (S, R) int64 for logits (S, R, V), with the noise of the positions that they will have."""
         # Torch finds the largest of 32,000 in 20 us in fp32 and in 113 us in bf16; widening changes no comparison.
         logits_SRV = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
         settings = self._of[slots]
@@ -176,8 +187,10 @@ class SamplingRows:
         return torch.where(self.temperature[slots, None] > 0, (x + noise_SRV).argmax(-1), greedy)
 
     def best(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice, count: int) -> Tensor:
-        """Tokens (S, R, count): what `choose` takes, then what it would take without those before; where sampled, these
-        are draws without replacement."""
+        """Return the best tokens (S, R, count): that of `choose`, then what it would choose without those before.
+
+        In sampled slots these are draws without replacement.
+        """
         scores = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
         if noise_SRV is not None:
             sampled = self.temperature[slots, None, None] > 0
@@ -199,8 +212,10 @@ class SamplingRows:
         return x
 
     def confidence(self, logits_SRV: Tensor, tokens_SR: Tensor, slots: slice) -> Tensor:
-        """(S, R) fp32: the probability of `tokens` under `logits` at each slot's temperature (greedy: 1), before top-k,
-        top-p and min-p."""
+        """Return the probability (S, R) fp32 of `tokens` at each slot's temperature (greedy: 1).
+
+        Top-k, top-p and min-p are not applied.
+        """
         compiled = _compiled_for(logits_SRV.float())
         if compiled is not None:
             logits_SRV, tokens_SR = logits_SRV.float().contiguous(), tokens_SR.contiguous()
@@ -231,8 +246,8 @@ def _keep_top_k(x_SRV: Tensor, k_S1: Tensor, largest: int) -> Tensor:
 def _keep_top_p(x_SRV: Tensor, p_S11: Tensor) -> Tensor:
     total = x_SRV.logsumexp(-1, keepdim=True)
     # The head of the distribution nearly always holds the mass; the whole vocabulary is sorted only where it does not.
-    # Both ways give the same values in the same order, hence the same threshold. To ask which it is costs nothing on a
-    # CPU; elsewhere the host would wait for the whole pass.
+    # Both ways give the same values in the same order, hence the same threshold. The test costs nothing on a CPU;
+    # elsewhere the host would wait for the whole pass.
     size = min(256, x_SRV.shape[-1]) if x_SRV.device.type == "cpu" else x_SRV.shape[-1]
     while True:
         best = x_SRV.topk(size, dim=-1).values
@@ -249,7 +264,7 @@ def _keep_top_p(x_SRV: Tensor, p_S11: Tensor) -> Tensor:
 def log_probabilities(
     logits_SRV: Tensor, tokens_SR: Tensor, alternatives: int
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """Of each slot and row the log-probability of its token, and the best `alternatives` tokens with theirs."""
+    """Return the log-probability of each token, and the best `alternatives` tokens with theirs, by slot and row."""
     logs = (logits_SRV if logits_SRV.element_size() == 8 else logits_SRV.float()).log_softmax(-1)
     best = logs.topk(alternatives, dim=-1)
     own = logs.gather(-1, tokens_SR[..., None])[..., 0]

@@ -15,6 +15,7 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint, Matcher
 from headstart.decoding.stopping import stop_strings
 from headstart.errors import UsageError
+from headstart.model.config import ModelConfig
 
 COLDEST, HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Bounds of a temperature above 0: the kernels compute in float32."""
@@ -38,7 +39,7 @@ MOST_RULE_NUMBER = 1e9
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. The transforms apply in this order: temperature, top_k, top_p, min_p."""
+    """Settings for drawing tokens from logits. The order is temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.0
     """Divisor of the logits; 0 is greedy. Less than the smallest normal number of float32 counts as 0."""
@@ -115,7 +116,7 @@ class Penalties:
 
     @property
     def none(self) -> bool:
-        """Whether these penalties change nothing."""
+        """True if these penalties change nothing."""
         return self == Penalties()
 
 
@@ -125,7 +126,7 @@ def _pairs(bias: Any) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which drafts are accepted.
+    """The rule that accepts drafts.
 
     Lossless, token for token: `match` accepts the token of plain decoding. Lossless in distribution: `rejection`
     accepts with probability min(1, p / q), else draws a token of the residual; `block` judges the drafts of a window
@@ -167,17 +168,17 @@ class Rule:
 
     @property
     def lossless(self) -> bool:
-        """Whether the output follows the law of plain decoding."""
+        """True if the output follows the law of plain decoding."""
         return not self.kind.startswith("lossy")
 
     @property
     def weighs(self) -> bool:
-        """Whether the rule needs the distribution that drafts were drawn from."""
+        """True if the rule needs the distribution that drafts were drawn from."""
         return self.kind in ("rejection", "block")
 
     @property
     def verifies_trees(self) -> bool:
-        """Whether the rule can verify draft trees."""
+        """True if the rule can verify draft trees."""
         return self.kind in TREE_RULES
 
 
@@ -205,6 +206,36 @@ class Request:
     """Salt of the cached keys and values: only requests with the same salt reuse each other's."""
     matcher: Matcher | None = field(default=None, compare=False, repr=False)
     """The constraint, compiled by the caller; without it the engine compiles, and other requests wait meanwhile."""
+
+    def check(self, config: ModelConfig, context: int) -> None:
+        """Raise UsageError if a model, with so many positions for a request, cannot decode this one."""
+        drafting, vocab_size = config.drafting_heads, config.vocab_size
+        if config.ahead and self.constraint is not None and self.acceptance.kind == "block":
+            # Each later q was computed after drafts that the constraint may have replaced: it would not be their law.
+            raise UsageError("acceptance block is not lossless for sequential heads with a constraint; take rejection")
+        if self.heads is not None and not 1 <= self.heads <= drafting:
+            gap = "" if drafting == config.heads else " before a gap in its offsets"
+            raise UsageError(
+                f"heads is {self.heads}; this model has {drafting}{gap}, take 1 (plain decoding) to that many"
+            )
+        if not self.prompt:
+            raise UsageError("the prompt is empty; give at least one token (to start a document, its end token)")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if len(self.prompt) >= context:
+            raise UsageError(
+                f"the prompt has {len(self.prompt)} tokens; the context is {context}, which must also hold "
+                "what is generated: shorten the prompt"
+            )
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if count is not None and not 0 <= count <= vocab_size:
+                raise UsageError(f"{name} is {count}; ask for 0 to {vocab_size} alternatives")
+        beyond = next((token for token, _ in self.penalties.bias if token >= vocab_size), None)
+        if beyond is not None:
+            raise UsageError(f"logit bias names token {beyond}; the vocabulary has {vocab_size} tokens")
+        for token in (min(self.prompt), max(self.prompt)):
+            if not 0 <= token < vocab_size:
+                raise UsageError(f"the prompt holds token {token}; this model's vocabulary has {vocab_size} tokens")
 
     def all_ends(self, tokenizer: Tokenizer | None) -> frozenset[int]:
         """Return the tokens that end the output and are not part of it."""
@@ -262,9 +293,9 @@ class GenerationSettings:
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the output and are part of it."""
     ignore_ends: bool = False
-    """Whether end tokens are tokens like others; not with a constraint, which needs them."""
+    """True: end tokens are tokens like others. A constraint needs them, and does not allow this."""
     keep_stop: bool = False
-    """Whether the stop string that ends the output is part of it."""
+    """True: the stop string that ends the output is part of it."""
 
     @classmethod
     def with_fields(cls, settings: GenerationSettings | None, values: Mapping[str, Any]) -> GenerationSettings:

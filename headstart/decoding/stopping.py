@@ -1,4 +1,4 @@
-"""Where a generation ends: end tokens, token limit, stop strings, a constraint. Exact anywhere inside a burst."""
+"""The end of a generation: end tokens, token limit, stop strings, a constraint. Exact anywhere inside a pass."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from headstart.decoding.constraints import Matcher
 from headstart.errors import UsageError
 
 FinishReason = Literal["end", "length", "stop", "cancelled", "stuck"]
-"""end: by an end token, or a constraint is satisfied and nothing may follow. stuck: a constraint allows nothing more,
-and not the end either."""
+"""Reasons why a generation ends. end: an end token, or a constraint that is satisfied and allows nothing more. stuck: a
+constraint that allows no token, and not the end either."""
 
 
 def stop_strings(given: Any) -> tuple[str, ...]:
@@ -29,14 +29,16 @@ def stop_strings(given: Any) -> tuple[str, ...]:
 class Stopper:
     """Takes the tokens of one generation as they are committed, keeps those before the end, and releases their text.
 
-    Tokens are judged one by one, so where it ends does not depend on how many came in a burst. Text that may turn out
-    to be the beginning of a stop string is held back until that is decided; the stop string itself is released with
-    `keep_stop` only.
+    It judges tokens one by one, so the end does not depend on how many a pass commits. Text that may be the beginning
+    of a stop string is held back until that is decided; the stop string itself is released with `keep_stop` only.
 
     Args:
+        max_new_tokens: most tokens to keep.
         ends: tokens that end the generation; they are not kept.
-        matcher: advanced by the tokens kept.
-        prompt: tokens that the text is decoded behind.
+        stop: strings that end the generation.
+        tokenizer: for the text; without it there is none.
+        matcher: the state of the constraint, advanced by the tokens kept.
+        prompt: tokens before the text.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Stopper:
         self.matcher = matcher
         self.tokens: list[int] = []
         self.judged = 0
-        """Tokens looked at: those kept, and an end that is not kept."""
+        """Number of tokens judged: those kept, and an end that is not kept."""
         self.text = ""
         """Released text so far."""
         self.finish_reason: FinishReason | None = None
@@ -69,7 +71,7 @@ class Stopper:
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Commits `tokens` as far as the generation goes; returns the text that is released by them."""
+        """Take `tokens` up to the end of the generation; return the text that they release."""
         released = ""
         for token in tokens:
             if self.finish_reason is not None:
@@ -93,7 +95,7 @@ class Stopper:
         return released
 
     def cancel(self) -> str:
-        """Ends the generation where it is."""
+        """End the generation where it is; return the text that this releases."""
         return self._finish("cancelled") if self.finish_reason is None else ""
 
     def _release(self, text: str) -> str:
@@ -112,14 +114,14 @@ class Stopper:
 
     def _finish(self, reason: FinishReason) -> str:
         rest = self._release(self._stream.finish()) if self._stream is not None else ""
-        if self.finish_reason is None:  # the very last text may still complete a stop string
+        if self.finish_reason is None:  # the last piece of text may still complete a stop string
             self.finish_reason = reason
             rest, self.text, self._held = rest + self._held, self.text + self._held, ""
         return rest
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that `stop` begins with."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -135,7 +135,7 @@ def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
 
 def greedy_tokens(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """What head 1 writes greedily."""
-    engine = Engine(pack(model), context=len(prompt) + count)
+    engine = Engine(pack(model), EngineConfig(context=len(prompt) + count))
     return generate_all(engine, [Request(tuple(prompt), count, heads=1)])[0].tokens
 
 

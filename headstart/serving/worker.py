@@ -23,6 +23,25 @@ STOP_SECONDS = 1.0
 """Most seconds to wait for the last step of an engine that stops."""
 
 
+class JobTurns:
+    """The jobs that wait, as the scheduler of an engine sees them: clients take turns; a `RequestQueue`."""
+
+    def __init__(self, waiting: Callable[[], int], start: Callable[[], Generation | None]) -> None:
+        self._waiting, self._start = waiting, start
+
+    def __len__(self) -> int:
+        """Return how many jobs wait."""
+        return self._waiting()
+
+    def pop(self) -> Generation | None:
+        """Start the job whose turn it is; None where none can start."""
+        return self._start()
+
+    def remove(self, generation: Generation) -> bool:
+        """Return False: a job that waits has no generation yet, and is taken out by its client's queue."""
+        return False
+
+
 class Worker:
     """Decode jobs with an engine in a thread.
 
@@ -54,6 +73,7 @@ class Worker:
         self._waiting: FairQueue[Job] = FairQueue()
         self._cancelled: list[tuple[Job, str]] = []
         self._running: list[Job] = []
+        self._refused: list[tuple[Job, ApiError]] = []
         self._job_of: dict[Generation, Job] = {}
         self._stopping = False
         self._seconds = 1.0  # recent average of the time that a job takes in its slot
@@ -132,6 +152,7 @@ class Worker:
         try:
             engine = self._make_engine()
             warm_up(engine, self._tokenizer)
+            self._feed(engine)
         except Exception as error:
             self._no_start = error
             return
@@ -158,24 +179,32 @@ class Worker:
             if not self._turn(engine):
                 del engine  # its memory is wanted for the next one
                 engine = self._make_engine()
+                self._feed(engine)
+
+    def _feed(self, engine: Engine) -> None:
+        """Let the engine take the jobs that wait as its slots get free."""
+        engine.scheduler.queue = JobTurns(lambda: len(self._waiting), lambda: self._start(engine))
 
     def _turn(self, engine: Engine) -> bool:
-        """Begins the jobs that there are slots for, runs a pass, and hands over what came of it. False where the engine
-        has failed. Its own function: the thread holds no job of a turn while it waits for the next one."""
-        begun = self._next_jobs(engine)
-        refusals = [(job, self._begin(engine, job)) for job in begun]
-        errors = [(job, why) for job, why in refusals if why is not None]
+        """Free the slots of cancelled jobs, run a step, and hand over what came of it. False if the engine failed.
+
+        It is a function of its own: the thread holds no job of a turn while it waits for the next one.
+        """
+        self._free_cancelled(engine)
         pieces: list[tuple[Job, Piece]] = []
         broken = False
         try:
+            engine.scheduler.admit()
+            self.metrics.set_load(len(self._waiting), len(self._running))
             pieces = self._step(engine) if engine.busy else []
         except BaseException:  # a panic in Rust, such as a tokenizer's, is no Exception
             traceback.print_exc()
             broken = True
             self.failures += 1
             self.metrics.count_failure()
-            refused = [job for job, _ in errors]
-            errors += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
+            refused = [job for job, _ in self._refused]
+            self._refused += [(job, ApiError(500, INTERNAL)) for job in self._running if job not in refused]
+        errors, self._refused = self._refused, []
         self._hand_over(pieces, errors)
         return not broken
 
@@ -186,8 +215,8 @@ class Worker:
                 self._lock.wait()
             return not self._stopping
 
-    def _next_jobs(self, engine: Engine) -> list[Job]:
-        """Frees the slots of jobs that were cancelled, and gives those that are free away."""
+    def _free_cancelled(self, engine: Engine) -> None:
+        """Free the slots of jobs that were cancelled."""
         with self._lock:
             cancelled, self._cancelled = self._cancelled, []
             for job, outcome in cancelled:
@@ -195,15 +224,23 @@ class Worker:
                     assert job.generation is not None
                     engine.cancel(job.generation)
                     self._ended(job, outcome)
-            free = self.slots - len(self._running)
-            begun = [self._waiting.next() for _ in range(min(free, len(self._waiting)))]
-            self._running += begun
-            self.metrics.set_load(len(self._waiting), len(self._running))
-        return begun
+
+    def _start(self, engine: Engine) -> Generation | None:
+        """Start the next job that the engine can decode; None where no job waits any more."""
+        while True:
+            with self._lock:
+                if not len(self._waiting):
+                    return None
+                job = self._waiting.next()
+                self._running.append(job)
+            error = self._begin(engine, job)
+            if error is None:
+                return job.generation
+            self._refused.append((job, error))
 
     def _begin(self, engine: Engine, job: Job) -> ApiError | None:
         try:
-            job.generation = engine.submit(job.request)
+            job.generation = engine.generation(job.request)
         except UsageError as error:
             return ApiError(400, str(error))
         except BaseException:  # a panic in Rust, such as a tokenizer's, is no Exception

@@ -16,7 +16,7 @@ from headstart.data.batches import IGNORE, Batch, evaluation_batches
 from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer, prompt_ids
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -162,7 +162,7 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
     # A handful of tokens is not worth compiling kernels for, nor fixing the shapes of a pass.
     packed = pack(twin, compiled=False)
     context = min(config.model.context, len(prompt) + config.watch.sample_tokens)
-    engine = Engine(packed, context=context, tokenizer=tokenizer, exact=False)
+    engine = Engine(packed, EngineConfig(context=context, exact=False), tokenizer=tokenizer)
     generation = generate_all(engine, [Request(prompt, config.watch.sample_tokens)])[0]
     stats = generation.stats
     return {

@@ -18,7 +18,7 @@ from headstart.commands import tune
 from headstart.commands.evaluate import EvaluateSettings, evaluate
 from headstart.commands.inspect import format_inspection, inspect
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.free_running import run_freely
@@ -114,8 +114,10 @@ def test_in_int8_it_is_nearly_the_same(directory, tmp_path) -> None:
 def test_free_running_counts_what_the_engine_counts(directory) -> None:
     model = pack(load_model(directory))
     prompts = [(1, 2, 3), (100, 32)]
-    found = run_freely(Engine(model, slots=1), prompts, 16, 0.0)
-    alone = generate_all(Engine(model, slots=1), [Request(p, 16, Sampling(0.0, seed=i)) for i, p in enumerate(prompts)])
+    found = run_freely(Engine(model, EngineConfig(slots=1)), prompts, 16, 0.0)
+    alone = generate_all(
+        Engine(model, EngineConfig(slots=1)), [Request(p, 16, Sampling(0.0, seed=i)) for i, p in enumerate(prompts)]
+    )
     assert found.passes == sum(g.stats.passes for g in alone)
     assert found.acceptance == [
         sum(g.stats.accepted[i] for g in alone) / sum(g.stats.drafted[i] for g in alone) for i in range(2)
@@ -125,10 +127,16 @@ def test_free_running_counts_what_the_engine_counts(directory) -> None:
 def test_free_running_and_tune_end_at_the_end_of_a_turn(directory, monkeypatch) -> None:
     loaded = headstart.load(directory)
     prompt = (1, 2, 3)
-    whole = generate_all(Engine(loaded.transformer, slots=1), [Request(prompt, 16, Sampling(0.0))])[0].tokens
+    whole = generate_all(Engine(loaded.transformer, EngineConfig(slots=1)), [Request(prompt, 16, Sampling(0.0))])[
+        0
+    ].tokens
     turn_end = frozenset([whole[4]])
     kept = whole.index(whole[4]) + 1
-    assert run_freely(Engine(loaded.transformer, slots=1), [prompt], 16, 0.0, ends=[turn_end]).tokens <= kept < 16
+    assert (
+        run_freely(Engine(loaded.transformer, EngineConfig(slots=1)), [prompt], 16, 0.0, ends=[turn_end]).tokens
+        <= kept
+        < 16
+    )
     asked: list[Request] = []
     submit = Engine.submit
     monkeypatch.setattr(Engine, "submit", lambda engine, request: (asked.append(request), submit(engine, request))[1])

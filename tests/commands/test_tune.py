@@ -117,7 +117,7 @@ def test_tree_nodes_measures_trees(directory, capsys) -> None:
     assert len(model.engine(exact=False, tree=3).tree.paths) == 3
     tree = model.generate("def f(", max_new_tokens=50, exact=False)
     plain = model.generate("def f(", max_new_tokens=50, heads=1, exact=False)
-    assert tree.tokens == plain.tokens and tree.stats.beside > 0
+    assert tree.tokens == plain.tokens and tree.stats.siblings > 0
     # One that does not is not.
     entry["drafting"] = [[0.1, 0.01, 0.01]] * 2
     file.write_text(json.dumps(content))
@@ -148,7 +148,7 @@ def test_ranks_match_the_drafts_of_decoding(directory, temperature) -> None:
 
     def watch(generation, fed, accepted) -> None:
         root = len(generation.request.prompt) + len(generation.tokens) - 1
-        drafted.append((root - 1, accepted, generation.confidences[0]))
+        drafted.append((root - 1, accepted, generation.window.confidences[0]))
 
     engine = Engine(model, watch=watch)
     generation = engine.submit(Request(tuple(b"def f("), 50, Sampling(temperature, seed=4)))

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from seeds import trained_seed
+from torch import Tensor
 
 from headstart.data.batches import targets_of
+from headstart.decoding.decode_pass import prefill
+from headstart.decoding.drafters.interface import PromptPiece
 from headstart.decoding.kernels.pack import pack
 from headstart.fileio import replacing_file
 from headstart.model.config import ModelConfig
@@ -125,3 +128,11 @@ def packed(
 @pytest.fixture(params=CORE)
 def shape(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def fill(model, state, slot: int, tokens: Tensor, heads: int, *, chunk: int = 256, root: Tensor | None = None) -> None:
+    """Read a prompt into a slot in chunks; `root` (1,) is the token after it."""
+    for start in range(0, len(tokens), chunk):
+        behind = tokens[start + chunk : start + chunk + 1]
+        piece = PromptPiece(slot, tokens[start : start + chunk], start, heads, behind if len(behind) else root)
+        prefill(model, state, piece)

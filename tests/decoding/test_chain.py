@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HEADS, packed
+from conftest import HEADS, fill, packed
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.settings import Request, Rule, Sampling
+from headstart.decoding.state import DecodingState
 from headstart.errors import UsageError
 
 TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is the cat end. the cat then a dog ")
 
 
 def alone(prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    got = generate_all(Engine(packed("sequential", torch.float64), exact=False), [Request(prompt, 40, heads=HEADS)])[0]
+    got = generate_all(
+        Engine(packed("sequential", torch.float64), EngineConfig(exact=False)), [Request(prompt, 40, heads=HEADS)]
+    )[0]
     return got.tokens, got.stats.accepted
 
 
@@ -30,7 +32,7 @@ def assert_caches_are_a_fresh_prompts(engine: Engine, generation: Generation, sl
     length = int(engine.state.length_S[slot])
     assert length == len(committed) - 1
     fresh = DecodingState.empty(model, 1, cache.capacity)
-    prefill(model, fresh, 0, committed[:-1], HEADS, root=committed[-1:])
+    fill(model, fresh, 0, committed[:-1], HEADS, root=committed[-1:])
     for layer in range(len(cache.values)):
         right = length - max(0, layer - model.config.trunk_layers)
         for got, want in (
@@ -45,7 +47,7 @@ def assert_caches_are_a_fresh_prompts(engine: Engine, generation: Generation, sl
 def test_pieces_of_a_prompt_between_passes_of_others(budget: int, exact: bool) -> None:
     """What is carried from piece to piece must outlast the passes over other slots, which, exact, run over this one
     too."""
-    engine = Engine(packed("sequential", torch.float64), slots=2, exact=exact, prefill_budget=budget)
+    engine = Engine(packed("sequential", torch.float64), EngineConfig(slots=2, exact=exact, prefill_budget=budget))
     other = engine.submit(Request(TEXT[:2], 200, heads=HEADS))
     while not other.tokens:
         engine.step()
@@ -63,7 +65,7 @@ def test_pieces_of_a_prompt_between_passes_of_others(budget: int, exact: bool) -
 @pytest.mark.parametrize("length", [40, 41, 60])
 def test_a_prompt_that_goes_on_from_what_a_slot_holds(budget: int | None, length: int) -> None:
     """The last positions that are found were computed over other tokens behind them, and are computed anew."""
-    engine = Engine(packed("sequential", torch.float64), exact=False, prefill_budget=budget)
+    engine = Engine(packed("sequential", torch.float64), EngineConfig(exact=False, prefill_budget=budget))
     first = engine.submit(Request((*TEXT[:40], *b"dog is a cat"), 20, heads=HEADS))
     second = engine.submit(Request(TEXT[:length], 40, heads=HEADS))
     while len(second.tokens) < 5:
@@ -82,7 +84,7 @@ def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int) -> N
     accepted = []
     for compiled in (True, False):
         model = packed("sequential", torch.float32, compiled)
-        together = generate_all(Engine(model, slots=3), requests)
+        together = generate_all(Engine(model, EngineConfig(slots=3)), requests)
         for request, got in zip(requests, together):
             plain = generate_all(Engine(model), [Request(request.prompt, 30, heads=1)])[0]
             assert got.tokens == plain.tokens
@@ -92,7 +94,7 @@ def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int) -> N
 
 def test_trees_are_refused() -> None:
     with pytest.raises(UsageError, match="sequential heads draft one chain"):
-        Engine(packed("sequential", torch.float32), tree=DraftTree.parse("0,1,0.0"))
+        Engine(packed("sequential", torch.float32), EngineConfig(tree=DraftTree.parse("0,1,0.0")))
 
 
 def test_constraints_on_a_chain() -> None:

@@ -65,7 +65,7 @@ def test_what_a_constraint_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     from tokenizers import models
 
     Library(models.WordLevel({"</s>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UsageError, match="constraints cannot be had with its kind"):
+    with pytest.raises(UsageError, match="its kind does not support constraints"):
         Engine(model, tokenizer=PretrainedTokenizer(tmp_path)).submit(Request((1,), constraint=CASES["words"]))
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     letters = {"model": {"type": "BPE", "vocab": {"</s>": 0, "a": 1}, "merges": []}, "decoder": level}

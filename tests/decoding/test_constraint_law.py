@@ -13,7 +13,7 @@ from test_rules import _small
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.settings import Request, Rule, Sampling
@@ -64,7 +64,9 @@ def distance(kind: str, raw: Transformer, model: Transformer, constraint: Constr
         Request(prompt, 8, Sampling(temperature, top_k, seed=s), acceptance=Rule(kind), constraint=constraint)
         for s in range(count)
     ]
-    generations = generate_all(Engine(model, slots=slots, tokenizer=BYTES, exact=False, **settings), requests)
+    generations = generate_all(
+        Engine(model, EngineConfig(slots=slots, exact=False, **settings), tokenizer=BYTES), requests
+    )
     assert {g.finish_reason for g in generations} == {"end"}
     drawn = Counter(tuple(g.tokens) for g in generations)
     assert all(law.get(tokens, 0) > 0 for tokens in drawn)

@@ -14,7 +14,7 @@ from test_rules import _small
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import FORCED
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
@@ -40,10 +40,10 @@ def test_with_trees_it_is_constrained_plain_decoding(name: str, tokenizer, sampl
         expected = reference(raw, tokenizer, CASES[name], prompt, 28, sampling.temperature, sampling.seed)
         assert (chain.tokens, chain.finish_reason) == expected
     for heads in (1, 2, model.config.heads):
-        engine = Engine(model, tokenizer=tokenizer, tree=TREE if tokenizer is BYTES else SHALLOW)
+        engine = Engine(model, EngineConfig(tree=TREE if tokenizer is BYTES else SHALLOW), tokenizer=tokenizer)
         got = one(engine, prompt, 28, sampling, heads, constraint=CASES[name])
         assert (got.tokens, got.finish_reason, got.text) == (chain.tokens, chain.finish_reason, chain.text), heads
-        assert got.stats.beside > 0 or heads < model.config.heads or name in ("choice", "endless")
+        assert got.stats.siblings > 0 or heads < model.config.heads or name in ("choice", "endless")
         if heads == 1:
             assert got.stats.forced == 0 and got.stats.rows_per_pass == 1
 
@@ -68,14 +68,21 @@ def test_in_a_batch_constrained_and_free_texts_both_have_trees(compiled: bool, e
         for i, constraint in enumerate([CASES["schema"], None, CASES["endless"], CASES["words"], None, CASES["choice"]])
     ]
     plain = [
-        one(Engine(model, tokenizer=BYTES, exact=exact), r.prompt, 32, r.sampling, 1, constraint=r.constraint).tokens
+        one(
+            Engine(model, EngineConfig(exact=exact), tokenizer=BYTES),
+            r.prompt,
+            32,
+            r.sampling,
+            1,
+            constraint=r.constraint,
+        ).tokens
         for r in requests
     ]
     for policy in [None, Pruning(3)] if exact is False or backend_of(model).row_exact else [None]:
-        engine = Engine(model, slots=3, tokenizer=BYTES, exact=exact, policy=policy, tree=TREE)
+        engine = Engine(model, EngineConfig(slots=3, exact=exact, tree=TREE), tokenizer=BYTES, policy=policy)
         together = generate_all(engine, requests)
         assert [g.tokens for g in together] == plain
-        assert policy or [g.stats.beside > 0 for g in together[:5]] == [True] * 5
+        assert policy or [g.stats.siblings > 0 for g in together[:5]] == [True] * 5
         assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints._forbidden.any()
 
 
@@ -86,13 +93,13 @@ def test_beside_rules_that_know_no_trees_windows_are_chains(exact: bool) -> None
         pytest.skip("no compiled kernels here: exact decoding refuses")
     block = Request(PROMPT, 12, Sampling(0.8, seed=9), acceptance=Rule("block"), constraint=CASES["words"])
     requests = [Request(PROMPT, 50, Sampling(0.8, seed=i), constraint=CASES["words"]) for i in range(3)]
-    plain = [one(Engine(model, tokenizer=BYTES, exact=exact), PROMPT, 50, r.sampling, 1, constraint=r.constraint).tokens
-             for r in requests]  # fmt: skip
-    engine = Engine(model, slots=2, tokenizer=BYTES, exact=exact, tree=TREE)
+    chains = Engine(model, EngineConfig(exact=exact), tokenizer=BYTES)
+    plain = [one(chains, PROMPT, 50, r.sampling, 1, constraint=r.constraint).tokens for r in requests]
+    engine = Engine(model, EngineConfig(slots=2, exact=exact, tree=TREE), tokenizer=BYTES)
     *matched, blocked = generate_all(engine, [requests[0], requests[1], requests[2], block])
-    assert [g.tokens for g in matched] == plain and matched[0].stats.beside > 0 and blocked.stats.beside == 0
+    assert [g.tokens for g in matched] == plain and matched[0].stats.siblings > 0 and blocked.stats.siblings == 0
     # It also begins while another one has a tree.
-    fixed = Engine(packed("transformer-parallel", torch.float32, False), tokenizer=BYTES, tree=TREE)
+    fixed = Engine(packed("transformer-parallel", torch.float32, False), EngineConfig(tree=TREE), tokenizer=BYTES)
     with pytest.raises(UsageError, match="acceptance block knows no draft trees"):
         fixed.submit(block)
     assert generate_all(fixed, [requests[0]])[0].finish_reason
@@ -101,7 +108,7 @@ def test_beside_rules_that_know_no_trees_windows_are_chains(exact: bool) -> None
 @pytest.mark.parametrize("kind", ["match", "rejection"])
 @pytest.mark.parametrize("name", ["endless", "schema"])
 def test_nodes_hold_what_may_come_after_their_paths_and_others_never_fit(kind: str, name: str) -> None:
-    engine = Engine(packed("transformer-parallel", torch.float32), tokenizer=BYTES, tree=TREE)
+    engine = Engine(packed("transformer-parallel", torch.float32), EngineConfig(tree=TREE), tokenizer=BYTES)
     rows, constraint = TreeRows(TREE, "cpu"), CASES[name]
     generation = engine.submit(Request(PROMPT, 80, Sampling(1.0), acceptance=Rule(kind), constraint=constraint))
     nodes = missing = 0
@@ -109,9 +116,9 @@ def test_nodes_hold_what_may_come_after_their_paths_and_others_never_fit(kind: s
         engine.step()
         if generation.finished:
             break
-        window, drafted = engine.state.window_SW[0].tolist(), int(engine.state.drafted_S[0])
-        assert window[0] == generation.tokens[-1] and drafted == len(generation.sources)
-        held = generation.nodes or {}
+        window, drafted = engine.state.windows.tokens_SW[0].tolist(), int(engine.state.windows.drafted_S[0])
+        assert window[0] == generation.tokens[-1] and drafted == len(generation.window.drafters)
+        held = generation.window.depths or {}
         for row in range(1, TREE.rows):
             way = [window[i] for i in rows.path_RD[row, 1 : int(rows.depth_R[row]) + 1].tolist()]
             matcher = compiled(constraint, BYTES, 128)
@@ -131,13 +138,19 @@ def test_what_is_forced_is_drafted_and_kept_and_counted_where_only_some_paths_ar
     text = "exactly this text, and no other"
     model = packed("transformer-parallel", torch.float32)
     for kind in ("match", "rejection"):
-        engine = Engine(model, tokenizer=BYTES, tree=TREE)
+        engine = Engine(model, EngineConfig(tree=TREE), tokenizer=BYTES)
         got = one(engine, PROMPT, 60, Sampling(1.0), acceptance=Rule(kind), constraint=Constraint.choice([text]))
-        assert got.text == text and got.stats.passes == -(-len(text) // HEADS) and got.stats.beside == 0
+        assert got.text == text and got.stats.passes == -(-len(text) // HEADS) and got.stats.siblings == 0
         assert got.stats.forced == got.origins.count(FORCED) == len(text) - (got.stats.passes - 1)
     # After a draft of the first head some paths leave no choice, others do.
     constraint = Constraint.regex("((ab|c[a-z]|dog|[e-z]) ?)*")
-    got = one(Engine(model, tokenizer=BYTES, tree=TREE), PROMPT, 200, Sampling(1.5, seed=4), constraint=constraint)
+    got = one(
+        Engine(model, EngineConfig(tree=TREE), tokenizer=BYTES),
+        PROMPT,
+        200,
+        Sampling(1.5, seed=4),
+        constraint=constraint,
+    )
     after = [got.tokens[i - 1 : i + 1] for i, origin in enumerate(got.origins) if origin == FORCED]
     assert after and all(bytes(pair) in (b"ab", b"do", b"og") for pair in after)
     heads = {origin for origin in got.origins if origin > 1}
@@ -151,7 +164,14 @@ def test_a_request_for_fewer_heads_has_forced_drafts_deeper_where_all_others_can
     constraint = Constraint.regex("(then a dog and more[\x00-\x7f]{3})*")
     for heads in (2, 3):
         plain, got = (
-            one(Engine(model, tokenizer=BYTES, tree=tree), PROMPT, 80, Sampling(1.2, seed=3), k, constraint=constraint)
+            one(
+                Engine(model, EngineConfig(tree=tree), tokenizer=BYTES),
+                PROMPT,
+                80,
+                Sampling(1.2, seed=3),
+                k,
+                constraint=constraint,
+            )
             for k, tree in ((1, None), (heads, TREE))
         )
         assert got.tokens == plain.tokens and got.stats.forced > 20
@@ -163,7 +183,14 @@ def test_penalties_and_logprobs_go_with_it() -> None:
     for temperature in (0.0, 0.9):
         settings = {"penalties": penalties, "constraint": CASES["endless"], "logprobs": 1}
         plain, got = (
-            one(Engine(model, tokenizer=BYTES, tree=TREE), PROMPT, 60, Sampling(temperature, seed=5), k, **settings)
+            one(
+                Engine(model, EngineConfig(tree=TREE), tokenizer=BYTES),
+                PROMPT,
+                60,
+                Sampling(temperature, seed=5),
+                k,
+                **settings,
+            )
             for k in (1, HEADS)
         )
         assert got.tokens == plain.tokens and got.logprobs == pytest.approx(plain.logprobs)
@@ -184,7 +211,7 @@ def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmasked(state, slots, head, at, forbidden, count, row):
         found = drawn(state, slots, head, at, forbidden, count, row)
         logits = state.constraints.kept(slots.start, head)[None, None]
-        state.draft_q()[slots, row] = state.sampling.probabilities(logits, slots)[:, 0]
+        state.windows.q_SKV[slots, row] = state.sampling.probabilities(logits, slots)[:, 0]
         return found
 
     with monkeypatch.context() as patch:

@@ -19,7 +19,7 @@ import headstart
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import FORCED, Generation
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import pack
@@ -136,7 +136,7 @@ def test_with_drafts_it_is_constrained_plain_decoding(name: str, tokenizer, temp
     expected, reason = reference(raw, tokenizer, CASES[name], prompt, 45, temperature, seed=1)
     sampling = Sampling(temperature, seed=1)
     for heads, lookup in ((1, 0), (2, 0), (model.config.heads, 0), (1, 5), (model.config.heads, 5)):
-        engine = Engine(model, tokenizer=tokenizer, lookup=lookup)
+        engine = Engine(model, EngineConfig(lookup=lookup), tokenizer=tokenizer)
         got = one(engine, prompt, 45, sampling, heads, constraint=CASES[name])
         assert (got.tokens, got.finish_reason) == (expected, reason), (heads, lookup)
         assert got.text == tokenizer.decode(got.tokens)
@@ -154,13 +154,13 @@ def test_in_a_batch_under_any_policy_it_is_the_same_and_free_requests_are_as_eve
     ]
     plain = []
     for r in requests:
-        engine = Engine(model, tokenizer=BYTES, exact=exact)
+        engine = Engine(model, EngineConfig(exact=exact), tokenizer=BYTES)
         plain.append(one(engine, r.prompt, 50, r.sampling, 1, constraint=r.constraint).tokens)
         if r.constraint is None:  # nothing is made for those that are free
             assert engine.state.constraints._forbidden is None and engine.state.constraints._drafts is None
     for policy in [None, RandomRows(3)] if exact is False or backend_of(model).row_exact else [None]:
         for lookup in (0, 3):
-            engine = Engine(model, slots=3, tokenizer=BYTES, exact=exact, policy=policy, lookup=lookup)
+            engine = Engine(model, EngineConfig(slots=3, exact=exact, lookup=lookup), tokenizer=BYTES, policy=policy)
             together = generate_all(engine, requests)
             assert [g.tokens for g in together] == plain
             assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints._forbidden.any()
@@ -175,31 +175,31 @@ def test_what_is_forced_is_drafted_and_kept() -> None:
     assert got.stats.passes == -(-len(text) // HEADS)
     assert got.stats.forced == got.origins.count(FORCED) == len(text) - (got.stats.passes - 1)
     # Windows that are longer than heads there are hold more of it.
-    longer = one(Engine(model, tokenizer=BYTES, lookup=6), PROMPT, 60, constraint=constraint)
+    longer = one(Engine(model, EngineConfig(lookup=6), tokenizer=BYTES), PROMPT, 60, constraint=constraint)
     assert longer.text == text and longer.stats.passes == -(-len(text) // (HEADS + 6))
     for kind in ("rejection", "block"):
         rule = Rule(kind)
         got = one(Engine(model, tokenizer=BYTES), PROMPT, 60, Sampling(1.0), acceptance=rule, constraint=constraint)
         assert got.text == text and got.stats.passes == -(-len(text) // HEADS)
     # Where nothing may follow nothing is drafted, not even the end token.
-    engine = Engine(pack(copy.deepcopy(random_model(432))), tokenizer=bpe(), lookup=8)
+    engine = Engine(pack(copy.deepcopy(random_model(432))), EngineConfig(lookup=8), tokenizer=bpe())
     got = one(engine, (5, 6), constraint=Constraint.choice(["then a"]))
     assert got.text == "then a" and got.stats.passes == 1 and got.stats.forced == len(got.tokens) < 10
 
 
 @pytest.mark.parametrize("kind", ["match", "rejection", "block"])
 def test_no_draft_is_fed_that_the_constraint_forbids(kind: str) -> None:
-    engine = Engine(packed("transformer-parallel", torch.float32), tokenizer=BYTES, lookup=2)
+    engine = Engine(packed("transformer-parallel", torch.float32), EngineConfig(lookup=2), tokenizer=BYTES)
     constraint = CASES["endless"]
     generation = engine.submit(Request(PROMPT, 80, Sampling(1.0), acceptance=Rule(kind), constraint=constraint))
     drafts = 0
     while not generation.finished:
         engine.step()
         if not generation.finished:
-            window = engine.state.window_SW[0, : 1 + int(engine.state.drafted_S[0])].tolist()
+            window = engine.state.windows.tokens_SW[0, : 1 + int(engine.state.windows.drafted_S[0])].tolist()
             matcher = compiled(constraint, BYTES, 128)
             assert all(matcher.push(token) for token in generation.tokens + window[1:])
-            assert window[0] == generation.tokens[-1] and len(generation.sources) == len(window) - 1
+            assert window[0] == generation.tokens[-1] and len(generation.window.drafters) == len(window) - 1
             drafts += len(window) - 1
     # Beyond the first, each head has a draft for nearly every pass.
     assert drafts > 0.8 * (HEADS - 1) * (generation.stats.passes - 1)
@@ -214,7 +214,7 @@ def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
     engine.submit(Request(PROMPT, 40, Sampling(1.5, seed=3), acceptance=Rule(kind), constraint=anything))
     for _ in range(10):
         engine.step()
-        root, window = engine._lengths[0], engine.state.window_SW[0].tolist()
+        root, window = engine.scheduler.lengths[0], engine.state.windows.tokens_SW[0].tolist()
         nothing = np.zeros(128, dtype=bool)
         for k in range(2, HEADS + 1):
             tokens, _ = constrained._drawn(engine.state, slice(0, 1), k, (root, k - 1), nothing, 1, k - 2)
@@ -347,7 +347,9 @@ def test_an_end_token_where_the_text_may_not_end_is_no_end() -> None:
 
 def test_drafts_that_get_stuck_are_no_more_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any d is a trap: the model has no token for what comes after it. Drafts step into it where the text may not."""
-    engine = Engine(packed("transformer-parallel", torch.float32, made=untrained), slots=8, tokenizer=BYTES)
+    engine = Engine(
+        packed("transformer-parallel", torch.float32, made=untrained), EngineConfig(slots=8), tokenizer=BYTES
+    )
     trap = Constraint.regex("([^d]|dü){40}")
     apply = ConstraintRows.apply
 

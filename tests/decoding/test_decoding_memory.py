@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headstart import hardware
 from headstart.decoding import memory as memory_module
-from headstart.decoding.engine import Engine
+from headstart.decoding.engine import Engine, EngineConfig
 from headstart.decoding.memory import kv_bytes_per_token
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -30,7 +30,7 @@ def size(found: list[Tensor]) -> int:
 @pytest.mark.parametrize(("slots", "context", "lookup"), [(1, 64, 0), (5, 100, 8)])
 def test_the_plan_is_what_is_allocated(kind, dtype: torch.dtype, slots: int, context: int, lookup: int) -> None:
     config = ModelConfig(vocab_size=97, dim=48, layers=6, attention_heads=3, kv_heads=1, heads=4, head_kind=kind)
-    engine = Engine(Transformer(config).to(dtype), slots=slots, context=context, lookup=lookup)
+    engine = Engine(Transformer(config).to(dtype), EngineConfig(slots=slots, context=context, lookup=lookup))
     state = engine.state
     assert engine.memory.caches == state.cache.bytes == size(tensors(state.cache))
     kept = size([*tensors(state), *tensors(state.sampling), *tensors(state.penalties)])
@@ -44,18 +44,18 @@ def test_keys_and_values_of_a_token() -> None:
 
 def test_what_does_not_fit_is_refused_with_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed("replicated", torch.float32)
-    need = Engine(model, slots=3, context=640).memory.total
+    need = Engine(model, EngineConfig(slots=3, context=640)).memory.total
     monkeypatch.setattr(memory_module, "free_memory", lambda device: need)
     with pytest.raises(UsageError) as refused:
-        Engine(model, slots=4, context=640)
+        Engine(model, EngineConfig(slots=4, context=640))
     text = str(refused.value)
     assert "4 slots with a context of 640 need" in text and "\n" not in text
     slots, context = int(text.split("at most ")[1].split()[0]), int(text.split()[-1])
-    Engine(model, slots=slots, context=640)
-    Engine(model, slots=4, context=context)
+    Engine(model, EngineConfig(slots=slots, context=640))
+    Engine(model, EngineConfig(slots=4, context=context))
     for too_many in ((slots + 1, 640), (4, context + 1)):
         with pytest.raises(UsageError, match="cpu has"):
-            Engine(model, slots=too_many[0], context=too_many[1])
+            Engine(model, EngineConfig(slots=too_many[0], context=too_many[1]))
     monkeypatch.setattr(memory_module, "free_memory", lambda device: 1)
     with pytest.raises(UsageError, match="free memory, or take a smaller model"):
         Engine(model)

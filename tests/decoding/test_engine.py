@@ -7,7 +7,7 @@ import torch
 from conftest import HEADS, packed, trained
 
 from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.kernels.torch_backend import PackedLinear, can_pack
 from headstart.decoding.settings import Request, Sampling
@@ -52,7 +52,7 @@ def test_a_prompt_of_one_token() -> None:
 
 def test_more_requests_than_slots_wait_their_turn() -> None:
     model = packed("replicated", torch.float32)
-    engine = Engine(model, slots=2)
+    engine = Engine(model, EngineConfig(slots=2))
     generations = [engine.submit(Request(PROMPT, 10 + i, Sampling(1.0, seed=i))) for i in range(5)]
     finished = []
     while engine.busy:
@@ -100,8 +100,11 @@ def test_shapes_are_free_where_so_few_rows_are_exact_and_prompts_are_read_in_equ
     """As with the kernels for GPUs: exact up to some number of rows, prompts apart."""
     model = pack(copy.deepcopy(trained("replicated")))
     model.backend.exact_rows = 8
-    few, many = Engine(model, slots=8 // model.config.heads), Engine(model, slots=8 // model.config.heads + 1)
+    few, many = (
+        Engine(model, EngineConfig(slots=8 // model.config.heads)),
+        Engine(model, EngineConfig(slots=8 // model.config.heads + 1)),
+    )
     assert (few.fixed_shapes, many.fixed_shapes) == (False, True)
-    assert few.admission.fixed_shapes and many.admission.fixed_shapes
-    assert not Engine(model, slots=1, exact=False).admission.fixed_shapes
-    assert Engine(model, tree=DraftTree.parse("0,1")).fixed_shapes, "a tree's attention is torch's"
+    assert few.scheduler.fixed_chunks and many.scheduler.fixed_chunks
+    assert not Engine(model, EngineConfig(slots=1, exact=False)).scheduler.fixed_chunks
+    assert Engine(model, EngineConfig(tree=DraftTree.parse("0,1"))).fixed_shapes, "a tree's attention is torch's"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import packed
 
-from headstart.data.tokenizers import ByteTokenizer
+from headstart.data.tokenizers import ByteTokenizer, Tokenizer
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.engine import Engine, generate_all
-from headstart.decoding.graphs import MOST, GraphedStep, Replay
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
+from headstart.decoding.graphs import MOST, GraphedPass, Replay
 from headstart.decoding.settings import Penalties, Request, Sampling
 from headstart.errors import UsageError
 
@@ -33,9 +33,10 @@ class Recorder:
         return replay
 
 
-def graphed(shape: str, slots: int, **settings) -> tuple[Engine, Recorder]:
-    engine, recorder = Engine(packed(shape, torch.float32), slots=slots, **settings), Recorder()
-    engine.decode_pass = GraphedStep(engine.model, engine.state, recorder)
+def graphed(shape: str, slots: int, tokenizer: Tokenizer | None = None, **settings) -> tuple[Engine, Recorder]:
+    config, recorder = EngineConfig(slots=slots, **settings), Recorder()
+    engine = Engine(packed(shape, torch.float32), config, tokenizer=tokenizer)
+    engine.decode_pass = GraphedPass(engine.model, engine.state, recorder)
     return engine, recorder
 
 
@@ -43,7 +44,7 @@ def graphed(shape: str, slots: int, **settings) -> tuple[Engine, Recorder]:
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5), Sampling(0.7, top_k=5, min_p=0.05, seed=1)])
 def test_graphs_change_no_output(shape: str, sampling: Sampling) -> None:
     requests = [Request(prompt, 40 + 7 * i, sampling) for i, prompt in enumerate(PROMPTS)]
-    wanted = [g.tokens for g in generate_all(Engine(packed(shape, torch.float32), slots=2), requests)]
+    wanted = [g.tokens for g in generate_all(Engine(packed(shape, torch.float32), EngineConfig(slots=2)), requests)]
     engine, recorder = graphed(shape, 2)
     assert [g.tokens for g in generate_all(engine, requests)] == wanted
     assert recorder.captured and recorder.replayed > 2 * recorder.captured
@@ -90,4 +91,4 @@ def test_graphs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_graphs_on_a_cpu_are_refused() -> None:
     with pytest.raises(UsageError, match="CUDA"):
-        Engine(packed("replicated", torch.float32), graphs=True)
+        Engine(packed("replicated", torch.float32), EngineConfig(graphs=True))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from conftest import HEADS, SHAPES
 
-from headstart.decoding.decode_pass import DecodingState, decode_step, prefill
+from headstart.decoding.decode_pass import decode_pass, prefill
+from headstart.decoding.drafters.interface import PromptPiece
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Penalties, Rule, Sampling
+from headstart.decoding.state import DecodingState, PassPlan
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -46,9 +48,7 @@ def step(model: Transformer, state: DecodingState, monkeypatch: pytest.MonkeyPat
         patched.setattr(torch, "tensor", from_host)
         patched.setattr(torch, "as_tensor", from_host)
         for rows, starts in ((HEADS, None), (HEADS + 2, [5, state.parked, 9]), (1, [3, 4, 5])):
-            decode_step(
-                model, state, slice(0, SLOTS), rows=rows, heads=HEADS, span=32, starts=starts, confident=True, **options
-            )
+            decode_pass(model, state, PassPlan(slice(0, SLOTS), rows, HEADS, 32, starts, confident=True, **options))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -72,7 +72,7 @@ def test_nor_does_a_rule_or_a_penalty(rule: str, monkeypatch: pytest.MonkeyPatch
 def test_nor_does_a_chunk_of_a_prompt(shape: str) -> None:
     model, state = ready(shape)
     tokens = torch.zeros(21, dtype=torch.int64, device="meta")
-    prefill(model, state, 1, tokens[:20], HEADS, start=7, root=tokens[20:])
+    prefill(model, state, PromptPiece(1, tokens[:20], 7, HEADS, tokens[20:]))
 
 
 def test_the_test_itself_can_fail() -> None:

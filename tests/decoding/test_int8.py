@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import HEADS, trained
 
 import headstart
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
@@ -108,9 +108,9 @@ def test_speculative_int8_is_plain_int8(shape: str, fast: bool) -> None:
         heads: [Request(p, 24, Sampling(i % 2 * 1.0, seed=i), heads=heads) for i, p in enumerate(prompts)]
         for heads in (1, 2, HEADS)
     }
-    plain = [g.tokens for g in generate_all(Engine(model, slots=3), requests[1])]
+    plain = [g.tokens for g in generate_all(Engine(model, EngineConfig(slots=3)), requests[1])]
     for heads in (2, HEADS):
-        several = generate_all(Engine(model, slots=3), requests[heads])
+        several = generate_all(Engine(model, EngineConfig(slots=3)), requests[heads])
         assert [g.tokens for g in several] == plain
         assert sum(g.stats.passes for g in several) < sum(map(len, plain))  # drafts were accepted
 

@@ -13,7 +13,7 @@ from test_policy import RandomRows
 from test_rules import _distance, _small
 
 from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Rule, Sampling
@@ -86,12 +86,14 @@ def test_output_does_not_depend_on_what_is_looked_up(shape: str, compiled: bool,
         Request(PROMPT[3:], 50, Sampling(0.5, top_k=9), heads=1),
     ]
     plain = [
-        generate_all(Engine(model, exact=exact), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)])[0]
+        generate_all(
+            Engine(model, EngineConfig(exact=exact)), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)]
+        )[0]
         for r in requests
     ]
     policies = [None, RandomRows(5)] if backend_of(model).row_exact or not exact else [None]
     for policy in policies:
-        found = generate_all(Engine(model, slots=2, exact=exact, lookup=6, policy=policy), requests)
+        found = generate_all(Engine(model, EngineConfig(slots=2, exact=exact, lookup=6), policy=policy), requests)
         assert [g.tokens for g in found] == [g.tokens for g in plain]
     only = found[2]  # without drafting heads all drafts are looked up
     assert sum(only.stats.drafted) == 0
@@ -109,7 +111,7 @@ def test_a_model_with_one_head_writes_several_tokens_a_pass() -> None:
     """A model of random weights soon writes loops."""
     model = one_head()
     plain = generate_all(Engine(model), [Request((1, 2, 3), 200)])[0]
-    fast = generate_all(Engine(model, lookup=8), [Request((1, 2, 3), 200)])[0]
+    fast = generate_all(Engine(model, EngineConfig(lookup=8)), [Request((1, 2, 3), 200)])[0]
     assert fast.tokens == plain.tokens and len(set(plain.tokens[-60:])) < 30
     assert fast.stats.passes < 100 and fast.stats.rows_per_pass > 2
 
@@ -119,21 +121,19 @@ def test_a_text_that_changes_between_passes_keeps_its_place() -> None:
     model = packed("transformer-parallel", torch.float32)
     rng = random.Random(0)
     requests = [Request(PROMPT[rng.randrange(9) :], rng.randrange(1, 40), Sampling(0.7, seed=i)) for i in range(9)]
-    found = generate_all(Engine(model, slots=3, lookup=5), requests)
+    found = generate_all(Engine(model, EngineConfig(slots=3, lookup=5)), requests)
     for request, generation in zip(requests, found):
         assert generation.tokens == generate_all(Engine(model), [request])[0].tokens
 
 
 @pytest.mark.parametrize("kind", ["rejection", "block"])
-def test_drafts_that_were_not_drawn_are_weighed_as_certain(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_that_were_not_drawn_are_weighed_as_certain(kind: str) -> None:
     """Lossless in distribution with looked up drafts too."""
     raw, model = _small()
-    original = Engine.__init__
-    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, *a, **k, lookup=2))
-    assert _distance(model, raw, Rule(kind), Sampling(1.0), 512) < 1.8
+    assert _distance(model, raw, Rule(kind), Sampling(1.0), 512, EngineConfig(slots=128, lookup=2)) < 1.8
 
 
 def test_lookup_is_not_negative() -> None:
     with pytest.raises(UsageError, match="lookup is -1"):
-        Engine(packed("replicated", torch.float32), lookup=-1)
-    assert Engine(packed("replicated", torch.float32), lookup=3).width == HEADS + 3
+        Engine(packed("replicated", torch.float32), EngineConfig(lookup=-1))
+    assert Engine(packed("replicated", torch.float32), EngineConfig(lookup=3)).width == HEADS + 3

@@ -7,20 +7,20 @@ import itertools
 
 import pytest
 import torch
-from conftest import HEADS, KINDS, VOCABULARY, packed, trained
+from conftest import HEADS, KINDS, VOCABULARY, fill, packed, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from headstart.decoding import decode_pass as step_module
 from headstart.decoding import sampling as sampling_module
+from headstart.decoding import verify as verify_module
 from headstart.decoding.cache import CachedAttention, KVCache
-from headstart.decoding.decode_pass import DecodingState, prefill
-from headstart.decoding.engine import EXACT_SPAN, Engine, generate_all
+from headstart.decoding.engine import EXACT_SPAN, Engine, EngineConfig, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Request, Sampling
+from headstart.decoding.state import DecodingState
+from headstart.decoding.verify import Evidence, Verdict
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 def run(model: Transformer, request: Request, exact: bool = True, slots: int = 1, deferred: bool = True):
-    return generate_all(Engine(model, slots=slots, exact=exact, deferred=deferred), [request])[0]
+    return generate_all(Engine(model, EngineConfig(slots=slots, exact=exact, deferred=deferred)), [request])[0]
 
 
 def plain_reference(model: Transformer, prompt: tuple[int, ...], new_tokens: int, sampling: Sampling) -> list[int]:
@@ -88,7 +88,7 @@ def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
     prompt = (PROMPT * 50)[: EXACT_SPAN - 30]
     length = 60
     for heads in range(1, HEADS + 1):
-        engine = Engine(model, slots=1)
+        engine = Engine(model, EngineConfig(slots=1))
         got = generate_all(engine, [Request(prompt, length, SETTINGS[name], heads)])[0]
         on_path = list(range(config.trunk_layers))
         if config.head_kind == "transformer":
@@ -186,7 +186,7 @@ requests = st.lists(
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_batch_mix_gives_what_each_request_gives_alone(requests, slots, exact, shape) -> None:
     model = packed(shape, torch.float32)
-    together = generate_all(Engine(model, slots=slots, exact=exact), requests)
+    together = generate_all(Engine(model, EngineConfig(slots=slots, exact=exact)), requests)
     for request, generation in zip(requests, together):
         alone = run(model, Request(request.prompt, request.max_new_tokens, request.sampling, heads=1), exact=exact)
         assert generation.tokens == alone.tokens
@@ -195,7 +195,7 @@ def test_any_batch_mix_gives_what_each_request_gives_alone(requests, slots, exac
 
 def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
     model = packed(shape, torch.float64)
-    engine = Engine(model, slots=2)
+    engine = Engine(model, EngineConfig(slots=2))
     generations = [engine.submit(Request(PROMPT, 200, SAMPLED, HEADS)), engine.submit(Request(PROMPT[:5], 200))]
     for _ in range(25):
         engine.step()
@@ -204,7 +204,7 @@ def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
         committed = list(generation.request.prompt) + generation.tokens
         assert length == len(committed) - 1  # the root is not cached yet
         fresh = DecodingState.empty(model, 1, engine.state.cache.capacity)
-        prefill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7, root=torch.tensor(committed[-1:]))
+        fill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7, root=torch.tensor(committed[-1:]))
         mine, theirs = engine.state.cache, fresh.cache
         for layer in range(len(mine.values)):
             # Sequential heads have read drafts in their last positions, which the next pass writes anew.
@@ -226,7 +226,7 @@ def test_drafts_are_what_the_heads_say_at_the_last_accepted_row_with_the_noise_o
         engine.step()
         length = int(engine.state.length_S[0])
         committed = [*PROMPT, *generation.tokens]
-        window = engine.state.window_SW[0].tolist()
+        window = engine.state.windows.tokens_SW[0].tolist()
         assert window[0] == committed[length] and len(committed) == length + 1
         assert window[1:] == drafts_of(reference, committed, seed=5 if temperature else None)
 
@@ -245,14 +245,14 @@ def test_heads_that_share_less_are_decoded_alike(shape: str, sampling: Sampling)
             known = [*PROMPT[:1], *generation.tokens]
             if engine.busy and heads > 1:
                 seed = sampling.seed if sampling.temperature else None
-                assert engine.state.window_SW[0, 1:heads].tolist() == drafts_of(reference, known, heads, seed)
+                assert engine.state.windows.tokens_SW[0, 1:heads].tolist() == drafts_of(reference, known, heads, seed)
         assert generation.tokens == expected
 
 
 def test_what_lies_in_the_caches_beyond_a_slots_length_does_not_matter(shape: str) -> None:
     model = packed(shape, torch.bfloat16)
     clean = run(model, Request(PROMPT, 80, SAMPLED))
-    engine = Engine(model, slots=1)
+    engine = Engine(model, EngineConfig(slots=1))
     engine.state.cache.keys.fill_(1e4)
     engine.state.cache.values.fill_(-1e4)
     assert generate_all(engine, [Request(PROMPT, 80, SAMPLED)])[0].tokens == clean.tokens
@@ -340,12 +340,13 @@ def test_speculation_has_the_targets_joint_distribution_by_enumeration(monkeypat
     assert fast_passes < plain_passes
 
     # Negative control: accepting every draft is not lossless.
-    def credulous(state: DecodingState, slots: slice, tokens: Tensor, heads: int) -> Tensor:
-        accepted = state.drafted_S[slots].clamp_max(tokens.shape[1] - 1)
+    def credulous(state: DecodingState, evidence: Evidence) -> Verdict:
+        slots, tokens = evidence.slots, evidence.tokens_SR
+        accepted = state.windows.drafted_S[slots].clamp_max(tokens.shape[1] - 1)
         state.length_S[slots] += accepted + 1
-        state.window_SW[slots, :1] = tokens.gather(1, accepted[:, None])
-        state.drafted_S[slots] = heads - 1
-        return accepted
+        state.windows.tokens_SW[slots, :1] = tokens.gather(1, accepted[:, None])
+        state.windows.drafted_S[slots] = evidence.heads - 1
+        return Verdict(tokens, accepted, accepted)
 
-    monkeypatch.setattr(step_module, "_settle", credulous)
+    monkeypatch.setattr(verify_module, "match_chain", credulous)
     assert joint(3)[0] != law

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.decoding.cache import CachedAttention, KVCache
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.cpu_backend import (
@@ -203,10 +203,10 @@ def test_with_kernels_any_batch_is_exact(dtype: torch.dtype, seeds: list[int], s
         Request(prompt, 20 + seed % 30, Sampling(seed % 2 * 1.0, seed=seed), heads=1 + seed % HEADS)
         for prompt, seed in zip(prompts, seeds)
     ]
-    together = generate_all(Engine(model, slots=slots), requests)
+    together = generate_all(Engine(model, EngineConfig(slots=slots)), requests)
     for request, generation in zip(requests, together):
         for exact in (True, False):
-            alone = generate_all(Engine(model, exact=exact), [replace(request, heads=1)])[0]
+            alone = generate_all(Engine(model, EngineConfig(exact=exact)), [replace(request, heads=1)])[0]
             assert alone.tokens == generation.tokens
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import HEADS, packed, trained, untrained
 
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.errors import UsageError
@@ -70,7 +70,7 @@ def test_penalties_are_each_slots_own_and_end_with_their_request() -> None:
         Request(PROMPT, 40, Sampling(0.8 * (i % 2), seed=i), penalties=penalties)
         for i, penalties in enumerate([CASES["all"], Penalties(), CASES["repetition"], Penalties(), CASES["bias"]])
     ]
-    engine = Engine(model, slots=2)
+    engine = Engine(model, EngineConfig(slots=2))
     together = generate_all(engine, requests)
     for request, generation in zip(requests, together):
         assert generation.tokens == generate_all(Engine(model), [request])[0].tokens
@@ -99,7 +99,9 @@ def test_logprobs_are_those_of_the_model(heads: int, alternatives: int) -> None:
     tokens, logs = reference(untrained(shape), PROMPT, 40, penalties, 0.9, 3)
     request = Request(PROMPT, 40, Sampling(0.9, seed=3), heads, penalties=penalties, logprobs=alternatives)
     others = [Request(PROMPT[:4], 20), Request(PROMPT[:6], 30, Sampling(0.5), logprobs=1)]
-    got, silent, one = generate_all(Engine(packed(shape, torch.float64, made=untrained), slots=3), [request, *others])
+    got, silent, one = generate_all(
+        Engine(packed(shape, torch.float64, made=untrained), EngineConfig(slots=3)), [request, *others]
+    )
     assert got.tokens == tokens and len(got.logprobs) == len(got.top_logprobs) == 40
     for i, log in enumerate(logs):
         assert got.logprobs[i] == pytest.approx(float(log[tokens[i]]), abs=1e-9)

@@ -10,7 +10,7 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.policy.calibration import (
@@ -236,19 +236,23 @@ def test_output_does_not_depend_on_the_policy(shape: str, compiled: bool) -> Non
         Request(PROMPT * 3, 30, heads=HEADS),
     ]
     plain = [
-        generate_all(Engine(model, exact=False), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)])[0].tokens
+        generate_all(
+            Engine(model, EngineConfig(exact=False)), [Request(r.prompt, r.max_new_tokens, r.sampling, heads=1)]
+        )[0].tokens
         for r in requests
     ]
     for seed, slots in enumerate((1, 2, 3)):
         policy = RandomRows(seed)
-        got = generate_all(Engine(model, slots=slots, policy=policy, exact=backend_of(model).row_exact), requests)
+        got = generate_all(
+            Engine(model, EngineConfig(slots=slots, exact=backend_of(model).row_exact), policy=policy), requests
+        )
         assert [g.tokens for g in got] == plain
         assert len(policy.chosen) >= 3 and sum(got[0].stats.accepted) >= 0
 
 
 def test_fixed_shapes_leave_a_policy_nothing_to_choose() -> None:
     model = packed("replicated", torch.float32, False)
-    engine = Engine(model, policy=RandomRows(0), exact=True)
+    engine = Engine(model, EngineConfig(exact=True), policy=RandomRows(0))
     assert engine.fixed_shapes and engine.policy is None
     assert generate_all(engine, [Request(PROMPT, 40)])[0].stats.passes < 40
 
@@ -256,7 +260,7 @@ def test_fixed_shapes_leave_a_policy_nothing_to_choose() -> None:
 def test_a_request_may_name_its_heads() -> None:
     model = packed("replicated", torch.float32)
     policy = DraftPolicy(tuning(first=3.0, row=2.0))  # would never draft
-    engine = Engine(model, exact=False, policy=policy)
+    engine = Engine(model, EngineConfig(exact=False), policy=policy)
     free, named = generate_all(engine, [Request(PROMPT, 60), Request(PROMPT, 60, heads=HEADS)])
     assert free.tokens == named.tokens
     assert free.stats.passes == 60 and sum(free.stats.drafted) == 0 and free.stats.rows_per_pass == 1
@@ -278,7 +282,7 @@ class SkipsTheTenth(DraftPolicy):
 @pytest.mark.parametrize("shape", ["transformer-parallel", "replicated"])
 def test_heads_whose_caches_have_gaps_stop_drafting(shape: str) -> None:
     """Transformer heads miss the keys of positions that they did not run on; the others keep none."""
-    engine = Engine(packed(shape, torch.float32), exact=False, policy=SkipsTheTenth())
+    engine = Engine(packed(shape, torch.float32), EngineConfig(exact=False), policy=SkipsTheTenth())
     generation = engine.submit(Request(PROMPT, 200))
     drafted = []
     while engine.busy:
@@ -294,8 +298,8 @@ def test_a_watcher_sees_every_draft_with_its_confidence() -> None:
     seen: list[tuple[float, int]] = []
 
     def watch(generation: Generation, fed: int, accepted: int) -> None:
-        assert fed == HEADS - 1 == len(generation.confidences)
-        seen.append((generation.confidences[0], accepted))
+        assert fed == HEADS - 1 == len(generation.window.confidences)
+        seen.append((generation.window.confidences[0], accepted))
 
     model = packed("replicated", torch.float32)
     generation = generate_all(Engine(model, watch=watch), [Request(PROMPT, 200)])[0]
@@ -333,7 +337,7 @@ def test_the_engine_reports_which_passes_are_sampled() -> None:
             reported.append(sampled)
             return super().plan(slots, prefixes, sampled)
 
-    engine = Engine(packed("replicated", torch.float32), slots=2, policy=Records(0), exact=False)
+    engine = Engine(packed("replicated", torch.float32), EngineConfig(slots=2, exact=False), policy=Records(0))
     generate_all(engine, [Request(PROMPT, 40), Request(PROMPT, 8, Sampling(1.0))])
     assert reported[0] and not reported[-1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SHAPES
 
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -31,7 +31,7 @@ def test_they_are_those_of_head_1(shape: str, compiled: bool, exact: bool) -> No
             parameter.mul_(3 if parameter.dim() > 1 else 1)
         wanted = model(torch.tensor([PROMPT]), heads=1)[0, :-1, 0].log_softmax(-1)
     own = wanted.gather(-1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
-    engine = Engine(pack(model, compiled=compiled), slots=2, exact=exact, prefill_budget=48)
+    engine = Engine(pack(model, compiled=compiled), EngineConfig(slots=2, exact=exact, prefill_budget=48))
     asked = Request(PROMPT, max_new_tokens=5, prompt_logprobs=2)
     first, again, without = (
         generate_all(engine, [each])[0] for each in (asked, asked, replace(asked, prompt_logprobs=None))

@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
-from headstart.decoding import acceptance as acceptance_module
-from headstart.decoding import decode_pass as step_module
-from headstart.decoding.acceptance import block_probabilities, chain_probabilities, lossy, weighed
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding import decode_pass as pass_module
+from headstart.decoding import verify as verify_module
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.sampling import SamplingRows
 from headstart.decoding.settings import Request, Rule, Sampling
+from headstart.decoding.verify import block_probabilities, chain_probabilities, lossy, weighed
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -115,15 +115,15 @@ def test_block_verification_keeps_more() -> None:
 
 @pytest.mark.parametrize("block", [False, True], ids=["rejection", "block"])
 def test_wrong_rules_fail_the_enumeration(block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = acceptance_module.residual
+    right = verify_module.residual
     # The token after a rejected draft drawn from the target instead of the residual.
-    monkeypatch.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
+    monkeypatch.setattr(verify_module, "residual", lambda p, q, weight, whole: p)
     assert Chances(0).error(block, G) > 1e-3
     # The residual of another weight.
-    monkeypatch.setattr(acceptance_module, "residual", lambda p, q, weight, whole: right(p, q, weight * 0.9, whole))
+    monkeypatch.setattr(verify_module, "residual", lambda p, q, weight, whole: right(p, q, weight * 0.9, whole))
     assert Chances(0).error(block, G) > 1e-3
     # The residual where all drafts were kept.
-    monkeypatch.setattr(acceptance_module, "residual", lambda p, q, w, whole: right(p, q, w, torch.zeros_like(whole)))
+    monkeypatch.setattr(verify_module, "residual", lambda p, q, w, whole: right(p, q, w, torch.zeros_like(whole)))
     assert Chances(0).error(block, G) > 1e-3
 
 
@@ -137,7 +137,18 @@ def _small(layers: int = 5, **shape: str) -> tuple[Transformer, Transformer]:
     return raw.double(), pack(copy.deepcopy(raw).double())
 
 
-def _distance(model: Transformer, raw: Transformer, rule: Rule, sampling: Sampling, count: int = 1024) -> float:
+MANY = EngineConfig(slots=128)
+
+
+def _distance(
+    model: Transformer,
+    raw: Transformer,
+    rule: Rule,
+    sampling: Sampling,
+    count: int = 1024,
+    config: EngineConfig = MANY,
+    policy: DraftPolicy | None = None,
+) -> float:
     """Chi-square of 4 tokens drawn with `count` seeds against the model's own law, over its degrees of freedom."""
     prompt, length = (1, 2), 4
     law = {}
@@ -153,7 +164,7 @@ def _distance(model: Transformer, raw: Transformer, rule: Rule, sampling: Sampli
         Request(prompt, length, Sampling(sampling.temperature, sampling.top_k, seed=seed), acceptance=rule)
         for seed in range(count)
     ]
-    generations = generate_all(Engine(model, slots=128), requests)
+    generations = generate_all(Engine(model, config, policy=policy), requests)
     assert sum(g.stats.passes for g in generations) < 0.95 * count * length
     drawn = Counter(tuple(g.tokens) for g in generations)
     assert all(law[tokens] > 0 for tokens in drawn)
@@ -178,7 +189,7 @@ def test_texts_drawn_with_lossless_rules_follow_the_models_law(kind: str, top_k:
 def test_a_wrong_rule_does_not_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: after a rejected draft, a token of the target instead of the residual."""
     raw, model = _small()
-    monkeypatch.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
+    monkeypatch.setattr(verify_module, "residual", lambda p, q, weight, whole: p)
     assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 3
 
 
@@ -223,15 +234,13 @@ class Sure(DraftPolicy):
 def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that was drawn with a high probability must not be fed rather than one drawn with a low one."""
     raw, model = _small(layers=1, head_kind="linear")  # one request at a time: small passes
-    original = Engine.__init__
-    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, a[0], exact=False, policy=Sure()))
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 500) < 1.8
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 500, EngineConfig(exact=False), Sure()) < 1.8
 
     def of_the_draft_drawn(state, logits, drafts, expected, slots):  # the negative control
         return state.sampling.confidence(logits, drafts, slots)
 
-    monkeypatch.setattr(step_module, "_confidence", of_the_draft_drawn)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700) > 2.5
+    monkeypatch.setattr(pass_module, "confidence_to_feed", of_the_draft_drawn)
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700, EngineConfig(exact=False), Sure()) > 2.5
 
 
 @pytest.mark.slow
@@ -244,16 +253,11 @@ def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.Monke
             return (3 if all(p and p[-1] > 0.45 for p in prefixes) else 1), True
 
     raw, model = _small(layers=1, **CHAIN)
-    original = Engine.__init__
-
-    def alone(self, *a, **k):
-        original(self, a[0], exact=False, policy=OnlyBothOrNone())
-
-    monkeypatch.setattr(Engine, "__init__", alone)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 250) < 1.8
-    told = step_module.feeding_confidence
-    monkeypatch.setattr(step_module, "feeding_confidence", lambda q, chained: told(q, False))  # the negative control
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700) > 2
+    one = EngineConfig(exact=False)
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 250, one, OnlyBothOrNone()) < 1.8
+    told = pass_module.expected_confidence
+    monkeypatch.setattr(pass_module, "expected_confidence", lambda q, chained: told(q, False))  # the negative control
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700, one, OnlyBothOrNone()) > 2
 
 
 def test_rules_side_by_side_do_not_change_one_another() -> None:
@@ -264,7 +268,7 @@ def test_rules_side_by_side_do_not_change_one_another() -> None:
         Request(PROMPT, 60, Sampling(0.9 * (i < 4), seed=i), acceptance=Rule.parse(text))
         for i, text in enumerate(texts)
     ]
-    together = generate_all(Engine(model, slots=3), requests)
+    together = generate_all(Engine(model, EngineConfig(slots=3)), requests)
     for request, generation in zip(requests, together):
         alone = generate_all(Engine(model), [request])[0]
         assert generation.tokens == alone.tokens and generation.stats.accepted == alone.stats.accepted
@@ -274,7 +278,7 @@ def test_rules_side_by_side_do_not_change_one_another() -> None:
 
 
 def test_a_rule_ends_with_its_request() -> None:
-    engine = Engine(packed("replicated", torch.float32), slots=2)
+    engine = Engine(packed("replicated", torch.float32), EngineConfig(slots=2))
     generate_all(engine, [Request(PROMPT, 5, Sampling(1.0), acceptance=Rule("block"))])
     assert engine.state.sampling.plain_rules(slice(0, 2)) and not engine.state.sampling.any_sampled(slice(0, 2))
 

@@ -10,16 +10,16 @@ import torch
 from conftest import HEADS, packed, trained
 from torch import Tensor
 
-from headstart.decoding import engine as engine_module
-from headstart.decoding import scheduler as admission_module
+from headstart.decoding import scheduler as scheduler_module
 from headstart.decoding.cache import CachedAttention
-from headstart.decoding.decode_pass import DecodingState, prefill
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.decode_pass import decode_pass, prefill
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import pack
+from headstart.decoding.scheduler import SHORTEST, Slots, common_prefix
 from headstart.decoding.settings import Penalties, Request, Sampling
-from headstart.decoding.slots import SHORTEST, Slots, common_prefix
+from headstart.decoding.state import DecodingState, PassPlan
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -43,7 +43,7 @@ def way(name: str, shape: str = "transformer-causal") -> Transformer:
 
 
 def alone(model: Transformer, request: Request) -> Generation:
-    return generate_all(Engine(model, prefix_reuse=False, prefill_budget=None), [request])[0]
+    return generate_all(Engine(model, EngineConfig(prefix_reuse=False, prefill_budget=None)), [request])[0]
 
 
 def rows(engine: Engine, slot: int, count: int) -> tuple[Tensor, Tensor]:
@@ -66,11 +66,11 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """(slot, start, size) of every chunk of a prompt, as it is read."""
     seen: list[tuple[int, int, int]] = []
 
-    def recorded(model, state, slot, tokens, heads, **options) -> None:
-        seen.append((slot, options["start"], len(tokens)))
-        prefill(model, state, slot, tokens, heads, **options)
+    def recorded(model, state, piece, score=None) -> None:
+        seen.append((piece.slot, piece.start, len(piece.tokens_T)))
+        prefill(model, state, piece, score)
 
-    monkeypatch.setattr(admission_module, "prefill", recorded)
+    monkeypatch.setattr(scheduler_module, "prefill", recorded)
     return seen
 
 
@@ -79,7 +79,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("budget", [1, 30])
 def test_a_long_prompt_never_stalls_the_others_for_more_than_the_budget(model, budget, chunks) -> None:
-    engine = Engine(model, slots=2, prefill_budget=budget, prefix_reuse=False)
+    engine = Engine(model, EngineConfig(slots=2, prefill_budget=budget, prefix_reuse=False))
     short = engine.submit(Request(TEXT[3:5], 200))
     while not short.tokens:
         engine.step()
@@ -98,7 +98,7 @@ def test_a_long_prompt_never_stalls_the_others_for_more_than_the_budget(model, b
 def test_mixed_prompts_in_few_slots_give_what_each_gives_alone(model, budget) -> None:
     prompts = [TEXT[i : i + size] for i, size in enumerate((150, 1, 40, 2, 300, 17))]
     requests = [Request(p, 12, SAMPLED if i % 2 else Sampling()) for i, p in enumerate(prompts)]
-    generations = generate_all(Engine(model, slots=2, prefill_budget=budget), requests)
+    generations = generate_all(Engine(model, EngineConfig(slots=2, prefill_budget=budget)), requests)
     for request, generation in zip(requests, generations):
         assert generation.tokens == alone(model, request).tokens
 
@@ -107,7 +107,7 @@ def test_a_prompts_rows_do_not_depend_on_its_chunks_with_compiled_kernels() -> N
     model = way("compiled")
     found = []
     for budget in (1, 7, 50, None):
-        engine = Engine(model, prefill_budget=budget)
+        engine = Engine(model, EngineConfig(prefill_budget=budget))
         generation = engine.submit(Request(TEXT[:130], 1))
         while not generation.finished:
             engine.step()
@@ -117,7 +117,7 @@ def test_a_prompts_rows_do_not_depend_on_its_chunks_with_compiled_kernels() -> N
 
 def test_with_fixed_shapes_a_prompt_is_cut_the_same_whatever_else_is_read(chunks) -> None:
     model = way("fixed shapes")
-    engine = Engine(model, slots=3, prefill_budget=48)
+    engine = Engine(model, EngineConfig(slots=3, prefill_budget=48))
     for size in (70, 100, 5):
         engine.submit(Request(TEXT[size : 2 * size], 30))
     engine.step()
@@ -128,7 +128,7 @@ def test_with_fixed_shapes_a_prompt_is_cut_the_same_whatever_else_is_read(chunks
 
 
 def test_first_come_first_served(model) -> None:
-    engine = Engine(model, slots=2, prefill_budget=20, prefix_reuse=False)
+    engine = Engine(model, EngineConfig(slots=2, prefill_budget=20, prefix_reuse=False))
     generations = [engine.submit(Request(TEXT[i : i + size], 8)) for i, size in enumerate((90, 3, 60, 2, 30))]
     begun: list[Generation] = []
     while engine.busy:
@@ -141,11 +141,11 @@ def test_first_come_first_served(model) -> None:
 
 def test_a_budget_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="prefill_budget is 0"):
-        Engine(packed("replicated", torch.float32), prefill_budget=0)
+        Engine(packed("replicated", torch.float32), EngineConfig(prefill_budget=0))
 
 
 def test_a_slot_is_free_when_its_request_is_cancelled_in_the_middle_of_its_prompt(model) -> None:
-    engine = Engine(model, prefill_budget=32)
+    engine = Engine(model, EngineConfig(prefill_budget=32))
     first, second = engine.submit(Request(TEXT[:200], 20)), engine.submit(Request(TEXT[7:20], 20))
     waiting = engine.submit(Request(TEXT[:9], 20))
     engine.step()
@@ -174,7 +174,7 @@ def from_idle(engine: Engine) -> None:
 
 def from_cancelled(engine: Engine) -> None:
     first = engine.submit(Request(TEXT[:300], 10))
-    while len(engine.admission.slots.held[0].tokens) < 160:
+    while len(engine.scheduler.slots.held[0].tokens) < 160:
         engine.step()
     engine.cancel(first)
 
@@ -186,7 +186,7 @@ def test_a_prompt_goes_on_from_what_a_slot_holds_of_it(
 ) -> None:
     if slots == 1 and donate is from_live:
         return
-    engine = Engine(model, slots=slots, prefill_budget=32)
+    engine = Engine(model, EngineConfig(slots=slots, prefill_budget=32))
     donate(engine)
     request = Request(TEXT[:150] + TEXT[20:60], 40, SAMPLED)
     generation = engine.submit(request)
@@ -195,7 +195,7 @@ def test_a_prompt_goes_on_from_what_a_slot_holds_of_it(
     # With fixed shapes whole chunks of 32 are taken.
     found = common_prefix(request.prompt, TEXT)
     assert generation.stats.prompt_tokens_reused == (found if backend_of(model).row_exact else found // 32 * 32) >= 128
-    plain = Engine(model, prefix_reuse=False, prefill_budget=32)
+    plain = Engine(model, EngineConfig(prefix_reuse=False, prefill_budget=32))
     want = generate_all(plain, [request])[0]
     assert generation.tokens == want.tokens and generation.stats.accepted == want.stats.accepted
     assert want.stats.prompt_tokens_reused == 0
@@ -205,7 +205,7 @@ def test_a_prompt_goes_on_from_what_a_slot_holds_of_it(
 
 def test_of_equal_prompts_at_once_the_first_is_read_and_the_others_take_it(model, chunks) -> None:
     requests = [Request(TEXT[:150], 20, Sampling(1.0, seed=seed)) for seed in range(3)]
-    generations = generate_all(Engine(model, slots=3), requests)
+    generations = generate_all(Engine(model, EngineConfig(slots=3)), requests)
     assert [g.stats.prompt_tokens_reused for g in generations] == [0, 149, 149]
     assert sum(size for _, _, size in chunks) == 149
     for request, generation in zip(requests, generations):
@@ -215,7 +215,7 @@ def test_of_equal_prompts_at_once_the_first_is_read_and_the_others_take_it(model
 def test_a_conversation_goes_on_in_its_slot(chunks) -> None:
     """The next prompt is the last text and something more: only that is read, beside other conversations too."""
     model = way("compiled")
-    engine = Engine(model, slots=3)
+    engine = Engine(model, EngineConfig(slots=3))
     texts = [TEXT[:60], TEXT[5:70]]
     for turn in range(3):
         for i, text in enumerate(texts):
@@ -230,7 +230,7 @@ def test_a_conversation_goes_on_in_its_slot(chunks) -> None:
 def test_heads_take_no_prefix_that_they_have_not_read(shape: str) -> None:
     """A head with holes in its cache would draft worse: no output shows it, the drafts accepted do."""
     model = way("compiled", shape)
-    engine = Engine(model, slots=2)
+    engine = Engine(model, EngineConfig(slots=2))
     generate_all(engine, [Request(TEXT[:100], 30, heads=1)])
     whole = Request(TEXT[:120], 60)
     want = alone(model, whole)
@@ -262,10 +262,10 @@ def test_what_a_head_has_missed_is_not_taken_for_it() -> None:
 def test_lookup_penalties_and_logprobs_are_right_with_a_prefix_used_again() -> None:
     model = way("compiled")
     request = Request(TEXT[:150], 40, SAMPLED, penalties=Penalties(1.3, 0.2, 0.1), logprobs=1)
-    engine = Engine(model, slots=2, lookup=4)
+    engine = Engine(model, EngineConfig(slots=2, lookup=4))
     generate_all(engine, [Request(TEXT[:200], 40, penalties=Penalties(bias=((101, -5.0),)))])
     got = generate_all(engine, [request])[0]
-    want = generate_all(Engine(model, lookup=4, prefix_reuse=False), [request])[0]
+    want = generate_all(Engine(model, EngineConfig(lookup=4, prefix_reuse=False)), [request])[0]
     assert got.stats.prompt_tokens_reused == 149
     assert got.tokens == want.tokens == alone(model, request).tokens and got.logprobs == want.logprobs
 
@@ -281,7 +281,7 @@ def test_reuse_changes_nothing_in_a_queue_of_texts_that_branch(model, exact: boo
             Request(TEXT[: cut + 1] + TEXT[end : end + seed], 6 + seed, Sampling(seed % 2, seed=seed), heads)
         )
     found = [
-        generate_all(Engine(model, slots=3, prefill_budget=40, prefix_reuse=reuse, exact=exact), requests)
+        generate_all(Engine(model, EngineConfig(slots=3, prefill_budget=40, prefix_reuse=reuse, exact=exact)), requests)
         for reuse in (True, False)
     ]
     assert [g.tokens for g in found[0]] == [g.tokens for g in found[1]]
@@ -293,7 +293,7 @@ def test_so_it_is_in_int8() -> None:
     if not backend_of(model).row_exact:
         pytest.skip("no compiled kernels here")
     requests = [Request(TEXT[:size], size // 4, SAMPLED if size % 2 else Sampling()) for size in (100, 20, 99, 60, 31)]
-    generations = generate_all(Engine(model, slots=3, prefill_budget=32), requests)
+    generations = generate_all(Engine(model, EngineConfig(slots=3, prefill_budget=32)), requests)
     assert sum(g.stats.prompt_tokens_reused for g in generations) > 150
     for request, generation in zip(requests, generations):
         assert generation.tokens == alone(model, request).tokens
@@ -301,7 +301,7 @@ def test_so_it_is_in_int8() -> None:
 
 def test_prefixes_are_shared_by_requests_of_one_salt_alone() -> None:
     """Copied from slots in use or left, however requests are admitted; the output does not depend on it."""
-    model, engine = way("compiled"), Engine(way("compiled"), slots=3)
+    model, engine = way("compiled"), Engine(way("compiled"), EngineConfig(slots=3))
     asked = [Request(TEXT[:100] + TEXT[i : i + 5], 4, cache_salt=salt) for i, salt in enumerate("aabba")]
     reused = [generation.stats.prompt_tokens_reused for generation in generate_all(engine, asked)]
     assert [count >= 100 for count in reused] == [False, True, False, True, True] and reused[0] == reused[2] == 0
@@ -313,18 +313,18 @@ def test_prefixes_are_shared_by_requests_of_one_salt_alone() -> None:
 
 
 def test_a_slot_that_changes_hands_holds_the_new_salt() -> None:
-    engine = Engine(way("compiled"), slots=1)
+    engine = Engine(way("compiled"), EngineConfig(slots=1))
     for salt, reused in (("a", False), ("b", False), ("a", False), ("a", True)):
         found = generate_all(engine, [Request(TEXT[:100], 1, cache_salt=salt)])[0]
         assert (found.stats.prompt_tokens_reused > 0) == reused
 
 
 def test_a_prompt_given_up_before_its_turn_leaves_the_slot_to_its_former_salt() -> None:
-    engine = Engine(way("compiled"), slots=2, prefill_budget=8)
+    engine = Engine(way("compiled"), EngineConfig(slots=2, prefill_budget=8))
     generate_all(engine, [Request(TEXT[:60], 1, cache_salt="a"), Request(TEXT[100:160], 1, cache_salt="a")])
     first, second = (engine.submit(Request(TEXT[200:300], 1, cache_salt="b")) for _ in range(2))
     engine.step()  # the second one has a slot, and waits for the first one's prompt
-    assert second.slot is not None and engine.admission.slots.held[second.slot].salt == "a"
+    assert second.slot is not None and engine.scheduler.slots.held[second.slot].salt == "a"
     engine.cancel(second)
     engine.cancel(first)
     assert generate_all(engine, [Request(TEXT[200:300], 1, cache_salt="a")])[0].stats.prompt_tokens_reused == 0
@@ -365,10 +365,10 @@ def test_slots_that_are_decoded_lie_close_together() -> None:
 
 def test_what_makes_room_for_a_request_can_be_used_again() -> None:
     model = way("compiled")
-    engine = Engine(model, slots=4)
+    engine = Engine(model, EngineConfig(slots=4))
     texts = [TEXT[40:120], TEXT[:30], TEXT[11:90]]
     first, long, _ = (engine.submit(Request(text, size)) for text, size in zip(texts, (5, 500, 15)))
-    while len([g for g in engine._live if g is not None]) != 1 or not first.finished:
+    while len([g for g in engine.scheduler.live if g is not None]) != 1 or not first.finished:
         engine.step()
     kept = rows(engine, 0, 79)
     new, again = Request(TEXT[7:77], 5, SAMPLED), Request(texts[0], 5, SAMPLED)
@@ -412,13 +412,13 @@ def test_with_fixed_shapes_only_whole_chunks_count() -> None:
 @pytest.mark.parametrize("slots", [2, 4])
 def test_a_pass_over_a_slot_without_a_request_leaves_what_it_holds(name: str, shape: str, slots: int) -> None:
     model = way(name, shape)
-    engine = Engine(model, slots=slots)
+    engine = Engine(model, EngineConfig(slots=slots))
     requests = [Request(TEXT[i : i + 50], (4, 40)[i != slots - 2], SAMPLED) for i in range(slots)]
     generations = [engine.submit(request) for request in requests]
     idle = slots - 2
     while not generations[idle].finished:
         engine.step()
-    held = engine.admission.slots.held[idle].tokens
+    held = engine.scheduler.slots.held[idle].tokens
     kept = rows(engine, idle, len(held))
     finish(engine)
     assert same_rows(kept, rows(engine, idle, len(held)))
@@ -426,16 +426,16 @@ def test_a_pass_over_a_slot_without_a_request_leaves_what_it_holds(name: str, sh
         assert generation.tokens == alone(model, generation.request).tokens
 
 
-def test_reads_are_bounded_by_the_longest_live_slot(model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_are_bounded_by_the_longest_live_slot(model) -> None:
     spans: list[tuple[int, int]] = []
-    step = engine_module.decode_step
+    engine = Engine(model, EngineConfig(slots=3))
+    decode = engine.decode_pass
 
-    def recorded(*args, span: int, starts: list[int], rows: int, **options):
-        spans.append((span, max(starts) + rows))
-        return step(*args, span=span, starts=starts, rows=rows, **options)
+    def recorded(plan: PassPlan):
+        spans.append((plan.span, max(plan.starts) + plan.rows))
+        return decode(plan)
 
-    monkeypatch.setattr(engine_module, "decode_step", recorded)
-    engine = Engine(model, slots=3)
+    engine.decode_pass = recorded
     generate_all(engine, [Request(TEXT[:400], 150)])
     spans.clear()
     generate_all(engine, [Request(TEXT[9:19], 30), Request(TEXT[3:6], 5)])
@@ -446,9 +446,9 @@ def test_reads_are_bounded_by_the_longest_live_slot(model, monkeypatch: pytest.M
 @pytest.mark.parametrize("shape", ["transformer-causal", "replicated"])
 def test_a_text_that_overflowed_does_not_reach_the_next_one_in_its_slot(model, shape: str) -> None:
     request = Request(TEXT[3:60], 60, SAMPLED)
-    engine = Engine(model, slots=2)
+    engine = Engine(model, EngineConfig(slots=2))
     generate_all(engine, [Request(TEXT[:200], 20), Request(TEXT[1:90], 20)])
-    for slot, held in enumerate(engine.admission.slots.held):
+    for slot, held in enumerate(engine.scheduler.slots.held):
         beyond = len(held.tokens) + HEADS
         cache = engine.state.cache
         cache.values[:, slot, :, :beyond] = float("nan")
@@ -461,7 +461,7 @@ def test_a_text_that_overflowed_does_not_reach_the_next_one_in_its_slot(model, s
 
 
 def test_nor_does_one_that_was_cancelled_while_its_prompt_was_read(model) -> None:
-    engine = Engine(model, prefill_budget=32)
+    engine = Engine(model, EngineConfig(prefill_budget=32))
     from_cancelled(engine)
     engine.state.cache.values[:, 0, :, :160] = float("nan")
     request = Request(TEXT[3:20], 40, SAMPLED)
@@ -474,9 +474,7 @@ def test_a_parked_slot_computes_nothing_that_is_not_finite(model) -> None:
     state.length_S[:] = torch.tensor([state.parked, 5])
     state.cache.keys.fill_(3.0)
     state.cache.values.fill_(3.0)
-    engine_module.decode_step(
-        model, state, slice(0, 2), rows=HEADS, heads=HEADS, span=64, starts=[state.parked, 5], keep_logits=True
-    )
+    decode_pass(model, state, PassPlan(slice(0, 2), HEADS, HEADS, 64, [state.parked, 5], keep_logits=True))
     assert state.logits_SRV is not None and state.logits_SRV.isfinite().all()
     assert (state.cache.values[:, 0, :, : 64 - HEADS] == 3).all()
     if not state.cache.compiled:  # not every attention makes a number of a row that sees nothing

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.decoding.stopping import Stopper
@@ -144,7 +144,7 @@ def test_stop_strings_need_text() -> None:
 def test_cancelling_frees_the_slot_and_leaves_the_neighbour_alone() -> None:
     model = packed("transformer-parallel", torch.float32)
     alone = generate_all(Engine(model), [Request(PROMPT, 50)])[0].tokens
-    engine = Engine(model, slots=2)
+    engine = Engine(model, EngineConfig(slots=2))
     first, second = engine.submit(Request(PROMPT[:4], 200)), engine.submit(Request(PROMPT, 50))
     third = engine.submit(Request(PROMPT, 50))
     engine.step()

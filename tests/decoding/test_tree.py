@@ -10,7 +10,7 @@ import torch
 from conftest import HEADS, packed
 
 from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
-from headstart.decoding.engine import Engine
+from headstart.decoding.engine import Engine, EngineConfig
 from headstart.decoding.settings import Request, Rule
 from headstart.errors import UsageError
 
@@ -35,7 +35,7 @@ def test_a_tree_is_what_its_text_says() -> None:
         ("1,0", "node 1 needs 0 before it"),
         ("0,1.0", "node 1.0 needs 1 before it"),
         ("0,0.1,0.0", "node 0.1 needs 0.0 before it"),
-        ("0,-1", "'-1' is no node"),
+        ("0,-1", "'-1' is not a node"),
     ],
 )
 def test_trees_that_there_are_not(text: str, message: str) -> None:
@@ -92,14 +92,14 @@ def test_shares_are_counted() -> None:
 def test_impossible_trees_are_refused_before_anything_runs() -> None:
     model = packed("replicated", torch.float32, False)
     with pytest.raises(UsageError, match="depth 4 and 1 ranks; 4 heads draft 3 tokens"):
-        Engine(model, tree=DraftTree.parse("0,0.0,0.0.0,0.0.0.0"))
+        Engine(model, EngineConfig(tree=DraftTree.parse("0,0.0,0.0.0,0.0.0.0")))
     with pytest.raises(UsageError, match="200 ranks"):
-        Engine(model, tree=DraftTree(tuple((rank,) for rank in range(200))))
+        Engine(model, EngineConfig(tree=DraftTree(tuple((rank,) for rank in range(200)))))
     with pytest.raises(UsageError, match="not both"):
-        Engine(model, tree=DraftTree.parse("0,1"), lookup=2)
+        Engine(model, EngineConfig(tree=DraftTree.parse("0,1"), lookup=2))
     with pytest.raises(UsageError, match="at least 1"):
         grow([[0.5]], 0)
-    engine = Engine(model, tree=DraftTree.parse("0,1"))
+    engine = Engine(model, EngineConfig(tree=DraftTree.parse("0,1")))
     assert engine.fixed_shapes and engine.width == HEADS
     with pytest.raises(UsageError, match="acceptance block knows no draft trees"):
         engine.submit(Request((1, 2), acceptance=Rule("block")))

@@ -6,19 +6,19 @@ import copy
 
 import pytest
 import torch
-from conftest import HEADS, SHAPES, packed, trained, untrained
+from conftest import HEADS, SHAPES, fill, packed, trained, untrained
 from test_policy import RandomRows
 from torch import Tensor
 
 from headstart.decoding.cache import KVCache
-from headstart.decoding.decode_pass import DecodingState, prefill
 from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
+from headstart.decoding.state import DecodingState
 from headstart.model.transformer import Transformer
 
 PROMPT = tuple(b"the cat then")
@@ -41,7 +41,7 @@ def shape(request: pytest.FixtureRequest) -> str:
 
 
 def run(model: Transformer, request: Request, tree: DraftTree | None, **options: object) -> Generation:
-    return generate_all(Engine(model, tree=tree, **options), [request])[0]
+    return generate_all(Engine(model, EngineConfig(tree=tree, **options)), [request])[0]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_every_tree_and_number_of_heads_gives_plain_decoding(
     results: dict[str, tuple[list[int], Tensor, Tensor]] = {}
     cases = [("chain", HEADS), ("flat", 1), ("flat", HEADS), ("bushy", 1), ("bushy", HEADS), ("grown", 2)]
     for tree, heads in cases:
-        engine = Engine(model, tree=TREES.get(tree))
+        engine = Engine(model, EngineConfig(tree=TREES.get(tree)))
         got = generate_all(engine, [Request(prompt, length, SETTINGS[name], heads)])[0]
         assert len(got.tokens) == length and (heads == 1) == (got.stats.passes == length), (tree, heads)
         cache = engine.state.cache
@@ -89,7 +89,7 @@ def test_any_batch_mix_gives_what_each_request_gives_alone(compiled: bool) -> No
     ]
     plain = [generate_all(Engine(model), [Request(r.prompt, r.max_new_tokens, r.sampling, 1)])[0] for r in requests]
     for slots, exact in ((3, True), (2, False)):
-        got = generate_all(Engine(model, slots=slots, exact=exact, tree=TREES["bushy"]), requests)
+        got = generate_all(Engine(model, EngineConfig(slots=slots, exact=exact, tree=TREES["bushy"])), requests)
         assert [g.tokens for g in got] == [g.tokens for g in plain]
 
 
@@ -107,7 +107,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def steps(model: Transformer, tree: DraftTree, count: int) -> tuple[Engine, list[Generation]]:
-    engine = Engine(model, slots=2, tree=tree)
+    engine = Engine(model, EngineConfig(slots=2, tree=tree))
     sampled = Sampling(1.0, seed=11)
     generations = [engine.submit(Request(PROMPT, 200, sampled)), engine.submit(Request(PROMPT[:5], 200))]
     for _ in range(count):
@@ -123,7 +123,7 @@ def far_from_fresh(model: Transformer, engine: Engine, generations: list[Generat
         committed = list(generation.request.prompt) + generation.tokens
         assert length == len(committed) - 1
         fresh = DecodingState.empty(model, 1, engine.state.cache.capacity)
-        prefill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7)
+        fill(model, fresh, 0, torch.tensor(committed[:-1]), HEADS, chunk=7)
         keys = engine.state.cache.keys_of(slot) - fresh.cache.keys_of(0)
         values = engine.state.cache.values[:, slot] - fresh.cache.values[:, 0]
         differences += [float(x[:, :, :length].abs().max()) for x in (keys, values)]
@@ -161,7 +161,7 @@ def test_accepted_branches_are_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> N
     cut = wide.origins[-1] != 1
     assert wide.origins.count(1) == wide.stats.passes - cut and set(wide.origins) == {1, 2, 3, 4}
     passes = wide.stats.passes
-    assert wide.stats.drafted == [passes - 1] * 3 and wide.stats.beside == (passes - 1) * (len(tree.paths) - 3)
+    assert wide.stats.drafted == [passes - 1] * 3 and wide.stats.siblings == (passes - 1) * (len(tree.paths) - 3)
     assert wide.stats.rows_per_pass == pytest.approx(1 + len(tree.paths) * (passes - 1) / passes)
 
 
@@ -171,13 +171,13 @@ def test_nodes_are_the_best_candidates_of_their_heads_with_the_noise_of_their_po
 ) -> None:
     reference = copy.deepcopy(trained(shape)).double()
     tree = TREES["bushy"]
-    engine = Engine(packed(shape, torch.float64), tree=tree)
+    engine = Engine(packed(shape, torch.float64), EngineConfig(tree=tree))
     generation = engine.submit(Request(PROMPT, 200, Sampling(temperature, seed=5)))
     for _ in range(8):
         engine.step()
         length = int(engine.state.length_S[0])
         committed = [*PROMPT, *generation.tokens]
-        window = engine.state.window_SW[0].tolist()
+        window = engine.state.windows.tokens_SW[0].tolist()
         assert window[0] == committed[length] and len(committed) == length + 1
         with torch.no_grad():
             logits = reference(torch.tensor([committed[:length]]), heads=HEADS)[0, -1]
@@ -193,7 +193,10 @@ def test_a_tree_of_width_one_is_a_chain(shape: str, name: str, monkeypatch: pyte
     model, request = packed(shape, torch.float32), Request(PROMPT, 60, SETTINGS[name])
     chain = run(model, request, None)
     line = DraftTree.parse("0,0.0,0.0.0")
-    assert Engine(model, tree=line).tree is None and run(model, request, line).stats.accepted == chain.stats.accepted
+    assert (
+        Engine(model, EngineConfig(tree=line)).tree is None
+        and run(model, request, line).stats.accepted == chain.stats.accepted
+    )
     short = run(model, request, DraftTree.parse("0,0.0"))
     assert short.tokens == chain.tokens and len(short.stats.drafted) == 2
     # And what trees do comes to the same for it.
@@ -205,9 +208,9 @@ def test_a_tree_of_width_one_is_a_chain(shape: str, name: str, monkeypatch: pyte
 
 def test_the_walk_in_c_is_the_walk_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, requests = packed("replicated", torch.float64), [Request(PROMPT[i:], 60, heads=2 + i) for i in range(3)]
-    compiled = generate_all(Engine(model, slots=2, tree=TREES["grown"]), requests)
+    compiled = generate_all(Engine(model, EngineConfig(slots=2, tree=TREES["grown"])), requests)
     monkeypatch.setattr(cpu, "chooser", lambda: None)
-    plain = generate_all(Engine(model, slots=2, tree=TREES["grown"]), requests)
+    plain = generate_all(Engine(model, EngineConfig(slots=2, tree=TREES["grown"])), requests)
     for a, b in zip(compiled, plain):
         assert (a.tokens, a.stats.passes, a.stats.accepted) == (b.tokens, b.stats.passes, b.stats.accepted)
 
@@ -230,7 +233,8 @@ def test_output_does_not_depend_on_how_many_nodes_are_fed(compiled: bool) -> Non
     plain = [generate_all(Engine(model), [Request(r.prompt, r.max_new_tokens, r.sampling, 1)])[0] for r in requests]
     policy = Pruning(1)
     got = generate_all(
-        Engine(model, slots=3, policy=policy, exact=backend_of(model).row_exact, tree=TREES["bushy"]), requests
+        Engine(model, EngineConfig(slots=3, exact=backend_of(model).row_exact, tree=TREES["bushy"]), policy=policy),
+        requests,
     )
     assert [g.tokens for g in got] == [g.tokens for g in plain]
     assert len(policy.chosen) >= 3 and policy.tree is TREES["bushy"]
@@ -258,8 +262,8 @@ def test_beside_rules_that_know_no_trees_windows_are_chains() -> None:
         Request(PROMPT, 20, Sampling(1.0, seed=4), acceptance=Rule("block")),
         Request(PROMPT[2:], 40),
     ]
-    together = generate_all(Engine(model, slots=2, tree=TREES["bushy"], exact=False), requests)
+    together = generate_all(Engine(model, EngineConfig(slots=2, tree=TREES["bushy"], exact=False)), requests)
     for i in (0, 2):
         assert together[i].tokens == run(model, requests[i], None).tokens
-    assert together[0].stats.beside > 0  # once it was alone with one that matches
-    assert together[1].stats.beside == 0
+    assert together[0].stats.siblings > 0  # once it was alone with one that matches
+    assert together[1].stats.siblings == 0

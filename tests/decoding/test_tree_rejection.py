@@ -8,11 +8,11 @@ import pytest
 import torch
 from test_rules import _distance, _small
 
-from headstart.decoding import acceptance as acceptance_module
-from headstart.decoding.acceptance import recursive_rejection
+from headstart.decoding import verify as verify_module
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
-from headstart.decoding.engine import Engine
+from headstart.decoding.engine import EngineConfig
 from headstart.decoding.settings import Rule, Sampling
+from headstart.decoding.verify import recursive_rejection
 
 V = 3
 TREES = ("0,1", "0,1,2", "0,1,0.0,1.0", "0,1,0.0,0.1,1.0", "0,0.0,0.1,1,1.0,2")
@@ -79,7 +79,7 @@ def error_of(
     outcome = torch.tensor(outcomes).repeat(S, 1)
     weight = torch.tensor(chances, dtype=torch.float64).repeat_interleave(count)
     by_row = None if by_row_S is None else by_row_S.repeat_interleave(count)
-    original, asked = acceptance_module.chain_probabilities, iter(outcome.T)
+    original, asked = verify_module.chain_probabilities, iter(outcome.T)
 
     def noted(*arguments: torch.Tensor) -> torch.Tensor:
         nonlocal weight
@@ -88,7 +88,7 @@ def error_of(
         return kept
 
     with monkeypatch.context() as patch:
-        patch.setattr(acceptance_module, "chain_probabilities", noted)
+        patch.setattr(verify_module, "chain_probabilities", noted)
         draws = torch.where(outcome, -1.0, 2.0).view(-1, D, C).double()
         row, rest = recursive_rejection(
             p,
@@ -188,11 +188,11 @@ def test_wrong_rules_fail_the_enumeration(text: str, monkeypatch: pytest.MonkeyP
     depth = DraftTree.parse(text).depth
     # Each sibling tested against what the first was: as if they had been drawn with replacement.
     with monkeypatch.context() as wrong:
-        wrong.setattr(acceptance_module, "without", lambda q, token: q)
+        wrong.setattr(verify_module, "without", lambda q, token: q)
         assert max(enumerated(text, seed, depth, wrong) for seed in range(4)) > 1e-3
     # Each sibling tested against the whole target.
     with monkeypatch.context() as wrong:
-        wrong.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
+        wrong.setattr(verify_module, "residual", lambda p, q, weight, whole: p)
         assert enumerated(text, 0, depth, wrong) > 1e-3
 
 
@@ -208,10 +208,8 @@ def test_under_a_constraint_it_has_the_masked_targets_joint_distribution(
 
 def test_texts_drawn_with_it_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, model = _small()
-    original = Engine.__init__
-    tree = DraftTree.parse("0,1,0.0,1.0,0.1")
-    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: original(self, *a, **k, tree=tree))
+    config = EngineConfig(slots=128, tree=DraftTree.parse("0,1,0.0,1.0,0.1"))
     # Two of three tokens: heads run out of candidates. Without top-k: `test_windows_law.py`.
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0, 2), 512) < 1.8
-    monkeypatch.setattr(acceptance_module, "residual", lambda p, q, weight, whole: p)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 3
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0, 2), 512, config) < 1.8
+    monkeypatch.setattr(verify_module, "residual", lambda p, q, weight, whole: p)
+    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), config=config) > 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import HEADS, packed
 
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.policy.calibration import EDGES, PRIOR
 from headstart.decoding.policy.online import AcceptanceCounts, Observations, OnlineCalibration, prior_acceptance
 from headstart.decoding.policy.policy import DraftPolicy
@@ -82,7 +82,7 @@ def test_drafting_follows_the_costs_and_changes_no_output(shape, slots) -> None:
     drafted = {}
     for name, first, row in (("free", 1.0, 0.0), ("expensive", 1.5, 1.5)):
         policy = policy_of(observations(Costs(first, row), model))
-        engine = Engine(model, slots=slots, policy=policy, exact=False)
+        engine = Engine(model, EngineConfig(slots=slots, exact=False), policy=policy)
         got = generate_all(engine, requests)
         assert [g.tokens for g in got] == plain
         drafted[name] = sum(sum(g.stats.drafted) for g in got)

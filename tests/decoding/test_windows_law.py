@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding import acceptance as acceptance_module
 from headstart.decoding import sampling as sampling_module
-from headstart.decoding import verify as tree_step_module
+from headstart.decoding import verify as verify_module
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.decode_pass import _judge
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.sampling import SamplingRows
 from headstart.decoding.settings import Request, Rule, Sampling
-from headstart.decoding.verify import judge_tree
+from headstart.decoding.verify import Evidence, verify
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -180,25 +178,23 @@ class Windows:
         state = SimpleNamespace(
             sampling=sampling,
             length_S=root_S,
-            window_SW=window,
-            drafted_S=torch.full((S,), self.depth),
+            windows=SimpleNamespace(tokens_SW=window, drafted_S=torch.full((S,), self.depth), q_SKV=q),
             heads_S=torch.full((S,), self.depth + 1),
             constraints=SimpleNamespace(any=lambda slots: False),
-            draft_q=lambda: q,
-            move_on=lambda *_: None,
+            advance=lambda *_: None,
         )
         slots, tokens, noise = slice(0, S), torch.zeros_like(window), torch.zeros_like(logits)
         with monkeypatch.context() as patch:
             patch.setattr(SamplingRows, "uniform", uniform)
             for name, notes in (("chain_probabilities", chain), ("block_probabilities", block), ("residual", rests)):
-                patch.setattr(acceptance_module, name, noted(getattr(acceptance_module, name), notes))
+                patch.setattr(verify_module, name, noted(getattr(verify_module, name), notes))
             if self.is_tree:
-                walk, found = acceptance_module.recursive_rejection, []
-                patch.setattr(tree_step_module, "recursive_rejection", noted(walk, found))
-                judge_tree(state, slots, tokens, logits, noise, self.tree, self.depth + 1)
+                walk, found = verify_module.recursive_rejection, []
+                patch.setattr(verify_module, "recursive_rejection", noted(walk, found))
+                verify(state, Evidence(slots, tokens, logits, noise, root_S.clone(), self.depth + 1, self.tree))
                 (accepted, rest), thresholds = found[0], torch.cat(chain, 1)
             else:
-                _, accepted = _judge(state, slots, tokens, logits, noise, root_S, self.depth + 1)
+                accepted = verify(state, Evidence(slots, tokens, logits, noise, root_S, self.depth + 1)).accepted_S
                 rest, thresholds = rests[-1], block[0][0] if self.rule.kind == "block" else chain[0]
         named = [[("uniform", value) for value in row] for row in values[0].tolist()]
         return thresholds.double().tolist(), named, accepted.tolist(), rest.double()
@@ -269,12 +265,14 @@ def law_of(raw: Transformer) -> Tensor:
 def surprise(law: Tensor, model: Transformer, rule: str, tree: str = "") -> float:
     """How many standard deviations chi-square lies above its mean, over sequences drawn with that many seeds. All are
     decoded in one batch; they begin as the engine begins a request whose prompt is read."""
-    engine = Engine(model, slots=COUNT, exact=False, tree=DraftTree.parse(tree) if tree else None)
+    engine = Engine(model, EngineConfig(slots=COUNT, exact=False, tree=DraftTree.parse(tree) if tree else None))
     generations: list[Generation] = []
     for seed in range(COUNT):
         request = Request((1,), LENGTH, Sampling(1.0, seed=seed), acceptance=Rule(rule))
         generations.append(engine.submit(request))
-        engine.begin(seed, engine.admission.waiting.pop())
+        waiting = engine.scheduler.queue.pop()
+        assert waiting is not None
+        engine.begin(seed, waiting)
     while engine.busy:
         engine.step()
     assert sum(g.stats.passes for g in generations) < 0.8 * COUNT * LENGTH
@@ -340,7 +338,9 @@ def test_each_window_reads_draws_of_its_own(engine: dict[str, Any], monkeypatch:
     request = Request((1, 2, 1), 12, Sampling(1.0, seed=5), acceptance=rule, constraint=constraint)
     tree = DraftTree.parse(engine["tree"]) if "tree" in engine else None
     model = fixed(**LINEAR)[1]
-    made = Engine(model, exact=False, tree=tree, lookup=engine.get("lookup", 0), tokenizer=ByteTokenizer())
+    made = Engine(
+        model, EngineConfig(exact=False, tree=tree, lookup=engine.get("lookup", 0)), tokenizer=ByteTokenizer()
+    )
     tokens = generate_all(made, [request])[0].tokens
     judged = [root for name, root in read if name == "uniform"]
     drafted = [root for name, root in read if name == "draft_noise"]

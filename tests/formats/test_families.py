@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headstart.decoding.drafters.tree import DraftTree
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.cpu_backend import CompiledBlock
@@ -178,11 +178,11 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
     other = Request(tuple((tokens((1, 30))[0] % 6).tolist()), 20)
     requests = [replace(request, logprobs=0), replace(other, logprobs=0)]
     tree = DraftTree.parse("0,1,2,0.0,0.1,1.0,1.1,1.2,2.0,2.1,2.2")
-    plain = generate_all(Engine(model, slots=2, tree=tree), [replace(each, heads=1) for each in requests])
+    plain = generate_all(Engine(model, EngineConfig(slots=2, tree=tree)), [replace(each, heads=1) for each in requests])
     assert plain[0].tokens == expected
     kept = 0
     for tree_or_none in (None, tree):
-        got = generate_all(Engine(model, slots=2, tree=tree_or_none), requests)
+        got = generate_all(Engine(model, EngineConfig(slots=2, tree=tree_or_none)), requests)
         assert [g.tokens for g in got] == [g.tokens for g in plain]
         if (
             tree_or_none is not None or backend_of(model).row_exact
@@ -190,7 +190,9 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
             assert [g.logprobs for g in got] == [g.logprobs for g in plain]
         kept += sum(sum(g.stats.accepted) for g in got)
     assert kept > 0
-    loose = generate_all(Engine(model, slots=2, exact=False, tree=tree), requests)  # a tree's rows all at once
+    loose = generate_all(
+        Engine(model, EngineConfig(slots=2, exact=False, tree=tree)), requests
+    )  # a tree's rows all at once
     assert [g.tokens for g in loose] == [g.tokens for g in plain]
 
 
@@ -424,7 +426,7 @@ def test_drafts_in_decoding_are_those_of_training(case: str, window: int, head_k
     config = replace(load_config(tmp_path), layers=6, heads=3, head_kind=head_kind, wiring=wiring)
     model = lively(config, seed=3)
     request = Request(tuple((tokens((1, 20))[0] % 4).tolist()), 36)
-    (got,) = generate_all(Engine(pack(copy.deepcopy(model)), context=64), [request])
+    (got,) = generate_all(Engine(pack(copy.deepcopy(model)), EngineConfig(context=64)), [request])
     text = [*request.prompt, *got.tokens]
     assert len(text) == 56
     assert got.origins == origins_in_text(model(torch.tensor([text]), heads=3)[0], text, 20)

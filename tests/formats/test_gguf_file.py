@@ -11,7 +11,7 @@ import torch
 from headstart.data.byte_tokenizer import byte_alphabet
 from headstart.data.prepare.bpe import train
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -167,7 +167,7 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, name):
     prompt = list(b"def f(x):")
     assert theirs.tokenize(b"def f(x):\n \xc3\xa9", add_bos=True) == list("def f(x):\n é".encode())
     written = [token for token, _ in zip(theirs.generate(prompt, temp=0.0, repeat_penalty=1.0), range(40))]
-    ours = generate_all(Engine(pack(model), context=100), [Request(tuple(prompt), 40, heads=1)])[0]
+    ours = generate_all(Engine(pack(model), EngineConfig(context=100)), [Request(tuple(prompt), 40, heads=1)])[0]
     assert written == ours.tokens
 
 

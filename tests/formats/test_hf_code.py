@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.engine import Engine, generate_all
+from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -98,7 +98,7 @@ def test_all_heads_write_what_one_writes(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(decoding._Batch, "draft", watched)
     out = decoding.generate(ids[:1], model=theirs, max_new_tokens=24, pad_token_id=0, return_dict_in_generate=True)
     assert all(fed == said for fed, said in drafts) and len(drafts) == out.passes * (config.heads - 1)
-    ours = generate_all(Engine(pack(model), context=96), [Request(tuple(ids[0].tolist()), 24)])[0]
+    ours = generate_all(Engine(pack(model), EngineConfig(context=96)), [Request(tuple(ids[0].tolist()), 24)])[0]
     assert out.sequences[0, 12:].tolist() == ours.tokens
     assert out.passes < 23 or config.heads == 1 or config.tied
     assert abs(out.passes - ours.stats.passes) <= 1  # the last pass of one may write past the end

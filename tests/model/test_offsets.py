@@ -13,7 +13,7 @@ import torch
 
 import headstart
 from headstart.data.batches import IGNORE, targets_of
-from headstart.decoding.engine import Engine
+from headstart.decoding.engine import Engine, EngineConfig
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -74,7 +74,7 @@ def test_heads_before_a_gap_draft_and_change_no_token(wiring: Any) -> None:
     prompt = tuple(torch.randint(0, 31, (7,)).tolist())
     written = {}
     for heads in (1, None):
-        engine = Engine(model, slots=1, exact=True)
+        engine = Engine(model, EngineConfig(slots=1, exact=True))
         generation = engine.submit(Request(prompt, 24, heads=heads))
         assert generation.heads == (heads or 3)
         while engine.busy:
@@ -98,7 +98,7 @@ def test_a_right_draft_is_one_of_the_next_tokens() -> None:
         model.trunk.embedding.weight.copy_(torch.eye(8))
         for k, offset in enumerate(config.offset_of_heads):
             model.unembedding.weights[k].copy_(torch.eye(8).roll(offset, 0))
-    engine = Engine(pack(model), slots=1, exact=False)
+    engine = Engine(pack(model), EngineConfig(slots=1, exact=False))
     generation = engine.submit(Request((3,), 20))
     while engine.busy:
         engine.step()

@@ -212,7 +212,7 @@ def test_an_unexpected_error_is_a_500_without_details(
         raise RuntimeError("/home/somebody/secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "submit", broken)
+        patch.setattr(Engine, "generation", broken)
         status, answer = raw(small, SHORT)
     assert status == 500 and answer["error"]["type"] == "server_error" and "somebody" not in str(answer)
     assert raw(small, SHORT)[0] == 200
@@ -223,7 +223,7 @@ class Panic(BaseException):
     """Stand for a panic in Rust, which pyo3 raises as a BaseException."""
 
 
-@pytest.mark.parametrize("place", ["submit", "step"])
+@pytest.mark.parametrize("place", ["generation", "step"])
 def test_a_panic_in_rust_leaves_the_engine_running(
     small: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headstart.decoding.engine import Engine
+from headstart.decoding.engine import Engine, EngineConfig
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -74,7 +74,7 @@ def test_exact_match_is_that_of_free_running() -> None:
     torch.manual_seed(0)
     model = Transformer(sized("0.06M", vocab_size=20, heads=2, context=64)).eval()
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10]]
-    engine = Engine(pack(model), slots=3)
+    engine = Engine(pack(model), EngineConfig(slots=3))
     generations = [engine.submit(Request(tuple(prompt), 6, heads=1)) for prompt in prompts]
     while engine.busy:
         engine.step()

@@ -1,0 +1,1 @@
+"""Drafters: siblings that propose the drafts of the next windows."""

@@ -1,21 +1,24 @@
-"""Drafts without a model: what followed the last tokens where they stood before in the same text (prompt lookup).
+"""Prompt lookup: drafts without a model, copied from where the last tokens stood before in the same sequence.
 
-They cost a dictionary and a row of a window, so they help a model without drafting heads, and where a text repeats long
-pieces of itself (code that is edited, quotations, tables) they outrun any head.
+They cost a dictionary and a row of a window. They help models without drafting heads, and sequences that repeat long
+pieces of themselves (edited code, quotations, tables).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from headstart.decoding.drafters.interface import Turn
+from headstart.decoding.window import LOOKUP
+
 SIZES = (16, 8, 4, 2)
-"""Lengths of the matches tried, longest first."""
+"""Lengths of matches to try, longest first."""
 MOST_LOOKUP = 1024
-"""Drafts of a pass that may be looked up; a window of so many rows costs far more than they can bring."""
+"""Most drafts of a pass to look up; a window of more rows costs far more than they can bring."""
 
 
 class Lookup:
-    """The text of one generation, and where each run of `SIZES` tokens in it went on last."""
+    """The tokens of one sequence, and what followed each run of `SIZES` tokens in it last."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens: list[int] = []
@@ -23,9 +26,9 @@ class Lookup:
         self.push(tokens)
 
     def push(self, tokens: Sequence[int]) -> None:
-        """The text goes on with `tokens`."""
+        """Append `tokens` to the sequence."""
         for token in tokens:
-            # Runs that end before this token now have something after them; the end of the text itself has not.
+            # Runs that end before this token now have a successor; the end of the sequence itself has none.
             end = len(self.tokens)
             for size in SIZES:
                 if size <= end:
@@ -33,8 +36,10 @@ class Lookup:
             self.tokens.append(token)
 
     def drafts(self, beyond: Sequence[int], count: int) -> tuple[list[int], int]:
-        """At most `count` tokens that followed the longest earlier match of the end of the text and then `beyond`, and
-        the length of the match (0, and no tokens, where there is none)."""
+        """Return what followed the longest earlier match of the sequence's end and `beyond`, and the match's length.
+
+        At most `count` tokens; none, and length 0, without a match.
+        """
         if count < 1:
             return [], 0
         end = [*self.tokens[-SIZES[0] :], *beyond]
@@ -42,7 +47,7 @@ class Lookup:
             at = self._after.get(tuple(end[-size:])) if size <= len(end) else None
             if at is not None:
                 found = self.tokens[at : at + count]
-                # A match near the end is a loop: it goes on with what it drafts.
+                # A match near the end is a loop: it continues with its own drafts.
                 period = len(self.tokens) + len(beyond) - at
                 text = [*self.tokens[at:], *beyond]
                 while len(found) < count:
@@ -52,7 +57,7 @@ class Lookup:
 
 
 class Odds:
-    """How often drafts of a match of each size were right, of late; of all generations of an engine."""
+    """Recent acceptance rates of looked up drafts, by the length of their match, over all generations of an engine."""
 
     MEMORY = 0.98
 
@@ -61,11 +66,48 @@ class Odds:
         self._seen = dict.fromkeys(SIZES, 4.0)
 
     def of(self, size: int) -> float:
-        """That a draft is right where those before it are."""
+        """Return the probability that a draft is right where those before it are."""
         return self._right[size] / self._seen[size]
 
     def saw(self, size: int, fed: int, accepted: int) -> None:
-        """`fed` drafts of one match were judged, the first `accepted` of them right."""
+        """Record that of `fed` drafts of one match the first `accepted` were right."""
         judged = min(fed, accepted + 1)
         self._right[size] = self.MEMORY**judged * self._right[size] + accepted
         self._seen[size] = self.MEMORY**judged * self._seen[size] + judged
+
+
+class PromptLookup:
+    """Puts looked up drafts into windows, in place of those of heads or after them; a `HostDrafter`."""
+
+    def __init__(self, slots: int, most: int) -> None:
+        self.most = most
+        self.odds = Odds()
+        self._sequences = [Lookup(()) for _ in range(slots)]
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> None:
+        """Index the prompt of the request that begins in `slot`."""
+        self._sequences[slot] = Lookup(prompt)
+
+    def propose(self, turn: Turn) -> None:
+        """Look up drafts in place of those of heads, or after them, whichever is expected to bring more tokens."""
+        generation, window = turn.generation, turn.generation.window
+        lookup, heads = self._sequences[turn.slot], len(window.drafters)
+        lookup.push(turn.committed)
+        stats = generation.stats
+        ahead = window.chances or [(a + 0.5) / (d + 1) for a, d in zip(stats.accepted[:heads], stats.drafted[:heads])]
+        # Where drafts are weighed, what is fed must not depend on which drafts were drawn, so nothing follows those.
+        weighs = generation.request.acceptance.weighs
+        options = []
+        for own in sorted({0, heads}):
+            most = 0 if weighs and own else min(self.most, turn.rows - 1 - own)
+            drafts, size = lookup.drafts(turn.tokens[1 : 1 + own], most)
+            chance = self.odds.of(size) if size else 0.0
+            reached = ahead[own - 1] if own else 1.0
+            chances = ahead[:own] + [reached * chance**j for j in range(1, len(drafts) + 1)]
+            options.append((sum(chances), own, drafts, size, chances))
+        _, own, drafts, window.match, window.chances = max(options, key=lambda option: option[0])
+        window.drafters = window.drafters[:own] + [LOOKUP] * len(drafts)
+        window.confidences = window.confidences[:own]
+        if drafts:
+            certain = not turn.state.sampling.plain_rules(slice(turn.slot, turn.slot + 1))
+            turn.state.windows.replace(turn.slot, own, drafts, certain)

@@ -1,130 +1,123 @@
-"""Sequential heads in decoding: drafts made one after another, each head reading the draft of the one before.
+"""Sequential heads: drafts made one after another, each head reading the draft of the one before.
 
 Head k at position p reads head k-1's latent at p and the token at p + k - 1, and attends to its own keys and values up
-to p: what it computed in training. So each head has a cache of its own, and what lies in it at p is right as soon as
-the token at p + k - 1 is decided: one position later for each head. A pass that decides the tokens up to position R
-leaves head k right up to R - k + 1; from there on it drafts, over rows that hold drafts, and the next pass writes those
-rows anew, over the tokens that were decided. For that each head but the last keeps, of each slot, its latent at the
-last position that is right (`KVCache.carried`): the one row before those that the next pass brings.
+to p, as in training. So each head has a cache of its own, and its entry at p is right as soon as the token at p + k - 1
+is decided: one position later for each head. A pass that decides the tokens up to position R leaves head k right up to
+R - k + 1. From there on it drafts, over rows that hold drafts, and the next pass writes those rows anew, over the
+tokens that were decided. For that each head but the last keeps its latent at the last right position of each slot
+(`KVCache.carried`): the row before those of the next pass.
 
 With L the slot's length and i a row, head k thus runs at positions L - (k-2) + i, and for every head row i reads the
-token at L + 1 + i: decided for i up to the number of accepted drafts, and the draft of head 2, 3, ... behind that.
+token at L + 1 + i: decided for i up to the number of accepted drafts, and the draft of head 2, 3, ... after that.
 
-Drafts depend on what is committed alone, and on noise. The distribution that head k drafts from is the one given the
-drafts before it, which is what rejection sampling and block verification want of a chain that is drawn.
+Drafts depend only on committed tokens and on noise. The distribution that head k drafts from is the one given the
+drafts before it, as rejection sampling and block verification require of a chain that is drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from headstart.decoding.cache import CachedAttention, pick
+from headstart.decoding.cache import CachedAttention, gather_row
+from headstart.decoding.drafters.interface import PromptPiece, Verified
 from headstart.decoding.kernels.pack import PackedUnembedding
+from headstart.decoding.latents import Latents
+from headstart.decoding.state import DecodingState
 from headstart.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from headstart.decoding.decode_pass import DecodingState
 
-Decide = Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]]
-"""(logits (S, 1, V) of a draft, the drafts (S, 1) before it) -> (logits as penalised, the draft (S, 1) int64)."""
+class SequentialHeads:
+    """Drafts one chain, each head after the one before; a `HeadDrafter`."""
 
+    def draft(self, verified: Verified) -> tuple[Tensor, Tensor]:
+        """Write the drafts of heads 2..K into the windows; return logits (S, K-1, V) and drafts (S, K-1)."""
+        state, plan, verdict = verified.state, verified.plan, verified.verdict
+        accepted_S, tokens_SW = verdict.accepted_S, verdict.tokens_SD
+        unembedding = cast(PackedUnembedding, verified.model.unembedding)
+        run = _Run(verified.model, state, plan.slots, verified.length_S, plan.span)
+        follow_SN = torch.cat([tokens_SW, tokens_SW.new_zeros(len(tokens_SW), plan.heads - 2)], 1)
+        inputs = verified.latents.of[0]
+        logits: list[Tensor] = []
+        drafts: list[Tensor] = []
+        for k in range(2, plan.heads + 1):
+            row_S = accepted_S + (k - 2)
+            asked_S = row_S if plan.deferred and k == plan.heads else None
+            latents = run.head(k, inputs, follow_SN[:, : inputs.shape[1]], asked_S)
+            latent = latents if latents.shape[1] == 1 else gather_row(latents, row_S, 1)
+            penalised, draft = _choose(verified, unembedding(latent, k), drafts)
+            logits.append(penalised)
+            drafts.append(draft)
+            if k < plan.heads:
+                follow_SN.scatter_(1, row_S[:, None] + 1, draft)
+                inputs = run.carry(k, latents, accepted_S)
+        state.windows.put(plan.slots, chain := torch.cat(drafts, 1))
+        return torch.cat(logits, 1), chain
 
-def draft_chain(
-    model: Transformer,
-    state: DecodingState,
-    slots: slice,
-    z_SWD: Tensor,
-    tokens_SW: Tensor,
-    accepted_S: Tensor,
-    length_S: Tensor,
-    *,
-    heads: int,
-    span: int,
-    deferred: bool,
-    decide: Decide,
-) -> tuple[Tensor, Tensor]:
-    """Logits (S, K-1, V) of heads 2..K and the drafts (S, K-1) chosen from them, after a pass that fed W rows.
-
-    Args:
-        z_SWD: the trunk's latents of the rows fed.
-        tokens_SW: the token behind each row, right in the first `accepted_S` + 1 of them.
-        length_S: positions cached before the pass.
-        deferred: as in `decode_step`.
-    """
-    unembedding = cast(PackedUnembedding, model.unembedding)
-    follow_SN = torch.cat([tokens_SW, tokens_SW.new_zeros(len(tokens_SW), heads - 2)], 1)
-    inputs = z_SWD
-    logits: list[Tensor] = []
-    drafts: list[Tensor] = []
-    for k in range(2, heads + 1):
-        row_S = accepted_S + (k - 2)
-        asked_S = row_S if deferred and k == heads else None
-        latents = _run(model, state, slots, k, inputs, follow_SN[:, : inputs.shape[1]], length_S, span, 0, asked_S)
-        latent = latents if latents.shape[1] == 1 else pick(latents, row_S, 1)
-        penalised, draft = decide(unembedding(latent, k), drafts)
-        logits.append(penalised)
-        drafts.append(draft)
-        if k < heads:
-            follow_SN.scatter_(1, row_S[:, None] + 1, draft)
-            inputs = _carry(state, slots, k, latents, accepted_S, length_S >= 0)
-    return torch.cat(logits, 1), torch.cat(drafts, 1)
+    def read(self, state: DecodingState, latents: Latents, piece: PromptPiece) -> None:
+        """Fill the caches of heads 2..K, given the trunk's latents and the token after each position."""
+        assert piece.root_1 is not None
+        z_1WD, follow_1W = latents.of[0], torch.cat([piece.tokens_T[1:], piece.root_1])[None]
+        length_S = torch.full((1,), piece.start, device=z_1WD.device)
+        last_S = torch.full((1,), z_1WD.shape[1] - 1, device=z_1WD.device)
+        slots, end = slice(piece.slot, piece.slot + 1), piece.start + z_1WD.shape[1]
+        run = _Run(latents.model, state, slots, length_S, end, piece.first)
+        inputs = z_1WD
+        for k in range(2, piece.heads + 1):
+            computed = run.head(k, inputs, follow_1W, last_S if k == piece.heads else None)
+            if k < piece.heads:
+                inputs = run.carry(k, computed, last_S)[:, :-1]
 
 
-def read_chain(
-    model: Transformer,
-    state: DecodingState,
-    slot: int,
-    z_1WD: Tensor,
-    follow_1W: Tensor,
-    start: int,
-    first: int,
-    heads: int,
-) -> None:
-    """Caches of heads 2..K for W positions from `start` on of a prompt that is read from position `first` on, given the
-    trunk's latents and the token behind each."""
-    slots = slice(slot, slot + 1)
-    length_S = torch.full((1,), start, device=z_1WD.device)
-    last_S = torch.full((1,), z_1WD.shape[1] - 1, device=z_1WD.device)
-    inputs, end = z_1WD, start + z_1WD.shape[1]
-    for k in range(2, heads + 1):
-        latents = _run(model, state, slots, k, inputs, follow_1W, length_S, end, first, last_S if k == heads else None)
-        if k < heads:
-            inputs = _carry(state, slots, k, latents, last_S, length_S >= 0)[:, :-1]
+def _choose(verified: Verified, logits_S1V: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the penalised logits (S, 1, V) of the next draft and the draft (S, 1), given the drafts before it."""
+    state, slots, i = verified.state, verified.plan.slots, len(before)
+    if state.penalties.any(slots):  # each draft counts for those after it
+        every = logits_S1V.expand(-1, i + 1, -1)
+        logits_S1V = state.penalties.apply(every, torch.cat(before, 1) if i else None, slots)[:, -1:]
+    noise = None if verified.noise_SKV is None else verified.noise_SKV[:, i : i + 1]
+    return logits_S1V, state.sampling.choose(logits_S1V, noise, slots)
 
 
-def _run(
-    model: Transformer,
-    state: DecodingState,
-    slots: slice,
-    k: int,
-    inputs_SWD: Tensor,
-    follow_SW: Tensor,
-    length_S: Tensor,
-    span: int,
-    first: int,
-    row_S: Tensor | None,
-) -> Tensor:
-    """The latents of head k, whose first row stands at position length - (k-2); with `row_S` of that row alone."""
-    positions = (length_S - (k - 2))[:, None] + torch.arange(inputs_SWD.shape[1], device=inputs_SWD.device)
-    # What would stand before the text is kept at the end of the buffers, which no text reaches and no row of it reads.
-    # Slots that take no part stand before it as a whole, and stay there.
-    before = (positions < first) & (length_S >= 0)[:, None]
-    positions = torch.where(before, positions - first + len(state.rotary[0]), positions)
-    attention = CachedAttention(state.cache, slots, positions, span)
-    attend = attention(model.config.trunk_layers + k - 2, row_S)
-    select = None if row_S is None else (lambda x: pick(x, row_S, 1))
-    ahead_SWD = model.trunk.embedding(follow_SW)
-    return cast(Tensor, model.head(k)(inputs_SWD, state.rotary_at(positions), attend, select, ahead_BTD=ahead_SWD))
+@dataclass
+class _Run:
+    """One run of the heads over cached slots, one head after another."""
 
+    model: Transformer
+    state: DecodingState
+    slots: slice
+    length_S: Tensor
+    """Position of the first row of head 2."""
+    span: int
+    first: int = 0
+    """Position before which nothing is read."""
 
-def _carry(state: DecodingState, slots: slice, k: int, latents_SWD: Tensor, right_S: Tensor, live_S: Tensor) -> Tensor:
-    """Head k+1's inputs: the latent carried over from the pass before, then those of this one, of which row `right_S`
-    is carried on."""
-    carried_SD = state.cache.carried[k - 2, slots]
-    inputs_SWD = torch.cat([carried_SD[:, None].to(latents_SWD.dtype), latents_SWD], 1)
-    carried_SD.copy_(torch.where(live_S[:, None], pick(latents_SWD, right_S, 1)[:, 0].to(carried_SD.dtype), carried_SD))
-    return inputs_SWD
+    def head(self, k: int, inputs_SWD: Tensor, follow_SW: Tensor, row_S: Tensor | None) -> Tensor:
+        """Return the latents of head k, whose first row is at position length - (k-2); with `row_S` only that row."""
+        model, state = self.model, self.state
+        positions = (self.length_S - (k - 2))[:, None] + torch.arange(inputs_SWD.shape[1], device=inputs_SWD.device)
+        # Rows before the sequence go to the end of the buffers, which no sequence reaches and no row reads. Slots that
+        # take no part stand before it as a whole, and stay there.
+        before = (positions < self.first) & (self.length_S >= 0)[:, None]
+        positions = torch.where(before, positions - self.first + len(state.rotary[0]), positions)
+        attention = CachedAttention(state.cache, self.slots, positions, self.span)
+        attend = attention(model.config.trunk_layers + k - 2, row_S)
+        select = None if row_S is None else (lambda x: gather_row(x, row_S, 1))
+        ahead_SWD = model.trunk.embedding(follow_SW)
+        rotary = state.rotary_at(positions)
+        return cast(Tensor, model.head(k)(inputs_SWD, rotary, attend, select, ahead_BTD=ahead_SWD))
+
+    def carry(self, k: int, latents_SWD: Tensor, right_S: Tensor) -> Tensor:
+        """Return head k+1's inputs: the latent carried over from the pass before, then those of this pass.
+
+        Row `right_S` of this pass is carried on to the next one.
+        """
+        live_S1 = (self.length_S >= 0)[:, None]
+        carried_SD = self.state.cache.carried[k - 2, self.slots]
+        inputs_SWD = torch.cat([carried_SD[:, None].to(latents_SWD.dtype), latents_SWD], 1)
+        latest_SD = gather_row(latents_SWD, right_S, 1)[:, 0].to(carried_SD.dtype)
+        carried_SD.copy_(torch.where(live_S1, latest_SD, carried_SD))
+        return inputs_SWD

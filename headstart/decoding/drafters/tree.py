@@ -2,8 +2,8 @@
 
 A node at depth j is a candidate of head j+1: its best, its second best, ... Heads 2..n are independent given the past,
 so the candidates of a depth are the same under every parent, and a tree is a set of paths of ranks: 0.1 is the second
-best of head 3 after the best of head 2. Which paths are worth a row is known before anything is drafted, by how often
-each rank was right; so the tree is static.
+best of head 3 after the best of head 2. The acceptance rate of each rank is known before anything is drafted, so the
+tree is static.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from headstart.errors import UsageError
 Path = tuple[int, ...]
 
 MOST_NODES = 1024
-"""Nodes of a draft tree at most. A window of so many rows costs far more than its drafts can bring."""
+"""Most nodes of a draft tree. A window of more rows costs far more than its drafts can bring."""
 
 TYPICAL = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
-"""How often each rank of a head is right, where nothing was measured: roughly what Medusa's first head reports."""
+"""Acceptance rate of each rank of a head where nothing was measured: roughly those of Medusa's first head."""
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """The nodes of a tree in the order of their rows; the root, row 0, is none of them.
+    """The nodes of a tree in the order of their rows, without the root, which is row 0.
 
-    Every beginning of the list is a tree: parents come before their children, better ranks before worse ones. Best
-    first, a window of fewer rows has the best tree of its size.
+    Every prefix of the list is a tree: parents come before their children, better ranks before worse ones. With the
+    best nodes first, a window of fewer rows has the best tree of its size.
     """
 
     paths: tuple[Path, ...]
-    """Of each node the ranks from the root to it; its depth is their number."""
+    """The ranks from the root to each node; their number is its depth."""
 
     def __post_init__(self) -> None:
         seen: set[Path] = {()}
@@ -50,7 +50,7 @@ class DraftTree:
         for path in self.paths:
             name = ".".join(map(str, path))
             if not path or min(path) < 0:
-                raise UsageError(f"draft tree: {name or 'a node without ranks'!r} is no node; ranks count from 0")
+                raise UsageError(f"draft tree: {name or 'a node without ranks'!r} is not a node; ranks count from 0")
             if path in seen:
                 raise UsageError(f"draft tree: node {name} is there twice; leave one out")
             for before in (path[:-1], (*path[:-1], path[-1] - 1)):
@@ -61,7 +61,7 @@ class DraftTree:
 
     @classmethod
     def parse(cls, text: str) -> DraftTree:
-        """ "0,1,0.0": the best two of head 2, and the best of head 3 after the first. Raises UsageError."""
+        """Parse "0,1,0.0": the best two of head 2, and the best of head 3 after the first. Raises UsageError."""
         try:
             return cls(tuple(tuple(map(int, node.split("."))) for node in text.split(",")))
         except ValueError as error:
@@ -73,39 +73,45 @@ class DraftTree:
 
     @property
     def rows(self) -> int:
-        """Of a window: the root and the nodes."""
+        """Rows of a window: the root and the nodes."""
         return 1 + len(self.paths)
 
     @functools.cached_property
     def depth(self) -> int:
-        """Of its deepest node: heads 2..depth+1 draft."""
+        """Depth of the deepest node: heads 2..depth+1 draft."""
         return max(map(len, self.paths))
 
     @functools.cached_property
     def ranks(self) -> int:
-        """How many candidates of a head it takes at most."""
+        """Most candidates of a head."""
         return 1 + max(map(max, self.paths))
 
     @property
     def is_chain(self) -> bool:
+        """True if each head has one candidate."""
         return self.ranks == 1
 
     def rows_within(self, depth: int) -> int:
-        """Rows of the shortest window that holds every node of at most this depth."""
+        """Return the rows of the shortest window that holds every node of at most this depth."""
         return max((row for row, path in enumerate(self.paths, start=1) if len(path) <= depth), default=0) + 1
 
     def within(self, rows: int, depth: int) -> int:
-        """How many of the first `rows` rows are nodes of at most this depth."""
+        """Return how many of the first `rows` rows are nodes of at most this depth."""
         return sum(len(path) <= depth for path in self.paths[: rows - 1])
 
     def chances(self, ranks: Sequence[Sequence[float]]) -> list[float]:
-        """Of each node that its whole path is right, given for the head of each depth how often each rank is where the
-        path before it is; 0 for ranks and depths that are not given."""
+        """Return the probability of each node that its whole path is right.
+
+        `ranks` holds the acceptance rates of the ranks of each depth where the path before is right; those that it
+        lacks count as 0.
+        """
         return [_product(path, ranks) for path in self.paths]
 
     def shares(self, true: Sequence[Sequence[int]]) -> list[float]:
-        """Of each node how often its whole path was right, where the right tokens had the ranks `true` (entry j-1: of
-        depth j); the sum is the number of drafts kept on average."""
+        """Return the share of samples in which the whole path of each node was right; their sum is the mean accepted.
+
+        Each sample holds the ranks of the right tokens, entry j-1 at depth j.
+        """
         counts = Counter(tuple(ranks[:depth]) for ranks in true for depth in range(1, self.depth + 1))
         return [counts[path] / len(true) for path in self.paths]
 
@@ -118,15 +124,15 @@ def _product(path: Path, ranks: Sequence[Sequence[float]]) -> float:
 
 
 def grow(ranks: Sequence[Sequence[float]], nodes: int) -> DraftTree:
-    """The tree of that many nodes that can be expected to keep most drafts, best nodes first (Medusa, section 2.3.3).
+    """Return the tree with the most accepted drafts in expectation, best nodes first (Medusa, section 2.3.3).
 
     Args:
-        ranks: [j-1][r]: how often rank r of depth j is right where the path before it is.
-        nodes: how many; fewer where there are no more.
+        ranks: acceptance rates: [j-1][r] is that of rank r at depth j where the path before is right.
+        nodes: number of nodes; the tree has fewer if there are no more.
 
-    A node's worth is the product along its path, the expected number of drafts kept the sum of those. A better rank
-    counts as at least as good as a worse one, so that no node is worth more than its parent or its better sibling, and
-    taking the best node next to the tree again and again is optimal.
+    A node's value is the product along its path; the expected number of accepted drafts is the sum of the values. Ranks
+    are sorted, so no node has a higher value than its parent or its better sibling, and it is optimal to add the best
+    node next to the tree again and again.
     """
     _check_size(nodes)
     sorted_ranks = [sorted(depth, reverse=True) for depth in ranks]
@@ -151,25 +157,27 @@ def _check_size(nodes: int) -> None:
         raise UsageError(f"a draft tree of more than {MOST_NODES:,} nodes is too large; take fewer")
 
 
-def wanted_tree(wanted: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
-    """The tree that somebody asks for: a number of nodes (0: none), or a text as `DraftTree.parse` takes.
+def parse_tree(given: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
+    """Return the tree that an argument names: a number of nodes (0: no tree), or nodes as for `DraftTree.parse`.
 
     Args:
-        heads: n of the model.
-        ranks: as `grow` takes them, where they were measured.
+        given: the argument.
+        heads: number of heads of the model.
+        ranks: acceptance rates as for `grow`, if they were measured.
 
-    Raises UsageError for one that there is not.
+    Raises:
+        UsageError: there is no such tree.
     """
-    if isinstance(wanted, str):
-        if not re.fullmatch(r"-?[0-9]{1,12}", wanted):
-            return DraftTree.parse(wanted)
-        wanted = int(wanted)
-    nodes = any_whole_number("tree", wanted)
+    if isinstance(given, str):
+        if not re.fullmatch(r"-?[0-9]{1,12}", given):
+            return DraftTree.parse(given)
+        given = int(given)
+    nodes = any_whole_number("tree", given)
     return grow(ranks or [TYPICAL] * (heads - 1), nodes) if nodes else None
 
 
 class TreeRows:
-    """The rows of a window of a tree as tensors: R rows, D its depth, C its ranks. Made once, read by every pass."""
+    """The rows of a tree's window as tensors, made once and read by every pass: R rows, D its depth, C its ranks."""
 
     def __init__(self, tree: DraftTree, device: torch.device | str) -> None:
         self.tree, self.device = tree, device
@@ -184,14 +192,14 @@ class TreeRows:
         self.depth_R = tensor([len(path) for path in nodes])
         self.parent_R = tensor([row_of[path[:-1]] for path in nodes])
         self.path_RD = tensor([[row_of[path[:j]] for j in range(D + 1)] for path in nodes])
-        """(R, D + 1): the row at each depth on the way to a row; beyond its own depth itself."""
+        """(R, D + 1): the row at each depth on the path to a row; beyond its own depth the row itself."""
         self.children_RC = tensor([[row_of.get((*path, rank), 0) for rank in range(C)] for path in nodes])
-        """(R, C): the row of the child of each rank; 0 where there is none."""
+        """(R, C): the row of the child of each rank; 0 without such a child."""
         self.sees_RR = torch.zeros(R, R, dtype=torch.bool, device=device)
-        """Row i sees row j, which is on its path."""
+        """(R, R) bool: row i sees row j if that is on its path."""
         self.sees_RR[torch.arange(R, device=device)[:, None], self.path_RD] = True
         self.candidate_G = tensor([(len(path) - 1) * C + path[-1] for path in tree.paths])
-        """(R - 1,): the place of a node's token among candidates (D, C)."""
+        """(R - 1,): the index of a node's token among candidates (D, C)."""
         self.parents = self.parent_R.tolist()
         self.children: list[list[int]] = [[] for _ in range(R)]
         for row in range(1, R):
@@ -201,16 +209,17 @@ class TreeRows:
 
     @property
     def rows(self) -> int:
+        """Rows of the window."""
         return self.tree.rows
 
     def first(self, rows: int) -> TreeRows:
-        """The window of the first `rows` rows, at least 2."""
+        """Return the window of the first `rows` rows, at least 2."""
         if rows not in self._first:
             self._first[rows] = TreeRows(DraftTree(self.tree.paths[: rows - 1]), self.device)
         return self._first[rows]
 
     @functools.cached_property
     def compiled(self) -> cpu.Tree:
-        """For `native`."""
+        """The tree in the form that compiled kernels take."""
         pointers = (self.depth_R.data_ptr(), self.path_RD.data_ptr())
         return cpu.Tree(*pointers, self.path_RD.shape[1])

@@ -14,11 +14,12 @@ import torch
 
 from headstart.console import Progress
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
-from headstart.decoding.engine import SPAN, Engine
+from headstart.decoding.engine import SPAN, Engine, EngineConfig
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.policy.calibration import AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.settings import Request, Sampling
+from headstart.decoding.state import PassPlan
 from headstart.decoding.stopping import Stopper
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -119,7 +120,9 @@ class Step:
     ) -> None:
         self.length = length
         policy = FixedRows(rows, model.config.heads, tree) if drafting else None
-        self.engine = Engine(model, slots=slots, context=length + 1, exact=False, policy=policy, tree=tree)
+        self.engine = Engine(
+            model, EngineConfig(slots=slots, context=length + 1, exact=False, tree=tree), policy=policy
+        )
         self.generations: list[Generation] = []
         generator = torch.Generator().manual_seed(0)
         for slot in range(slots):
@@ -156,40 +159,36 @@ class Pass:
         confident: bool = False,
         tree: DraftTree | None = None,
     ) -> None:
-        self.model, self.rows, self.heads, self.length, self.deferred = model, rows, heads, length, deferred
-        self.confident = confident
-        engine = Engine(model, slots=slots, context=length + rows, exact=False, tree=tree)
+        self.model, self.length = model, length
+        engine = Engine(model, EngineConfig(slots=slots, context=length + rows, exact=False, tree=tree))
         self.state = state = engine.state
         self._decode = engine.decode_pass  # through CUDA graphs if the engine's passes are
         width = max(rows, engine.width)
         device = state.length_S.device
-        state.window_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
+        state.windows.tokens_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
         state.heads_S[:] = heads
-        self.draft_tree = None if tree is None else TreeRows(tree, device)
-        self.tree = None if self.draft_tree is None else self.draft_tree.first(rows)
-        self.slots = slice(0, slots)
-        self.starts = [length] * slots
-        self.span = -(-(length + rows) // SPAN) * SPAN
+        draft_tree = None if tree is None else TreeRows(tree, device)
+        self.plan = PassPlan(
+            slots=slice(0, slots),
+            rows=rows,
+            heads=heads,
+            span=-(-(length + rows) // SPAN) * SPAN,
+            starts=[length] * slots,
+            tree=None if draft_tree is None else draft_tree.first(rows),
+            draft_tree=draft_tree,
+            deferred=deferred,
+            confident=confident,
+        )
 
     @torch.no_grad()
     def __call__(self) -> list[list[int]]:
         """Run the pass and return the tokens of head 1."""
         self.state.length_S[:] = self.length
-        tokens, accepted = self._decode(
-            self.slots,
-            rows=self.rows,
-            heads=self.heads,
-            span=self.span,
-            starts=self.starts,
-            deferred=self.deferred,
-            confident=self.confident,
-            tree=self.tree,
-            draft_tree=self.draft_tree,
-        )
+        tokens, accepted = self._decode(self.plan)
         # The engine waits for these values, so reading them belongs to the pass.
         accepted.tolist()
-        if self.confident:
-            self.state.confidence_SK.tolist()
+        if self.plan.confident:
+            self.state.windows.confidence_SK.tolist()
         return tokens.tolist()
 
 
@@ -330,7 +329,9 @@ def decode(
     for start in range(0, len(requests), batch):
         group = requests[start : start + batch]
         policy = None if tuning is None else DraftPolicy(tuning)
-        engine = Engine(model, slots=len(group), context=context, exact=exact, policy=policy, prefill_budget=None)
+        engine = Engine(
+            model, EngineConfig(slots=len(group), context=context, exact=exact, prefill_budget=None), policy=policy
+        )
         generations = [engine.submit(request) for request in group]
         began = time.perf_counter()
         while engine.busy:

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from headstart.decoding.cache import LayerAttention, pick
+from headstart.decoding.cache import LayerAttention, gather_row
 from headstart.decoding.kernels.cuda import launch
 from headstart.model.attention import causal_attention
 from headstart.model.layers import Attend, Block, RMSNorm
@@ -74,7 +74,7 @@ class CudaBlock(nn.Module):
             attention.heads,
         )  # fmt: skip
         y_SRHE = launch.attend(queries, attend.keys, attend.values, positions_SW, row_S, attend.whole.span)
-        x_SRD = x_SWD if row_S is None else pick(x_SWD, row_S, 1)
+        x_SRD = x_SWD if row_S is None else gather_row(x_SWD, row_S, 1)
         x_SRD = launch.linear(y_SRHE.flatten(2), out.weight, out.bias, residual=x_SRD)
         gated = launch.linear(block.mlp_norm(x_SRD), gate_up.weight, gated=True)
         return launch.linear(gated, down.weight, residual=x_SRD)

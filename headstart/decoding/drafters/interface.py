@@ -1,0 +1,84 @@
+"""The interfaces of drafters: heads draft on the device inside a pass, others on the host after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.generation import Generation
+from headstart.decoding.latents import Latents
+from headstart.decoding.state import DecodingState, PassPlan
+from headstart.decoding.verify import Verdict
+from headstart.model.transformer import Transformer
+
+
+@dataclass
+class Verified:
+    """A pass whose windows are verified: what heads draft from."""
+
+    model: Transformer
+    state: DecodingState
+    plan: PassPlan
+    latents: Latents
+    """Latents of the rows fed."""
+    verdict: Verdict
+    length_S: Tensor
+    """(S,) int64: positions cached before the pass."""
+    noise_SKV: Tensor | None
+    """(S, K-1, V): noise that each draft is drawn with; None where all slots are greedy."""
+
+
+@dataclass
+class PromptPiece:
+    """A part of a prompt that is read into the caches of a slot."""
+
+    slot: int
+    tokens_T: Tensor
+    """(T,) int64 token ids."""
+    start: int = 0
+    """Position of the first of them."""
+    heads: int = 1
+    """Number of heads that will decode: they get keys and values too, which they had in training."""
+    root_1: Tensor | None = None
+    """(1,) int64: the token after them, which sequential heads read."""
+    first: int = 0
+    """Position from which on this prompt is read; positions before it are reused and stay as they are."""
+
+
+class HeadDrafter(Protocol):
+    """Drafts with heads, on the device, from what a pass computed."""
+
+    def draft(self, verified: Verified) -> tuple[Tensor, Tensor]:
+        """Write the drafts of heads 2..K into the windows; return logits (S, K-1, V) and best drafts (S, K-1)."""
+
+    def read(self, state: DecodingState, latents: Latents, piece: PromptPiece) -> None:
+        """Fill the caches of heads 1..K over a piece of a prompt whose trunk latents are there."""
+
+
+@dataclass
+class Turn:
+    """One generation after a pass: what drafters on the host propose from."""
+
+    state: DecodingState
+    slot: int
+    generation: Generation
+    root: int
+    """Absolute position of the root of its next window."""
+    committed: list[int]
+    """Tokens that the pass committed; none when decoding begins."""
+    tokens: list[int]
+    """Tokens of its next window, where a drafter asks for them."""
+    rows: int
+    """Most rows of its next window."""
+    tree: TreeRows | None
+    """Tree of its next window (None: a chain)."""
+
+
+class HostDrafter(Protocol):
+    """Proposes drafts on the host after a pass, in place of those of the heads or after them."""
+
+    def propose(self, turn: Turn) -> None:
+        """Rewrite the next window of a generation where that brings more tokens, or where it must."""
