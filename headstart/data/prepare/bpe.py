@@ -1,4 +1,4 @@
-"""A new byte-level BPE vocabulary, learnt from the sources themselves."""
+"""Learn a new byte-level BPE vocabulary from the sources."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from headstart.errors import UsageError
 
 END_NAME = "<|endoftext|>"
 SAMPLE_BYTES = 1 << 28
-"""Text to learn from, spread over all sources. More changes the merges little and costs memory."""
+"""The most text to learn from, spread over all sources. More changes the merges little and costs memory."""
 LONGEST_WORD = 256
-"""Characters. The time to learn grows with the square of a word; base64, DNA and minified code are long words."""
+"""Characters of a word. Learning takes time with their square; base64, DNA and minified code are long words."""
 _LONG = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
 
 
 @dataclass(frozen=True)
 class NewBpe:
-    """Asks `prepare` to learn a vocabulary of this size: 256 bytes, the end token, and merges."""
+    """A request to learn a vocabulary of this size: 256 bytes, the end token, and merges."""
 
     vocab_size: int
 
     def __post_init__(self) -> None:
         if self.vocab_size < 257:
-            raise UsageError(f"a BPE vocabulary of {self.vocab_size}: 256 bytes and the end token alone are 257")
+            raise UsageError(
+                f"a BPE vocabulary of {self.vocab_size}: ask for at least 257, 256 bytes and the end token"
+            )
 
 
 def sample(units: Sequence[Unit], selection: Selection) -> Iterator[str]:
-    """The first documents of every unit, up to its share of SAMPLE_BYTES: the same ones at every call."""
+    """Yield the first documents of every unit, up to its share of SAMPLE_BYTES; always the same ones."""
     in_all = sum(unit.size for unit in units)
     for unit in units:
         room = SAMPLE_BYTES * unit.size / max(in_all, 1)
@@ -45,10 +47,10 @@ def sample(units: Sequence[Unit], selection: Selection) -> Iterator[str]:
                 yield document.text
 
 
-def train(texts: Iterator[str], vocab_size: int, directory: Path) -> int:
-    """Learns from `texts` and writes the tokenizer files; returns the size reached, less where the texts give no more.
+def train(documents: Iterator[str], vocab_size: int, directory: Path) -> int:
+    """Learn a vocabulary, write the tokenizer files, and return its size, smaller if there is too little text.
 
-    Spaces and words are told apart as in GPT-2. The same texts in the same order give the same files.
+    Words are separated as in GPT-2. The same documents in the same order give the same files.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -61,7 +63,7 @@ def train(texts: Iterator[str], vocab_size: int, directory: Path) -> int:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    engine.train_from_iterator(_cut(texts), trainer)
+    engine.train_from_iterator(_cut(documents), trainer)
     config = {
         OWN_KIND: "bpe",
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -76,9 +78,9 @@ def train(texts: Iterator[str], vocab_size: int, directory: Path) -> int:
     return int(engine.get_vocab_size())
 
 
-def _cut(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts in pieces that have no word longer than LONGEST_WORD: longer ones are cut every so many."""
-    for text in texts:
+def _cut(documents: Iterable[str]) -> Iterator[str]:
+    """Yield the documents in pieces without a word longer than LONGEST_WORD; longer words are cut."""
+    for text in documents:
         begin = 0
         for run in _LONG.finditer(text):
             for cut in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):

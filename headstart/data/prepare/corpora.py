@@ -1,4 +1,4 @@
-"""Corpora: files, folders, globs and Python's own library, found in a fixed order."""
+"""Find the files of sources: files, folders, globs and Python's own library, in a fixed order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SKIPPED_FOLDERS = {"__pycache__", "node_modules"}
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus, not read yet; `name` is relative to its source, so that it is the same on another machine."""
+    """A file of a source, not read yet. `name` is relative to the source, so it is the same on every machine."""
 
     source: str
     name: str
@@ -28,7 +28,7 @@ class SourceFile:
 
 
 def list_files(sources: Sequence[str]) -> list[SourceFile]:
-    """The files of `sources`, each real file once, in an order that depends on the names alone.
+    """Return the files of `sources`, each real file once, in an order that depends on the names alone.
 
     A source is the name `python-stdlib` (the library sources of the running interpreter, without its tests), a file, a
     folder (all files in it, hidden ones skipped), or a glob (`**` matches folders). A source that is missing,
@@ -62,7 +62,7 @@ def _files_of(source: str) -> list[SourceFile]:
             ]
         if path.exists():
             if not path.is_file():
-                raise UsageError(f"{source}: neither a file nor a folder; copy what it gives into a file")
+                raise UsageError(f"{source}: neither a file nor a folder; copy its content into a file")
             with path.open("rb"):  # a file that was named must be readable; one in a folder is only counted
                 return [_source_file(source, path, path.name)]
     except OSError as error:
@@ -80,7 +80,7 @@ def _glob_files(source: str) -> list[SourceFile]:
     prefix = os.path.basename(os.path.abspath(base))
     files = []
     for match in sorted({Path(match) for match in glob.iglob(pattern, recursive=True)}, key=_order):
-        # A match of ".." in the pattern can lie outside its base.
+        # If the pattern holds "..", a match can lie outside of the base.
         name = os.path.relpath(match, base).replace(os.sep, "/")
         if match.is_file() and not SKIPPED_FOLDERS.intersection(name.split("/")):
             files.append(_source_file(source, match, f"{prefix}/{name}"))
@@ -99,7 +99,7 @@ def _stdlib_files() -> list[SourceFile]:
 
 
 def _walk(root: Path, skipped: set[str], source: str) -> list[Path]:
-    """Regular files under `root`, sorted by the parts of their paths; hidden files and folders are left out."""
+    """Return the regular files under `root`, sorted by the parts of their paths, without hidden ones."""
 
     def fail(error: OSError) -> None:
         raise UsageError(

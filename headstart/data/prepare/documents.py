@@ -1,7 +1,7 @@
-"""Documents: the texts in a file, whatever its format, read piece by piece and never a whole collection at once.
+"""Read the documents of a file of any format, piece by piece and never a whole collection at once.
 
-A name decides the format: `.jsonl`, also compressed as `.gz` or `.zst` (then `.json` means the same: C4 and Dolma name
-their files so), `.parquet`; any other file is one document of plain text. Lines are counted from 1, rows from 0.
+The name decides the format: `.jsonl`, also compressed as `.gz` or `.zst` (then `.json` means the same, as in C4 and
+Dolma), or `.parquet`; any other file is one document of plain text. Line numbers begin at 1, row numbers at 0.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ NO_CONVERSATION, NO_ANSWER = "not conversations", "without an answer"
 NO_PROBLEM, NO_PROGRAM = "not problems", "without a program in Python"
 
 PYTHON = (1, 3, "PYTHON", "PYTHON3")
-"""What the data set calls Python 2 and 3."""
+"""Names of Python 2 and 3 in CodeContests."""
 REWARDS = {"correct": "solutions", "incorrect": "incorrect_solutions"}
-"""The annotation, and the column in which such programs stand."""
+"""Annotations of programs in CodeContests, and the column of each."""
 PROBLEM = "description"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, not empty and with a UTF-8 form. `text` decides the split, unless several documents have `shared`."""
+    """A text that is not empty and has a UTF-8 form. It decides its split, unless several documents share one."""
 
     name: str
     text: str
     bytes: int  # of the text in UTF-8
-    read: int  # bytes of the file that it took up, for progress
-    conversation: Conversation | None = None  # which `text` then is without its roles
-    shared: str | None = None  # what decides the split of this and other documents, such as a problem of its programs
+    read: int  # bytes that it takes in the file, for progress
+    conversation: Conversation | None = None  # `text` then holds the messages without roles
+    shared: str | None = None  # text that decides the split of several documents, such as the problem of programs
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or row without a text, and the reason: one of those above."""
+    """A file or row without a document, and the reason: one of those above."""
 
     reason: str
     read: int
@@ -50,24 +50,24 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Field:
-    """What is taken of a row: a text, or a conversation and its tools, or the programs of a problem with their rewards.
+    """The part of a row to read: a text, a conversation with its tools, or the rewarded programs of a problem.
 
-    The name may be dotted, "a.b" being what `b` holds in what `a` holds. Conversations in "messages" are also found in
-    "conversations", where ShareGPT has them.
+    The name may be dotted: "a.b" is field `b` of the object in field `a`. Conversations in "messages" are also found in
+    "conversations", ShareGPT's field.
     """
 
     name: str = "text"
     conversations: bool = False
     rewards: bool = False
-    texts: bool = False
-    """With conversations: rows without one hold a text in "text"."""
+    or_text: bool = False
+    """Take the field "text" of rows without a conversation."""
 
     def columns(self, known: list[str]) -> list[str] | None:
-        """Of a table with the columns `known` those that hold it; None where it has no such column."""
+        """Return those of a table's columns `known` that hold the field; None without such a column."""
         if self.rewards:
             return [each for each in (PROBLEM, *REWARDS.values()) if each in known] if PROBLEM in known else None
         name = self._name_in(known)
-        if self.texts and name not in known:
+        if self.or_text and name not in known:
             return replace(self, name=TEXT, conversations=False).columns(known)
         column = name if name in known else name.split(".")[0]
         if column not in known:
@@ -75,10 +75,10 @@ class Field:
         return [column, "tools"] if self.conversations and "tools" in known else [column]
 
     def documents(self, record: Any, name: str, place: str, read: int) -> Iterator[Document | Skipped]:
-        """The document in one row; null is skipped, and a conversation without an answer. With rewards there is one for
-        each program, which share the problem, so that no problem is in two splits.
+        """Yield the document of a row, or the reason to skip it: null, or a conversation without an answer.
 
-        Raises UsageError, naming `place`, where the field is missing or holds something else.
+        With rewards there is one document for each program. They share the problem, so that no problem is in two
+        splits. Raises UsageError, naming `place`, if the field is missing or holds something else.
         """
         if not isinstance(record, dict):
             raise UsageError(f'{place}: not an object with fields; it must be one, such as {{"{self.name}": "..."}}')
@@ -94,12 +94,12 @@ class Field:
 
     def _document(self, record: dict[str, Any], name: str, place: str, read: int) -> Document | Skipped:
         field = self._name_in(record)
-        if self.texts and self.conversations and record.get(field) is None:
+        if self.or_text and self.conversations and record.get(field) is None:
             return replace(self, name=TEXT, conversations=False)._document(record, name, place, read)
         value: Any = record
         for part in [field] if field in record else field.split("."):
             if value is None:
-                break  # {"a": null} has no text in a.b, as {"a": {"b": null}} has none
+                break  # in {"a": null}, a.b is null too
             if not isinstance(value, dict) or part not in value:
                 raise _no_field(place, field, _fields(record))
             value = value[part]
@@ -125,11 +125,12 @@ class Field:
 
 
 def rewarded_programs(row: Mapping[str, Any], place: str) -> Iterator[str]:
-    """The texts of a row of CodeContests: for each of its Python programs the problem, whether the program solves it,
-    and the program, in the form in which `headstart evaluate --tasks codecontests --code.rewarded` asks for one.
+    """Yield a text for each Python program of a row of CodeContests (paper, section 3.6 and appendix F).
 
-    The paper does not give its annotation; ours is the line `# correct` or `# incorrect`. Raises UsageError, naming
-    `place`, where the row is not in the form of CodeContests.
+    The text is the problem, a line that says whether the program solves it, and the program. The task codecontests of
+    `headstart evaluate` asks for a program in this form with `--code.rewarded`. The paper does not give its
+    annotation; ours is the line `# correct` or `# incorrect`. Raises UsageError, naming `place`, if the row is not in
+    the form of CodeContests.
     """
     if not isinstance(row.get(PROBLEM), str):
         raise UsageError(f'{place}: no text in field "{PROBLEM}"; --rewards takes problems in the form of CodeContests')
@@ -140,19 +141,19 @@ def rewarded_programs(row: Mapping[str, Any], place: str) -> Iterator[str]:
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f'{place}: field "{column}" is not in the form of CodeContests, '
-                '{"language": [3], "solution": ["print(1)"]}; mend it'
+                '{"language": [3], "solution": ["print(1)"]}; correct it'
             ) from None
         prompt = rewarded_prompt(row, reward)
         yield from (f"{prompt}{str(program).strip()}\n" for language, program in pairs if language in PYTHON)
 
 
 def rewarded_prompt(row: Mapping[str, Any], reward: str = "correct") -> str:
-    """What stands before a program: at evaluation the model is asked for a correct one."""
+    """Return the text before a program; evaluation asks the model for a correct one."""
     return f"{plain_prompt(row)}# {reward}\n"
 
 
 def plain_prompt(row: Mapping[str, Any]) -> str:
-    """The problem alone. Raises KeyError where `row` has none."""
+    """Return the problem as a docstring. Raises KeyError if `row` has none."""
     return f'"""\n{str(row[PROBLEM]).strip()}\n"""\n'
 
 
@@ -167,7 +168,7 @@ def _text(
 
 
 def read_text(file: SourceFile) -> Document | Skipped:
-    """A plain text file as one document; line ends stay as they are, and a NUL means that it is no text."""
+    """Read a plain text file as one document. Line ends stay as they are; a file with a NUL is not text."""
     try:
         content = file.path.read_bytes()
     except OSError:
@@ -182,7 +183,7 @@ def read_text(file: SourceFile) -> Document | Skipped:
 
 
 def read_lines(file: SourceFile, field: Field, begin: int, end: int, line: int) -> Iterator[Document | Skipped]:
-    """The documents of a .jsonl file between two line starts, given in bytes; the first line there is number `line`."""
+    """Yield the documents of a .jsonl file from byte `begin`, the start of line `line`, to byte `end`."""
     try:
         with file.path.open("rb") as content:
             content.seek(begin)
@@ -195,7 +196,7 @@ def read_lines(file: SourceFile, field: Field, begin: int, end: int, line: int) 
 
 
 def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document | Skipped]:
-    """The documents of a .jsonl.gz or .jsonl.zst file. Raises UsageError where the file is cut short or damaged."""
+    """Yield the documents of a .jsonl.gz or .jsonl.zst file. Raise UsageError if it is cut short or damaged."""
     line, rest, before = 1, b"", 0
     try:
         with file.path.open("rb") as content:
@@ -203,7 +204,7 @@ def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document |
             for block in blocks:
                 *lines, rest = (rest + block).split(b"\n")
                 for raw in lines:
-                    # What was read of the file belongs to the first line of its block: progress needs no more.
+                    # The bytes read count for the first line of a block, which is precise enough for progress.
                     yield from _parse_line(raw, file, field, line, content.tell() - before)
                     before = content.tell()
                     line += 1
@@ -215,7 +216,7 @@ def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document |
 
 
 def open_parquet(file: SourceFile) -> Any:
-    """The `pyarrow.parquet.ParquetFile`. Raises UsageError where pyarrow is missing or the file is no Parquet file."""
+    """Return a `pyarrow.parquet.ParquetFile`. Raise UsageError if pyarrow is missing or the file is damaged."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -230,7 +231,7 @@ def open_parquet(file: SourceFile) -> Any:
 
 
 def read_rows(file: SourceFile, field: Field, groups: range, row: int, size: int) -> Iterator[Document | Skipped]:
-    """The documents of some row groups of a Parquet file; the first row there is number `row`; `size` in bytes."""
+    """Yield the documents of some row groups, `size` bytes, of a Parquet file; the first row is number `row`."""
     import pyarrow
 
     content = open_parquet(file)
@@ -255,12 +256,12 @@ def _parse_line(raw: bytes, file: SourceFile, field: Field, line: int, read: int
     try:
         record = parse_json(raw)
     except ValueError as error:
-        raise UsageError(f"{place}: not JSON ({error}); mend the line or take it out") from error
+        raise UsageError(f"{place}: not JSON ({error}); correct the line or remove it") from error
     yield from field.documents(record, f"{file.name}:{line}", place, read)
 
 
 def _fields(record: dict[str, Any]) -> list[str]:
-    """As they can be named: "a", and "a.b" for what lies in an object."""
+    """Return the names of all fields, dotted for those in objects."""
     inner = [(key, _fields(value) if isinstance(value, dict) else []) for key, value in record.items()]
     return [name for key, below in inner for name in ([f"{key}.{each}" for each in below] or [key])]
 

@@ -1,8 +1,8 @@
-"""Duplicates: find equal and nearly equal documents by a digest and four keys of each.
+"""Find equal and nearly equal documents by a digest and four keys of each.
 
-Two documents are nearly equal if they share most runs of SHINGLE bytes. The 24 buckets of a document's shingle hashes
-give 24 smallest values; each key joins six of them. Documents that share a key count as near duplicates: of a pair that
-shares 95 % of its shingles about 99 % are found, at 90 % 95 %, at 80 % 70 %, at 50 % 6 %.
+Two documents are nearly equal if they share most runs of SHINGLE bytes (shingles). A document's shingle hashes fall into
+24 buckets; each key joins the smallest hashes of six buckets. Documents that share a key count as near duplicates. This
+finds about 99 % of the pairs that share 95 % of their shingles, 95 % at 90 %, 70 % at 80 %, and 6 % at 50 %.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 
 SHINGLE = 32
-"""Bytes of a run."""
+"""Bytes of a shingle."""
 KEYS, MINIMA = 4, 6
 LEAST = 128
-"""Documents of fewer different shingles have no keys: they are compared for equality alone."""
-KEPT = 4096
-"""About so many of a document's smallest hashes are sorted; the minima are among them."""
+"""Documents with fewer different shingles have no keys: only equality is found."""
+SORTED_HASHES = 4096
+"""About as many of a document's smallest hashes are sorted; the minima are among them."""
 BLOCK = 1 << 18
 _FACTOR, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 _MODULUS = 1 << 64
@@ -35,7 +35,7 @@ def keys_of(content: bytes) -> np.ndarray:
     count = len(content) - SHINGLE + 1
     if count < LEAST:
         return np.zeros(KEYS, dtype=np.uint64)
-    limit = np.uint64(min(_MODULUS - 1, _MODULUS * KEPT // count))
+    limit = np.uint64(min(_MODULUS - 1, _MODULUS * SORTED_HASHES // count))
     hashes = np.unique(np.concatenate([block[block <= limit] for block in _shingles(content)]))
     if len(hashes) < LEAST:
         return np.zeros(KEYS, dtype=np.uint64)

@@ -1,8 +1,8 @@
-"""Encoding: the documents of a unit of work as token ids in files of its own, from which shards are packed later.
+"""Encode the documents of a unit of work into a folder of files, from which shards are packed later.
 
-A unit's folder holds, for each split, `SPLIT.bin` (little-endian ids), `SPLIT.documents` (a RECORD of each document)
-and of conversations `SPLIT.targets` (a byte a token: 1 if the assistant wrote it), further `names.json` (the names of
-the documents, by split) and `unit.json` (a `Summary`). It appears whole or not at all.
+The folder holds, for each split, `SPLIT.bin` (little-endian ids), `SPLIT.documents` (a RECORD of each document) and,
+for conversations, `SPLIT.targets` (one byte per token: 1 if the assistant wrote it). It also holds `names.json` (the
+names of the documents, by split) and `unit.json` (a `Summary`). It appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from headstart.errors import UsageError
 from headstart.fileio import regular, replacing_directory
 
 LAYOUT = 4
-"""Raised whenever a unit's folder changes its content or form: what an older Headstart left is then encoded anew."""
+"""Version of a unit's folder. Folders of other versions, left by an older Headstart, are encoded again."""
 
 SPLITS = ("train", "validation")
 ADVANCE_SECONDS = 0.2
@@ -38,9 +38,9 @@ ADVANCE_SECONDS = 0.2
 RECORD = np.dtype(
     [
         ("tokens", "<i8"),
-        ("bytes", "<i8"),  # of text in UTF-8, in conversations of answers alone
+        ("bytes", "<i8"),  # of text in UTF-8; of answers in conversations
         ("place", "<f8"),  # see place_of
-        ("first", "?"),  # whether it is the first or only one of what was read as one document
+        ("first", "?"),  # whether it is the first of the documents made from one
         ("digest", "<u8"),  # see duplicates.py
         ("keys", "<u8", (KEYS,)),
     ]
@@ -56,12 +56,12 @@ class Summary:
     source: str
     held_out: bool = False
     documents: int = 0
-    spelled: int = 0  # documents whose text spells the end token and got it
-    skipped: dict[str, int] = field(default_factory=dict)  # how many rows or files, by reason
+    spelled: int = 0  # documents whose text spells the end token and holds its id
+    skipped: dict[str, int] = field(default_factory=dict)  # number of rows or files, by reason
 
     @property
     def read(self) -> int:
-        """Return how many documents were read, those that were skipped among them."""
+        """Return how many documents were read, including skipped ones."""
         return self.documents + sum(self.skipped.values())
 
 
@@ -73,7 +73,7 @@ def place_of(seed: int, digest: int) -> float:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes units; picklable, so that worker processes can be given one."""
+    """An encoder of units. It can be pickled and sent to worker processes."""
 
     tokenizer: Tokenizer
     fingerprint: str  # of the tokenizer
@@ -84,10 +84,10 @@ class Encoder:
     count_documents: bool  # as progress, instead of bytes read
     folder: Path  # of all units
     template: ChatTemplate | None = None  # for conversations
-    literal: bool = False  # special tokens that a text spells stay text
+    literal: bool = False  # keep special tokens that a text spells as text
 
     def key(self, unit: Unit) -> str:
-        """The name of the unit's folder: a hash of everything that decides its content."""
+        """Return the name of the unit's folder, a hash of everything that decides its content."""
         settings = [
             LAYOUT,
             self.fingerprint,
@@ -101,7 +101,7 @@ class Encoder:
         return hashlib.sha256(repr(settings).encode("utf-8", errors="surrogateescape")).hexdigest()[:24]
 
     def finished(self, key: str) -> Summary | None:
-        """Return the summary of a unit that is done; None if it is not, or if a crash damaged what was written."""
+        """Return the summary of an encoded unit; None if it is unfinished or damaged by a crash."""
         try:
             summary = Summary(**json.loads(regular(self.folder / key / "unit.json").read_text(encoding="utf-8")))
             size = sum((self.folder / key / f"{split}.documents").stat().st_size for split in SPLITS)
@@ -110,12 +110,12 @@ class Encoder:
         return summary if summary.key == key and size == summary.documents * RECORD.itemsize else None
 
     def encode(self, unit: Unit, advance: Advance) -> Summary:
-        """Writes the folder of a unit; `advance` is told the bytes read, or the documents."""
+        """Write the folder of a unit. `advance` is called with the bytes, or the documents, read."""
         summary = Summary(self.key(unit), unit.source, unit.held_out)
         names: dict[str, list[str]] = {split: [] for split in SPLITS}
         records: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         skipped: Counter[str] = Counter()
-        read_in_all = told = 0
+        read_in_all = reported = 0
         clock = time.monotonic()
         with replacing_directory(self.folder / summary.key) as folder, ExitStack() as files:
             bins = {split: files.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
@@ -126,8 +126,8 @@ class Encoder:
             for document in read(unit, self.selection):
                 read_in_all += 1 if self.count_documents else document.read
                 if time.monotonic() - clock > ADVANCE_SECONDS:
-                    advance(read_in_all - told)
-                    told, clock = read_in_all, time.monotonic()
+                    advance(read_in_all - reported)
+                    reported, clock = read_in_all, time.monotonic()
                 if isinstance(document, Skipped):
                     skipped[document.reason] += 1
                     continue
@@ -148,28 +148,28 @@ class Encoder:
                 np.array(records[split], dtype=RECORD).tofile(folder / f"{split}.documents")
             _write_json(folder / "names.json", names)
             _write_json(folder / "unit.json", asdict(summary))
-        advance((read_in_all if self.count_documents else unit.size) - told)
+        advance((read_in_all if self.count_documents else unit.size) - reported)
         return summary
 
     def _record(self, document: Document) -> np.ndarray:
-        """Return the RECORD of a document as it was read; tokens and bytes are left to the caller."""
+        """Return the RECORD of a document without its tokens and bytes."""
         record = np.zeros((), dtype=RECORD)
         content = document.text.encode("utf-8")
         digest = digest_of(content)
-        # Programs of one problem share a side, and the problem, which most of each consists of.
+        # Programs of one problem share a side. They also share most of their text, so they have no keys.
         shared = document.shared is not None
         side = digest_of((document.shared or "").encode("utf-8")) if shared else digest
-        if document.conversation is not None:  # who says it, and the tools called, make it another one
+        if document.conversation is not None:  # roles and tools distinguish conversations of equal text
             digest = digest_of(document.conversation.identity)
         record["place"], record["first"], record["digest"] = place_of(self.seed, side), True, digest
         record["keys"] = 0 if shared else keys_of(content)
         return record
 
     def _encoded(self, document: Document) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-        """Ids, of a conversation which of them the assistant wrote (bool), and the bytes of text that are predicted."""
+        """Yield ids, for conversations (bool) which the assistant wrote, and the bytes of text to predict."""
         if document.conversation is None:
             ids = self._ids(document.text, document.name)
-            # Among conversations all of a text is predicted.
+            # Next to conversations, all of a text is to be predicted.
             yield ids, None if self.template is None else np.ones(len(ids), dtype=bool), document.bytes
             return
         assert self.template is not None

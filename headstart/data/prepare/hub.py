@@ -1,4 +1,4 @@
-"""Hugging Face datasets as sources: `hf:NAME` streamed from the hub, `hf:PATH` from a folder."""
+"""Read Hugging Face datasets: `hf:NAME` streamed from the hub, `hf:PATH` from a folder."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from headstart.data.prepare.documents import Document, Field, Skipped
 from headstart.errors import UsageError
 
 PREFIX = "hf:"
-ROWS = 1 << 14  # of a saved dataset, in one piece of work
+ROWS = 1 << 14
+"""Rows of a saved dataset in one unit of work."""
 
 
 def is_dataset(source: str) -> bool:
+    """Return whether a source names a dataset."""
     return source.startswith(PREFIX)
 
 
 def folder_of(source: str) -> Path | None:
-    """The folder that `hf:PATH` names; None where it is a name on the hub."""
+    """Return the folder that `hf:PATH` names; None for a name on the hub."""
     path = Path(os.path.expanduser(source.removeprefix(PREFIX)))
     return path if path.exists() else None
 
 
 def parts_of(source: str, split: str, config: str | None) -> list[tuple[int, int]]:
-    """The pieces that can be read one without the other: (shard, shards), or (first row, row behind) if it is saved."""
+    """Return the parts that can be read separately: (shard, shards) of a stream, (first row, end) of a folder."""
     rows = load_rows(source, split, config)
     if _is_streamed(rows):
         count = rows.num_shards
@@ -37,7 +39,7 @@ def parts_of(source: str, split: str, config: str | None) -> list[tuple[int, int
 def read_part(
     source: str, split: str, config: str | None, field: Field, begin: int, end: int
 ) -> Iterator[Document | Skipped]:
-    """The documents of one of `parts_of`. Raises UsageError where a row has no text in `field`, or a stream breaks."""
+    """Yield the documents of one of `parts_of`. Raise UsageError if a row lacks the field or a stream breaks."""
     rows = load_rows(source, split, config)
     known = rows.column_names
     columns = [] if known is None else field.columns(known)
@@ -48,7 +50,7 @@ def read_part(
     streamed = _is_streamed(rows)
     part = rows.shard(num_shards=end, index=begin) if streamed else rows.select(range(begin, end))
     if columns:
-        part = part.select_columns(columns)  # pictures and the like beside the text are not decoded
+        part = part.select_columns(columns)  # pictures and the like are not decoded
     folder = folder_of(source)
     label = folder.resolve().name if folder else source.removeprefix(PREFIX)
     row = 0 if streamed else begin
@@ -59,7 +61,7 @@ def read_part(
             record = next(records)
         except StopIteration:
             return
-        except Exception as error:  # whatever the network, the file system or the dataset's own format raises
+        except Exception as error:  # network, file system and formats raise many kinds of errors
             raise UsageError(
                 f"{source}: stopped at row {where} ({_first_line(error)}); run the command again"
             ) from error
@@ -68,8 +70,10 @@ def read_part(
 
 
 def column_names(source: str, split: str, config: str | None) -> list[str]:
-    """Return the columns of a dataset, in a stream that does not know them those of its first row. Raises UsageError
-    where it cannot be opened, or the stream breaks."""
+    """Return the columns of a dataset, or those of its first row if a stream does not know them.
+
+    Raises UsageError if the dataset cannot be opened or the stream breaks.
+    """
     rows = load_rows(source, split, config)
     if rows.column_names is not None:
         return list(rows.column_names)
@@ -79,9 +83,9 @@ def column_names(source: str, split: str, config: str | None) -> list[str]:
         raise UsageError(f"{source}: has no first row to read ({_first_line(error)}); run the command again") from error
 
 
-@lru_cache(maxsize=1)  # opening a dataset of the hub asks the hub many questions
+@lru_cache(maxsize=1)  # opening a dataset of the hub takes many requests
 def load_rows(source: str, split: str, config: str | None) -> Any:
-    """A `datasets.Dataset` (memory-mapped) for a folder of `save_to_disk`, else a `datasets.IterableDataset`."""
+    """Open a folder of `save_to_disk` as a `datasets.Dataset`, anything else as a `datasets.IterableDataset`."""
     try:
         import datasets
     except ImportError:
@@ -100,7 +104,7 @@ def load_rows(source: str, split: str, config: str | None) -> Any:
         return datasets.load_dataset(name, config, split=split, streaming=True)
     except UsageError:
         raise
-    except Exception as error:  # the library raises many kinds, for a name, a split, a network that is not there
+    except Exception as error:  # the library raises many kinds of errors
         raise UsageError(
             f"{source}: cannot be opened ({_first_line(error)}); check the name, --split {split}, --hf-config and the "
             f"network, or name a folder that datasets can load"

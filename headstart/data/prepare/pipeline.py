@@ -50,7 +50,7 @@ class Preparation:
     """The choices that decide what `prepare` writes."""
 
     selection: Selection = field(default_factory=Selection)
-    """What is read from sources with fields."""
+    """Choices for sources with fields."""
     validation_fraction: float = 0.02
     """Share of the documents held out.
 
@@ -102,9 +102,13 @@ def prepare(
     `.NAME.preparing`: after a failure or a kill, the same call resumes from it.
 
     Args:
-        sources: what `units.plan` takes.
+        sources: files, folders, globs or datasets, see `units.plan`.
+        out: the folder to write.
         tokenizer: a tokenizer, or the size of a vocabulary to learn from the sources.
         settings: None stands for the defaults.
+        workers: the number of processes.
+        progress: called as the work advances.
+        report: called with each line that a user should read.
 
     Raises:
         UsageError: a source or a setting is wrong, or `out` is something else than a shards folder.

@@ -1,9 +1,9 @@
-"""Splitting: decide which split takes each document, and which documents are left out.
+"""Decide the split of each document, and which documents are left out.
 
-Documents of equal content share a side, because their place in [0, 1) is a hash of their content. Three things change
-what that gives. An empty split of a small corpus takes the documents that lie nearest to it. A document for training
-that equals a held-out one is left out: whole sources can be held out, and another source may have a copy. With
-`deduplicate` all exact and near duplicates are left out too, a copy in training rather than one in validation.
+Documents of equal content share a side, because their place in [0, 1) is a hash of their content. There are three
+exceptions. An empty split of a small corpus takes the documents nearest to it. A document for training that equals a
+held-out one is left out, because a source that is held out whole may have a copy in another source. With `deduplicate`,
+all exact and near duplicates are left out, preferably those in training.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from headstart.data.prepare.write import Segment
 from headstart.errors import UsageError
 
 TRAIN, VALIDATION = range(2)
-"""Numbers of SPLITS."""
+"""Indices of SPLITS."""
 
 
 @dataclass
 class Duplicates:
-    """Counts of documents; of a conversation that gives several documents, all of them count as one."""
+    """Counts of duplicates. All documents made from one conversation count as one."""
 
-    exact: int = 0  # that equal an earlier document; those held out stand before those for training
+    exact: int = 0  # equal to an earlier one; held-out documents come before those for training
     near: int = 0  # nearly equal to an earlier one
-    near_held_out: int = 0  # documents for training that nearly equal a held-out one
+    near_held_out: int = 0  # for training, and nearly equal to a held-out one
     left_out: int = 0
 
     def lines(self, deduplicated: bool) -> list[str]:
@@ -48,7 +48,7 @@ class Duplicates:
 
 @dataclass
 class Splits:
-    """The segments that each split is made of, and what was found on the way."""
+    """The segments of each split, and the duplicates found."""
 
     segments: dict[str, list[Segment]]
     duplicates: Duplicates = field(default_factory=Duplicates)
@@ -57,7 +57,7 @@ class Splits:
 def split_documents(
     folders: list[Path], summaries: list[Summary], validation_fraction: float, deduplicate: bool = False
 ) -> Splits:
-    """Return what each split is made of, in the order of the units.
+    """Return the segments of each split, in the order of the units.
 
     Raises UsageError if nothing is left to train on.
     """
@@ -84,7 +84,7 @@ def split_documents(
 
 
 def _fill_empty(side: np.ndarray, place: np.ndarray, fixed: np.ndarray, validation_fraction: float) -> None:
-    """Move the documents nearest to a split that is empty there; validation takes some if two differ."""
+    """Move the nearest documents to an empty split; validation takes some only if two documents differ."""
     free = place[~fixed]
     if not len(free):
         return

@@ -1,4 +1,4 @@
-"""Units of work: sources cut into pieces that can be read and encoded one without the other, in a fixed order."""
+"""Cut sources into units of work that can be read and encoded separately, in a fixed order."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from headstart.data.prepare.documents import NO_CONVERSATION, NO_PROBLEM, PROBLE
 from headstart.errors import UsageError
 
 UNIT_BYTES = 1 << 24
-"""About the size of a unit of text, JSON lines or Parquet: small enough to share out, large enough to be worth it."""
+"""Approximate size of a unit: small enough to distribute well, large enough to cost little overhead."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is taken from sources with fields: JSON lines, Parquet and datasets."""
+    """The choices for sources with fields: JSON lines, Parquet and datasets."""
 
-    text_field: str = "text"  # dotted for a field within a field
+    text_field: str = "text"  # dotted for a field of a field
     split: str = "train"  # of a dataset
     hf_config: str | None = None  # of a dataset
     conversations: bool = False  # the field holds messages
-    each_answer: bool = False  # of conversations is a document, with what comes before it
+    each_answer: bool = False  # each answer of a conversation is a document, with its history
     rewards: bool = False  # rows are problems, and each of their programs is a document
-    texts: bool = False  # with conversations: rows and files without one are documents of text, all of it predicted
+    texts: bool = False  # with conversations: rows and files without one are documents of text
 
     @property
     def field(self) -> Field:
+        """Return the part of a row to read."""
         default = Selection.text_field
         name = MESSAGES if self.conversations and self.text_field == default else self.text_field
         return Field(PROBLEM if self.rewards else name, self.conversations, self.rewards, self.texts)
@@ -39,13 +40,16 @@ class Selection:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of one source. `begin` and `end` count bytes in JSON lines, row groups in Parquet, and in a dataset as
-    `hub.parts_of` says; `first` is the number of the first line or row."""
+    """A piece of one source.
+
+    `begin` and `end` are bytes in JSON lines, row groups in Parquet, and one of `hub.parts_of` in a dataset. `first` is
+    the number of the first line or row.
+    """
 
     source: str
     format: str  # of documents.format_of, or "dataset"
-    files: tuple[SourceFile, ...]  # a dataset's are only there to see whether it has changed
-    size: int  # bytes; of a dataset, where it is not known, a guess that gives all its units the same weight
+    files: tuple[SourceFile, ...]  # for a dataset only to notice changes
+    size: int  # bytes; equal for all units of a dataset, where it is not known
     begin: int = 0
     end: int = 0
     first: int = 0
@@ -53,14 +57,22 @@ class Unit:
 
 
 def plan(sources: Sequence[str], selection: Selection, without: Path, held_out: Sequence[str] = ()) -> list[Unit]:
-    """The units of `sources` (see `list_files`; `hf:` names a dataset), leaving out what lies below `without`; then
-    those of the sources `held_out`, whose files are left out of the former.
+    """Return the units of `sources`, then those of `held_out`, whose files are left out of the former.
 
-    Large files are read once, to find and to count their lines. Raises UsageError for what cannot be read.
+    Large files are read once, to find and count their lines.
+
+    Args:
+        sources: see `list_files`; `hf:` names a dataset.
+        selection: choices for sources with fields.
+        without: a folder whose files are left out.
+        held_out: sources that go to validation.
+
+    Raises:
+        UsageError: a source cannot be read.
     """
     if not sources:
         raise UsageError(f"no source given; name a file, a folder, a glob, {STDLIB}, or hf:NAME")
-    # Every missing source is told before the first is read, and a file that is held out is found first there.
+    # Missing sources are reported before any is read, and a held-out file is found under that source first.
     named = dict.fromkeys([*held_out, *sources])
     files = list_files([source for source in named if not hub.is_dataset(source)])
     units: list[Unit] = []
@@ -76,7 +88,7 @@ def plan(sources: Sequence[str], selection: Selection, without: Path, held_out: 
 
 
 def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
-    """The documents of a unit, in order. Raises UsageError, naming the place, for what is damaged or has no text."""
+    """Yield the documents of a unit in order. Raise UsageError, naming the place, for damage or a missing field."""
     field = selection.field
     if unit.format == "dataset":
         split, config = selection.split, selection.hf_config
@@ -96,14 +108,9 @@ def read(unit: Unit, selection: Selection) -> Iterator[Document | Skipped]:
 
 
 def hold_conversations(sources: Sequence[str], split: str = Selection.split) -> bool:
-    """Return whether the first row of any of `sources` has messages in place of a text, like those that
-    `headstart distill-data` writes.
+    """Return whether the first row of any source has messages and no text; `split` is that of datasets.
 
-    Args:
-        split: the split of datasets.
-
-    Raises:
-        UsageError: a source cannot be read.
+    `headstart distill-data` writes such rows. Raises UsageError if a source cannot be read.
     """
     files = list_files([source for source in sources if not hub.is_dataset(source)])
     datasets = filter(hub.is_dataset, sources)
@@ -128,15 +135,15 @@ def _dataset_units(source: str, selection: Selection) -> list[Unit]:
 
 
 def _file_units(files: list[SourceFile]) -> Iterator[Unit]:
-    texts: list[SourceFile] = []
+    plain: list[SourceFile] = []
     size = 0
     for file in files:
         kind = documents.format_of(file.name)
-        if texts and (kind != "text" or size + file.size > UNIT_BYTES):
-            yield Unit(file.source, "text", tuple(texts), size)
-            texts, size = [], 0
+        if plain and (kind != "text" or size + file.size > UNIT_BYTES):
+            yield Unit(file.source, "text", tuple(plain), size)
+            plain, size = [], 0
         if kind == "text":
-            texts.append(file)
+            plain.append(file)
             size += file.size
         elif kind == "jsonl":
             yield from _line_units(file)
@@ -144,12 +151,12 @@ def _file_units(files: list[SourceFile]) -> Iterator[Unit]:
             yield from _row_units(file)
         else:
             yield Unit(file.source, kind, (file,), file.size)  # cannot be read from the middle
-    if texts:
-        yield Unit(texts[0].source, "text", tuple(texts), size)
+    if plain:
+        yield Unit(plain[0].source, "text", tuple(plain), size)
 
 
 def _line_units(file: SourceFile) -> Iterator[Unit]:
-    """Cut behind the last line end of every UNIT_BYTES, so that the cuts depend on the file alone."""
+    """Cut after the last line end of every UNIT_BYTES, so that the cuts depend on the file alone."""
     begin, line, offset, lines = 0, 1, 0, 0
     if file.size > UNIT_BYTES:
         try:

@@ -1,7 +1,7 @@
-"""Worker processes: one function over many items, the results in the order in which they are done.
+"""Run one function over many items in worker processes.
 
-Processes are spawned, never forked: the parent may hold torch and its threads. A worker imports what its function needs
-and dies with its parent, so that a killed `prepare` leaves nobody behind.
+Processes are spawned, never forked, because the parent may hold torch and its threads. A worker imports only what its
+function needs, and dies with its parent, so a killed `prepare` leaves no process behind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headstart.errors import UsageError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
-"""Says that so much more is done, from within an item."""
+"""Called within an item with the amount of work done since the last call."""
 
 POLL_SECONDS = 0.25
 STOP_SECONDS = 3.0
@@ -30,10 +30,10 @@ STOP_SECONDS = 3.0
 def run_all(
     function: Callable[[Item, Advance], Result], items: Iterable[Item], workers: int, advance: Advance
 ) -> Iterator[Result]:
-    """`function(item, advance)` for every item, in `workers` processes; with one worker, here and in order.
+    """Yield `function(item, advance)` for every item, in the order of completion.
 
-    `function` and the items must be picklable. An exception of the function stops all workers and rises here; so does
-    the death of a worker, as UsageError.
+    With one worker, the items are processed here, in order. `function` and the items must be picklable. An exception of
+    the function stops all workers and is raised here; the death of a worker raises UsageError.
     """
     if workers == 1:
         for item in items:
@@ -48,7 +48,7 @@ def run_all(
     running: set[Future[Result]] = set()
     try:
         while True:
-            # Two for each worker: none waits, and a stop does not have to cancel a long queue.
+            # Two items per worker: no worker waits, and a stop does not have to cancel a long queue.
             running |= {pool.submit(_run, item) for item in islice(waiting, 2 * workers - len(running))}
             if not running:
                 break
@@ -62,7 +62,7 @@ def run_all(
         pool.shutdown()
     except BrokenProcessPool as error:
         raise UsageError(
-            "a worker process died, perhaps for want of memory; run the same command again with fewer --workers: "
+            "a worker process died, perhaps out of memory; run the same command again with fewer --workers: "
             "finished work is kept"
         ) from error
     finally:
@@ -72,7 +72,7 @@ def run_all(
         pool.shutdown(wait=False, cancel_futures=True)
         for process in ours:
             process.join(STOP_SECONDS)
-            process.kill()  # deep in a library, which does not look at signals
+            process.kill()  # a library may run long without handling signals
 
 
 _function: Any = None
@@ -81,7 +81,7 @@ _stopping = False
 
 
 def _begin(function: Any, counter: Any) -> None:
-    """In a new worker process."""
+    """Set up a new worker process."""
     global _function, _counter
     _function, _counter = function, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops its workers
@@ -91,7 +91,7 @@ def _begin(function: Any, counter: Any) -> None:
 
 
 def _stop(*_: object) -> None:
-    """The parent wants no more results: leave what is at hand, cleaning up, and the waiting items too."""
+    """Abandon the current item, cleaning up, and the waiting ones: the parent wants no more results."""
     global _stopping
     _stopping = True
     raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""Packing: the tokens of all units, in order, as shards of bounded size."""
+"""Pack the tokens of all units, in order, into shards of bounded size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from headstart.errors import UsageError
 from headstart.fileio import COPY_BYTES, regular, sha256_of
 
 SHARD_BYTES = 1 << 28
-"""A shard is full at 256 MiB, wherever in a document that is."""
+"""Size of a full shard; it may end inside a document."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,25 @@ class Segment:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be written: byte ranges (file, begin, end), one behind the other."""
+    """A shard to be written: byte ranges (file, begin, end) in order."""
 
     path: Path
     ranges: tuple[tuple[Path, int, int], ...]
     item: int  # bytes of a token
-    targets: bool  # whether each file has another beside it that says which tokens are targets
+    targets: bool  # whether each file has a .targets file next to it
 
     @property
     def target_path(self) -> Path:
+        """Return the path of the target bits."""
         return self.path.with_suffix(".targets")
 
 
 def pack(
     segments: list[Segment], split: str, folder: Path, dtype: str, workers: int, targets: bool = False
 ) -> dict[str, Any]:
-    """Writes SPLIT-00000.bin, SPLIT-00001.bin ..., SPLIT.documents.npy; returns the split's entry in the manifest.
+    """Write SPLIT-00000.bin ... and SPLIT.documents.npy, and return the split's entry in the manifest.
 
-    With `targets` a file SPLIT-00000.targets beside each shard says which of its tokens are targets.
+    With `targets` a file SPLIT-00000.targets next to each shard says which of its tokens are targets.
     """
     item = np.dtype(dtype).itemsize
     shards = [
@@ -93,7 +94,7 @@ def pack(
 
 
 def write_names(path: Path, segments: list[Segment]) -> None:
-    """A JSON list of the names of held-out documents, a line each."""
+    """Write a JSON list of the names of held-out documents, one per line."""
     with path.open("w", encoding="utf-8") as file:
         comma = "["
         for segment in segments:
@@ -114,7 +115,7 @@ def _names(folder: Path) -> dict[str, list[str]]:
 
 
 def _ranges(segments: list[Segment], item: int) -> Iterator[tuple[tuple[Path, int, int], ...]]:
-    """What each shard is made of."""
+    """Yield the byte ranges of each shard."""
     room = SHARD_BYTES
     ranges: list[tuple[Path, int, int]] = []
     for segment in segments:
@@ -132,7 +133,7 @@ def _ranges(segments: list[Segment], item: int) -> Iterator[tuple[tuple[Path, in
 
 
 def _write_shard(shard: Shard, advance: Advance) -> tuple[str, dict[str, Any]]:
-    """Returns its name, and what the manifest says of it beside that."""
+    """Write a shard and return its name and its other entries in the manifest."""
     digest = hashlib.sha256()
     with shard.path.open("wb") as target:
         for content in _blocks(shard.ranges):
@@ -168,7 +169,7 @@ def _read(source: BinaryIO, size: int, path: Path) -> Iterator[bytes]:
 
 
 def _write_starts(path: Path, segments: list[Segment]) -> None:
-    """A .npy file, written piece by piece: int64, where each document starts in the split."""
+    """Write a .npy file, piece by piece: int64, where each document starts in the split."""
     shape = (sum(segment.documents for segment in segments),)
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
