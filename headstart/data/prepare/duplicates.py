@@ -1,7 +1,7 @@
 """Find equal and nearly equal documents by a digest and four keys of each.
 
-Two documents are nearly equal if they share most runs of SHINGLE bytes (shingles). A document's shingle hashes fall into
-24 buckets; each key joins the smallest hashes of six buckets. Documents that share a key count as near duplicates. This
+Two documents are nearly equal if they share most runs of SHINGLE bytes (shingles). Shingle hashes fall into 24
+buckets; each key joins the smallest hashes of six buckets. Documents that share a key count as near duplicates. This
 finds about 99 % of the pairs that share 95 % of their shingles, 95 % at 90 %, 70 % at 80 %, and 6 % at 50 %.
 """
 

@@ -75,7 +75,7 @@ def test_the_sample_is_bounded_and_spread(tmp_path, monkeypatch):
 
 
 def test_sizes_that_cannot_be(corpus, tmp_path):
-    with pytest.raises(UsageError, match="256 bytes and the end token at least 257"):
+    with pytest.raises(UsageError, match="ask for at least 257"):
         NewBpe(256)
     assert prepare([str(corpus)], tmp_path / "out", NewBpe(257))["vocab_size"] == 257
     lines = []
