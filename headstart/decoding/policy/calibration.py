@@ -284,7 +284,7 @@ def read_tuning(directory: str | Path, model: Transformer) -> Tuning | None:
     try:
         return parse_tuning(read_json(file), model)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file}: no tuning ({error!r}); delete it, or measure again with headstart tune") from error
+        raise UsageError(f"{file}: is not a tuning ({error!r}); delete it, or {AGAIN}") from error
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
 
@@ -381,7 +381,7 @@ def _check_numbers(tables: Sequence[AcceptanceTable], costs: Sequence[PassCosts]
         if any(len(rows) != len(each.tree_rows) for rows in each.tree):
             raise UsageError(f"its costs of trees are not of its rows; {AGAIN}")
         if 0 in (*each.plain, *(ms for rows in (*each.drafting, *each.tree) for ms in rows)):
-            raise UsageError(f"a pass of 0 ms in it; {AGAIN}")
+            raise UsageError(f"it holds a pass of 0 ms; {AGAIN}")
 
 
 def _check_all(name: str, rows: Sequence[Sequence[Any]], least: int, most: int, *, whole: bool = False) -> None:
