@@ -9,18 +9,22 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from headstart.console import say
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.engine import Engine
+from headstart.decoding.constraints import Constraint, compiled
+from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.generation import Generation, OriginStream
+from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.serving.errors import INTERNAL, ApiError, stopping, too_many
 from headstart.serving.fair_queue import FairQueue
 from headstart.serving.jobs import Job, Piece, deliver
 from headstart.serving.metrics import Metrics
-from headstart.serving.warm_up import warm_up
 
 STOP_SECONDS = 1.0
 """Most seconds to wait for the last step of an engine that stops."""
+WARM_UP_PROMPT = 8
+"""Number of prompt tokens of the request that warms up an engine."""
 
 
 class JobTurns:
@@ -295,3 +299,21 @@ def _send(pieces: Sequence[tuple[Job, Piece]], errors: Sequence[tuple[Job, ApiEr
     for loop in {job.inbox.loop for job, _ in (*pieces, *errors)}:
         with suppress(RuntimeError):  # the loop has ended, and nobody listens
             loop.call_soon_threadsafe(deliver, pieces, errors)
+
+
+def warm_up(engine: Engine, tokenizer: Tokenizer | None) -> None:
+    """Time passes for the policy, decode a request, and compile a constraint, so that no client waits for these.
+
+    Raises the error of an engine that does not work.
+    """
+    policy, slots = engine.policy, len(engine.state.length_S)
+    if policy is not None:
+        if policy.calibration.online:
+            say("the model is not tuned: passes are timed first (headstart tune would keep what it finds)")
+        policy.prepare(slots)
+    tokens = min(2 * engine.width, engine.context - WARM_UP_PROMPT)
+    if tokens > 0:
+        # Plain decoding under a policy, which must not learn from this output.
+        generate_all(engine, [Request((0,) * WARM_UP_PROMPT, tokens, heads=None if policy is None else 1)])
+    with suppress(UsageError):  # without tokenizer or llguidance, requests with constraints report this
+        compiled(Constraint.choice(["a"]), tokenizer, engine.model.config.vocab_size)

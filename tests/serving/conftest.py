@@ -105,7 +105,7 @@ class Gate:
         self.open.set()
         self.steps = 0
         self.waiting = False
-        """Whether a step is held."""
+        """True while a step is held."""
         self._one = threading.Semaphore(0)
         step = Engine.step
 
