@@ -1,9 +1,9 @@
-"""Train several heads in a loop of your own: `multi_token_step` makes the gradients, the rest stays as it is.
+"""Train several heads in a loop of your own: `multi_token_step` makes the gradients, the rest of the loop is yours.
 
 python examples/own_loop.py runs/own-loop
 """
 
-# %% A model of bytes with 4 heads, and a text: this file's neighbours.
+# %% A byte-level model with 4 heads, trained on the files of this folder.
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from headstart.model.transformer import Transformer
 
 
 def main(out: Path, steps: int = 300) -> float:
-    """Trains and saves a model; returns the loss of head 1 in the last step, in nats per byte."""
+    """Train and save a model; return the loss of head 1 in the last step, in nats per byte."""
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     model = Transformer(ModelConfig(dim=64, layers=6, attention_heads=4, heads=4, context=256))
@@ -31,7 +31,7 @@ def main(out: Path, steps: int = 300) -> float:
     for step in range(steps):
         starts = torch.randint(0, len(tokens) - 68, (8,))
         rows = torch.stack([tokens[start : start + 68] for start in starts])
-        seen = multi_token_step(model, rows)  # there is no loss.backward(): heads are differentiated one by one
+        seen = multi_token_step(model, rows)  # no loss.backward(): the step differentiates one head after the other
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -39,7 +39,7 @@ def main(out: Path, steps: int = 300) -> float:
         if step % 50 == 0:
             print(f"step {step}: " + "  ".join(f"head {k} {loss:.3f}" for k, loss in enumerate(losses, start=1)))
 
-    # %% Save it and write with it: several tokens a pass.
+    # %% Save the model and generate with it: several tokens per pass.
     save_model(model, out, tokenizer)
     written = headstart.load(out).generate("import ", max_new_tokens=60)
     print(f"{written.text!r}: {written.stats.tokens_per_pass:.2f} tokens a pass")

@@ -1,9 +1,9 @@
-"""Train several heads with transformers' Trainer: rows as for any causal model, arguments and callbacks as ever.
+"""Train several heads with transformers' Trainer: the rows, arguments and callbacks of any causal model.
 
 python examples/with_trainer.py runs/with-trainer
 """
 
-# %% A model with 4 heads: here a new one; `MultiTokenTrainer("path/to/model", ...)` takes a model directory.
+# %% A new model with 4 heads. `MultiTokenTrainer("path/to/model", ...)` takes a model directory instead.
 import sys
 from pathlib import Path
 
@@ -18,17 +18,17 @@ from headstart.model.transformer import Transformer
 
 
 def main(out: Path, steps: int = 300) -> float:
-    """Trains, evaluates and saves a model; returns the loss of head 1 in evaluation, in nats per byte."""
+    """Train, evaluate and save a model; return the loss of head 1 in evaluation, in nats per byte."""
     torch.manual_seed(0)
     tokenizer = ByteTokenizer()
     model = Transformer(ModelConfig(dim=64, layers=6, attention_heads=4, heads=4, context=256))
 
-    # %% Rows: token ids, and labels where not everything is to be predicted. They may differ in length.
+    # %% Rows: token ids, and labels if some tokens are not to be predicted. Rows may differ in length.
     files = sorted(Path(__file__).parent.glob("*.py"))
     rows = [{"input_ids": tokenizer.encode(line)} for file in files for line in file.read_text().splitlines(True)]
     rows = [row for row in rows if len(row["input_ids"]) > 8]
 
-    # %% Trainer as ever. Its log has loss_head1 ... loss_head4 beside their sum.
+    # %% Trainer, used as for any model. Its log has loss_head1 ... loss_head4 in addition to their sum.
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -49,7 +49,7 @@ def main(out: Path, steps: int = 300) -> float:
     found = trainer.evaluate()
     print({name: value for name, value in found.items() if "_head" in name})
 
-    # %% The folder is a model directory: ours, and any Hugging Face tool's.
+    # %% The folder is a model directory that Headstart and any Hugging Face tool can read.
     trainer.save_model()
     print(repr(headstart.load(out).generate("import ", max_new_tokens=60).text))
     return float(found["eval_loss_head1"])

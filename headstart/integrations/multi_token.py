@@ -1,4 +1,4 @@
-"""The training step for loops of others: token ids, or rows as Hugging Face's causal models take them, to gradients."""
+"""The training step for other training loops: from token ids, or rows of Hugging Face's causal models, to gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RIGHT_WAY = (
     "all_reduce (docs/scale-out.md, Loops of your own)"
 )
 _CHECKED: WeakSet[torch.nn.Module] = WeakSet()
-"""Models that `check_model` has found to be right."""
+"""Models that `check_model` has accepted."""
 
 
 def multi_token_step(
@@ -40,29 +40,31 @@ def multi_token_step(
     weights: Sequence[float] | None = None,
     loss: LossConfig | None = None,
 ) -> HeadLosses:
-    """Adds to each parameter's gradient that of the sum over heads of their mean cross-entropy; your optimiser is next.
+    """Add to each parameter's gradient that of the sum over heads of their mean cross-entropy.
 
-    There is no loss to call backward on: heads are differentiated one after the other, so that one head's logits exist
-    at a time (paper, section 2). What comes back has no graph: `sums / counts` is the mean loss of each head in nats.
+    There is no loss to call backward on: the step differentiates one head after the other, so that one head's logits
+    exist at a time (paper, section 2). The result has no graph: `sums / counts` is the mean loss of each head in nats.
+    Your optimizer takes its step next.
 
     Args:
-        model: n heads, its parameters in any dtype; under `torch.autocast` products run in the dtype of that.
+        model: a model with n heads, parameters in any dtype; under `torch.autocast` products run in that dtype.
         input_ids: (B, T + n) int64: T positions and n tokens more, so that every head has a target everywhere. With
-            `labels` (B, T), as Hugging Face's causal models take them: the last k positions of head k have none.
-        labels: (B, T) int64, the token at each position, not shifted; -100 where it is not to be predicted.
-        attention_mask: (B, T), 0 at padding, which must lie on the right; such tokens are no targets.
-        position_ids: of rows in which several texts lie, as padding-free collators give them: a text begins where they
-            are 0. Or `documents`, of the shape of `input_ids`: the text that each token lies in. Attention and targets
-            then stay within a text.
-        counts: (n,) valid targets of each head in the whole optimiser step, where that takes several calls
-            (`step_counts`), so that 4 calls of a row weigh every target as 1 call of 4 rows; None: this call is all.
-        weights: of the heads' losses (None: all 1).
-        loss: z-loss, and who computes the cross-entropy.
+            `labels`, (B, T), as for Hugging Face's causal models: the last k positions of head k have no target.
+        labels: (B, T) int64, the token at each position, not shifted; -100 if it is not to be predicted.
+        attention_mask: (B, T), 0 at padding, which must be on the right; padding is no target.
+        position_ids: (B, T), for rows that hold several documents, as padding-free collators make them: each document
+            starts at position 0. Attention and targets stay within a document.
+        documents: the same as numbers: the document of each token, of the shape of `input_ids`.
+        counts: (n,) valid targets of each head in the whole optimizer step, if that takes several calls
+            (`step_counts`): 4 calls of one row then weigh every target as 1 call of 4 rows does. None: this call is
+            the whole step.
+        weights: weights of the heads' losses (None: all 1).
+        loss: z-loss and loss backend.
 
     Raises:
-        UsageError: a model whose gradients another wrapper would have to sum over processes (`check_model`), shapes
-            that do not fit, padding on the left, a token or a label beyond the vocabulary, and a label
-            below 0 that is not -100.
+        UsageError: for a model whose gradients another wrapper would have to sum over processes (`check_model`), for
+            shapes that do not fit, padding on the left, a token or a label beyond the vocabulary, and a label below 0
+            that is not -100.
     """
     check_model(model)
     offsets, objective = model.config.offset_of_heads, Objective(weights, loss or LossConfig())
@@ -83,9 +85,11 @@ def multi_token_step(
 
 
 def check_model(model: torch.nn.Module) -> None:
-    """Raise UsageError unless the step can differentiate `model`: it calls trunk, heads and unembedding apart, and
-    DistributedDataParallel, which then never runs, would not sum the gradients, nor FSDP2 as `fully_shard` alone sets
-    it up. A `Transformer` on one process, or one that `parallelize` has spread, is right.
+    """Raise UsageError unless the step can differentiate `model`.
+
+    The step calls trunk, heads and unembedding separately. DistributedDataParallel never runs then and would not sum
+    the gradients, nor would FSDP2 as `fully_shard` alone sets it up. A `Transformer` on one process, or one that
+    `parallelize` has spread, works.
     """
     if model in _CHECKED:
         return
@@ -106,7 +110,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 
 def _in_ddp(model: torch.nn.Module) -> bool:
-    """Return whether a DistributedDataParallel holds `model`. Nothing in a module says so: all of them are asked."""
+    """Return whether a DistributedDataParallel holds `model`; a module does not know it, so search all of them."""
     # By `type`, not `isinstance`, which would call into proxies of others.
     kind = torch.nn.parallel.DistributedDataParallel
     wrappers: list[Any] = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
@@ -114,18 +118,25 @@ def _in_ddp(model: torch.nn.Module) -> bool:
 
 
 def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]) -> Tensor:
-    """(n,) int64: valid targets of each head in all `batches`, each the arguments of one `multi_token_step`."""
+    """Count the valid targets of each head in all `batches`, (n,) int64.
+
+    Args:
+        batches: the arguments of one `multi_token_step` each.
+        heads: number of heads, or how far ahead each predicts.
+    """
     return torch.stack([count_targets(rows_of(batch, heads).targets) for batch in batches]).sum(0)
 
 
 def rows_of(
     batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0, vocab_size: int | None = None
 ) -> StepInputs:
-    """Tokens, targets and documents of a batch, given as the arguments of `multi_token_step` by name.
+    """Return the tokens, targets and documents of a batch.
 
-    `heads`: how many, or how far ahead each predicts.
-    `ahead`: how many tokens behind a row the heads read.
-    `vocab_size`: tokens and targets must lie below it (None: not checked); UsageError names one that does not.
+    Args:
+        batch: the arguments of `multi_token_step` by name.
+        heads: number of heads, or how far ahead each predicts.
+        ahead: number of tokens behind a row that the heads read.
+        vocab_size: size of the vocabulary, beyond which no token or target may be (None: not checked).
     """
     tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     documents, reach = _documents(batch), offsets_of(heads)[-1]
@@ -142,7 +153,7 @@ def rows_of(
         labels = tokens if labels is None else labels
         if mask is not None:
             labels = torch.where(mask == 0, IGNORE, labels)
-        # What is read behind a row has no target, and no position before it sees it.
+        # The padding behind a row has no target, and no position before it attends to it.
         tokens, labels = F.pad(tokens, (0, reach)), F.pad(labels, (0, reach), value=IGNORE)
         documents = None if documents is None else F.pad(documents, (0, reach), value=-1)
         within = torch.zeros_like(labels) if documents is None else documents
@@ -155,7 +166,7 @@ def rows_of(
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int, negative: Tensor) -> None:
     wrong = negative | (ids >= vocab_size)
-    if bool(wrong.any()):  # a device would fail without saying where, or count a label of -1 as a target
+    if bool(wrong.any()):  # a GPU would fail without naming it, or count a label of -1 as a target
         raise UsageError(
             f"{name} hold {int(ids[wrong][0])}; the vocabulary has {vocab_size} tokens, and a label that is not to be "
             f"predicted is {IGNORE}"
@@ -163,10 +174,10 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int, negative: Tensor) -> Non
 
 
 def collate_rows(rows: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
-    """Rows of different lengths as one batch, padded on the right: `input_ids`, `labels` and `attention_mask`, with
-    `position_ids` and `documents` where rows have them.
+    """Return rows of different lengths as one batch, padded on the right.
 
-    A row has `input_ids`; its labels are those, unless it has `labels`.
+    A row has `input_ids`; they are its labels, unless it has `labels`. The batch has `input_ids`, `labels` and
+    `attention_mask`, and `position_ids` and `documents` if rows have them.
     """
     longest = max(len(row["input_ids"]) for row in rows)
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer over a model with n heads: its loop, arguments, callbacks, checkpoints; our step and files."""
+"""transformers' Trainer for a model with n heads: its loop, arguments and callbacks; our step and files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ except ImportError as error:
 
 
 class MultiTokenModel(nn.Module):
-    """A `Transformer` in the form that Trainer takes: called by the names of columns, it gives losses."""
+    """A `Transformer` in the form that Trainer expects: called with columns by name, it returns losses."""
 
     def __init__(self, transformer: Transformer) -> None:
         super().__init__()
@@ -47,15 +47,18 @@ class MultiTokenModel(nn.Module):
         position_ids: Tensor | None = None,
         documents: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Arguments as of `multi_token_step`. "head_losses" (n,) is the mean loss of each head, "loss" their sum; both
-        without gradients, which `MultiTokenTrainer.training_step` makes head by head."""
+        """Return the mean loss of each head, "head_losses" (n,), and their sum, "loss".
+
+        The arguments are those of `multi_token_step`. Neither result has gradients: `MultiTokenTrainer.training_step`
+        makes them head by head.
+        """
         named = {"labels": labels, "attention_mask": attention_mask, "position_ids": position_ids}
         losses = _means(score_rows(self.transformer, {"input_ids": input_ids, **named, "documents": documents}))
         return {"loss": losses.nansum(), "head_losses": losses}
 
 
 def score_rows(model: Transformer, batch: dict[str, Any]) -> HeadLosses:
-    """Sums, counts and hits of each head over a batch, without gradients."""
+    """Return sums, counts and hits of each head over a batch, without gradients."""
     rows = rows_of(batch, model.config.offset_of_heads, model.config.ahead, model.config.vocab_size)
     scores = score_step(model, rows)
     return HeadLosses(
@@ -66,24 +69,25 @@ def score_rows(model: Transformer, batch: dict[str, Any]) -> HeadLosses:
 
 
 class MultiTokenTrainer(Trainer):
-    """Trains all heads of a model with the paper's step; everything else is Trainer's.
+    """Train all heads of a model with the paper's step; everything else is Trainer's.
 
-    A row of the data sets has `input_ids`, perhaps `labels` (not shifted, -100 where nothing is to be predicted),
-    `attention_mask`, `position_ids` or `documents`: see `multi_token_step`. Logged are `loss`, the weighted sum over
-    heads, and `loss_head1` and so on; of evaluation also `eval_accuracy_head1`. Checkpoints, and what `save_model`
-    writes, are model directories of ours: ordinary Hugging Face models with heads beside them.
+    A row of the data sets has `input_ids`, and optionally `labels` (not shifted, -100 for tokens not to be predicted),
+    `attention_mask`, `position_ids` or `documents`: see `multi_token_step`. The log has `loss`, the weighted sum over
+    heads, and `loss_head1` and so on; evaluation also has `eval_accuracy_head1`. Checkpoints, and the output of
+    `save_model`, are Headstart's model directories: ordinary Hugging Face models with their heads in `heads/`.
 
     Args:
-        model: a `Transformer`, or a model directory: one of ours, or a Hugging Face causal model that Headstart reads
-            (which has one head; `headstart adapt` adds heads).
-        args: transformers' `TrainingArguments`. One process, in float32 or bf16.
-        tokenizer: saved with the model (None: that of the model directory).
-        head_weights: of the heads' losses (None: all 1).
-        loss: z-loss, and who computes the cross-entropy.
+        model: a `Transformer`, or a model directory: Headstart's, or a Hugging Face causal model that Headstart reads
+            (it has one head; `headstart adapt` adds heads).
+        args: transformers' `TrainingArguments`, for one process, in float32 or bf16.
+        tokenizer: the tokenizer saved with the model (None: that of the model directory).
+        head_weights: weights of the heads' losses (None: all 1).
+        loss: z-loss and loss backend.
+        more: further arguments of `Trainer`.
 
     Raises:
-        UsageError: arguments that this step does not know: fp16, several processes or GPUs (`headstart train` shards),
-            gradient checkpointing, label smoothing, `compute_metrics`.
+        UsageError: for arguments that this step does not support: fp16, several processes or GPUs (`headstart train`
+            shards), gradient checkpointing, label smoothing, `compute_metrics`.
     """
 
     def __init__(
@@ -113,19 +117,19 @@ class MultiTokenTrainer(Trainer):
         super().__init__(model=MultiTokenModel(model), args=args, **more)
         wide = torch.float32 if args.device.type == "mps" else torch.float64
         self._totals = torch.zeros(2, heads, dtype=wide, device=args.device)
-        """Sums and counts of each head since the last line of the log, on the device: nothing waits for them."""
+        """Sums and counts of each head since the last line of the log, on the device, so that no step waits."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The batches of a step; in place of their number of items that of each head's targets, (n,)."""
+        """Return the batches of a step, and the targets of each head, (n,), in place of the number of items."""
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)[0]
         return batches, step_counts(batches, self.transformer.config.offset_of_heads).to(device) if batches else None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Adds the gradients of a batch; returns its part of the step's loss, without a graph."""
+        """Add the gradients of a batch; return its part of the step's loss, without a graph."""
         model.train()
         rows = rows_of(
             self._prepare_inputs(inputs),
@@ -147,7 +151,7 @@ class MultiTokenTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted sum of the heads' mean losses, without a graph: `training_step` makes gradients head by head."""
+        """Return the weighted sum of the heads' mean losses, without a graph."""
         with self.accelerator.autocast():
             seen = score_rows(self.transformer, self._prepare_inputs(inputs))
         counts = _per_head(num_items_in_batch, seen.counts)
@@ -162,7 +166,7 @@ class MultiTokenTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Losses and top-1 of every head over all of a data set; each is divided by its own number of targets."""
+        """Compute loss and top-1 of every head over a data set, each divided by its own number of targets."""
         self.transformer.eval()
         total, samples = None, 0
         self.callback_handler.eval_dataloader = dataloader
@@ -186,7 +190,7 @@ class MultiTokenTrainer(Trainer):
         return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=samples)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Puts the heads' losses since the last line beside their sum."""
+        """Add the heads' losses since the last line to the log."""
         if "loss" in logs:
             sums, counts = self._totals.tolist()
             logs |= {f"loss_head{k}": sums[k - 1] / count for k, count in enumerate(counts, start=1) if count}
@@ -197,7 +201,7 @@ class MultiTokenTrainer(Trainer):
         return (losses_n * torch.as_tensor(self.head_weights, device=losses_n.device)).sum()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes the model beside and moves its files in: what else lies in the folder, such as checkpoints, stays."""
+        """Write the model to a temporary folder and move its files in; other files, such as checkpoints, stay."""
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".model.writing-{os.getpid()}"
@@ -231,12 +235,12 @@ class MultiTokenTrainer(Trainer):
 
 
 def _per_head(given: Tensor | int | None, own: Tensor) -> Tensor:
-    """The counts of `get_batch_samples`; those of the batch where somebody else counted, who did not count by head."""
+    """Return the counts of `get_batch_samples`, or those of the batch if the given ones are not by head."""
     return given if isinstance(given, Tensor) and given.shape == own.shape else own
 
 
 def _means(seen: HeadLosses) -> Tensor:
-    """NaN where a head has no target."""
+    """Return the mean loss of each head, NaN if it has no target."""
     return seen.sums / seen.counts
 
 
@@ -252,6 +256,6 @@ def _check(args: TrainingArguments, more: dict[str, Any]) -> None:
         "several processes": (args.world_size > 1, "headstart train runs under torchrun"),
         "several GPUs in one process": (args.n_gpu > 1, "name one with CUDA_VISIBLE_DEVICES"),
     }
-    for name, (given, mend) in unknown.items():
+    for name, (given, advice) in unknown.items():
         if given:
-            raise UsageError(f"MultiTokenTrainer does not know {name}; {mend}")
+            raise UsageError(f"MultiTokenTrainer does not know {name}; {advice}")

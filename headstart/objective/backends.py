@@ -1,7 +1,7 @@
-"""Who computes the loss of a head: our own chunked cross-entropy, torch's, Liger's or Apple's (cut cross-entropy).
+"""Backends of a head's loss: our own chunked cross-entropy, torch's, Liger's or Apple's (cut cross-entropy).
 
-Ours is the default, the one that counts top-1 hits and knows z-loss, and the one whose memory is tested. The others
-are there for GPUs, where fused kernels may be faster; what they hold in memory and where they round is theirs.
+Ours is the default. It alone counts top-1 hits and has z-loss, and tests hold its memory. The others are for GPUs, on
+which fused kernels may be faster; their memory and their rounding are their own.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ PACKAGES = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the loss of a head is computed."""
+    """Loss of a head."""
 
     z_loss: float = 0.0
     """Coefficient of logsumexp(logits)^2 in the differentiated loss; the reported loss is without it (0: none)."""
     backend: Backend = "headstart"
     """headstart, or torch, liger, cce: other implementations, which count no top-1 in training and have no z-loss."""
     heads: HeadLoss = "cross-entropy"
-    """What heads 2..n learn from: cross-entropy, the text; kl or total-variation, the next-token head's own later
-    distribution, which judges their drafts (without gradient into it)."""
+    """Target of heads 2..n: cross-entropy, the text; kl or total-variation, the later distribution of the next-token
+    head, which accepts or rejects their drafts (no gradient goes into it)."""
     share: float = 1.0
     """Share of kl or total-variation in the loss of heads 2..n; the rest is cross-entropy."""
 
@@ -57,7 +57,7 @@ class LossConfig:
             raise UsageError(f"loss.heads {self.heads} needs loss.backend headstart and loss.z_loss 0")
 
     def require(self, device: torch.device) -> None:
-        """Raises UsageError unless the backend can run on `device` here."""
+        """Raise UsageError unless the backend can run on `device` here."""
         package = PACKAGES.get(self.backend)
         if package is not None and find_spec(package) is None:
             raise UsageError(
@@ -73,14 +73,18 @@ class LossConfig:
             raise UsageError("loss.backend liger needs a GPU, and the device is cpu; take loss.backend headstart")
 
     def function(self, budget: int = LOGITS_BYTES) -> Callable[[Tensor, Tensor, Tensor], CrossEntropy]:
-        """(x (..., D), weight (V, D), targets (...)) -> CrossEntropy, as `linear_cross_entropy`; `budget` is ours."""
+        """Return a function with the arguments x, weight and targets of `linear_cross_entropy`, and its result.
+
+        Args:
+            budget: bytes of logits held at once; only our own backend knows it.
+        """
         if self.backend == "headstart":
             return partial(linear_cross_entropy, z_loss=self.z_loss, budget=budget)
         return partial(_foreign, {"torch": _torch, "liger": _liger, "cce": _cce}[self.backend])
 
 
 def _foreign(summed: Summed, x: Tensor, weight_VD: Tensor, targets: Tensor) -> CrossEntropy:
-    """Casts as our own loss does: products in the autocast dtype, an fp32 sum, gradients in the dtypes that came in."""
+    """Cast as our own loss does: products in the autocast dtype, an fp32 sum, gradients in the dtypes of the inputs."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         loss = summed(x.flatten(0, -2).to(dtype), weight_VD.to(dtype), targets.flatten())
@@ -90,8 +94,8 @@ def _foreign(summed: Summed, x: Tensor, weight_VD: Tensor, targets: Tensor) -> C
 
 
 def _torch(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    # A sum comes back in the dtype of x, and a bf16 scalar has three digits. So there the rows come one by one, each of
-    # three digits but added in fp32, at the price of computing the logits again in the backward.
+    # A sum comes back in the dtype of x, and a bf16 scalar has three digits. In bf16 the rows come one by one, each of
+    # three digits but added in fp32; the backward then computes the logits again.
     whole = x_ND.dtype in (torch.float32, torch.float64)
     rows = torch.nn.functional.linear_cross_entropy(
         x_ND,
@@ -115,7 +119,7 @@ def _liger(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
 def _cce(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
-    # Its default drops gradients below a threshold. Its kernels are for GPUs; elsewhere it compiles the plain product,
+    # Its default drops gradients below a threshold. Its kernels are for GPUs; on a CPU it compiles the plain product,
     # which holds all logits.
     impl = "cce" if x_ND.is_cuda else "torch_compile"
     return cut_cross_entropy(

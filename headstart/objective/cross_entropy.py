@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer without ever holding all its logits."""
+"""Cross-entropy of a linear layer that never holds all its logits."""
 
 from __future__ import annotations
 
@@ -13,45 +13,48 @@ from headstart.data.batches import IGNORE
 from headstart.model.transformer import compute_dtype
 
 LOGITS_BYTES = 64 * 2**20
-"""Budget of one chunk of logits. Large vocabularies get few rows at a time, small ones are done in one chunk. A budget
-in bytes, not a ratio of shapes: each chunk reads the whole weight three times, so chunks must not become thin."""
-
-
+"""Bytes of one chunk of logits. Each chunk reads the whole weight three times, so chunks must not become thin: hence a
+budget in bytes, not a ratio of shapes."""
 PIECE_BYTES = 2**22
-"""On a CPU the softmax runs over pieces of this many bytes of fp32 logits, which stay in the
-caches; a chunk in fp32 would go to memory and back for every one of a dozen operations."""
+"""Bytes of fp32 logits in one piece of the softmax on a CPU. A piece stays in the caches; a whole chunk would go to
+memory and back for each of a dozen operations."""
 
 
 def chunk_rows(vocab_size: int, budget: int = LOGITS_BYTES, bytes_per_logit: int = 4) -> int:
-    """Rows of a chunk. On a GPU all its logits are held in fp32; on a CPU in the dtype of the products, and only a
-    piece of them in fp32."""
+    """Return the rows of a chunk.
+
+    On a GPU all its logits are held in fp32; on a CPU in the dtype of the products, and only a piece of them in fp32.
+    """
     return max(16, budget // (bytes_per_logit * vocab_size))
 
 
 class CrossEntropy(NamedTuple):
-    """What one head's loss gives. A tuple, because the hooks of sharded modules look for tensors in tuples."""
+    """The loss of one head. It is a tuple because the hooks of sharded modules look for tensors in tuples."""
 
     loss: Tensor
-    """To be differentiated: the cross-entropy and what regularises it, fp32 scalar."""
+    """Differentiable loss, regularization included, fp32 scalar."""
     total: Tensor
     """Cross-entropy alone, summed over valid targets, in nats; fp32 scalar without a graph."""
     correct: Tensor | None
-    """How often no logit is above that of the target, int64 scalar; None where a backend does not tell."""
+    """Number of rows in which no logit exceeds the target's, int64 scalar; None if the backend does not count it."""
 
 
 Differentiate = Callable[[Tensor, slice, torch.dtype], tuple[Tensor, Tensor, Tensor]]
-"""(logits (R, V), their rows among all, a dtype to sum in) -> summed loss, summed cross-entropy and hits; the logits
-are turned into the gradient of the summed loss in them, where they lie."""
+"""(logits (R, V), their rows among all, a dtype to sum in) -> summed loss, summed cross-entropy and hits. It replaces
+the logits by the gradient of the summed loss."""
 
 
 class LinearLoss(torch.autograd.Function):
-    """A loss of `x @ weight.T`, with both gradients computed during the forward, chunk by chunk, so that logits never
-    outlive their chunk. What the loss is, `differentiate` says."""
+    """A loss of `x @ weight.T`, given by `differentiate`.
+
+    The forward computes both gradients chunk by chunk, so that logits never outlive their chunk.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, rows: int, differentiate: Differentiate
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return summed loss, summed cross-entropy and hits; keep the gradients of the loss."""
         x, weight = x_ND.to(dtype), weight_VD.to(dtype)
         need_x, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -84,8 +87,8 @@ class LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        # The scale of the loss reaches both gradients: a loss multiplied after the fact keeps its meaning. Both buffers
-        # are ours alone and used once, so they are scaled where they lie.
+        """Scale the gradients that the forward has computed."""
+        # Both buffers belong to this call and are used once, so they are scaled in place.
         dx, dweight = ctx.dx, ctx.dweight
         ctx.dx = ctx.dweight = None
         return (
@@ -100,16 +103,16 @@ class LinearLoss(torch.autograd.Function):
 def _differentiate_(
     logits_RV: Tensor, targets_R: Tensor, wide: torch.dtype, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turns logits into the gradient of the summed loss in them, where they lie.
+    """Replace logits by the gradient of the summed loss.
 
-    Returns the summed cross-entropy, the summed squares of the normaliser (0 without z-loss), and the hits.
+    Return the summed cross-entropy, the summed squares of the normalizer (0 without z-loss), and the hits.
     """
     valid = (targets_R != IGNORE)[:, None]
     index = targets_R.clamp_min(0)[:, None]
     values = logits_RV.to(wide)
     largest = values.amax(-1, keepdim=True)
     picked = values.gather(1, index) - largest
-    # An argmax would read all logits once more, at five times the price of the maximum on a CPU.
+    # An argmax would read all logits once more and take five times as long as the maximum on a CPU.
     correct = ((picked >= 0) & valid).sum()
     values.sub_(largest).exp_()
     denominator = values.sum(-1, keepdim=True)
@@ -117,10 +120,10 @@ def _differentiate_(
     total = ((log_denominator - picked) * valid).sum()
     squares, share = torch.zeros_like(total), valid / denominator
     if z_loss:
-        normaliser = log_denominator + largest
-        squares = (normaliser.square() * valid).sum()
-        share = share * (1 + 2 * z_loss * normaliser)
-    # Probabilities minus one at the target, 0 where ignored. The gradient of the squared normaliser is probabilities
+        normalizer = log_denominator + largest
+        squares = (normalizer.square() * valid).sum()
+        share = share * (1 + 2 * z_loss * normalizer)
+    # Probabilities minus one at the target, 0 where ignored. The gradient of the squared normalizer is probabilities
     # again, so it only scales them.
     values.mul_(share)
     values.scatter_add_(1, index, -valid.to(wide))
@@ -132,20 +135,20 @@ def _differentiate_(
 def linear_cross_entropy(
     x: Tensor, weight_VD: Tensor, targets: Tensor, *, z_loss: float = 0.0, budget: int = LOGITS_BYTES
 ) -> CrossEntropy:
-    """Summed cross-entropy of `x @ weight.T` against `targets` (paper section 2, "memory-efficient implementation").
+    """Return the cross-entropy of `x @ weight.T` against `targets`, summed (paper section 2, "memory-efficient").
 
     Args:
         x: (..., D), floating.
         weight_VD: (V, D).
         targets: (...) int64; `IGNORE` (-100) counts for nothing.
-        z_loss: what is added to the differentiated loss, times the sum over valid targets of logsumexp(logits)^2. It
-            keeps the logits from drifting away together (PaLM, section 5, with 1e-4; the paper has none).
+        z_loss: coefficient of the sum over valid targets of logsumexp(logits)^2 in the differentiated loss. It keeps
+            the logits from drifting away together (PaLM, section 5, with 1e-4; the paper has none).
         budget: bytes of logits held at once.
 
     Returns:
-        Sums over valid targets, fp32 (fp64 for fp64 input); 0 with zero gradients when none is valid. Under autocast
-        the products run in the autocast dtype; the softmax and the weight's gradient are fp32. `correct` counts ties
-        with the largest logit as hits, which products in bf16 have now and then.
+        Sums over valid targets, fp32 (fp64 for fp64 input); 0 with zero gradients if none is valid. Under autocast the
+        products run in the autocast dtype; the softmax and the weight's gradient are fp32. `correct` counts ties with
+        the largest logit as hits; products in bf16 make some ties.
     """
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -166,14 +169,14 @@ class Scores:
     loss: Tensor
     """Cross-entropy in nats, fp32 scalar (fp64 for fp64 input)."""
     correct: Tensor
-    """How often the largest logit was the target, int64 scalar."""
+    """Number of targets that have the largest logit, int64 scalar."""
     count: Tensor
     """Valid targets, int64 scalar."""
 
 
 @torch.no_grad()
 def linear_scores(x: Tensor, weight_VD: Tensor, targets: Tensor, *, budget: int = LOGITS_BYTES) -> Scores:
-    """As `linear_cross_entropy` without gradients, with top-1 hits: for validation."""
+    """Return cross-entropy and top-1 hits of `x @ weight.T` against `targets`, without gradients."""
     dtype, rows = compute_dtype(x), chunk_rows(weight_VD.shape[0], budget)
     x_ND, weight, targets_N = x.flatten(0, -2).to(dtype), weight_VD.to(dtype), targets.flatten()
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""How much each head's loss counts, and how that changes over training."""
+"""Weights of the heads' losses, and their change over training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Curriculum = Literal["none", "forward", "reverse"]
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Weights of the heads' losses. The default is the paper's: every head counts 1, always.
+    """Weights of the heads' losses. The default is the paper's: every head has weight 1, always.
 
     With `final`, the weights move from `initial` to `final` between the fractions `begin` and `end` of training; with
     four heads, Medusa-2's (arXiv 2401.10774) are `initial: [1, 0, 0, 0]`, `final: [1, 0.01, 0.01, 0.01]`, `decay: 0.8`,
@@ -28,24 +28,24 @@ class HeadWeights:
     initial: tuple[float, ...] | None = None
     """One weight per head, head 1 first (None: 1 for every head)."""
     final: tuple[float, ...] | None = None
-    """Weights after `end` (None: they stay)."""
+    """Weights after `end` (None: `initial`)."""
     decay: float = 1.0
     """Factor from each head to the next: the weight of head k is multiplied by decay^(k-1)."""
     curriculum: Curriculum = "none"
-    """forward: begins with head 1 alone and takes in one more head in each of n equal stages; reverse: begins with all
-    and ends with head 1 alone (arXiv 2505.22757)."""
+    """forward: starts with head 1 alone and adds one head in each of n equal stages; reverse: starts with all and ends
+    with head 1 alone (arXiv 2505.22757)."""
     begin: float = 0.0
     """Fraction of training at which the weights start to move, and the first stage of a curriculum begins."""
     end: float = 1.0
-    """Fraction of training at which they have arrived, and the last stage is over."""
+    """Fraction of training at which the weights are final and the last stage ends."""
     sampled: bool = False
-    """Of the heads that have a weight one is drawn for each step, and counts for all of them, as Stern et al. train
-    (arXiv 1811.03115): the gradient is the same on average, and a step computes one loss."""
+    """Train one head in each step, drawn from those that have a weight, with the weight of all of them, like Stern et
+    al. (arXiv 1811.03115): the gradient is the same on average, and a step computes one loss."""
     shape: Shape = "linear"
-    """How they move: linear; cosine, slow at both ends; sine, a quarter of a wave, fast at first."""
+    """Curve from `initial` to `final`: linear; cosine, slow at both ends; sine, a quarter of a wave, fast at first."""
 
     def check(self, heads: int) -> None:
-        """Raises UsageError unless these weights fit a model with `heads` heads."""
+        """Raise UsageError unless these weights fit a model with `heads` heads."""
         for name, weights in (("initial", self.initial), ("final", self.final)):
             if weights is None:
                 continue
@@ -70,7 +70,7 @@ class HeadWeights:
             raise UsageError(f"head_weights.curriculum {self.curriculum} needs 2 heads or more; this model has 1")
 
     def at(self, fraction: float, heads: int) -> list[float]:
-        """The n weights at `fraction` (0 to 1) of training."""
+        """Return the n weights at `fraction` (0 to 1) of training."""
         span = self.end - self.begin
         done = min(1.0, max(0.0, (fraction - self.begin) / span)) if span else float(fraction >= self.end)
         first = self.initial or [1.0] * heads
@@ -82,15 +82,17 @@ class HeadWeights:
 
 
 def draw_head(weights: Sequence[float], seed: int, step: int) -> list[float]:
-    """`weights` with all but one head's set to 0, and that one's times the number of those above 0, so that an expected
-    weighted sum is what it was. The head is drawn from (seed, step) alone: processes and resumed runs agree."""
+    """Set all weights to 0 but that of one head, drawn from (seed, step) alone: processes and resumed runs agree.
+
+    Its weight is multiplied by the number of heads that have one, so that the expected weighted sum stays the same.
+    """
     heads = [k for k, weight in enumerate(weights) if weight]
     chosen = heads[int(np.random.default_rng([seed, step]).integers(len(heads)))]
     return [weight * len(heads) if k == chosen else 0.0 for k, weight in enumerate(weights)]
 
 
 def _active(curriculum: Curriculum, done: float, heads: int) -> int:
-    """How many heads, counted from head 1, take part."""
+    """Count the heads, from head 1 on, that take part."""
     if curriculum == "forward":
         return min(heads, int(done * heads) + 1)
     if curriculum == "reverse":

@@ -1,4 +1,4 @@
-"""Inputs of a training step: tokens, targets, and what else the walk over the heads reads."""
+"""Inputs of a training step: tokens, targets, and everything else that the walk over the heads reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step minimizes: the heads' losses by weight, how each is computed, and auxiliary losses."""
+"""Objective of a training step: the heads' losses by weight, their computation, and auxiliary losses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Objective:
 
     @property
     def distills(self) -> bool:
-        """Whether heads 2..n learn from head 1."""
+        """True if heads 2..n learn from head 1."""
         return self.loss.heads != "cross-entropy"
 
     def weights_of(self, heads: int) -> list[float]:

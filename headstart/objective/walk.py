@@ -70,7 +70,7 @@ def walk_step(
 
 
 class _Walk:
-    """One walk: what all visits read, and the losses they report."""
+    """One walk: the state that all visits read, and the losses they report."""
 
     def __init__(self, model: Transformer, inputs: StepInputs, counts_n: Tensor, objective: Objective) -> None:
         self.model, self.inputs, self.objective = model, inputs, objective
