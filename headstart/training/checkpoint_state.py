@@ -23,28 +23,28 @@ GO_BACK = "delete it to resume from the one before it"
 
 @dataclass
 class Position:
-    """How far a run is."""
+    """Position of a run."""
 
     step: int = 0
-    """Optimiser steps done, skipped ones included."""
+    """Optimizer steps done, skipped ones included."""
     tokens: int = 0
     """Positions trained on."""
     skipped: int = 0
     """Steps that were not applied: not finite, or a spike."""
     skipped_in_a_row: int = 0
-    """How many of the last steps were skipped without a good one between them."""
+    """Length of the streak of skipped steps that ends here."""
     data: dict[str, int] = field(default_factory=dict)
     """`BatchStream.state_dict`."""
     history: dict[str, Any] = field(default_factory=dict)
     """The fields of `LossHistory`."""
     sources: list[dict[str, str]] = field(default_factory=list)
-    """`TokenShards.digests` of each source that was read; empty in checkpoints that do not record them."""
+    """`TokenShards.digests` of each source; empty in checkpoints that do not record them."""
     lr: float = 0.0
     """Learning rate of the last step."""
     planned: int = 0
     """Steps of the whole run, as planned when this was the position; 0 in checkpoints that do not record it."""
     extended: int = 0
-    """How many steps had been done when the present extension of a finished run began; 0: the run is none."""
+    """Steps done when the present extension of a finished run began; 0 if there is no extension."""
     extension: str = ""
     """The `OptimizerConfig.extension` of the present extension."""
 
@@ -71,7 +71,7 @@ def state_text(position: Position, model: str, files: dict[str, int], sha256: di
 def read_state(path: Path) -> State:
     """Read state.json of the checkpoint `path` and check it, and the sizes of the files that it names.
 
-    Raises UsageError for one that is damaged, of a later format, or another step's than the folder's name says.
+    Raises UsageError if it is damaged, of a later format, or of another step than the folder's name says.
     """
     try:
         for file in path.iterdir():
@@ -98,6 +98,7 @@ def read_state(path: Path) -> State:
 
 
 def name_of(step: int) -> str:
+    """Return the name of the folder of a checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -107,7 +108,7 @@ def _with_digest(content: dict[str, Any]) -> str:
 
 
 def _position(values: dict[str, Any]) -> Position:
-    """Return the position, every value of its type. Raises ValueError or TypeError where one is not."""
+    """Return the position. Raise ValueError or TypeError if a value has a wrong type."""
     position = Position(**values)
     history = LossHistory(**position.history)
     counts = [position.step, position.tokens, position.skipped, position.skipped_in_a_row, history.count]

@@ -1,13 +1,13 @@
-"""Checkpoints: weights, optimiser state and position of a run, from which it goes on bit for bit.
+"""Checkpoints: weights, optimizer state and position of a run, from which it resumes bit for bit.
 
     checkpoints/step-00000500/
-        *.distcp, .metadata    weights and optimiser state (torch.distributed.checkpoint: other layouts can read it)
+        *.distcp, .metadata    weights and optimizer state (torch.distributed.checkpoint: other layouts can read it)
         rng.pt                 torch's random state
         state.json             position of the run, digests of model shape, data and every other file, and of itself
 
-A folder appears under its name only when all of it is on disk, so whatever has the name is complete unless something
-damaged it later; sizes and SHA-256 tell that. Several processes write and
-read one checkpoint together, each its share; a run may go on with another number of processes.
+A folder gets its name only when all of it is on disk, so a folder with the name is complete unless something damaged
+it later; sizes and SHA-256 detect that. Several processes write and read one checkpoint together, each its share; a run
+may resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from headstart.training.processes import Processes
 
 
 def all_steps(root: Path) -> dict[int, Path]:
-    """The checkpoints in `root` by their steps, oldest first."""
+    """Return the checkpoints in `root` by step, oldest first."""
     if not root.is_dir():
         return {}
     found = {int(m[1]): path for path in root.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))}
@@ -57,8 +57,11 @@ def all_steps(root: Path) -> dict[int, Path]:
 
 
 def in_order(root: Path) -> list[Path]:
-    """Return the checkpoints in `root` in the order in which a run tries to resume from them: the newest first, those
-    that were written while steps were being skipped last. Their weights may be those that made every step fail."""
+    """Return the checkpoints in `root` in the order in which a run tries to resume from them.
+
+    The newest comes first. Those written while steps were being skipped come last: their weights may be the ones that
+    made every step fail.
+    """
     order = []
     for step, path in all_steps(root).items():
         in_streak = False
@@ -69,7 +72,7 @@ def in_order(root: Path) -> list[Path]:
 
 
 def latest(run_dir: Path) -> Path | None:
-    """Return the checkpoint that a run resumes from, by a look at its files' sizes alone."""
+    """Return the checkpoint that a run resumes from, judged by the sizes of its files alone."""
     for path in in_order(run_dir / "checkpoints"):
         with suppress(UsageError):
             read_state(path)
@@ -97,7 +100,7 @@ def set_aside(root: Path, step: int) -> Path | None:
 
 
 def restore(path: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes) -> Position:
-    """Loads weights, optimiser state and random state. Raises UsageError where `path` is damaged or another model's."""
+    """Load weights, optimizer state and random state. Raise UsageError if `path` is damaged or of another model."""
     state = read_state(path)
     _check_contents(path, state.sha256, processes)
     if state.model != digest(model.config):
@@ -142,10 +145,10 @@ def _check_finite(path: Path, tensors: dict[str, Any], processes: Processes) -> 
 def restore_newest(
     root: Path, model: Transformer, optimizers: list[Optimizer], processes: Processes
 ) -> Position | None:
-    """Resume from the first sound checkpoint of `in_order`; return None where there is none at all.
+    """Resume from the first sound checkpoint of `in_order`; return None if there is none at all.
 
-    Says a line for each newer one that it passes over; raises UsageError where all are damaged. All processes take the
-    same one. A streak of skipped steps does not continue: the weights, or the settings, are others.
+    A line reports each newer one that is passed over; UsageError if all are damaged. All processes take the same one. A
+    streak of skipped steps does not continue, because the weights or the settings have changed.
     """
     paths = processes.on_main(lambda: in_order(root))
     for place, path in enumerate(paths):
@@ -172,7 +175,7 @@ def restore_newest(
 
 
 def _check_contents(path: Path, digests: dict[str, str], processes: Processes) -> None:
-    """Raises UsageError, on all processes, where a file differs from what was written; each process reads its share."""
+    """Raise UsageError, on all processes, if a file differs from what was written; each process reads its share."""
     wrong = {}
     for name in sorted(digests)[processes.rank :: processes.count]:
         try:
@@ -185,9 +188,10 @@ def _check_contents(path: Path, digests: dict[str, str], processes: Processes) -
 
 
 def tensors_of(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[str, Any], Any]:
-    """What a checkpoint holds, and the optimisers' groups, which it does not: they come from the configuration.
+    """Return the content of a checkpoint, and the optimizers' groups, which come from the configuration instead.
 
-    Parameters that no optimiser has are left out: they stay what the run began with."""
+    Parameters that no optimizer has are left out: they keep the values that the run began with.
+    """
     optimizer_state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizers))
     updated = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in updated}
@@ -196,6 +200,7 @@ def tensors_of(model: Transformer, optimizers: list[Optimizer]) -> tuple[dict[st
 
 
 def random_state() -> dict[str, torch.Tensor]:
+    """Return torch's random states by device."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -203,14 +208,17 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def digest(config: ModelConfig) -> str:
+    """Return a digest of the model's shape."""
     text = json.dumps(config.to_dict(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
 def plain_dcp() -> Iterator[None]:
-    """DCP with the error that happened instead of its wrapper, which is no `Exception` and would pass every handler (a
-    full disk, an interrupt)."""
+    """Replace DCP's wrapper of an error by the error, such as a full disk or an interrupt.
+
+    The wrapper is no `Exception` and would pass every handler.
+    """
     try:
         yield
     except CheckpointException as wrapper:
@@ -218,10 +226,11 @@ def plain_dcp() -> Iterator[None]:
 
 
 class CheckpointWriter:
-    """Saves a run's checkpoints into `root`; at most one is being written at a time.
+    """Write a run's checkpoints into `root` while training continues; at most one at a time.
 
-    One that cannot be written (a full disk) is reported and given up; training continues, and the one before it stays.
-    Only `wait(needed=True)`, for the last one, makes an error of it.
+    `save` copies the state to memory, a thread writes the copy. A checkpoint that cannot be written (a full disk) is
+    reported and skipped; training continues, and the one before it stays. Only `wait(needed=True)`, for the last one,
+    raises an error.
     """
 
     def __init__(
@@ -240,11 +249,11 @@ class CheckpointWriter:
         self._rotated = -1
 
     def saved(self, step: int) -> None:
-        """The checkpoint of `step` is there already."""
+        """Note that the checkpoint of `step` exists."""
         self._step = step
 
     def save(self, position: Position) -> None:
-        """Starts to write `root/step-.../`; waits for the one before. Of one step only one is written."""
+        """Start to write `root/step-.../`, after the one before; a step gets only one."""
         if self._step == position.step:
             return
         self.wait()
@@ -255,8 +264,8 @@ class CheckpointWriter:
         self._processes.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
         position = copy.deepcopy(position)
         random = random_state()
-        # Weights change while they are written: the copy is made before `save` returns. One stager for each checkpoint:
-        # torch 2.11 closes the one that it is given, and then it copies nothing more.
+        # Weights change while they are written, so the copy is made before `save` returns. Each checkpoint has a stager
+        # of its own: torch 2.11 closes the one that it is given, which then copies nothing more.
         stager = DefaultStager(StagingOptions(False, False, False, False))
         with plain_dcp():
             tensors: Any = dcp.async_save(
@@ -269,10 +278,10 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._finish, tensors, stager, path, temporary, position, random)
 
     def rotate(self) -> None:
-        """Delete the checkpoints that `keep_last` and `keep_every` do not keep, behind what is being written.
+        """Delete the checkpoints that `keep_last` and `keep_every` do not keep, after the one being written.
 
-        Called once a step from the newest checkpoint's weights was applied: until then they may be those of a run that
-        has diverged, and the one before is what the run can return to.
+        Call it once a step from the newest checkpoint's weights was applied. Until then the run may have diverged, and
+        needs the one before to return to.
         """
         if self._rotated != self._step:
             self._rotated = self._step
@@ -280,7 +289,7 @@ class CheckpointWriter:
                 self._thread.submit(self._delete_old, self._step)
 
     def wait(self, needed: bool = False) -> None:
-        """Until what is being written is on disk. Where it could not be, and it is `needed`, raises UsageError."""
+        """Wait until the checkpoint is on disk. Raise UsageError if it could not be written and is `needed`."""
         if self._writing is None:
             return
         failure = self._writing.result()
@@ -292,7 +301,7 @@ class CheckpointWriter:
             raise failure or UsageError(f"{self._root}: another process could not write its share", said=True, status=1)
 
     def close(self) -> None:
-        """Whatever is being written is finished."""
+        """Finish the checkpoint being written."""
         self._thread.shutdown(wait=True)
 
     def _finish(
@@ -304,7 +313,7 @@ class CheckpointWriter:
         position: Position,
         random: dict[str, torch.Tensor],
     ) -> UsageError | None:
-        """In the thread: waits for every process's files, makes the checkpoint visible; what went wrong, if it did."""
+        """Wait, in the thread, for every process's files and rename the folder; return the error, if any."""
         try:
             with becoming_directory(path, temporary, mine=self._processes.main):
                 with plain_dcp():
@@ -324,15 +333,17 @@ class CheckpointWriter:
         return None
 
     def _digests(self, folder: Path) -> dict[str, str]:
-        """SHA-256 of every file by its name; each process reads its own."""
+        """Return the SHA-256 of every file by name; each process reads its own."""
         files = list(folder.glob(f"__{self._processes.rank}_*"))
         if self._processes.main:
             files += [file for file in folder.iterdir() if not file.name.startswith("__")]
         return self._processes.merged({file.name: sha256_of(file) for file in files})
 
     def _delete_old(self, newest: int) -> None:
-        """All but the `keep_last` newest and every `keep_every`-th. Those of later steps are left alone: they are there
-        only if the run had to go back behind a damaged one."""
+        """Delete all but the `keep_last` newest and every `keep_every`-th, up to `newest`.
+
+        Later ones exist only if the run had to resume before a damaged one; they stay.
+        """
         last, every = self._config.keep_last, self._config.keep_every
         if not last:
             return
@@ -342,5 +353,5 @@ class CheckpointWriter:
                 shutil.rmtree(old[step], ignore_errors=True)
 
 
-# DCP's remark that one process is one process.
+# DCP warns that one process is one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

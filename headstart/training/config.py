@@ -1,4 +1,4 @@
-"""Everything a training run is told: the settings of a YAML file, changed by the command line."""
+"""Settings of a training run: a YAML file, changed by the command line."""
 
 from __future__ import annotations
 
@@ -41,28 +41,27 @@ def _at_least(least: float, section: str, settings: object, *names: str) -> None
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model reads."""
+    """Data of a run."""
 
     sources: tuple[str, ...] = ("python-stdlib",)
     """Files, folders, globs, or python-stdlib; prepared once into the run folder."""
     path: Path | None = None
-    """A folder that `headstart prepare` wrote; sources, tokenizer and validation_fraction then say nothing. Several
-    such folders, each with a weight, are named in the YAML file: `mixture: [{path: data/a, weight: 9}, ...]`."""
+    """Folder that `headstart prepare` wrote; the run then ignores sources, tokenizer and validation_fraction. The YAML
+    file can name several folders with weights: `mixture: [{path: data/a, weight: 9}, ...]`."""
     # Not on the command line: its flags would be subcommands.
     mixture: Annotated[tuple[MixturePart, ...] | None, Suppress] = None
-    """Several such folders, mixed by weight (docs/mixing.md), in place of `path`."""
+    """Several prepared folders, mixed by weight (docs/mixing.md), in place of `path`."""
     tokenizer: str = "bytes"
     """bytes, a tokenizer.json, or a folder that holds one."""
     validation_fraction: float = 0.02
     """Fraction of the documents held out for validation."""
     conversations: bool = False
-    """Whether rows of `sources` with messages are conversations: the tokenizer's chat template writes them, and only
-    what the assistant says is predicted. Rows with a text and files of text are read as they are."""
+    """Read rows of `sources` that have messages as conversations: the tokenizer's chat template renders them, and only
+    the assistant's replies are predicted. Rows with a text and text files are read as they are."""
     attention_within_documents: bool = False
-    """Whether attention stops at document boundaries (the paper does not say; its peers let rows be plain)."""
-
+    """Stop attention at document boundaries (the paper does not mention it; comparable work does not)."""
     allow_changed: bool = False
-    """Resume although the data or its tokenizer is another than when the checkpoint was written; for one start."""
+    """Resume even though the data or its tokenizer has changed since the checkpoint was written; for one start."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.mixture is not None:
@@ -78,18 +77,18 @@ class DataConfig:
 
     @property
     def prepared(self) -> tuple[MixturePart, ...]:
-        """The shards folders that are named, none where the run prepares its own from `sources`."""
+        """Prepared folders; empty if the run prepares its own from `sources`."""
         return self.mixture or (() if self.path is None else (MixturePart(self.path),))
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Tokens of one optimiser step: rows x accumulate x length, shared out among all processes."""
+    """Tokens of one optimizer step: rows x accumulate x length, divided among all processes."""
 
     rows: int = 8
-    """Rows of a micro-batch: at most this many are in a process's memory at once."""
+    """Rows of a micro-batch, the most that one process computes at once."""
     accumulate: int = 1
-    """Micro-batches whose gradients are added up for one optimiser step, those of all processes together."""
+    """Micro-batches of one optimizer step, those of all processes together."""
     length: int | None = None
     """Tokens of a row (None: model.context)."""
 
@@ -102,9 +101,9 @@ class ValidationConfig:
     """Loss, bits per byte and top-1 of every head on held-out documents."""
 
     every: int = 100
-    """Steps between validations; there is one at the end in any case (0: only that one)."""
+    """Steps between validations; the last step always has one (0: only that one)."""
     rows: int = 64
-    """Rows scored, spread over the validation split (of each source, where several are mixed)."""
+    """Rows scored, spread over the validation split (of each source, if several are mixed)."""
 
     def __post_init__(self) -> None:
         _at_least(0, "validation.", self, "every")
@@ -113,14 +112,14 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a killed run goes on from."""
+    """Checkpoints, from which a killed run resumes."""
 
     every: int = 500
-    """Steps between checkpoints; there is one at the end in any case (0: only that one)."""
+    """Steps between checkpoints; the last step always has one (0: only that one)."""
     keep_last: int = 2
-    """How many of the newest are kept (0: all)."""
+    """Number of newest checkpoints to keep (0: all)."""
     keep_every: int = 0
-    """Those of steps divisible by this are kept for good (0: none)."""
+    """Keep checkpoints of steps divisible by this for good (0: none)."""
 
     def __post_init__(self) -> None:
         _at_least(0, "checkpoints.", self, "every", "keep_last", "keep_every")
@@ -131,33 +130,33 @@ class RunConfig:
     """A training run."""
 
     steps: int
-    """Optimiser steps in all."""
+    """Optimizer steps in all."""
     run_dir: Path = Path("runs/train")
-    """Where everything of the run lies: config.yaml, metrics.jsonl, data/, checkpoints/, model/."""
+    """Folder of the run: config.yaml, metrics.jsonl, data/, checkpoints/, model/."""
     seed: int = 0
-    """Of the first weights, the order of the data and the choice of held-out documents."""
+    """Seed of the first weights, the order of the data and the choice of held-out documents."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What matrix products run in (auto: bfloat16, but float32 on a CPU without instructions for it); weights, their
-    gradients and the optimiser's state stay float32."""
+    """Type of matrix products (auto: bfloat16, but float32 on a CPU without instructions for it); weights, gradients
+    and the optimizer's state stay float32."""
     compile: bool | None = None
-    """Whether torch.compile fuses each block: up to a minute at the start, faster steps after it (None: in runs long
-    enough to win by it)."""
+    """Compile each block with torch.compile: up to a minute at the start, faster steps after it (None: in runs long
+    enough to gain from it)."""
     threads: int | None = None
-    """CPU threads (None: as torch chooses)."""
+    """CPU threads (None: torch's choice)."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Sizes, heads, wiring; in YAML also `preset: 100M` (Table S14) with changes beside it."""
+    """Sizes, heads, wiring; in YAML also `preset: 100M` (Table S14), with changes."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What the model reads."""
+    """Data of the run."""
     batch: BatchConfig = field(default_factory=BatchConfig)
-    """Tokens of one optimiser step."""
+    """Tokens of one optimizer step."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How weights are updated."""
+    """Optimizer and learning rate."""
     head_weights: HeadWeights = field(default_factory=HeadWeights)
-    """How much each head's loss counts."""
+    """Weights of the heads' losses."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """How the loss of a head is computed."""
+    """Loss of a head."""
     masked_inputs: MaskConfig = field(default_factory=MaskConfig)
     """Inputs hidden from the model: teacherless training, random masks (docs/methods.md)."""
     token_order: TokenOrderConfig = field(default_factory=TokenOrderConfig)
@@ -165,18 +164,18 @@ class RunConfig:
     registers: RegisterConfig = field(default_factory=RegisterConfig)
     """Register tokens (docs/methods.md)."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """When and how much to validate."""
+    """Validation on held-out documents."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save what a killed run goes on from."""
+    """Checkpoints, from which a killed run resumes."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How the model lies on several processes (torchrun)."""
+    """Distribution of the model over several processes (torchrun)."""
     watch: WatchConfig = field(default_factory=WatchConfig)
-    """Trackers, and the text written at each validation."""
+    """Trackers, and the sample written at each validation."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    """Which steps are profiled."""
-    # Not on the command line: `headstart adapt` writes it, with the shape of the model that it belongs to.
+    """Steps to profile."""
+    # Not on the command line: `headstart adapt` writes it, with the shape of the model.
     adapt: Annotated[AdaptConfig | None, Suppress] = None
-    """The model that the run begins from, with new heads on it (`headstart adapt`); None: it begins from nothing."""
+    """Existing model that gets new heads (`headstart adapt`); None: the run trains a new model."""
 
     def __post_init__(self) -> None:
         _at_least(1, "", self, "steps", "threads")
@@ -214,7 +213,7 @@ class RunConfig:
 
     @property
     def length(self) -> int:
-        """Positions of a row."""
+        """Tokens of a row."""
         return self.batch.length or self.model.context
 
     @property
@@ -224,21 +223,24 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
         return self.batch.rows * self.batch.accumulate * self.length
 
     @property
     def in_bfloat16(self) -> bool:
-        """Whether matrix products run in bfloat16, once `on` has decided it."""
+        """True if matrix products run in bfloat16; `on` must have decided it."""
         assert self.dtype != "auto"
         return self.dtype == "bfloat16"
 
     def on(self, device: str) -> RunConfig:
-        """With the dtype that "auto" is on "cpu", "cuda", ..."""
+        """Return the run with the dtype that "auto" means on "cpu", "cuda", ..."""
         return replace(self, dtype=dtype_on(device, self.dtype))
 
     def micro_batches(self, processes: int) -> tuple[int, int]:
-        """(micro-batches, rows of each) of one process in a step: the step's rows are the same for every number of
-        processes. Raises UsageError where they cannot be shared out."""
+        """Return the micro-batches of one process in a step, and the rows of each.
+
+        The step's rows are the same for every number of processes. Raises UsageError if they cannot be divided.
+        """
         rows = self.batch.rows * self.batch.accumulate
         if rows % processes:
             raise UsageError(
@@ -285,7 +287,7 @@ def fit_vocabulary(config: RunConfig, given: bool) -> RunConfig:
 
 
 def check_vocab_size(config: RunConfig, tokenizer_size: int, tokenizer: str) -> None:
-    """Raises UsageError where the model's vocabulary lacks a row for an id of the tokenizer, or for a method's own."""
+    """Raise UsageError if the vocabulary lacks a row for an id of the tokenizer or of an auxiliary objective."""
     own = len(config.own_tokens)
     if config.model.vocab_size < tokenizer_size + own:
         more = f" and {own} for {' and '.join(config.own_tokens)}" if own else ""
@@ -309,11 +311,11 @@ def _vocab_size(data: DataConfig) -> int:
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Writes all settings, defaults included, as YAML that `load_config` reads back equal."""
+    """Write all settings, defaults included, as YAML that `load_config` reads back equal."""
     write_mapping(Path(path), to_plain(config))
 
 
-# What a run cannot change while it goes on: other weights, other data, or another order of the same data.
+# Settings that a resumed run cannot change: they decide the weights, the data or its order.
 FIXED = (
     "seed",
     "model",
@@ -328,7 +330,7 @@ FIXED = (
     "adapt",
     "token_order",
 )
-# What changes nothing about the result that a reader would want to hear of.
+# Settings whose change is not reported: they do not change the result.
 QUIET = (
     "run_dir",
     "device",
@@ -346,7 +348,7 @@ QUIET = (
 
 
 def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[object, object]]:
-    """The settings in which two configurations differ: dotted name -> (old, new)."""
+    """Return the settings in which two configurations differ: dotted name -> (old, new)."""
     found: dict[str, tuple[object, object]] = {}
     for item in dataclasses.fields(old):  # type: ignore[arg-type]
         a, b, name = getattr(old, item.name), getattr(new, item.name), prefix + item.name
@@ -358,4 +360,5 @@ def differences(old: object, new: object, prefix: str = "") -> dict[str, tuple[o
 
 
 def is_under(name: str, prefixes: Sequence[str]) -> bool:
+    """Return whether the dotted `name` is one of `prefixes` or below it."""
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

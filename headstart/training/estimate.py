@@ -1,4 +1,4 @@
-"""`headstart train CONFIG.yaml --dry-run`: what a run would need and take. Nothing is started, read or written."""
+"""Estimate of the memory and time of a run, for `--dry-run`. It starts nothing, and reads and writes no data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from headstart.training.config import RunConfig
 from headstart.training.memory import estimate, layout
 
 SPARE = {"cpu": 0.5, "gpu": 0.1}
-"""How much more than the estimate a device should have, as a fraction of it: on a GPU for torch itself, communication,
-and what its allocator cannot use again; on a CPU the resident set was measured at 1.3 times the estimate
+"""Spare memory that a device should have, as a fraction of the estimate: on a GPU for torch itself, communication, and
+memory that its allocator cannot reuse; on a CPU the resident set was measured at 1.3 times the estimate
 (docs/scale-out.md)."""
 GPUS = ("A100", "H100", "B200")
-"""Those whose hours are told; their speeds are `hardware.GPU_TERAFLOPS`."""
+"""GPUs whose hours are estimated; their speeds are `hardware.GPU_TERAFLOPS`."""
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{kind}": base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -132,19 +132,21 @@ def format_dry_run(found: dict[str, Any]) -> str:
 
 def _verdict(found: dict[str, Any]) -> str:
     if found["device_bytes"] is None:
-        return "give --device-memory, such as 80GiB, to be told whether that fits"
+        return "give --device-memory, such as 80GiB, to see whether that fits"
     left = (found["device_bytes"] - found["peak_bytes"]) / 2**30
     device = f"{found['device_bytes'] / 2**30:,.2f} GiB"
     if found["fits"]:
         return f"fits in {device}, {left:,.2f} GiB to spare"
     if left >= 0:
         spare = SPARE[found["device"]]
-        return f"tight in {device}: {left:,.2f} GiB to spare, of the {spare:.0%} that an estimate needs. {_mend(found)}"
-    return f"does not fit in {device}: {-left:,.2f} GiB too much. {_mend(found)}"
+        return (
+            f"tight in {device}: {left:,.2f} GiB to spare, of the {spare:.0%} that an estimate needs. {advise(found)}"
+        )
+    return f"does not fit in {device}: {-left:,.2f} GiB too much. {advise(found)}"
 
 
-def _mend(found: dict[str, Any]) -> str:
-    """What makes the largest part smaller."""
+def advise(found: dict[str, Any]) -> str:
+    """Return the setting that makes the largest part smaller."""
     held = found["moments"][found["peak_moment"]]
     largest = max(held, key=lambda name: held[name])
     if "before they are shared out" in largest:
@@ -181,7 +183,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _memory_here(on_cpu: bool, processes: int) -> int | None:
-    """Of the GPU here, or what is available to one process on this CPU."""
+    """Return the memory of the GPU here, or the memory available to one process on this CPU."""
     if not on_cpu:
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     return hardware.available_memory() if processes == 1 else None

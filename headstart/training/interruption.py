@@ -20,11 +20,20 @@ REQUEUE = 75
 
 
 class Interrupted(Stopped):
-    """A run was stopped from outside and can go on. The command line prints the message and exits with `status`: 130
-    after Ctrl-C, 75 after a signal that a scheduler sends."""
+    """A run was stopped from outside and can resume.
+
+    The command line prints the message and exits with `status`: 130 after Ctrl-C, 75 after a scheduler's signal.
+    """
 
     def __init__(self, run_dir: Path, step: int, checkpoint: Path | None, number: int | None) -> None:
-        """`checkpoint`: what the run resumes from; of an earlier step where the last steps were skipped."""
+        """Write the message.
+
+        Args:
+            run_dir: folder of the run.
+            step: steps done.
+            checkpoint: the checkpoint that the run resumes from, of an earlier step if the last steps were skipped.
+            number: the signal.
+        """
         self.status = 130 if number == signal.SIGINT else REQUEUE
         folder = shlex.quote(str(run_dir))
         config = shlex.quote(str(run_dir / "config.yaml"))
@@ -37,20 +46,21 @@ class Interrupted(Stopped):
 
 @dataclass
 class Interruption:
+    """The request to stop a run."""
+
     requested: bool = False
     signal: int | None = None
-    """The first signal that came to this process."""
+    """First signal that this process received."""
 
 
 @contextmanager
 def watching_signals(alone: bool = True) -> Iterator[Interruption]:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into `requested`; the second one interrupts at once.
+    """Turn the first SIGINT, SIGTERM or SIGUSR1 into `requested`; let the second one interrupt at once.
 
-    Not so where the process is not `alone`: launcher and scheduler may both send the signal, and only SIGKILL stops
-    at once.
+    If the process is not `alone`, only SIGKILL stops it at once: launcher and scheduler may both send the signal.
     """
     interruption = Interruption()
-    if threading.current_thread() is not threading.main_thread():  # signals only ever reach the main thread
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield interruption
         return
 
@@ -60,7 +70,7 @@ def watching_signals(alone: bool = True) -> Iterator[Interruption]:
                 raise KeyboardInterrupt
             return
         interruption.requested, interruption.signal = True, number
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may have arrived in the middle of one.
         more = b"; once more stops at once, without saving" if alone else b""
         os.write(2, b"\nstopping: this step is finished and saved" + more + b"\n")
 

@@ -1,4 +1,4 @@
-"""The training loop: `train` runs or goes on with a run folder until its last step."""
+"""The training loop: `train` starts or resumes a run and takes its steps up to the last one."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ from headstart.training.trackers import check_packages
 from headstart.training.validation import decode_sample, long_enough, prompt_tokens, validate_sources
 
 STEPS_WITHOUT_TARGET = 100
-"""So many first steps without anything to predict end a run."""
+"""First steps without any target after which a run ends."""
 SKIPS_IN_A_ROW = 20
-"""Skipped steps after which a run is given up."""
+"""Skipped steps in a row after which a run ends."""
 SAMPLED_TOGETHER = 500_000_000
-"""Several processes: up to this many parameters the model is made whole on one of them to decode a sample. The others
-wait."""
+"""Most parameters of a model that several processes gather on one of them to decode a sample, while the others wait."""
 
 OTHER = {"tokens": "other tokens", "tokenizer": "another tokenizer"}
-"""What has changed in a source, by the names of `TokenShards.digests`."""
+"""Changes of a source, by the names of `TokenShards.digests`."""
 
 
 def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) -> Path:
-    """Trains until `config.steps` and returns the path of the model directory.
+    """Train until `config.steps` and return the path of the model directory.
 
-    Goes on by itself, bit for bit, where the run folder holds a checkpoint. Raises Interrupted after Ctrl-C or SIGTERM,
-    with a checkpoint saved; UsageError for whatever the user can mend.
+    The run resumes, bit for bit, if its folder holds a checkpoint. Raises Interrupted after Ctrl-C or SIGTERM, with a
+    checkpoint saved, and UsageError for whatever the user can fix.
     """
     check_packages(config.watch)
     if config.threads is not None:
@@ -213,7 +212,7 @@ class Run(Callback):
         )
 
     def validate(self) -> None:
-        """Scores held-out documents and decodes the sample, whichever of the two this run has."""
+        """Score held-out documents and decode the sample, if the run has them."""
         scores: dict[str, float] = {}
         if self.validated:
             scores = validate_sources(self.learner.model, self.validated, self.config, self.processes)
@@ -228,12 +227,12 @@ class Run(Callback):
         self.report.validation(self.position, scores, sample)
 
     def save(self) -> None:
-        """Starts a checkpoint of this step; it is written while training goes on."""
+        """Start a checkpoint of this step; it is written while training continues."""
         self.report.sync()
         self.writer.save(self.position)
 
     def save_model(self) -> None:
-        """Writes the model directory, on the first process."""
+        """Write the model directory, on the first process."""
         whole = self.subject.whole()
 
         def write() -> None:
@@ -249,7 +248,7 @@ class _Watch(Callback):
     def __init__(self, run: Run, bar: Progress, interruption: Interruption) -> None:
         self.run, self.bar, self.interruption = run, bar, interruption
         self.due = False
-        """Whether a checkpoint is due that a skipped step has put off."""
+        """True if a checkpoint is due that a skipped step has put off."""
 
     def after_step(self, step: int, result: StepResult) -> None:
         """Do what is due after the step. Raises Interrupted, with a checkpoint saved, if a stop was requested."""
@@ -270,7 +269,7 @@ class _Watch(Callback):
 
 
 def check_storable(config: RunConfig) -> None:
-    """Raise UsageError where no model directory can hold the model: it is not worth training."""
+    """Raise UsageError if no model directory can hold the model, before it is trained."""
     family_of(config.model)
     with torch.device("meta"):
         check_names(Transformer(config.model))
@@ -279,10 +278,16 @@ def check_storable(config: RunConfig) -> None:
 def position_in_data(
     position: Position, digests: list[dict[str, str]], sources: Sequence[Source], config: RunConfig
 ) -> dict[str, int]:
-    """Return where the stream of batches continues from a checkpoint: where that says, unless the data has changed.
+    """Return the position in the data from which a checkpoint continues.
 
-    `digests`: those of `sources` as they are now. Raises UsageError where they are others and the configuration does
-    not allow that; where it does, a single source is read from the start of its next epoch.
+    If the data has changed and the configuration allows it, a single source continues with its next epoch; if it is not
+    allowed, UsageError.
+
+    Args:
+        position: the checkpoint's position.
+        digests: digests of `sources` as they are now.
+        sources: the data.
+        config: the run.
     """
     if not position.sources:
         say("warning: the checkpoint does not record which data it was trained on; the data is taken for the same")

@@ -30,26 +30,26 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread: what one process holds and computes at once."""
+    """Distribution of a run: the share that one process holds, and what it computes at once."""
 
     processes: int
-    """In all."""
+    """Number of processes."""
     sharers: int
-    """Processes that share one copy of weights, gradients and optimiser state."""
+    """Processes that share one copy of weights, gradients and optimizer state."""
     rows: int
     """Rows of a micro-batch of one process."""
     micro_batches: int
     """Micro-batches of one process in a step."""
     reshard_after_forward: bool
-    """Whether a block's gathered weights are freed until its backward."""
+    """Free a block's gathered weights until its backward."""
     reduce_each_micro_batch: bool
-    """Whether gradients are summed over processes after every micro-batch instead of once a step."""
+    """Sum gradients over processes after every micro-batch instead of once a step."""
     activation_checkpointing: bool
-    """Whether the trunk keeps the input of each block only, and computes the rest again in the backward."""
+    """Keep only the input of each block of the trunk, and compute the rest again in the backward."""
 
 
 def layout(config: RunConfig, processes: int) -> Layout:
-    """Raises UsageError where the step's rows, or the copies, cannot be shared out evenly."""
+    """Return the layout. Raise UsageError if the step's rows, or the copies, cannot be divided evenly."""
     if processes < 1:
         raise UsageError(f"--processes is {processes}; it must be at least 1")
     micro_batches, rows = config.micro_batches(processes)
@@ -67,25 +67,28 @@ def layout(config: RunConfig, processes: int) -> Layout:
 
 
 PROCESSES_PER_NODE = 8
-"""Processes of a node where the run does not say: a hybrid run then keeps a copy inside each node."""
+"""Processes assumed for a node: by default, a hybrid run keeps a copy inside each node."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process at each moment of a step, by what they are for."""
+    """Bytes of one process at each moment of a step, by use."""
 
     moments: dict[str, dict[str, int]]
 
     @property
     def peak(self) -> int:
+        """Bytes at the peak."""
         return sum(self.at_peak.values())
 
     @property
     def peak_moment(self) -> str:
+        """Moment of the peak."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def at_peak(self) -> dict[str, int]:
+        """Bytes at the peak by use."""
         return self.moments[self.peak_moment]
 
 
@@ -155,7 +158,7 @@ class _Step:
         self.on_path = _depth(self.shape)
         """Heads whose activations are alive together: 1 on the parallel tree."""
         self.modules = self.on_path - (1 if self.shape.kind.reads_tokens else 0)
-        """Those of them that are modules: head 1 of sequential heads is none."""
+        """Number of these heads that are modules; head 1 of sequential heads is none."""
         self.kept = Kept(config, self.compute, self.residual, device)
 
     def shared(self, count: int) -> int:
@@ -256,12 +259,15 @@ class Kept:
     device: Literal["cpu", "gpu"]
 
     def norm(self) -> int:
-        """RMSNorm: a GPU's kernel keeps its input; torch's plain version also keeps the input divided by its size, both
-        in float32."""
+        """Return the bytes of an RMSNorm.
+
+        A GPU's kernel keeps its input; torch's plain version also keeps the input divided by its size, both in float32.
+        """
         D = self.config.model.dim
         return 2 * FLOAT32 * D if self.device == "cpu" else self.residual * D
 
     def attention(self) -> int:
+        """Return the bytes of an attention."""
         shape, c = self.config.model, self.compute
         q, kv = shape.attention_dim, shape.key_value_heads * shape.dim_per_head
         T = self.config.length
@@ -276,41 +282,43 @@ class Kept:
         return c * (q + kv) + c * (q + 2 * kv) + c * q + FLOAT32 * shape.attention_heads + mask
 
     def written_out(self) -> bool:
-        """Whether attention is written out in products, holding its scores (`attention.causal_attention`)."""
+        """Return whether attention holds its scores, in plain products (`attention.causal_attention`)."""
         shortest = BLOCK + 1 if self.compute == FLOAT32 else 1
         plain = self.device == "cpu" and shortest <= self.config.length <= WRITTEN_OUT_LENGTH
         return plain and not self.config.data.attention_within_documents
 
     def block(self) -> int:
+        """Return the bytes of a block."""
         shape = self.config.model
         # two norms, the inputs of qkv and of gate_up, attention; gate_up, silu(gate) and its product with up
         return 2 * self.norm() + 2 * self.compute * shape.dim + self.attention() + 4 * self.compute * shape.hidden
 
     def run_block(self) -> int:
-        """What a block holds at its widest that is run without a graph: its input, a norm and one of its two halves."""
+        """Return the peak of a block that runs without a graph: its input, a norm and one of its two halves."""
         shape = self.config.model
         halves = max(self.attention(), 4 * self.compute * shape.hidden)
         return self.norm() + 2 * self.residual * shape.dim + halves
 
     def trunk(self, layers: int, checkpointing: bool) -> int:
+        """Return the bytes of the trunk."""
         output = self.residual * self.config.model.dim
         return output + layers * (output if checkpointing else self.block())
 
     def head(self) -> int:
-        """One head and its latent, beside its parent's latent, which is there already."""
+        """Return the bytes of one head and its latent, without its parent's latent."""
         return self.config.model.kind.kept_bytes(self)
 
     def loss(self) -> int:
-        """The unembedding's norm, its result, that in the dtype of the products, and its gradient."""
+        """Return the bytes of the unembedding's norm, its result in its own and the products' dtype, and its gradient."""
         D = self.config.model.dim
         cast = self.compute if self.compute != self.residual else 0
         norm = self.norm() - (self.residual * D if self.residual == FLOAT32 or self.device == "gpu" else 0)
         return norm + (self.residual + cast + self.compute) * D
 
     def backward(self) -> int:
-        """What a block's backward needs at its widest, beyond what it frees on the way."""
+        """Return the peak of a block's backward, beyond the bytes that it frees on the way."""
         shape = self.config.model
-        # Of one block of rows in float32, of all in bfloat16.
+        # The scores of one block of rows in float32, of all rows in bfloat16.
         seen = BLOCK if self.compute == FLOAT32 else self.config.length
         scores = shape.attention_heads * seen if self.written_out() else 0
         return self.compute * max(2 * shape.hidden, 2 * scores) + (2 * self.residual + self.compute) * shape.dim
@@ -319,8 +327,11 @@ class Kept:
 def distributions(
     config: RunConfig, tokens: int, device: Literal["cpu", "gpu"], budget: int = LOGITS_BYTES // 2
 ) -> int:
-    """Return the bytes that `objective/distillation.py` holds in addition to a chunk of logits: log-probabilities and
-    probabilities of teacher and head and their gradient, in float32, and the latents that the teacher's are made of."""
+    """Return the bytes that `objective/distillation.py` holds in addition to a chunk of logits.
+
+    They are the log-probabilities and probabilities of teacher and head and their gradient, in float32, and the latents
+    of the teacher.
+    """
     vocab_size = config.model.vocab_size
     rows = PIECE_BYTES // (FLOAT32 * vocab_size) if device == "cpu" else chunk_rows(vocab_size, budget)
     latents = (2 * FLOAT32 + (2 if config.in_bfloat16 else FLOAT32)) * config.model.dim * tokens
@@ -328,7 +339,7 @@ def distributions(
 
 
 def _depth(config: ModelConfig) -> int:
-    """Longest way from the trunk to a head."""
+    """Return the longest path from the trunk to a head."""
     depth = [0] * (config.heads + 1)
     order = range(1, config.heads + 1)
     for k in reversed(order) if config.wiring == "anticausal" else order:

@@ -26,17 +26,17 @@ from headstart.training.yaml_settings import to_plain
 
 
 def expected_tokens_per_pass(accuracies: Sequence[float]) -> float:
-    """An estimate, made during training, of the tokens that a decoding pass will commit: 1 + sum_k prod_{j=2..k} acc_j.
+    """Estimate the tokens that a decoding pass will commit: 1 + sum_k prod_{j=2..k} accuracy_j.
 
-    It is no measurement. It takes the top-1 accuracies of heads 2..k at one position for the chances of their drafts,
-    and those chances for independent; and they were counted on given text, while decoding drafts the model's own.
+    It is no measurement: it takes the top-1 accuracies of heads 2..k for the independent acceptance rates of their
+    drafts, and training counts them on given text, while decoding drafts the model's own.
 
     Args:
-        accuracies: of heads 1..n, head 1 first, between 0 and 1; NaN for a head whose hits were not counted: the
-            drafts end before it.
+        accuracies: accuracies of heads 1..n, between 0 and 1; NaN for a head whose hits were not counted, before which
+            the drafts end.
 
     Returns:
-        From 1 to n; NaN where head 1's own is NaN, because then nothing was counted.
+        A number from 1 to n; NaN if head 1's accuracy is NaN, because then nothing was counted.
     """
     if math.isnan(accuracies[0]):
         return math.nan
@@ -58,31 +58,31 @@ def step_record(
     tokens_per_second: float,
     seconds_at_peak: float,
     memory: int | None,
-    accuracies: Sequence[float] = (),
     tokens_per_pass: float | None = None,
 ) -> dict[str, Any]:
-    """The metrics of one optimiser step by name; a number that is not finite, or not known, is None.
+    """Return the metrics of one optimizer step by name; a number that is not finite, or not known, is None.
 
     Args:
-        step, tokens: done so far, this step included.
+        result: the step.
+        step: steps done so far, this one included.
+        tokens: tokens trained on so far, those of this step included.
         clip: largest gradient norm that is not clipped.
-        tokens_per_second: of this step, over all processes.
+        tokens_per_second: rate of this step, over all processes.
         seconds_at_peak: seconds that the matrix products of one token would take on all devices together at their
-            peak: `ModelConfig.flops_per_token` / peak. Times tokens_per_second it is the model FLOPs utilisation.
+            peak: `ModelConfig.flops_per_token` / peak. Times tokens_per_second it is the model FLOPs utilization.
         memory: bytes, see `memory_in_use`.
-        accuracies: top-1 of each head on this step's own tokens, head 1 first; empty where it was not counted.
-        tokens_per_pass: what these accuracies promise for decoding.
+        tokens_per_pass: estimate of `expected_tokens_per_pass`, if there is one.
     """
     record: dict[str, Any] = {"step": step, "tokens": tokens}
     record |= {f"loss/head{k}": loss for k, loss in enumerate(result.losses, start=1)}
     record |= {f"loss/{method}": loss for method, loss in result.auxiliary.items()}
-    record |= {f"top1/head{k}": share for k, share in enumerate(accuracies, start=1)}
+    record |= {f"top1/head{k}": share for k, share in enumerate(result.accuracies, start=1)}
     if tokens_per_pass is not None:
         record["expected_tokens_per_pass"] = tokens_per_pass
     record |= {
         "lr": result.lr,
         "grad_norm": result.gradient_norm,
-        # A share over the last steps would not survive a resume; readers make it from this.
+        # Readers make a share of it; a running share would not survive a resume.
         "clipped": result.finite and result.gradient_norm > clip,
         "tokens_per_second": tokens_per_second,
         "mfu": tokens_per_second * seconds_at_peak,
@@ -92,12 +92,15 @@ def step_record(
 
 
 def memory_in_use(device: torch.device) -> int | None:
-    """Bytes: on a GPU the most that tensors held so far, on a CPU what this process holds in memory now."""
+    """Return bytes: on a GPU the peak of tensors so far, on a CPU the resident memory of this process now."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_memory()
 
 
 class RunReport:
-    """Used as a context. Of several processes each has one, and only the first one's writes."""
+    """Report of a run: lines on the terminal, metrics.jsonl, trackers, a profile. A context manager.
+
+    Every process has one; only that of the first one writes.
+    """
 
     def __init__(self, config: RunConfig, folder: RunFolder, processes: Processes, position: Position) -> None:
         self._config, self._folder, self._processes = config, folder, processes
@@ -109,7 +112,7 @@ class RunReport:
         self._flops, self._peak = flops_per_token(config), peak * processes.count
         profile = config.profile if processes.main else ProfileConfig()
         self.profiler = StepProfiler(profile, folder.path / "profile", processes.device, position.step)
-        self._trackers = Trackers(WatchConfig(), folder.path, {}, 0)  # tells nobody
+        self._trackers = Trackers(WatchConfig(), folder.path, {}, 0)  # none
 
         def start() -> None:
             self._trackers = Trackers(config.watch, folder.path, to_plain(config), position.step)
@@ -130,18 +133,18 @@ class RunReport:
         self._open.__exit__(kind, error, trace)
 
     def write(self, record: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, which the trackers are told too."""
+        """Write a line of metrics.jsonl and pass it to the trackers."""
         if self._log is not None:
             self._log.write(record)
         self._trackers.log(record, record["step"])
 
     def sync(self) -> None:
-        """Before a checkpoint: it must not be on disk without the lines that lead to it."""
+        """Flush the lines to disk before a checkpoint, which must not exist without them."""
         if self._log is not None:
             self._log.sync()
 
     def say_start(self, sources: Sequence[Source], rows_of: Sequence[int]) -> None:
-        """The model, the machine, and what is read how often; `rows_of` are the rows of an epoch of each source."""
+        """Print the model, the machine and the epochs; `rows_of` are the rows of an epoch of each source."""
         config, processes, counts = self._config, self._processes, self._config.model.parameters()
         spread = ""
         if processes.count > 1:
@@ -177,7 +180,6 @@ class RunReport:
             tokens_per_second=self._config.tokens_per_step / result.seconds,
             seconds_at_peak=self._flops / self._peak,
             memory=memory_in_use(self._processes.device),
-            accuracies=result.accuracies,
             tokens_per_pass=expected_tokens_per_pass(result.accuracies[: self._config.model.drafting_heads]),
         )
         if result.skipped:
@@ -186,7 +188,7 @@ class RunReport:
         self.write(record)
 
     def validation(self, position: Position, scores: dict[str, float], sample: dict[str, Any] | None) -> None:
-        """What held-out documents gave, {} where there are none, and the text decoded, if any."""
+        """Report the scores of held-out documents, {} if there are none, and the decoded sample, if any."""
         parts = []
         for k in sorted({1, self._config.model.heads}):
             if f"validation/loss/head{k}" in scores:
@@ -201,7 +203,7 @@ class RunReport:
             self.write({"step": position.step, "tokens": position.tokens, **record})
 
     def say_end(self, position: Position, steps: int, seconds: float) -> None:
-        """`steps` taken since the start, in `seconds`."""
+        """Print the end of the run: `steps` taken since its start, in `seconds`."""
         say(f"done: {steps:,} steps, {steps * self._config.tokens_per_step:,} tokens in {duration(seconds)}")
         if position.skipped:
             say(f"{position.skipped} steps were skipped: their loss or gradient was not finite, or their loss a spike")
@@ -211,8 +213,8 @@ class RunReport:
 
 
 def in_short(result: StepResult, tokens_per_second: float) -> dict[str, object]:
-    """What stands beside the progress bar."""
-    # NaN in a finite step: the head is frozen, or none of its targets was there.
+    """Return the numbers shown next to the progress bar."""
+    # NaN in a finite step: the head is frozen or had no target.
     known = {k: loss for k, loss in enumerate(result.losses, 1) if not (result.finite and math.isnan(loss))}
     losses = [f"{loss:.3f}" for loss in known.values()]
     name = "loss" if len(known) == len(result.losses) else f"loss of heads {', '.join(map(str, known))}"

@@ -1,4 +1,4 @@
-"""Muon for matrices that are whole, or lie in shares on several processes."""
+"""Muon for matrices that are whole, or spread in shares over several processes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 TOGETHER = 2**25
-"""Weights that are orthogonalised in one batch where matrices are whole: so many at most, or one matrix. Batches of
-small matrices are faster than one after the other, and memory stays bounded."""
+"""Most weights of whole matrices that are orthogonalized in one batch (at least one matrix). A batch of small matrices
+is faster than one after the other, and the bound limits its memory."""
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, over plain parameters or DTensors sharded by rows, as
-    FSDP2's are; its products run in `dtype`, where torch's run in bf16 whatever the machine.
+    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, for plain parameters and FSDP2's DTensors.
 
-    Of DTensors a process holds some rows of every matrix, and orthogonalising a matrix needs all of it. So the updates
-    of all matrices of one shape are stacked and exchanged, some whole matrices for a share of all of them; each process
-    orthogonalises its own in one batch, and the results are exchanged back: two exchanges for each shape, in `dtype`,
-    and no product computed twice among the processes that share a copy. Equal to torch's to rounding.
+    Its products run in `dtype`; torch's always run in bf16. Results equal torch's to rounding.
+
+    A process holds some rows of every sharded matrix, but orthogonalizing a matrix needs all of it. So the updates of
+    all matrices of one shape are stacked, and each process exchanges its share of all of them for some whole matrices,
+    orthogonalizes these in one batch, and exchanges the results back. That takes two exchanges for each shape, in
+    `dtype`, and the processes that share a copy compute no product twice.
     """
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, dtype: torch.dtype) -> None:
@@ -38,7 +39,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update. There is no closure here: several backward passes make one gradient."""
+        """Update the parameters. A closure is not supported: several backward passes make one gradient."""
         assert closure is None
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = {}
@@ -77,7 +78,7 @@ class Muon(torch.optim.Muon):
 
 
 class _Exchange:
-    """Rows of all of L matrices (M, N) of one shape, for all rows of some of them, and back."""
+    """The exchange of some rows of all L matrices (M, N) of one shape for all rows of some of them, and back."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         first = parameters[0]
@@ -110,8 +111,10 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def orthogonalize(x_LMN: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The nearest orthogonal matrix, roughly, of each of L matrices (M, N): Newton-Schulz as in torch's Muon, in the
-    dtype of `x_LMN`."""
+    """Approximate the nearest orthogonal matrix of each of L matrices (M, N).
+
+    This is the Newton-Schulz iteration of torch's Muon, in the dtype of `x_LMN`.
+    """
     a, b, c = coefficients
     tall = x_LMN.shape[1] > x_LMN.shape[2]
     x = x_LMN.mT if tall else x_LMN

@@ -1,4 +1,4 @@
-"""Optimisers: AdamW as in the paper, or Muon for the matrices inside the blocks; and the learning rate over a run."""
+"""Optimizers: AdamW as in the paper, or Muon for the matrices inside the blocks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from headstart.errors import UsageError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How weights are updated. The defaults are the paper's (Table S13 and its caption); it does not give epsilon."""
+    """Optimizer and learning rate. The defaults are the paper's (Table S13); it does not give epsilon."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     """adamw for everything, or muon for the matrices inside trunk blocks and heads with adamw for the rest."""
     lr: float = 3e-4
     """Peak learning rate."""
     muon_lr: float | None = None
-    """Peak learning rate of muon's matrices (None: `lr`, to whose scale muon's updates are matched)."""
+    """Peak learning rate of muon's matrices (None: `lr`; muon's updates are matched to its scale)."""
     head_lr_ratio: float = 1.0
     """Learning rate of heads 2..n, and of unembeddings of their own, as a multiple of the rest's (Medusa-2 takes 4)."""
     warmup_steps: int = 100
@@ -33,8 +33,8 @@ class OptimizerConfig:
     final_lr_ratio: float = 0.03
     """Learning rate of the last step, as a fraction of the peak."""
     extension: Literal["hold", "rewarm"] = "hold"
-    """The learning rate of the steps added to a run whose schedule had ended: hold keeps the final rate; rewarm warms
-    up to the peak once more and falls over the added steps."""
+    """Learning rate of the steps added to a run whose schedule has ended: hold keeps the final rate; rewarm warms up to
+    the peak once more and falls over the added steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
@@ -46,7 +46,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of the gradient of all parameters together (.inf: never clipped)."""
     spike_threshold: float = 10.0
-    """A step whose loss is more than this many standard deviations above its running mean is skipped (0: never)."""
+    """Standard deviations above the running mean loss from which a step is skipped (0: none is)."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "head_lr_ratio", "eps", "clip"):
@@ -71,20 +71,20 @@ class OptimizerConfig:
 
 @dataclass
 class ParameterGroup:
-    """Parameters that are updated alike."""
+    """Parameters with the same update rule."""
 
     muon: bool
-    """By Muon, not AdamW."""
+    """True for Muon, false for AdamW."""
     decayed: bool
-    """With weight decay."""
+    """True if the weights decay."""
     lr_scale: float
     """Learning rate as a multiple of `lr`."""
     parameters: dict[str, nn.Parameter]
-    """By name."""
+    """Parameters by name."""
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[ParameterGroup]:
-    """Every trainable parameter once: those of heads 2..n apart from those of the path to head 1, both in three kinds.
+    """Group every trainable parameter once: those of heads 2..n and those of the path to head 1, both in three kinds.
 
     A matrix is decayed unless it is the embedding; a tied unembedding is the embedding. Groups without parameters are
     left out.
@@ -108,7 +108,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[Paramete
 
 
 def _is_of_a_further_head(name: str) -> bool:
-    """Whether a parameter belongs to one of the heads 2..n alone."""
+    """Return whether a parameter belongs to one of the heads 2..n alone."""
     first, second, third, *_ = [*name.split("."), "", ""]
     if first == "unembedding":
         return second == "residuals" or (second == "weights" and third != "0")
@@ -118,9 +118,9 @@ def _is_of_a_further_head(name: str) -> bool:
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, device: torch.device, dtype: str = "bfloat16"
 ) -> list[Optimizer]:
-    """One optimiser, or two for muon; between them they hold every trainable parameter once.
+    """Build one optimizer, or two for muon, which together hold every trainable parameter once.
 
-    `set_learning_rate` gives them their rate before each step; until then it is 0. Muon's products run in `dtype`.
+    `set_learning_rate` sets their rate before each step; until then it is 0. Muon's products run in `dtype`.
     """
     groups = parameter_groups(model, config)
     optimizers: list[Optimizer] = []
@@ -147,10 +147,10 @@ def _torch_group(group: ParameterGroup, config: OptimizerConfig) -> dict[str, An
 
 
 def _make_state(optimizer: Optimizer) -> None:
-    """The state that a first step would make, for every parameter.
+    """Make the state that a first step would make, for every parameter.
 
-    Optimisers make it at a parameter's first gradient, which a head of weight 0 has not had; a checkpoint would then
-    lack it, and could not be read back.
+    Optimizers make it at a parameter's first gradient. A head of weight 0 has had none; a checkpoint would then lack
+    its state, and could not be read back.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
@@ -163,6 +163,7 @@ def _make_state(optimizer: Optimizer) -> None:
 
 
 def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
+    """Set the learning rate of every group to `lr` times its scale."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]

@@ -1,8 +1,8 @@
-"""Spreading a model over processes: activation checkpointing, compilation, FSDP2 sharding, mixed precision.
+"""Distribution of a model over processes: activation checkpointing, compilation, FSDP2 sharding, mixed precision.
 
-`parallelize` is the one place where it happens; the model knows nothing of it. Trunk, each head and the unembedding are
-FSDP roots of their own, because the walk (`objective/walk.py`) runs n + 2 backward passes a step and a root takes the
-end of each backward for the end of all: with one root the first head's backward would finish groups that have not run.
+`parallelize` is the one place that does it; the model does not know. Trunk, each head and the unembedding are FSDP
+roots of their own, because the walk (`objective/walk.py`) runs n + 2 backward passes a step and a root takes the end of
+each backward for the end of all: with one root the first head's backward would finish groups that have not run.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model lies on several processes (`torchrun`); one process ignores the sharding."""
+    """Distribution of the model over several processes (`torchrun`); one process ignores the sharding."""
 
     sharding: Literal["full", "hybrid", "replicate"] = "full"
     """full: every process holds a share of the weights; hybrid: groups of processes share a copy; replicate: every
     process holds all (small models)."""
     processes_per_copy: int | None = None
-    """hybrid: how many processes share one copy (None: those of one node)."""
+    """hybrid: number of processes that share one copy (None: those of one node)."""
     activation_checkpointing: bool = False
     """Recompute the trunk's blocks in the backward: a third more arithmetic, a fraction of the memory."""
     reshard_after_forward: bool = True
     """full and hybrid: free a block's gathered weights until its backward; false trades memory for communication."""
     reduce_each_micro_batch: bool = False
-    """With batch.accumulate: sum gradients over processes after every micro-batch instead of once a step, which spares
-    each process a whole fp32 gradient."""
+    """Sum gradients over processes after every micro-batch instead of once a step. With batch.accumulate it saves each
+    process a whole fp32 gradient."""
 
     def __post_init__(self) -> None:
         if self.sharding not in ("full", "hybrid", "replicate"):
@@ -55,7 +55,7 @@ class ParallelConfig:
             )
 
     def mesh_shape(self, processes: int, per_node: int) -> tuple[int, int]:
-        """(copies of the model, processes that share one copy)."""
+        """Return the number of copies of the model, and of the processes that share one copy."""
         shared = {"full": processes, "replicate": 1}.get(self.sharding, self.processes_per_copy or per_node)
         if processes % shared:
             raise UsageError(
@@ -68,17 +68,20 @@ class ParallelConfig:
 def parallelize(
     model: Transformer, mesh: DeviceMesh | None, config: ParallelConfig, *, compile: bool, dtype: str
 ) -> GradientSums:
-    """Changes `model`, which may lie on the meta device, in place; optimisers are built after it.
+    """Change `model` in place, which may be on the meta device; build optimizers after it.
 
     Args:
+        model: the model.
         mesh: (copies, processes that share one), named ("replicate", "shard"); None: one process, no sharding.
-        compile: torch.compile for each block.
-        dtype: what matrix products run in, "bfloat16" or "float32". Sharded weights, optimiser state and the sums of
+        config: sharding and activation checkpointing.
+        compile: whether to compile each block.
+        dtype: dtype of matrix products, "bfloat16" or "float32". Sharded weights, optimizer state and the sums of
             gradients stay float32; weights are gathered in `dtype`.
 
     Returns:
-        What the training step wraps each micro-batch in. On several processes a forward pass with gradients outside of
-        its `micro_batch` raises UsageError, because gradients would be summed at the wrong time or not at all.
+        The sums of gradients, whose `micro_batch` surrounds each micro-batch of a training step. On several processes a
+        forward pass with gradients outside of it raises UsageError, because gradients would be summed at the wrong time
+        or not at all.
     """
     # 1. Checkpointing first, so that what is compiled contains the recomputation. Heads are not checkpointed: the walk
     #    holds one head's activations at a time.
@@ -144,7 +147,7 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
 
 
 def _embed_through_unembedding(model: Transformer) -> None:
-    """A tied matrix belongs to the unembedding's FSDP group alone; looking up a token then goes through its hooks."""
+    """Give a tied matrix to the unembedding's FSDP group alone, and let the look-up of tokens run its hooks."""
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     embedding, unembedding = cast(Any, model.trunk.embedding), cast(Any, model.unembedding)
@@ -161,12 +164,12 @@ def _embed_through_unembedding(model: Transformer) -> None:
 
 
 def _repeated(model: Transformer) -> nn.Module | None:
-    """The module that several heads share: it has several forwards and backwards in a pass."""
+    """Return the module that several heads share, which has several forwards and backwards in a pass; None if none."""
     return model.head(2) if model.config.kind.repeats_module else None
 
 
 class GradientSums:
-    """Sums gradients over processes once a step, however many backward passes and micro-batches the step has."""
+    """Sum gradients over processes once a step, however many backward passes and micro-batches the step has."""
 
     def __init__(self, model: Transformer, each_micro_batch: bool) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -187,8 +190,12 @@ class GradientSums:
 
     @contextmanager
     def micro_batch(self, *, last: bool, losses: int) -> Iterator[None]:
-        """Surround one `walk_step` or `multi_token_step` that computes `losses` losses, one for each head of a weight
-        other than 0; `last`: of this optimiser step."""
+        """Surround one `walk_step` or `multi_token_step`.
+
+        Args:
+            last: whether it is the last of the optimizer step.
+            losses: number of losses, one for each head whose weight is not 0.
+        """
         self._wanted, self._losses_left, self._runs = last or self._each, losses, 0
         for root in self._roots:
             late = root is self._model.unembedding or root is self._repeated
@@ -202,7 +209,7 @@ class GradientSums:
             self.free()
 
     def free(self) -> None:
-        """Frees gathered weights: before the optimiser changes them, and after a pass without a backward."""
+        """Free gathered weights, before the optimizer changes them and after a pass without a backward."""
         for root in self._roots:
             root.reshard()
 
@@ -233,8 +240,10 @@ class GradientSums:
 
 
 def materialize(model: Transformer, device: torch.device, seed: int) -> None:
-    """Gives a model on the meta device its memory and its first weights, the same ones for every device and every
-    number of processes; on no process is more than one parameter whole at a time."""
+    """Allocate a model on the meta device and give it its first weights.
+
+    They are the same for every device and number of processes. No process has more than one whole parameter at a time.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     model.to_empty(device=device)
@@ -253,15 +262,17 @@ def materialize(model: Transformer, device: torch.device, seed: int) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over processes, as a plain one on each of them."""
+    """Return a tensor that may be spread over processes as a plain one, on each of them."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_model(model: Transformer, dtype: torch.dtype, keep: bool) -> Transformer | None:
-    """A copy of a sharded model with whole parameters of `dtype` on the CPU where `keep`, else None. All processes call
-    it together."""
+    """Return a copy of a sharded model with whole parameters of `dtype` on the CPU, or None unless `keep`.
+
+    All processes call it together.
+    """
     parameters: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
         value = whole(parameter.detach())

@@ -22,45 +22,45 @@ Result = TypeVar("Result")
 
 
 class LostProcesses(Stopped):
-    """Another process of the run has gone, and nothing can be computed without it. Status 1: a launcher may restart."""
+    """Another process of the run has ended, and the run cannot continue. A launcher may restart it (status 1)."""
 
 
 WAIT = timedelta(minutes=10)
-"""How long a process waits in a sum for the others: longer than any step, and for all of them to start."""
+"""Timeout of a sum over processes: longer than any step, and than the start of all of them."""
 WAIT_FOR_MAIN = timedelta(hours=24)
-"""How long the others wait while the first process works alone: it may prepare a corpus."""
+"""Timeout while the first process works alone: it may prepare a corpus."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others of the run."""
+    """The processes of the run, from the view of this one."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
     per_node: int = 1
     checkpoint_group: ProcessGroup | None = None
-    """For the thread that writes checkpoints beside training (gloo)."""
+    """Group of the threads that write checkpoints during training (gloo)."""
     patient_group: ProcessGroup | None = None
-    """For waiting while the first process works alone (gloo)."""
+    """Group for waiting while the first process works alone (gloo)."""
 
     @property
     def main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """True if this process prints and writes for all."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """`values`, summed over all processes in place."""
+        """Sum `values` over all processes, in place, and return them."""
         if self.count > 1:
             torch.distributed.all_reduce(values)
         return values
 
     def all(self, good: bool) -> bool:
-        """Whether `good` holds on every process."""
+        """Return whether `good` holds on every process."""
         return int(self.sum(torch.tensor(int(good), device=self.device)).item()) == self.count
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives on the first process, on all of them; so too for a UsageError that it raises."""
+        """Call `function` on the first process; return its result, or raise its UsageError, on all of them."""
         if self.count == 1:
             return function()
         answer: list[Any] = [None, None, 2]
@@ -78,8 +78,10 @@ class Processes:
         return cast(Result, answer[0])
 
     def merged(self, mine: dict[str, str]) -> dict[str, str]:
-        """What all processes have, on each of them. Goes through the group of the thread that writes checkpoints: not
-        while it is writing one."""
+        """Return the entries of all processes, on each of them.
+
+        It uses the group of the threads that write checkpoints, so do not call it while they write one.
+        """
         if self.count == 1:
             return mine
         everyone: list[dict[str, str]] = [{}] * self.count
@@ -87,7 +89,7 @@ class Processes:
         return {name: value for one in everyone for name, value in one.items()}
 
     def mesh(self, shape: tuple[int, int]) -> DeviceMesh | None:
-        """Devices as (copies of the model, processes that share one), for `parallelize`; None for a process alone."""
+        """Return the devices as (copies of the model, processes that share one), or None for one process."""
         if self.count == 1:
             return None
         from torch.distributed.device_mesh import init_device_mesh
@@ -97,7 +99,7 @@ class Processes:
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Joins the other processes where `torchrun` started several; only the first one speaks then.
+    """Join the other processes if `torchrun` started several; only the first one prints then.
 
     Raises UsageError where the environment makes no sense or the others do not come.
     """
@@ -144,7 +146,7 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 def pick_device(name: str, index: int = 0) -> torch.device:
-    """auto is a GPU where torch sees one, number `index` of them. Raises UsageError for a device that is not there."""
+    """Return the device called `name`; "auto" is GPU number `index` if torch sees GPUs. Raise UsageError if missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.device_count() > 1:

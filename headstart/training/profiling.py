@@ -1,4 +1,4 @@
-"""A window of profiled steps: a trace to look at, and a table of what took the time."""
+"""A window of profiled steps: a trace, and a table of the operators that took the most time."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from headstart.fileio import replacing_file, write_text
 ROWS = 40
 """Operators in the table."""
 SETTLED = 10
-"""Steps of a process before the first one that is typical: those before it allocate and compile."""
+"""Number of the first typical step of a process: those before it allocate and compile."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Which steps torch.profiler records."""
+    """Steps that torch.profiler records."""
 
     start: int | None = None
-    """The first step recorded (None: the tenth that this process takes)."""
+    """First step recorded (None: the tenth that this process takes)."""
     steps: int = 0
-    """How many are recorded (0: none). A trace grows by megabytes a step. `--profile` alone means 3."""
+    """Number of steps recorded (0: none). A trace grows by megabytes a step. `--profile` alone means 3."""
 
     def __post_init__(self) -> None:
         if self.start is not None and self.start < 1:
@@ -39,10 +39,10 @@ class ProfileConfig:
 
 
 class StepProfiler:
-    """Records the steps of the window and writes them into RUN/profile at its end, or where the run ends inside it."""
+    """Record the steps of the window and write them to RUN/profile at its end, or at the end of the run."""
 
     def __init__(self, config: ProfileConfig, folder: Path, device: torch.device, step: int) -> None:
-        """`step` is what a resumed run has done already. A window that lies behind it is told of and left out."""
+        """Prepare the window. `step`: steps done by a resumed run; a line reports a window that has passed."""
         start = step + SETTLED if config.start is None else config.start
         self._steps = range(start, start + config.steps)
         self._folder, self._device = folder, device
@@ -70,7 +70,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Writes what was recorded, if anything."""
+        """Write the recorded steps, if any."""
         recording, self._recording = self._recording, None
         if recording is None:
             return

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, who may write to it, and whether a configuration belongs to it."""
+"""The folder of a run: its files, its lock, and the check that a configuration belongs to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from headstart.training.config import (
 
 
 class RunFolder:
-    """runs/NAME/ with config.yaml, metrics.jsonl, data/, checkpoints/ and model/."""
+    """A run folder: config.yaml, metrics.jsonl, data/, checkpoints/ and model/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,8 +58,10 @@ class RunFolder:
             yield
 
     def check(self, config: RunConfig) -> tuple[RunConfig | None, dict[str, tuple[Any, Any]]]:
-        """Return the configuration that is there, and what differs from it. Raises UsageError where the folder holds a
-        run with another model or other data."""
+        """Return the stored configuration, and the settings of `config` that differ from it.
+
+        Raises UsageError if the folder holds a run with another model or other data.
+        """
         if not self.config.exists():
             return None, {}
         try:
@@ -75,11 +77,11 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether a checkpoint or a model is there."""
+        """True if a checkpoint or a model exists."""
         return bool(checkpoints.all_steps(self.checkpoints)) or self.model.exists()
 
     def accept(self, config: RunConfig) -> RunConfig | None:
-        """Write config.yaml and return the configuration that was there. Raises UsageError as `check`."""
+        """Write config.yaml and return the configuration before, if any. Raises UsageError like `check`."""
         old, changed = self.check(config)
         if old is not None:
             if any(is_under(name, ("data", "seed", "model.vocab_size")) for name in _fixed(changed)):
@@ -92,7 +94,7 @@ class RunFolder:
         return old
 
     def prepare_shards(self, config: RunConfig, progress: Callable[..., Progress]) -> None:
-        """Without prepared folders in `config`: prepares data/, once, so that a resume reads the same bytes."""
+        """Prepare data/ unless `config` names prepared folders; once, so that a resumed run reads the same bytes."""
         if not config.data.prepared and not (self.data / "manifest.json").exists():
             say(f"preparing {', '.join(config.data.sources)} -> {self.data}")
             with progress("prepare", unit="bytes") as bar:
@@ -110,7 +112,7 @@ class RunFolder:
                 )
 
     def open_sources(self, config: RunConfig) -> list[Source]:
-        """What the run reads: `data.mixture`, `data.path`, or its own data/. Raises UsageError where it cannot."""
+        """Open the data of the run: `data.mixture`, `data.path`, or its own data/."""
         sources = open_sources(config.data.prepared or (MixturePart(self.data),))
         train = sources[0].train
         if config.adapt is None:  # an existing model has its own words for it
@@ -124,19 +126,20 @@ def _fixed(changed: Iterable[str]) -> list[str]:
 
 
 class RunLog:
-    """metrics.jsonl: a JSON object a line, only ever appended to; what is not finite is null."""
+    """metrics.jsonl: one JSON object per line, only appended; numbers that are not finite are null."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Lines past `step` (of a run that was killed after its last checkpoint) are cut off."""
+        """Open the file and cut off the lines past `step`, which a run wrote after its last checkpoint."""
         self._path = path
         self._cut(step)
         try:
-            # Unbuffered: what a full disk refused must not come up again when the file is closed.
+            # Unbuffered: a line that a full disk refused must not be written again when the file is closed.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise unwritable(path, error, "give another --run-dir") from error
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
         line = json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             if self._file.write(line) < len(line):
@@ -148,10 +151,11 @@ class RunLog:
             ) from error
 
     def sync(self) -> None:
-        """Before a checkpoint: it must not be on disk without the lines that lead to it."""
+        """Flush to disk before a checkpoint, which must not exist without the lines that lead to it."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _cut(self, step: int) -> None:

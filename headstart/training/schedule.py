@@ -49,7 +49,7 @@ class Stage:
     """First step, from 0."""
     steps: int
     heads_alone: bool = False
-    """Whether only the new heads of an existing model are trained."""
+    """True if only the new heads of an existing model are trained."""
 
 
 def stage_of(step: int, config: RunConfig, extended: int = 0) -> Stage:

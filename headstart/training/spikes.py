@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WINDOW = 100
-"""Steps that the running mean and variance remember, and that must have been seen before a step can be a spike."""
+"""Steps that the running mean and variance cover, and that must precede the first spike."""
 
 LEAST_DEVIATION = 0.01
-"""Nats. A corpus known by heart has a loss that hardly moves, where every jitter would be a spike."""
+"""Smallest standard deviation, in nats: the loss of a memorized corpus hardly moves, and jitter is no spike."""
 
 
 @dataclass
 class LossHistory:
     """Running mean and variance of head 1's loss over the steps that were applied.
 
-    Three numbers, made of losses summed over all processes: every process judges alike, and a checkpoint that holds
-    them goes on exactly. The first `WINDOW` steps weigh alike; from then on older ones fade. While the loss falls, its
-    fall widens the variance, so that the start of a run, with its steep curve, is judged mildly.
+    The three numbers come from losses summed over all processes, so every process decides alike, and a checkpoint that
+    holds them resumes exactly. The first `WINDOW` steps have equal weight; from then on older ones fade. A falling loss
+    widens the variance, so the steep start of a run has few spikes.
     """
 
     count: int = 0
     mean: float = 0.0
-    """In nats."""
+    """Mean loss in nats."""
     variance: float = 0.0
 
     def spike(self, losses: Sequence[float], threshold: float) -> str:
-        """What is wrong with a step of these losses (head 1 first, NaN where a head has none), or nothing: "".
+        """Describe the spike in a step of these losses (head 1 first, NaN for a head without), or return "".
 
         A spike is `threshold` standard deviations or more above the mean; a threshold of 0 finds none.
         """
@@ -38,7 +38,7 @@ class LossHistory:
         return f"loss {loss:.3f} is a spike, above {self.mean:.3f} + {threshold:g} x {deviation:.3f}"
 
     def add(self, losses: Sequence[float]) -> None:
-        """Takes in a step that was applied."""
+        """Add a step that was applied."""
         loss = _judged(losses)
         if math.isnan(loss):
             return
@@ -50,5 +50,5 @@ class LossHistory:
 
 
 def _judged(losses: Sequence[float]) -> float:
-    """Head 1's loss, which no schedule of head weights moves; where it is not trained, the first head's that is."""
+    """Return head 1's loss, which no schedule of head weights moves, or that of the first head that is trained."""
     return next((loss for loss in losses if not math.isnan(loss)), math.nan)

@@ -40,13 +40,13 @@ class StepResult:
     gradient_norm: float
     """Norm of the gradient of all parameters together, before clipping."""
     finite: bool
-    """Whether losses and gradient are finite."""
+    """True if losses and gradient are finite."""
     lr: float
     """Learning rate."""
     skipped: str = ""
     """Reason for which the weights were not updated; empty if they were."""
     stop: bool = False
-    """Whether a process of the run was asked to stop."""
+    """True if a process of the run was asked to stop."""
     auxiliary: dict[str, float] = field(default_factory=dict)
     """Mean auxiliary losses in nats, by name."""
     targets: int = 0
@@ -97,7 +97,7 @@ class Learner:
         self.extended = 0
         """`Position.extended` of the run."""
         self.stop: Callable[[], bool] = lambda: False
-        """Whether this process was asked to stop."""
+        """Returns true once this process was asked to stop."""
 
     def step(self, batches: Iterable[Batch], step: int) -> StepResult:
         """Take step `step` (from 0) of the schedule on this process's micro-batches."""

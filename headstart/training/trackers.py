@@ -1,4 +1,4 @@
-"""Trackers that a run reports to beside its metrics.jsonl: TensorBoard, Weights & Biases, trackio."""
+"""Trackers that a run reports to in addition to metrics.jsonl: TensorBoard, Weights & Biases, trackio."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ EXTRAS = {"tensorboard": "watch", "wandb": "watch", "trackio": "trackio"}
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Who is told how the run goes, beside metrics.jsonl."""
+    """Trackers of the run, and the sample written at each validation."""
 
     trackers: tuple[TrackerName, ...] = ()
-    """tensorboard (into the run folder), wandb, trackio; each one needs its package."""
+    """tensorboard (into the run folder), wandb, trackio; each needs its package."""
     project: str = "headstart"
-    """Under which wandb and trackio file the run."""
+    """Project of the run in wandb and trackio."""
     name: str | None = None
-    """Of the run, for wandb and trackio (None: the name of the run folder)."""
+    """Name of the run in wandb and trackio (None: the name of the run folder)."""
     sample_tokens: int = 100
-    """Tokens written, with all heads, at every validation (0: none)."""
+    """Tokens of the sample, decoded with all heads at every validation (0: no sample)."""
     sample_prompt: str = ""
-    """What that text goes on from (empty: the start of a document)."""
+    """Prompt of the sample (empty: the start of a document)."""
 
     def __post_init__(self) -> None:
         if self.sample_tokens < 0:
@@ -42,20 +42,26 @@ class WatchConfig:
 
 
 class Tracker(Protocol):
-    """One of the services. Whatever its methods raise ends the tracker, not the run."""
+    """One of the services. An exception of its methods ends the tracker, not the run."""
 
-    def log(self, numbers: dict[str, float], texts: dict[str, str], step: int) -> None: ...
+    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
+        """Record the numbers and samples of a step by name."""
 
-    def close(self, failed: bool) -> None: ...
+    def close(self, failed: bool) -> None:
+        """End the run; `failed` if it raised an exception."""
 
 
 class Trackers:
-    """All trackers of a run, behind one `log`. A context: it closes them, and tells them whether the run failed."""
+    """All trackers of a run, behind one `log`. A context manager that closes them at the end of the run."""
 
     def __init__(self, config: WatchConfig, run_dir: Path, settings: dict[str, Any], step: int) -> None:
-        """Starts them; `settings` is the configuration as plain data, `step` what a resumed run has done already.
+        """Start the trackers. Raise UsageError if one cannot start.
 
-        Raises UsageError where one cannot start.
+        Args:
+            config: which trackers, and the names for them.
+            run_dir: folder of the run.
+            settings: the configuration as plain data.
+            step: steps done by a resumed run.
         """
         self._open: dict[str, Tracker] = {}
         start = Start(config.project, config.name or run_dir.resolve().name, run_dir, settings, step)
@@ -64,25 +70,26 @@ class Trackers:
                 self._open[name] = STARTERS[name](start)
             except Exception as error:  # each service has its own kinds of error
                 self.close(failed=True)
-                hint = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "mend that"
+                hint = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "fix that"
                 raise UsageError(
                     f"watch.trackers: {name} does not start ({_first_line(error)}); {hint}, or leave {name} out"
                 ) from error
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Passes a line of metrics.jsonl on; what is None in it is left out."""
+        """Pass on a line of metrics.jsonl without the entries that are None."""
         if not self._open:
             return
         numbers: dict[str, float] = {}
-        texts: dict[str, str] = {}
+        samples: dict[str, str] = {}
         for name, value in _flat(record):
             if isinstance(value, str):
-                texts[name] = value
+                samples[name] = value
             elif value is not None:
                 numbers[name] = float(value)
-        self._each(lambda tracker: tracker.log(numbers, texts, step))
+        self._each(lambda tracker: tracker.log(numbers, samples, step))
 
     def close(self, failed: bool = False) -> None:
+        """Close all trackers."""
         self._each(lambda tracker: tracker.close(failed))
         self._open.clear()
 
@@ -104,7 +111,7 @@ class Trackers:
 
 
 def check_packages(config: WatchConfig) -> None:
-    """Raises UsageError where the package of a tracker is missing; to be called before any long work."""
+    """Raise UsageError if the package of a tracker is missing; call it before any long work."""
     for name in config.trackers:
         if find_spec(name) is None:
             raise UsageError(
@@ -115,7 +122,7 @@ def check_packages(config: WatchConfig) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker is started with."""
+    """Arguments of a tracker."""
 
     project: str
     name: str
@@ -124,7 +131,7 @@ class Start:
     step: int
 
     def kept(self, tracker: str, new: str) -> str:
-        """The name under which this run folder is known to a tracker: made once, then read from RUN/trackers.json."""
+        """Return the name of this run folder in a tracker: `new` at first, then the one kept in RUN/trackers.json."""
         path = self.run_dir / "trackers.json"
         try:
             known = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -137,25 +144,27 @@ class Start:
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard. A resumed run hides what an earlier process wrote past its checkpoint."""
+    """Event files in RUN/tensorboard. A resumed run hides the events past its checkpoint."""
 
     def __init__(self, start: Start) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(start.run_dir / "tensorboard", purge_step=start.step + 1 if start.step else None)
 
-    def log(self, numbers: dict[str, float], texts: dict[str, str], step: int) -> None:
+    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
+        """Record the numbers and samples of a step by name."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
-        for name, text in texts.items():
+        for name, text in samples.items():
             self._writer.add_text(name, f"<pre>{text}</pre>", step)
 
     def close(self, failed: bool) -> None:
+        """End the run."""
         self._writer.close()
 
 
 class Wandb:
-    """A run on Weights & Biases, or with WANDB_MODE=offline in RUN/wandb. A resumed run goes on under the same id."""
+    """A run on Weights & Biases, or with WANDB_MODE=offline in RUN/wandb. A resumed run keeps its id."""
 
     def __init__(self, start: Start) -> None:
         import wandb
@@ -169,21 +178,23 @@ class Wandb:
             config=start.settings,
             settings=wandb.Settings(console="off", silent=True),  # the terminal is ours
         )
-        # wandb drops lines of a step that it has passed. A resumed run may log some steps twice, with the same values,
-        # so its own count runs free and the axis is ours.
+        # wandb drops lines of steps before its own count, and a resumed run may log some steps twice, with the same
+        # values. So wandb counts lines, and our step is the axis.
         self._run.define_metric("*", step_metric="step")
         if self._run.url:
             say(f"wandb: {self._run.url}")
 
-    def log(self, numbers: dict[str, float], texts: dict[str, str], step: int) -> None:
-        self._run.log({**numbers, **texts, "step": step})
+    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
+        """Record the numbers and samples of a step by name."""
+        self._run.log({**numbers, **samples, "step": step})
 
     def close(self, failed: bool) -> None:
+        """End the run."""
         self._run.finish(exit_code=int(failed))
 
 
 class Trackio:
-    """A run in trackio's local database. A resumed run goes on under the same name."""
+    """A run in trackio's local database. A resumed run keeps its name."""
 
     def __init__(self, start: Start) -> None:
         import trackio
@@ -192,10 +203,12 @@ class Trackio:
         name = start.kept("trackio", f"{start.name}-{secrets.token_hex(2)}")
         trackio.init(project=start.project, name=name, config=start.settings, resume="allow")
 
-    def log(self, numbers: dict[str, float], texts: dict[str, str], step: int) -> None:
-        self._trackio.log({**numbers, **texts}, step=step)
+    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
+        """Record the numbers and samples of a step by name."""
+        self._trackio.log({**numbers, **samples}, step=step)
 
     def close(self, failed: bool) -> None:
+        """End the run."""
         self._trackio.finish()
 
 
@@ -203,7 +216,7 @@ STARTERS: dict[str, Callable[[Start], Tracker]] = {"tensorboard": TensorBoard, "
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Names and values; those inside a mapping or a list get its name before theirs: sample/tokens_per_pass."""
+    """Return names and values; those inside a mapping or a list get its name as a prefix: sample/tokens_per_pass."""
     found: list[tuple[str, Any]] = []
     for name, value in record.items():
         if isinstance(value, list):

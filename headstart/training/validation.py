@@ -30,7 +30,7 @@ from headstart.training.step import autocast
 
 
 def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
-    """The sources whose held-out documents fill one row; a line says which do not: small corpora can be trained on."""
+    """Return the sources whose held-out documents fill one row; a line reports each of the others."""
     kept = []
     for source in sources:
         if source.validation is None:
@@ -52,11 +52,11 @@ def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
 def validate_sources(
     model: Transformer, sources: Sequence[Source], config: RunConfig, processes: Processes
 ) -> dict[str, float]:
-    """What `validate` gives for the mixture as a whole; where there are several sources, also validation/NAME/... each.
+    """Return the scores of `validate` for the mixture as a whole, and with several sources also validation/NAME/...
 
-    Every source is scored on `config.validation.rows` rows of its own, so that a rare one is known as well as the
-    others. The whole is their mean by weight: what rows taken in proportion to weight would give, with less noise.
-    Bits per byte of the whole are all nats over all bytes of such rows.
+    Every source is scored on `config.validation.rows` rows of its own, so that a rare one is measured as well as the
+    others. The whole is their mean by weight: the score of rows taken in proportion to weight, with less noise. Bits
+    per byte of the whole are all nats over all bytes of such rows.
     """
     scores = [
         (source, source.validation.bytes_per_token, validate(model, source.validation, config, processes))
@@ -81,11 +81,10 @@ def validate_sources(
 
 
 def validate(model: Transformer, shards: TokenShards, config: RunConfig, processes: Processes) -> dict[str, float]:
-    """validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK;
-    validation/loss/METHOD of what is learnt beside heads.
+    """Return validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK.
 
-    Sums and counts are added up over all rows and processes and divided once. What has no target is left out.
-    A model that is trained without its own answers is scored without them.
+    Auxiliary losses are validation/loss/NAME. Sums and counts are added over all rows and processes and divided once.
+    A head or loss without targets is left out. A model that is trained without its own answers is scored without them.
     """
     n = config.model.heads
     totals = torch.zeros(3, n, dtype=torch.float64, device=processes.device)  # loss, hits, targets
@@ -123,8 +122,11 @@ def _inputs_of(batch: Batch, config: RunConfig) -> StepInputs:
 
 
 def _shared_out(batches: Iterable[Batch], processes: Processes) -> Iterator[Batch]:
-    """This process's batches. Every process gets as many, for each pass gathers weights from all: at the end some get
-    one without targets."""
+    """Yield this process's batches.
+
+    Every process gets the same number, because each pass gathers weights from all; at the end some get a batch without
+    targets.
+    """
     batches = iter(batches)
     while group := list(islice(batches, processes.count)):
         if processes.rank < len(group):
@@ -134,7 +136,7 @@ def _shared_out(batches: Iterable[Batch], processes: Processes) -> Iterator[Batc
 
 
 def prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
-    """`watch.sample_prompt` as token ids. Raises UsageError for one that fills the context, so call it at the start."""
+    """Return `watch.sample_prompt` as token ids. Raise UsageError if it fills the context: call it at the start."""
     prompt = tuple(prompt_ids(tokenizer, config.watch.sample_prompt)) or (tokenizer.end_id,)
     if len(prompt) >= config.model.context:
         raise UsageError(
@@ -144,13 +146,13 @@ def prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
 
 
 def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
-    """Greedy decoding of `watch.sample_tokens` tokens with all heads, in the dtype of training, where `model` lies.
+    """Decode `watch.sample_tokens` tokens greedily with all heads, in the dtype of training, on the device of `model`.
 
-    `model` must be whole (not sharded). It is only read: what decodes is a second module over the same numbers, so its
-    weights, gradients, mode and the random state stay as they are. In float32 on a GPU it shares the memory of the
-    weights; elsewhere it costs one copy of them in the dtype of decoding.
+    `model` must be whole (not sharded). It is only read: a second module over the same numbers decodes, so weights,
+    gradients, mode and the random state stay as they are. In float32 on a GPU the module shares the memory of the
+    weights; elsewhere it takes one copy of them in the dtype of decoding.
 
-    Returns text, tokens, passes, tokens_per_pass and acceptance (of heads 2..n), for the key `sample` of metrics.jsonl.
+    Returns text, tokens, passes, tokens_per_pass and acceptance (of heads 2..n), the key `sample` of metrics.jsonl.
     """
     dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
     with torch.device("meta"):
@@ -159,7 +161,7 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
     weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in kept.items()}
     twin.load_state_dict(weights, assign=True)
     prompt = prompt_tokens(tokenizer, config)
-    # A handful of tokens is not worth compiling kernels for, nor fixing the shapes of a pass.
+    # Compiled kernels and fixed shapes do not pay for so few tokens.
     packed = pack(twin, compiled=False)
     context = min(config.model.context, len(prompt) + config.watch.sample_tokens)
     engine = Engine(packed, EngineConfig(context=context, exact=False), tokenizer=tokenizer)
@@ -175,7 +177,7 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
 
 
 def describe_sample(sample: dict[str, Any]) -> str:
-    """One line for the person watching: tokens per pass and how the text begins."""
+    """Return a line with the tokens per pass and the start of the text."""
     text = repr(sample["text"])[1:-1]
     text = text if len(text) <= 80 else text[:80] + "..."
     return f"sample, {sample['tokens_per_pass']:.2f} tokens per pass: {text}"

@@ -16,14 +16,12 @@ from headstart.fileio import read_bounded, write_text
 from headstart.model.presets import preset
 
 STRING_TAG = "tag:yaml.org,2002:str"
-
-
 MAX_BYTES = 1 << 20
 MAX_NODES = 10_000
-"""Nodes of a document, those that aliases and merges repeat counted each time."""
+"""Most nodes of a document; those that aliases and merges repeat count each time."""
 MAX_DEPTH = 50
 MAX_DIGITS = 100
-"""Characters of a number, date or other scalar that is not text."""
+"""Most characters of a number, date or other scalar that is not text."""
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -67,7 +65,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The top level of a YAML file."""
+    """Return the top level of a YAML file."""
     try:
         values = yaml.load(read_bounded(path, MAX_BYTES).decode("utf-8"), _BoundedLoader)
     except OSError as error:
@@ -76,18 +74,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
         problem = shorten(getattr(error, "problem", None) or "it is not text")
-        raise UsageError(f"{path}{line}: not YAML ({problem}); mend that line") from error
+        raise UsageError(f"{path}{line}: not YAML ({problem}); fix that line") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: holds no settings; write `key: value` lines, as in configs/smoke.yaml")
     return values
 
 
 def write_mapping(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a YAML file."""
     write_text(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
 def to_plain(value: Any) -> Any:
-    """Settings as what YAML knows: mappings, lists, strings, numbers."""
+    """Return settings as mappings, lists, strings and numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
@@ -96,7 +95,7 @@ def to_plain(value: Any) -> Any:
 
 
 def expand_preset(values: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return the content of a run's file with the sizes of the preset that its `model` names, under what else it says.
+    """Return the content of a run's file with the preset that its `model` names filled in; other settings override it.
 
     Raises UsageError for an unknown preset.
     """

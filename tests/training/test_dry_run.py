@@ -84,15 +84,15 @@ def test_whether_it_fits(monkeypatch) -> None:
         assert dry_run(SMOKE, ["--processes", "2"])["fits"] is None
 
 
-def test_the_mend_is_for_the_largest_part() -> None:
-    def mend(largest: str, **more: object) -> str:
+def test_the_advice_is_for_the_largest_part() -> None:
+    def advice(largest: str, **more: object) -> str:
         moments = {"x": {largest: 2, "other": 1}}
-        return module._mend({"moments": moments, "peak_moment": "x", "activation_checkpointing": False, **more})
+        return module.advise({"moments": moments, "peak_moment": "x", "activation_checkpointing": False, **more})
 
-    assert "reduce_each_micro_batch" in mend("gradients before they are shared out (float32)")
-    assert "parallel.activation_checkpointing" in mend("activations of the trunk")
-    assert mend("activations of the trunk", activation_checkpointing=True).startswith("Halve batch.rows")
-    assert "--processes" in mend("optimizer state")
+    assert "reduce_each_micro_batch" in advice("gradients before they are shared out (float32)")
+    assert "parallel.activation_checkpointing" in advice("activations of the trunk")
+    assert advice("activations of the trunk", activation_checkpointing=True).startswith("Halve batch.rows")
+    assert "--processes" in advice("optimizer state")
 
 
 @pytest.mark.parametrize(

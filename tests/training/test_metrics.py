@@ -20,8 +20,7 @@ def record(result: StepResult, **changes):
 
 def test_every_name_of_a_step() -> None:
     made = record(
-        StepResult(losses=[2.0, 3.0], accuracies=[], gradient_norm=1.5, finite=True, lr=0.1),
-        accuracies=[0.5, 0.25],
+        StepResult(losses=[2.0, 3.0], accuracies=[0.5, 0.25], gradient_norm=1.5, finite=True, lr=0.1),
         tokens_per_pass=1.25,
     )
     assert made == {

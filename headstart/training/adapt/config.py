@@ -1,4 +1,4 @@
-"""What a run on an existing model is told beside what every run is told."""
+"""Settings of a run on an existing model, in addition to those of every run."""
 
 from __future__ import annotations
 
@@ -15,29 +15,28 @@ FrozenDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """The model that new heads are put on, and what of it is trained."""
+    """The existing model, and the part of it that is trained."""
 
     model: Path
-    """Its model directory. It is only read, and must stay as it is until the run has ended."""
+    """Model directory. It is only read, and must not change until the run has ended."""
     mode: Mode = "heads"
-    """heads: only the new heads are trained, the model stays as it is to the bit (Medusa-1); joint: first the heads
-    alone, then everything (Medusa-2)."""
+    """heads: train only the new heads, the model keeps its bits (Medusa-1); joint: train first the heads alone, then
+    everything (Medusa-2)."""
     heads_first: float = 0.5
-    """joint: fraction of the steps in which the heads are trained alone. Both parts have a warm-up and a fall of the
-    learning rate of their own."""
+    """joint: fraction of the steps that train the heads alone. Both stages have their own learning rate schedule."""
     self_distilled: bool = False
-    """joint: head 1 learns from the distribution of the model as it was, KL(original || head 1), not from the text."""
+    """joint: head 1 learns from the distribution of the original model, KL(original || head 1), not from the text."""
     lora: LoraConfig | None = None
-    """joint: the weights stay as they are, and products of low rank beside them are trained (None: the weights)."""
+    """joint: train products of low rank added to the weights, which stay as they are (None: train the weights)."""
     replace_heads: bool = False
-    """Whether heads that the model has beyond the first give way to the new ones; otherwise it is refused."""
+    """Replace the heads 2 and up that the model has; without it, such a model is an error."""
     frozen_dtype: FrozenDtype = "float32"
-    """What weights that are never trained are held in; bfloat16 takes half the memory, for models stored so."""
+    """Type of weights that are never trained; bfloat16 takes half the memory, for models stored in it."""
     cache_states: Path | None = None
-    """heads: folder for the hidden states that the frozen trunk gives, made once before the first step and read in
-    every step in place of running it (None: it runs). Runs may share it."""
+    """heads: folder for the hidden states of the frozen trunk, computed once before the first step; steps read them
+    instead of running the trunk (None: run it). Runs may share the folder."""
     cache_gib: float = 50.0
-    """At most this many GiB of them."""
+    """Most GiB of hidden states."""
 
     def __post_init__(self) -> None:
         for name, value, known in (("mode", self.mode, Mode), ("frozen_dtype", self.frozen_dtype, FrozenDtype)):

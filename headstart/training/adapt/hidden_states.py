@@ -1,10 +1,10 @@
-"""Hidden states of a frozen trunk, kept on disk: heads that are trained alone read them instead of running the trunk.
+"""Hidden states of a frozen trunk on disk: heads that are trained alone read them instead of running the trunk.
 
-    FOLDER/KEY/states.json     what they were made of, and how many rows of each source are done
+    FOLDER/KEY/states.json     their origin, and the number of finished rows of each source
     FOLDER/KEY/source0.bin     rows x length x dim values of the first source, and so on
 
-The key is a digest of everything that the states depend on, so one folder serves many runs, and other weights, text or
-lengths never meet the wrong states. What is not done when the process is killed is made by the next one.
+The key is a digest of everything that the states depend on, so one folder serves many runs, and a run with other
+weights, text or lengths never reads them. The next process computes the rows that a killed one has not finished.
 """
 
 from __future__ import annotations
@@ -25,19 +25,28 @@ from headstart.errors import UsageError
 from headstart.fileio import write_text
 
 STORED = {torch.bfloat16: np.int16, torch.float32: np.float32}
-"""numpy knows no bfloat16; its bits are kept."""
+"""Types in the files. numpy has no bfloat16, so its bits are stored as int16."""
 NOTE_SECONDS = 20.0
-"""How often is noted how many rows are done."""
+"""Seconds between notes of the number of finished rows."""
 
 
 class HiddenStates:
     """Latents (rows, T, D) of every row of every source."""
 
     def __init__(
-        self, folder: Path, made_of: dict[str, Any], rows: Sequence[int], length: int, dim: int, dtype: torch.dtype
+        self, folder: Path, origin: dict[str, Any], rows: Sequence[int], length: int, dim: int, dtype: torch.dtype
     ) -> None:
-        """`made_of`: whatever the states depend on, as plain data."""
-        content = {"made_of": made_of, "rows": list(rows), "length": length, "dim": dim, "dtype": str(dtype)}
+        """Describe the states.
+
+        Args:
+            folder: folder of the states of many runs.
+            origin: everything that the states depend on, as plain data.
+            rows: rows of each source.
+            length: positions of a row.
+            dim: width of a latent.
+            dtype: type of the values.
+        """
+        content = {"made_of": origin, "rows": list(rows), "length": length, "dim": dim, "dtype": str(dtype)}
         text = json.dumps(content, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._content, self._rows, self._shape, self._dtype = content, list(rows), (length, dim), dtype
@@ -45,11 +54,11 @@ class HiddenStates:
 
     @property
     def bytes(self) -> int:
-        """On disk, of all sources."""
+        """Bytes on disk, of all sources."""
         return sum(self._rows) * self._shape[0] * self._shape[1] * self._dtype.itemsize
 
     def check_room(self, limit: int) -> None:
-        """Raises UsageError where they would take more than `limit` bytes, or more than the disk has left."""
+        """Raise UsageError if the states would take more than `limit` bytes, or more than the disk has left."""
         missing = sum(rows - done for rows, done in zip(self._rows, self.done()))
         needed = missing * self.bytes // max(1, sum(self._rows))
         size = f"{self.folder}: hidden states would take {self.bytes / 2**30:,.2f} GiB"
@@ -63,7 +72,7 @@ class HiddenStates:
             raise UsageError(f"{size}, more than the disk has left; free some space, or leave --cache-states out")
 
     def done(self) -> list[int]:
-        """How many rows of each source are there."""
+        """Return the number of finished rows of each source."""
         try:
             return [int(rows) for rows in json.loads((self.folder / "states.json").read_text(encoding="utf-8"))["done"]]
         except (OSError, ValueError, KeyError, TypeError):
@@ -72,7 +81,13 @@ class HiddenStates:
     def fill(
         self, read: Callable[[int, int, int], Tensor], at_once: int, progress: Callable[[int], None] = lambda rows: None
     ) -> None:
-        """Makes what is missing. `read(source, first, stop)` gives the latents (stop - first, T, D) of these rows."""
+        """Compute the missing rows.
+
+        Args:
+            read: returns the latents (stop - first, T, D) of rows, given source, first and stop.
+            at_once: rows of one call.
+            progress: called with the number of rows that were added.
+        """
         done = self.done()
         self.folder.mkdir(parents=True, exist_ok=True)
         noted = time.monotonic()
@@ -88,13 +103,13 @@ class HiddenStates:
                 done[source] = stop
                 progress(stop - first)
                 if stop == rows or time.monotonic() - noted > NOTE_SECONDS:
-                    states.flush()  # a row that counts as done must be on disk
+                    states.flush()  # a row that counts as finished must be on disk
                     write_text(self.folder / "states.json", json.dumps({**self._content, "done": done}) + "\n")
                     noted = time.monotonic()
             del states
 
     def of(self, places_B2: Tensor) -> Tensor:
-        """Latents (B, T, D) of the rows at `places_B2`, (source, row) each; on the CPU, in the stored dtype."""
+        """Return the latents (B, T, D) of the rows at `places_B2`, (source, row) each, on the CPU, in their dtype."""
         if not self._maps:
             self._maps = [self._open(source) for source in range(len(self._rows))]
         found = np.stack([self._maps[source][row] for source, row in places_B2.tolist()])

@@ -1,8 +1,7 @@
-"""LoRA (arXiv 2106.09685): instead of a matrix W a product B A of low rank is trained and added to it.
+"""LoRA (arXiv 2106.09685): a product B A of low rank is trained and added to a matrix W that stays as it is.
 
-Written out here and not taken from peft, because our q, k and v (and gate and up) are one matrix: each of its parts
-gets its own A and B, so that what is saved is an ordinary peft adapter of the Hugging Face model, beside which nothing
-of ours is needed. Names and shapes follow peft's format.
+peft cannot do it, because our q, k and v (and gate and up) are one matrix. Each of its parts gets its own A and B, so
+that the saved adapter is an ordinary peft adapter of the Hugging Face model. Names and shapes follow peft's format.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ MOST_RANK = 65_536
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Medusa-2's values are the defaults."""
+    """Size and scale of the products. The defaults are Medusa-2's."""
 
     rank: int = 32
-    """Of B A."""
+    """Rank of B A."""
     alpha: float = 16.0
-    """B A counts alpha / rank."""
+    """Numerator of the factor alpha / rank of B A."""
     dropout: float = 0.05
-    """Of what A reads, while training."""
+    """Dropout of the input of A, during training."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -51,10 +50,9 @@ class LoraConfig:
 
 
 class Lora:
-    """B A on every matrix of the blocks between a token and head 1's logits. Embedding, norms and unembedding have
-    none.
+    """Products B A on every matrix of the blocks between a token and head 1's logits, not on embedding or unembedding.
 
-    Each such linear map gets the parameters `lora_A` (parts x rank, in) and `lora_B` (out, rank), float32. B is zero at
+    Each linear map gets the parameters `lora_A` (parts x rank, in) and `lora_B` (out, rank), float32. B is zero at
     first, so that the model is what it was.
     """
 
@@ -63,13 +61,13 @@ class Lora:
         parts = stored_parts(model.config)
         generator = torch.Generator().manual_seed(seed)
         self.parts: dict[str, list[Part]] = {}
-        """For each map by its name, what Hugging Face names the parts of its rows."""
+        """Hugging Face's names of the parts of each map, by its name."""
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and parts.get(f"{name}.weight", [Part("", "", ())])[0].file == MODEL_FILE:
                 self.parts[name] = parts[f"{name}.weight"]
                 self._add(module, [part.shape[0] for part in self.parts[name]], generator)
         self.names = {f"{name}.{which}" for name in self.parts for which in ("lora_A", "lora_B")}
-        """Of the parameters."""
+        """Names of the parameters."""
 
     def _add(self, module: nn.Linear, rows: list[int], generator: torch.Generator) -> None:
         rank, device = self.config.rank, module.weight.device
@@ -91,7 +89,7 @@ class Lora:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within it the model is the original."""
+        """Turn the products off: within it the model is the original."""
         self._on = False
         try:
             yield
@@ -100,7 +98,7 @@ class Lora:
 
     @torch.no_grad()
     def merged(self, model: Transformer) -> Transformer:
-        """A model without additions whose matrices are W + alpha / rank B A, computed in float32."""
+        """Return a model without products whose matrices are W + alpha / rank B A, computed in float32."""
         state = {name: value for name, value in model.state_dict().items() if name not in self.names}
         for name, parts in self.parts.items():
             a, b = (model.get_parameter(f"{name}.{which}").float() for which in ("lora_A", "lora_B"))
@@ -118,7 +116,7 @@ class Lora:
         return copy
 
     def save(self, model: Transformer, directory: Path, base: str) -> None:
-        """Writes a peft adapter: adapter_config.json and adapter_model.safetensors, for the model at `base`."""
+        """Write a peft adapter for the model at `base`: adapter_config.json and adapter_model.safetensors."""
         tensors: dict[str, Tensor] = {}
         for name, parts in self.parts.items():
             a, b = (model.get_parameter(f"{name}.{which}").detach().cpu() for which in ("lora_A", "lora_B"))

@@ -1,4 +1,4 @@
-"""How much memory a run on an existing model needs: `memory.estimate`, less what frozen weights do not take."""
+"""Memory of a run on an existing model: that of `memory.estimate`, without gradients and state of frozen weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from headstart.training.optimizer import parameter_groups
 
 
 def estimate_adapt(config: RunConfig, layout: Layout, device: Literal["cpu", "gpu"]) -> Estimate:
-    """Return the memory of a step in which the most is trained. Frozen weights have neither gradients nor optimizer
-    state; a frozen trunk keeps nothing for a backward pass."""
+    """Return the memory of a step in which the most is trained.
+
+    Frozen weights have neither gradients nor optimizer state; a frozen trunk keeps nothing for a backward pass.
+    """
     adapt = config.adapt
     assert adapt is not None
     whole = estimate(replace(config, adapt=None), layout, device)
@@ -42,8 +44,8 @@ def estimate_adapt(config: RunConfig, layout: Layout, device: Literal["cpu", "gp
         "the model as it was (float32)": FLOAT32 * old if adapt.self_distilled and adapt.lora is None else 0,
         "optimizer state": FLOAT32 * (2 * count - muon),
     }
-    # Autocast keeps what it casts of trained weights only; of frozen ones the largest is cast at a time. The embedding
-    # is not cast, and the unembedding's is the loss's.
+    # Autocast keeps its casts of trained weights only; frozen ones are cast one at a time. The embedding is not cast,
+    # and the cast of the unembedding belongs to the loss.
     matrices = [p for part in (model.trunk.blocks, model.heads) for p in part.parameters() if p.ndim > 1]
     largest = max((p.numel() for p in matrices if not p.requires_grad), default=0)
     cast = 2 * (sum(p.numel() for p in matrices if p.requires_grad) + largest) if half else 0
@@ -92,8 +94,11 @@ def estimate_adapt(config: RunConfig, layout: Layout, device: Literal["cpu", "gp
 
 
 def _of_lora(trunk: nn.Module, lora: LoraConfig | None, compute: int, device: Literal["cpu", "gpu"]) -> int:
-    """Return the bytes per position that LoRA's products keep for the backward: the mask of the dropout (on a GPU a
-    byte for each value) and what A gives. What A reads takes the place of what the frozen matrix keeps elsewhere."""
+    """Return the bytes per position that LoRA's products keep for the backward.
+
+    They are the mask of the dropout (on a GPU a byte for each value) and the output of A. The input of A takes the
+    place of the input that a trained matrix keeps.
+    """
     kept, mask = 0, compute if device == "cpu" else 1
     for module in trunk.modules():
         if lora is not None and isinstance(module, nn.Linear) and hasattr(module, "lora_A"):

@@ -1,5 +1,7 @@
-"""New heads on a model that has learned: which shape it gets, and what they begin as. Head 1 stays what it is, bit for
-bit: it computes the same products over the same weights."""
+"""New heads on a trained model: its shape with them, and their first values.
+
+Head 1 stays the same, bit for bit: it computes the same products over the same weights.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +27,22 @@ def config_with_heads(
     shared: bool = True,
     replace_heads: bool = False,
 ) -> ModelConfig:
-    """The shape of a model of shape `config` with `heads` heads of `kind` in place of its own heads 2..n.
+    """Return the shape of a model of shape `config` with `heads` heads of `kind` in place of its own heads 2..n.
 
     An ordinary decoder of L layers keeps them all. Transformer heads: L - 1 in the trunk, the last one is head 1, and a
     block for each further head is added on top (the paper's "+layers"). Every other kind: all L in the trunk, and
     head 1 reads it as it is.
 
     Args:
+        config: the shape of the existing model.
+        heads: number of heads, head 1 included.
+        kind: kind of the new heads.
         wiring: None: causal for sequential heads, parallel for all others.
-        replace_heads: a model that has heads beyond the first loses them; otherwise it is refused.
+        shared: whether sequential heads share one module, and medusa heads the unembedding.
+        replace_heads: whether heads 2 and up of the existing model may be replaced.
 
-    Raises UsageError for what cannot be: anticausal wiring, in which head 1 would read another head.
+    Raises:
+        UsageError: for heads that exist already, and for anticausal wiring, in which head 1 would read another head.
     """
     if heads < 2:
         raise UsageError(f"--heads is {heads}; head 1 is there already, so ask for 2 or more")
@@ -71,19 +78,19 @@ def config_with_heads(
 
 @torch.no_grad()
 def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
-    """`model` in the shape `config`, which `config_with_heads` made of its own. Weights of the path to head 1 are
-    shared with it, in its dtype; those of new heads are float32 and their own.
+    """Return `model` in the shape `config` that `config_with_heads` returned for it.
 
-    What new heads begin as:
+    Weights of the path to head 1 are shared with `model`, in its dtype; those of new heads are float32 and their own.
+    The first values of new heads:
       transformer   a copy of the last block, which is head 1 (Medusa's authors and others copy layers; the paper trains
-                    from nothing). Wired in parallel they begin exactly as head 1.
+                    from scratch). Wired in parallel they equal head 1 exactly.
       linear        the identity: exactly head 1.
       replicated    a copy of the unembedding: exactly head 1.
       medusa        W and b of the residual zero, own unembeddings copies (arXiv 2401.10774): exactly head 1.
       stern         output maps zero, the hidden layer random: exactly head 1.
       sequential    a copy of the last block behind a join that passes the normed latent and leaves the token's
-                    embedding out; training brings it in. DeepSeek-V3 (arXiv 2412.19437) and FastMTP (2509.18362)
-                    prescribe nothing here: their modules are trained along from nothing.
+                    embedding out; training adds it. DeepSeek-V3 (arXiv 2412.19437) and FastMTP (2509.18362)
+                    prescribe nothing: they train their modules from scratch.
     """
     blocks = [*model.trunk.blocks, *(model.head(k) for k in model.path(1) if isinstance(model.head(k), Block))]
     last = blocks[-1].state_dict()
@@ -125,7 +132,7 @@ EMBEDDING = "trunk.embedding.weight"
 
 @torch.no_grad()
 def new_value_(name: str, tensor: Tensor, model: Transformer, generator: torch.Generator) -> None:
-    """Fills `tensor` with the first value of a parameter that no part of the old model has."""
+    """Fill `tensor` with the first value of a parameter that the old model does not have."""
     if not model.config.kind.begin_as_head_1(name, tensor):
         model.first_value_(name, tensor, generator)
 

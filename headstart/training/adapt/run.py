@@ -1,4 +1,4 @@
-"""A run that begins from an existing model: new heads on it, what is frozen, and in which stage of the run."""
+"""A run on an existing model: its new heads, its frozen parameters, and the checks of its files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from headstart.training.schedule import stage_of
 from headstart.training.step import autocast
 
 SOURCE_FILE = "source.json"
-"""In the run folder: what the files of the existing model were when the run began."""
+"""File in the run folder: digests of the existing model when the run began."""
 
 
 class ExistingModel:
@@ -169,8 +169,10 @@ class ExistingModel:
 
 
 def trained_parameters(model: Transformer, adapt: AdaptConfig, seed: int) -> tuple[set[str], Lora | None]:
-    """Return the names of all that a run trains in its last stage, and LoRA's products, added to `model`, if it trains
-    such."""
+    """Return the names of the parameters that a run trains in its last stage, and LoRA's products, if it has them.
+
+    The products are added to `model`.
+    """
     if adapt.lora is not None:
         heads, lora = new_parameters(model), Lora(model, adapt.lora, seed)
         return heads | lora.names, lora
@@ -184,7 +186,7 @@ def check_processes(count: int) -> None:
 
 
 def check_frozen_dtype(config: RunConfig, stored: torch.dtype) -> None:
-    """Raise UsageError where frozen weights, stored in `stored`, cannot be held in the dtype asked for."""
+    """Raise UsageError if frozen weights, stored in `stored`, cannot be held in the dtype of the settings."""
     assert config.adapt is not None
     name, model = config.adapt.frozen_dtype, config.adapt.model
     if name != "float32" and stored != getattr(torch, name):
@@ -197,34 +199,36 @@ def check_frozen_dtype(config: RunConfig, stored: torch.dtype) -> None:
 
 
 def check_shape(old: ModelConfig, config: RunConfig) -> None:
-    """Raises UsageError unless `config.model` is the shape `old` with new heads."""
+    """Raise UsageError unless `config.model` is the shape `old` with new heads."""
     model, adapt = config.model, config.adapt
     assert adapt is not None
-    wanted = config_with_heads(
+    expected = config_with_heads(
         old, model.heads, model.head_kind, model.wiring, shared=model.shared, replace_heads=adapt.replace_heads
     )
-    if wanted != model:
+    if expected != model:
         raise UsageError(
             f"{adapt.model}: the run's model is not this one with heads added; start it anew with headstart adapt"
         )
 
 
 def check_unchanged(model: Path, run_dir: Path) -> None:
-    """Keep what the model's files are when the run begins. Raises UsageError where they are others later: weights that
-    are never trained are in no checkpoint, and neither is the tokenizer."""
+    """Record digests of the model's files when the run begins; raise UsageError if they have changed later.
+
+    Checkpoints hold neither the weights that are never trained nor the tokenizer.
+    """
     now = digests(model)
     if (tokenizer := model / TOKENIZER_FILE).is_file():
         now[TOKENIZER_FILE] = sha256_of(tokenizer)
-    known = run_dir / SOURCE_FILE
+    record = run_dir / SOURCE_FILE
     if not checkpoints.all_steps(run_dir / "checkpoints"):
-        known.unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
     try:
-        before = json.loads(known.read_text(encoding="utf-8"))["sha256"]
+        before = json.loads(record.read_text(encoding="utf-8"))["sha256"]
     except FileNotFoundError:
-        write_text(known, json.dumps({"model": str(model), "sha256": now}, indent=2) + "\n")
+        write_text(record, json.dumps({"model": str(model), "sha256": now}, indent=2) + "\n")
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{known}: cannot be read ({error}); give another --run-dir") from error
+        raise UsageError(f"{record}: cannot be read ({error}); give another --run-dir") from error
     if TOKENIZER_FILE not in before:  # a run of an older Headstart, which did not record it
         now.pop(TOKENIZER_FILE, None)
     if before != now:
@@ -232,12 +236,12 @@ def check_unchanged(model: Path, run_dir: Path) -> None:
 
 
 def digests(model: Path) -> dict[str, str]:
-    """SHA-256 of the files that hold the weights of a model directory."""
+    """Return the SHA-256 of the files that hold the weights of a model directory."""
     return {file.name: sha256_of(file) for file in sorted(model.glob("*.safetensors"))}
 
 
 def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) -> None:
-    """Raises UsageError where the shards were encoded with another tokenizer than the model's."""
+    """Raise UsageError if the shards were encoded with another tokenizer than the model's."""
     for source in sources:
         folder, needed = source.train.directory, int(source.train.manifest["vocab_size"])
         if needed > vocab_size:
@@ -258,9 +262,11 @@ def _vocabulary(file: Path) -> object:
 
 
 def flops_per_token(config: RunConfig) -> int:
-    """FLOPs of training on one token, as `ModelConfig.flops_per_token`; what is frozen is only run forward, and the
-    unembedding gets no gradient. Joint runs are counted as in their second stage. Registers are counted as the tokens
-    that they stand beside, token order as one more unembedding."""
+    """Count the FLOPs of training on one token, like `ModelConfig.flops_per_token`.
+
+    Frozen parameters only run forward, and the unembedding gets no gradient. Joint runs are counted in their second
+    stage. Positions of auxiliary objectives are counted like tokens.
+    """
     model, whole = config.model, config.model.flops_per_token(config.length) * config.positions // config.length
     whole += sum(method.extra_flops(model) for method in config.methods)
     if config.adapt is None or config.adapt.mode == "joint":

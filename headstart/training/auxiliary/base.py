@@ -33,14 +33,14 @@ class AuxiliarySettings(ABC):
     why_not_adapted: ClassVar[str]
     """Reason for which `headstart adapt` cannot have it."""
     with_sequential_heads: ClassVar[bool] = False
-    """Whether it works with heads that read the tokens behind a position."""
+    """True if it works with heads that read the tokens behind a position."""
     has_token: ClassVar[bool] = False
-    """Whether it needs an id of the vocabulary, its field `token`."""
+    """True if it needs an id of the vocabulary, its field `token`."""
 
     @property
     @abstractmethod
     def on(self) -> bool:
-        """Whether the run has it."""
+        """True if the run has it."""
 
     @property
     def named_token(self) -> int | None:

@@ -63,7 +63,7 @@ class MaskConfig(AuxiliarySettings):
 
     @property
     def on(self) -> bool:
-        """Whether inputs are hidden."""
+        """True if inputs are hidden."""
         return self.kind != "none"
 
     def auxiliary(self, token: int, seed: int) -> MaskedInputs:
@@ -72,7 +72,7 @@ class MaskConfig(AuxiliarySettings):
 
     @property
     def in_use(self) -> bool:
-        """Whether the trained model is given masks too, because it has never seen an answer."""
+        """True if the trained model is given masks too, because it has never seen an answer."""
         return self.kind == "teacherless" and self.rows == 1
 
 

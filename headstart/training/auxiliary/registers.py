@@ -50,7 +50,7 @@ class RegisterConfig(AuxiliarySettings):
 
     @property
     def on(self) -> bool:
-        """Whether rows have registers."""
+        """True if rows have registers."""
         return self.weight > 0
 
     def auxiliary(self, token: int, seed: int) -> RegisterTokens:

@@ -47,7 +47,7 @@ class TokenOrderConfig(AuxiliarySettings):
 
     @property
     def on(self) -> bool:
-        """Whether the run learns token order."""
+        """True if the run learns token order."""
         return self.weight > 0
 
     def auxiliary(self, token: int, seed: int) -> TokenOrder:
