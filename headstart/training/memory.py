@@ -309,7 +309,7 @@ class Kept:
         return self.config.model.kind.kept_bytes(self)
 
     def loss(self) -> int:
-        """Return the bytes of the unembedding's norm, its result in its own and the products' dtype, and its gradient."""
+        """Return the bytes of the unembedding's norm, of its result in both dtypes, and of its gradient."""
         D = self.config.model.dim
         cast = self.compute if self.compute != self.residual else 0
         norm = self.norm() - (self.residual * D if self.residual == FLOAT32 or self.device == "gpu" else 0)
