@@ -1,1 +1,1 @@
-"""What a model is worth: bits per byte, agreement of its heads with a text, acceptance and repetition."""
+"""Evaluate a model: bits per byte, agreement of its heads with text, acceptance, repetition, benchmark tasks."""

@@ -1,4 +1,4 @@
-"""Free running: what share of drafts a model accepts in texts that it writes itself."""
+"""Measure how many drafts a model accepts in its own outputs, and how often its outputs repeat themselves."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from headstart.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class FreeRunning:
-    """Decoding with all heads.
+    """The result of decoding with all heads.
 
-    tokens, passes, tokens_per_pass: written; 1 + accepted drafts.
-    acceptance: share of passes that accepted the draft of head k, at k-2.
-    repeated_8_grams: share of 8-grams that stood in the same output before.
+    Attributes:
+        tokens: tokens of all outputs.
+        passes: passes that they took.
+        tokens_per_pass: 1 + accepted drafts, the mean over passes.
+        acceptance: entry k-2 is the share of passes that accepted the draft of head k.
+        repeated_8_grams: share of 8-grams that occurred in the same output before.
     """
 
     tokens: int
@@ -39,8 +42,10 @@ def run_freely(
     progress: Callable[[int], None] = lambda tokens: None,
     ends: Sequence[frozenset[int]] = (),
 ) -> FreeRunning:
-    """Continues `prompts` with all heads, greedily (temperature 0) or sampled; prompt i with seed i. An output
-    ends where the model ends it, or at a token of `ends[i]`: drafts of text that nobody asks for do not count."""
+    """Continue `prompts` with all heads, greedily (temperature 0) or sampled; prompt i has seed i.
+
+    An output ends where the model ends it or at a token of `ends[i]`, so drafts beyond its end do not count.
+    """
     generations = [
         engine.submit(Request(tuple(prompt), new_tokens, Sampling(temperature, seed=i), ends=own))
         for i, (prompt, own) in enumerate(zip(prompts, ends or [frozenset[int]()] * len(prompts)))
@@ -58,8 +63,10 @@ def run_freely(
 
 
 def repeated(outputs: Sequence[Sequence[int]], size: int = 8) -> float:
-    """Share of the `size`-grams that stood in the same output before. A loop is easily drafted: beside much of it,
-    tokens per pass say little about the model."""
+    """Return the share of `size`-grams that occurred in the same output before.
+
+    A loop is easy to draft: with many repetitions, tokens per pass say little about a model.
+    """
     seen = again = 0
     for output in outputs:
         grams = [tuple(output[i : i + size]) for i in range(len(output) - size + 1)]
@@ -72,15 +79,20 @@ def repeated(outputs: Sequence[Sequence[int]], size: int = 8) -> float:
 def draft_ranks(
     model: Transformer, text: Sequence[int], rows: Sequence[int], sampling: Sampling
 ) -> list[list[tuple[float, int]]]:
-    """For each of `rows` and head k = 2..n, entry k-2: the probability that head k gave its best candidate there, and
-    the rank of the token that the text has k later.
+    """Return the confidence of each head at some positions, and the rank of the right token among its candidates.
 
-    Candidates are ranked as drafts are: by logits, or at a temperature with the noise of their position. Top-k, top-p
-    and min-p are left out.
+    Candidates are ranked like drafts: by logits, or at a temperature with the noise of their position. Top-k, top-p and
+    min-p are left out.
 
     Args:
-        model: in decoding form.
+        model: a model in decoding form.
+        text: token ids.
         rows: positions of `text` with n tokens after them.
+        sampling: temperature and seed.
+
+    Returns:
+        For each of `rows` a list with entry k-2 for head k = 2..n: the probability of its best candidate, and the rank
+        of the token k later in the text.
     """
     n = model.config.heads
     tokens = torch.tensor([text], device=model.trunk.embedding.weight.device)

@@ -57,7 +57,10 @@ def score_documents(
     token but a document's first ones is then predicted from at least `length` / 2 tokens, and each counts once.
 
     Args:
+        model: the model to score.
+        documents: token ids of each document.
         bytes: the UTF-8 bytes of all documents, or of their targets if `counted` is given.
+        length: tokens of a window.
         end_id: put before each document, so that its first token is predicted too, from the state that the model was
             trained in. With None the first token of each document is only read.
         start_tokens: the number of tokens at the start of each document that are read and never predicted.
@@ -168,8 +171,9 @@ def _windows(size: int, length: int) -> Iterator[tuple[int, int, int]]:
 
 @torch.no_grad()
 def _read(model: Transformer, tokens: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return for positions start..stop and each head, (T, n) each: the nats of the right token, 0 if the document ends
-    before it, and the head's most probable token.
+    """Return nats of the right token and the most probable token of each head, at positions start..stop: (T, n) each.
+
+    The nats are 0 if the document ends before the token.
     """
     n, device = model.config.heads, model.trunk.embedding.weight.device
     T = stop - start

@@ -1,6 +1,6 @@
-"""A model as EleutherAI's lm-eval sees it: likelihoods by head 1, and texts written by the engine.
+"""Connect a model to EleutherAI's lm-eval: likelihoods by head 1, and outputs by the engine.
 
-Importing this needs the extra `eval`, and registers the model with lm-eval under the name "headstart".
+Importing this file needs the extra `eval` and registers the model with lm-eval under the name "headstart".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 
 Pair = tuple[Any, Sequence[int], Sequence[int]]
-"""(anything, tokens of the context, tokens of the continuation)."""
+"""A request: (anything, tokens of the context, tokens of the continuation)."""
 
 
 @register_model("headstart")
@@ -30,9 +30,9 @@ class HeadstartLM(TemplateLM):
     """lm-eval's model over a `LanguageModel` or a model directory.
 
     Args:
-        model: opened, or the name of a directory.
-        batch_size: rows that are read, and requests that are decoded, at once.
-        heads: how many decode (None: as `LanguageModel.generate`); results do not depend on it.
+        model: an opened model, or the name of a directory.
+        batch_size: rows read, and requests decoded, at once.
+        heads: number of heads that decode (None: like `LanguageModel.generate`); results do not depend on it.
     """
 
     def __init__(
@@ -49,32 +49,36 @@ class HeadstartLM(TemplateLM):
         self.batch, self.heads = int(batch_size or 8), heads
         self.context = self.model.config.context
         self.cut = 0
-        """Requests of which only the end fitted the context."""
+        """Number of requests whose beginning did not fit into the context."""
         self.tokens = 0
         self.passes = self.committed = 0
-        """Written, and passes that took, in all texts."""
+        """Tokens committed, and passes that they took, over all outputs."""
         self._start = list(self.model.tokenizer.start_ids)
         self._end = self.model.tokenizer.end_id
         if self._end is None:
-            raise UsageError("this tokenizer has no token that ends a text, which lm-eval puts before texts; name one")
+            raise UsageError("this tokenizer has no end token, which lm-eval puts before text; name one")
 
     @property
     def eot_token_id(self) -> int:
+        """Return the end token."""
         assert self._end is not None
         return self._end
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before texts without a context: the start token, or else the end token."""
+        """Return the token before text without a context: the start token, or else the end token."""
         return self._start[0] if self._start else self.eot_token_id
 
     @property
     def tokenizer_name(self) -> str:
+        """Return the name of the tokenizer."""
         return self.model.tokenizer.name
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the source of the tokenizer's chat template, None where none is asked for. Raises UsageError where
-        there is none, and for any name but "default": the directory holds one."""
+        """Return the source of the tokenizer's chat template; None if lm-eval does not use one.
+
+        Raises UsageError if there is none, and for any name but "default".
+        """
         if not chat_template:
             return None
         if isinstance(chat_template, str) and chat_template != "default":
@@ -82,9 +86,11 @@ class HeadstartLM(TemplateLM):
         return need_chat_template(self.model.tokenizer).source
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the text of a conversation up to where the assistant begins to write; without `add_generation_prompt`
-        up to the end of the last message, which the model continues. A template that takes no system message gets the
-        conversation without, as in lm-eval's own Hugging Face model."""
+        """Return the text of a conversation up to where the assistant begins to write.
+
+        Without `add_generation_prompt` the text ends with the last message, which the model continues. If a template
+        refuses system messages they are left out, as in lm-eval's own Hugging Face model.
+        """
         template = need_chat_template(self.model.tokenizer)
         try:
             text = template.render(chat_history, prompt=add_generation_prompt)
@@ -101,12 +107,12 @@ class HeadstartLM(TemplateLM):
         return text[: text.rindex(last) + len(last)]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """The ids of a text, behind the start token that the model knows texts by, unless that is asked not to be."""
+        """Return the ids of a text, after the start token unless `add_special_tokens` is False."""
         tokenizer = self.model.tokenizer
         return tokenizer.encode(string) if add_special_tokens is False else prompt_ids(tokenizer, string)
 
     def _fitted(self, ids: list[int], room: int) -> list[int]:
-        """The end of `ids` that fits into `room`, behind the start tokens if they were there."""
+        """Return the end of `ids` that fits into `room`, after the start tokens if `ids` begins with them."""
         if len(ids) <= room:
             return ids
         self.cut += 1
@@ -116,9 +122,9 @@ class HeadstartLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """For each request (log-probability of the continuation, whether greedy decoding would write it)."""
+        """Return for each request the log-probability of the continuation, and whether greedy decoding gives it."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        # Rows of about one length are read together; the longest come first, so that memory is short at once or never.
+        # Rows of similar length are read together. The longest come first, so memory runs out at once or never.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         with Progress("likelihoods", len(order), unit="requests") as bar:
             for start in range(0, len(order), self.batch):
@@ -132,12 +138,12 @@ class HeadstartLM(TemplateLM):
     def _read(self, requests: Sequence[Pair]) -> list[tuple[float, bool]]:
         rows, sizes = [], []
         for _, before, after in requests:
-            # The last token is not read: nothing follows it.
+            # The last token is not read, because nothing follows it.
             row = self._fitted([*before, *after], self.context + 1)
             rows.append(row)
             sizes.append(min(len(after), len(row) - max(1, len(self._start))))
         width = max(map(len, rows)) - 1
-        # Padded behind, where nothing looks.
+        # Padding follows each row, so no token of the row attends to it.
         weight = self.model.transformer.trunk.embedding.weight
         tokens = torch.tensor([row[:-1] + [0] * (width - len(row) + 1) for row in rows], device=weight.device)
         latents = self.model.transformer.latents(tokens, [1])[1]
@@ -146,15 +152,15 @@ class HeadstartLM(TemplateLM):
             if size == 0:
                 answers.append((0.0, True))
                 continue
-            # Logits only where they are asked for: a row of them all is V times as long.
+            # Logits of the continuation alone: those of a whole row would take V numbers per token.
             logits = self.model.transformer.unembedding(z_TD[None, len(row) - 1 - size : len(row) - 1])[0].float()
-            wanted = torch.tensor(row[-size:], device=logits.device)
-            chances = logits.log_softmax(-1).gather(-1, wanted[:, None])
-            answers.append((float(chances.sum()), bool((logits.argmax(-1) == wanted).all())))
+            targets = torch.tensor(row[-size:], device=logits.device)
+            chances = logits.log_softmax(-1).gather(-1, targets[:, None])
+            answers.append((float(chances.sum()), bool((logits.argmax(-1) == targets).all())))
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, its tokens read in windows of the context, each token once."""
+        """Return the log-probability of each whole text, read in windows of the context, each token once."""
         pieces: list[Pair] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -174,8 +180,8 @@ class HeadstartLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to a stop string, by the engine with all heads."""
-        asked = []
+        """Return the output after each context, up to a stop string, decoded by the engine with all heads."""
+        requested = []
         for number, request in enumerate(requests):
             text, options = request.args
             options = dict(options)
@@ -198,12 +204,12 @@ class HeadstartLM(TemplateLM):
                 heads=self.heads,
                 stop=until,
             )
-            asked.append(settings.request(prompt))
-        if not asked:
+            requested.append(settings.request(prompt))
+        if not requested:
             return []
-        engine = self.model.engine(min(self.batch, len(asked)), prefill_budget=None)
-        generations = [engine.submit(request) for request in asked]
-        with Progress("texts", len(asked), unit="requests") as bar:
+        engine = self.model.engine(min(self.batch, len(requested)), prefill_budget=None)
+        generations = [engine.submit(request) for request in requested]
+        with Progress("outputs", len(requested), unit="requests") as bar:
             while engine.busy:
                 bar.advance(sum(generation.finished for generation, _ in engine.step()))
         self.tokens += sum(generation.stats.tokens for generation in generations)

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval: ARC, HellaSwag, PIQA, MMLU, GSM8K, summaries with ROUGE and hundreds more."""
+"""Run tasks of EleutherAI's lm-eval: ARC, HellaSwag, PIQA, MMLU, GSM8K, summaries with ROUGE and many more."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ PREFIX = "lm-eval:"
 
 
 def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings, batch: int) -> dict[str, Any]:
-    """lm-eval's results for the tasks `names`, without the prefix: {task: {metric: value}}, and what reading them took.
+    """Return lm-eval's results for the tasks `names` (without PREFIX), and what decoding took.
 
-    Raises UsageError where lm-eval is not installed, knows no such task, or cannot get a task's data.
+    The results are {task: {metric: value}}. Raises UsageError if lm-eval is not installed, does not know a task, or
+    cannot get a task's data.
     """
     try:
         import lm_eval
@@ -50,8 +51,8 @@ def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings
     except (ConnectionError, FileNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{', '.join(names)}: the data cannot be reached ({reason}); fetch them where there is a network, or write "
-            "a task file over a local one: --lm-eval.include-path FOLDER"
+            f"{', '.join(names)}: the data cannot be reached ({reason}); fetch it with a network, or write a task "
+            "file for local data: --lm-eval.include-path FOLDER"
         ) from error
     assert answer is not None
     results = {

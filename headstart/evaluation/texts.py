@@ -1,4 +1,4 @@
-"""Texts to evaluate on: documents of any source as token ids, and prompts out of them."""
+"""Read what a model is evaluated on: documents of any source as token ids, and prompts from them or from files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from headstart.evaluation.settings import PROMPTS_FILE
 from headstart.formats.registry import load_config, load_model_tokenizer
 
 LongPrompts = Literal["skip", "middle", "start"]
-"""Prompts that are too long are left out, cut in their middle, or, where they are text, cut to their start."""
+"""Ways to handle prompts that are too long: leave them out, cut their middle, or (for text) keep their start."""
 
 
 def sizes(prompt: int | None, new: int | None, context: int | None, most: int = 256) -> tuple[int, int]:
-    """Tokens of a prompt and tokens written after it: as asked for, else `most` of each or what the context has room
-    for. Raises UsageError for more than the context (None: any)."""
+    """Return the tokens of a prompt and of its output: those given, else `most` or what the context has room for.
+
+    Raises UsageError if together they exceed the context (None: no limit).
+    """
     length = min(most, max(1, context // 2) if context else most) if prompt is None else prompt
     after = min(most, max(1, context - length) if context else most) if new is None else new
     if context is not None and length + after > context:
@@ -99,11 +101,10 @@ def _encode_document(
 def cut_prompts(
     documents: Sequence[Sequence[int] | np.ndarray], count: int, length: int, room: int
 ) -> list[tuple[int, ...]]:
-    """`count` prompts of `length` tokens that go on for `room` tokens more, spread evenly over `documents`.
+    """Cut `count` prompts of `length` tokens, each followed by `room` tokens, spread evenly over `documents`.
 
-    Documents are cut into pieces of length + room, from the middle of what is left over; fewer pieces give fewer
-    prompts. Each prompt begins with the start tokens of `Documents`, its first ones. Raises UsageError where no
-    document is long enough.
+    A document gives as many pieces of length + room tokens as fit, from its middle; fewer pieces give fewer prompts.
+    Each prompt begins with the start tokens of `Documents`. Raises UsageError if no document is long enough.
     """
     start = documents.start if isinstance(documents, Documents) else ()
     size = length + room - len(start)
@@ -114,7 +115,7 @@ def cut_prompts(
         places += [(number, first + piece * size) for piece in range(pieces)]
     if not places:
         size += len(start)
-        raise UsageError(f"no document has {size} tokens ({length} to read and {room} to go on for); ask for fewer")
+        raise UsageError(f"no document has {size} tokens ({length} of a prompt and {room} after it); ask for fewer")
     count = min(count, len(places))
     chosen = [places[i * len(places) // count] for i in range(count)]
     taken = length - len(start)
@@ -123,24 +124,23 @@ def cut_prompts(
 
 @dataclass(frozen=True)
 class FilePrompts:
-    """Prompts of a file that fit, as token ids, and how many were too long."""
+    """Prompts that fit, as token ids, and the number of those that were too long."""
 
     prompts: list[tuple[int, ...]]
     skipped: int = 0
     cut: int = 0
     ends: Sequence[frozenset[int]] = ()
-    """For each prompt the tokens that end its answer in addition to the model's own: a conversation's end of turn."""
+    """Tokens that end the answer to each prompt in addition to the model's own: a conversation's end of turn."""
 
 
 def fitting_prompts(
     file: Path, tokenizer: Tokenizer, longest: int | None = None, long: LongPrompts = "skip"
 ) -> FilePrompts:
-    """Read the prompts of a file (`read_prompt_file`); conversations are written by the chat template, up to where the
-    assistant answers their last question.
+    """Read the prompts of a file (`read_prompt_file`) that have at most `longest` tokens.
 
-    Prompts of more than `longest` tokens are skipped, cut in the middle, or cut to their start; with "start"
-    conversations are skipped, for their end is never cut. Raises UsageError, naming the prompt, for what is no prompt,
-    and where none is left.
+    The chat template writes conversations, up to the answer to their last question. Longer prompts are skipped, cut in
+    the middle, or cut to their start; "start" skips conversations, because their end is never cut. Raises UsageError if
+    a prompt is malformed, which it names, or if none is left.
     """
     found, ends, skipped, cut = [], [], 0, 0
     for each in read_prompt_file(file):
@@ -160,18 +160,21 @@ def fitting_prompts(
             "--new-tokens, or --long-prompts middle"
         )
     if not found:
-        raise UsageError(f"{file}: holds no prompt; write one a line")
+        raise UsageError(f"{file}: holds no prompt; write one per line")
     return FilePrompts(found, skipped, cut, ends)
 
 
 def prompt_limit(tokens: int | None, long: LongPrompts | None, new: int, context: int) -> tuple[int, LongPrompts]:
-    """Return the most tokens of a prompt of a file, and what happens to longer ones, for settings of a command: without
-    `tokens` whatever the context has room for, and longer ones are left out; with it texts are cut to their start."""
+    """Return the most tokens of a prompt of a file, and what happens to longer ones, for a command's settings.
+
+    The limit is `tokens`, and longer text is cut to its start. Without `tokens` the limit is what the context has room
+    for, and longer prompts are left out.
+    """
     return tokens or context - new, long or ("skip" if tokens is None else "start")
 
 
 def read_prompts(file: Path, tokenizer: Tokenizer, length: int | None = None) -> list[tuple[int, ...]]:
-    """Return the prompts of a file, texts cut to their first `length` tokens."""
+    """Return the prompts of a file, text cut to its first `length` tokens."""
     return fitting_prompts(file, tokenizer, length, "start").prompts
 
 
@@ -186,13 +189,13 @@ def _prompt_ids(prompt: FilePrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
             return chat_ids(tokenizer, messages, list(prompt.conversation.tools) or None)
     except UsageError as error:
         raise UsageError(f"{prompt.place}: {error}") from error
-    raise UsageError(f"{prompt.place}: asks nothing; take it out")
+    raise UsageError(f"{prompt.place}: asks nothing; remove it")
 
 
 def load_prompts(
     model: Path, *, prompts: Path | None, data: Path | None, count: int, tokens: int, room: int
 ) -> list[tuple[int, ...]]:
-    """`count` prompts of `tokens` tokens, as `find_prompts`; texts of a file are cut to their start."""
+    """Return `count` prompts of `tokens` tokens, see `find_prompts`; text of a file is cut to its start."""
     return find_prompts(model, prompts, data, count, tokens, room, (tokens, "start")).prompts
 
 
@@ -205,10 +208,11 @@ def find_prompts(
     room: int,
     limit: tuple[int, LongPrompts],
 ) -> FilePrompts:
-    """At most `count` prompts: of a file or the model directory's own (`fitting_prompts` with
-    `limit`), or pieces of `tokens` tokens of held-out documents that go on for `room` tokens more.
+    """Find at most `count` prompts for a model.
 
-    Documents come from the shards folder `data`, or that of the run in which the model lies (RUN/model).
+    They come from the file `prompts` or from the model directory's own (`fitting_prompts` with `limit`). Otherwise they
+    are pieces of `tokens` tokens, followed by `room` more, of held-out documents in the shards folder `data` or in that
+    of the model's run (RUN/model).
     """
     tokenizer = load_model_tokenizer(model)
     if prompts is None and data is None and (model / PROMPTS_FILE).is_file():

@@ -25,7 +25,7 @@ def test_prompts_are_pieces_that_go_on_and_lie_apart() -> None:
     assert cut_prompts(documents, 9, 6, 4) == [tuple(range(102, 108)), tuple(range(112, 118)), tuple(range(6))]
     assert cut_prompts(documents, 2, 6, 4) == [tuple(range(102, 108)), tuple(range(112, 118))]
     assert cut_prompts(documents, 1, 3, 2) == [tuple(range(100, 103))]
-    with pytest.raises(UsageError, match=r"no document has 30 tokens \(20 to read and 10 to go on for\)"):
+    with pytest.raises(UsageError, match=r"no document has 30 tokens \(20 of a prompt and 10 after it\)"):
         cut_prompts(documents, 3, 20, 10)
 
 

@@ -1,6 +1,7 @@
-"""Privileges and files that a process gives up before it runs a program that nobody has read.
+"""Give up privileges and access to files before running a program that nobody has read.
 
-Linux. The standard library alone: the sandbox's server loads this file by path. `seccomp` filters the system calls.
+Linux only. It uses the standard library alone, because the sandbox's server loads this file by path. `seccomp` filters
+the system calls.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ def _prctl(option: int, value: int) -> int:
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, for good, and those that a program with privileges would gain.
+    """Give up every capability for good, including those that a privileged program would gain.
 
-    Root keeps its user's files, but no power over other processes, devices or the machine. Raises OSError where the
+    Root keeps access to its files, but has no power over other processes, devices or the machine. Raises OSError if the
     kernel refuses.
     """
     for capability in range(64):
         if _prctl(_PR_CAPBSET_DROP, capability) != 0:
-            break  # behind the last one, or at the first one for a user who has none to drop
+            break  # after the last one, or at once for a user without capabilities
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header, none = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     if _libc().capset(header, none) != 0 or _prctl(_PR_SET_NO_NEW_PRIVS, 1) != 0:
@@ -55,7 +56,7 @@ _hidden, _before = 0, 1
 
 @contextlib.contextmanager
 def hidden_memory() -> Iterator[None]:
-    """Do so within the block. Blocks may overlap in time, in several threads; the last one to end restores."""
+    """Hide the memory within the block. Blocks of several threads may overlap; the last one to end restores."""
     global _hidden, _before
     with _hiding:
         if not _hidden:
@@ -86,19 +87,19 @@ def _syscall(number: int, *arguments: bytes | int | None) -> int:
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF, _ASK_VERSION, _PATH_BENEATH = 444, 445, 446, 1, 1
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-"""All rights over files that a version knows, by the first version that knows them."""
+"""All file rights of a version, by the first version that has them."""
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 class FileRules:
-    """Rules on files that a process takes upon itself, where the kernel has Landlock (5.13 and later).
+    """File rules that a process applies to itself, if the kernel has Landlock (5.13 and later).
 
-    No file is written, made, removed or executed. Files are read, but for devices and other processes in /proc; no
-    memory of another process is read, and from kernel 6.12 on no signal is sent out.
+    No file can be written, made, removed or executed. Files can be read, except devices and other processes in /proc.
+    The memory of other processes cannot be read, and from kernel 6.12 on no signal can be sent to them.
     """
 
     def __init__(self) -> None:
-        """Open what may be read, once for all processes that will be forked."""
+        """Open everything that may be read, once for all processes that will be forked."""
         self._version = _syscall(_CREATE_RULESET, None, 0, _ASK_VERSION)
         self._readable: list[int] = []
         if self._version < 1:
@@ -112,7 +113,7 @@ class FileRules:
                 self._readable.append(os.open(path, os.O_PATH))
 
     def apply(self) -> None:
-        """Take the rules upon this process, for good. Raises OSError where the kernel has them and refuses."""
+        """Apply the rules to this process for good. Raise OSError if the kernel has Landlock and refuses."""
         if self._version < 1:
             return
         handled = max(rights for version, rights in _FILE_RIGHTS.items() if version <= self._version)

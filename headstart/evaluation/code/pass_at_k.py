@@ -1,4 +1,4 @@
-"""pass@k: the chance that one of k programs is right, from n samples of each (Chen et al. 2021, section 2.1)."""
+"""Estimate pass@k, the chance that one of k programs is right, from n samples (Chen et al. 2021, section 2.1)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 from headstart.errors import UsageError
 
 RESAMPLES = 1000
+"""Number of resamples for an interval."""
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The unbiased estimate for one problem: 1 - C(n - c, k) / C(n, k), for c right ones of n samples.
+    """Return the unbiased estimate for one problem: 1 - C(n - c, k) / C(n, k), for c right ones of n samples.
 
     Raises UsageError for fewer samples than k.
     """
@@ -27,7 +28,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems, with a 90 % interval by drawing the problems anew, as the paper's figures have."""
+    """A mean over problems, with a 90 % interval from resampled problems, as in the paper's figures."""
 
     value: float
     low: float
@@ -35,7 +36,7 @@ class Estimate:
 
 
 def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
-    """pass@k over problems, each given as (samples, right ones)."""
+    """Estimate pass@k over problems, each given as (samples, right ones)."""
     values = np.array([pass_at_k(samples, right, k) for samples, right in counts])
     generator = np.random.default_rng(seed)
     means = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
@@ -44,8 +45,11 @@ def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estima
 
 
 def oracle(by_temperature: Mapping[float, Sequence[tuple[int, int]]], k: int) -> tuple[float, Estimate]:
-    """The temperature with the highest pass@k, and what it gives: chosen on the test scores themselves, as the paper
-    does for each model, data set and k (section 3.1), which flatters everyone alike. The lowest of equal ones."""
+    """Return the temperature with the highest pass@k, the lowest of equal ones, and its estimate.
+
+    It is chosen on the test scores themselves, as in the paper for each model, data set and k (section 3.1), which
+    flatters all models alike.
+    """
     found = {temperature: estimate(counts, k) for temperature, counts in sorted(by_temperature.items())}
     best = max(found, key=lambda temperature: found[temperature].value)
     return best, found[best]

@@ -1,4 +1,4 @@
-"""Programming problems: HumanEval, MBPP, APPS and CodeContests, from the hub or from a file, as prompts and tests."""
+"""Load the problems of HumanEval, MBPP, APPS and CodeContests, from the hub or a file, as prompts and tests."""
 
 from __future__ import annotations
 
@@ -27,47 +27,48 @@ HUB = {
     "apps-introductory": ("hf:codeparrot/apps", "introductory"),
     "codecontests": ("hf:deepmind/code_contests", None),
 }
-"""Where each is on the Hugging Face hub: data set, configuration. The split is "test"."""
+"""Data set and configuration of each task on the Hugging Face hub. The split is "test"."""
 
 FUNCTION_ENDS = ("\nclass ", "\ndef ", "\n#", "\n@", "\nif ", "\nprint(", "\nassert ")
-"""What begins where the body of a function has ended."""
+"""Strings that begin what follows the body of a function."""
 SCRIPT_ENDS = ('\n"""', "\n'''", "\nQUESTION:", "\nassert ")
+"""Strings that begin what follows a script."""
 
 
 @dataclass(frozen=True)
 class CodeProblem:
-    """A problem: what the model reads, and how what it writes is judged."""
+    """A problem: the prompt, and how a completion is judged."""
 
     name: str
     prompt: str
     stop: tuple[str, ...]
     head: str = ""
-    """What the program begins with: the prompt, where the model writes only a body."""
+    """Beginning of the program: the prompt, if the model writes only a body."""
     tests: str = ""
-    """Python source run behind the program."""
+    """Python source that runs after the program."""
     cases: tuple[tuple[str, str], ...] = ()
-    """(standard input, expected output): a program is right if it is in every case."""
+    """(standard input, expected output) of each case that a program must get right."""
     seconds: float = 3.0
     tested: bool = True
-    """Whether there is any test."""
+    """The problem has a test."""
 
     def programs(self, completion: str) -> list[Program]:
-        """What is to be run; the completion is right if all of it passes and `agrees`."""
+        """Return the programs to run; the completion is right if all of them pass and `agrees`."""
         source = self.head + completion + "\n"
         if not self.cases:
             return [Program(source, self.tests, seconds=self.seconds)]
         return [Program(source, stdin=given, seconds=self.seconds) for given, _ in self.cases]
 
     def agrees(self, verdicts: Sequence[Verdict]) -> bool:
-        """Whether the programs passed and, where there are cases, wrote what was expected."""
+        """Return whether all programs passed and wrote the expected output of their cases."""
         if not all(verdict.passed for verdict in verdicts):
             return False
-        return all(_same(verdict.stdout, wanted) for verdict, (_, wanted) in zip(verdicts, self.cases))
+        return all(_same(verdict.stdout, expected) for verdict, (_, expected) in zip(verdicts, self.cases))
 
 
-def _same(written: str, wanted: str) -> bool:
-    """Line by line without the spaces at their ends, and numbers as numbers: how judges compare."""
-    lines, expected = ([line.split() for line in text.strip().splitlines()] for text in (written, wanted))
+def _same(written: str, expected_text: str) -> bool:
+    """Compare like judges: line by line without trailing spaces, and numbers as numbers."""
+    lines, expected = ([line.split() for line in text.strip().splitlines()] for text in (written, expected_text))
     return len(lines) == len(expected) and all(
         len(a) == len(b) and all(x == y or _close(x, y) for x, y in zip(a, b)) for a, b in zip(lines, expected)
     )
@@ -86,12 +87,13 @@ def _close(a: str, b: str) -> bool:
 def load_problems(
     task: str, source: str | None = None, limit: int | None = None, rewarded: bool = False
 ) -> list[CodeProblem]:
-    """The problems of `task`, one of `HUB`.
+    """Load the problems of a task.
 
     Args:
+        task: one of HUB.
         source: a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's).
         limit: at most this many, the first ones.
-        rewarded: prompts of codecontests ask for a correct program, as training by `prepare --rewards` annotates it.
+        rewarded: prompts of codecontests ask for a correct program, with the annotation of `prepare --rewards`.
 
     Raises:
         UsageError: a source that cannot be read or reached, or a problem without the fields it needs, by its place.
@@ -116,13 +118,13 @@ def _load(task: str, source: str | None, limit: int | None, rewarded: bool) -> l
                 f"{name}, problem {number}: has no field {error}, which {task} needs; it has {', '.join(row)}"
             ) from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{name}, problem {number}: is not in the form of {task} ({error}); mend it") from error
+            raise UsageError(f"{name}, problem {number}: is not in the form of {task} ({error}); correct it") from error
         if problem is not None and not problem.tested:
             untested += 1
         elif problem is not None:
             problems.append(problem)
     if untested:
-        say(f"{name}: {untested} problems without a test are left out, for every program would pass them")
+        say(f"{name}: {untested} problems without a test are left out, because every program would pass them")
     if not problems:
         raise UsageError(f"{name}: holds no problem of {task}; name its file with --code.source")
     names = [problem.name for problem in problems]
@@ -144,7 +146,7 @@ def _rows(task: str, source: str | None) -> tuple[str, Iterator[Row]]:
 
 @contextmanager
 def any_number_of_digits() -> Iterator[None]:
-    """Let Python read and write whole numbers of any length: APPS has some of more than 4,300 digits."""
+    """Let Python read and write integers of any length: APPS has some of more than 4,300 digits."""
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -160,12 +162,12 @@ def _lines(path: Path) -> Iterator[Row]:
         except ValueError as error:
             raise UsageError(f"{path}, line {number}: is not JSON lines in UTF-8 ({error}); correct it") from error
         if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number}: is no JSON object; correct that line")
+            raise UsageError(f"{path}, line {number}: is not a JSON object; correct that line")
         yield row
 
 
 def _parsed(text: str) -> Any:
-    """JSON with its whole numbers exact. Raises ValueError."""
+    """Parse JSON with exact integers. Raises ValueError."""
     return parse_json(text, int)
 
 
@@ -174,7 +176,7 @@ def _problem(task: str, row: Row, number: int, rewarded: bool) -> CodeProblem | 
         return _apps(row, number)
     if task == "codecontests":
         return _codecontests(row, number, rewarded)
-    # CodeT's form of MBPP is that of HumanEval.
+    # CodeT publishes MBPP in the form of HumanEval.
     return _humaneval(row) if task == "humaneval" or "entry_point" in row else _mbpp(row)
 
 
@@ -184,12 +186,14 @@ def _humaneval(row: Row) -> CodeProblem:
 
 
 def _mbpp(row: Row) -> CodeProblem:
-    """The task and its tests as a docstring, as InCoder and the code evaluation harnesses prompt it; the paper does not
-    give its prompts."""
+    """Prompt with the task and its tests as a docstring, like InCoder and the code evaluation harnesses.
+
+    The paper does not give its prompts.
+    """
     task = str(row["text"] if "text" in row else row["prompt"])
     tests = [str(test) for test in (row["test_list"] if "test_list" in row else row["test"])]
     prompt = f'"""\n{task}\n' + "\n".join(tests) + '\n"""\n'
-    # Set-up code behind the program: two problems of MBPP build on what it defines.
+    # Set-up code runs after the program, because in two problems of MBPP it uses the program's definitions.
     set_up = [*row.get("test_imports", []), row.get("test_setup_code", "")]
     judged = "\n".join([*set_up, *tests])
     name = f"mbpp/{row['task_id']}"
@@ -197,11 +201,11 @@ def _mbpp(row: Row) -> CodeProblem:
 
 
 def _apps(row: Row, number: int) -> CodeProblem | None:
-    """APPS (Hendrycks et al. 2021), the prompt of its authors; problems of other difficulties are passed over."""
+    """Read a problem of APPS (Hendrycks et al. 2021) with its authors' prompt; skip other difficulties."""
     if row.get("difficulty", "introductory") != "introductory":
         return None
     examples = row["input_output"]
-    if not examples:  # so do some problems of the data set say that they have no test
+    if not examples:  # some problems of the data set have no test
         examples = {"inputs": [], "outputs": []}
     examples = _parsed(examples) if isinstance(examples, str) else examples
     called, starter = examples.get("fn_name"), str(row.get("starter_code") or "")
@@ -212,10 +216,10 @@ def _apps(row: Row, number: int) -> CodeProblem | None:
     inputs, outputs = examples["inputs"], examples["outputs"]
     _check_pairs(inputs, outputs)
     if called:
-        # Solutions are functions, or methods of a class Solution; an answer may stand in a list of its own.
+        # Solutions are functions, or methods of a class Solution. An expected answer may be wrapped in a list.
         tests = f"_called = Solution().{called} if 'Solution' in globals() else {called}\n"
-        for given, wanted in zip(inputs, outputs):
-            tests += f"_got, _wanted = _called(*{_source(given)}), {_source(wanted)}\n"
+        for given, expected in zip(inputs, outputs):
+            tests += f"_got, _wanted = _called(*{_source(given)}), {_source(expected)}\n"
             tests += "_got = list(_got) if isinstance(_got, tuple) else _got\n"
             tests += "assert _got == _wanted or [_got] == _wanted\n"
         return CodeProblem(name, prompt, SCRIPT_ENDS, "", tests, seconds=4.0, tested=len(inputs) > 0)
@@ -223,7 +227,7 @@ def _apps(row: Row, number: int) -> CodeProblem | None:
 
 
 def _source(value: Any) -> str:
-    """Python source of a value that JSON can hold; repr writes infinite numbers as names that nobody has defined."""
+    """Return Python source of a JSON value; repr would write infinite numbers as undefined names."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"float('{value}')"
     if isinstance(value, list):
@@ -234,7 +238,7 @@ def _source(value: Any) -> str:
 
 
 def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:
-    """CodeContests (Li et al. 2022): all its tests, its own time limits."""
+    """Read a problem of CodeContests (Li et al. 2022) with all its tests and its time limit."""
     cases: list[tuple[str, str]] = []
     for part in ("public_tests", "private_tests", "generated_tests"):
         tests = row.get(part) or {"input": [], "output": []}
@@ -250,7 +254,7 @@ def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:
 
 def _cases(inputs: Sequence[Any], outputs: Sequence[Any]) -> tuple[tuple[str, str], ...]:
     _check_pairs(inputs, outputs)
-    return tuple((_text(given), _text(wanted)) for given, wanted in zip(inputs, outputs))
+    return tuple((_text(given), _text(expected)) for given, expected in zip(inputs, outputs))
 
 
 def _check_pairs(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Programs that a model writes for problems, run against their tests: pass@k, as the paper's sections 3.1 to 3.3."""
+"""Run a model's programs against the tests of problems: pass@k, as in the paper's sections 3.1 to 3.3."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from headstart.fileio import appending, claimed, write_text
 
 @dataclass
 class _Task:
-    """What one set of problems needs while it is evaluated."""
+    """The state of evaluating one set of problems."""
 
     model: LanguageModel
     settings: CodeSettings
@@ -38,10 +38,10 @@ class _Task:
 def run_code(
     model: LanguageModel, task: str, settings: CodeSettings, batch: int, out: Path, model_name: str
 ) -> dict[str, Any]:
-    """Evaluates `model` on `task`; samples and verdicts are kept in OUT/TASK, and an interrupted run goes on from them.
+    """Evaluate `model` on `task`. Samples and verdicts are kept in OUT/TASK, and an interrupted run resumes from them.
 
-    Raises UsageError for settings out of range, problems that cannot be had, a context that is too short, and a folder
-    that holds samples of another model or other settings, or that another run is writing to.
+    Raises UsageError for settings out of range, problems that cannot be read, a context that is too short, and a folder
+    that holds samples of another model or other settings or that another run writes to.
     """
     _check(settings)
     problems = load_problems(task, settings.source, settings.problems, settings.rewarded)
@@ -90,11 +90,11 @@ def _check(settings: CodeSettings) -> None:
 
 
 def _samples(settings: CodeSettings, temperature: float) -> int:
-    return settings.samples if temperature else 1  # greedy ones are all alike
+    return settings.samples if temperature else 1  # greedy samples are all equal
 
 
 def _encode(state: _Task, task: str) -> int:
-    """Fills in the prompts; how many of them had to be cut."""
+    """Encode the prompts and return how many of them had to be cut."""
     context, new = state.model.config.context, state.settings.new_tokens
     room = context - new
     if room <= len(state.model.tokenizer.start_ids):
@@ -103,19 +103,19 @@ def _encode(state: _Task, task: str) -> int:
     for problem in state.problems:
         ids = tuple(prompt_ids(state.model.tokenizer, problem.prompt))
         cut += len(ids) > room
-        # The start token stays in front of what is left of a prompt.
+        # The start token stays before the rest of a prompt.
         start = state.model.tokenizer.start_ids if len(ids) > room else ()
         state.prompts[problem.name] = (*start, *ids[-(room - len(start)) :])
     if cut and not state.settings.cut_prompts:
         raise UsageError(
             f"{task}: {cut} of {len(state.problems)} prompts are longer than the {room} tokens that the context "
-            f"{context} leaves beside {new} new ones; take fewer --code.new-tokens, or --code.cut-prompts"
+            f"{context} leaves next to {new} new ones; take fewer --code.new-tokens, or --code.cut-prompts"
         )
     return cut
 
 
 def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str, int], str], dict[str, Any]]:
-    """Every sample at this temperature, by problem and number, and what writing them took."""
+    """Return every sample at this temperature, by problem and number, and the cost of decoding them."""
     file, sittings = (state.folder / f"{name}-{temperature:g}.jsonl" for name in ("samples", "sittings"))
     known = {(line["problem"], line["sample"]): line for line in _lines(file)}
     wanted = [(p.name, i) for p in state.problems for i in range(_samples(state.settings, temperature))]
@@ -154,7 +154,7 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
 
 
 def _speed(sittings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all runs that ended; what an interrupted one had written is in none of them."""
+    """Sum up all runs that ended. Samples of an interrupted run are in none of them."""
     total = {name: sum(s[name] for s in sittings) for name in ("written", "tokens", "passes", "seconds")}
     if not total["passes"]:
         return total
@@ -175,7 +175,7 @@ def _generate(
     heads: int | None,
     keep: Callable[[tuple[str, int], str, str], None],
 ) -> tuple[Stats, float]:
-    """Writes the samples `keys`. The seed is the number of the sample: a program does not depend on the others."""
+    """Decode the samples `keys`. The seed is the sample's number, so a program does not depend on others."""
     settings = state.settings
     stops = {problem.name: problem.stop for problem in state.problems}
     longest = max(len(state.prompts[name]) for name, _ in keys) + settings.new_tokens
@@ -198,7 +198,7 @@ def _generate(
 def _judge(
     state: _Task, sandbox: Sandbox, task: str, temperature: float, samples: dict[tuple[str, int], str]
 ) -> dict[tuple[str, int], str]:
-    """How each sample fared: "passed", or why not. Equal programs are run once."""
+    """Return for each sample "passed" or the reason why not. Equal programs are run once."""
     file = state.folder / f"verdicts-{temperature:g}.jsonl"
     known = {(line["problem"], line["sample"]): line["status"] for line in _lines(file)}
     missing = [key for key in samples if key not in known]
@@ -242,15 +242,15 @@ def _tally(statuses: Any) -> dict[str, int]:
 
 
 def _identity(task: str, settings: CodeSettings, model_name: str) -> dict[str, Any]:
-    """What samples depend on: a folder holds those of one such setting."""
+    """Return the settings that samples depend on, which are the same for all samples of a folder."""
     kept = {name: getattr(settings, name) for name in ("source", "top_p", "new_tokens", "cut_prompts")}
-    # Named only where it is on: samples of earlier versions go on.
+    # `rewarded` is named only if it is on, so that samples of earlier versions are still accepted.
     return {"task": task, "model": model_name, **kept, **({"rewarded": True} if settings.rewarded else {})}
 
 
 @contextmanager
 def _own(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """The folder for this run alone. Raises UsageError where another one has it, or it holds other samples."""
+    """Own the folder within the block. Raise UsageError if another run does, or it holds other samples."""
     taken = f"{folder}: another run is writing there; wait for it, or name another --out"
     with claimed(folder / ".lock", taken, "name another --out"):
         file = folder / "settings.json"
@@ -267,7 +267,7 @@ def _own(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """What an earlier run wrote; a last line that was cut short by a kill is taken away."""
+    """Return the lines of an earlier run, and remove a last line that a kill cut short."""
     if not file.is_file():
         return []
     content = file.read_bytes()
@@ -277,4 +277,4 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
-        raise UsageError(f"{file}: is damaged ({error}); remove it, and its samples are made anew") from error
+        raise UsageError(f"{file}: is damaged ({error}); remove it to decode its samples again") from error

@@ -1,4 +1,4 @@
-"""Running programs that a model wrote: each in a process of its own that can neither harm nor last."""
+"""Run programs that a model wrote, each in a process of its own that can neither harm nor last."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from headstart.evaluation.code import confinement, seccomp
 
 SERVER = Path(__file__).resolve().with_name("sandbox_server.py")
 START_SECONDS = 60.0
-"""Time that a process of the sandbox has to start."""
+"""Time limit for a process of the sandbox to start."""
 GRACE = 1.5
-"""Seconds beyond a program's time limit after which the process that runs it counts as lost."""
+"""Seconds after a program's time limit at which the process that runs it counts as lost."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program, and what it must do."""
+    """A program, its tests and its limits."""
 
     program: str
     """Python source."""
     tests: str = ""
-    """Python source run behind it, in the same names: it passes if this raises nothing, or ends in a `unittest.main()`
-    that passes. Empty: the program alone passes if its exit status is 0."""
+    """Python source that runs after the program in the same namespace. The program passes if they raise nothing or end
+    in a `unittest.main()` that passes. Without tests it passes if its exit status is 0."""
     stdin: str = ""
     seconds: float = 3.0
-    """Wall-clock and processor time."""
+    """Limit of wall-clock and of processor time."""
     memory: int = 1 << 30
-    """Bytes of address space."""
+    """Limit of the address space in bytes."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program ended."""
+    """The result of a program."""
 
     status: str
     """passed, failed (an exception, a failed test, a signal), timeout, memory, output (more than 1 MiB), or sandbox
@@ -58,6 +58,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Return whether the program passed."""
         return self.status == "passed"
 
 
@@ -87,7 +88,7 @@ class _Server(subprocess.Popen[bytes]):
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Send `request` and return its answer.
 
-        Raises TimeoutError after `seconds`, and OSError where the process is lost.
+        Raises TimeoutError after `seconds`, and OSError if the process is lost.
         """
         deadline = time.monotonic() + seconds
         self.wait_until_ready(deadline)
@@ -98,7 +99,7 @@ class _Server(subprocess.Popen[bytes]):
         return self._receive(deadline)
 
     def wait_until_ready(self, deadline: float) -> None:
-        """Raises UsageError where the process cannot give up its privileges, and as `ask` does."""
+        """Wait for the process. Raise UsageError if it cannot give up its privileges, else the errors of `ask`."""
         if not self._ready:
             started = self._receive(deadline)
             if "refused" in started:
@@ -120,6 +121,7 @@ class _Server(subprocess.Popen[bytes]):
         return found
 
     def close(self) -> None:
+        """End the process and remove its folder."""
         self.kill()  # and, by the kernel, what it runs
         self.wait()
         for stream in (self.stdin, self.stdout):
@@ -136,21 +138,21 @@ def _wait_for(fd: int, event: int, deadline: float) -> None:
 
 
 class Sandbox:
-    """Runs programs, `workers` at a time. A context manager.
+    """A context manager that runs programs, `workers` at a time.
 
     A program runs as `python program.py` does, alone in a folder, in a process forked from a small warm one (a few
     milliseconds). The process has limits on memory, time, output and open files, no environment, no capabilities, and a
     filter that allows the system calls that computing, reading and printing need: no network, no further processes, no
-    effect on other processes, no files written anywhere. It may read files, but no devices and no other processes where
-    the kernel has Landlock; the memory and the environment of this process are closed to it everywhere while programs
-    run. When a program ends, or its time has come, its process group is killed; a verdict comes at most two seconds
-    after the program's time limit.
+    effect on other processes, no files written anywhere. It may read files; if the kernel has Landlock, it cannot read
+    devices or other processes. It can never read the memory and the environment of this process while programs run.
+    When a program ends or reaches its time limit, its process group is killed; a verdict comes at most two seconds
+    after the time limit.
 
-    A program with tests passes only if they ran to their end: leaving early, with whatever status, does not count. This
-    guards against accidents. A program shares its process with its tests and can forge the verdict if it sets out to;
-    the verdicts of hostile programs can only be trusted for programs without tests, whose output is judged outside.
+    A program with tests passes only if the tests ran to their end: leaving early, with any status, does not count. This
+    guards against accidents. A program shares its process with its tests and can forge a verdict on purpose. Verdicts
+    of hostile programs can be trusted only without tests, because output is judged outside.
 
-    Raises UsageError where the machine cannot confine programs.
+    Raises UsageError if the machine cannot confine programs.
     """
 
     def __init__(self, workers: int = 2) -> None:
@@ -171,13 +173,13 @@ class Sandbox:
                 server.wait_until_ready(time.monotonic() + START_SECONDS)
         except (OSError, ValueError) as error:
             self.close()
-            raise UsageError(f"the sandbox's process does not start ({error}); its own message stands above") from error
+            raise UsageError(f"the sandbox's process does not start ({error}); see its message above") from error
         except UsageError:
             self.close()
             raise
 
     def run(self, programs: Sequence[Program], done: Callable[[int], None] = lambda count: None) -> list[Verdict]:
-        """Verdicts in the order of `programs`; `done(1)` after each."""
+        """Return verdicts in the order of `programs`; call `done(1)` after each."""
 
         def one(program: Program) -> Verdict:
             verdict = self._run(program)
@@ -194,11 +196,12 @@ class Sandbox:
         except (OSError, ValueError, TypeError):
             server.close()
             server = _Server()
-            return Verdict("sandbox", "the sandbox was lost while this ran", "", 0.0)
+            return Verdict("sandbox", "the sandbox was lost while the program ran", "", 0.0)
         finally:
             self._servers.put(server)
 
     def close(self) -> None:
+        """End all processes of the sandbox."""
         self._threads.shutdown(cancel_futures=True)
         while not self._servers.empty():
             self._servers.get().close()

@@ -1,9 +1,10 @@
 """Run programs that nobody has read, each in a process of its own, forked from this one, which is small and warm.
 
-`sandbox.Sandbox` starts Python on the script `program.py`, which is not there yet, with this file as `sitecustomize`:
-Python imports it when it is ready and has not looked at its script. The server stays at this point and forks for every
-request. Each child confines itself and returns: Python opens the script, which is there by then, runs it as `__main__`
-and ends, exactly as `python program.py` does. The standard library alone. A request and an answer are lines of JSON.
+`sandbox.Sandbox` starts Python on the script `program.py`, which does not exist yet, with this file as `sitecustomize`:
+Python imports it after its own start and before it opens the script. The server stays at this point and forks for every
+request. Each child confines itself and returns: Python opens the script, which exists by then, runs it as `__main__`
+and ends, exactly as `python program.py` does. This file uses the standard library alone. Requests and answers are lines
+of JSON.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 OUTPUT = 1 << 20
-"""Bytes of a program's output that are kept; a program that writes more is killed."""
+"""The most bytes of a program's output; a program that writes more is killed."""
 DESCRIPTORS = 64
-"""Most open files of a program."""
+"""The most open files of a program."""
 RESULT, TESTS = DESCRIPTORS - 2, DESCRIPTORS - 1
 """Descriptors of a program with tests: the verdict goes to one, the tests and then the secret come from the other."""
 TESTED = '\n__import__("sys").settrace(None); __import__("sitecustomize").run_tests()\n'
-"""The last line of a program that is tested."""
+"""The last line of a program with tests."""
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")
 _BUILTINS = dict(vars(builtins))
 
 
 def _load(name: str) -> ModuleType:
-    # By path, and in no list of modules: a program finds the modules that it would find elsewhere.
+    # By path, and not in sys.modules: a program must find the same modules as without the sandbox.
     spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,11 +69,11 @@ class Server:
         self._confinement.drop_capabilities()
         self._confinement.hide_memory()
         self._rules = self._confinement.FileRules()
-        self._seccomp.program(platform.machine(), 0)  # what all filters share is kept
+        self._seccomp.program(platform.machine(), 0)  # caches the part that all filters share
         self._pid = os.getpid()
-        # The one difference to Python: tests and answers of some problems have more digits than it reads by itself.
+        # The one difference to plain Python: some tests and answers have more digits than it reads by default.
         sys.set_int_max_str_digits(0)
-        # A forked process that ended would visit, and so copy, all that is here.
+        # The garbage collector of a forked process would touch, and so copy, all objects of this one.
         gc.collect()
         gc.freeze()
 
@@ -108,11 +109,11 @@ class Server:
         }
 
     def _become(self, fds: dict[str, int], request: dict[str, Any]) -> None:
-        """Make this forked process that of a program: its descriptors, names, limits and rules."""
+        """Turn this forked process into that of a program: its descriptors, names, limits and rules."""
         os.setpgid(0, 0)
         self._confinement.end_with(self._pid)
         self._rules.apply()
-        # High numbers first, so that none lies in the way of another.
+        # High numbers first, so that no descriptor overwrites another.
         moved = {name: os.dup2(fd, 1000 - i) for i, (name, fd) in enumerate(fds.items())}
         os.closerange(3, 1000 - len(fds))
         for name, target in (("stdin", 0), ("stdout", 1), ("stderr", 2), ("result", RESULT), ("tests", TESTS)):
@@ -121,7 +122,7 @@ class Server:
         os.closerange(DESCRIPTORS, 1024)
         if "tests" in fds:
             sys.excepthook = _report
-        # The old one is frozen, and what it holds would outlive it.
+        # The old module is frozen, so its objects would never be freed.
         main = ModuleType("__main__")
         vars(main).update(vars(sys.modules["__main__"]), __annotations__={})
         sys.modules["__main__"] = main
@@ -139,7 +140,7 @@ class _Process:
     def exchange(self, feeds: dict[int, memoryview], names: dict[int, str], found: dict[str, bytes]) -> str:
         """Write `feeds` and read into `found` until all is closed and the process has ended, or its verdict is there.
 
-        Returns why it has to end, if it does: "timeout" or "output".
+        Returns "timeout" or "output" if the process must be ended, else "".
         """
         ended, reading = "", set(names)
         for fd in feeds:
@@ -165,7 +166,7 @@ class _Process:
                     feeds[fd] = feeds[fd][os.write(fd, feeds[fd][: 1 << 16]) :]
                 except OSError:
                     feeds[fd] = feeds[fd][:0]
-        # What it wrote before the verdict lies in the pipes.
+        # Output from before the verdict may still lie in the pipes.
         for fd in reading:
             os.set_blocking(fd, False)
             with contextlib.suppress(OSError):
@@ -178,7 +179,7 @@ class _Process:
         return ended
 
     def _wait(self) -> str:
-        """Wait for the end of a process that has closed its output: usually it is there already."""
+        """Wait until a process that has closed its output ends, which it usually has already."""
         pause = 0.0001
         while os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if time.monotonic() > self._deadline:
@@ -188,7 +189,7 @@ class _Process:
         return ""
 
     def end(self) -> int:
-        """Kill the process, if it runs still, and return its wait status."""
+        """Kill the process if it is still running, and return its wait status."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
@@ -201,7 +202,7 @@ def _reason(found: dict[str, bytes], status: int, ended: str) -> str:
     lines = found["stderr"].decode("utf-8", "replace").splitlines()
     places = [i for i, line in enumerate(lines) if line.startswith('  File "')]
     if places:
-        # The source and its marks are indented; what is behind them is the exception.
+        # Source lines and their marks are indented; the exception follows them.
         shown = [i for i in range(places[-1] + 1, len(lines)) if not lines[i].startswith(" ")]
         if shown:
             return "\n".join(lines[shown[0] :]).strip()[:2000]
@@ -228,7 +229,7 @@ def _report(
     trace: TracebackType | None,
     write: Callable[[int, bytes], int] = os.write,
 ) -> None:
-    """Show an exception that ends a program, as ever, and say that the verdict is there: its threads may run on."""
+    """Show an exception that ends a program as usual, and report failure at once: threads may still run."""
     sys.__excepthook__(kind, error, trace)
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.flush()
@@ -246,12 +247,12 @@ def _take(count: int, read: Callable[[int, int], bytes] = os.read) -> bytes:
 
 
 def run_tests(write: Callable[[int, bytes], int] = os.write) -> None:
-    """Run the tests in the names of the program, whose last line calls this, and pass the secret on if they hold.
+    """Run the tests in the namespace of the program, whose last line calls this, and send the secret if they pass.
 
-    Neither the tests nor the secret are objects of this process while the program runs, nor the secret while they run.
-    That makes forging a verdict a deliberate act; it does not prevent one.
+    While the program runs, this process holds neither the tests nor the secret; while the tests run, it does not hold
+    the secret. So a verdict can be forged on purpose, but not by accident.
     """
-    vars(builtins).update(_BUILTINS)  # what the tests call is what it was before the program ran
+    vars(builtins).update(_BUILTINS)  # tests call the builtins from before the program ran
     tests = _take(int.from_bytes(_take(8), "little"))
     try:
         exec(compile(tests, "tests.py", "exec", dont_inherit=True), sys._getframe(1).f_globals)
@@ -264,7 +265,7 @@ def run_tests(write: Callable[[int, bytes], int] = os.write) -> None:
 
 
 def _unittest_passed(end: SystemExit) -> bool:
-    """Return whether what ends the process is a `unittest.main()` of the tests that ran some and failed none."""
+    """Return whether the process ends in a `unittest.main()` that ran some tests and failed none."""
     trace = end.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -276,7 +277,7 @@ def _unittest_passed(end: SystemExit) -> bool:
 
 
 def _requests() -> Any:
-    """Yield the lines of standard input, read past Python's own object, which belongs to the programs."""
+    """Yield the lines of standard input without using sys.stdin, which belongs to the programs."""
     buffer = bytearray()
     while piece := os.read(0, 1 << 20):
         buffer += piece
@@ -292,9 +293,9 @@ def _answer(found: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    """Answer requests until there are no more, then end. Return in the processes of programs alone.
+    """Answer requests until there are no more, then end. Return only in the processes of programs.
 
-    Python would run the script of a server that returned, or raised: this never does.
+    If a server returned or raised, Python would run its script; so it never does.
     """
     try:
         folder = os.getcwd()

@@ -1,6 +1,7 @@
-"""A filter of system calls for programs that nobody has read: it allows what computing, reading and printing need.
+"""Filter the system calls of programs that nobody has read: allow those for computing, reading and printing.
 
-Linux, x86-64 and arm64; needs no privileges. The standard library alone: the sandbox's server loads this file by path.
+Linux on x86-64 and arm64; no privileges are needed. This file uses the standard library alone, because the sandbox's
+server loads it by path.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 Number = tuple[int | None, int | None]
-"""A call's number in the kernel's tables: (x86-64, arm64), None where the architecture lacks the call."""
+"""A call's number in the kernel's tables: (x86-64, arm64); None if the architecture lacks the call."""
 
 ALLOWED: dict[str, Number] = {
     # Memory.
@@ -59,22 +60,22 @@ ALLOWED: dict[str, Number] = {
     "sched_getparam": (143, 121), "sched_getattr": (315, 275), "sched_get_priority_max": (146, 125),
     "sched_get_priority_min": (147, 126), "sched_rr_get_interval": (148, 127),
 }  # fmt: skip
-"""Calls with any arguments. Each reaches only the program's own process and what it may read."""
+"""Calls allowed with any arguments. They affect only the program's own process and files that it may read."""
 
 # Calls whose arguments decide.
 OPEN, OPENAT, CLONE, KILL, TGKILL = (2, None), (257, 56), (56, 220), (62, 129), (234, 131)
 PRLIMIT64, SETPRIORITY, SCHED_SETAFFINITY, PRCTL = (302, 261), (141, 140), (203, 122), (157, 167)
 IOCTL, FCNTL, SOCKETPAIR, SENDTO = (16, 29), (72, 25), (53, 199), (44, 206)
 ABSENT: tuple[Number, ...] = ((437, 437), (435, 435))
-"""openat2 and clone3, whose arguments lie in memory, where a filter cannot look: libc falls back to the older calls."""
+"""openat2 and clone3. A filter cannot see their arguments, which lie in memory; libc falls back to older calls."""
 
 KNOWN = {"x86_64": ((0, 335), (424, 470)), "aarch64": ((0, 244), (260, 295), (424, 470))}
-"""The numbers that the kernel's tables had when this list was reviewed (6.18), as ranges: a refused one gives EPERM, as
-if the user were not permitted; any other gives ENOSYS, as on a kernel without it."""
+"""Ranges of the call numbers in the kernel's tables when this list was reviewed (6.18). A refused call in them gives
+EPERM, like a missing permission; any other number gives ENOSYS, like a kernel without the call."""
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 THREAD = (0x3D0F00, 0x7D0F00)
-"""The flags with which glibc and musl start a thread; no process and no namespace has them."""
+"""The flags with which glibc and musl start a thread; no process or namespace is made with them."""
 IOCTLS = (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: terminals read, and flags of own descriptors."""
 FCNTLS = (0, 1, 2, 3, 4, 1030, 1032)
@@ -92,18 +93,18 @@ ANY = 0xFFFFFFFF
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _FILTER_MODE = 38, 22, 2
 
 Instruction = tuple[int, int, int, int]
-"""Operation, instructions to skip if it holds, if it does not, and the value."""
+"""Operation, number of instructions to skip if it is true and if it is false, and the value."""
 REFUSED: Instruction = (GIVE, 0, 0, REFUSE | errno.EPERM)
 PASSED: Instruction = (GIVE, 0, 0, ALLOW)
 
 
 def _argument(place: int, high: bool = False) -> int:
-    """Return where the lower or higher half of an argument lies in seccomp_data (little-endian)."""
+    """Return the offset of the lower or higher half of an argument in seccomp_data (little-endian)."""
     return 16 + 8 * place + (4 if high else 0)
 
 
 def _only(place: int, *values: int, mask: int = ANY, high: bool = False) -> list[Instruction]:
-    """Refuse the call unless half an argument, under `mask`, is one of `values`; continue behind this otherwise."""
+    """Refuse the call unless half an argument, under `mask`, is one of `values`; otherwise continue."""
     code = [(LOAD, 0, 0, _argument(place, high))]
     code += [(AND, 0, 0, mask)] if mask != ANY else []
     code += [(JUMP_IF, len(values) - i, 0, value) for i, value in enumerate(values)]
@@ -116,7 +117,7 @@ def _none(place: int) -> list[Instruction]:
 
 
 def _call(number: Number, machine: str, body: list[Instruction]) -> list[Instruction]:
-    """Run `body`, which must return, where this is the call; behind it the number is loaded still."""
+    """Run `body`, which must return, if this is the call; otherwise continue with the number still loaded."""
     value = number[list(ARCHITECTURES).index(machine)]
     return [] if value is None else [(JUMP_IF, 0, len(body), value), *body]
 
@@ -139,7 +140,7 @@ def _shared(machine: str) -> bytes:
     code += _call(IOCTL, machine, [*_only(1, *IOCTLS), PASSED])
     code += _call(FCNTL, machine, [*_only(1, *FCNTLS), PASSED])
     code += _call(PRCTL, machine, [*_only(0, *PRCTLS), PASSED])
-    # A pair of streams speaks to nobody else, and an address is the only way out of it.
+    # A pair of streams reaches no other process, unless a call names an address.
     code += _call(SOCKETPAIR, machine, [*_only(0, AF_UNIX), *_only(1, SOCK_STREAM, mask=ANY ^ SOCK_FLAGS), PASSED])
     code += _call(SENDTO, machine, [*_none(4), PASSED])
     absent = (GIVE, 0, 0, REFUSE | errno.ENOSYS)
@@ -162,13 +163,13 @@ def program(machine: str, pid: int) -> bytes:
         (LOAD, 0, 0, NUMBER),
     ]
     if machine == "x86_64":
-        # The x32 table has other numbers for the same calls.
+        # The x32 table has different numbers for the same calls.
         code += [(JUMP_IF_ANY, 0, 1, 0x40000000), (GIVE, 0, 0, KILL_PROCESS)]
     for number in (KILL, TGKILL):
         code += _call(number, machine, [*_only(0, pid), PASSED])
     code += _call(SCHED_SETAFFINITY, machine, [*_only(0, 0, pid), PASSED])
     code += _call(SETPRIORITY, machine, [*_only(0, PRIO_PROCESS), *_only(1, 0, pid), PASSED])
-    # Limits may be read: then the pointer to new ones is null. The stack's may be set: the limit on memory counts it.
+    # Limits may be read (the pointer to new ones is null). That of the stack may be set: memory is limited anyway.
     stack = [(LOAD, 0, 0, _argument(1)), (JUMP_IF, 0, 1, RLIMIT_STACK), PASSED]
     code += _call(PRLIMIT64, machine, [*_only(0, 0, pid), *stack, *_none(2), PASSED])
     return _pack(code) + _shared(machine)
@@ -178,7 +179,7 @@ def is_available() -> bool:
     """Return whether this machine can confine programs."""
     if platform.system() != "Linux" or platform.machine() not in ARCHITECTURES:
         return False
-    # Asks for the mode with no filter at all: EFAULT says that it is there.
+    # Request the mode without a filter: EFAULT means that the kernel has it.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_SECCOMP, _FILTER_MODE, None, 0, 0)
     return ctypes.get_errno() == errno.EFAULT
@@ -189,7 +190,7 @@ class _Program(ctypes.Structure):
 
 
 def confine() -> None:
-    """Put the filter on this process, for good. Raises OSError where the kernel refuses."""
+    """Put the filter on this process for good. Raise OSError if the kernel refuses."""
     instructions = program(platform.machine(), os.getpid())
     libc = ctypes.CDLL(None, use_errno=True)
     filters = _Program(len(instructions) // 8, instructions)

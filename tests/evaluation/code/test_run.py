@@ -102,7 +102,7 @@ def test_other_difficulties_are_passed_over_and_a_limit_is_kept(tmp_path) -> Non
             ['{"task_id": 1, "prompt": "x"}'],
             "problem 1: has no field 'entry_point', which humaneval needs; it has task_id, pr",
         ),
-        (["[1]"], "line 1: is no JSON object"),
+        (["[1]"], "line 1: is not a JSON object"),
         (["{"], "is not JSON lines in UTF-8"),
         ([], "holds no problem of humaneval"),
         ([json.dumps(HUMANEVAL)] * 2, "holds problem made/0 twice"),
@@ -239,7 +239,7 @@ def test_what_it_refuses(directory, tmp_path, monkeypatch, capsys) -> None:
         assert re.search(words, error := capsys.readouterr().err), error
 
     refused("humaneval keeps what the model writes; name a folder for it with --out", *usual[:4])
-    refused("1 of 1 prompts are longer than the 56 tokens that the context 64 leaves beside 8 new ones", *usual)
+    refused("1 of 1 prompts are longer than the 56 tokens that the context 64 leaves next to 8 new ones", *usual)
     refused("--code.new-tokens 64 leaves no room for a prompt", *usual, "--code.new-tokens", 64)
     refused("--code.samples is 0", *usual, "--code.samples", 0)
     refused("--code.temperatures must be one or more different", *usual, "--code.temperatures", 1, 1)
