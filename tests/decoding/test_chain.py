@@ -26,7 +26,7 @@ def alone(prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
 
 
 def assert_caches_are_a_fresh_prompts(engine: Engine, generation: Generation, slot: int) -> None:
-    """Of each head as far as it is right: a wrong row costs acceptance, and seldom much of it."""
+    """Compare each head as far as it is right: a wrong row costs acceptance, and seldom much of it."""
     model, cache = engine.model, engine.state.cache
     committed = torch.tensor([*generation.request.prompt, *generation.tokens])
     length = int(engine.state.length_S[slot])
@@ -45,7 +45,7 @@ def assert_caches_are_a_fresh_prompts(engine: Engine, generation: Generation, sl
 @pytest.mark.parametrize("budget", [1, 2, 7])
 @pytest.mark.parametrize("exact", [True, False])
 def test_pieces_of_a_prompt_between_passes_of_others(budget: int, exact: bool) -> None:
-    """What is carried from piece to piece must outlast the passes over other slots, which, exact, run over this one
+    """The latents carried from piece to piece must outlast the passes over other slots, which, exact, run over this one
     too."""
     engine = Engine(packed("sequential", torch.float64), EngineConfig(slots=2, exact=exact, prefill_budget=budget))
     other = engine.submit(Request(TEXT[:2], 200, heads=HEADS))
@@ -79,7 +79,7 @@ def test_a_prompt_that_goes_on_from_what_a_slot_holds(budget: int | None, length
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int) -> None:
-    """With and without the compiled kernels, whose attention leaves out slots that begin before their text."""
+    """Run with and without the compiled kernels, whose attention skips slots that begin before their sequence."""
     requests = [Request(TEXT[i : i + length], 30, heads=HEADS) for i in range(3)]
     accepted = []
     for compiled in (True, False):

@@ -1,4 +1,4 @@
-"""Sampled under a constraint, texts follow the law of the masked model, whichever rule keeps drafts."""
+"""Outputs sampled under a constraint follow the law of the masked model, whichever rule accepts drafts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def law_of(raw: Transformer, prompt, constraint: Constraint, temperature: float,
 
 
 def distance(kind: str, raw: Transformer, model: Transformer, constraint: Constraint, count=512, slots=128, **settings):
-    """Chi-square of texts drawn with `count` seeds against their law, over its degrees of freedom."""
+    """Return chi-square of outputs drawn with `count` seeds against their law, over its degrees of freedom."""
     prompt = (1,)
     temperature, top_k = settings.pop("temperature", 1.0), settings.pop("top_k", 0)
     law = law_of(raw, prompt, constraint, temperature, top_k)

@@ -60,7 +60,7 @@ def test_only_what_cannot_be_written_is_excluded(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("constraint", "texts"),
+    ("constraint", "outputs"),
     [
         (Constraint.regex("a\x04c|ab"), {"ab"}),
         (Constraint.regex(r"x[\x00-\x1f]{1,3}y"), None),
@@ -72,13 +72,13 @@ def test_only_what_cannot_be_written_is_excluded(model: LanguageModel) -> None:
         (Constraint.lark('start: "the model" | "no 1986"'), {"the model", "no 1986"}),
     ],
 )
-def test_texts_are_of_the_constraint(constraint: Constraint, texts: set[str] | None, model: LanguageModel) -> None:
+def test_outputs_satisfy_the_constraint(constraint: Constraint, outputs: set[str] | None, model: LanguageModel) -> None:
     for seed, heads in ((0, 1), (1, 2)):
         found = model.generate(
             "the text", max_new_tokens=60, constraint=constraint, seed=seed, temperature=1.0, heads=heads
         )
         assert found.finish_reason in ("end", "length")
-        assert texts is None or found.text in texts
+        assert outputs is None or found.text in outputs
         assert not set(found.text.encode()) & set(LACKING)
         if constraint.kind == "regex" and found.finish_reason == "end":
             assert re.fullmatch(constraint.text, found.text)

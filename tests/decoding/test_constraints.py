@@ -67,8 +67,8 @@ def bpe() -> PretrainedTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [json.dumps({"name": name, "age": i, "animal": "cat"}) for i, name in enumerate(["ann", "bo", "übel"] * 9)]
-    library.train_from_iterator([*texts, "then a dog the cat that is ", "then a cat! "], trainer)
+    corpus = [json.dumps({"name": name, "age": i, "animal": "cat"}) for i, name in enumerate(["ann", "bo", "übel"] * 9)]
+    library.train_from_iterator([*corpus, "then a dog the cat that is ", "then a cat! "], trainer)
     with tempfile.TemporaryDirectory() as folder:
         library.save(str(Path(folder) / "tokenizer.json"))
         return PretrainedTokenizer(folder)
@@ -302,18 +302,18 @@ def test_stop_strings_penalties_and_logprobs_go_with_it() -> None:
     raw, model = model_of(BYTES)
     penalties = Penalties(repetition=1.2, frequency=0.3, bias=((ord("d"), 2.0), (ord("c"), -float("inf"))))
     for temperature in (0.0, 0.9):
-        texts = set()
+        outputs = set()
         for heads in (1, 2, HEADS):
             settings = {"penalties": penalties, "constraint": CASES["endless"], "logprobs": 1}
             engine = Engine(model, tokenizer=BYTES)
             got = one(engine, PROMPT, 60, Sampling(temperature, seed=5), heads, stop=("! ",), **settings)
-            texts.add((got.text, got.finish_reason))
+            outputs.add((got.text, got.finish_reason))
             with torch.no_grad():
                 logs = raw(torch.tensor([[*PROMPT, *got.tokens]]))[0, len(PROMPT) - 1 : -1].log_softmax(-1)
             own = logs.gather(1, torch.tensor(got.tokens)[:, None])[:, 0]
             assert got.logprobs == pytest.approx(own.tolist(), abs=1e-9)  # the model's own, without mask and penalties
-        assert len(texts) == 1
-        text, reason = texts.pop()
+        assert len(outputs) == 1
+        text, reason = outputs.pop()
         assert "c" not in text and "!" not in text and reason in ("stop", "length")
     forced = one(Engine(model, tokenizer=BYTES), PROMPT, penalties=penalties, constraint=Constraint.choice(["cc"]))
     assert forced.text == "cc"  # what is forced goes before what must never be
@@ -334,7 +334,7 @@ def test_where_it_ends() -> None:
 
 
 def test_an_end_token_where_the_text_may_not_end_is_no_end() -> None:
-    """Where a text is stuck rows are not masked: whatever is chosen there, it did not satisfy the constraint."""
+    """Rows of a stuck output are not masked: whatever is chosen there, it did not satisfy the constraint."""
     few = 100  # of the tokenizer's tokens: no umlaut is among them
     engine = Engine(pack(copy.deepcopy(random_model(few))), tokenizer=bpe())
     always = {"penalties": Penalties(bias=((bpe().end_id, 1e6),))}

@@ -97,7 +97,7 @@ def test_the_decoding_form_has_no_gradients() -> None:
 
 
 def test_shapes_are_free_where_so_few_rows_are_exact_and_prompts_are_read_in_equal_chunks() -> None:
-    """As with the kernels for GPUs: exact up to some number of rows, prompts apart."""
+    """The kernels for GPUs are like this: exact up to some number of rows, prompts apart."""
     model = pack(copy.deepcopy(trained("replicated")))
     model.backend.exact_rows = 8
     few, many = (

@@ -105,7 +105,7 @@ def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
 
 
 def drafts_of(model: Transformer, known: list[int], heads: int = HEADS, seed: int | None = None) -> list[int]:
-    """What heads 2..K draft behind `known`, whose last token is the root; sequential ones one after another."""
+    """Return the drafts of heads 2..K after `known`, whose last token is the root."""
     tokens = list(known)
     chained = model.config.ahead > 0
     drafts: list[int] = []
@@ -139,7 +139,7 @@ def accepted_by_a_plain_loop(
 
 
 def test_a_pass_accepts_the_drafts_that_a_loop_without_a_cache_accepts(shape: str) -> None:
-    """How many there are is up to the training of the small model, whose course differs from machine to machine."""
+    """Their number depends on the training of the small model, which differs from machine to machine."""
     reference, model = copy.deepcopy(trained(shape)).double(), packed(shape, torch.float64)
     saved = 0
     count = 60

@@ -80,7 +80,7 @@ def test_penalties_are_each_slots_own_and_end_with_their_request() -> None:
 
 
 def test_penalties_with_a_rule_that_weighs() -> None:
-    """What must not be written is not written, and a bias that decides everything decides it."""
+    """Forbidden tokens are not generated, and a bias that decides everything decides it."""
     model = packed("transformer-causal", torch.float64)
     only = Penalties(bias=((ord("x"), 1e4),))
     never = Penalties(bias=((ord("e"), -float("inf")),))

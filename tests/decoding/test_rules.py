@@ -48,7 +48,7 @@ class Chances:
                 self.drafts[prefix] = other / other.sum()
 
     def probability(self, tokens: tuple[int, ...], start: int = 0) -> float:
-        """Of tokens[start:], given those before."""
+        """Return the probability of tokens[start:], given those before."""
         result = 1.0
         for i in range(start, len(tokens)):
             result *= float(self.target[tokens[:i]][tokens[i]])
@@ -245,8 +245,8 @@ def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: py
 
 @pytest.mark.slow
 def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How sure head 3 is depends on the draft of head 2. So the policy may not hear of it: whether draft 2 is fed would
-    depend on draft 2."""
+    """The confidence of head 3 depends on the draft of head 2. So the policy may not read it: otherwise whether draft 2
+    is fed would depend on draft 2."""
 
     class OnlyBothOrNone(Sure):
         def plan(self, slots, prefixes, sampled=False):
@@ -263,10 +263,10 @@ def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.Monke
 def test_rules_side_by_side_do_not_change_one_another() -> None:
     """Each request of a mixed batch is what it is alone, and those that match are plain decoding's."""
     model = packed("transformer-parallel", torch.float32)
-    texts = ["match", "rejection", "lossy-top-k:2", "block", "match"]
+    kinds = ["match", "rejection", "lossy-top-k:2", "block", "match"]
     requests = [
         Request(PROMPT, 60, Sampling(0.9 * (i < 4), seed=i), acceptance=Rule.parse(text))
-        for i, text in enumerate(texts)
+        for i, text in enumerate(kinds)
     ]
     together = generate_all(Engine(model, EngineConfig(slots=3)), requests)
     for request, generation in zip(requests, together):

@@ -27,7 +27,7 @@ from headstart.model.transformer import Transformer
 TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is that is the cat end. " * 6)
 SAMPLED = Sampling(temperature=1.0, seed=11)
 WAYS = {"compiled": True, "fixed shapes": False}
-"""Whether the compiled kernels are used. Both are exact to the bit, by other means."""
+"""True: the compiled kernels are used. Both ways are exact to the bit, by other means."""
 
 
 @pytest.fixture(params=list(WAYS))
@@ -213,17 +213,17 @@ def test_of_equal_prompts_at_once_the_first_is_read_and_the_others_take_it(model
 
 
 def test_a_conversation_goes_on_in_its_slot(chunks) -> None:
-    """The next prompt is the last text and something more: only that is read, beside other conversations too."""
+    """The next prompt is the last sequence and more: only the rest is read, also next to other conversations."""
     model = way("compiled")
     engine = Engine(model, EngineConfig(slots=3))
-    texts = [TEXT[:60], TEXT[5:70]]
+    prompts = [TEXT[:60], TEXT[5:70]]
     for turn in range(3):
-        for i, text in enumerate(texts):
+        for i, text in enumerate(prompts):
             chunks.clear()
             generation = generate_all(engine, [Request(text, 15)])[0]
             assert sum(size for _, _, size in chunks) <= (14 if turn else 100)
             assert generation.tokens == alone(model, generation.request).tokens
-            texts[i] = (*text, *generation.tokens, *TEXT[i : i + 14])
+            prompts[i] = (*text, *generation.tokens, *TEXT[i : i + 14])
 
 
 @pytest.mark.parametrize("shape", ["transformer-causal", "transformer-anticausal", "replicated"])
@@ -333,10 +333,10 @@ def test_a_prompt_given_up_before_its_turn_leaves_the_slot_to_its_former_salt() 
 # Which slot
 
 
-def holding(*texts: tuple[int, ...], chunk: int | None = None, compact: bool = True) -> Slots:
+def holding(*sequences: tuple[int, ...], chunk: int | None = None, compact: bool = True) -> Slots:
     """Slots that were left in this order; an empty one was never used."""
-    slots = Slots(len(texts), ModelConfig(heads=1), chunk, compact, True)
-    for slot, text in enumerate(texts):
+    slots = Slots(len(sequences), ModelConfig(heads=1), chunk, compact, True)
+    for slot, text in enumerate(sequences):
         if text:
             slots.filled(slot, text, 1)
             slots.freed(slot)
@@ -366,12 +366,12 @@ def test_slots_that_are_decoded_lie_close_together() -> None:
 def test_what_makes_room_for_a_request_can_be_used_again() -> None:
     model = way("compiled")
     engine = Engine(model, EngineConfig(slots=4))
-    texts = [TEXT[40:120], TEXT[:30], TEXT[11:90]]
-    first, long, _ = (engine.submit(Request(text, size)) for text, size in zip(texts, (5, 500, 15)))
+    prompts = [TEXT[40:120], TEXT[:30], TEXT[11:90]]
+    first, long, _ = (engine.submit(Request(text, size)) for text, size in zip(prompts, (5, 500, 15)))
     while len([g for g in engine.scheduler.live if g is not None]) != 1 or not first.finished:
         engine.step()
     kept = rows(engine, 0, 79)
-    new, again = Request(TEXT[7:77], 5, SAMPLED), Request(texts[0], 5, SAMPLED)
+    new, again = Request(TEXT[7:77], 5, SAMPLED), Request(prompts[0], 5, SAMPLED)
     # The new text takes the slot that was left first, and what lay there goes to the empty one; from where the next
     # request takes it back, in exchange for what lies in slot 2.
     for request, slot, reused, kept_in in ((new, 0, 0, 3), (again, 2, 79, 2)):

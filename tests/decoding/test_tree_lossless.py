@@ -1,4 +1,4 @@
-"""With draft trees the output is plain decoding's too, token for token, and what is left in the caches is a chain's."""
+"""Draft trees give the output of plain decoding, token for token, and leave the caches of a chain."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_caches_after_compaction_equal_a_fresh_prefill(
     bound = 1e-11 if dtype == torch.float64 else 1e-4
     paths = noted(monkeypatch)
     assert far_from_fresh(model, *steps(model, TREES["bushy"], 25)) < bound
-    # Branches beside the first were taken, or there was nothing to move.
+    # Branches other than the first were taken, or nothing had to move.
     assert any(path != list(range(len(path))) for path in paths)
     # The negative control: without moving, caches hold what was rejected.
     monkeypatch.setattr(KVCache, "compact", lambda *_: None)
@@ -155,7 +155,7 @@ def test_accepted_branches_are_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> N
     narrow = run(model, Request(PROMPT, 200, SETTINGS["sampled"]), None)
     ranks = {rank for path in paths for row in path[1:] for rank in tree.paths[row - 1]}
     assert ranks == {0, 1, 2} and wide.tokens == narrow.tokens and wide.stats.passes < narrow.stats.passes
-    # Of each depth its head is told.
+    # The head of each depth is reported.
     assert [wide.origins.count(k) <= count for k, count in enumerate(wide.stats.accepted, start=2)] == [True] * 3
     # A pass ends with a token of head 1, unless the limit cut the last one after a draft.
     cut = wide.origins[-1] != 1

@@ -19,8 +19,11 @@ TREES = ("0,1", "0,1,2", "0,1,0.0,1.0", "0,1,0.0,0.1,1.0", "0,0.0,0.1,1,1.0,2")
 
 
 def enumerated(text: str, seed: int, drafted: int, monkeypatch: pytest.MonkeyPatch, exclude: bool = False) -> float:
-    """How far the joint law of depth + 1 tokens is from the target's: one pass with the rule, what it leaves open drawn
-    from the target. Every list of candidates and every outcome of the draws is played through, all in one batch."""
+    """Return how far the joint law of depth + 1 tokens is from the target's.
+
+    One pass runs with the rule; tokens that it does not decide are drawn from the target. Every list of candidates and
+    every outcome of the draws is played through, all in one batch.
+    """
     rows = TreeRows(DraftTree.parse(text), "cpu")
     D, C = rows.tree.depth, rows.tree.ranks
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +39,7 @@ def enumerated(text: str, seed: int, drafted: int, monkeypatch: pytest.MonkeyPat
         q /= q.sum(-1, keepdim=True)
 
     def chance_of(drawn: tuple[int, ...], depth: int) -> float:
-        """Of one list drawn without replacement; where nothing can be drawn any more, anything is there."""
+        """Return the probability of a list drawn without replacement; once nothing is left, any token counts."""
         chance, left = 1.0, q[depth].clone()
         for token in drawn:
             if left.sum() > 0:
@@ -70,7 +73,7 @@ def error_of(
     drafted: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> float:
-    """Of windows, given as the path of each row, that are drawn with those chances."""
+    """Return the law of windows, given as the path of each row, that are drawn with those chances."""
     D, C = rows.tree.depth, rows.tree.ranks
     outcomes = list(itertools.product((True, False), repeat=D * C))
     S, count = len(windows), len(outcomes)
@@ -120,7 +123,7 @@ def error_of(
 def constrained(text: str, seed: int, monkeypatch: pytest.MonkeyPatch, masked: bool = True) -> float:
     """The same where a constraint decides along every path what may come: the target is masked, and siblings are drawn
     from their head's distribution under the mask of their parent; where one token is allowed, it is the first of them,
-    and what is left holds a token that is forbidden there, as `constrained_drafts` has it. `masked`: the rule is told
+    and what is left holds a token that is forbidden there, as in `drafters/constrained.py`. `masked`: the rule knows
     each family's distribution, not that without masks."""
     rows = TreeRows(DraftTree.parse(text), "cpu")
     D = rows.tree.depth

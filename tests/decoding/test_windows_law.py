@@ -42,7 +42,7 @@ WRONG_KEYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 Known = dict[object, tuple[float, float]]
-"""Of draws that were read, the interval of (0, 1) that each lies in."""
+"""The interval of (0, 1) that each draw read lies in."""
 Branch = tuple[tuple[int, ...], float, Known]
 """The tokens committed, how probable that is, and what is known of the draws."""
 
@@ -92,11 +92,11 @@ class Windows:
         return self.laws[of]
 
     def draft_law(self, tokens: tuple[int, ...], drafts: tuple[tuple[int, ...], ...]) -> list[float]:
-        """What the next draft is drawn from: a product, or a chain where drafts depend on those before."""
+        """Return the law of the next draft: a product, or a chain where drafts depend on those before."""
         return self.law("draft", len(drafts), *tokens, *([one[0] for one in drafts] if self.chained else ()))
 
     def candidates(self, q: list[float]) -> list[float]:
-        """Of each list that it is drawn without replacement."""
+        """Return the probability of each list drawn without replacement."""
         chances = []
         for drawn in self.lists:
             chance, left = 1.0, 1.0
@@ -215,7 +215,7 @@ class Windows:
         return max(abs(chance - self.probability(tokens)) for tokens, chance in joint.items())
 
     def probability(self, tokens: tuple[int, ...], start: int = 0) -> float:
-        """Of tokens[start:], given those before."""
+        """Return the probability of tokens[start:], given those before."""
         return math.prod(self.law("target", *tokens[:i])[tokens[i]] for i in range(start, len(tokens)))
 
 
@@ -263,8 +263,10 @@ def law_of(raw: Transformer) -> Tensor:
 
 
 def surprise(law: Tensor, model: Transformer, rule: str, tree: str = "") -> float:
-    """How many standard deviations chi-square lies above its mean, over sequences drawn with that many seeds. All are
-    decoded in one batch; they begin as the engine begins a request whose prompt is read."""
+    """Return how many standard deviations chi-square lies above its mean, over sequences drawn with `COUNT` seeds.
+
+    All are decoded in one batch; they begin as the engine begins a request whose prompt is read.
+    """
     engine = Engine(model, EngineConfig(slots=COUNT, exact=False, tree=DraftTree.parse(tree) if tree else None))
     generations: list[Generation] = []
     for seed in range(COUNT):
