@@ -60,7 +60,7 @@ def test_queries_are_turned_and_keys_laid_into_the_cache(monkeypatch: pytest.Mon
     tables = rotary_tables(positions.clamp_min(0), E, 1e4, DTYPE)
     keys, values = random(S, K, T, E, seed=3), random(S, K, T, E, seed=4)
     want_keys, want_values = keys.clone(), values.clone()
-    queries = launch.rotated_qkv(x, weight, bias, tables, positions, keys, values, H, launch.Share(8, 32))
+    queries = launch.rotated_qkv(x, weight, bias, tables, positions, (keys, values), H, launch.Share(8, 32))
     qkv = F.linear(x, weight, bias).view(S, W, -1, E)
     turned = rotate(qkv[:, :, : H + K], *tables)
     for slot in range(S):

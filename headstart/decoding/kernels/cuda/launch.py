@@ -93,12 +93,15 @@ def rotated_qkv(
     bias: Tensor | None,
     rotary: tuple[Tensor, Tensor],
     positions_SW: Tensor,
-    keys_SKTE: Tensor,
-    values_SKTE: Tensor,
+    cache: tuple[Tensor, Tensor],
     heads: int,
     share: Share | None = None,
 ) -> Tensor:
-    """Return the rotated queries (S, W, H, E), and write keys and values of the rows into the cache."""
+    """Return the rotated queries (S, W, H, E), and write keys and values of the rows into the cache.
+
+    `cache` holds the keys and the values of the block, (S, K, capacity, E) each.
+    """
+    keys_SKTE, values_SKTE = cache
     (S, W, K), (_, kv_heads, capacity, E) = x_SWD.shape, keys_SKTE.shape
     queries = x_SWD.new_empty((S, W, heads, E))
     places = (*rotary, positions_SW, queries, keys_SKTE, values_SKTE)

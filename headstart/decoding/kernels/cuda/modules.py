@@ -70,7 +70,7 @@ class CudaBlock(nn.Module):
         normed = block.attention_norm(x_SWD)
         positions_SW = attend.whole.positions
         queries = launch.rotated_qkv(
-            normed, qkv.weight, qkv.bias, (tables[0], tables[1]), positions_SW, attend.keys, attend.values,
+            normed, qkv.weight, qkv.bias, (tables[0], tables[1]), positions_SW, (attend.keys, attend.values),
             attention.heads,
         )  # fmt: skip
         y_SRHE = launch.attend(queries, attend.keys, attend.values, positions_SW, row_S, attend.whole.span)
