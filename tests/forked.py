@@ -1,7 +1,7 @@
-"""Runs commands and programs in processes forked from this one, which has everything imported: seconds less each.
+"""Run commands and programs in processes forked from this one, which has everything imported: this saves seconds each.
 
 Reads JSON lines from standard input: {"headstart": [arguments]} or {"program": text, "arguments": [...]}; "outputs", a
-file for what each process of the request prints; "environments", what is changed in that of each; "folder", where
+file for the output of each process of the request; "environments", changes to the environment of each; "folder", where
 they run; "load", modules that are imported here first, if any. Answers each with two lines: the process ids, and when
 all have ended their exit statuses. tests/forks.py asks.
 """
@@ -41,7 +41,7 @@ def child(request: dict[str, Any], output: str, environment: dict[str, str]) -> 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
-    signal.alarm(600)  # whoever waits for what does not come is ended, and the tests go on
+    signal.alarm(600)  # ends a process that waits for ever, so that the tests continue
     os.environ.update(environment)
     os.chdir(request["folder"])
     try:

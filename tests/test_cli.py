@@ -1,4 +1,4 @@
-"""Wrong use gets one line that names the thing and the mend, and exit status 2; nothing half-written is left."""
+"""Wrong use gives one line that names the thing and the fix, and exit status 2; nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -127,13 +127,13 @@ def test_where_no_model_is_named_it_is_the_one_in_the_box(model, capsys, monkeyp
 
 
 def test_generate_streams_the_same_text_for_every_number_of_heads(model, capsys) -> None:
-    texts = set()
+    outputs = set()
     for heads in ("1", "2", "3"):
         assert call("generate", model, "--prompt", "def f", "--max-new-tokens", "30", "--heads", heads, "--stats") == 0
         captured = capsys.readouterr()
-        texts.add(captured.out)
+        outputs.add(captured.out)
         assert "tokens per pass" in captured.err
-    assert len(texts) == 1
+    assert len(outputs) == 1
 
 
 def test_json_goes_alone_to_standard_output(model, capsys) -> None:
@@ -224,7 +224,7 @@ def test_a_reader_that_goes_away_is_no_error(model) -> None:
 
 def test_profile_alone_records_three_steps(monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr("headstart.commands.train.train", seen.append)
+    monkeypatch.setattr("headstart.training.loop.train", seen.append)
     assert call("train", SMOKE, "--profile", "--steps", "7") == 0
     assert (seen[0].profile.steps, seen[0].profile.start, seen[0].steps) == (3, None, 7)
 
@@ -247,10 +247,10 @@ def test_generate_text_of_a_given_form(model, capsys, tmp_path) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed")
     schema = tmp_path / "schema.json"
     schema.write_text('{"enum": [[1, 2], "ab"]}')
-    texts = set()
+    outputs = set()
     for given in (["--json-schema", str(schema)], ["--json-schema", schema.read_text()], ["--regex", r'"ab"|\[1, 2\]']):
         assert call("generate", model, "--prompt", "x", *given) == 0
-        texts.add(capsys.readouterr().out.rstrip("\n"))
-    assert texts in ({'"ab"'}, {"[1, 2]"})
+        outputs.add(capsys.readouterr().out.rstrip("\n"))
+    assert outputs in ({'"ab"'}, {"[1, 2]"})
     assert call("generate", model, "--prompt", "x", "--regex", "(") == 2
     assert "regular expression: unclosed group" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from headstart.fileio import write_text
 from headstart.hardware import use_threads
 from headstart.model.shape import Wiring
 from headstart.objective.head_weights import HeadWeights
+from headstart.reports.evaluation import head_table
 
 if TYPE_CHECKING:
     from headstart.training.config import DataConfig, RunConfig
@@ -365,10 +366,5 @@ def format_adapted(found: dict[str, Any]) -> str:
     if "acceptance" not in found:
         return lines[0] + "\nnothing was held out to measure its drafts on"
     lines.append(f"on {found['scored_tokens']:,} held-out tokens, read with teacher forcing:")
-    rows = [
-        [str(k), f"{found['top1'][k - 1]:.1%}", "" if k == 1 else f"{found['acceptance'][k - 2]:.1%}",
-         f"{found['tokens_per_pass'][k - 1]:.2f}"]
-        for k in range(1, found["heads"] + 1)
-    ]  # fmt: skip
-    lines.append(format_table(["head k", "top-1 right", "heads 2..k right", "tokens per pass with k heads"], rows))
+    lines.append(format_table(*head_table(found["top1"], found["acceptance"], found["tokens_per_pass"])))
     return "\n".join(lines)

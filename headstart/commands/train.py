@@ -14,8 +14,6 @@ from headstart.commands.dry_run import DryRunSettings
 from headstart.console import print_result
 from headstart.errors import UsageError
 from headstart.training.config import RunConfig, fit_vocabulary, gives_vocabulary, read_config
-from headstart.training.estimate import format_dry_run
-from headstart.training.loop import train
 
 PROFILED_STEPS = 3
 """Steps that `--profile` records."""
@@ -66,6 +64,9 @@ class TrainSettings:
 
 def run(settings: TrainSettings) -> None:
     """Train, or estimate what training would need."""
+    from headstart.training.estimate import format_dry_run
+    from headstart.training.loop import train
+
     if settings.dry_run.dry_run:
         found = settings.dry_run.estimate(settings.run, str(settings.config))
         print_result(found, settings.json, format_dry_run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from headstart.console import format_table
@@ -39,17 +40,10 @@ def _parts(found: dict[str, Any]) -> list[Part]:
             f"{heads['documents']:,} documents, {heads['bytes']:,} bytes, {heads['tokens']:,} tokens, read with "
             "teacher forcing"
         )
-        rows = [
-            [
-                str(k),
-                f"{heads['bits_per_byte'][k - 1]:.3f}",
-                f"{heads['top1'][k - 1]:.1%}",
-                "" if k == 1 else f"{heads['prefix'][k - 2]:.1%}",
-                f"{heads['tokens_per_pass'][k - 1]:.2f}",
-            ]
-            for k in range(1, found["heads_of_model"] + 1)
-        ]
-        columns = ["head k", "bits per byte", "top-1 right", "heads 2..k right", "tokens per pass with k heads"]
+        columns, rows = head_table(heads["top1"], heads["prefix"], heads["tokens_per_pass"])
+        columns.insert(1, "bits per byte")
+        for row, bits in zip(rows, heads["bits_per_byte"]):
+            row.insert(1, f"{bits:.3f}")
         parts.append((columns, rows))
     if "acceptance" in found:
         acceptance = found["acceptance"]
@@ -67,6 +61,23 @@ def _parts(found: dict[str, Any]) -> list[Part]:
     for task, code in found.get("code", {}).items():
         parts += [_code_line(task, code), _code_table(code)]
     return parts
+
+
+def head_table(
+    top1: Sequence[float], prefix: Sequence[float], tokens_per_pass: Sequence[float]
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of a table with a row for each head.
+
+    Args:
+        top1: share of right predictions of heads 1, 2, ...
+        prefix: share of windows in which heads 2..k are right, for k = 2, 3, ...
+        tokens_per_pass: expected tokens per pass with heads 1..k.
+    """
+    rows = [
+        [str(k), f"{right:.1%}", "" if k == 1 else f"{prefix[k - 2]:.1%}", f"{tokens:.2f}"]
+        for k, (right, tokens) in enumerate(zip(top1, tokens_per_pass), start=1)
+    ]
+    return ["head k", "top-1 right", "heads 2..k right", "tokens per pass with k heads"], rows
 
 
 def left_out(counts: dict[str, Any]) -> str:

@@ -185,7 +185,7 @@ def test_self_distillation_keeps_the_model_nearer_to_what_it_was(settings: Any, 
 
 
 def test_lora_trains_beside_the_weights(settings: Any, model: Path) -> None:
-    """Stopped and gone on with; the teacher is the model itself, without what LoRA adds."""
+    """A stopped run resumes; the teacher is the model itself, without the products that LoRA adds."""
     more = {"mode": "joint", "lora": 4, "heads_first": 0.25, "lr": 3e-3, "self_distilled": True, "head_kind": "medusa"}
     whole, parts = settings("whole", **more), settings("parts", **more)
     adapt(whole)
@@ -230,7 +230,7 @@ def test_kept_hidden_states_train_the_same_heads(
     for one, other in zip(lines(plain.run_dir), lines(kept.run_dir)):
         for k in (2, 3):
             assert one[f"loss/head{k}"] == pytest.approx(other[f"loss/head{k}"], rel=1e-4)
-    adapt(replace(kept, steps=10))  # goes on, with what is there
+    adapt(replace(kept, steps=10))  # resumes with the cached states
     assert sum(ran) == rows
     with pytest.raises(UsageError, match="more than --cache-gib"):
         adapt(replace(kept, run_dir=kept.run_dir.with_name("small"), cache_gib=1e-6))

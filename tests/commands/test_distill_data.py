@@ -1,4 +1,4 @@
-"""What a model writes for its own heads: the same whatever the batch, the heads and the stops."""
+"""A model's answers for its own heads do not depend on the batch, the heads and where a run was stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 LIVELY = GenerationSettings(max_new_tokens=40, temperature=1.5, seed=3)
-TEXTS = ["hello", "a", *(f"prompt {i} ÿ" for i in range(7)), "z" * 30]
+PROMPTS = ["hello", "a", *(f"prompt {i} ÿ" for i in range(7)), "z" * 30]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def model(saved) -> headstart.LanguageModel:
 
 def write_prompts(folder: Path) -> Path:
     file = folder / "prompts.txt"
-    file.write_text("\n\n".join(TEXTS) + "\n")
+    file.write_text("\n\n".join(PROMPTS) + "\n")
     return file
 
 
@@ -56,7 +56,7 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_every_text_is_what_the_model_writes_alone(model, saved, tmp_path):
+def test_every_answer_is_what_the_model_writes_alone(model, saved, tmp_path):
     prompts = write_prompts(tmp_path)
     one, four = tmp_path / "one.jsonl", tmp_path / "four.jsonl"
     for settings in (
@@ -64,12 +64,12 @@ def test_every_text_is_what_the_model_writes_alone(model, saved, tmp_path):
         DistillSettings(prompts, four, LIVELY, slots=4),
     ):
         found = distill(model, saved, settings)
-        assert found["written"] == found["prompts"] == len(TEXTS) and found["too_long"] == 0
+        assert found["written"] == found["prompts"] == len(PROMPTS) and found["too_long"] == 0
     lines = lines_of(one)
     assert lines == lines_of(four)
     reasons = {line["finish_reason"] for line in lines}
     assert reasons == {"length", "end"}
-    for place, (prompt, line) in enumerate(zip(TEXTS, lines)):
+    for place, (prompt, line) in enumerate(zip(PROMPTS, lines)):
         digest = hashlib.sha256(f"3\0{place}\0{0}".encode()).digest()
         seed = int.from_bytes(digest[:8], "big", signed=True)
         alone = model.generate(prompt, 40, temperature=1.5, seed=seed, heads=1)
@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on(model, saved, tmp_path):
     distill(model, saved, DistillSettings(prompts, whole, LIVELY))
 
     def stop(done, total, numbers):
-        assert total == len(TEXTS)
+        assert total == len(PROMPTS)
         if done >= 4:
             raise KeyboardInterrupt
 
@@ -97,12 +97,12 @@ def test_a_stopped_run_goes_on(model, saved, tmp_path):
     growing = tmp_path / ".out.jsonl.distilling" / "lines.jsonl"
     kept = growing.read_bytes()
     assert not out.exists()  # it would look whole
-    assert whole.read_bytes().startswith(kept) and 4 <= kept.count(b"\n") < len(TEXTS)
+    assert whole.read_bytes().startswith(kept) and 4 <= kept.count(b"\n") < len(PROMPTS)
     assert "are kept: the same command resumes" in said[-1]
     growing.write_bytes(kept + b'{"place": 4, "prom')  # as a kill in the middle of a line leaves it
     found = distill(model, saved, DistillSettings(prompts, out, LIVELY, slots=3), report=said.append)
     assert out.read_bytes() == whole.read_bytes()
-    assert found["written"] == len(TEXTS) - kept.count(b"\n") and "resuming after prompt" in said[-1]
+    assert found["written"] == len(PROMPTS) - kept.count(b"\n") and "resuming after prompt" in said[-1]
     assert distill(model, saved, DistillSettings(prompts, out, LIVELY))["written"] == 0
     assert out.read_bytes() == whole.read_bytes() and not growing.exists()
 
@@ -209,5 +209,5 @@ def test_the_command(saved, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*command, "--max-new-tokens", "5", "--slots", "4", "--json"])
     main()
     captured = capsys.readouterr()
-    assert json.loads(captured.out)["written"] == len(lines_of(out)) == len(TEXTS)
+    assert json.loads(captured.out)["written"] == len(lines_of(out)) == len(PROMPTS)
     assert "10 were not at an end after 5 tokens, and kept" in captured.err
