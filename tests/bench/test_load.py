@@ -1,4 +1,4 @@
-"""What loading costs, by fresh processes that read a small model."""
+"""The loading benchmark on a small model."""
 
 from __future__ import annotations
 

@@ -32,16 +32,16 @@ def test_the_share_for_a_number_of_tokens_per_pass():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["transformer", "replicated"])
-def test_drafts_are_right_at_the_rate_and_the_text_is_plain(kind, temperature):
+def test_drafts_are_right_at_the_rate_and_the_output_is_plain(kind, temperature):
     config = replace(SIZES, head_kind=kind)
     model = pack(random_model(config, "float32", "cpu"))
-    texts = streams.plain_outputs(model, requests(4, temperature=temperature))
+    outputs = streams.plain_outputs(model, requests(4, temperature=temperature))
     plain = streams.decode(model, requests(1, temperature=temperature))
-    assert [text[:60] for text in texts] == plain.tokens
+    assert [output[:60] for output in outputs] == plain.tokens
     for rate in (1.0, 2.5, 4.0):
         runs = [
             streams.decode(
-                model, requests(4, temperature=temperature), synthetic=Synthetic(texts, share_right(rate, 4))
+                model, requests(4, temperature=temperature), synthetic=Synthetic(outputs, share_right(rate, 4))
             )
             for _ in range(2)
         ]
@@ -55,22 +55,22 @@ def test_drafts_are_right_at_the_rate_and_the_text_is_plain(kind, temperature):
 def test_windows_together_accept_alike():
     model = pack(random_model(SIZES, "float32", "cpu"))
     equal = requests(4, lengths=(5, 5, 5))
-    texts = streams.plain_outputs(model, equal)
-    stream = streams.decode(model, equal, synthetic=Synthetic(texts, 0.7, together=True))
+    outputs = streams.plain_outputs(model, equal)
+    stream = streams.decode(model, equal, synthetic=Synthetic(outputs, 0.7, together=True))
     assert all(len(set(counts)) == 1 for _, counts in stream.stamps)
-    apart = streams.decode(model, equal, synthetic=Synthetic(texts, 0.7))
+    apart = streams.decode(model, equal, synthetic=Synthetic(outputs, 0.7))
     assert any(len(set(counts)) > 1 for _, counts in apart.stamps)
 
 
 def test_a_policy_learns_that_drafts_do_not_pay():
     model = pack(random_model(SIZES, "float32", "cpu"))
     asked = requests(None, new_tokens=120)
-    texts = streams.plain_outputs(model, asked)
+    outputs = streams.plain_outputs(model, asked)
     table = acceptance_table(0.1, 4)
     costs = PassCosts((1, 3), (1.0, 1.0), ((1.5, 1.6, 1.7, 1.8),) * 2)
     policy = DraftPolicy(Tuning(table, table, costs))
-    stream = streams.decode(model, asked, policy=policy, synthetic=Synthetic(texts, 0.1))
-    assert stream.tokens == [text[:120] for text in texts]
+    stream = streams.decode(model, asked, policy=policy, synthetic=Synthetic(outputs, 0.1))
+    assert stream.tokens == [output[:120] for output in outputs]
     assert streams.tokens_per_pass(stream.stamps[40:]) == 1.0  # drafting rests
 
 

@@ -108,7 +108,7 @@ def test_the_next_token_guesses_the_arm_and_three_heads_find_it(seed: int) -> No
     assert found_by("3 heads", seed)["exact"] >= 0.95
 
 
-def test_methods_shown_beside_have_fewer_seeds_and_no_say_in_the_verdict() -> None:
+def test_shown_methods_have_fewer_seeds_and_do_not_count_in_the_verdict() -> None:
     settings = replace(SETTINGS, seeds=2, seeds_beside=1, methods=("next token", "2 heads", "reversed"), tests=1000)
     exact = {"next token": 0.5, "2 heads": 1.0, "reversed": 0.2}
     cases = STUDY.cases(settings)

@@ -21,7 +21,7 @@ from studies.run import STUDIES
         (["polynomial", "--threads", "many"], "--threads is 'many'; it must be a number"),
     ],
 )
-def test_wrong_use_is_told_in_a_line(arguments: list[str], message: str) -> None:
+def test_wrong_use_is_one_line(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         study(arguments)
 
