@@ -140,7 +140,8 @@ def _note(settings: DecodeSettings, config: ModelConfig, prompts: int) -> str:
         f"{count(settings.threads[-1], 'thread')}; {count(prompts, 'prompt')} of at most {settings.prompt_tokens} "
         f"tokens, {settings.new_tokens} new tokens, batch {settings.batch}; prompts are not timed, end tokens end no "
         "output. Efficiency = speed-up over plain / tokens per pass. Policy: rows of each pass chosen by what "
-        "`headstart tune` measured. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level code model on GPUs."
+        "`headstart tune` measured. Paper, n = 8: Table S3, speed-up / bytes per forward of a 7B byte-level "
+        "code model on GPUs."
     )
 
 
