@@ -25,3 +25,8 @@ def shorten(text: str) -> str:
     """Return `text` as one line of at most 200 characters."""
     line = text if text.isprintable() else repr(text)
     return line if len(line) <= 200 else f"{line[:197]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -75,7 +75,8 @@ def read_bounded(path: Path, most: int) -> bytes:
     return content
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,9 +92,9 @@ def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
@@ -127,12 +128,12 @@ def becoming_directory(path: Path, temporary: Path, *, mine: bool = True) -> Ite
         yield
         if mine:
             for file in temporary.rglob("*"):
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             if path.exists():
                 os.replace(path, old)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
     except RuntimeError as error:

@@ -15,9 +15,9 @@ from headstart import fileio
 from headstart.data.byte_tokenizer import ByteTokenizer
 from headstart.data.chat_template import load_chat_template
 from headstart.data.manifest import read_manifest
-from headstart.data.prepare.write import _names
+from headstart.data.prepare.write import read_names
 from headstart.data.prompts import read_prompt_file
-from headstart.data.shards import _read_starts, faults_of
+from headstart.data.shards import faults_of, read_starts
 from headstart.data.tokenizers import load_tokenizer
 from headstart.decoding.policy.calibration import read_tuning
 from headstart.errors import UsageError
@@ -34,8 +34,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "tokenizer_config.json": lambda file: load_tokenizer(file.parent),
     "special_tokens_map.json": lambda file: load_tokenizer(file.parent),
     "manifest.json": lambda file: read_manifest(file.parent),
-    "train.documents.npy": lambda file: _read_starts(file, 1, 1),
-    "names.json": lambda file: _names(file.parent),
+    "train.documents.npy": lambda file: read_starts(file, 1, 1),
+    "names.json": lambda file: read_names(file.parent),
     "state.json": lambda file: read_state(file.parent),
     "rng.pt": lambda file: read_state(file.parent),
     ".metadata": lambda file: read_state(file.parent),
@@ -83,7 +83,7 @@ def test_a_prompt_that_is_no_text_is_named(tmp_path: Path, line: str) -> None:
 def test_an_array_is_never_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([print], dtype=object), allow_pickle=True)
     with pytest.raises(UsageError, match=r"a\.npy: missing or damaged"):
-        _read_starts(tmp_path / "a.npy", 1, 1)
+        read_starts(tmp_path / "a.npy", 1, 1)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "manifest.json", "chat_template.jinja"])

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from headstart.console import print_result, say
 from headstart.data.prompts import read_prompt_file
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.evaluation.settings import PROMPTS_FILE
 from headstart.fileio import read_json, replacing_directory
 
@@ -189,7 +189,7 @@ def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Model written by Headstart")
     except Exception as error:  # of the hub, of the network, of the disk: many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(
             f"{repository}: the hub refused it ({reason}); log in with `hf auth login`, or push to a folder"
         ) from error

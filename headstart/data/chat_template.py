@@ -21,7 +21,7 @@ import numpy as np
 from headstart.data.conversations import ASSISTANT, Conversation, is_target
 from headstart.data.special_tokens import CONFIG_FILE, read_json, special_tokens
 from headstart.data.tokenizers import Tokenizer
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.fileio import read_bounded
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -73,7 +73,7 @@ class ChatTemplate:
             template = _compiled(self.source)
             text: str = template.render(messages=list(messages), tools=list(tools) or None, documents=None, **context)
         except Exception as error:  # a program from elsewhere raises what it likes
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             raise UsageError(
                 f"the chat template does not take these messages ({why}); fix the messages or the template"
             ) from error

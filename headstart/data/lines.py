@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 
 READ_BYTES = 1 << 18
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -128,8 +128,3 @@ def _decompress(content: BinaryIO, start: Any, failure: type[Exception]) -> Iter
         yield block
     if engine is not None:
         raise Damaged("cut short")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -95,7 +95,7 @@ class TokenShards:
         dtype = np.dtype(DTYPES[manifest["dtype"]])
         for shard in summary["shards"]:
             _check_size(directory / shard["file"], int(shard["tokens"]) * dtype.itemsize)
-        documents = _read_starts(directory / summary["starts"]["file"], int(summary["documents"]), count)
+        documents = read_starts(directory / summary["starts"]["file"], int(summary["documents"]), count)
         # Plain arrays over the maps: a slice of np.memmap costs ten times as much.
         maps = [np.asarray(np.memmap(directory / shard["file"], dtype, "r")) for shard in summary["shards"]]
         tokens = maps[0] if len(maps) == 1 else SplitTokens(maps)
@@ -209,7 +209,7 @@ def _check_size(file: Path, expected: int) -> None:
         )
 
 
-def _read_starts(file: Path, documents: int, tokens: int) -> np.ndarray:
+def read_starts(file: Path, documents: int, tokens: int) -> np.ndarray:
     """Return the starts of D documents, (D,) int64, memory-mapped: checking all of many millions would take long."""
     try:
         starts = np.asarray(np.load(regular(file), mmap_mode="r", allow_pickle=False))

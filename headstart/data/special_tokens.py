@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import UsageError, shorten
+from headstart.errors import UsageError, first_line, shorten
 from headstart.fileio import read_bounded
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -71,7 +71,7 @@ def read_json(path: Path, fix: str = "fetch the file again") -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
     except (ValueError, RecursionError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise UsageError(f"{path}: not JSON ({why}); fetch the file again") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a JSON object; fetch the file again")

@@ -25,7 +25,7 @@ from headstart.data.special_tokens import (
     read_json,
     special_tokens,
 )
-from headstart.errors import UsageError, shorten
+from headstart.errors import UsageError, first_line, shorten
 
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -81,7 +81,7 @@ def _one_line(wrong: str, fix: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise UsageError(f"{wrong} ({_first_line(error)}); {fix}") from error
+        raise UsageError(f"{wrong} ({first_line(error)}); {fix}") from error
 
 
 class PretrainedTokenizer:
@@ -326,7 +326,7 @@ def _fetch(repository: str) -> Path:
                 hf_hub_download(repository, name)
     except Exception as error:  # of the hub, of the network, of the disk: many kinds
         raise UsageError(
-            f'tokenizer "{repository}": no such file or directory here, and the hub gives none ({_first_line(error)}); '
+            f'tokenizer "{repository}": no such file or directory here, and the hub gives none ({first_line(error)}); '
             f"check the name and the network, or give a {TOKENIZER_FILE}"
         ) from error
     return folder
@@ -339,10 +339,6 @@ def _decoder_steps(decoder: Any) -> list[str]:
     if decoder.get("type") == "Sequence":
         return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
     return [str(decoder.get("type"))]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headstart.api import LanguageModel
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.evaluation.settings import LmEvalSettings
 
 PREFIX = "lm-eval:"
@@ -49,7 +49,7 @@ def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings
             bootstrap_iters=1000,
         )
     except (ConnectionError, FileNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(
             f"{', '.join(names)}: the data cannot be reached ({reason}); fetch it with a network, or write a task "
             "file for local data: --lm-eval.include-path FOLDER"

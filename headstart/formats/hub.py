@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from headstart.data.tokenizers import HUB_ID
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 
 FILES = (
     "config.json",
@@ -50,7 +50,7 @@ def _fetched(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(FILES)))
     except Exception as error:  # of the hub, of the network, of the disk: many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UsageError(
             f"{repository}: no such directory here, and the hub gives no such model ({reason}); check the name and the "
             "network, or name a directory that holds a model's config.json"

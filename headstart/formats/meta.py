@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.data.lines import first_line
 from headstart.data.tokenizers import Tokenizer
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.fileio import read_json, regular
 from headstart.formats.assembly import assemble, halved, inexpressible, interleaved, stored_tensors
 from headstart.formats.config_fields import Fields

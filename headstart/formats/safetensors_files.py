@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.fileio import read_json, regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,7 +33,7 @@ class TensorFiles:
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                reason = "is missing" if not path.exists() else f"is damaged or cut short ({_first_line(error)})"
+                reason = "is missing" if not path.exists() else f"is damaged or cut short ({first_line(error)})"
                 raise UsageError(f"{path}: {reason}; copy the model directory again") from error
             for name, begin in _begins(path).items():
                 self._where[name], self._begins[name] = (path, handle), begin
@@ -148,7 +148,3 @@ def _fill(file: io.RawIOBase, target: Tensor, path: Path) -> None:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

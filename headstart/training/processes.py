@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from headstart import console
-from headstart.errors import Stopped, UsageError
+from headstart.errors import Stopped, UsageError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,7 +122,7 @@ def joined(device: str) -> Iterator[Processes]:
         )
     except (RuntimeError, ValueError) as error:  # DistStoreError and its kin, or a variable that is not set
         raise UsageError(
-            f"process {rank} of {count}: the others did not come ({_first_line(error)}); start all of them with "
+            f"process {rank} of {count}: the others did not come ({first_line(error)}); start all of them with "
             "torchrun, with the same --nnodes and --rdzv-endpoint everywhere"
         ) from error
     console.mute(rank > 0)
@@ -134,7 +134,7 @@ def joined(device: str) -> Iterator[Processes]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostProcesses(
-                f"process {rank} of {count}: another process has gone ({_first_line(error)}); "
+                f"process {rank} of {count}: another process has gone ({first_line(error)}); "
                 "start all of them again, and the run resumes from its newest checkpoint"
             ) from error
         raise
@@ -157,10 +157,6 @@ def pick_device(name: str, index: int = 0) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not usable here; take auto or cpu") from error
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _number(name: str, default: int) -> int:

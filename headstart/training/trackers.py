@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from headstart.console import say
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.fileio import write_text
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -72,7 +72,7 @@ class Trackers:
                 self.close(failed=True)
                 hint = "run `wandb login`, or set WANDB_MODE=offline" if name == "wandb" else "fix that"
                 raise UsageError(
-                    f"watch.trackers: {name} does not start ({_first_line(error)}); {hint}, or leave {name} out"
+                    f"watch.trackers: {name} does not start ({first_line(error)}); {hint}, or leave {name} out"
                 ) from error
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
@@ -107,7 +107,7 @@ class Trackers:
                 act(tracker)
             except Exception as error:  # the network, a full disk, a bug of the service: none is worth the run
                 del self._open[name]
-                say(f"warning: {name} failed and gets no more ({_first_line(error)}); metrics.jsonl has everything")
+                say(f"warning: {name} failed and gets no more ({first_line(error)}); metrics.jsonl has everything")
 
 
 def check_packages(config: WatchConfig) -> None:
@@ -223,7 +223,3 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
             value = {str(i): item for i, item in enumerate(value)}
         found += _flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(prefix + name, value)]
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
-from headstart.data.lines import Damaged, first_line, format_of, parse_json, unzip, unzstd
+from headstart.data.lines import Damaged, format_of, parse_json, unzip, unzstd
 from headstart.data.prepare.corpora import SourceFile
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 
 PARQUET_ROWS = 1024
 TEXT = "text"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.prepare.documents import Document, Field, Skipped
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 
 PREFIX = "hf:"
 ROWS = 1 << 14
@@ -63,7 +63,7 @@ def read_part(
             return
         except Exception as error:  # network, file system and formats raise many kinds of errors
             raise UsageError(
-                f"{source}: stopped at row {where} ({_first_line(error)}); run the command again"
+                f"{source}: stopped at row {where} ({first_line(error)}); run the command again"
             ) from error
         yield from field.documents(record, f"{label}/{split}:{where}", f"{source}, row {where}", 1)
         row += 1
@@ -80,7 +80,7 @@ def column_names(source: str, split: str, config: str | None) -> list[str]:
     try:
         return list(next(iter(rows), {}))
     except Exception as error:  # as in read_part
-        raise UsageError(f"{source}: has no first row to read ({_first_line(error)}); run the command again") from error
+        raise UsageError(f"{source}: has no first row to read ({first_line(error)}); run the command again") from error
 
 
 @lru_cache(maxsize=1)  # opening a dataset of the hub takes many requests
@@ -106,14 +106,10 @@ def load_rows(source: str, split: str, config: str | None) -> Any:
         raise
     except Exception as error:  # the library raises many kinds of errors
         raise UsageError(
-            f"{source}: cannot be opened ({_first_line(error)}); check the name, --split {split}, --hf-config and the "
+            f"{source}: cannot be opened ({first_line(error)}); check the name, --split {split}, --hf-config and the "
             f"network, or name a folder that datasets can load"
         ) from error
 
 
 def _is_streamed(rows: Any) -> bool:
     return not hasattr(rows, "__len__")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -134,22 +134,7 @@ def prepare(
         splitting = split_documents(folders, summaries, settings.validation_fraction, settings.deduplicate)
         _report_splits(splitting, summaries, settings, say)
         with replacing_directory(out) as folder:
-            splits = {
-                split: pack(
-                    splitting.segments[split],
-                    split,
-                    folder,
-                    encoder.dtype,
-                    workers if len(units) > 1 else 1,
-                    template is not None,
-                )
-                for split in SPLITS
-            }
-            write_names(folder / NAMES, splitting.segments["validation"])
-            tokenizer.save(folder / "tokenizer")
-            manifest = _manifest(encoder, settings, sources, splits, splitting)
-            seal(manifest, folder)
-            (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+            manifest = _write(folder, encoder, settings, sources, splitting, workers if len(units) > 1 else 1)
         shutil.rmtree(work)
     return manifest
 
@@ -180,13 +165,19 @@ def _encoder(
     )
 
 
-def _manifest(
-    encoder: Encoder, settings: Preparation, sources: list[str], splits: dict[str, Any], splitting: Splits
+def _write(
+    folder: Path, encoder: Encoder, settings: Preparation, sources: list[str], splitting: Splits, workers: int
 ) -> dict[str, Any]:
-    tokenizer = encoder.tokenizer
-    return {
+    """Write the files of a shards folder and return its manifest."""
+    tokenizer, with_targets = encoder.tokenizer, encoder.template is not None
+    splits = {
+        split: pack(splitting.segments[split], split, folder, encoder.dtype, workers, with_targets) for split in SPLITS
+    }
+    write_names(folder / NAMES, splitting.segments["validation"])
+    tokenizer.save(folder / "tokenizer")
+    manifest = {
         "format": FORMAT,
-        "version": VERSION if encoder.template is None else WITH_TARGETS,
+        "version": WITH_TARGETS if with_targets else VERSION,
         "tokenizer": tokenizer.name,
         "vocab_size": tokenizer.vocab_size,
         "end_id": tokenizer.end_id,
@@ -202,6 +193,9 @@ def _manifest(
         "deduplicated": settings.deduplicate,
         "duplicates": asdict(splitting.duplicates),
     }
+    seal(manifest, folder)
+    (folder / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+    return manifest
 
 
 @contextmanager

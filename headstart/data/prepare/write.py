@@ -44,7 +44,7 @@ class Segment:
 
     def names(self) -> list[str]:
         """Return the names of the documents."""
-        return _names(self.folder)[self.split][self.first_document : self.first_document + self.documents]
+        return read_names(self.folder)[self.split][self.first_document : self.first_document + self.documents]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def write_names(path: Path, segments: list[Segment]) -> None:
 
 
 @lru_cache(maxsize=1)
-def _names(folder: Path) -> dict[str, list[str]]:
+def read_names(folder: Path) -> dict[str, list[str]]:
+    """Return the names of a unit's documents, by split."""
     file = folder / "names.json"
     try:
         names: dict[str, list[str]] = json.loads(regular(file).read_text(encoding="utf-8"))

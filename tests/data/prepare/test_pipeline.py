@@ -228,7 +228,7 @@ def test_a_worker_that_dies_is_told(corpus, tmp_path):
 
 
 def test_a_full_disk_is_told_and_gone_on_with(corpus, tmp_path, monkeypatch):
-    real, room = fileio._sync, [40]
+    real, room = fileio.sync, [40]
 
     def full(path):
         room[0] -= 1
@@ -236,12 +236,12 @@ def test_a_full_disk_is_told_and_gone_on_with(corpus, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         real(path)
 
-    monkeypatch.setattr(fileio, "_sync", full)
+    monkeypatch.setattr(fileio, "sync", full)
     lines = []
     with pytest.raises(UsageError, match="the disk is full"):
         prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), report=lines.append)
     assert "finished work is kept" in lines[-1]
-    monkeypatch.setattr(fileio, "_sync", real)
+    monkeypatch.setattr(fileio, "sync", real)
     prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), report=lines.append)
     assert any("resuming" in line for line in lines)
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", "out"}
