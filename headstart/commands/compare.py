@@ -17,7 +17,7 @@ class CompareSettings:
     runs: Positional[list[Path]]
     """Run folders, at least one; a run may still be running."""
     out: Path | None = None
-    """The page to write (default: runs/comparison.html; none with --json)."""
+    """The page to write (None: runs/comparison.html; none with --json)."""
     json: bool = False
     """Print final numbers and differing settings as JSON."""
 

@@ -20,7 +20,7 @@ class DemoSettings:
     seed: int = 0
     """Seed of weights, data order and sampling."""
     threads: int | None = None
-    """CPU threads (default: all cores)."""
+    """CPU threads (None: all cores)."""
     json: bool = False
     """Print the results as JSON."""
 

@@ -20,7 +20,7 @@ class DistillDataSettings:
     """
 
     model: Positional[str | None] = None
-    """A model directory (default: the model in the box)."""
+    """A model directory (None: the model in the box)."""
     prompts: Path
     """.jsonl with "prompt", "text" or "messages" in each line, or plain text with a prompt a line. In a conversation
     each question is answered in turn; answers in the file are ignored."""
@@ -44,17 +44,17 @@ class DistillDataSettings:
     drop_unfinished: bool = False
     """Leave out answers cut off at --max-new-tokens; training would take the cut for an end."""
     heads: int | None = None
-    """Number of heads that decode (default: as many as pay). The output does not depend on it."""
+    """Number of heads that decode (None: as many as pay). The output does not depend on it."""
     slots: int = 8
     """Number of answers decoded together. The output does not depend on it."""
     exact: bool = True
     """Give bit-identical output for every number of heads; --no-exact is faster, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """dtype of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
+    """dtype of the weights (None: as stored; float32 on a CPU without instructions for bfloat16)."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
-    """CPU threads (default: torch's choice)."""
+    """CPU threads (None: torch's choice)."""
     json: bool = False
     """Print counts as JSON."""
 

@@ -16,7 +16,7 @@ class DoctorSettings:
     """Check machine, versions and threads; with a model, check that speculation equals plain decoding."""
 
     model: Positional[str | None] = None
-    """A model directory (default: check the machine alone)."""
+    """A model directory (None: check the machine alone)."""
     json: bool = False
     """Print the findings as JSON."""
 

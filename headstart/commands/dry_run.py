@@ -20,7 +20,7 @@ class DryRunSettings:
     processes: int = 1
     """Processes (devices) that torchrun would start, for --dry-run."""
     device_memory: str | None = None
-    """Memory of one device for --dry-run, such as 80GiB (default: that of the GPU here; on a CPU, what is
+    """Memory of one device for --dry-run, such as 80GiB (None: that of the GPU here; on a CPU, what is
     available)."""
     mfu: float = 0.4
     """Model FLOPs utilisation that the hours of --dry-run assume."""

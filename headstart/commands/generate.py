@@ -25,7 +25,7 @@ class GenerateSettings:
     """Continue a prompt, and print the text as it is decoded."""
 
     model: Positional[str | None] = None
-    """A model directory (default: the model in the box)."""
+    """A model directory (None: the model in the box)."""
     prompt: str
     """Text to continue; - reads it from standard input."""
     chat: bool = False
@@ -35,7 +35,7 @@ class GenerateSettings:
     max_new_tokens: int = 200
     """The largest number of tokens to generate."""
     heads: int | None = None
-    """Number of heads that decode; 1 is plain decoding (default: as many as pay according to `headstart tune`, or else
+    """Number of heads that decode; 1 is plain decoding (None: as many as pay according to `headstart tune`, or else
     according to the first passes). The output does not depend on it."""
     temperature: float = 0.0
     """Temperature of the sampling; 0 is greedy."""
@@ -68,17 +68,17 @@ class GenerateSettings:
     """The largest number of drafts per pass that are looked up in the text itself."""
     tree: str | None = None
     """Use windows that are trees, with several candidates per head: the number of drafts, or nodes given as ranks such
-    as 0,1,0.0; 0: chains (default: what `headstart tune --tree-nodes` found best)."""
+    as 0,1,0.0; 0: chains (None: what `headstart tune --tree-nodes` found best)."""
     exact: bool = True
     """Give bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """dtype of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
+    """dtype of the weights (None: as stored; float32 on a CPU without instructions for bfloat16)."""
     quantize: Literal["int8"] | None = None
     """int8: compute all products with 8-bit weights and activations, on CPUs; faster, but not quite the same model."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
-    """CPU threads (default: torch's choice; `headstart doctor` says which number is best)."""
+    """CPU threads (None: torch's choice; `headstart doctor` says which number is best)."""
     stats: bool = False
     """Print tokens per pass, acceptance and speed afterwards, to standard error."""
     show: bool = False

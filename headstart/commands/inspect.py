@@ -23,7 +23,7 @@ class InspectSettings:
     """Show what a model directory holds: sizes, heads, wiring, acceptance."""
 
     model: Positional[str | None] = None
-    """A model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (default: the model in the box)."""
+    """A model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (None: the model in the box)."""
     json: bool = False
     """Print the result as JSON."""
 

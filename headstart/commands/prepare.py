@@ -31,8 +31,8 @@ class PrepareSettings:
     text_field: str = "text"
     """The field or column that holds the text; a.b is field b within a."""
     conversations: bool = False
-    """Read conversations from the field (default: from messages or conversations). The tokenizer's chat template writes
-    them, and only what the assistant says is trained on."""
+    """Read conversations, from the fields messages or conversations if --text-field names no other. The tokenizer's chat
+    template writes them, and only the assistant's messages are trained on."""
     each_answer: bool = False
     """Write one document per reply of the assistant, with its history. Chat templates need it that render earlier turns
     differently when another turn follows."""
@@ -44,7 +44,7 @@ class PrepareSettings:
     hf_config: str | None = None
     """The configuration to take from hf: datasets."""
     validation_fraction: float | None = None
-    """Share of the documents held out (default: 0.02, or none with --validation-sources)."""
+    """Share of the documents held out (None: 0.02, or none with --validation-sources)."""
     validation_sources: tuple[str, ...] = ()
     """Sources that are held out whole, even if one of SOURCES contains them."""
     seed: int = 0
@@ -54,7 +54,7 @@ class PrepareSettings:
     literal: bool = False
     """Keep special tokens that a document spells out as text (--train-bpe always does)."""
     workers: int | None = None
-    """Processes (default: one for each core). The output does not depend on it."""
+    """Processes (None: one for each core). The output does not depend on it."""
     verify: bool = False
     """Prepare nothing: read the folder --out and name its damaged files. The exit status is 1 if there are any."""
     json: bool = False
