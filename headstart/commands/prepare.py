@@ -31,8 +31,8 @@ class PrepareSettings:
     text_field: str = "text"
     """The field or column that holds the text; a.b is field b within a."""
     conversations: bool = False
-    """Read conversations, from the fields messages or conversations if --text-field names no other. The tokenizer's chat
-    template writes them, and only the assistant's messages are trained on."""
+    """Read conversations, from the fields messages or conversations if --text-field names no other. The tokenizer's
+    chat template writes them, and only the assistant's messages are trained on."""
     each_answer: bool = False
     """Write one document per reply of the assistant, with its history. Chat templates need it that render earlier turns
     differently when another turn follows."""
