@@ -15,18 +15,20 @@ from headstart.formats.registry import load_config
 from headstart.model.config import ModelConfig
 
 MARK = "<!-- written by headstart push -->"
-"""In cards that we wrote, and may write again."""
+"""A line in cards of Headstart, which may be written again."""
 
 
 def write_card(
     directory: Path, name: str, licence: str | None, base_model: str | None, evaluation: dict[str, Any] | None = None
 ) -> str:
-    """The text of README.md for the model directory `directory`.
+    """Return the text of README.md for a model directory.
 
-    Only what its files hold is told: acceptance.json (`headstart evaluate --record`), tuning.json (`headstart tune`).
+    The card reports what the directory's files hold: acceptance.json (`headstart evaluate --record`), tuning.json
+    (`headstart tune`).
 
     Args:
-        name: what the model is called: a hub id, or the name of its folder.
+        directory: with the model.
+        name: the name of the model: a hub id, or the name of its folder.
         licence: its identifier on the hub (None: the card says that there is none).
         base_model: hub id of the model that heads were added to.
         evaluation: the content of a results.json of `headstart evaluate`.

@@ -23,7 +23,7 @@ class ConvertSettings:
     source: Positional[str]
     """A model directory, an ordinary Hugging Face model, or Meta's multi-token release."""
     target: Positional[str]
-    """Where the result goes: a new place, or an earlier result of the same format."""
+    """Path of the result: a new one, or an earlier result of the same format."""
     to: str = "headstart"
     """headstart (an ordinary Hugging Face model, with further heads in heads/), hf-code (the same, with code by which
     transformers alone decodes with all heads), meta (Meta's multi-token release), medusa (heads for vLLM and TGI), mimo
@@ -52,16 +52,16 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the model at `source` to `target` in the format `to`.
+    """Write the model at `source` to `target` in the format `to`.
 
-    The result is written beside and renamed, after it has been read back and compared with the source: what cannot be
-    read back as it was is not kept.
+    The result is written under a temporary name, read back and compared with the source, and only then renamed.
 
     Args:
-        source: anything that headstart reads.
-        target: what does not exist yet, or holds an earlier result of the same format.
-        dtype: what the weights are stored as: float32, bfloat16 or float16 (None: what they are).
-        tokenizer: a tokenizer to write along (a directory, a tokenizer.json, or "bytes"; None: the source's).
+        source: a model in any format that headstart reads.
+        target: a path that does not exist yet, or holds an earlier result of the same format.
+        to: a key of `FORMATS`.
+        dtype: the dtype of the stored weights: float32, bfloat16 or float16 (None: the source's).
+        tokenizer: the result's tokenizer: a directory, a tokenizer.json, or "bytes" (None: the source's).
 
     Returns:
         "path", "format", "left_out" (lines) and "checks".
@@ -115,7 +115,7 @@ def convert(
 
 
 def _check_target(form: Format, name: str, source: Path, target: Path) -> None:
-    """Nothing is replaced but an earlier result of the same format, and never the source."""
+    """Raise UsageError for a target that would replace the source, or anything but an earlier result of the format."""
     if source == target or target in source.parents:
         raise UsageError(f"{target}: is where the source lies; name another place")
     if not target.exists():
@@ -130,7 +130,7 @@ def _check_target(form: Format, name: str, source: Path, target: Path) -> None:
 
 
 def format_conversion(found: dict[str, Any]) -> str:
-    """`convert`'s result for people."""
+    """Return the result of `convert` as text."""
     lines = [f"not carried: {line}" for line in found["left_out"]]
     lines += [f"{'read back' if c['passed'] else 'not checked'} by {c['by']}: {c['found']}" for c in found["checks"]]
     return "\n".join([*lines, f"{found['format']}: {found['path']}"])

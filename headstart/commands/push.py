@@ -25,7 +25,7 @@ SENT = (
     *("tokenizer.model", "chat_template.jinja", "acceptance.json", "tuning.json", PROMPTS_FILE, CARD),
     *("modeling_headstart.py", "custom_generate/generate.py", "LICENSE*", "NOTICE*"),
 )
-"""What of a model directory goes out: nothing that merely lies beside a model."""
+"""The files of a model directory that are sent; others in the directory stay."""
 
 
 @dataclass(frozen=True)
@@ -52,56 +52,32 @@ class PushSettings:
 
 def run(settings: PushSettings) -> None:
     """Push the model, and print what was sent."""
-    found = push(
-        settings.model,
-        settings.to,
-        settings.licence,
-        settings.base_model,
-        settings.evaluation,
-        settings.private,
-        settings.new_card,
-    )
-    print_result(found, settings.json, format_push)
+    print_result(push(settings), settings.json, format_push)
 
 
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
-def push(
-    model: str | Path,
-    to: str,
-    licence: str | None = None,
-    base_model: str | None = None,
-    evaluation: str | Path | None = None,
-    private: bool = False,
-    new_card: bool = False,
-    api: Any = None,
-) -> dict[str, Any]:
-    """Puts the model directory `model` with a card where `to` says.
+def push(settings: PushSettings, api: Any = None) -> dict[str, Any]:
+    """Put a model directory with a model card into a folder, or onto the hub (`hub_id`).
 
     Args:
-        to: a folder, or OWNER/NAME on the hub. What exists, has another number of slashes or starts with . / or ~ is a
-            folder, and so is what lies in a folder that exists; "hf:OWNER/NAME" is the hub in any case.
-        licence: identifier of its licence on the hub, for the card.
-        base_model: hub id of the model that heads were added to, for the card.
-        evaluation: a results.json of `headstart evaluate`, or the folder that holds it, for the card.
-        private: whether a new repository on the hub is private.
-        new_card: write a card even where the model has one of someone else's.
-        api: what is called instead of huggingface_hub's HfApi.
+        settings: the model, the target, and facts for the card.
+        api: an object to call instead of huggingface_hub's HfApi.
 
     Returns:
-        "to", "files" (paths in the result), "left" (files of the model directory that stay) and "card".
+        "to", "files" (paths in the result), "left" (files of the model directory that are not sent) and "card".
 
     Raises:
-        UsageError: no model, a folder that holds something else, files that are damaged, a hub that says no.
+        UsageError: no model, a folder that holds something else, damaged files, or a hub that refuses.
     """
     from headstart.formats.registry import load_config
 
-    directory = Path(model)
+    directory, to, evaluation = Path(settings.model), settings.to, settings.evaluation
     load_config(directory)
     repository = hub_id(to)
     if (directory / PROMPTS_FILE).is_file():
-        read_prompt_file(directory / PROMPTS_FILE)  # a broken one would stop `evaluate` and `tune` of whoever gets it
+        read_prompt_file(directory / PROMPTS_FILE)  # a damaged file would stop `evaluate` and `tune` at its receiver
     results = None
     if evaluation is not None:
         file = Path(evaluation)
@@ -110,7 +86,7 @@ def push(
     sent = {str(file.relative_to(directory)): file for file in files}
     present = [f for f in directory.rglob("*") if f.is_file()]
     left = sorted(str(file.relative_to(directory)) for file in present if file not in sent.values())
-    card, told = _card(directory, repository or Path(to).resolve().name, licence, base_model, results, new_card)
+    card, origin = _card(settings, repository or Path(to).resolve().name, results)
     if repository is None:
         target = Path(to).expanduser().resolve()
         _check_target(directory.resolve(), target)
@@ -120,12 +96,16 @@ def push(
     else:
         with tempfile.TemporaryDirectory(prefix="headstart-push-") as folder:
             _fill(Path(folder), sent, card, os.symlink)
-            where = _upload(Path(folder), repository, private, api)
-    return {"to": where, "files": sorted({*sent, CARD}), "left": left, "card": told}
+            where = _upload(Path(folder), repository, settings.private, api)
+    return {"to": where, "files": sorted({*sent, CARD}), "left": left, "card": origin}
 
 
 def hub_id(to: str) -> str | None:
-    """OWNER/NAME where `to` means the hub, None where it means a folder."""
+    """Return OWNER/NAME if `to` means the hub, None if it means a folder.
+
+    `to` is a folder if it exists, lies in a folder that exists, has another number of slashes, or starts with . / or ~;
+    "hf:OWNER/NAME" always means the hub.
+    """
     if to.startswith("hf:"):
         if not re.fullmatch(HUB_ID, to[3:]):
             raise UsageError(f"--to {to}: a repository on the hub is called hf:OWNER/NAME")
@@ -136,21 +116,20 @@ def hub_id(to: str) -> str | None:
     return to
 
 
-def _card(
-    directory: Path, name: str, licence: str | None, base: str | None, results: dict[str, Any] | None, new: bool
-) -> tuple[str, str]:
-    """The text of the card, and where it comes from."""
+def _card(settings: PushSettings, name: str, results: dict[str, Any] | None) -> tuple[str, str]:
+    """Return the text of the card, and "written" or "kept as it is"."""
     from headstart.commands.card import MARK, write_card
 
+    directory, licence, base = Path(settings.model), settings.licence, settings.base_model
     file = directory / CARD
-    if file.is_file() and not new:
+    if file.is_file() and not settings.new_card:
         text = file.read_text(encoding="utf-8")
         if MARK not in text:
             given = [f for f, v in (("--licence", licence), ("--base-model", base), ("--evaluation", results)) if v]
             if given:
                 raise UsageError(
-                    f"{file}: is a card of someone's, which would not tell {', '.join(given)}; write it there, or let "
-                    "--new-card replace it"
+                    f"{file}: was written by someone else and does not show {', '.join(given)}; add it there, or "
+                    "replace the file with --new-card"
                 )
             return text, "kept as it is"
     if licence is None:
@@ -179,7 +158,7 @@ def _check_target(source: Path, target: Path) -> None:
 
 
 def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
-    """Onto the hub, with the login that huggingface_hub has; the address."""
+    """Upload the folder with the login of huggingface_hub, and return the address."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
@@ -188,7 +167,7 @@ def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Model written by Headstart")
-    except Exception as error:  # of the hub, of the network, of the disk: many kinds
+    except Exception as error:  # the hub, the network and the disk raise many kinds
         reason = first_line(error)
         raise UsageError(
             f"{repository}: the hub refused it ({reason}); log in with `hf auth login`, or push to a folder"
@@ -197,7 +176,7 @@ def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
 
 
 def format_push(found: dict[str, Any]) -> str:
-    """`push`'s result for people."""
+    """Return the result of `push` as text."""
     lines = [f"card: {found['card']}", f"{len(found['files'])} files: {', '.join(found['files'])}"]
     if found["left"]:
         lines.append(f"not sent: {', '.join(found['left'])}")

@@ -1,4 +1,4 @@
-"""Models made of tensors that other layouts keep under other names, and what of a model a layout has no field for."""
+"""Models from stored tensors and stored tensors from models, whatever names a format has for them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ LLAMA = (
     *("vocab_size", "dim", "layers", "attention_heads", "kv_heads", "head_dim", "hidden_dim", "context", "tied"),
     *("attention_bias", "norm_eps", "rope_theta", "heads", "head_kind", "shared", "wiring", "extra_layers"),
 )
-"""The fields of ModelConfig that a plain Llama decoder and its heads of every kind use."""
+"""The fields of ModelConfig that a plain Llama decoder and heads of every kind use."""
 
 
 def assemble(
     config: ModelConfig, read: Callable[[Part], Tensor], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model of shape `config` with the tensors that `read` gives for the parts of a model directory.
+    """Return a model with the tensors that `read` returns for the parts of a model directory.
 
     Args:
-        read: the tensor of a `Part` (by the names of `stored_parts`), of its shape; asked once for each.
+        config: the model's configuration.
+        read: returns the tensor of a `Part` of `stored_parts`, of its shape; called once for each.
         dtype: of all parameters.
         device: where they are made.
 
@@ -52,8 +53,10 @@ def assemble_in_place(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
 ) -> Transformer:
-    """The same where `fill` writes each part into the rows of the parameter that are its own, with nothing between: the
-    model is never there twice."""
+    """Return a model whose parameters `fill` writes, part by part, into their rows.
+
+    The model is in memory only once.
+    """
     with torch.device("meta"):
         model = Transformer(config)
     check_names(model)
@@ -72,7 +75,7 @@ def assemble_in_place(
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    """Raise UsageError where an entry is NaN or infinite. `aminmax` hands on NaN, and takes no memory of its own."""
+    """Raise UsageError if an entry is NaN or infinite. `aminmax` returns NaN if there is one, and takes no memory."""
     if tensor.is_meta or not tensor.numel():
         return
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
@@ -83,8 +86,10 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_names(model: Transformer) -> None:
-    """Raise UsageError, naming them, where tensors of `model` have no place in a model directory, or places no tensor:
-    saving would drop them, and loading fail."""
+    """Raise UsageError if tensors of `model` have no place in a model directory, or places have no tensor.
+
+    Saving would drop such tensors, and loading would fail.
+    """
     tied = {"unembedding.weights.0"} if model.config.tied else set()
     there, placed = set(model.state_dict()) - TRAINING_ALONE - tied, set(stored_parts(model.config))
     kind = f"a model with {model.config.head_kind} heads"
@@ -98,7 +103,7 @@ def check_names(model: Transformer) -> None:
 
 
 def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
-    """The content of each file: parts of parameters as views where they need no conversion."""
+    """Return the tensors of each file of a model directory, by name; views of the parameters in their own dtype."""
     check_names(model)
     state = model.state_dict()
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
@@ -110,30 +115,31 @@ def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, d
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * E, ...) of queries or keys, reordered: Hugging Face's Llama turns coordinates i and i + E/2 as a
-    pair, llama.cpp's 2i and 2i + 1."""
+    """Reorder rows (heads * E, ...) of queries or keys from Hugging Face's pairs to those of llama.cpp and Meta.
+
+    Rotary positions turn coordinates i and i + E/2 as a pair in the first, 2i and 2i + 1 in the others.
+    """
     halves = rows.unflatten(0, (heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
 
 
 def halved(rows: Tensor, heads: int) -> Tensor:
-    """Rows (heads * E, ...) of queries or keys from Meta's pairs 2i, 2i + 1 to ours, i and i + E/2: the inverse of
-    `interleaved`."""
+    """Reorder rows (heads * E, ...) of queries or keys from Meta's pairs to ours: the inverse of `interleaved`."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def inexpressible(config: ModelConfig, known: Iterable[str]) -> list[str]:
-    """The fields of `config` that are not among the `known` ones and not what they are by default."""
+def inexpressible(config: ModelConfig, expressible: Iterable[str]) -> list[str]:
+    """Return the fields of `config` that are not `expressible` in a format and differ from their defaults."""
     found = []
     for field in fields(config):
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.name not in set(known) and getattr(config, field.name) != default:
+        if field.name not in set(expressible) and getattr(config, field.name) != default:
             found.append(field.name)
     return found
 
 
 def refuse_other_blocks(config: ModelConfig, place: str) -> None:
-    """UsageError, naming the fields, where the blocks are not a plain Llama's, for a `place` that holds no others."""
+    """Raise UsageError if the blocks are not a plain Llama's, for a `place` that holds no others."""
     others = [f"family {config.family}" if name == "family" else name for name in inexpressible(config, LLAMA)]
     if others:
         raise UsageError(f"{place} holds plain Llama blocks, and this model has {', '.join(others)}; take headstart")

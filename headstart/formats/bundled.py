@@ -14,19 +14,21 @@ NAME = "python-bytes-8"
 
 
 def boxed_model() -> Path:
-    """Its directory: in a clone of the repository, or where an installation has put it. Raises UsageError without."""
+    """Return the model's directory, in a clone of the repository or in an installation. Raises UsageError without."""
     clone = Path(__file__).resolve().parents[2] / "models" / NAME
     installed = Path(sysconfig.get_path("data")) / "share" / "headstart" / "models" / NAME
     for place in (clone, installed):
         if (place / CONFIG_FILE).is_file():
-            # Results name it as a person would, whose home is nobody's business.
+            # A relative path: results do not show the user's home directory.
             return place.relative_to(Path.cwd()) if Path.cwd() in place.parents else place
     raise UsageError(f"the model in the box ({NAME}) is not here ({clone}, {installed}); name a model directory")
 
 
 def model_directory(named: str | Path | None) -> Path:
-    """The directory named (or a copy of the model of that name on the hub), or that of the model in the box, which is
-    said in a line."""
+    """Return the directory of the model named, or of the model in the box, which a line reports.
+
+    A name OWNER/NAME without a directory here is copied from the hub.
+    """
     if named is not None:
         return local_directory(named)
     place = boxed_model()

@@ -1,4 +1,4 @@
-"""Fields of a `config.json`, each checked as it is read, and rotary positions, which files say in several ways."""
+"""Fields of a `config.json`, checked when they are read, and rotary positions, which files describe in several ways."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LAYER_TYPES = {SLIDING, FULL}
 
 
 class Fields:
-    """The fields of a config.json; those that are wrong are named with the file."""
+    """The fields of a config.json; errors name the file and the field."""
 
     def __init__(self, file: Path, content: Content) -> None:
         self.file, self.content = file, content
 
     def get(self, name: str, kind: type, default: object = None) -> Any:
-        """A field of that type; UsageError for another, and where it is missing and has no default."""
+        """Return a field of that type. Raises UsageError for another type, and for a missing field without default."""
         value: Any = self.content.get(name)
         value = default if value is None else value
         if value is None:
@@ -35,44 +35,47 @@ class Fields:
         return float(value) if kind is float else value
 
     def optional(self, name: str, kind: type, default: object = None) -> Any:
-        """The same for one that may be null; the default is for one that is not there."""
+        """Return a field that may be null; the default is for a missing one."""
         value = self.content.get(name, default)
         return None if value is None else self.get(name, kind, default)
 
     def numbers(self, name: str) -> list[int]:
+        """Return a field that is a list of whole numbers, or of true and false."""
         value = self.content[name]
         if not isinstance(value, list) or not all(type(x) in (int, bool) for x in value):
             raise UsageError(f"{self.file}: {name} is {json.dumps(value)}; it must be a list of whole numbers")
         return [int(x) for x in value]
 
     def positive(self, name: str, default: int) -> int:
+        """Return a field that is a whole number of at least 1."""
         value: int = self.get(name, int, default)
         if value < 1:
             raise UsageError(f"{self.file}: {name} is {value}; it must be at least 1")
         return value
 
     def mapping(self, name: str) -> Content:
-        """A field that is an object; empty where it is not there."""
+        """Return a field that is an object; empty if it is missing."""
         value = self.content.get(name)
         if value is not None and not isinstance(value, dict):
             raise self.refuse(name, value, "an object")
         return dict(value or {})
 
     def refuse(self, name: str, value: object, supported: str) -> UsageError:
+        """Return the error about a value that headstart does not compute."""
         return UsageError(
             f"{self.file}: {name} is {json.dumps(value)}, which headstart does not compute; supported: {supported}"
         )
 
     def only(self, name: str, *supported: object) -> None:
-        """UsageError if the field is there and none of these."""
+        """Raise UsageError if the field is present and none of these."""
         value = self.content.get(name)
         if value is not None and value not in supported:
             raise self.refuse(name, value, " or ".join(map(json.dumps, supported)))
 
 
-def check_type(file: Path, name: str, value: object, kind: type, optional: bool = False) -> None:
-    right = type(value) in ((int, float) if kind is float else (kind,)) or (optional and value is None)
-    if not right:
+def check_type(file: Path, name: str, value: object, kind: type) -> None:
+    """Raise UsageError for a value of another type; a whole number is a number too."""
+    if type(value) not in ((int, float) if kind is float else (kind,)):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise UsageError(f"{file}: {name} is {value!r}; it must be {names[kind]}")
 
@@ -80,8 +83,8 @@ def check_type(file: Path, name: str, value: object, kind: type, optional: bool 
 def read_rope(fields: Fields, default_theta: float, context: int) -> tuple[float, RopeScaling | None]:
     """Return base and scaling as transformers 5 takes them.
 
-    `rope_scaling`, where it says anything, replaces `rope_parameters` as a whole. A base outside of it is `rope_theta`,
-    and `original_max_position_embeddings` outside goes before the one inside.
+    A `rope_scaling` that is not empty replaces `rope_parameters` as a whole. A base outside of it is `rope_theta`, and
+    `original_max_position_embeddings` outside of it takes precedence over the one inside.
     """
     name = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
     rope = fields.content.get(name) or {}
@@ -91,7 +94,7 @@ def read_rope(fields: Fields, default_theta: float, context: int) -> tuple[float
         original = fields.optional("original_max_position_embeddings", int)
         rope = rope if original is None else rope | {"original_max_position_embeddings": original}
     theta = fields.get("rope_theta", float, default_theta)
-    if theta < 1:  # also where the object goes before it
+    if theta < 1:  # also if the object has another
         raise UsageError(f"{fields.file}: rope_theta is {theta}; it must be at least 1")
     return read_scaling(fields, name, rope, theta, context)
 
@@ -99,7 +102,7 @@ def read_rope(fields: Fields, default_theta: float, context: int) -> tuple[float
 def read_scaling(
     fields: Fields, name: str, rope: object, theta: float, context: int
 ) -> tuple[float, RopeScaling | None]:
-    """The base and the scaling that the object `rope` says, where it says a base."""
+    """Return base and scaling of the object `rope`; `theta` is the base if the object has none."""
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
     if not isinstance(rope, dict) or kind not in ("default", "linear", "llama3", "yarn"):
         raise fields.refuse(name, rope, 'rope_type "default", "linear", "llama3" or "yarn"')
@@ -136,6 +139,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def write_rope(config: ModelConfig) -> Content:
+    """Return the fields about rotary positions."""
     scaling = written_scaling(config.rope_scaling)
     return {
         # transformers 5 reads the first, everything older and most other tools the others.
@@ -146,6 +150,7 @@ def write_rope(config: ModelConfig) -> Content:
 
 
 def written_scaling(scaling: RopeScaling | None) -> Content | None:
+    """Return the object that describes a scaling, without the base."""
     if scaling is None:
         return None
     content: Content = {"rope_type": scaling.kind, "factor": scaling.factor}

@@ -1,4 +1,4 @@
-"""`config.json` of a model directory: what transformers reads of its family, and beside it the key "headstart"."""
+"""`config.json` of a model directory: the fields that transformers reads, and the key "headstart"."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ NOT_COMPUTED = {
     "gemma2": "it caps scores and logits",
     "gemma3": "it reads pictures too; its text models are gemma3_text",
 }
-"""What is asked for and left out."""
+"""Families that users ask for, with the reason why they are not supported."""
 
 
 def config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[str, Any]:
-    """The content of config.json. `dtype` is torch's name without the prefix; `end_id` None where ids have no text.
+    """Return the content of config.json.
 
-    Raises UsageError where no family's directory can hold the model.
+    `dtype` is torch's name without the prefix; `end_id` is None for a model of bare ids. Raises UsageError if no
+    family's directory can hold the model.
     """
     content = decoder_fields(config, family_of(config))
     if not config.kind.plain_decoder:
@@ -36,7 +37,7 @@ def config_json(config: ModelConfig, dtype: str, end_id: int | None) -> dict[str
         **content,
         "dtype": dtype,
         "torch_dtype": dtype,
-        # Explicit nulls: left out, transformers would take 1 and 2.
+        # Explicit nulls: transformers takes 1 and 2 for missing ones.
         "bos_token_id": end_id,
         "eos_token_id": end_id,
         "pad_token_id": end_id,
@@ -73,10 +74,10 @@ def _config_path(directory: Path) -> Path:
 
 
 def _named_family(file: Path, content: dict[str, Any]) -> Family:
-    """By `model_type`. What a directory brings as code of its own (`auto_map`) is never run, nor needed for these."""
+    """Return the family that `model_type` names. Code in the directory (`auto_map`) is never run."""
     named = content.get("model_type")
     if named == "mistral" and "layer_types" in content:
-        named = "ministral"  # as transformers takes it: a Mistral whose layers differ in their windows
+        named = "ministral"  # transformers' name for a Mistral whose layers differ in their windows
     if isinstance(named, str) and named in FAMILIES:
         return FAMILIES[named]
     why = NOT_COMPUTED.get(str(named), "it would run code of its own" if content.get("auto_map") else "")
@@ -99,7 +100,7 @@ def _own_config(file: Path, own: object) -> ModelConfig:
 
 
 def _check_agreement(file: Path, config: ModelConfig, content: dict[str, Any]) -> None:
-    """Other tools read the family's fields, we the key "headstart": edited apart, they would compute different ones."""
+    """Raise UsageError if the fields that other tools read and the key "headstart" describe different models."""
     try:
         family = family_of(config)
     except UsageError as error:

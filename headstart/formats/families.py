@@ -1,7 +1,7 @@
-"""The families of models: how their `config.json` says what `ModelConfig` says. Tensors are in `llama_names.py`.
+"""The families of models: their `config.json` as `ModelConfig`, and back. Their tensors are in `tensor_names.py`.
 
-Each is read as transformers reads it, what is left out included. A family holds a model if what it writes of it reads
-back as the same model; nothing else is kept of which families can have what.
+Each family is read like transformers reads it, defaults of missing fields included. A family can hold a model if the
+fields that it writes are read back as the same model; there is no other list of what families support.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from headstart.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Family:
-    """One family. Defaults are what transformers takes for fields that are left out."""
+    """One family, with transformers' defaults for missing fields."""
 
     model_type: str
     architecture: str
     read: Callable[[Fields, int], Content]
-    """(fields, layers) -> arguments of ModelConfig beside sizes and rotary positions."""
+    """(fields, layers) -> arguments of ModelConfig except sizes and rotary positions."""
     write: Callable[[ModelConfig, int], Content]
-    """The reverse, with what else other tools look for."""
+    """(config, layers) -> the same as fields, with others that tools look for."""
     context: int
     kv_heads: int | None = None
     head_dim: int | None = None
@@ -45,11 +45,11 @@ class Family:
     tied: bool = False
     rope_theta: float = 10000.0
     rope_by_layer_type: bool = False
-    """Whether `rope_parameters` holds an object for each type of layer; `read` then reads rotary positions."""
+    """True if `rope_parameters` holds an object for each type of layer; `read` then reads rotary positions."""
 
 
 def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
-    """The model with one head that the fields of `family` in `content` describe; the last layer is head 1."""
+    """Return the model with one head that the fields of a family in `content` describe; the last layer is head 1."""
     fields = Fields(file, content)
     for name in ("mlp_bias", "quantization_config", "per_layer_config"):
         if content.get(name):
@@ -69,15 +69,15 @@ def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
             "layers": layers,
             "attention_heads": attention_heads,
             "kv_heads": attention_heads if kv_heads is None else kv_heads,
-            # None where it says nothing new, so that equal models have equal configurations.
+            # None for the default, so that equal models have equal configurations.
             "head_dim": None if head_dim is not None and head_dim * attention_heads == dim else head_dim,
             "hidden_dim": fields.get("intermediate_size", int),
             "context": context,
-            # A head needs a trunk below it; the only layer of a model is the trunk, and head 1 reads it as it is.
+            # A head needs a trunk below it. If there is one layer, it is the trunk, and head 1 reads it as it is.
             "head_kind": "transformer" if layers > 1 else "linear",
             "tied": fields.get("tie_word_embeddings", bool, family.tied),
             "norm_eps": fields.get("rms_norm_eps", float, family.norm_eps),
-            # A Llama is what a model is that says nothing.
+            # Llama is the default.
             "family": None if family.model_type == "llama" else family.model_type,
         }
         if not family.rope_by_layer_type:
@@ -88,7 +88,7 @@ def read_decoder(file: Path, content: Content, family: Family) -> ModelConfig:
 
 
 def decoder_fields(config: ModelConfig, family: Family) -> Content:
-    """What `family` writes of trunk and head 1."""
+    """Return the fields of trunk and head 1 that a family writes."""
     layers = config.next_token_layers
     return {
         "architectures": [family.architecture],
@@ -133,17 +133,17 @@ _AGREED: dict[str, Callable[[ModelConfig], object]] = {
     "rope_local_base_freq": lambda c: c.local_rope_theta,
     "no_rope_layers": lambda c: [layer for layer in c.nope_layers if layer < c.next_token_layers],
 }
-"""What must be the same of two models that compute the same, by the fields of files (where these have them)."""
+"""The values that agree between two models that compute the same, by the fields of files that hold them."""
 
 
 def differences(theirs: ModelConfig, ours: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """In which fields trunk and head 1 of two models differ, with both values."""
+    """Return the fields in which trunk and head 1 of two models differ, with both values."""
     values = {name: (value(theirs), value(ours)) for name, value in _AGREED.items()}
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family in whose directories `config` is stored: its own, or the first that can. Raises UsageError if none."""
+    """Return the family that stores a model: its own, or the first that can. Raises UsageError if there is none."""
     if config.family is not None and config.family not in FAMILIES:
         raise UsageError(f"model.family {config.family!r} is unknown; take one of {', '.join(FAMILIES)}")
     why: list[tuple[int, str]] = []
@@ -167,7 +167,7 @@ def _biases(fields: Fields) -> Content:
 
 
 def _slides(window: int | None, layers: Iterable[int], of: int) -> Content:
-    """`layers` of so many slide over `window` positions."""
+    """Return the arguments for `layers`, out of `of`, that slide over `window` positions."""
     sliding = tuple(layers)
     if window is None or not sliding:
         return {}
@@ -175,8 +175,10 @@ def _slides(window: int | None, layers: Iterable[int], of: int) -> Content:
 
 
 def _read_windows(fields: Fields, layers: int, window: int | None, default: Callable[[int], bool]) -> Content:
-    """Return which layers slide over `window` positions, by `layer_types`; without types those of which `default` says
-    so. Layers that slide without a window are refused."""
+    """Return the arguments for the layers that slide over `window` positions, by `layer_types`, else by `default`.
+
+    Layers that slide without a window are refused.
+    """
     types = fields.content.get("layer_types")
     if types is None:
         return _slides(window, filter(default, range(layers)), layers)
@@ -217,7 +219,7 @@ def _write_mistral(config: ModelConfig, layers: int) -> Content:
 
 
 def _write_ministral(config: ModelConfig, layers: int) -> Content:
-    # transformers makes the mask of layers that slide even where there are none.
+    # transformers makes a mask for sliding layers even if the model has none.
     return {"sliding_window": config.window or config.context, "layer_types": _written_types(config, layers)}
 
 
@@ -312,8 +314,11 @@ def _read_gemma3(fields: Fields, layers: int) -> Content:
 
 
 def _read_gemma3_ropes(fields: Fields, slides: bool) -> Content:
-    """Return bases and scaling as transformers 5 takes them: `rope_scaling` adds to what `rope_parameters` says of
-    layers that do not slide, and a base in neither is `rope_theta` or `rope_local_base_freq`."""
+    """Return bases and scaling as transformers 5 takes them.
+
+    `rope_scaling` adds to the part of `rope_parameters` for layers that do not slide. A base in neither is
+    `rope_theta` or `rope_local_base_freq`.
+    """
     ropes, given = fields.mapping("rope_parameters"), fields.mapping("rope_scaling")
     if ropes and not LAYER_TYPES & ropes.keys():
         raise fields.refuse("rope_parameters", ropes, f'an object each for "{FULL}" and "{SLIDING}"')
@@ -381,4 +386,4 @@ FAMILIES = {
         ),
     )
 }
-"""By `model_type`, those first that others can be taken for."""
+"""The families by `model_type`. A model without family is stored as the first that can hold it."""

@@ -1,4 +1,4 @@
-"""What a file format is: how it is recognised, read, written, and compared with the model that was written."""
+"""The interface of a file format, and the comparison of a written model with the one that is read back."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 TOKENS = (2, 32)
-"""Rows and length of the random text whose logits are compared, shorter where the context is."""
+"""Rows and length of the random tokens whose logits are compared; a shorter context shortens them."""
 NEW_TOKENS = 32
-"""Of a greedy text."""
+"""Tokens of a greedy text that is compared."""
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest difference of logits, relative to the largest logit, that another order of sums may make."""
 COARSE = 5e-2
-"""The same in dtypes of fewer bits."""
+"""Largest relative difference in dtypes of fewer bits."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,23 @@ class Check:
     """One comparison that was made, or could not be."""
 
     by: str
-    """What has read the result back."""
+    """The reader of the result."""
     found: str
-    """What came out, for people."""
+    """The outcome, for people."""
     differences: list[float] | None = None
-    """Of each head, the largest difference of logits."""
+    """The largest difference of logits, for each head."""
     largest: float | None = None
     """The largest logit of all."""
     passed: bool | None = True
     """None: the comparison could not be made here."""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields that say something."""
         return {key: value for key, value in asdict(self).items() if value is not None or key == "passed"}
 
 
 def random_text(model: Transformer) -> Tensor:
-    """(B, T) int64: the same for every model of the same vocabulary and context."""
+    """Return tokens (B, T) int64, the same for every model of the same vocabulary and context."""
     config = model.config
     length = min(TOKENS[1], config.context)
     return torch.randint(0, config.vocab_size, (TOKENS[0], length), generator=torch.Generator().manual_seed(0))
@@ -55,11 +56,13 @@ def random_text(model: Transformer) -> Tensor:
 
 @torch.no_grad()
 def compare_logits(by: str, model: Transformer, again: Callable[[Tensor], Tensor], heads: int) -> Check:
-    """Logits of heads 1..`heads` of `model`, in its dtype, against those of what was read back.
+    """Compare the logits of heads 1..`heads` of `model`, in its dtype, with those of the model that was read back.
 
     Args:
-        by: what has read it.
+        by: the reader.
+        model: the model that was written.
         again: (B, T) int64 -> (B, T, heads, V) in any dtype; NaN where sequential heads lack the tokens between.
+        heads: how many heads the format carries.
 
     Raises:
         UsageError: they differ by more than rounding.
@@ -67,12 +70,12 @@ def compare_logits(by: str, model: Transformer, again: Callable[[Tensor], Tensor
     tokens_BT = random_text(model)
     mine = model(tokens_BT, heads=heads).float()
     theirs = again(tokens_BT).float()
-    known = ~mine.isnan()
-    if mine.shape != theirs.shape or not torch.equal(known, ~theirs.isnan()):
+    present = ~mine.isnan()
+    if mine.shape != theirs.shape or not torch.equal(present, ~theirs.isnan()):
         raise UsageError(f"{by}: read back, the result has logits of another shape; nothing was kept, report this")
     gaps = (mine.nan_to_num() - theirs.nan_to_num()).abs()
     differences = [float(gaps[:, :, k].max()) for k in range(heads)]
-    largest = float(mine[known].abs().max())
+    largest = float(mine[present].abs().max())
     allowed = ROUNDING.get(model.trunk.embedding.weight.dtype, COARSE) * max(largest, 1e-3)
     if not all(math.isfinite(gap) and gap <= allowed for gap in differences):
         raise UsageError(
@@ -84,9 +87,11 @@ def compare_logits(by: str, model: Transformer, again: Callable[[Tensor], Tensor
 
 
 def compare_texts(by: str, model: Transformer, plain: list[int], drafted: list[int], passes: int) -> Check:
-    """The greedy text of all heads against that of head 1 alone, which took a pass a token.
+    """Compare the greedy tokens of all heads with those of head 1 alone, which took a pass per token.
 
-    Raises UsageError in float32 and float64 where they differ; with fewer bits near ties part them, which is told."""
+    Raises UsageError if they differ in float32 or float64. With fewer bits, near ties may separate them, and the check
+    reports where.
+    """
     if plain == drafted:
         found = f"the same greedy text with all heads as without, {len(plain)} tokens in {passes} passes"
         return Check(by, found)
@@ -100,13 +105,13 @@ class Format(ABC):
     """One file format. Its class is in the file of the format; the registry names it."""
 
     summary: ClassVar[str]
-    """What a result is, for help."""
+    """A few words about a result, for help."""
     is_file: ClassVar[bool] = False
-    """Whether a result is one file; otherwise it is a directory."""
+    """True if a result is one file; otherwise it is a directory."""
     folder: ClassVar[str] = ""
-    """Where in a result the ordinary model lies, with its config.json and its tokenizer."""
+    """The folder in a result that holds the ordinary model, with its config.json and its tokenizer."""
     readable: ClassVar[bool] = True
-    """Whether `read` is there. Results of the other formats are read as another format, or not at all."""
+    """True if the format has `read`. Results of the others are read as another format, or not at all."""
 
     @abstractmethod
     def detect(self, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`generation_config.json` of a model directory: the tokens that end a generation, and what conversion keeps of it."""
+"""`generation_config.json` of a model directory: the tokens that end a generation, and its copy by conversion."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from headstart.formats.config_json import CONFIG_FILE
 
 GENERATION_FILE = "generation_config.json"
 NONE = -1
-"""What some files write for no token."""
+"""The number that some files write for no token."""
 KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def named_ends(directory: Path, rows: int) -> frozenset[int]:
-    """Return every id of `eos_token_id` in generation_config.json, or in config.json where the first names none.
+    """Return every id of `eos_token_id` in generation_config.json, or in config.json if the first names none.
 
     Raises UsageError for a value that is neither an id below `rows`, the size of the vocabulary, nor a list of ids.
     """
@@ -34,8 +34,10 @@ def named_ends(directory: Path, rows: int) -> frozenset[int]:
 
 
 def keep_generation(source: Path, target: Path) -> None:
-    """Copy generation_config.json of the model directory `source` to `target`, and the start, end and padding ids of
-    its config.json, so that a model ends its text after a conversion where it ended it before."""
+    """Copy generation_config.json of the model directory `source` to `target`, and the special ids of its config.json.
+
+    A model then ends its text after a conversion where it ended it before.
+    """
     if (source / GENERATION_FILE).is_file():
         write_text(target / GENERATION_FILE, read_bounded(source / GENERATION_FILE, MOST_JSON).decode("utf-8"))
     if not ((source / CONFIG_FILE).is_file() and (target / CONFIG_FILE).is_file()):

@@ -1,6 +1,6 @@
-"""GGUF files: trunk and head 1 of a model as llama.cpp reads them. Needs the package `gguf` (the extra "gguf").
+"""GGUF files: trunk and head 1 of a model for llama.cpp. Needs the package `gguf` (the extra "gguf").
 
-Drafting heads are left out: llama.cpp decodes with head 1.
+Drafting heads are left out, because llama.cpp decodes with head 1.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 def save_gguf(
     model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Write trunk and head 1 of `model` as a GGUF file of the architecture "llama", and return lines about what it has
-    no place for.
+    """Write trunk and head 1 of `model` as a GGUF file of the architecture "llama".
 
-    The file is written beside and renamed. Matrices are stored in `dtype`, vectors (norms, biases) in fp32, which is
-    what llama.cpp computes them in.
+    The file is written under a temporary name and renamed. Matrices are stored in `dtype`, vectors (norms, biases) in
+    fp32, in which llama.cpp computes them. Returns lines about what the file has no place for.
 
     Args:
         model: on any device, with whole (unsharded) parameters; head 1 must be a plain Llama decoder.
-        tokenizer: written along with its start and end tokens and its chat template: bytes, BPE that llama.cpp has a
+        path: where the file goes.
+        tokenizer: written with its start and end tokens and its chat template: bytes, BPE that llama.cpp has a
             name for, or SentencePiece's. None: a model of bare ids.
         dtype: float32, float16 or bfloat16 (None: what the weights are).
 
@@ -66,7 +66,7 @@ def save_gguf(
             add_vocabulary(writer, vocabulary, tokenizer)
         for name, tensor in gguf_tensors(model):
             stored = tensor.to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
-            # numpy has no bfloat16, so all go as bytes.
+            # numpy has no bfloat16, so all tensors are passed as bytes.
             kind = gguf.GGMLQuantizationType[DTYPES[stored.dtype]]
             writer.add_tensor(name, stored.view(torch.uint8).numpy(), raw_dtype=kind)
         try:
@@ -79,7 +79,7 @@ def save_gguf(
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of trunk and head 1, on the CPU, by llama.cpp's names and in its order of rows."""
+    """Yield the tensors of trunk and head 1, on the CPU, by llama.cpp's names and in its order of rows."""
     gguf = _gguf()
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.next_token_layers)
@@ -116,7 +116,7 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
-    """Every tensor of a GGUF file, dequantised by the package gguf, against the model's."""
+    """Compare every tensor of a GGUF file, dequantised by the package gguf, with the model's."""
     import gguf
 
     reader = gguf.GGUFReader(file)
@@ -134,13 +134,13 @@ def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
 
 
 def greedy_tokens(model: Transformer, prompt: list[int], count: int) -> list[int]:
-    """What head 1 writes greedily."""
+    """Return the tokens that head 1 generates greedily."""
     engine = Engine(pack(model), EngineConfig(context=len(prompt) + count))
     return generate_all(engine, [Request(tuple(prompt), count, heads=1)])[0].tokens
 
 
 def compare_with_llama_cpp(model: Transformer, file: Path, tokenizer: Tokenizer | None) -> Check:
-    """The greedy text that llama.cpp writes with a GGUF file against ours; where it is not installed, that is told."""
+    """Compare the greedy tokens of llama.cpp with ours; a check that is not possible here says why."""
     try:
         import llama_cpp
     except ImportError:
@@ -148,7 +148,7 @@ def compare_with_llama_cpp(model: Transformer, file: Path, tokenizer: Tokenizer 
     if tokenizer is None:
         return Check("llama.cpp", "a model of bare ids: greedy text not compared", passed=None)
     if model.trunk.embedding.weight.dtype != torch.float32:
-        # llama.cpp multiplies 16-bit weights with rounded activations: greedy texts may part at near ties.
+        # llama.cpp multiplies 16-bit weights with rounded activations: greedy tokens may differ after near ties.
         return Check("llama.cpp", "compared in float32 only: convert with --dtype float32 to see it", passed=None)
     new = min(NEW_TOKENS, model.config.context // 2)
     prompt = tokenizer.encode("def f(x):")[: model.config.context - new]

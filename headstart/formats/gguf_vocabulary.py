@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF files hold it: tokens, how text is split into them, where texts begin and end."""
+"""The vocabulary of a GGUF file: tokens, how text is split into them, start and end tokens."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokeni
 from headstart.errors import UsageError
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""SentencePiece's sign for a space."""
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST: ("smaug-bpe", "llama-bpe"),
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST: ("qwen2", None),
 }
-"""By the regular expression that a tokenizer.json splits text with before it is seen as bytes: llama.cpp's name for it,
-and for it with whole words taken as they are (`ignore_merges`)."""
+"""llama.cpp's names for the regular expression by which a tokenizer.json splits text: plain, and with `ignore_merges`,
+where whole words that are tokens are not split."""
 
 
 @dataclass
 class Vocabulary:
-    """What llama.cpp must know of a tokenizer. Lists are by id; ids without a token have the text ""."""
+    """The facts about a tokenizer that llama.cpp needs. Lists are by id; an id without a token has the text ""."""
 
     model: str
     """gpt2 (byte-level BPE) or llama (SentencePiece's BPE)."""
     pre: str
-    """llama.cpp's name for how text is split before."""
+    """llama.cpp's name for the split of text before merges."""
     tokens: list[str]
     control: set[int] = field(default_factory=set)
-    """Ids of special tokens: never made of plain text, never shown."""
+    """Ids of special tokens, which plain text never becomes and which are never shown."""
     added: set[int] = field(default_factory=set)
     """Ids of added tokens that are not special."""
     merges: list[str] = field(default_factory=list)
     scores: list[float] | None = None
-    """llama: the higher, the earlier two neighbours are merged into the token."""
+    """llama: the order of merges; two neighbours become the token with the highest score first."""
     unknown: int | None = None
     space_prefix: bool = False
-    """llama: whether a space is put before text."""
+    """llama: True if a space is put before text."""
     left: list[str] = field(default_factory=list)
     """Lines about what the file has no place for."""
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """Return what llama.cpp must know of `tokenizer`, with `size` ids. Raises UsageError where it splits text
-    otherwise."""
+    """Return the vocabulary of `tokenizer`, with `size` ids. Raises UsageError if llama.cpp splits text differently."""
     needed = tokenizer.needed_rows if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.vocab_size
     if needed > size:
         raise UsageError(
@@ -73,7 +72,7 @@ def read_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 
 def add_vocabulary(writer: Any, found: Vocabulary, tokenizer: Tokenizer) -> None:
-    """Write a vocabulary into a `gguf.GGUFWriter`, and add lines about ends that it has no place for."""
+    """Write a vocabulary into a `gguf.GGUFWriter`, and add lines about end tokens that it has no place for."""
     from gguf import TokenType
 
     types = [int(TokenType.NORMAL if token else TokenType.UNUSED) for token in found.tokens]
@@ -89,12 +88,12 @@ def add_vocabulary(writer: Any, found: Vocabulary, tokenizer: Tokenizer) -> None
         writer.add_unk_token_id(found.unknown)
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
-    # Names must differ: llama.cpp looks tokens up by them.
+    # Names must differ, because llama.cpp looks up tokens by them.
     writer.add_token_list([token or f"[UNUSED{i}]" for i, token in enumerate(found.tokens)])
     writer.add_token_types(types)
     end = tokenizer.end_id
     if found.scores is None:
-        # llama.cpp requires the list, and the format has no empty ones: a merge of what is never split merges nothing.
+        # llama.cpp requires the list, and the format has no empty lists: this merge never applies.
         writer.add_token_merges(found.merges or [f"{found.tokens[end]} {found.tokens[end]}"])
     else:
         writer.add_token_scores(found.scores)
@@ -176,7 +175,7 @@ def _sentencepiece(tokenizer: PretrainedTokenizer, definition: dict[str, Any], s
         if prefix:
             where = "the beginning" if scheme == "first" else "the beginning and behind special tokens"
             left.append(
-                f"the space before text: the tokenizer puts one at {where} where there is none; llama.cpp at the "
+                f"the space before text: the tokenizer puts one at {where} if there is none; llama.cpp at the "
                 "beginning and behind special tokens, always"
             )
     else:
@@ -193,10 +192,10 @@ def _sentencepiece(tokenizer: PretrainedTokenizer, definition: dict[str, Any], s
 
 
 def _scores(vocabulary: dict[str, int], merges: list[Any], size: int) -> tuple[list[float], int]:
-    """Return a score for each id, by which merges come in their order, and of how many tokens that is not all.
+    """Return a score for each id that keeps the order of merges, and the number of tokens for which it does not.
 
-    SentencePiece merges any two neighbours that make a token, the best token first. Merges that name each split of each
-    token, token by token, are the same; others are not where a split lacks, or another token's merge lies between.
+    SentencePiece merges any two neighbours that form a token, the best token first. That equals merges that name every
+    split of every token, token by token. It differs if a split is missing, or the merge of another token lies between.
     """
     scores, ranks = [0.0] * size, {}
     for rank, merge in enumerate(merges):

@@ -1,4 +1,4 @@
-"""Model directories that decode with all heads in transformers alone: ours, and beside it code from `hf_code/`."""
+"""Model directories that decode with all heads in transformers alone: ours, with the code of `hf_code/`."""
 
 from __future__ import annotations
 
@@ -33,25 +33,29 @@ MODELING_FILE = "modeling_headstart.py"
 GENERATE_FILE = "custom_generate/generate.py"
 CLASS = "HeadstartForCausalLM"
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-"""The families whose blocks the code runs, and how transformers' classes of them are called; the code says Llama."""
-KNOWN = (*LLAMA, "family", "rope_scaling", "qkv_bias", "qk_norm")
+"""The families whose blocks the code runs, with the prefix of their classes in transformers; the code has Llama."""
+RUN_KINDS = ("transformer", "linear", "replicated", "medusa", "stern", "sequential")
+"""The kinds of heads that the code runs."""
+EXPRESSIBLE = (*LLAMA, "family", "rope_scaling", "qkv_bias", "qk_norm")
 
 
 def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes `model` as `save_model` does, and beside it what transformers needs to decode with its heads.
+    """Write `model` like `save_model`, with the code that transformers needs to decode with its heads.
 
-    `config.json` names the code in `auto_map`: transformers runs it only where it is told `trust_remote_code=True`,
-    and loads an ordinary model (trunk and head 1) where it is not. Headstart reads the directory as any of its own.
+    `config.json` names the code in `auto_map`: transformers runs it only with `trust_remote_code=True`, and otherwise
+    loads an ordinary model (trunk and head 1). Headstart reads the directory like any of its own.
 
     Raises:
-        UsageError: a model whose head 1 is no plain decoder, or of a family that the code does not run; as
-            `save_model`.
+        UsageError: a model whose head 1 is no plain decoder, or heads or a family that the code does not run; also for
+            the reasons of `save_model`.
     """
+    if model.config.head_kind not in RUN_KINDS:
+        raise UsageError(f"hf-code runs {', '.join(RUN_KINDS)} heads, not {model.config.head_kind}; take headstart")
     if not model.config.kind.plain_decoder:
         raise UsageError(
             "linear heads wired anticausally: head 1 is no plain decoder, which hf-code builds on; take headstart"
         )
-    family, others = family_of(model.config).model_type, inexpressible(model.config, KNOWN)
+    family, others = family_of(model.config).model_type, inexpressible(model.config, EXPRESSIBLE)
     if family not in FAMILIES or others:
         raise UsageError(
             f"hf-code runs the blocks of {', '.join(FAMILIES)} without sliding windows, and this model's are those of "
@@ -67,23 +71,23 @@ def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | Non
 
 
 def _of_family(code: str, family: str) -> str:
-    """The code with the classes of another family, which are called alike."""
+    """Return the code with the classes of another family, whose names differ in the prefix."""
     code = code.replace("models.llama.modeling_llama", f"models.{family}.modeling_{family}")
     return re.sub(r"\bLlama(?=[A-Z])", FAMILIES[family], code)
 
 
 def template(file: str) -> str:
-    """The text of a file that `save_hf_code` writes."""
+    """Return the text of a file of `hf_code/`."""
     return files("headstart.formats").joinpath("hf_code", file).read_text(encoding="utf-8")
 
 
 def written_code(directory: Path, file: str) -> ModuleType:
-    """The module that lies in `directory`, imported from there and without transformers' cache of modules."""
+    """Import a module from `directory`, without transformers' cache of modules."""
     name = f"headstart_hf_code_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, directory / file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -111,7 +115,7 @@ class HfCode(Format):
         except ImportError:
             return [*checks, Check("transformers", "transformers is not installed: not compared", passed=None)]
         transformers.logging.disable_progress_bar()
-        # As `trust_remote_code=True` does, without leaving the code in transformers' cache of modules.
+        # Like `trust_remote_code=True`, but the code does not stay in transformers' cache of modules.
         modeling, generating = written_code(path, MODELING_FILE), written_code(path, GENERATE_FILE)
         again = modeling.HeadstartForCausalLM.from_pretrained(path, dtype=model.trunk.embedding.weight.dtype)
         checks.append(compare_logits("transformers with the code", model, again.head_logits, heads))

@@ -1,4 +1,4 @@
-"""Models that are named and not lying here: OWNER/NAME on the Hugging Face hub."""
+"""Models on the Hugging Face hub, by their names OWNER/NAME."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ FILES = (
     "acceptance.json",
     "tuning.json",
 )
-"""What is fetched: neither pickles nor the same weights in other formats, nor any code."""
+"""Files that are fetched: no pickles, no weights in other formats, no code."""
 
 
 def local_directory(named: str | Path) -> Path:
-    """The directory named, or where there is none and the name is one of a model on the hub, a copy of that.
+    """Return the path named, or a copy of the model of that name on the hub if the path does not exist.
 
-    It is fetched, or found in the hub's cache. Raises UsageError where the hub gives none.
+    The copy is fetched, or found in the hub's cache. Raises UsageError if the hub has none.
     """
     path = Path(named)
     if path.exists() or not re.fullmatch(HUB_ID, str(named)):

@@ -1,4 +1,4 @@
-"""Model directories: an ordinary Hugging Face model that carries its further heads beside it."""
+"""Model directories: an ordinary Hugging Face model, with its further heads in files of their own."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ TOKENIZER_FILE = "tokenizer.json"
 def save_model(
     model: Transformer, directory: str | Path, tokenizer: Tokenizer | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes `model` as a Hugging Face model directory; heads that head 1 does not need go to `heads/`.
+    """Write `model` as a Hugging Face model directory; heads that head 1 does not need go to `heads/`.
 
-    transformers, vLLM and llama.cpp load trunk and head 1 from it, as a model of its family. One whose head 1 is no
+    transformers, vLLM and llama.cpp load trunk and head 1 from it, as a model of its family. A model whose head 1 is no
     plain decoder (linear heads wired anticausally) is marked as our own architecture, and only headstart reads it.
 
-    The directory is written beside and renamed: a kill leaves the previous one. One that exists is replaced as a whole,
-    files of others included, and must hold a model already.
+    The directory is written under a temporary name and renamed, so that a kill leaves the previous one. A directory
+    that exists is replaced as a whole, with all files in it, and must hold a model already.
 
     Args:
         model: on any device, with whole (unsharded) parameters.
-        tokenizer: saved along, its `end_id` as end and padding token, and as start token if it has no `start_ids`;
-            None: a model of bare ids.
+        directory: where the model goes.
+        tokenizer: saved with the model (None: a model of bare ids). Its `end_id` becomes the end and padding token, and
+            the start token if it has no `start_ids`.
         dtype: what the weights are stored as (None: what they are).
 
     Raises:
@@ -53,7 +54,7 @@ def save_model(
             the model, or no family's directory can hold such a model and each of its tensors.
     """
     config = model.config
-    # Resolved, so that "." has a name, and a link stays one.
+    # Resolved, so that "." has a name, and a link stays a link.
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory}: is a file; name a new directory")
@@ -103,7 +104,7 @@ def read_model(directory: Path, dtype: torch.dtype | None = None, device: str | 
             shapes.setdefault(part.file, {})[part.name] = part.shape
 
     model_tensors = TensorFiles(model_files(directory, MODEL_FILE))
-    # Old Llama files carry rotary tables that can be computed; a tied unembedding may be stored though it need not be.
+    # Old Llama files hold rotary tables, which can be computed; a tied unembedding may be stored needlessly.
     ignored = [name for name in model_tensors.names() if re.fullmatch(r"model\.layers\.\d+\..*inv_freq", name)]
     model_tensors.check(shapes[MODEL_FILE], directory / MODEL_FILE, [*ignored, *([UNEMBEDDING] if config.tied else [])])
     stored = {MODEL_FILE: model_tensors}
@@ -133,14 +134,14 @@ def read_tokenizer(
 ) -> Tokenizer | None:
     """Return the tokenizer saved in a directory whose model has `vocab_size` rows, or None if there is none.
 
-    Its `start_ids` are what it puts before texts, if the model knows them so: one of ours that read documents without
-    them names its end token as bos_token_id. Added tokens for which the model has no row are left out (Gemma 3 has
+    Its `start_ids` are the tokens that it puts before a text, if the model was trained with them: a model of ours that
+    was not names its end token as bos_token_id. Added tokens for which the model has no row are left out (Gemma 3 has
     one). Its `end_ids` are its own end token and all that the directory names (`named_ends`).
 
     Args:
         directory: where tokenizer.json and config.json lie.
         vocab_size: rows of the model's embedding.
-        more: what is added to the content of config.json.
+        more: fields that replace those of config.json.
 
     Raises:
         UsageError: it cannot be read, or has more tokens than the model.
@@ -158,9 +159,10 @@ def read_tokenizer(
 
 
 def known_start(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return what the tokenizer puts before texts, if the model of this config.json knows them so.
+    """Return the tokens that the tokenizer puts before a text, if the model of this config.json was trained with them.
 
-    Of foreign models transformers asks the tokenizer alone. Ours say `start_ids`, or name the first as bos_token_id.
+    For other models the tokenizer decides, as in transformers. Ours have `start_ids`, or name the first as
+    bos_token_id.
     """
     start, own = tokenizer.own_start(), content.get("headstart")
     if own is None or (isinstance(own, dict) and own.get("start_ids")):
@@ -188,7 +190,7 @@ def _check_tied(tensors: TensorFiles, tied: bool) -> None:
 
 
 def _system_error(error: SafetensorError, path: Path) -> OSError:
-    """Return what the system said: safetensors gives its errors as text."""
+    """Return the system's error, which safetensors reports as text."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]) if number else errno.EIO, str(error), str(path))
 
@@ -198,7 +200,7 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def load_peer(directory: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The model that transformers makes of a model directory. UsageError where transformers is not installed."""
+    """Return the model that transformers loads from a directory. Raises UsageError if it is not installed."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging

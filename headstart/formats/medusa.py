@@ -1,11 +1,11 @@
-"""Medusa heads as vLLM and TGI read them: a folder with the ordinary model, and one of heads for each engine.
+"""Medusa heads in the layouts of vLLM and TGI: a folder with the ordinary model, and one of heads for each engine.
 
     base/    trunk and head 1, an ordinary model directory
     vllm/    config.json (model_type medusa), model.safetensors: blocks.{i}.layers.0.{weight,bias}, lm_heads.{i}.weight
     tgi/     config.json, medusa_lm_head.safetensors: {i}.0.linear.{weight,bias}, {i}.1.weight
 
-Head i there is our head i + 2: x + SiLU(W x + b) on what the final norm gives, then an unembedding, the model's own or
-one for each head. Heads with one of their own in TGI's names are also those of the authors' code (FasterDecoding).
+Their head i is our head i + 2: x + SiLU(W x + b) with x behind the final norm, then an unembedding, the model's or the
+head's own. The authors' code (FasterDecoding) reads TGI's names too, if heads have unembeddings of their own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TGI_FILE = "medusa_lm_head.safetensors"
 
 
 def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Writes `model` into the existing folder `directory`, and tells in lines what its user must know.
+    """Write `model` into the existing folder `directory`, and return lines about what its user must know.
 
     Raises UsageError for heads of another kind.
     """
@@ -67,7 +67,7 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
     tgi = {f"{i}.0.linear.{part}": tensor for part in _PARTS for i, tensor in enumerate(maps[part])}
     tgi |= {f"{i}.1.weight": tensor for i, tensor in enumerate(own)}
     _write(directory / VLLM, "model.safetensors", vllm, _vllm_config(config, str(unembedding.dtype)[6:]))
-    # TGI takes a directory whose config names an architecture for something else.
+    # TGI takes a directory whose config names an architecture for an ordinary model.
     own_config = {"medusa_num_heads": config.heads - 1, "medusa_num_layers": 1, "base_model_name_or_path": f"../{BASE}"}
     _write(directory / TGI, TGI_FILE, tgi, own_config)
     return [f'{TGI}/{CONFIG_FILE}: write the full path or hub id of {BASE}/ for "../{BASE}" before TGI reads it']
@@ -76,9 +76,10 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
 def load_medusa(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", heads_of: str = VLLM
 ) -> Transformer:
-    """The model that `save_medusa` wrote.
+    """Return a model that `save_medusa` wrote.
 
     Args:
+        directory: with the three folders.
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
         heads_of: the folder whose heads are read, "vllm" or "tgi".
@@ -145,7 +146,7 @@ def _vllm_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "model_type": "medusa",
         "hidden_size": config.dim,
         "vocab_size": config.vocab_size,
-        # vLLM takes whatever key has "num" and "heads", or "num" and "layers", in its name: one of each, then.
+        # vLLM takes any key whose name holds "num" and "heads", or "num" and "layers": there is one of each.
         "num_heads": config.heads - 1,
         "num_hidden_layers": 1,
         "medusa_fc_bias": True,

@@ -32,7 +32,7 @@ PARAMS_FILE = "params.json"
 WEIGHTS_FILE = "consolidated.pth"
 PATTERN = "consolidated*.pth"
 CONTEXT = 4096
-"""Of the released models (Table S13). params.json has no field for it."""
+"""Context of the released models (Table S13). params.json has no field for it."""
 BLOCK = {
     "input_layernorm": "attention_norm",
     "self_attn.q_proj": "attention.wq",
@@ -49,15 +49,15 @@ OUTER = {
     "model.norm.weight": "norm.weight",
     UNEMBEDDING: "output.weight",
 }
-KNOWN = (
+EXPRESSIBLE = (
     *("vocab_size", "dim", "layers", "attention_heads", "kv_heads", "hidden_dim", "context", "heads", "extra_layers"),
     *("head_dim", "head_kind", "wiring", "tied", "norm_eps", "rope_theta"),
 )
-"""Fields of ModelConfig that the format expresses, `_refuse` saying which values of them it does not."""
+"""Fields of ModelConfig that the format expresses, except the values that `_refuse` names."""
 
 
 def is_meta_release(directory: str | Path) -> bool:
-    """Whether `directory` holds a model in Meta's format."""
+    """Return whether `directory` holds a model in Meta's format."""
     directory = Path(directory)
     return (directory / PARAMS_FILE).is_file() and next(directory.glob(PATTERN), None) is not None
 
@@ -65,9 +65,10 @@ def is_meta_release(directory: str | Path) -> bool:
 def load_meta_release(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in a directory of Meta's format, with all its heads.
+    """Return the model in a directory of Meta's format, with all its heads.
 
     Args:
+        directory: with the weights and params.json.
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
 
@@ -95,22 +96,23 @@ def load_meta_release(
 
 
 def load_meta_config(directory: str | Path) -> ModelConfig:
-    """The shape of the model in a directory of Meta's format. Raises UsageError as `load_meta_release`."""
+    """Return the configuration of the model in a directory of Meta's format."""
     directory = Path(directory)
     return _config(directory, _read_weights(directory))
 
 
 def meta_dtype(directory: str | Path) -> torch.dtype:
-    """What the weights in a directory of Meta's format are stored as."""
+    """Return the dtype of the weights in a directory of Meta's format."""
     return _read_weights(Path(directory))["tok_embeddings.weight"].dtype
 
 
 def save_meta_release(model: Transformer, directory: Path, dtype: torch.dtype | None = None) -> list[str]:
-    """Writes `model` into the existing folder `directory`, and tells in lines what the format has no place for.
+    """Write `model` into the existing folder `directory`, and return lines about what the format has no place for.
 
     Args:
         model: on any device, with whole (unsharded) parameters; transformer heads, all on the trunk.
-        dtype: what the weights are stored as (None: what they are).
+        directory: where the files go.
+        dtype: the dtype of the files (None: the weights' own).
 
     Raises:
         UsageError: a model that the format cannot express.
@@ -123,7 +125,7 @@ def save_meta_release(model: Transformer, directory: Path, dtype: torch.dtype | 
         for rows, count in heads.items():
             if f".{rows}." in name:
                 tensor = interleaved(tensor, count)
-        # Parts are views into one matrix, and torch.save would write that whole for each of them.
+        # Parts are views of one matrix, and torch.save would write the whole matrix for each of them.
         tensors[_meta_name(name, config)] = tensor.clone()
     if config.tied:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
@@ -137,7 +139,7 @@ def save_meta_release(model: Transformer, directory: Path, dtype: torch.dtype | 
 
 
 def _meta_name(name: str, config: ModelConfig) -> str:
-    """Meta's name of a tensor of a model directory."""
+    """Return Meta's name of a tensor of a model directory."""
     if name in OUTER:
         return OUTER[name]
     match = re.fullmatch(r"(?:model\.layers|(heads))\.(\d+)\.(.+)\.weight", name)
@@ -157,7 +159,7 @@ def _refuse(config: ModelConfig) -> None:
         reasons.append("a single layer")
     if config.dim_per_head * config.attention_heads != config.dim:
         reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")
-    reasons += inexpressible(config, KNOWN)
+    reasons += inexpressible(config, EXPRESSIBLE)
     if reasons:
         raise UsageError(
             f"Meta's format cannot express {', '.join(reasons)}; it holds plain Llama blocks with transformer heads, "
@@ -166,7 +168,7 @@ def _refuse(config: ModelConfig) -> None:
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
-    """The content of params.json: what Meta's ModelArgs takes."""
+    """Return the content of params.json: the arguments of Meta's ModelArgs."""
     params = {
         "dim": config.dim,
         "n_layers": config.trunk_layers + config.heads,
@@ -201,7 +203,7 @@ def _config(directory: Path, tensors: dict[str, Tensor]) -> ModelConfig:
     kv_heads = get("n_kv_heads", int, attention_heads)
     try:
         return ModelConfig(
-            # params.json may say -1, meaning that the tokenizer knows.
+            # params.json may hold -1: the tokenizer decides.
             vocab_size=tensors["tok_embeddings.weight"].shape[0],
             dim=get("dim", int),
             layers=layers,
@@ -218,16 +220,16 @@ def _config(directory: Path, tensors: dict[str, Tensor]) -> ModelConfig:
 
 
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors by Meta's names; of several files, each of which holds a share of every matrix, the whole."""
+    """Return all tensors by Meta's names; if each of several files holds a share of every matrix, the whole ones."""
     files = sorted(directory.glob(PATTERN))
     if not files:
         raise UsageError(f"{directory}: holds no {PATTERN}; name a directory of Meta's release")
     shares = []
     for file in files:
         try:
-            # Mapped: nothing is read before it is copied.
+            # The file is mapped: nothing is read before it is copied.
             content = torch.load(regular(file), map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged pickle makes torch raise what it likes, KeyError and IndexError too
+        except Exception as error:  # torch raises many kinds for a damaged pickle, KeyError and IndexError too
             reason = first_line(error)
             raise UsageError(f"{file}: is damaged, or holds more than tensors ({reason}); copy it again") from error
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
@@ -243,16 +245,16 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def _check_stored(file: Path, content: dict[Any, Tensor]) -> None:
-    """Raise UsageError for what is no vector or matrix of numbers that the file holds in full."""
+    """Raise UsageError for a value that is not a vector or matrix of numbers, all in the file."""
     for name, tensor in content.items():
         plain = isinstance(name, str) and tensor.layout == torch.strided and tensor.ndim in (1, 2)
-        # Of an expanded tensor a file of a few kB says that it has any size.
+        # An expanded tensor can have any size in a file of a few kB.
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise UsageError(f"{file}: {name} is no vector or matrix that the file holds in full; copy it again")
 
 
 def _joined(name: str, shares: list[Tensor], dim: int) -> Tensor:
-    """The whole of a tensor that model-parallel processes have saved a share of, each."""
+    """Return the whole of a tensor of which each model-parallel process has saved a share."""
     if shares[0].ndim == 1:
         return shares[0]
     by_columns = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
@@ -277,7 +279,7 @@ class MetaRelease(Format):
     summary = "Meta's multi-token release: consolidated.pth and params.json"
 
     def detect(self, path: Path) -> bool:
-        """Return whether the folder is in Meta's format; one that is an ordinary model too is read as that."""
+        """Return whether the folder is in Meta's format, and no ordinary model as well."""
         return is_meta_release(path) and not (path / CONFIG_FILE).is_file()
 
     def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
@@ -296,7 +298,7 @@ class MetaRelease(Format):
         return load_meta_release(path, dtype, device)
 
     def read_config(self, path: Path) -> ModelConfig:
-        """Return the configuration, some of which only the shapes of the weights say."""
+        """Return the configuration, part of which only the shapes of the weights tell."""
         return load_meta_config(path)
 
     def read_dtype(self, path: Path) -> torch.dtype:

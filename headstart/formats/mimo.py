@@ -1,11 +1,12 @@
-"""Sequential heads in MiMo's layout (model_type mimo), the plainest that vLLM and SGLang decode natively.
+"""Sequential heads in MiMo's layout (model_type mimo), the simplest that vLLM and SGLang decode natively.
 
 Trunk and head 1 are a Qwen2: a Llama with biases on queries, keys and values. `model.mtp_layers.0` is head 2, the
 module of DeepSeek: `hidden_layernorm`, `token_layernorm`, `input_proj` over [hidden, embedding], a block, and
 `final_layernorm`, which is our final norm, shared with head 1. Both engines decode with one module; vLLM may run it
-again and again for further drafts, on its normed output where ours reads it as it is.
+again and again for further drafts, on its normed output, where ours reads the output as it is.
 
-They zero the embedding that the module reads at position 0. So drafts differ a little from ours, and the text does not.
+Both zero the embedding that the module reads at position 0. Drafts therefore differ a little from ours; the text does
+not.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Writes `model` into the existing folder `directory`, and tells in lines what is not carried.
+    """Write `model` into the existing folder `directory`, and return lines about what is not carried.
 
-    Raises UsageError for a model that the layout cannot express, with what stands in the way.
+    Raises UsageError for a model that the layout cannot express, naming the reason.
     """
     config = model.config
     files = {name: tensor for file in stored_tensors(model, None).values() for name, tensor in file.items()}
@@ -77,9 +78,10 @@ def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None =
 def load_mimo(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """The model in a directory of MiMo's layout with one module: two heads, sequential.
+    """Return the model in a directory of MiMo's layout with one module: two sequential heads.
 
     Args:
+        directory: with config.json and the weights.
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
 
@@ -110,7 +112,7 @@ def load_mimo(
 
 @torch.no_grad()
 def drafts_as_engines_compute(model: Transformer, tokens_BT: Tensor) -> Tensor:
-    """(B, T) -> (B, T - 1, V): logits of head 2 with the embedding that it reads at position 0 zeroed."""
+    """Return the logits (B, T - 1, V) of head 2 with the embedding that it reads at position 0 zeroed."""
     T = tokens_BT.shape[1]
     rotary = model.rotary(torch.arange(T, device=tokens_BT.device), model.trunk.embedding.weight.dtype)
     z_BTD, embeddings_BTD = model.trunk(tokens_BT, rotary, length=T)
@@ -120,7 +122,7 @@ def drafts_as_engines_compute(model: Transformer, tokens_BT: Tensor) -> Tensor:
 
 
 def _mimo_name(name: str) -> str:
-    """MiMo's name of a tensor of head 2."""
+    """Return MiMo's name of a tensor of head 2."""
     first, *rest = name.split(".")[2:]
     return ".".join([MODULE, NAMES.get(first, first), *rest])
 
@@ -251,6 +253,6 @@ class Mimo(Format):
         return TensorFiles(model_files(path, MODEL_FILE)).dtype(EMBEDDING)
 
     def read_tokenizer(self, path: Path) -> Tokenizer | None:
-        """Return the tokenizer, which puts before texts what bos_token_id names, like a model of ours."""
+        """Return the tokenizer; its start token is the bos_token_id of config.json, like in a model of ours."""
         content = read_json(path / CONFIG_FILE)
         return read_tokenizer(path, Fields(path / CONFIG_FILE, content).get("vocab_size", int), {"headstart": {}})

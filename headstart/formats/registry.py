@@ -85,7 +85,7 @@ def load_model_tokenizer(named: str | Path) -> Tokenizer | None:
 
 
 def load_data_tokenizer(source: str | Path) -> Tokenizer:
-    """Return the tokenizer that texts are encoded with: what `load_tokenizer` finds.
+    """Return the tokenizer that documents are encoded with: what `load_tokenizer` finds.
 
     The tokenizer of a model directory has the start token that its model knows, so that documents begin as the model
     has seen them begin. Raises UsageError for anything else.

@@ -1,4 +1,4 @@
-"""Reading safetensors: one file or several, every name, shape and dtype checked before anything is copied."""
+"""Safetensors files, one or several: every name, shape and dtype is checked before anything is copied."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from headstart.fileio import read_json, regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_BYTES = 2**24
-"""What is converted, or goes to another device, is read by so many bytes at once."""
+"""Bytes that are read at once of a tensor that is converted, or copied to another device."""
 
 
 class TensorFiles:
-    """The tensors of safetensors files by name. Nothing is read before it is asked for."""
+    """The tensors of safetensors files by name. A tensor is read when it is used."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._where: dict[str, tuple[Path, Any]] = {}
         self._begins: dict[str, int] = {}
-        """At which byte of its file each tensor begins."""
+        """The byte of its file at which each tensor begins."""
         for path in paths:
             regular(path)
             try:
@@ -39,16 +39,19 @@ class TensorFiles:
                 self._where[name], self._begins[name] = (path, handle), begin
 
     def names(self) -> list[str]:
+        """Return the names of all tensors."""
         return list(self._where)
 
     def path(self, name: str) -> Path:
+        """Return the file of a tensor."""
         return self._where[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return tuple(self._where[name][1].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The stored dtype; UsageError unless it is one that headstart computes with."""
+        """Return the stored dtype. Raises UsageError for one that headstart does not compute with."""
         path, handle = self._where[name]
         stored = handle.get_slice(name).get_dtype()
         if stored not in DTYPES:
@@ -59,12 +62,14 @@ class TensorFiles:
         return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, backed by the mapped file: copy it before the file may change."""
+        """Return the tensor, backed by the mapped file: copy it before the file may change."""
         return self._where[name][1].get_tensor(name)
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """The tensor into `target` (contiguous, of its shape), converted to its dtype. Past the mapping, whose pages
-        would count as this process's memory as long as the file is open."""
+        """Read the tensor into `target` (contiguous, of its shape), converted to its dtype.
+
+        The mapping is not used: its pages would count as this process's memory while the file is open.
+        """
         dtype, path = self.dtype(name), self._where[name][0]
         flat = target.view(-1)
         straight = flat.device.type == "cpu" and flat.dtype == dtype
@@ -78,7 +83,7 @@ class TensorFiles:
                     piece.copy_(read)
 
     def check(self, expected: dict[str, tuple[int, ...]], path: Path, ignored: Iterable[str] = ()) -> None:
-        """UsageError unless exactly the `expected` names and shapes are there; `path` is named where one is missing."""
+        """Raise UsageError unless exactly the `expected` names and shapes are present; `path` names missing ones."""
         missing = [name for name in expected if name not in self._where]
         if missing:
             raise UsageError(
@@ -101,7 +106,7 @@ class TensorFiles:
 
 
 def model_files(directory: Path, name: str) -> list[Path]:
-    """The files that hold the model: `name`, or the shards that its index lists."""
+    """Return the files that hold the model: `name`, or the shards that its index lists."""
     index = directory / f"{name}.index.json"
     if (directory / name).exists() or not index.exists():
         if not (directory / name).exists() and list(directory.glob("*.bin")):
@@ -112,7 +117,7 @@ def model_files(directory: Path, name: str) -> list[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise UsageError(f"{index}: has no weight_map from tensors to files; copy the model directory again")
-    # An index is data from elsewhere: it may name files of this directory and no others.
+    # An index comes from elsewhere, and may name only files of this directory.
     outside = [shard for shard in shards.values() if Path(shard).name != shard or not _can_be_a_name(shard)]
     if outside:
         raise UsageError(
@@ -122,12 +127,12 @@ def model_files(directory: Path, name: str) -> list[Path]:
 
 
 def _can_be_a_name(name: str) -> bool:
-    """Whether a file system takes the name: up to 255 bytes of UTF-8 (a lone surrogate has none)."""
+    """Return whether a file system takes the name: up to 255 bytes of UTF-8, which a lone surrogate has not."""
     return len(name.encode("utf-8", "surrogatepass")) <= 255 and not re.search("[\ud800-\udfff\\0]", name)
 
 
 def _begins(path: Path) -> dict[str, int]:
-    """Where tensors begin in a safetensors file that is known to be sound: the length of a header, it, then they."""
+    """Return the byte at which each tensor of a valid safetensors file begins, behind the header and its length."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -135,7 +140,7 @@ def _begins(path: Path) -> dict[str, int]:
 
 
 def _fill(file: io.RawIOBase, target: Tensor, path: Path) -> None:
-    """Reads as many bytes as `target` has."""
+    """Read as many bytes as `target` has."""
     buffer: Any = target.view(torch.uint8).numpy()
     left = memoryview(buffer)
     while left:

@@ -1,8 +1,8 @@
-"""Which tensor of a model directory holds which rows of which parameter: Hugging Face's names and ours.
+"""The names and shapes of a model directory's tensors, and the rows of our parameters that each of them holds.
 
-The names are Llama's; other families add to them, and OLMo2 and Gemma give their norms others. Trunk and head 1 are
-stored as an ordinary decoder of the family, so that any tool loads them; what head 1 does not need lies in
-a file of its own that other tools never look at.
+The names are Llama's; other families add to them, and OLMo2 and Gemma have other names for norms. Trunk and head 1 are
+stored as an ordinary decoder of the family, so that any tool loads them; parameters that head 1 does not need lie in a
+file of their own, which other tools ignore.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NORM_NAMES = {
         "mlp_post_norm": "post_feedforward_layernorm",
     },
 }
-"""By where blocks norm: the names of their norms, ours and those of the families that do so."""
+"""Names of a block's norms, ours and the families', by the placement of the norms."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Part:
 
 
 def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
-    """For each parameter of `Transformer(config)`, by its name in the state dict, its parts in the order of rows.
+    """Return the parts of each parameter of `Transformer(config)`, by its name in the state dict, in the order of rows.
 
     A tied unembedding is not stored.
     """

@@ -22,7 +22,7 @@ BLOCK = 128
 
 
 def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
-    """Each position sees itself and what came before; with a `window` the last so many of these, itself included."""
+    """Attend from each position to itself and all before it; with a `window`, to the last `window` of these."""
     T = q_BHTE.shape[2]
     if window is not None and window < T:
         mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTE.device).tril()
@@ -37,7 +37,7 @@ def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int
 
 
 def within(mask_TT: Tensor, window: int) -> Tensor:
-    """A causal mask, True where a row sees a column, narrowed to a window."""
+    """Return a causal mask, True where a row sees a column, narrowed to a window."""
     return mask_TT.triu(1 - window)
 
 
@@ -47,7 +47,7 @@ def _masked_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Tens
 
 
 def product_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Causal attention written out: scores, softmax, mixture. The softmax is computed in fp32 and rounded once."""
+    """Compute causal attention as scores, softmax and mixture. The softmax is computed in fp32 and rounded once."""
     B, H, T, E = q_BHTE.shape
     group = H // k_BKTE.shape[1]
     q = (q_BHTE * E**-0.5).reshape(-1, group * T, E)  # the queries of one key head, one after another
@@ -58,8 +58,10 @@ def product_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
 
 
 def blocked_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
-    """Causal attention in blocks of BLOCK rows, each against the keys up to its own last row: with many blocks half the
-    arithmetic of `product_attention`, and half its memory."""
+    """Compute causal attention in blocks of BLOCK rows, each against the keys up to its own last row.
+
+    With many blocks that is half the arithmetic of `product_attention`, and half its memory.
+    """
     B, H, T, E = q_BHTE.shape
     group = H // k_BKTE.shape[1]
     q, k, v = q_BHTE.reshape(-1, group, T, E), k_BKTE.reshape(-1, T, E), v_BKTE.reshape(-1, T, E)
@@ -67,11 +69,15 @@ def blocked_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
 
 
 class _Blocked(torch.autograd.Function):
-    """q (N, G, T, E), k and v (N, T, E), N = B*K. With its own backward: that of slices fills the rest of each with
-    zeros, which costs all that the blocks save."""
+    """Attention in blocks, of q (N, G, T, E), k and v (N, T, E), N = B*K.
+
+    It has its own backward, because the backward of a slice fills the rest of the tensor with zeros, which costs all
+    that the blocks save.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the mixture (N, G, T, E)."""
         N, G, T, E = q.shape
         y, probabilities = torch.empty_like(q), []
         hidden = torch.full((BLOCK, BLOCK), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
@@ -89,6 +95,7 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v."""
         q, k, v, y, *probabilities = ctx.saved_tensors
         N, G, T, E = q.shape
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -115,6 +122,7 @@ class DocumentAttention:
         self._within: dict[int, Tensor] = {}  # most layers share a window
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
+        """Attend inside documents, to the last `window` positions if given."""
         if window is None or window >= self.mask.shape[-1]:
             return _masked_attention(q_BHTE, k_BKTE, v_BKTE, self.mask)
         if window not in self._within:
@@ -123,9 +131,11 @@ class DocumentAttention:
 
 
 class RegisterAttention:
-    """Of rows of T tokens with R registers behind them (`training/auxiliary/registers.py`): a token sees what
-    `ordinary` lets it see, which has no register; register r sees what a token behind position `after_BR[:, r]` would
-    see, and itself."""
+    """Attention in rows of T tokens with R registers behind them (`training/auxiliary/registers.py`).
+
+    A token sees what `ordinary` lets it see, which includes no register. Register r sees itself, and what a token
+    behind position `after_BR[:, r]` would see.
+    """
 
     def __init__(
         self, ordinary: Callable[..., Tensor], length: int, after_BR: Tensor, documents_BT: Tensor | None = None
@@ -139,6 +149,7 @@ class RegisterAttention:
         self._itself_BRR = torch.eye(R, dtype=torch.bool, device=device).expand(len(after_BR), -1, -1)
 
     def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None = None) -> Tensor:
+        """Attend in rows of tokens and registers, (B, H, T + R, E)."""
         T, slides = self._length, {} if window is None else {"window": window}
         ordinary = self._ordinary(q_BHTE[:, :, :T], k_BKTE[:, :, :T], v_BKTE[:, :, :T], **slides)
         seen = self._seen_BRT if window is None else self._seen_BRT & (self._distance_BRT < window - 1)

@@ -1,7 +1,7 @@
-"""Bounds of every number of a model, wherever it comes from: a file, a YAML, a preset, or a caller.
+"""Bounds of every number of a model, whether it comes from a file, a preset, or a caller.
 
-They lie far beyond any model there is. They keep a size from a download from being turned into lists, names or tensors
-before anything has shown that the model is as large as that.
+They lie far beyond all existing models. A size in a downloaded file is not turned into lists, names or tensors before
+anything has shown that the model is that large.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from headstart.errors import UsageError
 MOST_LAYERS = 10_000
 MOST_HEADS = 1_000
 LARGEST = 1e15
-"""No number with a fraction is larger: whole numbers beyond are no floating-point numbers."""
+"""The largest number with a fraction. Floating-point numbers do not hold all whole numbers beyond."""
 SIZES = {
     **{"layers": MOST_LAYERS, "heads": MOST_HEADS, "vocab_size": 10**8, "dim": 10**7, "hidden_dim": 10**8},
     **{"attention_heads": 10**5, "kv_heads": 10**5, "head_dim": 10**6, "context": 10**9, "window": 10**9},
 }
 """The largest value of each whole number; the smallest is 1."""
 LISTS = {"window_layers": MOST_LAYERS, "nope_layers": MOST_LAYERS, "offsets": SIZES["context"]}
-"""The largest entry of each list; none has more entries than a model has layers."""
+"""The largest entry of each list. No list has more entries than a model has layers."""
 BASES = ("rope_theta", "local_rope_theta")
-"""At least 1: rotary positions of a smaller base turn faster the later the pair."""
+"""Numbers of at least 1: with a smaller base, later pairs would turn faster."""
 FRACTIONS = (
     *("norm_eps", "query_scalar", "factor", "attention_factor"),
     *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
@@ -31,7 +31,7 @@ FRACTIONS = (
 
 
 def check_numbers(config: object, name: str) -> None:
-    """Raise UsageError for the first number among the fields of `config` that no model has; None is left out."""
+    """Raise UsageError for the first number among the fields of `config` that is out of bounds; None is allowed."""
     values: Mapping[str, Any] = {key: value for key, value in vars(config).items() if value is not None}
     for key, most in SIZES.items():
         if key in values:

@@ -53,7 +53,7 @@ class ModelConfig(Shape):
 
     @cached_property
     def kind(self) -> HeadKind:
-        """What the heads are made of, compute and store."""
+        """The modules, numbers and names of the heads."""
         return HEAD_KINDS[self.head_kind](self)
 
     @property
@@ -63,7 +63,7 @@ class ModelConfig(Shape):
 
     @property
     def ahead(self) -> int:
-        """How many tokens behind a row the heads read: head k at position t reads the tokens up to t + k - 1."""
+        """Number of tokens behind a row that the heads read: head k at position t reads the tokens up to t + k - 1."""
         return self.heads - 1 if self.kind.reads_tokens else 0
 
     @property
@@ -85,13 +85,13 @@ class ModelConfig(Shape):
 
     @property
     def windowed(self) -> bool:
-        """Whether some block cannot see the whole context."""
+        """True if a block cannot see the whole context."""
         windows = map(self.window_of, self.block_layers)
         return any(window is not None and window < self.context for window in windows)
 
     @property
     def llama_blocks(self) -> bool:
-        """Whether blocks compute what Llama's compute, up to biases and stretched rotary positions."""
+        """True if blocks compute what Llama's compute, up to biases and stretched rotary positions."""
         plain = self.qk_norm, self.norm_placement, self.norm_offset, self.activation
         return (
             plain == ("none", "pre", False, "silu")

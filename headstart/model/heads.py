@@ -27,7 +27,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 class KeptBytes(Protocol):
-    """Bytes per position that autograd keeps of a block and of a norm, and bytes of a number in two dtypes."""
+    """Bytes per position that autograd keeps for a block and for a norm, and bytes of a number in two dtypes."""
 
     @property
     def compute(self) -> int:
@@ -48,16 +48,17 @@ class PassHead(nn.Module):
     """A head that reads its parent's latent as it is, such as head 1 of an ordinary decoder."""
 
     def forward(self, z_BTD: Tensor, *_: object) -> Tensor:
+        """Return the latent."""
         return z_BTD
 
 
 class Residuals(nn.Module):
-    """What heads 2..n add to the normed latent x: x + f(x), where the last map of f is the head's own."""
+    """A function f of heads 2..n that is added to the normed latent: x + f(x). Its last map is the head's own."""
 
     hidden: nn.Linear | None
     """The map that the heads share, with a ReLU behind it, if there is one."""
     silu: ClassVar[bool] = False
-    """Whether SiLU is applied to what a head's map gives."""
+    """True if SiLU is applied to the result of a head's map."""
 
     @property
     def head_maps(self) -> nn.ModuleList:
@@ -65,36 +66,37 @@ class Residuals(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, k: int) -> Tensor:
+        """Return the latent of head k from the normed latent of the trunk."""
         y = x if self.hidden is None else F.relu(self.hidden(x))
         y = self.head_maps[k - 2](y)
         return x + (F.silu(y) if self.silu else y)
 
 
 class HeadKind(ABC):
-    """What the heads of one kind are made of, compute and store, for a model of a given shape.
+    """The modules, numbers, names and first values of the heads of one kind, for a model of a given shape.
 
-    Head 1 of most kinds is plain: nothing but the unembedding of its parent's latent. A subclass says in its attributes
-    and private methods what the other heads are.
+    Head 1 of most kinds is plain: nothing but the unembedding of its parent's latent. The attributes and private
+    methods of a subclass describe the other heads.
     """
 
     description: ClassVar[str]
-    """What a head is, in a few words."""
+    """A few words about a head, for `headstart inspect`."""
     wirings: ClassVar[tuple[Wiring, ...]] = ("parallel", "causal", "anticausal")
     """The wirings that the heads can have; the first is the default of new heads."""
     why_wiring: ClassVar[str] = ""
     """The reason for `wirings`, as the end of a sentence about the heads."""
     takes_layers: ClassVar[bool] = False
-    """Whether heads are counted among the model's layers, and leave fewer to the trunk."""
+    """True if heads count among the model's layers, and leave fewer to the trunk."""
     first_block: ClassVar[int | None] = None
     """The first head that runs through a transformer block; the heads behind it do too."""
     in_unembedding: ClassVar[bool] = False
-    """Whether heads 2..n are parts of the unembedding: they all read the trunk's latent as it is."""
+    """True if heads 2..n are parts of the unembedding, and all read the trunk's latent as it is."""
     reads_tokens: ClassVar[bool] = False
-    """Whether head k also reads token t+k-1, so that drafts are made one after the other; else all at once."""
+    """True if head k also reads token t+k-1. Drafts are then made one after the other, and otherwise all at once."""
     can_be_unshared: ClassVar[bool] = False
-    """Whether `shared: false` means something."""
+    """True if `shared: false` makes a difference."""
     copies_unembedding: ClassVar[bool] = False
-    """Whether the heads' own unembeddings begin training as copies of head 1's."""
+    """True if the heads' own unembeddings begin training as copies of head 1's."""
     zero_at_first: ClassVar[tuple[str, ...]] = ()
     """Parts of names of parameters that begin training as zeros."""
     narrow_at_first: ClassVar[tuple[str, ...]] = ()
@@ -131,17 +133,17 @@ class HeadKind(ABC):
 
     @property
     def plain_decoder(self) -> bool:
-        """Whether trunk and head 1 together are an ordinary decoder of its family, which any tool can load."""
+        """True if trunk and head 1 together are an ordinary decoder of its family, which any tool can load."""
         return True
 
     @property
     def own_unembeddings(self) -> bool:
-        """Whether each head has an unembedding of its own."""
+        """True if each head has an unembedding of its own."""
         return False
 
     @property
     def repeats_module(self) -> bool:
-        """Whether several heads run through one module with parameters."""
+        """True if several heads run through one module with parameters."""
         return False
 
     def is_plain(self, k: int) -> bool:
@@ -181,7 +183,7 @@ class HeadKind(ABC):
         return 0 if self.is_plain(k) else self._map_weights()
 
     def kept_bytes(self, kept: KeptBytes) -> int:
-        """Return the bytes per position that autograd keeps of one head and its latent."""
+        """Return the bytes per position that autograd keeps for one head and its latent."""
         return 0
 
     def modules(self) -> nn.ModuleList:
@@ -195,11 +197,11 @@ class HeadKind(ABC):
         return None
 
     def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
-        """Fill a parameter of new heads so that they begin as head 1. Return False for one that does not matter."""
+        """Fill a parameter of new heads so that they begin as head 1, and return True; else return False."""
         return False
 
     def describe(self, k: int) -> str:
-        """Return what head k is, in a few words."""
+        """Return a few words about head k."""
         return self.description
 
     def _tensors(self, k: int) -> Tensors:
@@ -248,6 +250,7 @@ class LinearHead(nn.Module):
         attend: Attend = causal_attention,
         select: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
+        """Return the mapped rows, those that `select` picks."""
         return self.map(z_BTD if select is None else select(z_BTD))
 
 
@@ -262,7 +265,7 @@ class LinearHeads(HeadKind):
 
     @property
     def plain_decoder(self) -> bool:
-        """Whether head 1 reads the trunk."""
+        """True if head 1 reads the trunk."""
         return self.shape.wiring != "anticausal"
 
     def is_plain(self, k: int) -> bool:
@@ -299,7 +302,7 @@ class ReplicatedHeads(HeadKind):
 
     @property
     def own_unembeddings(self) -> bool:
-        """Whether each head has an unembedding of its own: always."""
+        """True if each head has an unembedding of its own: always."""
         return True
 
 
@@ -336,7 +339,7 @@ class MedusaHeads(HeadKind):
 
     @property
     def own_unembeddings(self) -> bool:
-        """Whether each head has an unembedding of its own."""
+        """True if each head has an unembedding of its own."""
         return not self.shape.shared
 
     def kept_bytes(self, kept: KeptBytes) -> int:
@@ -348,7 +351,7 @@ class MedusaHeads(HeadKind):
         return None if self.shape.heads == 1 else MedusaResiduals(self.shape)
 
     def describe(self, k: int) -> str:
-        """Return what a head has of its own."""
+        """Name the layer, and the unembedding of a head that has its own."""
         return self.description + (", own unembedding" if self.own_unembeddings else "")
 
     def _tensors(self, k: int) -> Tensors:
@@ -438,7 +441,7 @@ class SequentialHead(nn.Module):
         *,
         ahead_BTD: Tensor,
     ) -> Tensor:
-        """Do what `Block` does; `ahead_BTD` holds the embedding of token t+k-1 for each position t."""
+        """Return the latent, like `Block`; `ahead_BTD` holds the embedding of token t+k-1 for each position t."""
         joined = self.join(torch.cat([self.latent_norm(z_BTD), self.token_norm(ahead_BTD)], -1))
         return cast(Tensor, self.block(joined, rotary, attend, select))
 
@@ -455,7 +458,7 @@ class SequentialHeads(HeadKind):
 
     @property
     def repeats_module(self) -> bool:
-        """Whether several heads run through one module."""
+        """True if several heads run through one module."""
         return self.shape.shared and self.shape.heads > 2
 
     def layer(self, k: int) -> int:
@@ -467,17 +470,17 @@ class SequentialHeads(HeadKind):
         return (f"heads.{k - 1}.block", self._stored_name(k)) if self._adds_module(k) else None
 
     def kept_bytes(self, kept: KeptBytes) -> int:
-        """Return the bytes of a block, of two norms, of their outputs joined, and of what the matrix makes of it."""
+        """Return the bytes of a block, two norms, their joined outputs, and the product with the matrix."""
         return 0 if self.shape.heads == 1 else kept.block() + 2 * kept.norm() + 3 * kept.compute * self.shape.dim
 
     def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
-        """Make a join pass the normed latent and leave the token out."""
+        """Make a join pass the normed latent and ignore the token."""
         if found := name.endswith(".join.weight"):
             nn.init.eye_(tensor)  # the first half of the columns is the latent's
         return found
 
     def describe(self, k: int) -> str:
-        """Return what the block reads."""
+        """Name the block and the token that it reads."""
         return f"block{', shared,' if self.shape.shared else ''} that also reads token t+{k - 1}"
 
     def _adds_module(self, k: int) -> bool:

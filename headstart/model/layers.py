@@ -18,9 +18,9 @@ from headstart.model.shape import Activation, Shape
 __all__ = ["Attend", "Attention", "Block", "RMSNorm", "SwiGLU", "rotary_tables", "rotate"]
 
 Attend = Callable[..., Tensor]
-"""(q (B,H,T,E), k (B,K,T,E), v (B,K,T,E)) -> (B,H,T',E), and in layers that slide also `window`, how many positions a
-row sees. Decoding passes one that keeps K/V in its cache; it may give fewer rows than came in, when only some are
-wanted."""
+"""(q (B,H,T,E), k (B,K,T,E), v (B,K,T,E)) -> (B,H,T',E). Layers that slide also pass `window`, the number of positions
+that a row sees. Decoding passes an attention that keeps keys and values in its cache; it may return fewer rows than it
+gets."""
 
 
 class RMSNorm(nn.Module):
@@ -32,6 +32,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the normed input, of its shape and dtype."""
         if self.offset:  # rounded once, at the end: 1 + weight has too few digits in bf16
             wide = torch.promote_types(x.dtype, torch.float32)
             return F.rms_norm(x.to(wide), (x.shape[-1],), 1 + self.weight.to(wide), self.eps).to(x.dtype)
@@ -41,7 +42,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Self-attention with rotary positions and grouped key/value heads; q, k and v come from one matrix.
 
-    What its layer does otherwise than others, it says itself: whether it slides, and which positions it turns by.
+    It knows what differs between layers: whether its attention slides, and which rotary positions it has.
     """
 
     def __init__(self, shape: Shape, layer: int = 0) -> None:
@@ -64,12 +65,13 @@ class Attention(nn.Module):
         self._whole_norm = shape.qk_norm == "full"
         self.window = shape.window_of(layer)
         self.turned = layer not in shape.nope_layers
-        # Which of the tables side by side it reads; None: there is one.
+        # The part of the tables that it reads; None: all of it, because there is one base.
         local = self.dim_per_head if self.window is not None else 0
         self._tables = None if shape.local_rope_theta is None else slice(local, local + self.dim_per_head)
         self._query_factor = (shape.dim_per_head / shape.score_dim) ** 0.5
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = causal_attention) -> Tensor:
+        """Return the result (B, T', D) of attention over (B, T, D), in which `attend` may leave rows out."""
         B, T, _ = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, -1, self.dim_per_head)
         # Queries and keys lie side by side, so one rotation turns both.
@@ -109,14 +111,16 @@ class SwiGLU(nn.Module):
         self.activation = shape.activation
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the result, of the input's shape."""
         gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
         return self.down(activate(gate, self.activation) * up)
 
 
 class Block(nn.Module):
-    """Transformer block: norms before attention and SwiGLU, Llama's, or behind them (OLMo2), or both (Gemma).
+    """Transformer block: norms before attention and SwiGLU (Llama), or behind them (OLMo2), or both (Gemma).
 
     Args:
+        shape: the model's shape.
         layer: how many blocks lie below it, which decides what its attention sees in families whose layers differ.
     """
 
@@ -141,10 +145,10 @@ class Block(nn.Module):
         attend: Attend = causal_attention,
         select: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), or (B, T', D) when `select` picks the rows whose output is wanted.
+        """Return (B, T, D) for (B, T, D), or (B, T', D) if `select` picks rows.
 
-        `select` must pick the same rows as `attend` returns: keys and values are made for all T rows, the rest of the
-        block runs on the selected ones only.
+        `select` must pick the rows that `attend` returns: keys and values are made for all T rows, the rest of the
+        block runs on the selected rows only.
         """
         attended = self.attention_post_norm(self.attention(self.attention_norm(x_BTD), rotary, attend))
         x_BTD = (x_BTD if select is None else select(x_BTD)) + attended

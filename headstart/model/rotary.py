@@ -16,9 +16,10 @@ from headstart.model.shape import RopeScaling, Shape
 def rotary_tables(
     positions: Tensor, dim_per_head: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of shape positions.shape + (1, E), for `rotate`; angles in fp64, so that far positions stay exact.
+    """Return cos and sin of shape positions.shape + (1, E), for `rotate`.
 
-    The pairing is Hugging Face's: coordinate i turns with coordinate i + E/2. The sine carries the sign of the pairing.
+    Angles are computed in fp64, so that far positions stay exact. The pairing is Hugging Face's: coordinate i turns
+    with coordinate i + E/2. The sine carries the sign of the pairing.
     """
     half = torch.arange(dim_per_head // 2, dtype=torch.float64, device=positions.device)
     frequencies = theta ** (-2 * half / dim_per_head)
@@ -35,8 +36,10 @@ def rotary_tables(
 
 
 def model_tables(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The tables (..., 1, E) that the blocks of a model read; with a base of their own for layers that slide (..., 1,
-    2E), theirs behind the others'."""
+    """Return the tables (..., 1, E) that the blocks of a model read.
+
+    If layers that slide have a base of their own, the tables are (..., 1, 2E), with those of these layers last.
+    """
     tables = rotary_tables(positions, shape.dim_per_head, shape.rope_theta, dtype, shape.rope_scaling)
     if shape.local_rope_theta is None:
         return tables
@@ -45,7 +48,7 @@ def model_tables(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[T
 
 
 def scaled(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """The frequencies (E/2,) of pairs of coordinates, fastest first, stretched."""
+    """Return the stretched frequencies (E/2,) of pairs of coordinates, fastest first."""
     slowed = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slowed
@@ -54,14 +57,14 @@ def scaled(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
 
 
 def _kept_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's: by how often a pair turns within the context before, from slowed down (0) to as it was (1)."""
+    """Return Llama 3.1's share of the old frequency of each pair, by how often it turns within the old context."""
     turns = scaling.original_context * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     return ((turns - low) / (high - low)).clamp(0, 1)
 
 
 def _kept_yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
-    """YaRN's (arXiv 2309.00071, section 3.2): the same, on a ramp over the numbers of pairs and not over turns."""
+    """Return YaRN's share (arXiv 2309.00071, section 3.2), on a ramp over the numbers of the pairs, not over turns."""
     dim = 2 * len(frequencies)
 
     def pair_that_turns(times: float) -> float:
@@ -77,6 +80,6 @@ def _kept_yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tenso
 
 
 def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns queries or keys to their positions."""
+    """Rotate queries or keys to their positions."""
     half = x_BTHE.shape[-1] // 2
     return torch.addcmul(x_BTHE * cos, torch.roll(x_BTHE, half, -1), sin)

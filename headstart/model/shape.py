@@ -28,12 +28,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary positions are stretched for contexts longer than those of the first training; see `rotary.py`."""
+    """Stretched rotary positions, for contexts longer than those of the first training; see `rotary.py`."""
 
     kind: RopeKind
     """linear: all frequencies divided by `factor`; llama3: the slow ones; yarn: by turns within `original_context`."""
     factor: float
-    """How many times slower the slowest pairs turn."""
+    """Factor by which the slowest pairs turn slower."""
     original_context: int = 0
     """llama3, yarn: the context before the stretching, in tokens."""
     low_freq_factor: float = 1.0
@@ -86,11 +86,11 @@ class Shape:
     """sequential: one module for all heads (FastMTP), false: one for each (DeepSeek-V3). medusa: the heads share the
     unembedding, false: each has its own, at first a copy."""
     wiring: Wiring = "parallel"
-    """Which latent feeds head k: parallel (the trunk's), causal (head k-1's), anticausal (head k+1's)."""
+    """Latent that feeds head k: parallel (the trunk's), causal (head k-1's), anticausal (head k+1's)."""
     extra_layers: int = 0
     """The paper's "+layers": how many blocks of the heads are added on top instead of taken from the trunk."""
     tied: bool = False
-    """Whether the unembedding is the embedding matrix."""
+    """True if the unembedding is the embedding matrix."""
     attention_bias: bool = False
     """Biases in the attention's linear maps."""
     norm_eps: float = 1e-5
@@ -104,13 +104,13 @@ class Shape:
     """The family whose directories hold the model, such as qwen3 (None: the first of `formats/families.py` that can).
     """
     rope_scaling: RopeScaling | None = None
-    """How rotary positions are stretched (None: not at all)."""
+    """Stretching of rotary positions (None: none)."""
     qkv_bias: bool = False
     """Biases of queries, keys and values, without one of the output (Qwen2)."""
     qk_norm: QKNorm = "none"
     """RMSNorm of queries and keys before their rotation: of each head (Qwen3), or over all heads at once (OLMo2)."""
     norm_placement: NormPlacement = "pre"
-    """What a block norms: the inputs of attention and SwiGLU (pre), their outputs (post, OLMo2), or both (Gemma)."""
+    """Norms of a block: the inputs of attention and SwiGLU (pre), their outputs (post, OLMo2), or both (Gemma)."""
     norm_offset: bool = False
     """Norms multiply by 1 + weight instead of weight (Gemma)."""
     activation: Activation = "silu"
@@ -129,7 +129,7 @@ class Shape:
     """The layers without rotary positions (SmolLM3)."""
 
     offsets: tuple[int, ...] | None = None
-    """How far ahead each head predicts, head 1's first: ascending from 1, such as [1, 2, 4] (None: 1 to n)."""
+    """Distance that each head predicts ahead, head 1's first: ascending from 1, such as [1, 2, 4] (None: 1 to n)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -164,7 +164,7 @@ class Shape:
 
     @property
     def offset_of_heads(self) -> tuple[int, ...]:
-        """How far ahead each head predicts: entry k-1 is head k's."""
+        """Distance that each head predicts ahead: entry k-1 is head k's."""
         return self.offsets or tuple(range(1, self.heads + 1))
 
     @property

@@ -16,13 +16,14 @@ from headstart.model.layers import Attend, Block, RMSNorm
 from headstart.model.rotary import model_tables
 
 TRAINING_ALONE = frozenset({"unembedding.order"})
-"""Names of parameters that are there while a run trains, and that neither copies nor model directories hold."""
+"""Names of parameters that exist only during training: neither copies nor model directories hold them."""
 
 
 class ScaledEmbedding(nn.Embedding):
     """Embeddings times the square root of their width, rounded to their dtype first (Gemma's)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the scaled embeddings of tokens of any shape."""
         embedded = super().forward(tokens)
         return embedded * torch.tensor(self.embedding_dim**0.5, dtype=embedded.dtype).item()
 
@@ -45,10 +46,10 @@ class Trunk(nn.Module):
         attend: Callable[[int], Attend] = lambda layer: causal_attention,
         length: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, T) int64 -> z (B, T, D). `attend(layer)` gives the attention of that block.
+        """Return the latents z (B, T, D) of tokens (B, T) int64. `attend(layer)` gives the attention of that block.
 
-        With `length` tokens may be more: z of the first `length`, and beside it the embeddings (B, T, D) of all, which
-        sequential heads read. They are looked up in here, so that the matrix has one use in a pass, as sharding wants.
+        With `length` return z of the first `length` tokens, and the embeddings (B, T, D) of all, which sequential heads
+        read. The lookup is in here, so that the matrix is used once in a pass, which sharding requires.
         """
         embeddings_BTD = self.embedding(tokens_BT)
         z_BTD = embeddings_BTD[:, :length]
@@ -109,7 +110,7 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """First values of all parameters, see `first_value_`."""
+        """Fill all parameters with their first values, see `first_value_`."""
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:  # see Trunk
                 self.first_value_(name, parameter, generator)
@@ -117,18 +118,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def copy_first_values(self) -> None:
-        """Unembeddings that medusa heads have of their own begin as copies of head 1's."""
+        """Copy head 1's unembedding to those of heads whose own unembeddings begin like it."""
         if self.config.kind.copies_unembedding:
             for weight in list(self.unembedding.weights)[1:]:
                 weight.copy_(self.unembedding.weights[0])
 
     @torch.no_grad()
     def first_value_(self, name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:
-        """Fills `tensor` with a first value of the parameter `name`.
+        """Fill `tensor` with the first value of the parameter `name`.
 
-        Normal of deviation 0.02, narrowed by sqrt(2 x blocks) for maps back into the residual stream, as GPT-2; norms
-        multiply by 1, biases are 0. The paper does not give its initialisation; this is our default. Medusa's maps are
-        0, as there.
+        Weights are normal with a deviation of 0.02, divided by sqrt(2 x blocks) for maps back into the residual stream,
+        like GPT-2's; norms multiply by 1, biases are 0. The paper does not give its initialisation; this is our
+        default.
         """
         kind = self.config.kind
         if name.endswith("norm.weight"):
@@ -141,15 +142,15 @@ class Transformer(nn.Module):
             tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if narrow else 0.02, generator=generator)
 
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin tables (..., 1, E) for integer positions of any shape; see `model_tables`."""
+        """Return cos and sin tables (..., 1, E) for integer positions of any shape; see `model_tables`."""
         return model_tables(self.config, positions, dtype)
 
     def head(self, k: int) -> nn.Module:
-        """Head k."""
+        """Return the module of head k."""
         return self.heads[min(k, len(self.heads)) - 1]
 
     def path(self, k: int) -> list[int]:
-        """The heads between the trunk and head k, in order of computation, head k last."""
+        """Return the heads between the trunk and head k in order of computation, head k last."""
         return self.config.path(k)
 
     def latents(
@@ -159,12 +160,16 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         attention: tuple[Attend, Tensor] | None = None,
     ) -> dict[int, Tensor]:
-        """Latents (B, T, D) of the heads `ks` and of what they hang on; entry 0 is the trunk's output z.
+        """Return the latents (B, T, D) of the heads `ks` and of the heads on their paths; entry 0 is the trunk's z.
 
-        `documents_BT` (int64) keeps attention inside documents; `attention`, in its place, is what positions see, and
-        the positions themselves, (T,) or (B, T). Sequential head k reads the token k - 1 behind a
-        position; where that is beyond the last one, in the last k - 1 positions, its latents are NaN: cut them off
-        before the unembedding, not after it, where gradients are wanted.
+        Sequential head k reads the token k - 1 behind a position. Its latents are NaN in the last k - 1 positions,
+        which lack that token: cut them off before the unembedding, not after it, if gradients are needed.
+
+        Args:
+            tokens_BT: int64.
+            ks: the heads, in any order.
+            documents_BT: a document index per position, which keeps attention inside documents.
+            attention: in place of the documents: the attention, and the positions, (T,) or (B, T).
         """
         if attention is None:
             plain: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
@@ -179,34 +184,34 @@ class Transformer(nn.Module):
                 if step not in latents:
                     parent, more = latents[self.config.parents[step - 1]], {}
                     if reads_ahead and step > 1:
-                        # What is missing at the end no earlier position attends to.
+                        # No earlier position attends to the padding at the end.
                         more["ahead_BTD"] = F.pad(z_BTD[1][:, step - 1 :], (0, 0, 0, min(step - 1, T)))
                     latents[step] = self.head(step)(parent, rotary, attend, **more)
         if reads_ahead:
             for k in latents.keys() - {0, 1}:
-                known = max(0, T - k + 1)
-                unknown = torch.full_like(latents[k][:, known:], math.nan)
-                latents[k] = torch.cat([latents[k][:, :known], unknown], 1)
+                rows = max(0, T - k + 1)
+                missing = torch.full_like(latents[k][:, rows:], math.nan)
+                latents[k] = torch.cat([latents[k][:, :rows], missing], 1)
         return latents
 
     def forward(self, tokens_BT: Tensor, heads: int | None = None, documents_BT: Tensor | None = None) -> Tensor:
-        """Return next-token logits (B, T, V) of tokens (B, T) int64; with `heads=K` those of heads 1..K, (B, T, K, V),
-        entry k-1 predicting token t+k.
+        """Return next-token logits (B, T, V) of tokens (B, T) int64; with `heads=K` the logits of heads 1..K.
 
-        The last k - 1 positions of sequential head k, which lack the tokens between, are NaN. No gradient passes
-        through them: a loss over the others is differentiated as usual.
+        These are (B, T, K, V), and entry k-1 predicts token t+k. The last k - 1 positions of sequential head k, which
+        lack the tokens between, are NaN. No gradient passes through them, so a loss over the other positions is
+        differentiated as usual.
         """
         ks, T = list(range(1, (heads or 1) + 1)), tokens_BT.shape[1]
         latents = self.latents(tokens_BT, ks, documents_BT)
         if heads is None:
             return self.unembedding(latents[1])
-        # NaN comes in after the product: in it, 0 x NaN would be the gradient of the whole matrix.
-        known = [max(0, T - k + 1) if self.config.ahead else T for k in ks]
-        logits = [self.unembedding(latents[k][:, :rows], k) for k, rows in zip(ks, known)]
+        # NaN is added after the product: inside it, 0 x NaN would become the gradient of the whole matrix.
+        rows_of_heads = [max(0, T - k + 1) if self.config.ahead else T for k in ks]
+        logits = [self.unembedding(latents[k][:, :rows], k) for k, rows in zip(ks, rows_of_heads)]
         return torch.stack([F.pad(row, (0, 0, 0, T - row.shape[1]), value=math.nan) for row in logits], dim=2)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """What products with `weight` run in: the autocast dtype, or the weight's own."""
+    """Return the dtype of products with `weight`: the autocast dtype, or the weight's own."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

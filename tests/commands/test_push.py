@@ -13,7 +13,7 @@ import torch
 
 from headstart.cli import main
 from headstart.commands.convert import convert
-from headstart.commands.push import hub_id, push
+from headstart.commands.push import PushSettings, hub_id, push
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning, write_tuning
 from headstart.errors import UsageError
@@ -53,7 +53,7 @@ class Hub:
 
 def test_a_folder_with_a_card(model: Path, tmp_path: Path) -> None:
     (model / "notes.txt").write_text("private")
-    found = push(model, str(tmp_path / "out"), licence="mit", base_model="owner/base")
+    found = push(PushSettings(model, str(tmp_path / "out"), licence="mit", base_model="owner/base"))
     assert found["left"] == ["notes.txt"] and not (tmp_path / "out/notes.txt").exists()
     card = (tmp_path / "out/README.md").read_text()
     front = card.split("---")[1]
@@ -61,10 +61,10 @@ def test_a_folder_with_a_card(model: Path, tmp_path: Path) -> None:
     assert "Nothing was measured yet" in card and "predicts 3 tokens at once" in card
     mine, theirs = load_model(model).state_dict(), load_model(tmp_path / "out").state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    push(tmp_path / "out", str(tmp_path / "again"))  # a card of ours is written anew
+    push(PushSettings(tmp_path / "out", str(tmp_path / "again")))  # a card of ours is written anew
     again = (tmp_path / "again/README.md").read_text()
     assert "license:" not in again and "None was given" in again and "# again" in again
-    push(model, str(tmp_path / "out"), licence="mit")
+    push(PushSettings(model, str(tmp_path / "out"), licence="mit"))
 
 
 def test_the_card_tells_what_was_measured(model: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_card_tells_what_was_measured(model: Path, tmp_path: Path) -> None:
     write_tuning(model, load_model(model), tuning, {})
     scores = {"bits_per_byte": [1.5, 2.5, 3.0], "top1": [0.7, 0.5, 0.4], "documents": 7, "text": ["/home/me/held-out"]}
     (tmp_path / "results.json").write_text(json.dumps({"heads": scores}))
-    push(model, str(tmp_path / "out"), evaluation=tmp_path)
+    push(PushSettings(model, str(tmp_path / "out"), evaluation=tmp_path))
     card = (tmp_path / "out/README.md").read_text()
     assert "| free-running, greedy | 2.25 | 75% | 50% | 62% |" in card
     # 1 + 0.8 + 0.8 x 0.5 = 2.2 tokens, for 2.75 instead of 2.00 ms; with four texts at once heads do not pay.
@@ -86,7 +86,7 @@ def test_the_card_tells_what_was_measured(model: Path, tmp_path: Path) -> None:
     assert asdict(tuning)["costs"]["slots"] == (1, 4)
     (model / "acceptance.json").write_text(json.dumps({"x": 3}))
     with pytest.raises(UsageError, match="something unknown"):
-        push(model, str(tmp_path / "out"))
+        push(PushSettings(model, str(tmp_path / "out")))
 
 
 def test_lossless_is_said_of_what_is(model: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_lossless_is_said_of_what_is(model: Path, tmp_path: Path) -> None:
 
     (tmp_path / "code").mkdir()
     save_hf_code(load_model(model), tmp_path / "code")
-    push(tmp_path / "code", str(tmp_path / "out"))
+    push(PushSettings(tmp_path / "code", str(tmp_path / "out")))
     card = (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/custom_generate/generate.py").is_file() and "trust_remote_code=True" in card
     claims = [line for line in card.splitlines() if "lossless" in line]
@@ -104,16 +104,16 @@ def test_lossless_is_said_of_what_is(model: Path, tmp_path: Path) -> None:
     assert "up to the rounding" in with_code
     convert(model, tmp_path / "meta", "meta")
     with pytest.raises(UsageError):
-        push(tmp_path / "nowhere", str(tmp_path / "other"))
+        push(PushSettings(tmp_path / "nowhere", str(tmp_path / "other")))
 
 
 def test_a_card_of_someone_else_is_kept(model: Path, tmp_path: Path) -> None:
     (model / "README.md").write_text("# Mine\n")
-    assert push(model, str(tmp_path / "out"))["card"] == "kept as it is"
+    assert push(PushSettings(model, str(tmp_path / "out")))["card"] == "kept as it is"
     assert (tmp_path / "out/README.md").read_text() == "# Mine\n"
     with pytest.raises(UsageError, match="--licence"):
-        push(model, str(tmp_path / "out"), licence="mit")
-    push(model, str(tmp_path / "out"), licence="mit", new_card=True)
+        push(PushSettings(model, str(tmp_path / "out"), licence="mit"))
+    push(PushSettings(model, str(tmp_path / "out"), licence="mit", new_card=True))
     assert "license: mit" in (tmp_path / "out/README.md").read_text()
     assert (model / "README.md").read_text() == "# Mine\n"
 
@@ -121,17 +121,17 @@ def test_a_card_of_someone_else_is_kept(model: Path, tmp_path: Path) -> None:
 def test_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     hub = Hub()
-    found = push(model, "owner/name", private=True, api=hub)
+    found = push(PushSettings(model, "owner/name", private=True), api=hub)
     assert found["to"] == "https://huggingface.co/owner/name"
     assert hub.asked[0] == ("owner/name", {"private": True, "exist_ok": True})
     name, content = hub.asked[1]
     assert name == "owner/name" and content["model.safetensors"] == (model / "model.safetensors").read_bytes()
     assert content["README.md"].startswith(b"---") and set(content) == set(found["files"])
     with pytest.raises(UsageError, match="hub refused it \\(no network\\)") as caught:
-        push(model, "hf:owner/name", api=Hub(OSError("no network\nmuch more")))
+        push(PushSettings(model, "hf:owner/name"), api=Hub(OSError("no network\nmuch more")))
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="hub refused it"):
-        push(model, "hf:owner/name", api=Hub(RuntimeError("a network's own kind of error")))
+        push(PushSettings(model, "hf:owner/name"), api=Hub(RuntimeError("a network's own kind of error")))
 
 
 def test_what_is_a_folder_and_what_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_nothing_else_is_replaced(model: Path, tmp_path: Path, capsys: pytest.Ca
         (".", "where the model lies"),
     ):
         with pytest.raises(UsageError, match=words):
-            push(model, str(tmp_path / target))
+            push(PushSettings(model, str(tmp_path / target)))
     assert (tmp_path / "notes/todo.txt").read_text() == "much"
     before, sys.argv = sys.argv, ["headstart", "push", str(model), "--to", str(tmp_path / "out"), "--licence", "mit"]
     try:

@@ -1,1 +1,1 @@
-"""What `headstart convert --to hf-code` lays beside a model: code that needs torch and transformers alone."""
+"""The code that `headstart convert --to hf-code` adds to a model. It needs only torch and transformers."""

@@ -1,12 +1,12 @@
-"""A language model that predicts several tokens at once (arXiv 2404.19737). Written by Headstart; needs torch and
-transformers.
+"""A language model that predicts several tokens at once (arXiv 2404.19737).
 
-Trunk and head 1 are the ordinary model in model.safetensors, which any tool loads without this file. Head k predicts
-the k-th token behind a position; heads 2..n lie in heads/heads.safetensors. `custom_generate/generate.py` decodes with
-all of them, and its text is that of decoding with head 1.
+Headstart has written this file, which needs torch and transformers. Trunk and head 1 are the ordinary model in
+model.safetensors, which any tool loads without this file. Head k predicts the k-th token behind a position; heads 2..n
+lie in heads/heads.safetensors. `custom_generate/generate.py` decodes with all of them, and its output is that of
+decoding with head 1.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-    model.generate(ids)                     # with all heads; heads=1: one token a pass
+    model.generate(ids)                     # with all heads; heads=1: one token per pass
     model.head_logits(ids)                  # (batch, time, heads, vocabulary)
 
 Shape suffixes: B batch, W rows of a pass, D width, H attention heads, K key/value heads, E width of one head, V tokens.
@@ -41,9 +41,9 @@ class SequentialHead(LlamaDecoderLayer):
 
 
 class Cache:
-    """Keys and values of every block of trunk and heads, for texts of up to `length` tokens.
+    """Keys and values of every block of trunk and heads, for sequences of up to `length` tokens.
 
-    Slot 0 is written and never read: it takes rows that stand before a text.
+    Slot 0 is written and never read: it takes the rows before a sequence begins.
     """
 
     def __init__(self, model: HeadstartForCausalLM, batch: int, length: int) -> None:
@@ -53,7 +53,7 @@ class Cache:
         self.kept = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     def attend(self, block: int, q_BHWE: Tensor, k_BKWE: Tensor, v_BKWE: Tensor, rows: Rows) -> Tensor:
-        """Writes keys and values of the rows, then lets them attend to what stands before them: (B, H, W, E)."""
+        """Write keys and values of the rows, and attend to them and all before them: (B, H, W, E)."""
         keys, values = self.kept[block]
         batch_B1 = torch.arange(keys.shape[0], device=keys.device)[:, None]
         keys[batch_B1, :, rows.slot_BW] = k_BKWE.transpose(1, 2)
@@ -65,7 +65,7 @@ class Cache:
 
 
 class Rows:
-    """Where the rows of a pass stand: row (b, w) at `index` in the padded text b, whose first `pad` tokens are padding.
+    """Positions of the rows of a pass: row (b, w) is at `index` in sequence b, whose first `pad` tokens are padding.
 
     `reach`: an index that no row exceeds.
     """
@@ -75,21 +75,21 @@ class Rows:
         self.slot_BW = (index_BW + 1).clamp(min=0)
         slots_S = torch.arange(reach + 2, device=index_BW.device)
         seen = (slots_S <= self.slot_BW[..., None]) & (slots_S > pad_B[:, None, None])
-        # A row of padding sees itself alone, so that it stays a number.
+        # A row of padding sees itself, so that its attention is not NaN.
         self.mask_B1WS = (seen | (slots_S == self.slot_BW[..., None]))[:, None]
         position_BW = (index_BW - pad_B[:, None]).clamp(min=0)
         self.cos, self.sin = model.model.rotary_emb(model.lm_head.weight, position_ids=position_BW)
 
 
 class HeadstartForCausalLM(LlamaForCausalLM):
-    """An ordinary decoder with further heads. What it is without them computes head 1."""
+    """An ordinary decoder, which computes head 1, with further heads."""
 
     _keys_to_ignore_on_load_missing = [r"^heads\."]  # noqa: RUF012  # they have a file of their own
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.settings = SimpleNamespace(**config.headstart["model"])
-        """What Headstart calls the model's configuration."""
+        """The fields of Headstart's ModelConfig."""
         n, kind, wiring = self.settings.heads, self.settings.head_kind, self.settings.wiring
         self.parents = {k: 0 for k in range(1, n + 1)}
         """The head whose latent head k reads; 0 is the trunk."""
@@ -104,7 +104,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         self.post_init()
 
     def _further_heads(self, config: Any) -> dict[str, nn.Module]:
-        """What heads 2..n have beside the ordinary model, by the names of heads.safetensors."""
+        """Return the modules that heads 2..n add to the ordinary model, by the names of heads.safetensors."""
         n, kind, shared, D = self.settings.heads, self.settings.head_kind, self.settings.shared, config.hidden_size
 
         def linear(rows: int, columns: int, bias: bool = False) -> nn.Linear:
@@ -133,7 +133,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
 
     @classmethod
     def from_pretrained(cls, name: Any, *args: Any, **options: Any) -> Any:
-        """As any model's; the heads are read from their own file."""
+        """Load the ordinary model, and the heads from their own file."""
         loaded = super().from_pretrained(name, *args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if len(model.heads):
@@ -142,7 +142,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         return loaded
 
     def save_pretrained(self, directory: Any, **options: Any) -> None:
-        """As any model's; the heads go into their own file, so that others load the ordinary model beside it."""
+        """Save the ordinary model, and the heads in their own file, which other tools ignore."""
         state = options.pop("state_dict", None) or self.state_dict()
         heads = {name: tensor.contiguous().cpu() for name, tensor in state.items() if name.startswith("heads.")}
         plain = {name: tensor for name, tensor in state.items() if name not in heads}
@@ -152,7 +152,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
             save_file(heads, os.path.join(directory, HEADS_FILE), metadata={"format": "pt"})
 
     def path(self, k: int) -> list[int]:
-        """The heads between the trunk and head k, in order of computation, head k last."""
+        """Return the heads between the trunk and head k in order of computation, head k last."""
         order: list[int] = []
         while k:
             order.insert(0, k)
@@ -160,7 +160,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         return order
 
     def run_block(self, block: Any, number: int, x_BWD: Tensor, rows: Rows, cache: Cache) -> Tensor:
-        """A block over the rows, its keys and values kept as those of block `number`."""
+        """Run a block over the rows, and keep its keys and values as those of block `number`."""
         attention = block.self_attn
         normed = block.input_layernorm(x_BWD)
         q, k, v = (
@@ -176,15 +176,17 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         return x_BWD + block.mlp(block.post_attention_layernorm(x_BWD))
 
     def trunk(self, tokens_BW: Tensor, rows: Rows, cache: Cache) -> Tensor:
-        """The latent z (B, W, D) that heads read."""
+        """Return the latent z (B, W, D) that heads read."""
         z_BWD = self.model.embed_tokens(tokens_BW)
         for layer in range(self.trunk_layers):
             z_BWD = self.run_block(self.model.layers[layer], layer, z_BWD, rows, cache)
         return z_BWD
 
     def head(self, k: int, z_BWD: Tensor, rows: Rows, cache: Cache, ahead_BW: Tensor | None = None) -> Tensor:
-        """The latent (B, W, D) of head k from that of its parent; sequential heads also read the tokens `ahead`, of row
-        t token t+k-1."""
+        """Return the latent (B, W, D) of head k from that of its parent.
+
+        Sequential heads also read `ahead`, which holds token t+k-1 for row t.
+        """
         kind, number = self.settings.head_kind, self.trunk_layers + k - 1
         if kind == "transformer":
             on_path = k in self.on_path
@@ -200,7 +202,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         return z_BWD
 
     def unembed(self, latent: Tensor, k: int) -> Tensor:
-        """Latent (..., D) of head k -> its logits (..., V)."""
+        """Return the logits (..., V) of a latent (..., D) of head k."""
         x, kind = self.model.norm(latent), self.settings.head_kind
         if kind == "medusa" and k > 1:
             x = x + F.silu(self.heads[str(k)]["residual"](x))
@@ -211,8 +213,10 @@ class HeadstartForCausalLM(LlamaForCausalLM):
 
     @torch.no_grad()
     def head_logits(self, input_ids: Tensor, heads: int | None = None) -> Tensor:
-        """(B, T) -> (B, T, n, V): entry k-1 predicts the k-th token behind each position; NaN where a sequential head
-        lacks the tokens between."""
+        """Return logits (B, T, n, V) of tokens (B, T); entry k-1 predicts the k-th token behind each position.
+
+        They are NaN where a sequential head lacks the tokens between.
+        """
         B, T = input_ids.shape
         n = heads or self.settings.heads
         cache = Cache(self, B, T)

@@ -1,7 +1,7 @@
-"""Names for what Headstart wrote in MiMo's layout, so that transformers and what builds on it know its config.json.
+"""Classes for a model in MiMo's layout, so that transformers and tools on top of it can read its config.json.
 
-vLLM and SGLang have the model of their own, and decode with its module for the token after next. Here it is trunk and
-head 1 alone, a Qwen2.
+vLLM and SGLang have classes of their own, and decode with the module for the token after next. These classes have only
+trunk and head 1, a Qwen2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 class MiMoConfig(Qwen2Config):
-    """A Qwen2's, and how many modules there are for further tokens."""
+    """Qwen2's configuration, and the number of modules for further tokens."""
 
     model_type = "mimo"
     num_nextn_predict_layers: int = 0

@@ -1,17 +1,17 @@
-"""Decoding with all heads of a model that Headstart has written, several tokens a pass. Needs torch and transformers.
+"""Decoding with all heads of a model that Headstart has written, several tokens per pass. Needs torch, transformers.
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
     model.generate(ids, max_new_tokens=100, do_sample=True, temperature=0.8)
 
-A pass feeds the last token and what heads 2..n have proposed behind it; head 1 says what really comes there, and the
-proposals are kept as far as they are right. So the text is that of decoding with head 1: greedily token for token, up
-to the rounding of logits. Sampling takes its noise as transformers does, a draw for each place of the text, and
-proposals are made with the noise of their own place: after the same `torch.manual_seed` the tokens are those that
-`generate` of transformers samples, and fewer passes make them.
+A pass feeds the last token and the drafts of heads 2..n behind it. Head 1 verifies the drafts, and the pass keeps those
+that are right, up to the first wrong one. The output is that of decoding with head 1: greedily token for token, up to
+the rounding of logits. Sampling draws noise like transformers, once for each position, and drafts are made with the
+noise of their own positions: after the same `torch.manual_seed` the tokens are those that `generate` of transformers
+samples, in fewer passes.
 
-Logits processors see, for each place, the text before it. Not taken: other ways of decoding (beams, contrastive
-search, assistants), processors that keep state from call to call, `prefix_allowed_tokens_fn`, stopping criteria and
-streamers of yours with several prompts, caches of yours, and what `return_dict_in_generate` may carry in addition to
+Logits processors see, for each position, the tokens before it. Not supported: other ways of decoding (beams,
+contrastive search, assistants), processors that keep state between calls, `prefix_allowed_tokens_fn`, your own stopping
+criteria and streamers with several prompts, your own caches, and results of `return_dict_in_generate` other than
 `sequences`.
 """
 
@@ -31,7 +31,7 @@ OTHER_WAYS = (
     *("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "diversity_penalty"),
     *("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"),
 )
-"""Settings that ask for another way of decoding."""
+"""Settings of other ways of decoding."""
 PROCESSORS = (
     *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "EncoderRepetitionPenalty", "NoRepeatNGram"),
     *("EncoderNoRepeatNGram", "SequenceBias", "NoBadWords", "PrefixConstrained", "ForcedBOSToken", "ForcedEOSToken"),
@@ -43,19 +43,19 @@ STATELESS = {
     *(f"{name}LogitsWarper" for name in WARPERS),
     *("ExponentialDecayLengthPenalty", "LogitNormalization"),
 }
-"""Processors of transformers that look at the text alone."""
+"""Processors of transformers that depend only on the tokens."""
 ROW_BY_ROW = {"MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria", "StopStringCriteria"}
-"""Stopping criteria of transformers that judge each text alone."""
+"""Stopping criteria of transformers that judge each sequence alone."""
 
 
 @dataclass
 class HeadstartOutput(ModelOutput):
-    """What `return_dict_in_generate=True` gives."""
+    """The result of `return_dict_in_generate=True`."""
 
     sequences: Tensor | None = None
-    """(B, length) prompts and what was written, padded at the end."""
+    """(B, length): prompts and generated tokens, padded at the end."""
     passes: int | None = None
-    """Passes after the one over the prompt."""
+    """Number of passes after the one over the prompt."""
 
 
 def generate(
@@ -68,8 +68,8 @@ def generate(
     trust_remote_code: bool | None = None,
     **options: Any,
 ) -> Any:
-    """As `generate` of transformers; `heads`: how many decode (None: all; 1: one token a pass, the same text)."""
-    if custom_generate is not None:  # whoever names a way of decoding gets that one
+    """Generate like transformers with `heads` heads (None: all; 1: one token per pass, the same output)."""
+    if custom_generate is not None:  # a way of decoding that the caller names
         options |= {"custom_generate": custom_generate, "trust_remote_code": trust_remote_code}
         options |= {} if heads is None else {"heads": heads}
         return GenerationMixin.generate(model, inputs, generation_config, **options)
@@ -102,7 +102,7 @@ def _decode(
     stream: Any = None,
     **more: Any,
 ) -> Any:
-    """The loop; transformers has prepared the rest. `more`: what models take in `forward`."""
+    """Run the decoding loop on what transformers has prepared. `more` holds arguments of `forward`."""
     n = model.settings.heads if heads is None else heads
     if not 1 <= n <= model.settings.heads:
         raise ValueError(f"heads is {n}; it must lie between 1 and the {model.settings.heads} of this model")
@@ -138,14 +138,14 @@ def _decode(
 
 
 class _Batch:
-    """Texts being written, each at its own length. Indices count from the start of the padded prompt."""
+    """Sequences in generation, each of its own length. Indices count from the start of the padded prompt."""
 
     def __init__(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, processors: Any, config: Any, n: int
     ) -> None:
         B, self.start = input_ids.shape
         self.model, self.n, self.processors = model, n, processors
-        # One token a pass of one text: the calls are those of transformers, in order, and may change what they like.
+        # With one token per pass of one sequence, processors are called like in transformers, and may keep state.
         self.watched = [] if n == B == 1 else _may_keep_state(processors)
         self.state = _state(self.watched)
         self.sampled = config.do_sample
@@ -153,7 +153,7 @@ class _Batch:
         self.text = torch.zeros(B, room, dtype=torch.long, device=input_ids.device)
         self.text[:, : self.start] = input_ids
         self.ends = [self.start] * B
-        """Tokens of each text, prompt and padding included."""
+        """Length of each sequence, prompt and padding included."""
         self.running = [True] * B
         self.pad_B = torch.zeros(B, dtype=torch.long, device=input_ids.device)
         if attention_mask is not None:
@@ -165,13 +165,15 @@ class _Batch:
         self.drawn = 0  # steps of noise so far
         self.sequential = model.settings.head_kind == "sequential"
         self.latents: dict[int, Tensor] = {}
-        """Of heads 2..n at the last accepted rows (B, D)."""
+        """Latents (B, D) of heads 2..n at the last accepted rows."""
         self.trunk_BSD = None
         """For sequential heads, the trunk's latents of all rows so far."""
 
     def step(self, index_BW: Tensor, prompt: bool) -> list[list[Tensor]]:
-        """A pass over the tokens at `index`, the prompts or windows of drafts: for each text the tokens that come, none
-        where it has ended."""
+        """Run a pass over the tokens at `index`, prompts or windows, and return the tokens that each sequence gains.
+
+        A sequence that has ended gains none.
+        """
         model, (B, W) = self.model, index_BW.shape
         rows = self.rows(index_BW, reach=int(index_BW.max()))
         latents = {0: model.trunk(self.text.gather(1, index_BW), rows, self.cache)}
@@ -179,7 +181,7 @@ class _Batch:
             for step in model.path(k):
                 if step not in latents:
                     latents[step] = model.head(step, latents[model.parents[step]], rows, self.cache)
-        # Of the prompt only the last row decides; of a window all may.
+        # Only the last row of a prompt gives a token; every row of a window may.
         first = W - 1 if prompt else 0
         scores_BWV = model.unembed(latents[1][:, first:], 1).float()
         came: list[list[Tensor]] = []
@@ -206,7 +208,7 @@ class _Batch:
         return came
 
     def draft(self) -> None:
-        """Puts the proposals of heads 2..n behind the texts."""
+        """Append the drafts of heads 2..n to the sequences."""
         if self.sequential and self.n > 1:
             self._draft_in_turn()
             return
@@ -220,8 +222,11 @@ class _Batch:
                 self.text[b, last + k] = self.choose(scores_BV[b], b, last + k)
 
     def _draft_in_turn(self) -> None:
-        """Sequential heads read the token before theirs, so each waits for the one before. The last n rows are computed
-        anew: those new since the last pass, or whose heads read a draft there. Rows before them read what was kept."""
+        """Draft with sequential heads, one after the other, because each reads the token of the one before.
+
+        The last n rows are computed anew: rows that are new since the last pass, or whose heads read a draft. Rows
+        before them have read accepted tokens.
+        """
         index_BW = self.last_B[:, None] + torch.arange(1 - self.fresh, 1, device=self.last_B.device)
         rows = self.rows(index_BW, reach=int(index_BW.max()))
         every_B1 = torch.arange(len(index_BW), device=index_BW.device)[:, None]
@@ -232,9 +237,9 @@ class _Batch:
             self._put(k, self.model.unembed(latent_BWD[:, -1], k).float())
 
     def choose(self, scores_V: Tensor, b: int, place: int) -> Tensor:
-        """The token of text b at index `place`, by scores that may be head 1's or a draft's."""
+        """Return the token of sequence b at index `place`, by scores of head 1 or of a drafting head."""
         if len(self.processors):
-            # They may know the number of texts, so all texts are shown, and what they say of this one is taken.
+            # Processors may depend on the number of sequences: they get all, and the row of this one is used.
             shown_BV = scores_V.expand(len(self.text), -1).clone()
             random = torch.get_rng_state() if self.watched else None
             scores_V = self.processors(self.text[:, :place], shown_BV)[b]
@@ -245,7 +250,7 @@ class _Batch:
         return (scores_V.softmax(-1) / self._noise(place - self.start, scores_V)[b]).argmax()
 
     def _noise(self, step: int, like_V: Tensor) -> Tensor:
-        """(B, V): what torch.multinomial would draw in step `step` of decoding one token a pass."""
+        """Return the noise (B, V) of torch.multinomial in step `step` of decoding one token per pass."""
         while self.drawn <= step:
             self.noise[self.drawn] = like_V.new_empty(len(self.text), len(like_V)).exponential_()
             self.drawn += 1
@@ -278,7 +283,7 @@ def _refuse(input_ids: Tensor, config: Any, constrained: bool, more: dict[str, A
 
 
 def _refuse_objects(B: int, n: int, processors: Any, criteria: Any, stream: Any) -> None:
-    """Refuse objects that would not see what transformers shows them."""
+    """Refuse objects whose calls would differ from those in transformers."""
     for processor in processors:
         if _of_transformers(processor) and type(processor).__name__ not in STATELESS and not n == B == 1:
             raise ValueError(f"{type(processor).__name__}: {_KEEPS_STATE}")
@@ -304,14 +309,14 @@ def _may_keep_state(processors: Any) -> list[Any]:
 
 
 def _refuse_changes(watched: list[Any], state: Any, random: Tensor) -> None:
-    """Refuse processors that are no longer what they were, or drew random numbers."""
+    """Refuse processors whose state has changed, or that drew random numbers."""
     if _state(watched) != state or not torch.equal(torch.get_rng_state(), random):
         names = ", ".join(getattr(thing, "__name__", type(thing).__name__) for thing in watched)
         raise ValueError(f"logits processor {names}: {_KEEPS_STATE}")
 
 
 def _state(thing: Any, depth: int = 6) -> Any:
-    """Return what `thing` remembers, in a form to compare with later."""
+    """Return the state of `thing` in a form for comparison."""
     if isinstance(thing, Tensor):
         return id(thing), thing._version
     if depth == 0 or isinstance(thing, (torch.nn.Module, type)) or _of_transformers(thing):
