@@ -104,8 +104,6 @@ def compare_texts(by: str, model: Transformer, plain: list[int], drafted: list[i
 class Format(ABC):
     """One file format. Its class is in the file of the format; the registry names it."""
 
-    summary: ClassVar[str]
-    """A few words about a result, for help."""
     is_file: ClassVar[bool] = False
     """True if a result is one file; otherwise it is a directory."""
     folder: ClassVar[str] = ""

@@ -188,7 +188,6 @@ def _check_gguf_in_transformers(model: Transformer, path: Path) -> Check:
 class Gguf(Format):
     """A GGUF file of trunk and head 1."""
 
-    summary = "a GGUF file of trunk and head 1, for llama.cpp"
     is_file = True
     readable = False
 

@@ -95,7 +95,6 @@ def written_code(directory: Path, file: str) -> ModuleType:
 class HfCode(Format):
     """A model directory with code for transformers, which headstart reads like any other."""
 
-    summary = "the same, with code by which transformers alone decodes with all heads"
     readable = False
 
     def detect(self, path: Path) -> bool:

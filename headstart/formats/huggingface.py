@@ -225,8 +225,6 @@ def is_our_directory(path: Path) -> bool:
 class HuggingFace(Format):
     """A Hugging Face model directory, which may hold further heads."""
 
-    summary = "a model directory: an ordinary Hugging Face model with its further heads in heads/"
-
     def detect(self, path: Path) -> bool:
         """Return whether the directory is one of ours; `read` takes ordinary ones too."""
         return is_our_directory(path)

@@ -165,7 +165,6 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str
 class Medusa(Format):
     """Medusa heads for engines, and the ordinary model below them."""
 
-    summary = "medusa heads for vLLM and TGI, and the model below them"
     folder = BASE
 
     def detect(self, path: Path) -> bool:

@@ -276,8 +276,6 @@ def _check_names(directory: Path, tensors: dict[str, Tensor], expected: set[str]
 class MetaRelease(Format):
     """Meta's multi-token release."""
 
-    summary = "Meta's multi-token release: consolidated.pth and params.json"
-
     def detect(self, path: Path) -> bool:
         """Return whether the folder is in Meta's format, and no ordinary model as well."""
         return is_meta_release(path) and not (path / CONFIG_FILE).is_file()

@@ -217,8 +217,6 @@ def _config(file: Path, tensors: TensorFiles) -> ModelConfig:
 class Mimo(Format):
     """Sequential heads in MiMo's layout."""
 
-    summary = "sequential heads for vLLM and SGLang, in MiMo's layout"
-
     def detect(self, path: Path) -> bool:
         """Return whether config.json says so."""
         file = path / CONFIG_FILE

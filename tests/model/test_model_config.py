@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from headstart.errors import UsageError
-from headstart.model.config import ModelConfig
+from headstart.model.config import WRITTEN, WRITTEN_IF_SET, ModelConfig
 from headstart.model.presets import PRESETS, preset
+from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
 
 SMALL = ModelConfig(vocab_size=61, dim=32, layers=6, attention_heads=4, context=64)
@@ -114,6 +116,32 @@ def test_presets_take_changes_and_unknown_names_are_refused() -> None:
     assert preset("100M", heads=4) == replace(PRESETS["100M"], heads=4)
     with pytest.raises(UsageError, match=r"5M.*100M"):
         preset("5M")
+
+
+def test_the_schema_of_stored_configurations_names_every_field_once() -> None:
+    assert sorted([*WRITTEN, *WRITTEN_IF_SET]) == sorted(field.name for field in fields(ModelConfig))
+
+
+def test_stored_configurations_keep_their_bytes() -> None:
+    """Checkpoints and runs compare digests of them."""
+    plain = (
+        '{"vocab_size": 61, "dim": 32, "layers": 6, "attention_heads": 4, "kv_heads": null, "head_dim": null, '
+        '"hidden_dim": null, "context": 64, "heads": 1, "head_kind": "transformer", "shared": true, '
+        '"wiring": "parallel", "extra_layers": 0, "tied": false, "attention_bias": false, "norm_eps": 1e-05, '
+        '"rope_theta": 10000.0'
+    )
+    assert json.dumps(SMALL.to_dict()) == plain + "}"
+    changed = replace(
+        SMALL, offsets=(1,), nope_layers=(1,), window=16, window_layers=(0, 2), qk_norm="head", family="qwen3",
+        rope_scaling=RopeScaling("llama3", 8.0, 32),
+    )  # fmt: skip
+    more = (
+        ', "family": "qwen3", "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_context": 32, '
+        '"low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, '
+        '"attention_factor": 1.0, "truncate": true}, "qk_norm": "head", "window": 16, "window_layers": [0, 2], '
+        '"nope_layers": [1], "offsets": [1]}'
+    )
+    assert json.dumps(changed.to_dict()) == plain + more
 
 
 IMPOSSIBLE = {
