@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -28,7 +29,7 @@ WARM_UP_PROMPT = 8
 
 
 class JobTurns:
-    """The jobs that wait, as the scheduler of an engine sees them: clients take turns; a `RequestQueue`."""
+    """Offer the jobs that wait to the scheduler of an engine, as a `RequestQueue` in which clients take turns."""
 
     def __init__(self, waiting: Callable[[], int], start: Callable[[], Generation | None]) -> None:
         self._waiting, self._start = waiting, start
@@ -38,11 +39,11 @@ class JobTurns:
         return self._waiting()
 
     def pop(self) -> Generation | None:
-        """Start the job whose turn it is; None where none can start."""
+        """Start the next job and return its generation; None if no job can start."""
         return self._start()
 
     def remove(self, generation: Generation) -> bool:
-        """Return False: a job that waits has no generation yet, and is taken out by its client's queue."""
+        """Return False, for a job that waits has no generation yet; `Worker.cancel` removes it."""
         return False
 
 
@@ -153,6 +154,7 @@ class Worker:
         self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
+        """Decode until the worker stops, or until no engine can be made."""
         try:
             engine = self._make_engine()
             warm_up(engine, self._tokenizer)
@@ -163,7 +165,11 @@ class Worker:
         finally:
             self._ready.set()
         try:
-            self._serve(engine)
+            while self._wait():
+                if not self._turn(engine):
+                    del engine  # the next one needs its memory
+                    engine = self._make_engine()
+                    self._feed(engine)
         except BaseException:  # no known error reaches this; no client may wait for ever
             traceback.print_exc()
             self.dead = True
@@ -177,31 +183,23 @@ class Worker:
         """Return the jobs that are not done, and empty the queue; the lock is held."""
         return [*self._running, *(self._waiting.next() for _ in range(len(self._waiting)))]
 
-    def _serve(self, engine: Engine) -> None:
-        """Decode until the worker stops. Raises the error that prevents a new engine."""
-        while self._wait():
-            if not self._turn(engine):
-                del engine  # its memory is wanted for the next one
-                engine = self._make_engine()
-                self._feed(engine)
-
     def _feed(self, engine: Engine) -> None:
-        """Let the engine take the jobs that wait as its slots get free."""
-        engine.scheduler.queue = JobTurns(lambda: len(self._waiting), lambda: self._start(engine))
+        """Make the jobs that wait the queue of the engine's scheduler."""
+        weak = weakref.proxy(engine)  # a failed engine must leave memory before the next one is made
+        engine.scheduler.queue = JobTurns(lambda: len(self._waiting), lambda: self._start(weak))
 
     def _turn(self, engine: Engine) -> bool:
-        """Free the slots of cancelled jobs, run a step, and hand over what came of it. False if the engine failed.
+        """Free the slots of cancelled jobs, run a step, and send its pieces. Return False if the engine failed.
 
-        It is a function of its own: the thread holds no job of a turn while it waits for the next one.
+        This is a function of its own so that the thread holds no job while it waits for the next one.
         """
         self._free_cancelled(engine)
         pieces: list[tuple[Job, Piece]] = []
         broken = False
         try:
             engine.scheduler.admit()
-            self.metrics.set_load(len(self._waiting), len(self._running))
             pieces = self._step(engine) if engine.busy else []
-        except BaseException:  # a panic in Rust, such as a tokenizer's, is no Exception
+        except BaseException:  # a panic in Rust, such as a tokenizer's, is not an Exception
             traceback.print_exc()
             broken = True
             self.failures += 1
@@ -230,24 +228,26 @@ class Worker:
                     self._ended(job, outcome)
 
     def _start(self, engine: Engine) -> Generation | None:
-        """Start the next job that the engine can decode; None where no job waits any more."""
+        """Start the next job that the engine accepts, and return its generation; None if no job waits."""
         while True:
             with self._lock:
                 if not len(self._waiting):
                     return None
                 job = self._waiting.next()
                 self._running.append(job)
+                self._report_load()
             error = self._begin(engine, job)
             if error is None:
                 return job.generation
             self._refused.append((job, error))
 
     def _begin(self, engine: Engine, job: Job) -> ApiError | None:
+        """Make the generation of a job; return the error if the engine refuses it."""
         try:
             job.generation = engine.generation(job.request)
         except UsageError as error:
             return ApiError(400, str(error))
-        except BaseException:  # a panic in Rust, such as a tokenizer's, is no Exception
+        except BaseException:  # a panic in Rust, such as a tokenizer's, is not an Exception
             traceback.print_exc()
             return ApiError(500, INTERNAL)
         if job.wants_origins and self._tokenizer is not None:
@@ -256,6 +256,7 @@ class Worker:
         return None
 
     def _step(self, engine: Engine) -> list[tuple[Job, Piece]]:
+        """Run a step of the engine, and return the pieces to send."""
         pieces, tokens = [], 0
         committed = engine.step()
         now = time.perf_counter()

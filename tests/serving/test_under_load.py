@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
 import struct
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -193,6 +195,30 @@ def test_an_engine_that_cannot_be_replaced_makes_the_server_unhealthy(monkeypatc
         assert HTTP.get(f"{server.url}/health").status_code == 503
         assert HTTP.get(f"{server.url}/ready").status_code == 503
         assert raw(server, SHORT)[0] == 503
+
+
+def test_a_failed_engine_leaves_memory_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[weakref.ref[Engine]] = []
+    alive: list[int] = []
+    make, step = LanguageModel.engine, Engine.step
+
+    def watched(*settings: Any) -> Engine:
+        alive.append(sum(engine() is not None for engine in engines))
+        engine = make(*settings)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr(LanguageModel, "engine", watched)
+    with running(ServeSettings(port=0, slots=1)) as server:
+        gc.disable()
+        try:
+            monkeypatch.setattr(Engine, "step", lambda engine: 1 / 0)
+            assert raw(server, SHORT)[0] == 500
+            until(lambda: len(engines) == 2)
+        finally:
+            gc.enable()
+        monkeypatch.setattr(Engine, "step", step)
+        assert raw(server, SHORT)[0] == 200 and alive == [0, 0]
 
 
 def test_fast_passes_share_an_event(model) -> None:
