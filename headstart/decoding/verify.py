@@ -119,9 +119,9 @@ def weigh_chain(state: DecodingState, evidence: Evidence) -> Verdict:
     if evidence.noise_SRV is not None:
         q_SGV = state.windows.q_SKV[slots, :G]
         uniform = sampling.uniform(evidence.length_S, number, slots)
-        weighed_accepted, rest_SV = weighed(p_SRV, q_SGV, drafts_SG, fed_S, sampling.block[slots], uniform)
+        weighed_accepted, after_SV = weighed(p_SRV, q_SGV, drafts_SG, fed_S, sampling.block[slots], uniform)
         weighs = sampling.weighs[slots]
-        last = torch.where(weighs, _drawn(rest_SV, evidence.noise_SRV, weighed_accepted), last)
+        last = torch.where(weighs, _drawn(after_SV, evidence.noise_SRV, weighed_accepted), last)
         accepted = torch.where(weighs, weighed_accepted, accepted)
     committed = _committed(torch.cat([drafts_SG, tokens_SR[:, :1]], 1), accepted, last)
     state.advance(slots, evidence.length_S + accepted + 1, last, evidence.heads)
@@ -144,8 +144,8 @@ def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verd
     if state.constraints.any(slots):
         by_row = torch.tensor(state.constraints.has[slots], device=length.device)
     p_SRV, q_SQV = sampling.probabilities(evidence.logits_SRV, slots), state.windows.q_SKV[slots]
-    row, rest_SV = recursive_rejection(p_SRV, q_SQV, tree, window, drafted, uniform, by_row)
-    accepted, last = tree.depth_R[row], _drawn(rest_SV, evidence.noise_SRV, row)
+    row, after_SV = recursive_rejection(p_SRV, q_SQV, tree, window, drafted, uniform, by_row)
+    accepted, last = tree.depth_R[row], _drawn(after_SV, evidence.noise_SRV, row)
     drafts = window.gather(1, tree.path_RD[row][:, 1:])
     tokens = _committed(torch.cat([drafts, last[:, None]], 1), accepted, last)
     weighs = sampling.weighs[slots]
@@ -156,9 +156,9 @@ def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verd
     return Verdict(tokens, accepted, row)
 
 
-def _drawn(rest_SV: Tensor, noise_SRV: Tensor, row_S: Tensor) -> Tensor:
-    """Draw the token after row `row_S` from `rest_SV`, with that position's noise, which nothing has used yet."""
-    return (rest_SV.log() + gather_row(noise_SRV, row_S, 1)[:, 0]).argmax(-1)
+def _drawn(after_SV: Tensor, noise_SRV: Tensor, row_S: Tensor) -> Tensor:
+    """Draw the token after row `row_S` from `after_SV`, with that position's noise, which nothing has used yet."""
+    return (after_SV.log() + gather_row(noise_SRV, row_S, 1)[:, 0]).argmax(-1)
 
 
 def _committed(drafts_SD: Tensor, accepted_S: Tensor, last_S: Tensor) -> Tensor:
@@ -205,8 +205,8 @@ def residual(p_SV: Tensor, q_SV: Tensor, weight_S: Tensor, whole_S: Tensor) -> T
 
     It is (w p - q)+, or p where all drafts fed were accepted (`whole_S`), or where rounding leaves nothing of it.
     """
-    rest = (weight_S[:, None] * p_SV - q_SV).clamp_min(0)
-    return torch.where((whole_S | (rest.sum(-1) <= 1e-12))[:, None], p_SV, rest)
+    left = (weight_S[:, None] * p_SV - q_SV).clamp_min(0)
+    return torch.where((whole_S | (left.sum(-1) <= 1e-12))[:, None], p_SV, left)
 
 
 def weighed(
@@ -276,7 +276,7 @@ def recursive_rejection(
     """
     row = torch.zeros_like(drafted_S)
     alive = torch.ones_like(drafted_S, dtype=torch.bool)
-    rest = p_SRV[:, 0]
+    target = p_SRV[:, 0]
     for d in range(tree.tree.depth):
         q, moved = q_SQV[:, d], torch.zeros_like(alive)
         if by_row_S is not None:  # rows without children have none, and judge none
@@ -287,18 +287,18 @@ def recursive_rejection(
             child = children[:, r, None]
             token = window_SR.gather(1, child)
             # Where q has run out of tokens nothing was drawn, whatever the window holds.
-            asked = alive & ~moved & (child[:, 0] > 0) & (d < drafted_S) & (q.gather(1, token)[:, 0] > 0)
-            chance = chain_probabilities(rest[:, None], q[:, None], token)[:, 0]
-            kept = asked & (uniform_SDC[:, d, r] < chance)
-            left = residual(rest, q, torch.ones_like(chance), torch.zeros_like(kept))
-            lost = (asked & ~kept)[:, None]
-            rest = torch.where(lost, left / left.sum(-1, keepdim=True), rest)
-            q = torch.where(lost, without(q, token), q)
+            judged = alive & ~moved & (child[:, 0] > 0) & (d < drafted_S) & (q.gather(1, token)[:, 0] > 0)
+            chance = chain_probabilities(target[:, None], q[:, None], token)[:, 0]
+            kept = judged & (uniform_SDC[:, d, r] < chance)
+            left = residual(target, q, torch.ones_like(chance), torch.zeros_like(kept))
+            rejected = (judged & ~kept)[:, None]
+            target = torch.where(rejected, left / left.sum(-1, keepdim=True), target)
+            q = torch.where(rejected, without(q, token), q)
             row, moved = torch.where(kept, child[:, 0], row), moved | kept
         alive = moved
         at = row[:, None, None].expand(-1, 1, p_SRV.shape[-1])
-        rest = torch.where(moved[:, None], p_SRV.gather(1, at)[:, 0], rest)
-    return row, rest
+        target = torch.where(moved[:, None], p_SRV.gather(1, at)[:, 0], target)
+    return row, target
 
 
 Lossy = Callable[[tuple[float, ...], Tensor, Tensor, Tensor], Tensor]
