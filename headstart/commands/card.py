@@ -159,7 +159,7 @@ def _speed(directory: Path) -> list[str]:
         "What decoding with heads is expected to write over plain decoding, from measured costs of passes and measured "
         "acceptance, greedily (`headstart tune`):",
         "",
-        *_table(["machine", "dtype", "texts at once", "plain pass, ms", "times plain, with heads"], rows),
+        *_table(["machine", "dtype", "sequences at once", "plain pass, ms", "times plain, with heads"], rows),
     ]
     return ["\n".join(lines)]
 
@@ -210,8 +210,8 @@ def _usage(directory: Path, name: str, config: ModelConfig) -> str:
 
 
 def _licence(licence: str | None) -> str:
-    told = f"`{licence}`." if licence is not None else "None was given: ask its owner before you use it."
-    return f"## Licence\n\n{told}"
+    text = f"`{licence}`." if licence is not None else "None was given: ask its owner before you use it."
+    return f"## Licence\n\n{text}"
 
 
 def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:

@@ -86,7 +86,7 @@ def compare_logits(by: str, model: Transformer, again: Callable[[Tensor], Tensor
     return Check(by, f"largest difference of logits {shown} (largest logit {largest:.3g})", differences, largest)
 
 
-def compare_texts(by: str, model: Transformer, plain: list[int], drafted: list[int], passes: int) -> Check:
+def compare_greedy_tokens(by: str, model: Transformer, plain: list[int], drafted: list[int], passes: int) -> Check:
     """Compare the greedy tokens of all heads with those of head 1 alone, which took a pass per token.
 
     Raises UsageError if they differ in float32 or float64. With fewer bits, near ties may separate them, and the check
@@ -98,7 +98,7 @@ def compare_texts(by: str, model: Transformer, plain: list[int], drafted: list[i
     if model.trunk.embedding.weight.dtype in ROUNDING:
         raise UsageError(f"{by}: writes another greedy text with all heads; nothing was kept, report this")
     same = next(i for i, pair in enumerate(zip([*plain, -1], [*drafted, -2])) if pair[0] != pair[1])
-    return Check(by, f"greedy texts with and without heads part after {same} tokens, by rounding", passed=None)
+    return Check(by, f"the greedy output with heads differs after {same} tokens, by rounding", passed=None)
 
 
 class Format(ABC):

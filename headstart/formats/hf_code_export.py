@@ -22,8 +22,8 @@ from headstart.formats.format import (
     Check,
     Format,
     compare_all_heads,
+    compare_greedy_tokens,
     compare_logits,
-    compare_texts,
     random_text,
 )
 from headstart.formats.huggingface import is_our_directory, read_model, save_model
@@ -124,4 +124,4 @@ class HfCode(Format):
         plain = transformers.LlamaForCausalLM.generate(again, prompt, **settings)[0, prompt.shape[1] :].tolist()
         found = generating.generate(prompt, model=again, return_dict_in_generate=True, **settings)
         drafted = found.sequences[0, prompt.shape[1] :].tolist()
-        return [*checks, compare_texts("transformers with the code", model, plain, drafted, found.passes)]
+        return [*checks, compare_greedy_tokens("transformers with the code", model, plain, drafted, found.passes)]

@@ -36,11 +36,12 @@ def local_directory(named: str | Path) -> Path:
     path = Path(named)
     if path.exists() or not re.fullmatch(HUB_ID, str(named)):
         return path
-    return _fetched(str(named))
+    return fetch_directory(str(named))
 
 
 @functools.cache
-def _fetched(repository: str) -> Path:
+def fetch_directory(repository: str) -> Path:
+    """Return a copy of a model on the hub, fetched once in a process. Raises UsageError if there is none."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 class Hub:
-    """What HfApi would be asked."""
+    """A recorder of the calls of HfApi."""
 
     def __init__(self, trouble: Exception | None = None) -> None:
         self.asked: list[Any] = []
@@ -79,7 +79,7 @@ def test_the_card_tells_what_was_measured(model: Path, tmp_path: Path) -> None:
     push(PushSettings(model, str(tmp_path / "out"), evaluation=tmp_path))
     card = (tmp_path / "out/README.md").read_text()
     assert "| free-running, greedy | 2.25 | 75% | 50% | 62% |" in card
-    # 1 + 0.8 + 0.8 x 0.5 = 2.2 tokens, for 2.75 instead of 2.00 ms; with four texts at once heads do not pay.
+    # 1 + 0.8 + 0.8 x 0.5 = 2.2 tokens, for 2.75 instead of 2.00 ms; with four sequences at once heads do not pay.
     assert tuning.expected_speedup(1, 3) == pytest.approx(1.6) and "| 2.00 | 1.60 with 3 |" in card
     assert "| 4.00 | 1.00 with 1 |" in card
     assert "| 2 | 2.500 | 50.0% |" in card and "7 documents (held-out)" in card and "/home/me" not in card

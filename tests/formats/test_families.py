@@ -136,7 +136,7 @@ def test_the_same_logits_as_transformers_and_back(case: str, tmp_path: Path) -> 
     assert expected.std() > 0.3
     assert (ours(tokens()) - expected).abs().max() < 1e-5
 
-    # With heads beside it, it is an ordinary directory of its family still.
+    # With further heads it is still an ordinary directory of its family.
     more = Transformer(replace(ours.config, heads=3, head_kind="linear"))
     state = {name.replace("heads.0.", "trunk.blocks.3."): x for name, x in ours.state_dict().items()}
     more.load_state_dict(state, strict=False)
@@ -403,7 +403,7 @@ def test_files_written_before_there_were_families_keep_their_digests() -> None:
 
 
 def origins_in_text(logits_TnV: Tensor, text: list[int], prompt: int) -> list[int]:
-    """Which head proposes each token that greedy decoding writes behind the prompt, by the logits that training
+    """Return the head that drafts each token that greedy decoding writes behind the prompt, by the logits that training
     computes over the whole of it."""
     best, n = logits_TnV.argmax(-1), logits_TnV.shape[1]
     origins, at = [1], prompt - 1  # the first window has no drafts

@@ -279,7 +279,7 @@ def sentencepiece(folder, merges, **changes):
 
 
 def test_sentencepiece_as_a_vocabulary(tmp_path):
-    """Scores are the order of merges. llama.cpp merges whatever makes a token: where a merge lacks, that is told."""
+    """Scores are the order of merges. llama.cpp merges whatever makes a token, and a line reports missing merges."""
     whole = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]
     tokenizer = sentencepiece(tmp_path, whole)
     assert save_gguf(random_model(SIZES), tmp_path / "m.gguf", tokenizer) == []

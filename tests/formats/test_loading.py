@@ -43,7 +43,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    hub._fetched.cache_clear()
+    hub.fetch_directory.cache_clear()
     model = headstart.load("someone/model")
     assert len(model.generate("def f", max_new_tokens=3).tokens) <= 3
     assert inspect("someone/model")["heads"] == 2
@@ -54,7 +54,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     # What lies here goes first.
     (tmp_path / "someone").mkdir()
     saved.rename(tmp_path / "someone/model")
-    hub._fetched.cache_clear()
+    hub.fetch_directory.cache_clear()
     assert load_model("someone/model").config == CONFIG and len(asked) == 1
 
     def offline(repository: str, allow_patterns: list[str]) -> str:
@@ -66,7 +66,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "\n" not in str(caught.value)
     for word in ("someone/else", "no such directory", "no network", "config.json"):
         assert word in str(caught.value)
-    hub._fetched.cache_clear()
+    hub.fetch_directory.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""What we save, other tools load; what we load is what was saved, bit for bit."""
+"""Other tools load what we save, and we load what was saved, bit for bit."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def add_token(directory: Path, text: str, token: int) -> None:
 
 
 def test_an_added_token_for_which_the_model_has_no_row(directory: Path, tmp_path: Path) -> None:
-    """As in Gemma 3. The model loads and writes the same; what names the token is refused in a line."""
+    """Gemma 3 has such a token. The model loads and writes the same; naming the token is refused in a line."""
     more = copied(directory, tmp_path / "more")
     add_token(more, "<picture>", 258)
     ours, same = headstart.load(more), headstart.load(directory)
@@ -210,7 +210,7 @@ def test_an_added_token_for_which_the_model_has_no_row(directory: Path, tmp_path
 
 
 def test_tokens_that_only_the_files_beside_name(directory: Path, tmp_path: Path) -> None:
-    """As transformers has them: special tokens of special_tokens_map.json, and tokens of added_tokens_decoder."""
+    """Special tokens come from special_tokens_map.json and added_tokens_decoder, like in transformers."""
     named = copied(directory, tmp_path / "named")
     config = json.loads((named / "tokenizer_config.json").read_text())
     tokens = {name: config.pop(name) for name in ("bos_token", "eos_token")}
@@ -244,7 +244,7 @@ def test_tokens_that_only_the_files_beside_name(directory: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(("source", "start"), [("model", (0,)), ("tokenizer", ())])
 def test_conversion_keeps_how_texts_begin(directory: Path, tmp_path: Path, source: str, start: tuple[int]) -> None:
-    """By way of MiMo's layout, whose directories are no ordinary ones, and where the tokenizer is given."""
+    """The start token survives MiMo's layout, and a tokenizer that is given."""
     sizes = ModelConfig(vocab_size=258, dim=32, layers=2, attention_heads=2, context=32, norm_eps=1e-6)
     config = replace(sizes, heads=2, head_kind="sequential", wiring="causal")
     words = load_model_tokenizer(directory) if source == "model" else load_tokenizer(directory)

@@ -67,7 +67,7 @@ def test_blocked_attention_compiles() -> None:
 
 
 def test_a_window_is_the_mask_it_says() -> None:
-    """With and without documents; a window that reaches everything changes no bit."""
+    """A window that reaches everything changes no bit, with documents and without."""
     q, k, v = torch.randn(3, 2, 2, 40, 16, generator=torch.Generator().manual_seed(1)).unbind(0)
     row, column = torch.arange(40)[:, None], torch.arange(40)
     documents = (torch.arange(40) // 15).expand(2, -1)

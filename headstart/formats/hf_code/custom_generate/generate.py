@@ -289,7 +289,7 @@ def _refuse_objects(B: int, n: int, processors: Any, criteria: Any, stream: Any)
             raise ValueError(f"{type(processor).__name__}: {_KEEPS_STATE}")
     for criterion in criteria if B > 1 else []:
         if not (_of_transformers(criterion) and type(criterion).__name__ in ROW_BY_ROW):
-            raise ValueError(f"{type(criterion).__name__}: texts end one by one here; give one prompt at a time")
+            raise ValueError(f"{type(criterion).__name__}: sequences end one by one here; give one prompt at a time")
     if stream is not None and B > 1:
         raise ValueError("streamer: give one prompt at a time")
 
