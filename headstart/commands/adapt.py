@@ -21,6 +21,7 @@ from headstart.objective.head_weights import HeadWeights
 from headstart.reports.evaluation import head_table
 
 if TYPE_CHECKING:
+    from headstart.training.adapt.config import AdaptConfig
     from headstart.training.config import DataConfig, RunConfig
 
 SCORED_TOKENS = 100_000
@@ -147,8 +148,6 @@ def run_config(settings: AdaptSettings) -> RunConfig:
     from headstart.formats.registry import load_config
     from headstart.model.heads import HEAD_KINDS
     from headstart.objective.backends import LossConfig
-    from headstart.training.adapt.config import AdaptConfig
-    from headstart.training.adapt.lora import LoraConfig
     from headstart.training.adapt.new_heads import config_with_heads
     from headstart.training.config import BatchConfig, CheckpointConfig, RunConfig, ValidationConfig
     from headstart.training.optimizer import OptimizerConfig
@@ -167,7 +166,6 @@ def run_config(settings: AdaptSettings) -> RunConfig:
     )
     joint = settings.mode == "joint"
     lr = (5e-5 if joint else 1e-3) if settings.lr is None else settings.lr
-    lora = None if settings.lora is None else LoraConfig(settings.lora, settings.lora_alpha, settings.lora_dropout)
     return RunConfig(
         steps=settings.steps,
         run_dir=settings.run_dir,
@@ -191,17 +189,26 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         validation=ValidationConfig(every=settings.validation_every),
         checkpoints=CheckpointConfig(every=settings.checkpoints_every),
         watch=WatchConfig(sample_tokens=0),
-        adapt=AdaptConfig(
-            model=settings.model,
-            mode=settings.mode,
-            heads_first=settings.heads_first,
-            self_distilled=settings.self_distilled,
-            lora=lora,
-            replace_heads=settings.replace_heads,
-            frozen_dtype=settings.frozen_dtype,
-            cache_states=_cache(settings),
-            cache_gib=settings.cache_gib,
-        ),
+        adapt=_adapt_config(settings),
+    )
+
+
+def _adapt_config(settings: AdaptSettings) -> AdaptConfig:
+    """Return what is trained of the existing model, and how its hidden states are kept."""
+    from headstart.training.adapt.config import AdaptConfig
+    from headstart.training.adapt.lora import LoraConfig
+
+    lora = None if settings.lora is None else LoraConfig(settings.lora, settings.lora_alpha, settings.lora_dropout)
+    return AdaptConfig(
+        model=settings.model,
+        mode=settings.mode,
+        heads_first=settings.heads_first,
+        self_distilled=settings.self_distilled,
+        lora=lora,
+        replace_heads=settings.replace_heads,
+        frozen_dtype=settings.frozen_dtype,
+        cache_states=_cache(settings),
+        cache_gib=settings.cache_gib,
     )
 
 

@@ -14,6 +14,7 @@ from headstart.fileio import replacing_directory, replacing_file
 
 if TYPE_CHECKING:
     from headstart.formats.format import Format
+    from headstart.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,8 @@ def convert(
     """
     import torch
 
-    from headstart.formats.generation_config import keep_generation, named_ends
-    from headstart.formats.hub import local_directory
     from headstart.formats.huggingface import TOKENIZER_FILE
-    from headstart.formats.registry import (
-        format_at,
-        format_named,
-        load_data_tokenizer,
-        load_model,
-        load_model_tokenizer,
-    )
+    from headstart.formats.registry import format_named, load_data_tokenizer, load_model, load_model_tokenizer
 
     form, path = format_named(to), Path(target)
     if dtype is not None and dtype not in DTYPES:
@@ -106,12 +99,21 @@ def convert(
     else:
         with replacing_directory(path) as temporary:
             left += form.write(model, temporary, words)
-            folder = local_directory(source)
-            folder /= format_at(folder).folder
-            if tokenizer is None or named_ends(folder, model.config.vocab_size):
-                keep_generation(folder, temporary / form.folder)
+            _keep_generation(source, model, temporary / form.folder, always=tokenizer is None)
             checks = form.check(model, temporary, words)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
+
+
+def _keep_generation(source: str | Path, model: Transformer, folder: Path, always: bool) -> None:
+    """Copy generation_config.json of the source into `folder`: always, or if it names end tokens of the model."""
+    from headstart.formats.generation_config import keep_generation, named_ends
+    from headstart.formats.hub import local_directory
+    from headstart.formats.registry import format_at
+
+    directory = local_directory(source)
+    directory /= format_at(directory).folder
+    if always or named_ends(directory, model.config.vocab_size):
+        keep_generation(directory, folder)
 
 
 def _check_target(form: Format, name: str, source: Path, target: Path) -> None:
