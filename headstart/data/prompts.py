@@ -100,11 +100,11 @@ def _parse(line: str, place: str) -> FilePrompt:
         raise UsageError(f"{place}: not JSON ({error}); correct that line") from error
     if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
         raise UsageError(f"{place}: holds half of a surrogate pair, which is not text; correct that line")
-    known = record.keys() if isinstance(record, dict) else ()
+    fields = record.keys() if isinstance(record, dict) else ()
     for field in (MESSAGES, SHAREGPT):
-        if field in known and record[field] is not None:
+        if field in fields and record[field] is not None:
             return FilePrompt(place, conversation=parse_conversation(record[field], record.get("tools"), place))
     for field in ("prompt", "text"):
-        if field in known and isinstance(record[field], str) and record[field]:
+        if field in fields and isinstance(record[field], str) and record[field]:
             return FilePrompt(place, record[field])
     raise UsageError(f'{place}: no JSON object with "prompt", "text" or "messages"; correct that line')

@@ -122,7 +122,7 @@ class PretrainedTokenizer:
         steps = _decoder_steps(content.get("decoder"))
         self.falls_back_to_bytes = "ByteFallback" in steps
         self._bytes_of_character: dict[str, int] | None = None
-        self._known_bytes: dict[int, bytes] = {}
+        self._cached_bytes: dict[int, bytes] = {}
         # TextStream uses the bytes of each token, or else the knowledge which tokens leave a character unfinished. A
         # decoder that mixes ByteLevel with other steps offers neither.
         self.token_bytes = None
@@ -227,14 +227,14 @@ class PretrainedTokenizer:
         """Add the tokens that only the files next to it name, so that text can spell them, as in transformers."""
         from tokenizers import AddedToken
 
-        known = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        names = {token.content for token in self._engine.get_added_tokens_decoder().values()}
         additions = added_tokens(self._directory)
         for text in special_tokens(self._directory).values():
             if self._engine.token_to_id(text) is not None:
                 additions.append({"content": text, "special": True, "normalized": False})
         for each in additions:
-            if each["content"] not in known:
-                known.add(each["content"])
+            if each["content"] not in names:
+                names.add(each["content"])
                 self._engine.add_tokens([AddedToken(**each)])
 
     def _find_end(self, ids: dict[str, int]) -> int:
@@ -263,16 +263,16 @@ class PretrainedTokenizer:
 
     def _token_bytes(self, token: int) -> bytes:
         check_ids([token])
-        known = self._known_bytes.get(token)
-        if known is None:
+        content = self._cached_bytes.get(token)
+        if content is None:
             assert self._bytes_of_character is not None
             text = (self._engine.id_to_token(token) if token < self.vocab_size else None) or ""
             try:
-                known = bytes(self._bytes_of_character[character] for character in text)
+                content = bytes(self._bytes_of_character[character] for character in text)
             except KeyError:  # an added token outside the byte alphabet stands for itself, as in the library
-                known = text.encode("utf-8")
-            self._known_bytes[token] = known
-        return known
+                content = text.encode("utf-8")
+            self._cached_bytes[token] = content
+        return content
 
     def _is_partial(self, token: int) -> bool:
         """Return whether `token` continues a run of byte tokens: it is one, or an unused id, which decoding drops."""

@@ -62,17 +62,19 @@ class Field:
     or_text: bool = False
     """Take the field "text" of rows without a conversation."""
 
-    def columns(self, known: list[str]) -> list[str] | None:
-        """Return those of a table's columns `known` that hold the field; None without such a column."""
+    def columns(self, available: list[str]) -> list[str] | None:
+        """Return those of a table's columns `available` that hold the field; None without such a column."""
         if self.rewards:
-            return [each for each in (PROBLEM, *REWARDS.values()) if each in known] if PROBLEM in known else None
-        name = self._name_in(known)
-        if self.or_text and name not in known:
-            return replace(self, name=TEXT, conversations=False).columns(known)
-        column = name if name in known else name.split(".")[0]
-        if column not in known:
+            return (
+                [each for each in (PROBLEM, *REWARDS.values()) if each in available] if PROBLEM in available else None
+            )
+        name = self._name_in(available)
+        if self.or_text and name not in available:
+            return replace(self, name=TEXT, conversations=False).columns(available)
+        column = name if name in available else name.split(".")[0]
+        if column not in available:
             return None
-        return [column, "tools"] if self.conversations and "tools" in known else [column]
+        return [column, "tools"] if self.conversations and "tools" in available else [column]
 
     def documents(self, record: Any, name: str, place: str, read: int) -> Iterator[Document | Skipped]:
         """Yield the document of a row, or the reason to skip it: null, or a conversation without an answer.
@@ -119,8 +121,8 @@ class Field:
             )
         return _text(value, name, read, conversation)
 
-    def _name_in(self, known: Collection[str]) -> str:
-        other = self.conversations and self.name == MESSAGES and MESSAGES not in known and SHAREGPT in known
+    def _name_in(self, available: Collection[str]) -> str:
+        other = self.conversations and self.name == MESSAGES and MESSAGES not in available and SHAREGPT in available
         return SHAREGPT if other else self.name
 
 
@@ -235,10 +237,10 @@ def read_rows(file: SourceFile, field: Field, groups: range, row: int, size: int
     import pyarrow
 
     content = open_parquet(file)
-    known = content.schema_arrow.names
-    columns = field.columns(known)
+    available = content.schema_arrow.names
+    columns = field.columns(available)
     if columns is None:
-        raise _no_field(str(file.path), field.name, known)
+        raise _no_field(str(file.path), field.name, available)
     rows = sum(content.metadata.row_group(group).num_rows for group in groups)
     try:
         for batch in content.iter_batches(PARQUET_ROWS, row_groups=list(groups), columns=columns):
@@ -266,8 +268,8 @@ def _fields(record: dict[str, Any]) -> list[str]:
     return [name for key, below in inner for name in ([f"{key}.{each}" for each in below] or [key])]
 
 
-def _no_field(place: str, field: str, known: list[str]) -> UsageError:
-    fields = ", ".join(known[:20]) or "it has none"
+def _no_field(place: str, field: str, available: list[str]) -> UsageError:
+    fields = ", ".join(available[:20]) or "it has none"
     return UsageError(f'{place}: no field "{field}"; name one with headstart prepare --text-field: {fields}')
 
 

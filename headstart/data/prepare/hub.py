@@ -41,11 +41,11 @@ def read_part(
 ) -> Iterator[Document | Skipped]:
     """Yield the documents of one of `parts_of`. Raise UsageError if a row lacks the field or a stream breaks."""
     rows = load_rows(source, split, config)
-    known = rows.column_names
-    columns = [] if known is None else field.columns(known)
+    available = rows.column_names
+    columns = [] if available is None else field.columns(available)
     if columns is None:
         raise UsageError(
-            f'{source}: no field "{field.name}"; name one with headstart prepare --text-field: {", ".join(known)}'
+            f'{source}: no field "{field.name}"; name one with headstart prepare --text-field: {", ".join(available)}'
         )
     streamed = _is_streamed(rows)
     part = rows.shard(num_shards=end, index=begin) if streamed else rows.select(range(begin, end))

@@ -115,7 +115,7 @@ def hold_conversations(sources: Sequence[str], split: str = Selection.split) -> 
     files = list_files([source for source in sources if not hub.is_dataset(source)])
     datasets = filter(hub.is_dataset, sources)
     columns = chain(map(_columns, files), (hub.column_names(each, split, None) for each in datasets))
-    return any({MESSAGES, SHAREGPT} & set(known) and documents.TEXT not in known for known in columns)
+    return any({MESSAGES, SHAREGPT} & set(names) and documents.TEXT not in names for names in columns)
 
 
 def _columns(file: SourceFile) -> Collection[str]:

@@ -117,11 +117,11 @@ def _encode(state: _Task, task: str) -> int:
 def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str, int], str], dict[str, Any]]:
     """Return every sample at this temperature, by problem and number, and the cost of decoding them."""
     file, sittings = (state.folder / f"{name}-{temperature:g}.jsonl" for name in ("samples", "sittings"))
-    known = {(line["problem"], line["sample"]): line for line in _lines(file)}
-    wanted = [(p.name, i) for p in state.problems for i in range(_samples(state.settings, temperature))]
-    missing = [key for key in wanted if key not in known]
-    if len(missing) < len(wanted):
-        say(f"{task} at {temperature:g}: {len(wanted) - len(missing)} of {len(wanted)} programs are there already")
+    samples = {(line["problem"], line["sample"]): line for line in _lines(file)}
+    keys = [(p.name, i) for p in state.problems for i in range(_samples(state.settings, temperature))]
+    missing = [key for key in keys if key not in samples]
+    if len(missing) < len(keys):
+        say(f"{task} at {temperature:g}: {len(keys) - len(missing)} of {len(keys)} programs are there already")
     if missing:
         with (
             Progress(f"{task}, temperature {temperature:g}", len(missing), unit="programs") as bar,
@@ -129,8 +129,8 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
         ):
 
             def keep(key: tuple[str, int], text: str, reason: str) -> None:
-                known[key] = {"problem": key[0], "sample": key[1], "completion": text, "finish": reason}
-                lines.write(json.dumps(known[key]) + "\n")
+                samples[key] = {"problem": key[0], "sample": key[1], "completion": text, "finish": reason}
+                lines.write(json.dumps(samples[key]) + "\n")
                 lines.flush()
                 bar.advance(1)
 
@@ -138,19 +138,19 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
         sitting = {"written": len(missing), "tokens": stats.tokens, "passes": stats.passes, "seconds": seconds}
         sitting["committed"] = stats.tokens + stats.ends
         if state.settings.compare_plain:
-            again: dict[tuple[str, int], str] = {}
+            plain_texts: dict[tuple[str, int], str] = {}
             with Progress(f"{task}, head 1 alone", len(missing), unit="programs") as bar:
 
                 def compare(key: tuple[str, int], text: str, reason: str) -> None:
-                    again[key] = text
+                    plain_texts[key] = text
                     bar.advance(1)
 
                 _, plain = _generate(state, temperature, missing, 1, compare)
-            differ = sum(again[key] != known[key]["completion"] for key in missing)
+            differ = sum(plain_texts[key] != samples[key]["completion"] for key in missing)
             sitting |= {"plain_seconds": plain, "plain_differs": differ}
         with appending(sittings) as lines:
             lines.write(json.dumps(sitting) + "\n")
-    return {key: known[key]["completion"] for key in wanted}, _speed(_lines(sittings))
+    return {key: samples[key]["completion"] for key in keys}, _speed(_lines(sittings))
 
 
 def _speed(sittings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,8 +200,8 @@ def _judge(
 ) -> dict[tuple[str, int], str]:
     """Return for each sample "passed" or the reason why not. Equal programs are run once."""
     file = state.folder / f"verdicts-{temperature:g}.jsonl"
-    known = {(line["problem"], line["sample"]): line["status"] for line in _lines(file)}
-    missing = [key for key in samples if key not in known]
+    statuses = {(line["problem"], line["sample"]): line["status"] for line in _lines(file)}
+    missing = [key for key in samples if key not in statuses]
     by_name = {problem.name: problem for problem in state.problems}
     equal: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for key in missing:
@@ -221,12 +221,12 @@ def _judge(
                 if status == "passed" and not by_name[name].agrees(mine):
                     status = "wrong output"
                 for key in equal[name, completion]:
-                    known[key] = status
+                    statuses[key] = status
                     line = {"problem": key[0], "sample": key[1], "status": status}
                     lines.write(json.dumps(line | {"detail": next((v.detail for v in mine if v.detail), "")}) + "\n")
                 bar.advance(len(equal[name, completion]))
             lines.flush()
-    return {key: known[key] for key in samples}
+    return {key: statuses[key] for key in samples}
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

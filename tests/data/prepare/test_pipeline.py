@@ -270,7 +270,7 @@ def test_a_source_without_a_document_is_refused(tmp_path, name, text, expected):
 
 
 def test_nothing_is_kept_of_a_source_without_a_document(tmp_path):
-    """Summaries of units that skipped everything are no work to resume from."""
+    """Units that skipped everything hold nothing to resume from."""
     (tmp_path / "a.bin").write_bytes(b"\xff\xfe")
     lines = []
     with pytest.raises(UsageError, match="no document in it"):
