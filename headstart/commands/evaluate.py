@@ -39,8 +39,8 @@ class EvaluateSettings:
     apps-introductory, codecontests: programs generated and run against tests, see --code.samples and the other --code
     options; lm-eval:NAME: a task of EleutherAI's lm-eval, such as lm-eval:arc_easy."""
     text: tuple[str, ...] = ()
-    """Files, folders, globs or hf:NAME, as for `headstart prepare`. Give text that the model was not trained on. The chat
-    template writes conversations, of which only the answers count."""
+    """Files, folders, globs or hf:NAME, as for `headstart prepare`. Give text that the model was not trained on.
+    The chat template writes conversations, of which only the answers count."""
     prompts: Path | None = None
     """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line, for the task acceptance
     (None: the prompts in the model directory, or pieces of the text). The chat template writes conversations."""
