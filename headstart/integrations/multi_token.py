@@ -28,6 +28,7 @@ _CHECKED: WeakSet[torch.nn.Module] = WeakSet()
 """Models that `check_model` has accepted."""
 
 
+# Nine parameters: the columns of Hugging Face's batches by name, and three settings of the step.
 def multi_token_step(
     model: Transformer,
     input_ids: Tensor,

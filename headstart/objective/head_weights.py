@@ -63,9 +63,11 @@ class HeadWeights:
             raise UsageError(f"head_weights.decay is {self.decay}; it must be finite and above 0 (1: no decay)")
         if not 0 <= self.begin <= self.end <= 1:
             raise UsageError("head_weights.begin and head_weights.end must satisfy 0 <= begin <= end <= 1")
-        for name, value, known in (("shape", self.shape, Shape), ("curriculum", self.curriculum, Curriculum)):
-            if value not in get_args(known):
-                raise UsageError(f"head_weights.{name} {value!r} is unknown; take one of {', '.join(get_args(known))}")
+        for name, value, choices in (("shape", self.shape, Shape), ("curriculum", self.curriculum, Curriculum)):
+            if value not in get_args(choices):
+                raise UsageError(
+                    f"head_weights.{name} {value!r} is unknown; take one of {', '.join(get_args(choices))}"
+                )
         if self.curriculum != "none" and heads == 1:
             raise UsageError(f"head_weights.curriculum {self.curriculum} needs 2 heads or more; this model has 1")
 

@@ -116,8 +116,8 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
         whole = len(tensors["model"]) == len(model.state_dict())  # not where some is frozen
         set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=whole))
         # The groups stay this run's own: a new learning rate or weight decay takes effect.
-        wanted: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
-        set_optimizer_state_dict(model, optimizers, wanted)
+        state_dict: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
+        set_optimizer_state_dict(model, optimizers, state_dict)
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])

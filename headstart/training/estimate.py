@@ -13,10 +13,10 @@ from headstart.console import duration, format_table
 from headstart.errors import UsageError
 from headstart.formats.registry import load_config as model_config
 from headstart.formats.registry import load_dtype
-from headstart.training.adapt.memory import estimate_adapt
 from headstart.training.adapt.run import check_frozen_dtype, check_processes, check_shape, flops_per_token
+from headstart.training.adapted_memory import estimate_adapt
 from headstart.training.config import RunConfig
-from headstart.training.memory import estimate, layout
+from headstart.training.memory import Estimate, Layout, estimate, layout
 
 SPARE = {"cpu": 0.5, "gpu": 0.1}
 """Spare memory that a device should have, as a fraction of the estimate: on a GPU for torch itself, communication, and
@@ -44,7 +44,7 @@ def estimate_run(
         name: what the result calls it.
         processes: processes (devices) that torchrun would start.
         device_memory: memory of one device, such as 80GiB (None: that of the GPU here; on a CPU, what is available).
-        mfu: model FLOPs utilisation that the hours assume.
+        mfu: model FLOPs utilization that the hours assume.
 
     Raises:
         UsageError: settings out of range, or anything that would keep the run from starting. Data is not looked for.
@@ -60,13 +60,7 @@ def estimate_run(
         memory = _memory_here(on_cpu, processes)
     device: Literal["cpu", "gpu"] = "cpu" if on_cpu else "gpu"
     config = config.on("cpu") if on_cpu or config.dtype != "auto" else replace(config, dtype="bfloat16")
-    if config.adapt is None:
-        needed, flops = estimate(config, spread, device), config.model.flops_per_token(config.length)
-    else:
-        check_shape(model_config(config.adapt.model), config)
-        check_frozen_dtype(config, load_dtype(config.adapt.model))
-        needed, flops = estimate_adapt(config, spread, device), flops_per_token(config)
-    full = config.dtype == "float32"
+    needed, flops = _needs(config, spread, device)
     total_flops = flops * config.tokens_per_step * config.steps
     return {
         "config": name,
@@ -84,15 +78,28 @@ def estimate_run(
         "flops_per_token": flops,
         "flops": total_flops,
         "mfu": mfu,
-        "hours": _hours_here(config, total_flops)
-        if on_cpu
-        else {gpu: total_flops / (hardware.GPU_TERAFLOPS[gpu][full] * 1e12 * mfu * processes) / 3600 for gpu in GPUS},
+        "hours": _hours_here(config, total_flops) if on_cpu else _hours_on_gpus(config, total_flops, mfu, processes),
         "moments": needed.moments,
         "peak_moment": needed.peak_moment,
         "peak_bytes": needed.peak,
         "device_bytes": memory,
         "fits": None if memory is None else needed.peak * (1 + SPARE[device]) <= memory,
     }
+
+
+def _needs(config: RunConfig, spread: Layout, device: Literal["cpu", "gpu"]) -> tuple[Estimate, int]:
+    """Return the memory of a run, and its FLOPs per token."""
+    if config.adapt is None:
+        return estimate(config, spread, device), config.model.flops_per_token(config.length)
+    check_shape(model_config(config.adapt.model), config)
+    check_frozen_dtype(config, load_dtype(config.adapt.model))
+    return estimate_adapt(config, spread, device), flops_per_token(config)
+
+
+def _hours_on_gpus(config: RunConfig, flops: int, mfu: float, processes: int) -> dict[str, float]:
+    """Return the hours of a run on each GPU of `GPUS`."""
+    full = config.dtype == "float32"
+    return {gpu: flops / (hardware.GPU_TERAFLOPS[gpu][full] * 1e12 * mfu * processes) / 3600 for gpu in GPUS}
 
 
 def _hours_here(config: RunConfig, flops: int) -> dict[str, float]:

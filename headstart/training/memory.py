@@ -153,8 +153,11 @@ class _Step:
         self.residual = self.compute if self.spread else FLOAT32
         self.tokens = layout.rows * config.positions
         self.matrix = self.shape.vocab_size * self.shape.dim
-        self.parameters, self.of_trunk = _count(self.model.parameters()), _count(self.model.trunk.parameters())
-        self.heads = [_count(head.parameters()) for head in self.model.heads]
+        self.parameters, self.of_trunk = (
+            count_parameters(self.model.parameters()),
+            count_parameters(self.model.trunk.parameters()),
+        )
+        self.heads = [count_parameters(head.parameters()) for head in self.model.heads]
         self.on_path = _depth(self.shape)
         """Heads whose activations are alive together: 1 on the parallel tree."""
         self.modules = self.on_path - (1 if self.shape.kind.reads_tokens else 0)
@@ -168,7 +171,7 @@ class _Step:
     def always(self) -> dict[str, int]:
         """Return the bytes that are held throughout the step."""
         groups = parameter_groups(self.model, self.config.optimizer)
-        muon = sum(_count(group.parameters.values()) for group in groups if group.muon)
+        muon = sum(count_parameters(group.parameters.values()) for group in groups if group.muon)
         return {
             "weights (float32)": self.shared(self.parameters),
             "optimizer state": self.shared(muon) + 2 * self.shared(self.parameters - muon),
@@ -198,9 +201,9 @@ class _Step:
         if self.spread:
             # The embedding stays gathered through the step, the unembedding through the walk. One block is used while
             # the next is fetched; the gradient of one waits next to its float32 form to be reduced.
-            largest = max(_count(block.parameters()) for block in self.model.trunk.blocks)
-            blocks = _count(self.model.trunk.blocks.parameters())
-            always = _count(self.model.unembedding.parameters()) + self.of_trunk - blocks
+            largest = max(count_parameters(block.parameters()) for block in self.model.trunk.blocks)
+            blocks = count_parameters(self.model.trunk.blocks.parameters())
+            always = count_parameters(self.model.unembedding.parameters()) + self.of_trunk - blocks
             always -= self.matrix if self.shape.tied else 0
             reshards = self.layout.reshard_after_forward
             return _Gathered(
@@ -347,5 +350,6 @@ def _depth(config: ModelConfig) -> int:
     return max(depth)
 
 
-def _count(parameters: Iterable[nn.Parameter]) -> int:
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the values of parameters."""
     return sum(parameter.numel() for parameter in parameters)

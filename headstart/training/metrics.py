@@ -215,9 +215,9 @@ class RunReport:
 def in_short(result: StepResult, tokens_per_second: float) -> dict[str, object]:
     """Return the numbers shown next to the progress bar."""
     # NaN in a finite step: the head is frozen or had no target.
-    known = {k: loss for k, loss in enumerate(result.losses, 1) if not (result.finite and math.isnan(loss))}
-    losses = [f"{loss:.3f}" for loss in known.values()]
-    name = "loss" if len(known) == len(result.losses) else f"loss of heads {', '.join(map(str, known))}"
+    shown = {k: loss for k, loss in enumerate(result.losses, 1) if not (result.finite and math.isnan(loss))}
+    losses = [f"{loss:.3f}" for loss in shown.values()]
+    name = "loss" if len(shown) == len(result.losses) else f"loss of heads {', '.join(map(str, shown))}"
     return {
         name: " ".join(losses) if len(losses) <= 4 else f"{losses[0]} .. {losses[-1]}",
         "tokens/s": f"{tokens_per_second:,.0f}",

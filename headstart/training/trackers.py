@@ -130,17 +130,17 @@ class Start:
     settings: dict[str, Any]
     step: int
 
-    def kept(self, tracker: str, new: str) -> str:
+    def stored_name(self, tracker: str, new: str) -> str:
         """Return the name of this run folder in a tracker: `new` at first, then the one kept in RUN/trackers.json."""
         path = self.run_dir / "trackers.json"
         try:
-            known = dict(json.loads(path.read_text(encoding="utf-8")))
+            names = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            known = {}
-        if not isinstance(known.get(tracker), str):
-            known[tracker] = new
-            write_text(path, json.dumps(known, indent=2) + "\n")
-        return known[tracker]
+            names = {}
+        if not isinstance(names.get(tracker), str):
+            names[tracker] = new
+            write_text(path, json.dumps(names, indent=2) + "\n")
+        return names[tracker]
 
 
 class TensorBoard:
@@ -172,7 +172,7 @@ class Wandb:
         self._run = wandb.init(
             project=start.project,
             name=start.name,
-            id=start.kept("wandb", secrets.token_hex(4)),
+            id=start.stored_name("wandb", secrets.token_hex(4)),
             resume="allow",
             dir=start.run_dir,
             config=start.settings,
@@ -200,7 +200,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        name = start.kept("trackio", f"{start.name}-{secrets.token_hex(2)}")
+        name = start.stored_name("trackio", f"{start.name}-{secrets.token_hex(2)}")
         trackio.init(project=start.project, name=name, config=start.settings, resume="allow")
 
     def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:

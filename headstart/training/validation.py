@@ -31,7 +31,7 @@ from headstart.training.step import autocast
 
 def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
     """Return the sources whose held-out documents fill one row; a line reports each of the others."""
-    kept = []
+    found = []
     for source in sources:
         if source.validation is None:
             say(f"{source.train.directory}: has no validation documents, so it is left out of validation")
@@ -43,10 +43,10 @@ def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
         except UsageError as error:
             say(f"left out of validation: {error}")
             continue
-        kept.append(source)
-    if not kept:
+        found.append(source)
+    if not found:
         say("nothing is validated")
-    return kept
+    return found
 
 
 def validate_sources(
@@ -157,8 +157,8 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
     dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
     with torch.device("meta"):
         twin = Transformer(model.config)
-    kept = {name: w for name, w in model.state_dict().items() if name not in TRAINING_ALONE}
-    weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in kept.items()}
+    decoding = {name: w for name, w in model.state_dict().items() if name not in TRAINING_ALONE}
+    weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in decoding.items()}
     twin.load_state_dict(weights, assign=True)
     prompt = prompt_tokens(tokenizer, config)
     # Compiled kernels and fixed shapes do not pay for so few tokens.

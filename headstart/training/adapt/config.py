@@ -39,9 +39,9 @@ class AdaptConfig:
     """Most GiB of hidden states."""
 
     def __post_init__(self) -> None:
-        for name, value, known in (("mode", self.mode, Mode), ("frozen_dtype", self.frozen_dtype, FrozenDtype)):
-            if value not in get_args(known):
-                raise UsageError(f"adapt.{name} {value!r} is unknown; take one of {', '.join(get_args(known))}")
+        for name, value, choices in (("mode", self.mode, Mode), ("frozen_dtype", self.frozen_dtype, FrozenDtype)):
+            if value not in get_args(choices):
+                raise UsageError(f"adapt.{name} {value!r} is unknown; take one of {', '.join(get_args(choices))}")
         if self.cache_states is not None and self.mode != "heads":
             raise UsageError("adapt.cache_states is for adapt.mode heads: a trunk that is trained gives other states")
         if not self.cache_gib > 0:

@@ -17,9 +17,9 @@ from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.adapt.lora import LoraConfig
-from headstart.training.adapt.memory import estimate_adapt
 from headstart.training.adapt.new_heads import config_with_heads
 from headstart.training.adapt.run import ExistingModel
+from headstart.training.adapted_memory import estimate_adapt
 from headstart.training.config import BatchConfig, RunConfig
 from headstart.training.loop import build_model
 from headstart.training.memory import layout
