@@ -14,6 +14,7 @@ from chats import chat_tokenizer
 
 from headstart import __version__, cli
 from headstart.data.tokenizers import ByteTokenizer
+from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -100,6 +101,12 @@ def test_wrong_use_is_told_in_one_line(arguments, message, model, tmp_path, caps
     assert call(*[named.get(argument, argument) for argument in arguments]) == 2
     assert message in one_line(capsys.readouterr().err)
     assert not list(tmp_path.rglob("manifest.json")) and not list(tmp_path.rglob("model"))
+
+
+def test_programs_of_the_checkout_say_where_they_are(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "headstart" / "cli.py"))
+    with pytest.raises(UsageError, match=r"^bench/ belongs to Headstart's source.*python -m bench there$"):
+        cli.run_command(["bench", "decode"])
 
 
 def test_an_unknown_flag_is_wrong_use(model, capsys) -> None:
