@@ -76,15 +76,13 @@ def convert(
     from headstart.formats.huggingface import TOKENIZER_FILE
     from headstart.formats.registry import format_named, load_data_tokenizer, load_model, load_model_tokenizer
 
-    form, path = format_named(to), Path(target)
+    form, path = format_named(to), Path(target).resolve()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
-    path = path.resolve()
     _check_target(form, to, Path(source).resolve(), path)
-    model, words = load_model(source), load_model_tokenizer(source)
-    if tokenizer is not None:
-        words = load_data_tokenizer(tokenizer)
-    if words is None:
+    model = load_model(source)
+    result_tokenizer = load_model_tokenizer(source) if tokenizer is None else load_data_tokenizer(tokenizer)
+    if result_tokenizer is None:
         say(f"{source}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
     stored = model.trunk.embedding.weight.dtype
     left = []
@@ -92,15 +90,11 @@ def convert(
         model = model.to(getattr(torch, dtype))
         if dtype != "float32":
             left.append(f"weights: rounded from {str(stored).removeprefix('torch.')} to {dtype}")
-    if form.is_file:
-        with replacing_file(path) as temporary:
-            left += form.write(model, temporary, words)
-            checks = form.check(model, temporary, words)
-    else:
-        with replacing_directory(path) as temporary:
-            left += form.write(model, temporary, words)
+    with replacing_file(path) if form.is_file else replacing_directory(path) as temporary:
+        left += form.write(model, temporary, result_tokenizer)
+        if not form.is_file:
             _keep_generation(source, model, temporary / form.folder, always=tokenizer is None)
-            checks = form.check(model, temporary, words)
+        checks = form.check(model, temporary, result_tokenizer)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
 
 
