@@ -112,7 +112,7 @@ def check_model(model: torch.nn.Module) -> None:
 
 def _in_ddp(model: torch.nn.Module) -> bool:
     """Return whether a DistributedDataParallel holds `model`; a module does not know it, so search all of them."""
-    # By `type`, not `isinstance`, which would call into proxies of others.
+    # isinstance would call code of proxy objects, type does not.
     kind = torch.nn.parallel.DistributedDataParallel
     wrappers: list[Any] = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
     return any(module is model for wrapper in wrappers for module in wrapper.modules())

@@ -210,7 +210,7 @@ class MultiTokenTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(temporary)
             torch.save(self.args, temporary / "training_args.bin")
-            # The configuration last: without it there is no model.
+            # The configuration comes last: a folder without it is no model.
             files = sorted((file for file in temporary.rglob("*") if file.is_file()), key=lambda f: f.suffix == ".json")
             for file in files:
                 target = folder / file.relative_to(temporary)
@@ -220,7 +220,7 @@ class MultiTokenTrainer(Trainer):
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # In a dtype that holds every stored one: new heads may be float32 on a trunk in bf16.
+        # Load in a dtype that holds all stored ones: new heads may be float32 on a trunk in bf16.
         wide = functools.reduce(torch.promote_types, {p.dtype for p in self.transformer.parameters()}, torch.float32)
         loaded = load_model(resume_from_checkpoint, dtype=wide)
         if loaded.config != self.transformer.config:

@@ -80,7 +80,7 @@ def _differentiate_(
     else:
         below = q < p
         distance = 1 - torch.minimum(p, q).sum(-1, keepdim=True)
-        # d/dq_v is -1 where q_v < p_v, else 0; then through the softmax.
+        # d/dq_v is -1 if q_v < p_v, else 0; the rest is the gradient of the softmax.
         gradient = q * ((q * below).sum(-1, keepdim=True) - below.to(wide)).mul_(share)
     if share < 1:
         gradient.add_(q, alpha=1 - share)

@@ -115,7 +115,7 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
         random = torch.load(path / "rng.pt", weights_only=True)
         whole = len(tensors["model"]) == len(model.state_dict())  # not where some is frozen
         set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=whole))
-        # The groups stay this run's own: a new learning rate or weight decay takes effect.
+        # The parameter groups are those of this run, so a new learning rate or weight decay takes effect.
         state_dict: Any = {"state": tensors["optimizer"], "param_groups": param_groups}
         set_optimizer_state_dict(model, optimizers, state_dict)
         torch.set_rng_state(random["cpu"])
@@ -259,7 +259,7 @@ class CheckpointWriter:
         self.wait()
         self._step = position.step
         path = self._root / name_of(position.step)
-        # One name for all processes: each writes its files there.
+        # All processes write their files into one folder.
         temporary = path.with_name(f".{path.name}.writing-together")
         self._processes.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
         position = copy.deepcopy(position)

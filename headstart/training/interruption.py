@@ -70,7 +70,7 @@ def watching_signals(alone: bool = True) -> Iterator[Interruption]:
                 raise KeyboardInterrupt
             return
         interruption.requested, interruption.signal = True, number
-        # Not print: the signal may have arrived in the middle of one.
+        # print is not safe here: the signal may have arrived in the middle of a print.
         more = b"; once more stops at once, without saving" if alone else b""
         os.write(2, b"\nstopping: this step is finished and saved" + more + b"\n")
 

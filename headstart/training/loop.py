@@ -152,7 +152,7 @@ class Run(Callback):
         ):
             self.learner.stop = lambda: interruption.requested
             self.advance(config.steps - position.step, _Watch(self, bar, interruption))
-            # The model first: a checkpoint of the last step then means that nothing is left to do.
+            # The model is saved first, so that a checkpoint of the last step means that nothing is left to do.
             self.save_model()
             self.save()
             self.writer.wait(needed=True)
@@ -258,7 +258,7 @@ class _Watch(Callback):
         if last or _due(done, config.validation.every):
             run.validate()
         self.due = self.due or _due(done, config.checkpoints.every)
-        # Weights that steps fail with are no place to return to: the first step that is applied is saved.
+        # A run must not resume from weights with which steps fail, so the first step that is applied is saved.
         if not last and not result.skipped and (result.stop or self.due):
             run.save()
             self.due = False

@@ -184,7 +184,7 @@ class _Step:
         Gradients of the heads and the unembedding come first. From the second micro-batch on, all exist.
         """
         of_heads = self.parameters - self.of_trunk + (self.matrix if self.shape.tied else 0)
-        # The loss makes the gradient of a matrix of the last head's own; that of a shared module or matrix exists.
+        # The loss makes the gradient of the last head's own matrix; the gradient of a shared one exists before.
         own_matrix = self.shape.heads == 1 or len(self.model.unembedding.weights) > 1
         in_loss = of_heads - (0 if self.shape.kind.repeats_module else self.heads[-1])
         in_loss -= self.matrix if own_matrix else 0
@@ -275,10 +275,10 @@ class Kept:
         q, kv = shape.attention_dim, shape.key_value_heads * shape.dim_per_head
         T = self.config.length
         if self.written_out() and c == FLOAT32:
-            # queries, keys and values copied, probabilities up to each block's end, the mixture, and its copy
+            # copies of queries, keys and values; probabilities up to each block's end; the mixture and its copy
             return c * (q + 2 * kv + shape.attention_heads * (T + BLOCK) // 2 + 2 * q)
         if self.written_out():
-            # scaled queries, keys and values copied, probabilities, the mixture
+            # copies of scaled queries, keys and values; probabilities; the mixture
             return c * (q + 2 * kv + shape.attention_heads * T + q)
         mask = c * T if self.config.data.attention_within_documents else 0
         # rotated queries and keys, all of qkv for the values in it, the mixture, a float32 logarithm for each head

@@ -105,7 +105,7 @@ class RunReport:
     def __init__(self, config: RunConfig, folder: RunFolder, processes: Processes, position: Position) -> None:
         self._config, self._folder, self._processes = config, folder, processes
         self._log = RunLog(folder.metrics, position.step) if processes.main else None
-        # The first process measures for all; on one machine they share its cores or have a GPU each.
+        # The first process measures for all: processes of one machine share its cores or have a GPU each.
         peak, self._peak_source = processes.on_main(
             lambda: peak_flops(config.dtype, str(processes.device), torch.get_num_threads())
         )

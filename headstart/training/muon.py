@@ -62,7 +62,7 @@ class Muon(torch.optim.Muon):
             assert gradient is not None
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
-            # Elementwise, so on the shares alone.
+            # Elementwise, so the local shares suffice.
             mine, buffer = _local(gradient), _local(state["momentum_buffer"])
             buffer.lerp_(mine, 1 - momentum)
             updates.append(mine.lerp(buffer, momentum).to(self._dtype))

@@ -125,9 +125,9 @@ def build_optimizers(
     groups = parameter_groups(model, config)
     optimizers: list[Optimizer] = []
     if muon := [_torch_group(group, config) for group in groups if group.muon]:
-        # q, k and v (and gate and up) are stacked in one matrix and orthogonalised together. Apart would need slices of
-        # a parameter as parameters of their own, which neither sharding nor checkpoints know; match_rms_adamw gives
-        # the stack the same size of update per weight either way.
+        # q, k and v (and gate and up) are stacked in one matrix and orthogonalized together. Separating them
+        # would need parameters that are slices of a parameter, which neither sharding nor checkpoints support.
+        # match_rms_adamw gives the stack the same size of update per weight either way.
         if not hasattr(torch.optim, "Muon"):
             raise UsageError(f"optimizer.kind muon needs a torch with torch.optim.Muon, this is {torch.__version__}")
         from headstart.training.muon import Muon  # imports torch.distributed.tensor, which takes seconds

@@ -83,20 +83,20 @@ def parallelize(
         forward pass with gradients outside of it raises UsageError, because gradients would be summed at the wrong time
         or not at all.
     """
-    # 1. Checkpointing first, so that what is compiled contains the recomputation. Heads are not checkpointed: the walk
-    #    holds one head's activations at a time.
+    # 1. Checkpointing comes first, so that the compiled code contains the recomputation. Heads are not checkpointed: the
+    #    walk holds one head's activations at a time.
     if config.activation_checkpointing:
         for block in model.trunk.blocks:
-            # By replacing the bound method and not by a wrapping module: parameter names stay.
+            # Replacing the bound method keeps the parameter names; a wrapping module would change them.
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    # 2. Block by block, never the step as a whole: its backward passes begin and end inside the walk. Before sharding,
-    #    whose hooks then stay outside the compiled code.
+    # 2. Blocks are compiled one by one, never the step as a whole: its backward passes begin and end inside the walk.
+    #    Compiling before sharding keeps FSDP's hooks outside the compiled code.
     if compile:
         for module in (*model.trunk.blocks, *model.heads):
             block = module.block if isinstance(module, SequentialHead) else module
             if isinstance(block, Block):
                 block.compile()
-    # 3. Sharding, and with it mixed precision.
+    # 3. Sharding comes last, and brings mixed precision.
     if mesh is not None:
         _shard(model, mesh, config, dtype)
         _PARALLELIZED.add(model)
@@ -114,7 +114,7 @@ def is_parallelized(model: nn.Module) -> bool:
 def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: str) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    # A copy that is whole anyway gains nothing from being gathered twice.
+    # A process that holds a whole copy gains nothing from gathering it twice.
     reshard = config.reshard_after_forward and mesh["shard"].size() > 1
     if mesh["replicate"].size() == 1:
         mesh = mesh["shard"]  # or every sum would go through a group of one as well
@@ -131,9 +131,9 @@ def _shard(model: Transformer, mesh: DeviceMesh, config: ParallelConfig, dtype: 
             shard(head, reshard_after_forward=False)  # its backward follows its forward at once
     if (repeated := _repeated(model)) is not None:
         cast(FSDPModule, repeated).set_reshard_after_backward(False)
-    # Gathered once a step, for n losses and n backward passes. Where heads have parameters in it, it is gathered in
-    # float32: each loss has some of its own, so at the last one the others' gradients are sums in float32 already, and
-    # one sum over processes takes one dtype.
+    # The unembedding is gathered once a step, for n losses and n backward passes. If heads have parameters in it, it is
+    # gathered in float32: each loss has some of its own, so at the last one the others' gradients are float32 sums
+    # already, and one sum over processes takes one dtype.
     if model.config.kind.in_unembedding or model.unembedding.order is not None:
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     shard(model.unembedding, reshard_after_forward=False, mp_policy=policy)
@@ -254,7 +254,7 @@ def materialize(model: Transformer, device: torch.device, seed: int) -> None:
         value = torch.empty(parameter.shape)
         model.first_value_(name, value, generator)
         if isinstance(parameter, DTensor):
-            # Every process has made the whole value: each takes its share, nothing is sent.
+            # Every process has made the whole value and takes its share; nothing is sent.
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         with torch.no_grad():
             parameter.copy_(value)

@@ -140,7 +140,7 @@ def joined(device: str) -> Iterator[Processes]:
         raise
     finally:
         console.mute(False)
-        # After an error NCCL would wait for the others, who may be gone; gloo would abort without this.
+        # After an error NCCL would wait for processes that may have ended; gloo would abort without this call.
         if clean or not on_gpu:
             dist.destroy_process_group()
 

@@ -75,7 +75,7 @@ def weights_of(step: int, config: RunConfig, extended: int = 0) -> list[float]:
     """Return the head weights of step `step` (from 0); `extended` is `Position.extended`."""
     stage, weights, n = stage_of(step, config, extended), config.head_weights, config.model.heads
     if stage.heads_alone:
-        # Head 1 is frozen: its loss would train nothing. All others have their full weight, whatever follows.
+        # Head 1 is frozen: its loss would train nothing. All others have their full weight in this stage.
         constant = HeadWeights(decay=weights.decay, sampled=weights.sampled)
         now = [0.0, *constant.at(0, n)[1:]]
     else:

@@ -66,7 +66,7 @@ def validate_sources(
     if len(config.data.prepared) <= 1:
         return scores[0][-1]
     whole: dict[str, float] = {}
-    # A head may have no target in documents that are all short.
+    # A head has no target in a source whose documents are all short.
     for name in dict.fromkeys(name for *_, record in scores for name in record):
         scored = [(source.weight, size, record) for source, size, record in scores if name in record]
         total = sum(weight for weight, _, _ in scored)

@@ -43,12 +43,12 @@ def batch(rows: int = 4, length: int = 12) -> dict[str, Tensor]:
 def slow_targets(given: dict[str, Tensor], heads: int) -> Tensor:
     tokens, labels, mask = given["input_ids"], given["labels"], given["attention_mask"]
     positions = given.get("position_ids")
-    texts = torch.zeros_like(tokens) if positions is None else (positions == 0).cumsum(1)
+    inside = torch.zeros_like(tokens) if positions is None else (positions == 0).cumsum(1)
     targets = torch.full((*tokens.shape, heads), IGNORE)
     for b in range(tokens.shape[0]):
         for t in range(tokens.shape[1]):
             for k in range(1, heads + 1):
-                if t + k < tokens.shape[1] and mask[b, t + k] and texts[b, t] == texts[b, t + k]:
+                if t + k < tokens.shape[1] and mask[b, t + k] and inside[b, t] == inside[b, t + k]:
                     targets[b, t, k - 1] = labels[b, t + k]
     return targets
 

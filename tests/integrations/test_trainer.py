@@ -33,7 +33,7 @@ def make_model() -> Transformer:
 
 
 def make_rows(count: int = 8) -> list[dict[str, Any]]:
-    """Of different lengths, some tokens not to be predicted: each row and head has another count of targets."""
+    """Rows of different lengths, some tokens not to be predicted: each row and head has another count of targets."""
     generator = torch.Generator().manual_seed(1)
     rows = []
     for i in range(count):
@@ -130,7 +130,7 @@ def test_a_hugging_face_model_trains_as_under_trainer_itself(tmp_path) -> None:
 
 
 def test_new_heads_are_trained_alone_on_a_frozen_trunk(tmp_path) -> None:
-    """As the docs show it; the trunk in bf16, the heads in float32, and both as they were in what is saved."""
+    """Train as the docs show; the trunk in bf16, the heads in float32, and both as they were in what is saved."""
     save_model(make_model(), tmp_path / "model", ByteTokenizer())
     first = load_model(tmp_path / "model", dtype=torch.bfloat16)
     shape = config_with_heads(first.config, heads=3, kind="medusa", replace_heads=True)
@@ -172,7 +172,7 @@ def test_checkpoints_are_model_directories_and_gone_on_from(tmp_path) -> None:
     other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for mine, theirs in zip(other.transformer.parameters(), whole.transformer.parameters()):
         assert torch.equal(mine, theirs)
-    whole.save_model()  # beside its checkpoints, which stay
+    whole.save_model()  # into the folder of its checkpoints, which stay
     assert (tmp_path / "whole" / "checkpoint-4").is_dir()
     saved = load_model(tmp_path / "whole")
     assert all(map(torch.equal, saved.parameters(), whole.transformer.parameters()))

@@ -42,7 +42,7 @@ def problem(dtype: torch.dtype, ignored: float = 0.3) -> tuple[Tensor, Tensor, T
 
 
 def gradients(out: CrossEntropy, *variables: Tensor) -> tuple[Tensor, ...]:
-    """Of a quarter of the loss: a backend that ignores its scale is found."""
+    """Scale the loss by a quarter, so that a backend that ignores its scale fails."""
     return torch.autograd.grad(out.loss * 0.25, variables)
 
 

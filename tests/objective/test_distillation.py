@@ -103,7 +103,7 @@ def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("divergence", ["kl", "total-variation"])
 def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -> None:
-    """The walk against joint autograd over all logits; head 1 learns from another model beside."""
+    """The walk against joint autograd over all logits; head 1 learns from another model."""
     model, teacher = (
         lively(KINDS[kind]),
         lively(replace(KINDS[kind], heads=1, head_kind="transformer", wiring="parallel")),

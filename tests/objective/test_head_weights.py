@@ -1,4 +1,4 @@
-"""How much each head counts, and when."""
+"""Weights of the heads over training."""
 
 from __future__ import annotations
 

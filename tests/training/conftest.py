@@ -87,7 +87,7 @@ def metrics() -> Callable[[Path], list[dict[str, Any]]]:
 
 @pytest.fixture
 def weights() -> Callable[[Path], dict[str, torch.Tensor]]:
-    """The float32 tensors of a run's newest checkpoint: weights and optimiser state."""
+    """The float32 tensors of a run's newest checkpoint: weights and optimizer state."""
 
     def flat(prefix: str, value: Any) -> dict[str, torch.Tensor]:
         if isinstance(value, dict):

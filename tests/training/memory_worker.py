@@ -1,4 +1,4 @@
-"""Peak bytes of a process among several, counted, beside the estimate: JSON lines, read by test_memory_estimate.py."""
+"""Peak bytes of a process among several, counted and estimated: JSON lines, read by test_memory_estimate.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES = {
 
 
 class LiveStorages(TorchDispatchMode):
-    """As `LiveTensors`, with every size read anew at each operation: FSDP frees gathered weights by resizing them."""
+    """A counter like `LiveTensors` that reads every size at each operation, because FSDP frees weights by resizing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What several processes compute together, beside what one computes alone: JSON lines, read by test_parallel.py."""
+"""Results of several processes compared with those of one: JSON lines, read by test_parallel.py."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def gradients(
     """The largest relative error of any parameter's gradient against one process's joint autograd, and the collectives.
 
     Twice in a row, since a second step meets the state that the first one leaves. With `methods`, token order and
-    registers are learnt beside, and it is against one process's walk.
+    registers are learnt too, and the reference is one process's walk.
     """
     config = ModelConfig(
         vocab_size=37, dim=16, layers=2 + HEADS * (kind == "transformer"), attention_heads=2, context=LENGTH,

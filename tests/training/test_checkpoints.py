@@ -85,7 +85,7 @@ def test_keep_every(tmp_path) -> None:
 
 
 def test_what_is_written_is_what_was_there(tmp_path, monkeypatch) -> None:
-    """Training goes on while the thread writes."""
+    """Training continues while the thread writes."""
     gate = threading.Event()
     original = checkpoints.dcp.FileSystemWriter.write_data
 

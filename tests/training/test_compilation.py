@@ -1,4 +1,4 @@
-"""Which runs are compiled."""
+"""Runs that are compiled."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def run(model: ModelConfig, rows: int = 4, accumulate: int = 1, **settings: obje
 
 
 def measured(config: RunConfig, walk: Walk = walk_step) -> int:
-    """Peak bytes of the second step: weights, gradients, optimiser state, batches and everything made on the way."""
+    """Peak bytes of the second step: weights, gradients, optimizer state, batches and everything made on the way."""
     shape, rows = config.model, config.batch.rows
     generator = torch.Generator().manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Methods of docs/methods.md in a run: switched on in its YAML, exact when it goes on, gone from what it saves."""
+"""Methods of docs/methods.md in a run: switched on in its YAML, exact when it resumes, absent from the saved model."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_it_changes_the_run_and_leaves_an_ordinary_model(tiny, metrics, method) 
     names = [{str(file.relative_to(run.run_dir)) for file in (run.run_dir / "model").rglob("*")} for run in (on, off)]
     assert {name.replace("on/", "off/") for name in names[0]} == names[1]
     assert load_model(on.run_dir / "model").config == off.model
-    beside = {f"loss/{method}"} - {"loss/masked_inputs"}
+    auxiliary = {f"loss/{method}"} - {"loss/masked_inputs"}
     first = metrics(on.run_dir)[0]
-    assert {name for name in first if name.startswith("loss/")} == {"loss/head1", "loss/head2"} | beside
-    assert all(4.5 < first[name] < 7 for name in beside)  # of a model that knows nothing
+    assert {name for name in first if name.startswith("loss/")} == {"loss/head1", "loss/head2"} | auxiliary
+    assert all(4.5 < first[name] < 7 for name in auxiliary)  # of a model that knows nothing
 
 
 @pytest.fixture(scope="module")

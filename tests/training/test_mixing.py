@@ -1,4 +1,4 @@
-"""Runs on a mixture: its settings, its lines, its validation, and going on with it."""
+"""Runs on a mixture: its settings, its lines, its validation, and its resumption."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from headstart.training.step import Learner
 
 @pytest.fixture
 def results(monkeypatch) -> list:
-    """What the steps to come will give."""
+    """Collect the results of the steps to come."""
     seen: list = []
     original = Learner.update
     monkeypatch.setattr(Learner, "update", lambda *args: seen.append(original(*args)) or seen[-1])
@@ -25,7 +25,7 @@ def results(monkeypatch) -> list:
 
 
 def test_a_head_without_weight_has_no_loss_and_does_not_move(tiny, metrics, weights, results) -> None:
-    """Nor is it decayed: it has no gradient, which optimisers read as nothing to do."""
+    """Its weights do not decay either: optimizers skip parameters without a gradient."""
     after = []
     for steps in (1, 2):
         config = tiny(f"{steps}", steps=steps, head_weights=HeadWeights(initial=(1, 0)))

@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_is_profiled_once_its_process_has_settled(tiny, monke
 def test_a_window_that_lies_behind_is_told(tiny, capsys) -> None:
     config = tiny(steps=4)
     train(config)
-    train(replace(config, steps=6, profile=ProfileConfig(start=3, steps=3)))  # the run goes on inside it
+    train(replace(config, steps=6, profile=ProfileConfig(start=3, steps=3)))  # the run resumes inside it
     assert "profile.start 3 lies behind step 4, where this run resumes: nothing is profiled" in capsys.readouterr().err
     assert not (config.run_dir / "profile").exists()
 

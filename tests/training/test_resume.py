@@ -1,4 +1,4 @@
-"""A run that was stopped, however, and goes on is the run that was never stopped: bit for bit."""
+"""A run that was stopped in any way and resumes equals the run that was never stopped, bit for bit."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, launch, metrics, w
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_two_processes_train_what_one_trains(tiny, launch, metrics, weights, kind) -> None:
-    """And what is learnt beside heads."""
+    """The run has auxiliary objectives."""
     changes = {
         "optimizer": replace(SMOOTH, kind=kind),
         "batch": BatchConfig(rows=2, accumulate=6),
@@ -185,7 +185,7 @@ def test_kill_9_at_random_moments(tiny, metrics, weights, count) -> None:
     for before, attempt in pairwise(attempts):
         assert attempt["newest"] >= before["newest"]
     for attempt in killed:
-        # One checkpoint may have been on its way to the disk beside the steps.
+        # One checkpoint may have been written during the steps.
         assert attempt["newest"] >= attempt["steps"] - 2 * every
         assert sorted(set(attempt["statuses"])) in ([-9], [-9, 1], [-9, 0], [0])  # the others end by themselves
     assert metrics(whole.run_dir) == metrics(broken.run_dir)

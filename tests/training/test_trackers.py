@@ -24,13 +24,13 @@ RECORD = {
 
 
 class Recorder:
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps its records."""
 
     def __init__(self, start: trackers.Start) -> None:
         self.start, self.told, self.closed = start, [], []
 
-    def log(self, numbers: dict[str, float], texts: dict[str, str], step: int) -> None:
-        self.told.append((numbers, texts, step))
+    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
+        self.told.append((numbers, samples, step))
 
     def close(self, failed: bool) -> None:
         self.closed.append(failed)
@@ -49,14 +49,14 @@ def recorders(monkeypatch) -> list[Recorder]:
     return made
 
 
-def test_numbers_and_texts_are_told_apart_and_nulls_left_out(recorders, tmp_path) -> None:
+def test_numbers_and_samples_are_told_apart_and_nulls_left_out(recorders, tmp_path) -> None:
     with Trackers(WatchConfig(trackers=("trackio",)), tmp_path / "mine", {}, 0) as watching:
         watching.log(RECORD, 2)
     (recorder,) = recorders
-    numbers, texts, step = recorder.told[0]
+    numbers, samples, step = recorder.told[0]
     assert numbers == {"step": 2, "tokens": 64, "loss/head1": 1.5, "clipped": 1.0, "sample/tokens_per_pass": 1.5,
                        "sample/acceptance/0": 0.5}  # fmt: skip
-    assert texts == {"sample/text": "ab"} and step == 2
+    assert samples == {"sample/text": "ab"} and step == 2
     assert recorder.start.name == "mine" and recorder.closed == [False]
 
 

@@ -274,7 +274,7 @@ def test_the_dtype_is_the_machines_and_written_down(flags, dtype, tiny, metrics,
 
 
 def test_blocks_of_another_family_are_trained_and_saved_as_that(tiny) -> None:
-    """Goes on from a checkpoint too; what no family's directory can hold is refused before anything is done."""
+    """It resumes from a checkpoint too; a model that no family's directory can hold is refused at the start."""
     shape = {"qk_norm": "head", "window": 8, "window_layers": (0, 2), "rope_scaling": RopeScaling("linear", 2.0)}
     config = tiny(model=replace(tiny().model, **shape), steps=2)
     train(config)

@@ -62,7 +62,7 @@ def test_head_1_stays_the_model_to_the_bit(kind: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
 def test_families_whose_layers_differ_keep_them(kind: str) -> None:
-    """As Gemma 3's: norms everywhere that add to 1, some layers that slide, with positions of their own."""
+    """The model is like Gemma 3: norms everywhere that add to 1, some layers that slide, with positions of their own."""
     config = replace(
         PLAIN, tied=True, qk_norm="head", norm_placement="both", norm_offset=True, scaled_embedding=True, window=4,
         window_layers=(0, 2), local_rope_theta=100.0, activation="gelu_tanh",
@@ -81,7 +81,7 @@ def test_a_sequential_head_passes_the_latent_and_ignores_the_token() -> None:
     assert torch.equal(join[:, :32], torch.eye(32)) and not join[:, 32:].any()
     other = TOKENS.clone()
     other[:, 6] = 46
-    # Head 2 at position 5 reads token 6 beside its latent, which knows tokens up to 5.
+    # Head 2 at position 5 reads token 6 in addition to its latent, which knows tokens up to 5.
     assert torch.equal(new(TOKENS, heads=2)[:, 5, 1], new(other, heads=2)[:, 5, 1])
 
 

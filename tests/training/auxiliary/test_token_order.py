@@ -124,7 +124,7 @@ def test_the_walk_with_it_is_joint_autograd_with_it(kind: str, tied: bool) -> No
 
 
 def test_no_logits_tensor_and_no_targets_over_the_vocabulary_exist() -> None:
-    """Of a vocabulary of 20,000 a chunk of 16 rows is held, of 256 positions."""
+    """At a vocabulary of 20,000, a chunk of 16 of the 256 positions exists at a time."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
