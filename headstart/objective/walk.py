@@ -78,8 +78,8 @@ class _Walk:
         dtype = compute_dtype(model.trunk.embedding.weight)
         self.attend, positions = inputs.attention()
         self.rotary = model.rotary(positions, dtype)
-        # The scales have the dtype of the losses: in float32 they would leave seven digits of float64 gradients. Dividing
-        # by at least 1 keeps the loss of a head without targets at 0.
+        # The scales have the dtype of the losses: in float32 they would leave seven digits of float64 gradients.
+        # Dividing by at least 1 keeps the loss of a head without targets at 0.
         wide = torch.promote_types(dtype, torch.float32)
         self.scales = torch.as_tensor(self.weights, dtype=wide, device=inputs.tokens.device) / counts_n.clamp_min(1)
         self.cross_entropy = objective.loss.function(objective.budget)

@@ -83,8 +83,8 @@ def parallelize(
         forward pass with gradients outside of it raises UsageError, because gradients would be summed at the wrong time
         or not at all.
     """
-    # 1. Checkpointing comes first, so that the compiled code contains the recomputation. Heads are not checkpointed: the
-    #    walk holds one head's activations at a time.
+    # 1. Checkpointing comes first, so that the compiled code contains the recomputation. Heads are not checkpointed:
+    #    the walk holds one head's activations at a time.
     if config.activation_checkpointing:
         for block in model.trunk.blocks:
             # Replacing the bound method keeps the parameter names; a wrapping module would change them.

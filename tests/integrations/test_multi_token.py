@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ CONFIG = ModelConfig(vocab_size=50, dim=16, layers=4, attention_heads=2, heads=3
 def make_model(kind: str = "transformer") -> Transformer:
     torch.manual_seed(0)
     wiring = "causal" if kind == "sequential" else "parallel"
-    return Transformer(ModelConfig(**{**CONFIG.__dict__, "head_kind": kind, "wiring": wiring})).double()
+    return Transformer(replace(CONFIG, head_kind=kind, wiring=wiring)).double()
 
 
 def gradients(model: Transformer) -> list[Tensor]:

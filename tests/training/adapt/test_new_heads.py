@@ -62,7 +62,7 @@ def test_head_1_stays_the_model_to_the_bit(kind: str, tied: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
 def test_families_whose_layers_differ_keep_them(kind: str) -> None:
-    """The model is like Gemma 3: norms everywhere that add to 1, some layers that slide, with positions of their own."""
+    """Test a model like Gemma 3: norms that add to 1, and sliding layers with rotary positions of their own."""
     config = replace(
         PLAIN, tied=True, qk_norm="head", norm_placement="both", norm_offset=True, scaled_embedding=True, window=4,
         window_layers=(0, 2), local_rope_theta=100.0, activation="gelu_tanh",
