@@ -33,7 +33,8 @@ def test_the_plan_is_what_is_allocated(kind, dtype: torch.dtype, slots: int, con
     engine = Engine(Transformer(config).to(dtype), EngineConfig(slots=slots, context=context, lookup=lookup))
     state = engine.state
     assert engine.memory.caches == state.cache.bytes == size(tensors(state.cache))
-    kept = size([*tensors(state), *tensors(state.sampling), *tensors(state.penalties)])
+    parts = (state, state.windows, state.sampling, state.penalties)
+    kept = size([tensor for part in parts for tensor in tensors(part)])
     assert kept <= engine.memory.state <= kept + 128 * slots
 
 
