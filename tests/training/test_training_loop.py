@@ -265,7 +265,7 @@ def test_metrics_are_json_without_nan(tiny, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("flags", "dtype"), [({"avx2"}, "float32"), ({"avx512_bf16"}, "bfloat16")])
 def test_the_dtype_is_the_machines_and_written_down(flags, dtype, tiny, metrics, monkeypatch) -> None:
-    monkeypatch.setattr(hardware, "_processor", lambda: ("", flags))
+    monkeypatch.setattr(hardware, "processor", lambda: ("", flags))
     chosen, given = tiny("chosen", steps=2, dtype="auto"), tiny("given", steps=2, dtype=dtype)
     train(chosen)
     train(given)

@@ -21,11 +21,9 @@ from headstart.training.adapt.new_heads import config_with_heads
 from headstart.training.adapt.run import ExistingModel
 from headstart.training.adapted_memory import estimate_adapt
 from headstart.training.config import BatchConfig, RunConfig
-from headstart.training.loop import build_model
 from headstart.training.memory import layout
-from headstart.training.optimizer import build_optimizers
 from headstart.training.processes import Processes
-from headstart.training.step import train_step
+from headstart.training.step import Learner
 
 ALONE = Processes(torch.device("cpu"))
 OLD = ModelConfig(vocab_size=1024, dim=64, layers=4, attention_heads=4, context=96)
@@ -48,25 +46,10 @@ def measured(config: RunConfig) -> int:
         return Batch(tokens, targets, torch.zeros_like(tokens), draw((rows, shape.heads)))
 
     with LiveTensors() as live:
-        existing = ExistingModel(config, ALONE)
-        transformer, sums = build_model(config, ALONE, existing)
-        optimizers = build_optimizers(transformer, config.optimizer, ALONE.device, config.dtype)
+        learner = Learner(ExistingModel(config, ALONE, sources=()), config, ALONE)
         for _ in range(2):
-            weights, live.peak = existing.begin_step(config.steps - 1), live.now
-            batches = [batch() for _ in range(config.batch.accumulate)]
-            train_step(
-                transformer,
-                optimizers,
-                batches,
-                weights,
-                1e-3,
-                config,
-                ALONE,
-                sums,
-                lambda: False,
-                None,
-                existing.known,
-            )
+            live.peak = live.now
+            learner.step([batch() for _ in range(config.batch.accumulate)], config.steps - 1)
     return live.peak
 
 
