@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bench.report import BenchSettings, count
 from headstart.decoding.kernels.int8 import Quantize
 from headstart.errors import UsageError
-from headstart.evaluation.texts import load_prompts
+from headstart.evaluation.inputs import load_prompts
 from headstart.model.config import ModelConfig
 from headstart.model.presets import PRESETS
 

@@ -24,7 +24,7 @@ from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.policy.timing import interleave, ratios
 from headstart.decoding.settings import Request
-from headstart.evaluation.texts import read_prompts
+from headstart.evaluation.inputs import read_prompts
 from headstart.formats.bundled import model_directory
 
 OVERHEAD_BAR = Bar("<=", 1.05)

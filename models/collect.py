@@ -24,7 +24,7 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 from headstart.data.prepare.corpora import STDLIB, list_files
-from headstart.evaluation.texts import cut_prompts
+from headstart.evaluation.inputs import cut_prompts
 
 HELD_OUT = dict.fromkeys(("attrs", "click", "flask"), "validation") | dict.fromkeys(
     ("jinja2", "requests", "werkzeug"), "test"

@@ -18,7 +18,7 @@ from headstart.console import mute
 from headstart.data.shards import TokenShards
 from headstart.evaluation.free_running import FreeRunning, run_freely
 from headstart.evaluation.heads import HeadScores, score_documents
-from headstart.evaluation.texts import cut_prompts
+from headstart.evaluation.inputs import cut_prompts
 from headstart.formats.registry import load_model
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.objective.backends import HeadLoss

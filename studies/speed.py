@@ -13,7 +13,7 @@ from bench.decode_model import model_case
 from bench.decode_settings import SIZES, Size, four_heads
 from bench.decode_sweep import KINDS, Point, sweep_case
 from bench.train_steps import flop_ratio, measure, run_config
-from headstart.evaluation.texts import load_prompts
+from headstart.evaluation.inputs import load_prompts
 from headstart.formats.bundled import boxed_model
 from headstart.model.config import ModelConfig
 from headstart.training.processes import pick_device

@@ -24,8 +24,8 @@ from headstart.decoding.generation import Generation, OriginStream, Stats
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.free_running import repeated
+from headstart.evaluation.inputs import cut_prompts, read_prompts
 from headstart.evaluation.settings import PROMPTS_FILE
-from headstart.evaluation.texts import cut_prompts, read_prompts
 from headstart.fileio import write_text
 from headstart.formats.bundled import boxed_model
 from headstart.hardware import describe, dtype_on

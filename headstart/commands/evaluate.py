@@ -145,8 +145,8 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
 
     from headstart.decoding.kernels.pack import decoding_dtype, pack
     from headstart.evaluation.heads import score_documents
+    from headstart.evaluation.inputs import Documents, read_documents, sizes
     from headstart.evaluation.settings import PROMPTS_FILE
-    from headstart.evaluation.texts import Documents, read_documents, sizes
     from headstart.formats.registry import load_model, load_model_tokenizer
 
     tokenizer = load_model_tokenizer(path)
@@ -202,7 +202,7 @@ def _acceptance(
     from headstart.decoding.engine import Engine, EngineConfig
     from headstart.decoding.kernels.pack import pack
     from headstart.evaluation.free_running import run_freely
-    from headstart.evaluation.texts import cut_prompts, fitting_prompts, prompt_limit
+    from headstart.evaluation.inputs import cut_prompts, fitting_prompts, prompt_limit
 
     counts: dict[str, int] = {}
     ends: Sequence[frozenset[int]] = ()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headstart.decoding.drafters.tree import DraftTree
     from headstart.decoding.generation import Generation
     from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
-    from headstart.evaluation.texts import FilePrompts
+    from headstart.evaluation.inputs import FilePrompts
 
 RANKS = 8
 """The most candidates of a head in a tree."""
@@ -84,7 +84,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     from headstart.decoding.kernels.backend import backend_of
     from headstart.decoding.policy.calibration import Tuning, write_tuning
     from headstart.decoding.policy.timing import pass_costs
-    from headstart.evaluation.texts import find_prompts, prompt_limit, sizes
+    from headstart.evaluation.inputs import find_prompts, prompt_limit, sizes
     from headstart.formats.bundled import model_directory
 
     path = model_directory(settings.model)

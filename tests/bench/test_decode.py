@@ -19,7 +19,7 @@ from headstart.decoding.policy.timing import Pass, first_difference, random_mode
 from headstart.decoding.policy.timing import decode as decode_all
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
-from headstart.evaluation.texts import load_prompts
+from headstart.evaluation.inputs import load_prompts
 from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 

@@ -22,7 +22,7 @@ from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request, Sampling
 from headstart.evaluation.free_running import run_freely
-from headstart.evaluation.texts import FilePrompts
+from headstart.evaluation.inputs import FilePrompts
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig

@@ -20,7 +20,7 @@ from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.evaluation.code.problems import load_problems
-from headstart.evaluation.texts import fitting_prompts, prompt_limit, read_prompts
+from headstart.evaluation.inputs import fitting_prompts, prompt_limit, read_prompts
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
 """Where str.splitlines() ends a line, and nothing else does."""

@@ -8,8 +8,8 @@ import pytest
 
 import headstart
 from headstart.errors import UsageError
+from headstart.evaluation.inputs import read_prompts
 from headstart.evaluation.settings import PROMPTS_FILE
-from headstart.evaluation.texts import read_prompts
 from headstart.formats import bundled
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from headstart.data.tokenizers import load_tokenizer, prompt_ids
 from headstart.decoding.constraints import Constraint
 from headstart.errors import UsageError
 from headstart.evaluation.heads import score_documents
-from headstart.evaluation.texts import cut_prompts, read_documents
+from headstart.evaluation.inputs import cut_prompts, read_documents
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_data_tokenizer, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig

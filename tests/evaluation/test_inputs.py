@@ -5,7 +5,7 @@ import pytest
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.evaluation.free_running import repeated
-from headstart.evaluation.texts import cut_prompts, read_documents, read_prompts
+from headstart.evaluation.inputs import cut_prompts, read_documents, read_prompts
 
 BYTES = ByteTokenizer()
 
