@@ -15,6 +15,8 @@ from headstart.model.config import WRITTEN, WRITTEN_IF_SET, ModelConfig
 from headstart.model.presets import PRESETS, preset
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
+from tests.cases import pairwise
+from tests.models import WIRINGS, with_heads_of
 
 SMALL = ModelConfig(vocab_size=61, dim=32, layers=6, attention_heads=4, context=64)
 SHAPES = {
@@ -24,20 +26,6 @@ SHAPES = {
     "gqa": replace(SMALL, kv_heads=2),
     "wide": replace(SMALL, head_dim=16, hidden_dim=40, kv_heads=1, tied=True, attention_bias=True),
 }
-WIRINGS = [
-    ("transformer", "parallel"),
-    ("transformer", "causal"),
-    ("transformer", "anticausal"),
-    ("linear", "parallel"),
-    ("linear", "causal"),
-    ("linear", "anticausal"),
-    ("replicated", "parallel"),
-    ("medusa", "parallel"),
-    ("medusa-own", "parallel"),
-    ("stern", "parallel"),
-    ("sequential", "causal"),
-    ("sequential-own", "causal"),
-]
 
 
 def real_parameters(config: ModelConfig) -> dict[str, int]:
@@ -65,13 +53,9 @@ def real_parameters(config: ModelConfig) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pairwise({"shape": list(SHAPES), "kind,wiring": WIRINGS, "n": [1, 2, 4]})
 def test_counts_are_those_of_the_real_model(shape: str, kind: str, wiring: str, n: int) -> None:
-    config = replace(
-        SHAPES[shape], head_kind=kind.removesuffix("-own"), shared="-own" not in kind, wiring=wiring, heads=n
-    )
+    config = with_heads_of(SHAPES[shape], kind, wiring, heads=n)
     assert config.parameters() == real_parameters(config)
 
 

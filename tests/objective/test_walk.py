@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -16,40 +16,20 @@ from headstart.objective.backends import LossConfig
 from headstart.objective.inputs import StepInputs, count_targets
 from headstart.objective.objective import Objective
 from headstart.objective.walk import HeadLosses, score_step, walk_step
+from tests.cases import pairwise
+from tests.models import WIRINGS, every_wiring, random_model, with_heads_of
 from tests.reference import joint_step
 
 SMALL = ModelConfig(vocab_size=61, dim=16, layers=6, attention_heads=4, kv_heads=2, context=64, heads=4)
-WIRINGS = [
-    ("transformer", "parallel"),
-    ("transformer", "causal"),
-    ("transformer", "anticausal"),
-    ("linear", "parallel"),
-    ("linear", "causal"),
-    ("linear", "anticausal"),
-    ("replicated", "parallel"),
-    ("medusa", "parallel"),
-    ("medusa-own", "parallel"),
-    ("stern", "parallel"),
-    ("sequential", "causal"),
-    ("sequential-own", "causal"),
-]
 IN_UNEMBEDDING = ("replicated", "medusa", "medusa-own", "stern")
-every_wiring = pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
 WEIGHTS = [1.0, 0.3, 0.0, 2.5]
 
 
-def shaped(kind: str, wiring: str = "parallel", **more: Any) -> ModelConfig:
-    """ "-own": not shared."""
-    return replace(SMALL, head_kind=kind.removesuffix("-own"), shared="-own" not in kind, wiring=wiring, **more)
+shaped = partial(with_heads_of, SMALL)
 
 
 def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
-    model = Transformer(config).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
-    return model
+    return random_model(config, dtype=dtype)
 
 
 def batch(model: Transformer, rows: int = 4, time: int = 11, n: int = 4) -> tuple[Tensor, Tensor]:
@@ -86,10 +66,12 @@ def assert_losses_equal(mine: HeadLosses, theirs: HeadLosses) -> None:
     assert mine.correct.dtype == torch.int64 and torch.equal(mine.correct, theirs.correct)
 
 
-@every_wiring
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("budget", [1, 4 * 61 * 17, 2**26])
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pairwise({
+    "kind,wiring": WIRINGS,
+    "tied": [False, True],
+    "budget": [1, 4 * 61 * 17, 2**26],
+    "weights": {"equal": None, "weighted": WEIGHTS},
+})  # fmt: skip
 def test_walk_equals_joint(kind: str, wiring: str, tied: bool, budget: int, weights: list[float] | None) -> None:
     model = lively(shaped(kind, wiring, tied=tied))
     tokens, targets = batch(model)
