@@ -23,6 +23,7 @@ from headstart.decoding.state import DecodingState
 from headstart.decoding.verify import Evidence, Verdict
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from tests.cases import pairwise
 
 PROMPT = tuple(b"the cat then")
 SAMPLED = Sampling(temperature=1.0, seed=11)
@@ -58,8 +59,7 @@ def plain_reference(model: Transformer, prompt: tuple[int, ...], new_tokens: int
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("shape", KINDS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pairwise({"shape": KINDS, "name": list(SETTINGS)})
 def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: str, name: str) -> None:
     reference = plain_reference(copy.deepcopy(trained(shape)).double(), PROMPT, 45, SETTINGS[name])
     model = packed(shape, torch.float64)
@@ -69,13 +69,16 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
             assert got.tokens == reference, (heads, exact)
 
 
-@pytest.mark.parametrize("shape", KINDS)
-@pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)],
-    ids=["fp32", "fp32-onednn", "bf16", "bf16-onednn"],
-)
-@pytest.mark.parametrize("name", ["greedy", "truncated"])
+@pairwise({
+    "shape": KINDS,
+    "dtype,compiled": {
+        "fp32": (torch.float32, True),
+        "fp32-onednn": (torch.float32, False),
+        "bf16": (torch.bfloat16, True),
+        "bf16-onednn": (torch.bfloat16, False),
+    },
+    "name": ["greedy", "truncated"],
+})  # fmt: skip
 def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:

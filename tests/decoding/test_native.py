@@ -28,6 +28,7 @@ from headstart.decoding.settings import Request, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.layers import RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer
+from tests.cases import pairwise
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -50,9 +51,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize(("N", "K"), [(32, 16), (1, 2), (77, 50), (256, 128), (33, 48), (16, 6)])
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 20])
-@pytest.mark.parametrize("narrow", [False, True])
+@pairwise({
+    "N,K": [(32, 16), (1, 2), (77, 50), (256, 128), (33, 48), (16, 6)],
+    "rows": [1, 2, 7, 8, 9, 20],
+    "narrow": [False, True],
+})  # fmt: skip
 def test_linear(N: int, K: int, rows: int, narrow: bool, dtype: torch.dtype, error: float) -> None:
     weight, x = random(N, K, dtype=dtype), random(rows, K, dtype=dtype, seed=1)
     weight = weight.bfloat16().to(dtype) if narrow else weight

@@ -20,6 +20,7 @@ from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.decoding.state import DecodingState
 from headstart.model.transformer import Transformer
+from tests.cases import pairwise
 
 PROMPT = tuple(b"the cat then")
 SETTINGS = {
@@ -34,7 +35,10 @@ TREES = {
 }
 
 
-@pytest.fixture(params=[name for name in SHAPES if not name.startswith("sequential") and not name.endswith("-own")])
+TREE_SHAPES = [name for name in SHAPES if not name.startswith("sequential") and not name.endswith("-own")]
+
+
+@pytest.fixture(params=TREE_SHAPES)
 def shape(request: pytest.FixtureRequest) -> str:
     """Those that draft trees: sequential heads draft a chain."""
     return str(request.param)
@@ -44,12 +48,16 @@ def run(model: Transformer, request: Request, tree: DraftTree | None, **options:
     return generate_all(Engine(model, EngineConfig(tree=tree, **options)), [request])[0]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True), (torch.float64, False)],
-    ids=["fp32", "fp32-onednn", "bf16", "fp64"],
-)
-@pytest.mark.parametrize("name", ["greedy", "truncated"])
+@pairwise({
+    "shape": TREE_SHAPES,
+    "dtype,compiled": {
+        "fp32": (torch.float32, True),
+        "fp32-onednn": (torch.float32, False),
+        "bf16": (torch.bfloat16, True),
+        "fp64": (torch.float64, False),
+    },
+    "name": ["greedy", "truncated"],
+})  # fmt: skip
 def test_every_tree_and_number_of_heads_gives_plain_decoding(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
