@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,21 @@ def pairwise(axes: Mapping[str, Sequence[Any] | Mapping[str, Any]]) -> pytest.Ma
     An axis is named by its argument, or by several with commas, whose values are then tuples; a mapping names its
     values in the ids. The unmarked cases hold every pair of values of two axes. The choice depends on the axes alone.
     """
+    return _parametrize(axes, 2)
+
+
+def each_value(axes: Mapping[str, Sequence[Any] | Mapping[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrize like `pairwise`; the unmarked cases hold every value of an axis at least once."""
+    return _parametrize(axes, 1)
+
+
+def _parametrize(axes: Mapping[str, Sequence[Any] | Mapping[str, Any]], strength: int) -> pytest.MarkDecorator:
     choices = [
         [(_label(value), value) for value in values] if not isinstance(values, Mapping) else list(values.items())
         for values in axes.values()
     ]
     cases = list(itertools.product(*(range(len(values)) for values in choices)))
-    chosen = _covering(cases)
+    chosen = _covering(cases, strength)
     names = [name.split(",") for name in axes]
     params = []
     for case in cases:
@@ -37,13 +47,18 @@ def _label(value: Any) -> str:
     return "-".join(map(_label, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _covering(cases: list[tuple[int, ...]]) -> set[tuple[int, ...]]:
-    """Return cases that hold every pair of values, each time the one with the most new pairs."""
-    pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in cases}
-    missing = set().union(*pairs.values())
-    chosen = set()
+def _covering(cases: list[tuple[int, ...]], strength: int) -> set[tuple[int, ...]]:
+    """Return cases that hold every combination of `strength` values.
+
+    Chooses the case with the most new combinations each time, and among equals the one whose values are rarest so far.
+    """
+    held = {case: set(itertools.combinations(enumerate(case), strength)) for case in cases}
+    missing = set().union(*held.values())
+    chosen: set[tuple[int, ...]] = set()
+    uses: Counter[tuple[int, int]] = Counter()
     while missing:
-        case = max(cases, key=lambda each: len(pairs[each] & missing))
+        case = max(cases, key=lambda each: (len(held[each] & missing), -sum(uses[value] for value in enumerate(each))))
         chosen.add(case)
-        missing -= pairs[case]
+        uses.update(enumerate(case))
+        missing -= held[case]
     return chosen

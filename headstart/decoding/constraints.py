@@ -197,14 +197,15 @@ def compiled(
         raise UsageError("a constraint needs a tokenizer; this model directory has none")
     kept = _compiled.setdefault(tokenizer, OrderedDict())
     key = (constraint, vocab_size)
-    matcher = kept.pop(key, None) or _compile(constraint, tokenizer, vocab_size)
+    matcher = kept.pop(key, None) or compile_constraint(constraint, tokenizer, vocab_size)
     kept[key] = matcher  # last; each line by itself is safe with several threads
     if len(kept) > KEPT_GRAMMARS:
         kept.popitem(last=False)
     return matcher.restarted(tokenizer.end_ids if ends is None else ends)
 
 
-def _compile(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
+def compile_constraint(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
+    """Return a new matcher of a constraint, without a look at those that `compiled` keeps."""
     try:
         from llguidance import LLMatcher, LLParserLimits
     except ImportError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import packed
-from test_constraints import BYTES, CASES, PERSON, PROMPT, one
+from constrained import BYTES, CASES, PERSON, PROMPT, one
 
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
 from headstart.decoding import constraints as constraints_module
@@ -21,8 +21,8 @@ from headstart.errors import UsageError
 
 def test_grammars_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, calls = ByteTokenizer(), []
-    original = constraints_module._compile
-    monkeypatch.setattr(constraints_module, "_compile", lambda *a: calls.append(a) or original(*a))
+    original = constraints_module.compile_constraint
+    monkeypatch.setattr(constraints_module, "compile_constraint", lambda *a: calls.append(a) or original(*a))
     monkeypatch.setattr(constraints_module, "KEPT_GRAMMARS", 2)
     for pattern in "ab", "ab", "cd", "ab", "ef", "ab", "cd":
         first = compiled(Constraint.regex(pattern), tokenizer, 256)

@@ -3,78 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
-from test_policy import tuning
-from test_rules import _small
+from constrained import LAW, distance
+from laws import small_models
+from policies import tuning
 
-from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
+from headstart.decoding.constraints import Constraint, ConstraintRows
 from headstart.decoding.drafters import constrained
-from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
-
-BYTES = ByteTokenizer()
-# A path through this decides which tokens come later; in places there is one.
-LAW = Constraint.regex(
-    "\x00[\x01\x02][\x00-\x02]{2}|\x01(\x00[\x00\x01]|\x02\x02)[\x00-\x02]|\x02[\x00-\x02]\x01[\x00\x02]?"
-)
-
-
-def law_of(raw: Transformer, prompt, constraint: Constraint, temperature: float, top_k: int = 0) -> dict:
-    """The probability of every text, by playing through all of them."""
-    law: dict[tuple[int, ...], float] = {}
-
-    def follow(tokens: tuple[int, ...], chance: float) -> None:
-        matcher = compiled(constraint, BYTES, raw.config.vocab_size)
-        assert all(matcher.push(token) for token in tokens)
-        if matcher.ended:
-            law[tokens] = chance
-            return
-        with torch.no_grad():
-            logits = raw(torch.tensor([prompt + tokens]))[0, -1] / temperature
-        logits = logits.masked_fill(~torch.from_numpy(matcher.allowed()), -float("inf"))
-        if top_k:
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -float("inf"))
-        for token, p in enumerate(logits.softmax(-1).tolist()):
-            if p and token == BYTES.end_id:
-                law[tokens] = chance * p
-            elif p:
-                follow((*tokens, token), chance * p)
-
-    follow((), 1.0)
-    assert sum(law.values()) == pytest.approx(1)
-    return law
-
-
-def distance(kind: str, raw: Transformer, model: Transformer, constraint: Constraint, count=512, slots=128, **settings):
-    """Return chi-square of outputs drawn with `count` seeds against their law, over its degrees of freedom."""
-    prompt = (1,)
-    temperature, top_k = settings.pop("temperature", 1.0), settings.pop("top_k", 0)
-    law = law_of(raw, prompt, constraint, temperature, top_k)
-    requests = [
-        Request(prompt, 8, Sampling(temperature, top_k, seed=s), acceptance=Rule(kind), constraint=constraint)
-        for s in range(count)
-    ]
-    generations = generate_all(
-        Engine(model, EngineConfig(slots=slots, exact=False, **settings), tokenizer=BYTES), requests
-    )
-    assert {g.finish_reason for g in generations} == {"end"}
-    drawn = Counter(tuple(g.tokens) for g in generations)
-    assert all(law.get(tokens, 0) > 0 for tokens in drawn)
-    cells = [(drawn[tokens], chance * count) for tokens, chance in law.items() if chance * count >= 5]
-    rare = count - sum(seen for seen, _ in cells), count - sum(expected for _, expected in cells)
-    if rare[1] >= 5:
-        cells.append(rare)
-    return sum((seen - expected) ** 2 / expected for seen, expected in cells) / (len(cells) - 1)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +25,7 @@ def distance(kind: str, raw: Transformer, model: Transformer, constraint: Constr
     [("match", {}), ("rejection", {}), ("block", {}), ("rejection", {"top_k": 2}), ("block", {"top_k": 2})],
 )
 def test_texts_follow_the_law_of_the_masked_model(kind: str, settings) -> None:
-    raw, model = _small()
+    raw, model = small_models()
     # 2 is far beyond p = 1e-3 for 15 cells and more.
     assert distance(kind, raw, model, LAW, **settings) < 2
 
@@ -107,7 +50,7 @@ class Ahead(DraftPolicy):
 @pytest.mark.parametrize("kind", ["rejection", "block"])
 def test_what_a_policy_knows_does_not_bend_the_law(kind: str) -> None:
     """That the second draft is forced is the doing of the first: it must not be a reason to feed both."""
-    raw, model = _small(layers=1, head_kind="linear")  # one request at a time: small passes
+    raw, model = small_models(layers=1, head_kind="linear")  # one request at a time: small passes
     constraint = Constraint.regex("[\x00-\x02](\x00\x01|\x01[\x00-\x02]|\x02\x02)")
     assert distance(kind, raw, model, constraint, 256, policy=Ahead(), slots=1) < 2
 
@@ -124,7 +67,7 @@ def test_where_the_text_may_end_the_law_holds_too() -> None:
 @pytest.mark.slow
 def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: drafts weighed by their distributions without the mask; masks that come a row late."""
-    raw, model = _small()
+    raw, model = small_models()
 
     def without_its_distribution(state, slots, head, at, forbidden, count, row):
         logits = state.constraints.kept(slots.start, head)

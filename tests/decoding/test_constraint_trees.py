@@ -6,10 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import HEADS, packed
-from test_constraint_law import LAW, distance
-from test_constraints import BYTES, CASES, PROMPT, bpe, model_of, one, reference
-from test_policy import RandomRows
-from test_rules import _small
+from constrained import BYTES, CASES, LAW, PROMPT, bpe, distance, model_of, one, reference
+from laws import small_models
+from policies import RandomRows
 
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
@@ -198,14 +197,14 @@ def test_penalties_and_logprobs_go_with_it() -> None:
 
 @pytest.mark.parametrize("top_k", [0, 2])
 def test_rejection_on_trees_follows_the_law_of_the_masked_model(top_k: int) -> None:
-    raw, model = _small()
+    raw, model = small_models()
     assert distance("rejection", raw, model, LAW, top_k=top_k, tree=SMALL) < 2
 
 
 @pytest.mark.slow
 def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: siblings weighed by what their head says without the mask; masks of another row."""
-    raw, model = _small()
+    raw, model = small_models()
     drawn = constrained._drawn
 
     def unmasked(state, slots, head, at, forbidden, count, row):

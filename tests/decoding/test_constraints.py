@@ -6,124 +6,25 @@ import copy
 import functools
 import json
 import random
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import HEADS, packed, trained, untrained
-from test_policy import RandomRows
+from conftest import HEADS, packed, untrained
+from constrained import BYTES, CASES, PERSON, PROMPT, bpe, model_of, one, random_model, reference
+from policies import RandomRows
 
 import headstart
-from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
-from headstart.decoding.generation import FORCED, Generation
+from headstart.decoding.generation import FORCED
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
-from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
-
-BYTES = ByteTokenizer()
-PROMPT = tuple(b"the cat then")
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 6},
-        "age": {"type": "integer", "minimum": 0, "maximum": 130},
-        "animal": {"enum": ["cat", "caterpillar", "dog"]},
-    },
-    "required": ["name", "age", "animal"],
-    "additionalProperties": False,
-}
-CASES = {
-    "schema": Constraint.json_schema(PERSON),
-    "words": Constraint.regex(r"((the|that|then) (cat|dog|[a-z]{1,5})[ .]){8}"),
-    "endless": Constraint.regex(r"(then a (dog|cat) |[a-d]{2,3}! )*"),
-    "choice": Constraint.choice(["then a dog is that", 'then "a cat"\\', "th"]),
-    "lark": Constraint.lark('start: item (", " item){4}\nitem: /[a-z]{1,4}/ | "<" item ">"'),
-}
-
-
-@functools.cache
-def bpe() -> PretrainedTokenizer:
-    """A BPE whose tokens straddle what a grammar says in pieces: `": "`, `{"`, `", "`, `cat"`."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    corpus = [json.dumps({"name": name, "age": i, "animal": "cat"}) for i, name in enumerate(["ann", "bo", "übel"] * 9)]
-    library.train_from_iterator([*corpus, "then a dog the cat that is ", "then a cat! "], trainer)
-    with tempfile.TemporaryDirectory() as folder:
-        library.save(str(Path(folder) / "tokenizer.json"))
-        return PretrainedTokenizer(folder)
-
-
-@functools.cache
-def random_model(vocab_size: int) -> Transformer:
-    """A model of random weights, whose vocabulary is larger than the tokenizer's, and whose heads say something."""
-    torch.manual_seed(2)
-    config = ModelConfig(
-        vocab_size=vocab_size, dim=16, layers=5, attention_heads=1, heads=3, context=256, head_kind="replicated"
-    )
-    model = Transformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(6 if parameter.dim() > 1 else 1)
-    return model.double()
-
-
-def model_of(tokenizer: Tokenizer) -> tuple[Transformer, Transformer]:
-    """A model and its decoding form, in float64."""
-    if tokenizer is BYTES:
-        return copy.deepcopy(trained("transformer-parallel")).double(), packed("transformer-parallel", torch.float64)
-    return random_model(432), pack(copy.deepcopy(random_model(432)))
-
-
-def reference(
-    model: Transformer, tokenizer: Tokenizer, constraint: Constraint, prompt, count: int, temperature=0.0, seed=0
-) -> tuple[list[int], str]:
-    """Constrained plain decoding as directly as possible: a whole forward and a fresh matcher for each token."""
-    tokens: list[int] = []
-    for _ in range(count):
-        matcher = compiled(constraint, tokenizer, model.config.vocab_size)
-        assert all(matcher.push(token) for token in tokens)
-        if tokens and matcher.ended:
-            return tokens, "end"
-        allowed = torch.from_numpy(matcher.allowed())
-        if not allowed.any():
-            return tokens, "stuck"
-        with torch.no_grad():
-            scores = model(torch.tensor([[*prompt, *tokens]]))[0, -1].masked_fill(~allowed, -float("inf"))
-        if temperature:
-            noise = position_noise(torch.tensor(seed), torch.tensor(len(prompt) + len(tokens)), len(scores))
-            scores = scores / temperature + noise
-        token = int(scores.argmax())
-        if token == tokenizer.end_id:
-            return tokens, "end"
-        tokens.append(token)
-    matcher = compiled(constraint, tokenizer, model.config.vocab_size)
-    assert all(matcher.push(token) for token in tokens)
-    return tokens, "end" if matcher.ended else "length"
-
-
-def one(engine: Engine, *args, **settings) -> Generation:
-    return generate_all(engine, [Request(*args, **settings)])[0]
 
 
 @pytest.mark.parametrize("name", CASES)

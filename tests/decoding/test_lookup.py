@@ -9,8 +9,8 @@ import torch
 from conftest import HEADS, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_policy import RandomRows
-from test_rules import _distance, _small
+from laws import chi_square, small_models
+from policies import RandomRows
 
 from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
@@ -129,8 +129,8 @@ def test_a_text_that_changes_between_passes_keeps_its_place() -> None:
 @pytest.mark.parametrize("kind", ["rejection", "block"])
 def test_drafts_that_were_not_drawn_are_weighed_as_certain(kind: str) -> None:
     """Lossless in distribution with looked up drafts too."""
-    raw, model = _small()
-    assert _distance(model, raw, Rule(kind), Sampling(1.0), 512, EngineConfig(slots=128, lookup=2)) < 1.8
+    raw, model = small_models()
+    assert chi_square(model, raw, Rule(kind), Sampling(1.0), 512, EngineConfig(slots=128, lookup=2)) < 1.8
 
 
 def test_lookup_is_not_negative() -> None:

@@ -23,7 +23,7 @@ from headstart.decoding.state import DecodingState
 from headstart.decoding.verify import Evidence, Verdict
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from tests.cases import pairwise
+from tests.cases import each_value, pairwise
 
 PROMPT = tuple(b"the cat then")
 SAMPLED = Sampling(temperature=1.0, seed=11)
@@ -59,7 +59,7 @@ def plain_reference(model: Transformer, prompt: tuple[int, ...], new_tokens: int
     return tokens[len(prompt) :]
 
 
-@pairwise({"shape": KINDS, "name": list(SETTINGS)})
+@each_value({"shape": KINDS, "name": list(SETTINGS)})
 def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: str, name: str) -> None:
     reference = plain_reference(copy.deepcopy(trained(shape)).double(), PROMPT, 45, SETTINGS[name])
     model = packed(shape, torch.float64)

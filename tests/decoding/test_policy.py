@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 from conftest import HEADS, packed
+from policies import RandomRows, acceptance, tuning
 
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.policy.calibration import (
-    EDGES,
     PRIOR,
     AcceptanceTable,
     PassCosts,
@@ -30,19 +30,6 @@ from headstart.errors import UsageError
 
 PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05
-
-
-def acceptance(sure: float = 0.95, unsure: float = 0.05) -> AcceptanceTable:
-    """Return the table of drafts that are right with probability `sure` if their heads are sure, else `unsure`."""
-    table = tuple(sure if i == len(EDGES) else unsure for i in range(len(EDGES) + 1))
-    return AcceptanceTable(((sure + unsure) / 2,) * (HEADS - 1), (table,) * (HEADS - 1))
-
-
-def tuning(first: float, row: float, plain: float = 1.0, table: AcceptanceTable | None = None) -> Tuning:
-    """Return a tuning whose drafting passes cost `first`, and `row` more for each further row."""
-    costs = tuple(first + row * i for i in range(HEADS))
-    table = table or acceptance()
-    return Tuning(table, table, PassCosts((1,), (plain,), (costs,)))
 
 
 def test_a_file_keeps_the_acceptance_of_int8_weights_apart() -> None:
@@ -209,20 +196,6 @@ def test_drafting_that_is_not_expected_to_pay_is_tried_late() -> None:
         assert drafting
         policy.observe(1, 1, rows, drafting, rows)
     assert policy.plan(1, [sure])[1] and policy.plan(2, [sure] * 2)[1]  # with more slots too
-
-
-class RandomRows(DraftPolicy):
-    """Choose rows at random, which must not change the output."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(tuning(1.0, 0.1))
-        self.random, self.chosen = random.Random(seed), set()
-
-    def plan(self, slots, prefixes, sampled=False):
-        drafts = self.random.random() < 0.8
-        rows = self.random.randint(1, max(map(len, prefixes)) + 1) if drafts else 1
-        self.chosen.add((rows, drafts))
-        return rows, drafts
 
 
 @pytest.mark.parametrize("shape", ["transformer-parallel", "transformer-anticausal", "replicated"])

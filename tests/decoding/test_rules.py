@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections import Counter
 
 import pytest
 import torch
 from conftest import HEADS, packed
+from laws import chi_square, small_models
 
 from headstart.decoding import decode_pass as pass_module
 from headstart.decoding import verify as verify_module
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
-from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable, PassCosts, Tuning
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.sampling import SamplingRows
 from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.decoding.verify import block_probabilities, chain_probabilities, lossy, weighed
 from headstart.errors import UsageError
-from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
 
 V, G = 3, 3
 PROMPT = tuple(b"the cat then")
@@ -127,70 +123,22 @@ def test_wrong_rules_fail_the_enumeration(block: bool, monkeypatch: pytest.Monke
     assert Chances(0).error(block, G) > 1e-3
 
 
-def _small(layers: int = 5, **shape: str) -> tuple[Transformer, Transformer]:
-    """A random model over three tokens whose heads say something, and its decoding form."""
-    torch.manual_seed(1)
-    raw = Transformer(ModelConfig(vocab_size=3, dim=16, layers=layers, attention_heads=2, heads=3, context=32, **shape))
-    with torch.no_grad():
-        for parameter in raw.parameters():
-            parameter.mul_(10 if parameter.dim() > 1 else 1)
-    return raw.double(), pack(copy.deepcopy(raw).double())
-
-
-MANY = EngineConfig(slots=128)
-
-
-def _distance(
-    model: Transformer,
-    raw: Transformer,
-    rule: Rule,
-    sampling: Sampling,
-    count: int = 1024,
-    config: EngineConfig = MANY,
-    policy: DraftPolicy | None = None,
-) -> float:
-    """Chi-square of 4 tokens drawn with `count` seeds against the model's own law, over its degrees of freedom."""
-    prompt, length = (1, 2), 4
-    law = {}
-    for tokens in itertools.product(range(3), repeat=length):
-        with torch.no_grad():
-            logits = raw(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
-        p = (logits / sampling.temperature).softmax(-1)
-        if sampling.top_k == 2:
-            p = torch.where(p < p.sort(descending=True).values[:, 1:2], 0, p)
-            p = p / p.sum(-1, keepdim=True)
-        law[tokens] = float(p.gather(-1, torch.tensor(tokens)[:, None]).prod())
-    requests = [
-        Request(prompt, length, Sampling(sampling.temperature, sampling.top_k, seed=seed), acceptance=rule)
-        for seed in range(count)
-    ]
-    generations = generate_all(Engine(model, config, policy=policy), requests)
-    assert sum(g.stats.passes for g in generations) < 0.95 * count * length
-    drawn = Counter(tuple(g.tokens) for g in generations)
-    assert all(law[tokens] > 0 for tokens in drawn)
-    cells = [(drawn[tokens], chance * count) for tokens, chance in law.items() if chance * count >= 5]
-    rare = count - sum(seen for seen, _ in cells), count - sum(expected for _, expected in cells)
-    if rare[1] >= 5:
-        cells.append(rare)
-    return sum((seen - expected) ** 2 / expected for seen, expected in cells) / (len(cells) - 1)
-
-
 CHAIN = {"head_kind": "sequential", "wiring": "causal"}
 
 
 @pytest.mark.parametrize(("kind", "top_k"), [("match", 0), ("block", 2)])
 def test_texts_drawn_with_lossless_rules_follow_the_models_law(kind: str, top_k: int) -> None:
     """Without top-k, and of other windows than chains of parallel heads: `test_windows_law.py`."""
-    raw, model = _small()
+    raw, model = small_models()
     # 1.8 is far beyond p = 1e-3 for 20 cells and more.
-    assert _distance(model, raw, Rule(kind), Sampling(1.0, top_k), 512) < 1.8
+    assert chi_square(model, raw, Rule(kind), Sampling(1.0, top_k), 512) < 1.8
 
 
 def test_a_wrong_rule_does_not_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: after a rejected draft, a token of the target instead of the residual."""
-    raw, model = _small()
+    raw, model = small_models()
     monkeypatch.setattr(verify_module, "residual", lambda p, q, weight, whole: p)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0)) > 3
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0)) > 3
 
 
 def test_drafts_that_are_weighed_have_noise_of_their_own() -> None:
@@ -209,10 +157,10 @@ def test_drafts_that_are_weighed_have_noise_of_their_own() -> None:
 
 @pytest.mark.slow
 def test_lossy_rules_do_not_follow_the_models_law() -> None:
-    raw, model = _small()
+    raw, model = small_models()
     for text in ("lossy-top-k:2", "lossy-minimum:3"):
         assert not Rule.parse(text).lossless
-        assert _distance(model, raw, Rule.parse(text), Sampling(1.0)) > 3, text
+        assert chi_square(model, raw, Rule.parse(text), Sampling(1.0)) > 3, text
 
 
 class Sure(DraftPolicy):
@@ -233,14 +181,14 @@ class Sure(DraftPolicy):
 @pytest.mark.slow
 def test_feeding_only_sure_drafts_does_not_bend_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that was drawn with a high probability must not be fed rather than one drawn with a low one."""
-    raw, model = _small(layers=1, head_kind="linear")  # one request at a time: small passes
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 500, EngineConfig(exact=False), Sure()) < 1.8
+    raw, model = small_models(layers=1, head_kind="linear")  # one request at a time: small passes
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0), 500, EngineConfig(exact=False), Sure()) < 1.8
 
     def of_the_draft_drawn(state, logits, drafts, expected, slots):  # the negative control
         return state.sampling.confidence(logits, drafts, slots)
 
     monkeypatch.setattr(pass_module, "confidence_to_feed", of_the_draft_drawn)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700, EngineConfig(exact=False), Sure()) > 2.5
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0), 700, EngineConfig(exact=False), Sure()) > 2.5
 
 
 @pytest.mark.slow
@@ -252,12 +200,12 @@ def test_what_a_chain_drew_does_not_decide_what_is_fed(monkeypatch: pytest.Monke
         def plan(self, slots, prefixes, sampled=False):
             return (3 if all(p and p[-1] > 0.45 for p in prefixes) else 1), True
 
-    raw, model = _small(layers=1, **CHAIN)
+    raw, model = small_models(layers=1, **CHAIN)
     one = EngineConfig(exact=False)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 250, one, OnlyBothOrNone()) < 1.8
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0), 250, one, OnlyBothOrNone()) < 1.8
     told = pass_module.expected_confidence
     monkeypatch.setattr(pass_module, "expected_confidence", lambda q, chained: told(q, False))  # the negative control
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), 700, one, OnlyBothOrNone()) > 2
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0), 700, one, OnlyBothOrNone()) > 2
 
 
 def test_rules_side_by_side_do_not_change_one_another() -> None:

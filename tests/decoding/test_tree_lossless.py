@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import HEADS, SHAPES, fill, packed, trained, untrained
-from test_policy import RandomRows
+from policies import RandomRows
 from torch import Tensor
 
 from headstart.decoding.cache import KVCache

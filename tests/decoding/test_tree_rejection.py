@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from test_rules import _distance, _small
+from laws import chi_square, small_models
 
 from headstart.decoding import verify as verify_module
 from headstart.decoding.drafters.tree import DraftTree, TreeRows
@@ -210,9 +210,9 @@ def test_under_a_constraint_it_has_the_masked_targets_joint_distribution(
 
 
 def test_texts_drawn_with_it_follow_the_models_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw, model = _small()
+    raw, model = small_models()
     config = EngineConfig(slots=128, tree=DraftTree.parse("0,1,0.0,1.0,0.1"))
     # Two of three tokens: heads run out of candidates. Without top-k: `test_windows_law.py`.
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0, 2), 512, config) < 1.8
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0, 2), 512, config) < 1.8
     monkeypatch.setattr(verify_module, "residual", lambda p, q, weight, whole: p)
-    assert _distance(model, raw, Rule("rejection"), Sampling(1.0), config=config) > 3
+    assert chi_square(model, raw, Rule("rejection"), Sampling(1.0), config=config) > 3

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed
-from parallel_worker import HEADS, KINDS, ROUNDED, SPREAD
+from parallel_worker import HEADS, RARE, ROUNDED, USUAL
 
 from headstart.errors import UsageError
 from headstart.training.parallel import ParallelConfig
@@ -21,16 +21,18 @@ WORKER = str(Path(__file__).with_name("parallel_worker.py"))
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    answers = distributed.run([WORKER, "compile"])
+def results(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    slow = any(item.get_closest_marker("slow") for item in request.session.items if item.path.samefile(__file__))
+    answers = distributed.run([WORKER, "compile", *(["rare"] if slow else [])])
     for status, _, errors in answers:
         assert status == 0, errors[-3000:]
     lines = [json.loads(line) for line in answers[0][1].splitlines()]
     return {line.pop("name"): line for line in lines}
 
 
-@pytest.mark.parametrize("tied, accumulate", SPREAD)
-@pytest.mark.parametrize("kind, wiring", KINDS)
+@pytest.mark.parametrize(
+    "kind, wiring, tied, accumulate", [*USUAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARE)]
+)
 def test_gradients_and_losses_are_those_of_one_process(results, kind, wiring, tied, accumulate) -> None:
     result = results[f"{kind}-{wiring}{'-tied' if tied else ''}-{accumulate}"]
     assert result["error"] < 2e-6
