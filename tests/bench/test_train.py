@@ -20,16 +20,17 @@ TINY = {
 
 
 def test_speeds_and_ratios_over_one_head(in_process):
-    result = train.run(TrainSettings(parts=("bytes", "large-vocabulary"), **TINY))
+    # With one round the ratio is that of its two speeds, whatever else the machine does.
+    result = train.run(TrainSettings(parts=("bytes", "large-vocabulary"), **TINY | {"repetitions": 1}))
     rows = result["measurements"]
-    assert len(rows) == 3 + 4 and all(row["repetitions"] == 2 and row["median"] > 0 for row in rows)
+    assert len(rows) == 3 + 4 and all(row["repetitions"] == 1 and row["median"] > 0 for row in rows)
     assert [(row["part"], row["bar"]["value"]) for row in rows if row["bar"]] == [
         ("bytes", 0.95), ("large-vocabulary", 1.05),
     ]  # fmt: skip
     speeds = {row["heads"]: row["median"] for row in rows if row["unit"] and row["part"] == "large-vocabulary"}
     model = ModelConfig(vocab_size=500, dim=16, layers=5, context=8, heads=4)
     time_ratio = rows[-1]["median"] * flop_ratio(model)
-    assert time_ratio == pytest.approx(speeds[1] / speeds[4], rel=0.5)
+    assert time_ratio == pytest.approx(speeds[1] / speeds[4], rel=1e-6)
     assert result["settings"]["dtype"] in ("float32", "bfloat16")  # the one that ran
 
 
