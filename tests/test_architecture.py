@@ -122,7 +122,7 @@ def circles_of_files(root: Path) -> list[str]:
 
 def through_the_door(root: Path) -> list[str]:
     """Return uses of the package itself below the API, such as `from headstart import load`."""
-    below = {room for room in room_graph(root) if "api" not in room_graph(root)[room]} - {"api", DOOR}
+    below = {room for room, reached in room_graph(root).items() if "api" not in reached} - {"api", DOOR}
     found = []
     for file in files(root):
         if room_of(module_of(file, root)) not in below:
