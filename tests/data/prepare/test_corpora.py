@@ -1,4 +1,4 @@
-"""What becomes a document, in which order, and what is refused."""
+"""Documents of corpora: their order, and files that are refused."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Many processes, kills, and going on: the folder that comes out is always the same."""
+"""Preparation with many processes, kills and resumes always gives the same folder."""
 
 import json
 import os
@@ -338,7 +338,7 @@ def test_held_out_sources_and_a_fraction_of_the_others(projects, tmp_path):
 
 
 def test_a_held_out_document_never_goes_to_training(projects, tmp_path):
-    """Where the fraction leaves nothing to train on, a document of the other sources changes sides."""
+    """Move a document of the other sources if the fraction leaves nothing to train on."""
     settings = Preparation(validation_fraction=0.999, validation_sources=(str(projects / "bee"),))
     prepare([str(projects / "ant")], tmp_path / "out", ByteTokenizer(), settings)
     assert [text[:3] for text in texts(tmp_path / "out", "train")] == ["ant"]
