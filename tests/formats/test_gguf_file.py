@@ -1,305 +1,235 @@
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import replace
-from typing import Any
+import os
+import struct
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from headstart.data.byte_tokenizer import byte_alphabet
-from headstart.data.prepare.bpe import train
-from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
-from headstart.decoding.engine import Engine, EngineConfig, generate_all
-from headstart.decoding.kernels.pack import pack
-from headstart.decoding.settings import Request
 from headstart.errors import UsageError
-from headstart.formats.assembly import interleaved
-from headstart.formats.gguf import save_gguf
-from headstart.formats.gguf_vocabulary import read_vocabulary
-from headstart.formats.huggingface import save_model
-from headstart.formats.registry import load_model
-from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
+from headstart.formats.gguf_file import GgufFile
+from headstart.formats.gguf_header import SUPPORTED_TYPES
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
 
-SIZES = ModelConfig(vocab_size=300, dim=64, layers=4, attention_heads=4, kv_heads=2, context=128, norm_eps=1e-6)
-SHAPES = {
-    "plain": SIZES,
-    "four heads": replace(SIZES, heads=4, layers=6),
-    "anticausal": replace(SIZES, heads=2, wiring="anticausal"),
-    "linear": replace(SIZES, heads=3, head_kind="linear"),
-    "replicated": replace(SIZES, heads=3, head_kind="replicated"),
-    "tied, biases, wide heads": replace(SIZES, tied=True, attention_bias=True, head_dim=32, rope_theta=5e5),
+U32, STRING, ARRAY = 4, 8, 9
+VALUES = {
+    "a.number": 7,
+    "a.fraction": 0.5,
+    "a.flag": True,
+    "a.text": "héllo",
+    "a.numbers": [1, 2, 3],
+    "a.fractions": [0.5, -1.0],
+    "a.texts": ["Ġthe", "", "é"],
 }
 
 
-def random_model(config: ModelConfig) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(config)
-    for parameter in model.parameters():  # norms and biases too
-        torch.nn.init.normal_(parameter, std=0.05 if parameter.dim() > 1 else 1.0)
-    return model
+def blocks(rows: int, columns: int, kind: str) -> np.ndarray:
+    """Return random rows of blocks without NaN: the numbers within are halves below 2."""
+    size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 0x3C, (rows, columns // size * width), dtype=np.uint8)
 
 
-def read(path):
-    reader = gguf.GGUFReader(path)
-    tensors = {}
+def write(path: Path, kinds=("F32",), rows=5, columns=512, **settings) -> Path:
+    writer = gguf.GGUFWriter(path, "llama", **settings)
+    for key, value in VALUES.items():
+        add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
+    for kind in kinds:
+        writer.add_tensor(f"{kind}.weight", blocks(rows, columns, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor("norm", np.arange(4, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_metadata_and_tensors_are_those_of_the_package(tmp_path):
+    path = write(tmp_path / "m.gguf", SUPPORTED_TYPES)
+    file, reader = GgufFile(path), gguf.GGUFReader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert dict(file.metadata) == fields
+    assert {key: file.metadata[key] for key in VALUES} == VALUES
+    assert (
+        file.names == [tensor.name for tensor in reader.tensors] == [*(f"{k}.weight" for k in SUPPORTED_TYPES), "norm"]
+    )
     for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[tensor.tensor_type.name]
-        tensors[tensor.name] = torch.from_numpy(tensor.data.copy()).flatten().view(torch.uint8).view(kind).view(shape)
-    return {name: field.contents() for name, field in reader.fields.items()}, tensors
+        assert file.shape(tensor.name) == tuple(int(n) for n in reversed(tensor.shape))
+        assert file.type(tensor.name) == tensor.tensor_type
+        assert file.stored_bytes(tensor.name) == tensor.n_bytes
+        assert file.raw(tensor.name).tobytes() == tensor.data.tobytes()
+        expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(file.dequantized(tensor.name), expected.view(file.shape(tensor.name)))
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tensors_are_those_of_the_model(tmp_path, name, dtype):
-    model = random_model(SHAPES[name])
-    path = tmp_path / "model.gguf"
-    save_gguf(model, path, dtype=dtype)
-    fields, tensors = read(path)
-
-    save_model(model, tmp_path / "model")
-    expected = load_model(tmp_path / "model").to("cpu")  # what other tools load: trunk and head 1
-    config = expected.config
-    blocks = [*expected.trunk.blocks]
-    if config.head_kind == "transformer":
-        blocks += [expected.heads[k - 1] for k in expected.path(1)]
-    assert fields["llama.block_count"] == len(blocks)
-    H, K, E = config.attention_heads, config.key_value_heads, config.dim_per_head
-    for i, block in enumerate(blocks):
-        q, k, v = block.attention.qkv.weight.split([H * E, K * E, K * E])
-        gate, up = block.mlp.gate_up.weight.split(config.hidden)
-        parts = {
-            "attn_norm": block.attention_norm.weight,
-            "ffn_norm": block.mlp_norm.weight,
-            "attn_v": v,
-            "attn_output": block.attention.out.weight,
-            "ffn_gate": gate,
-            "ffn_up": up,
-            "ffn_down": block.mlp.down.weight,
-        }
-        for part, tensor in parts.items():
-            _same(tensors.pop(f"blk.{i}.{part}.weight"), tensor, dtype)
-        # Row 2i of a head is our coordinate i, row 2i+1 our coordinate i + E/2.
-        for part, tensor, heads in (("attn_q", q, H), ("attn_k", k, K)):
-            theirs, ours = tensors.pop(f"blk.{i}.{part}.weight").view(heads, E, -1), tensor.view(heads, E, -1)
-            _same(theirs[:, 0::2], ours[:, : E // 2], dtype)
-            _same(theirs[:, 1::2], ours[:, E // 2 :], dtype)
-        if config.attention_bias:
-            bias_q, bias_k, bias_v = block.attention.qkv.bias.split([H * E, K * E, K * E])
-            _same(tensors.pop(f"blk.{i}.attn_q.bias"), interleaved(bias_q, H), dtype)
-            _same(tensors.pop(f"blk.{i}.attn_k.bias"), interleaved(bias_k, K), dtype)
-            _same(tensors.pop(f"blk.{i}.attn_v.bias"), bias_v, dtype)
-            _same(tensors.pop(f"blk.{i}.attn_output.bias"), block.attention.out.bias, dtype)
-    _same(tensors.pop("token_embd.weight"), expected.trunk.embedding.weight, dtype)
-    _same(tensors.pop("output_norm.weight"), expected.unembedding.norm.weight, dtype)
-    if not config.tied:
-        _same(tensors.pop("output.weight"), expected.unembedding.weights[0], dtype)
-    assert not tensors  # no drafting heads, nothing twice
-    assert fields["llama.rope.freq_base"] == config.rope_theta and fields["llama.vocab_size"] == 300
-    assert fields["llama.attention.head_count_kv"] == K and fields["llama.attention.key_length"] == E
-    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(config.norm_eps)
-    assert fields["tokenizer.ggml.model"] == "no_vocab"
+def test_a_tensor_is_read_in_pieces_and_in_another_dtype(tmp_path, monkeypatch):
+    file = GgufFile(write(tmp_path / "m.gguf", ["Q8_0"]))
+    whole = file.dequantized("Q8_0.weight")
+    monkeypatch.setattr("headstart.formats.gguf_file.PIECE", 2 * 512)
+    target = torch.zeros(5, 512, dtype=torch.bfloat16)
+    file.read_into("Q8_0.weight", target)
+    assert torch.equal(target, whole.bfloat16())
 
 
-def _same(stored, tensor, dtype):
-    assert stored.dtype == (dtype if tensor.dim() > 1 else torch.float32)
-    assert torch.equal(stored, tensor.detach().to(stored.dtype))
+def test_a_split_model_is_opened_by_any_part(tmp_path):
+    write(tmp_path / "m.gguf", ["F32", "Q8_0", "Q4_K"], split_max_tensors=2)
+    whole = GgufFile(write(tmp_path / "whole.gguf", ["F32", "Q8_0", "Q4_K"]))
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert [part.name for part in parts] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    for part in parts:
+        file = GgufFile(part)
+        assert file.names == whole.names and file.metadata["a.texts"] == VALUES["a.texts"]
+        assert all(torch.equal(file.dequantized(name), whole.dequantized(name)) for name in whole.names)
 
 
-def test_bytes_and_unused_ids_as_a_vocabulary(tmp_path):
-    save_gguf(random_model(SIZES), tmp_path / "m.gguf", ByteTokenizer())
-    fields, _ = read(tmp_path / "m.gguf")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    assert tokens[:255] == byte_alphabet()[:255] and tokens[255] == "<|end|>" and len(set(tokens)) == 300
-    assert types[255] == gguf.TokenType.CONTROL and set(types[256:]) == {gguf.TokenType.UNUSED}
-    assert set(types[:255]) == {gguf.TokenType.NORMAL}
-    assert fields["tokenizer.ggml.eos_token_id"] == 255 and not fields["tokenizer.ggml.add_bos_token"]
+def test_parts_of_a_split_model_belong_together(tmp_path):
+    first, second = (tmp_path / f"m-0000{k}-of-00002.gguf" for k in (1, 2))
+    write(tmp_path / "m.gguf", ["F32", "Q8_0", "Q4_K"], split_max_tensors=2)
+    content = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    refused(first, "split.no and split.count")
+    second.write_bytes(content.replace(b"norm", b"morn"))  # another name is another tensor
+    assert "morn" in GgufFile(first).names
+    write(tmp_path / "x.gguf", ["F32"], split_max_tensors=1)
+    second.write_bytes((tmp_path / "x-00002-of-00002.gguf").read_bytes())
+    refused(first, "split.tensors.count")
+    second.unlink()
+    refused(first, "m-00002-of-00002.gguf: is missing; put all 2 parts")
+    first.rename(tmp_path / "alone.gguf")
+    refused(tmp_path / "alone.gguf", "split.no and split.count")
+    first.with_name("m-00003-of-00002.gguf").touch()
+    refused(first.with_name("m-00003-of-00002.gguf"), "part 3 of 2")
 
 
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bpe")
-    train(iter(["def add(a, b):\n    return a + b  # the sum\n" * 5, "it's 1999 naïve 你好"]), 290, folder)
-    return PretrainedTokenizer(folder)
+def text(value: str | bytes) -> bytes:
+    raw = value if isinstance(value, bytes) else value.encode()
+    return struct.pack("<Q", len(raw)) + raw
 
 
-def test_byte_level_bpe_as_a_vocabulary(tmp_path, bpe):
-    save_gguf(random_model(SIZES), tmp_path / "m.gguf", bpe)
-    fields, _ = read(tmp_path / "m.gguf")
-    definition = bpe.definition()
-    for token, i in definition["model"]["vocab"].items():
-        assert fields["tokenizer.ggml.tokens"][i] == token
-    assert len(fields["tokenizer.ggml.merges"]) == len(definition["model"]["merges"]) > 0
-    assert fields["tokenizer.ggml.token_type"][bpe.end_id] == gguf.TokenType.CONTROL
+def tensor(name="x", dims=(32,), kind=0, offset=0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-def test_what_gguf_cannot_hold_is_refused_in_one_line(tmp_path, bpe, monkeypatch):
-    other = PretrainedTokenizer(bpe._directory)
-    definition = bpe.definition()
-    monkeypatch.setattr(other, "definition", lambda: {**definition, "pre_tokenizer": {"type": "Whitespace"}})
-    cases = [
-        (random_model(replace(SIZES, heads=2, head_kind="linear", wiring="anticausal")), {}),
-        (random_model(SIZES), {"dtype": torch.float64}),
-        (random_model(SIZES), {"tokenizer": other}),
-        (random_model(replace(SIZES, vocab_size=100)), {"tokenizer": ByteTokenizer()}),
-    ]
-    for model, arguments in cases:
-        with pytest.raises(UsageError) as error:
-            save_gguf(model, tmp_path / "m.gguf", **arguments)
-        assert "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []  # nothing half written
+def header(*tensors: bytes, keys: tuple[bytes, ...] = (), version=3, counts: tuple[int, int] | None = None) -> bytes:
+    """Return a header, with room for 1,024 bytes of tensors behind it."""
+    start = b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(tensors), len(keys))))
+    content = start + b"".join(keys) + b"".join(tensors)
+    return content + bytes(-len(content) % 32 + 1024)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_llama_cpp_writes_the_same_tokens(tmp_path, name):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    model = random_model(SHAPES[name])
-    save_gguf(model, tmp_path / "m.gguf", ByteTokenizer())
-    theirs = llama_cpp.Llama(
-        str(tmp_path / "m.gguf"), n_ctx=128, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-        n_threads=1, verbose=False,
-    )  # fmt: skip
-    prompt = list(b"def f(x):")
-    assert theirs.tokenize(b"def f(x):\n \xc3\xa9", add_bos=True) == list("def f(x):\n é".encode())
-    written = [token for token, _ in zip(theirs.generate(prompt, temp=0.0, repeat_penalty=1.0), range(40))]
-    ours = generate_all(Engine(pack(model), EngineConfig(context=100)), [Request(tuple(prompt), 40, heads=1)])[0]
-    assert written == ours.tokens
+def refused(path: Path, *expected: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        GgufFile(path)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500 and ";" in message
+    assert all(part in message for part in expected), message
 
 
-def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path, bpe):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    save_gguf(random_model(SIZES), tmp_path / "m.gguf", bpe)
-    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=128, n_threads=1, verbose=False)
-    for text in ("def add(a, b):\n    return a", "it's  1999\n\n\n  naïve 你好\ttabs", " x", ""):
-        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == bpe.encode(text)
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
 
 
-REGEX = (
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}%s"
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-)
+BAD = {
+    "empty": (b"", "no GGUF file"),
+    "magic": (b"PK\3\4 and more", "no GGUF file"),
+    "only magic": (b"GGUF", "cut short"),
+    "old version": (header(version=1), "version 1", "convert the model again"),
+    "new version": (header(version=9), "version 9"),
+    "big endian": (header(version=3 << 24), "big-endian"),
+    "10**12 tensors": (header(counts=(10**12, 0)), "1,000,000,000,000 tensors"),
+    "2**64 keys": (header(counts=(0, 2**64 - 1)), "keys"),
+    "more tensors than bytes": (header(counts=(2**17, 0)), "promises 131,072 tensors"),
+    "long name": (header(struct.pack("<Q", 2**60) + b"x", counts=(1, 0)), "name"),
+    "long string": (header(keys=(key("a", STRING, struct.pack("<Q", 2**60)),)), "cut short"),
+    "long string in a list": (header(keys=(key("a", ARRAY, struct.pack("<IQQ", STRING, 2, 2**63)),)), "cut short"),
+    "many numbers": (header(keys=(key("a", ARRAY, struct.pack("<IQ", U32, 2**60)),)), "entries of a"),
+    "more numbers than bytes": (header(keys=(key("a", ARRAY, struct.pack("<IQ", U32, 1000)),)), "value of a"),
+    "nested list": (header(keys=(key("a", ARRAY, struct.pack("<IQ", ARRAY, 1)),)), "unknown type 9"),
+    "unknown value": (header(keys=(key("a", 77, b""),)), "unknown type 77"),
+    "key twice": (header(keys=(key("a", STRING, text("b")),) * 2), "key a occurs twice"),
+    "tensor twice": (header(tensor(), tensor(offset=128)), "tensor x occurs twice"),
+    "no UTF-8": (header(tensor(b"\xff\xfe")), "not UTF-8"),
+    "control characters": (header(tensor("a\n\33[2J"), tensor("a\n\33[2J")), r"'a\n\x1b[2J' occurs twice"),
+    "no dimension": (header(tensor(dims=())), "0 dimensions"),
+    "many dimensions": (header(tensor(dims=(1,) * 5)), "5 dimensions"),
+    "2**32 dimensions": (header(text("x") + b"\xff" * 4, counts=(1, 0)), "dimensions"),
+    "size 0": (header(tensor(dims=(0, 4))), "shape [4, 0]"),
+    "half a block": (header(tensor(dims=(33, 4), kind=8)), "Q8_0 has shape [4, 33], in blocks of 32"),
+    "past the end": (header(tensor(dims=(256, 2))), "tensor x lies past its end"),
+    "far past the end": (header(tensor(dims=(2**63, 2**63, 2**63))), "tensor x lies past its end"),
+    "offset past the end": (header(tensor(offset=2**63)), "tensor x begins at byte"),
+    "overlap": (header(tensor(), tensor("y")), "tensor y begins at byte 0, not 128"),
+    "unaligned": (header(tensor(dims=(33,)), tensor("y", offset=132)), "tensor y begins at byte 132, not 160"),
+    "alignment 0": (header(keys=(key("general.alignment", U32, bytes(4)),)), "power of two"),
+    "alignment 48": (header(keys=(key("general.alignment", U32, struct.pack("<I", 48)),)), "power of two"),
+    "alignment of text": (header(keys=(key("general.alignment", STRING, text("32")),)), "power of two"),
+    "unknown type": (header(tensor(kind=1234)), "tensor x has type number 1234"),
+    "IQ": (header(tensor(dims=(256,), kind=20)), "tensor x has type IQ4_NL"),
+    "TQ": (header(tensor(dims=(256,), kind=34)), "tensor x has type TQ1_0"),
+    "MXFP4": (header(tensor(dims=(256,), kind=39)), "tensor x has type MXFP4"),
+    "integers": (header(tensor(kind=26)), "tensor x has type I32"),
+}  # fmt: skip
 
 
-def steps(*parts: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": list(parts)}
+@pytest.mark.parametrize("case", BAD)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, case):
+    content, *expected = BAD[case]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content)
+    refused(path, str(path), *expected)
 
 
-def split_by(regex: str, **changes: object) -> dict[str, Any]:
-    pattern = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} | changes
-    return steps(pattern, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, "trim_offsets": True})
+def test_a_header_that_is_sound_is_read(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(header(tensor(), tensor("y", offset=128)))
+    assert GgufFile(tmp_path / "m.gguf").names == ["x", "y"]
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
-DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT_NAMES: list[tuple[dict[str, Any], bool, str | None]] = [
-    (BYTES, False, "gpt-2"),
-    (BYTES, True, None),
-    (BYTES | {"add_prefix_space": True}, False, None),
-    (steps(DIGITS, BYTES), False, "smollm"),
-    (steps(DIGITS | {"individual_digits": False}, BYTES), False, None),
-    (steps(BYTES, DIGITS), False, None),
-    (split_by(REGEX % "{1,3}"), True, "llama-bpe"),
-    (split_by(REGEX % "{1,3}"), False, "smaug-bpe"),
-    (split_by(REGEX % ""), False, "qwen2"),
-    (split_by(REGEX % ""), True, None),
-    (split_by(REGEX % "{1,3}", behavior="Removed"), True, None),
-    (split_by("\\s+"), False, None),
-]
+def test_a_file_cut_at_any_byte_is_refused(tmp_path):
+    path = write(tmp_path / "m.gguf", columns=64)
+    content = path.read_bytes()
+    assert content[-16:] == bytes(16)  # the padding behind the last tensor
+    for size in range(len(content) - 16):
+        if size < 1200 or size % 97 == 0:
+            path.write_bytes(content[:size])
+            refused(path)
 
 
-def changed(folder, source, **changes):
-    """A tokenizer whose tokenizer.json says something else; `model` adds to its part of that name."""
-    content = json.loads((source / "tokenizer.json").read_text())
-    content["model"] |= changes.pop("model", {})
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
-    shutil.copy(source / "tokenizer_config.json", folder)
-    return PretrainedTokenizer(folder)
+def test_a_byte_changed_anywhere_in_the_header_is_read_or_refused(tmp_path):
+    content = bytearray(write(tmp_path / "m.gguf", ["Q8_0"], rows=1, columns=32).read_bytes())
+    path = tmp_path / "changed.gguf"
+    for at in range(len(content) - 128):
+        for value in (0, 0x7F, 0xFF):
+            path.write_bytes(content[:at] + bytes([value]) + content[at + 1 :])
+            try:
+                file = GgufFile(path)
+                assert len(dict(file.metadata)) and all(file.dequantized(name).numel() for name in file.names)
+            except UsageError as error:
+                assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize(("splitting", "whole_words", "name"), SPLIT_NAMES)
-def test_the_name_of_how_text_is_split(tmp_path, bpe, splitting, whole_words, name):
-    tokenizer = changed(tmp_path, bpe.directory, pre_tokenizer=splitting, model={"ignore_merges": whole_words})
-    if name is None:
-        with pytest.raises(UsageError, match="another split"):
-            read_vocabulary(tokenizer, 300)
-    else:
-        found = read_vocabulary(tokenizer, 300)
-        assert (found.model, found.pre, found.left) == ("gpt2", name, [])
-    nfc = changed(tmp_path, bpe.directory, normalizer={"type": "NFC"})
-    assert read_vocabulary(nfc, 300).left == ["normalization NFC: llama.cpp takes text as it is"]
+def test_what_is_no_file_is_refused(tmp_path):
+    refused(tmp_path, "is a directory")
+    refused(tmp_path / "none.gguf", "no such file")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    refused(tmp_path / "pipe.gguf", "not a regular file")
 
 
-def test_where_texts_begin_and_end(tmp_path, bpe):
-    tokenizer = changed(tmp_path, bpe.directory)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    for start, ends, left in (
-        ((), {tokenizer.end_id}, []),
-        ((3,), {tokenizer.end_id, 5, 7}, []),
-        ((3, 4), {tokenizer.end_id, 5, 7, 9}, ["end token *: the file", "start token %: llama.cpp puts one"]),
-    ):
-        tokenizer.start_ids, tokenizer.end_ids = start, frozenset(ends)
-        lines = save_gguf(random_model(SIZES), tmp_path / "m.gguf", tokenizer)
-        by_id = {i: token for token, i in tokenizer.definition()["model"]["vocab"].items()}
-        expected = [line.replace("*", by_id[9]).replace("%", by_id[4]) for line in left]
-        assert len(lines) == len(left) and all(line.startswith(each) for line, each in zip(lines, expected))
-        fields, _ = read(tmp_path / "m.gguf")
-        assert fields["tokenizer.ggml.bos_token_id"] == (start[0] if start else tokenizer.end_id)
-        assert fields["tokenizer.ggml.add_bos_token"] is bool(start)
-        assert fields["tokenizer.ggml.add_eos_token"] is False
-        assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.end_id
-        further = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
-        assert further == ([5, 7] if start else [None, None])
-        assert fields["tokenizer.chat_template"] == "{{ messages }}"
-
-
-def sentencepiece(folder, merges, **changes):
-    letters = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581", "a", "b", "c", "ab", "bc", "abc"]
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content = {
-        "added_tokens": [{"id": i, "content": text, **flags} for i, text in enumerate(["<unk>", "<s>", "</s>"])],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "\u2581"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-            ],
-        },
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"},
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
-    return PretrainedTokenizer(folder)
-
-
-def test_sentencepiece_as_a_vocabulary(tmp_path):
-    """Scores are the order of merges. llama.cpp merges whatever makes a token, and a line reports missing merges."""
-    whole = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]]
-    tokenizer = sentencepiece(tmp_path, whole)
-    assert save_gguf(random_model(SIZES), tmp_path / "m.gguf", tokenizer) == []
-    fields, _ = read(tmp_path / "m.gguf")
-    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is True
-    assert fields["tokenizer.ggml.unknown_token_id"] == 0 and "tokenizer.ggml.merges" not in fields
-    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
-    of = {token: scores[i] for i, token in enumerate(tokens)}
-    assert of["ab"] > of["bc"] > of["abc"]
-    kinds = gguf.TokenType
-    types = [kinds(fields["tokenizer.ggml.token_type"][i]) for i in (0, 1, 2, 3, 258, 259, 265, 266)]
-    assert types == [kinds.UNKNOWN, *[kinds.CONTROL] * 2, *[kinds.BYTE] * 2, *[kinds.NORMAL] * 2, kinds.UNUSED]
-
-    for merges in (whole[:3], [*whole[:1], whole[2], whole[1], whole[3]]):
-        assert read_vocabulary(sentencepiece(tmp_path, merges), 300).left[0].startswith("the order of merges: 1 tokens")
-    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}
-    never = sentencepiece(tmp_path, whole, normalizer=None, pre_tokenizer=metaspace)
-    assert not read_vocabulary(never, 300).space_prefix and not read_vocabulary(never, 300).left
-    first = metaspace | {"prepend_scheme": "first"}
-    found = read_vocabulary(sentencepiece(tmp_path, whole, normalizer=None, pre_tokenizer=first), 300)
-    assert found.space_prefix and found.left[0].startswith("the space before text")
-    with pytest.raises(UsageError, match="another way to split text"):
-        read_vocabulary(sentencepiece(tmp_path, whole, pre_tokenizer={"type": "Whitespace"}), 300)
+@pytest.mark.slow
+def test_real_files_are_those_of_the_package():
+    folder = os.environ.get("HEADSTART_GGUF_DIR")
+    if folder is None:
+        pytest.skip("HEADSTART_GGUF_DIR names no folder of GGUF files")
+    paths = sorted(Path(folder).glob("*.gguf"))
+    assert paths
+    for path in paths:
+        file, reader = GgufFile(path), gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        assert dict(file.metadata) == fields
+        assert file.names == [each.name for each in reader.tensors]
+        for each in reader.tensors:
+            expected = torch.from_numpy(gguf.dequantize(each.data, each.tensor_type).copy())
+            assert torch.equal(file.dequantized(each.name), expected)
