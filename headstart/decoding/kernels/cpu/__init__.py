@@ -27,8 +27,8 @@ from headstart.fileio import cache_folder, replacing_file
 SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
 STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """The codes of fp32.c for the type of packed weights."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
-LINK = ("-shared", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-pthread", "-fPIC", "-std=gnu11")
+LINK = ("-shared", "-pthread", "-lm")
 """Flags of the link step. -ffast-math is not one of them: a library linked with it makes denormal numbers zero in the
 whole process."""
 FAST = ("-ffast-math",)
@@ -80,6 +80,7 @@ SIGNATURES = {
         "settle": "pppppp llll",
         "settle_tree": "ppppppppp llll",
     },
+    "pool.c": {"parallel": "pp l i"},
 }
 """The arguments of each function of a source file, by the letters of `ARGUMENTS`. None returns a value."""
 
@@ -110,7 +111,25 @@ def loaded_kernels(*dtypes: torch.dtype) -> ctypes.CDLL:
     return next(library for library in map(kernels, dtypes) if library is not None)
 
 
+@functools.cache
+def thread_pool() -> ctypes.CDLL | None:
+    """Return the pool of threads that all kernels of this process share (pool.c), or None if it is not available."""
+    pool = _compiled("pool.c", STRICT)
+    if pool is not None:
+        pool.stall_count.restype = ctypes.c_long
+    return pool
+
+
 def _load(source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
+    """Return the compiled `source` with the pool's `parallel` in it, or None if it is not available."""
+    library, pool = _compiled(source, flags), thread_pool()
+    if library is None or pool is None:
+        return None
+    ctypes.c_void_p.in_dll(library, "parallel").value = ctypes.cast(pool.parallel, ctypes.c_void_p).value
+    return library
+
+
+def _compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     compiler = None if os.environ.get("HEADSTART_NATIVE") == "0" else shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return None
@@ -129,16 +148,12 @@ def _declare(library: ctypes.CDLL, signatures: Mapping[str, str]) -> None:
 
 
 def _compile(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
-    # torch brings its own OpenMP: a second one would keep a second team of threads.
-    runtime = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
-    link = [*LINK, *([str(runtime), f"-Wl,-rpath,{runtime.parent}"] if runtime else []), "-lm"]
     key = [
         source.read_text(),
         *(header.read_text() for header in sorted(source.parent.glob("*.h"))),
         *flags,
         compiler,
-        torch.__version__,
-        *link,
+        *LINK,
         _processor_lines(),
     ]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:20]
@@ -146,7 +161,7 @@ def _compile(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     if not path.exists():
         with replacing_file(path) as temporary, tempfile.TemporaryDirectory() as folder:
             made = str(Path(folder) / "kernels.o")
-            for command in ([*flags, "-c", str(source), "-o", made], [made, "-o", str(temporary), *link]):
+            for command in ([*flags, "-c", str(source), "-o", made], [made, "-o", str(temporary), *LINK]):
                 subprocess.run([compiler, *command], check=True, capture_output=True, timeout=120)
     return path
 

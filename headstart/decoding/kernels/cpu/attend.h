@@ -2,6 +2,69 @@
 // activations, `to_float`, `store_row` and `attend_rows`.
 #include <string.h>
 
+typedef struct {
+    const real *q, *k, *v;
+    const long *q_stride, *k_stride, *v_stride;
+    real *y;
+    float *keys, *values;
+    const long *at, *row;
+    const Tree *tree;
+    long H, G, W, E, capacity;
+} Attention;
+
+// Attend for pairs `from` to `to` - 1 of a slot and a group of heads.
+static void attend_part(void *argument, long from, long to) {
+    const Attention *a = argument;
+    const long H = a->H, G = a->G, W = a->W, E = a->E, group = H / G, Q = a->row ? 1 : W, *at = a->at;
+    const Tree *tree = a->tree;
+    const float scale = 1.0f / sqrtf((float)E);
+    for (long pair = from; pair < to; pair++) {
+        const long s = pair / G, g = pair % G;
+        if (at[s * W] < 0) {
+            for (long i = 0; i < Q; i++) memset(a->y + ((s * Q + i) * H + g * group) * E, 0, group * E * sizeof(real));
+            continue;
+        }
+        float *kc = a->keys + pair * E * a->capacity, *vc = a->values + pair * a->capacity * E;
+        for (long w = 0; w < W; w++) {
+            const real *kr = a->k + s * a->k_stride[0] + g * a->k_stride[1] + w * a->k_stride[2];
+            const real *vr = a->v + s * a->v_stride[0] + g * a->v_stride[1] + w * a->v_stride[2];
+            const long position = at[s * W + w];
+            for (long e = 0; e < E; e++) {
+                kc[position / 16 * 16 * E + e * 16 + position % 16] = to_float(kr[e]);
+                vc[position * E + e] = to_float(vr[e]);
+            }
+        }
+        const long rows = group * Q;
+        const long start = at[s * W], end = a->row && !tree ? at[s * W + a->row[s]] : at[s * W + W - 1];
+        const long span = (end + 16) / 16 * 16;
+        float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
+        for (long first = 0; first < rows; first += 4) {
+            const int R = rows - first < 4 ? (int)(rows - first) : 4;
+            long last[4], depth[4];
+            const long *path[4];
+            for (int r = 0; r < R; r++) {
+                const long head = g * group + (first + r) / Q, i = (first + r) % Q, w = a->row ? a->row[s] : i;
+                const real *qr = a->q + s * a->q_stride[0] + head * a->q_stride[1] + i * a->q_stride[2];
+                for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
+                last[r] = tree ? end : at[s * W + w];
+                depth[r] = tree ? tree->depth[w] : 0;
+                path[r] = tree ? tree->path + w * tree->deep : NULL;
+            }
+            switch (R) {
+                case 1: attend_rows(1, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
+                case 2: attend_rows(2, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
+                case 3: attend_rows(3, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
+                default: attend_rows(4, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y);
+            }
+            for (int r = 0; r < R; r++) {
+                const long head = g * group + (first + r) / Q, i = (first + r) % Q;
+                store_row(a->y + ((s * Q + i) * H + head) * E, rows_y + r * E, E);
+            }
+        }
+        free(score);
+    }
+}
+
 // Write the new keys and values of W rows per slot at their consecutive positions in the cache, then attend for Q rows per slot:
 // all W rows, or the one row that row (S,) names. Row i sees everything up to its position, or the rows that the tree gives it.
 // q (S, H, Q, E), k and v (S, G, W, E): `real`, with the strides of the first three axes; E is dense. y (S, Q, H, E).
@@ -11,54 +74,6 @@
 void attend(const real *q, const long *q_stride, const real *k, const long *k_stride, const real *v, const long *v_stride,
             real *y, float *keys, float *values, const long *at, const long *row, const Tree *tree, long S, long H, long G, long W,
             long E, long capacity, int threads) {
-    const long group = H / G, Q = row ? 1 : W;
-    const float scale = 1.0f / sqrtf((float)E);
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads) if (threads > 1 && S * H * Q * at[W - 1] * E > 1 << 17)
-    for (long s = 0; s < S; s++) {
-        for (long g = 0; g < G; g++) {
-            if (at[s * W] < 0) {
-                for (long i = 0; i < Q; i++) memset(y + ((s * Q + i) * H + g * group) * E, 0, group * E * sizeof(real));
-                continue;
-            }
-            float *kc = keys + (s * G + g) * E * capacity, *vc = values + (s * G + g) * capacity * E;
-            for (long w = 0; w < W; w++) {
-                const real *kr = k + s * k_stride[0] + g * k_stride[1] + w * k_stride[2];
-                const real *vr = v + s * v_stride[0] + g * v_stride[1] + w * v_stride[2];
-                const long to = at[s * W + w];
-                for (long e = 0; e < E; e++) {
-                    kc[to / 16 * 16 * E + e * 16 + to % 16] = to_float(kr[e]);
-                    vc[to * E + e] = to_float(vr[e]);
-                }
-            }
-            const long rows = group * Q;
-            const long start = at[s * W], end = row && !tree ? at[s * W + row[s]] : at[s * W + W - 1];
-            const long span = (end + 16) / 16 * 16;
-            float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
-            for (long first = 0; first < rows; first += 4) {
-                const int R = rows - first < 4 ? (int)(rows - first) : 4;
-                long last[4], depth[4];
-                const long *path[4];
-                for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, i = (first + r) % Q, w = row ? row[s] : i;
-                    const real *qr = q + s * q_stride[0] + head * q_stride[1] + i * q_stride[2];
-                    for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
-                    last[r] = tree ? end : at[s * W + w];
-                    depth[r] = tree ? tree->depth[w] : 0;
-                    path[r] = tree ? tree->path + w * tree->deep : NULL;
-                }
-                switch (R) {
-                    case 1: attend_rows(1, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
-                    case 2: attend_rows(2, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
-                    case 3: attend_rows(3, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
-                    default: attend_rows(4, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y);
-                }
-                for (int r = 0; r < R; r++) {
-                    const long head = g * group + (first + r) / Q, i = (first + r) % Q;
-                    real *yr = y + ((s * Q + i) * H + head) * E;
-                    store_row(yr, rows_y + r * E, E);
-                }
-            }
-            free(score);
-        }
-    }
+    Attention a = {q, k, v, q_stride, k_stride, v_stride, y, keys, values, at, row, tree, H, G, W, E, capacity};
+    parallel(attend_part, &a, S * G, S * H * (row ? 1 : W) * at[W - 1] * E > 1 << 17 ? threads : 1);
 }

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
+#include "pool.h"
 #include "tree.h"
 
 typedef uint16_t bf16, real;
@@ -54,28 +55,41 @@ static inline __attribute__((always_inline)) void tile(const int M, const uint32
     }
 }
 
-// Compute y (rows, N) = x (rows, K) W^T + bias, K even. w: W packed as [ceil(N/32)][K/2][32] pairs, 64-byte aligned.
-void linear(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, long rows, long N, long K, int threads) {
-    const long K2 = K / 2, blocks = (N + 31) / 32;
-    // Waking a second thread takes some microseconds: small products finish before it starts.
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
-    for (long block = 0; block < blocks; block++) {
-        const uint32_t *wb = (const uint32_t *)w + block * K2 * 32;
-        for (long m = 0; m < rows; m += 8) {  // the block stays in cache for the next rows
-            const uint32_t *xm = (const uint32_t *)x + m * K2;
-            bf16 *ym = y + m * N;
-            switch (rows - m) {
-                case 1: tile(1, xm, K2, wb, bias, ym, N, block * 32); break;
-                case 2: tile(2, xm, K2, wb, bias, ym, N, block * 32); break;
-                case 3: tile(3, xm, K2, wb, bias, ym, N, block * 32); break;
-                case 4: tile(4, xm, K2, wb, bias, ym, N, block * 32); break;
-                case 5: tile(5, xm, K2, wb, bias, ym, N, block * 32); break;
-                case 6: tile(6, xm, K2, wb, bias, ym, N, block * 32); break;
-                case 7: tile(7, xm, K2, wb, bias, ym, N, block * 32); break;
-                default: tile(8, xm, K2, wb, bias, ym, N, block * 32);
+typedef struct {
+    const bf16 *x;
+    const uint32_t *w;
+    const float *bias;
+    bf16 *y;
+    long rows, N, K2;
+} Product;
+
+// Compute blocks `from` to `to` - 1 of 32 columns.
+static void product_part(void *argument, long from, long to) {
+    const Product a = *(const Product *)argument;
+    for (long block = from; block < to; block++) {
+        const uint32_t *wb = a.w + block * a.K2 * 32;
+        for (long m = 0; m < a.rows; m += 8) {  // the block stays in cache for the next rows
+            const uint32_t *xm = (const uint32_t *)a.x + m * a.K2;
+            bf16 *ym = a.y + m * a.N;
+            switch (a.rows - m) {
+                case 1: tile(1, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                case 2: tile(2, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                case 3: tile(3, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                case 4: tile(4, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                case 5: tile(5, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                case 6: tile(6, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                case 7: tile(7, xm, a.K2, wb, a.bias, ym, a.N, block * 32); break;
+                default: tile(8, xm, a.K2, wb, a.bias, ym, a.N, block * 32);
             }
         }
     }
+}
+
+// Compute y (rows, N) = x (rows, K) W^T + bias, K even. w: W packed as [ceil(N/32)][K/2][32] pairs, 64-byte aligned.
+void linear(const bf16 *x, const bf16 *w, const float *bias, bf16 *y, long rows, long N, long K, int threads) {
+    Product a = {x, (const uint32_t *)w, bias, y, rows, N, K / 2};
+    // Waking a second thread takes some microseconds: small products finish before it starts.
+    parallel(product_part, &a, (N + 31) / 32, N * K * rows > 1 << 18 ? threads : 1);
 }
 
 // Compute y = x / rms(x) * weight over rows of D, D a multiple of 16.

@@ -4,25 +4,38 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "pool.h"
+
 static inline uint64_t mix(uint64_t x) {  // SplitMix64's finaliser
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
     return x ^ (x >> 31);
 }
 
-// Make standard Gumbel noise (rows, V): a hash of seed, position and token, as in `position_noise`.
-void noise(const int64_t *seeds, const int64_t *positions, float *y, long rows, long V, int threads) {
+typedef struct {
+    const int64_t *seeds, *positions;
+    float *y;
+    long V;
+} Noise;
+
+static void noise_part(void *argument, long from, long to) {
+    const Noise a = *(const Noise *)argument;
     const uint64_t step = 0x9E3779B97F4A7C15u;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * V > 1 << 14)
-    for (long r = 0; r < rows; r++) {
-        const uint64_t key = mix(mix((uint64_t)seeds[r] + step) + (uint64_t)positions[r] * step);
-        for (long v = 0; v < V; v++) {
+    for (long r = from; r < to; r++) {
+        const uint64_t key = mix(mix((uint64_t)a.seeds[r] + step) + (uint64_t)a.positions[r] * step);
+        for (long v = 0; v < a.V; v++) {
             const uint32_t bits = (uint32_t)(mix(key + (uint64_t)(v + 1) * step) >> 32);
             float uniform = ((float)bits + 0.5f) * 0x1p-32f;
             if (uniform > 1 - 0x1p-24f) uniform = 1 - 0x1p-24f;
-            y[r * V + v] = -logf(-log1pf(-uniform));
+            a.y[r * a.V + v] = -logf(-log1pf(-uniform));
         }
     }
+}
+
+// Make standard Gumbel noise (rows, V): a hash of seed, position and token, as in `position_noise`.
+void noise(const int64_t *seeds, const int64_t *positions, float *y, long rows, long V, int threads) {
+    Noise a = {seeds, positions, y, V};
+    parallel(noise_part, &a, rows, rows * V > 1 << 14 ? threads : 1);
 }
 
 // Return the index of the largest of x[0..V), the first of equals, without a branch per element.

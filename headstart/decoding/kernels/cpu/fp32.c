@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "pool.h"
 #include "tree.h"
 
 typedef float real;
@@ -111,28 +112,37 @@ TILES(1)
 static Tile *const tall[2][6] = {BY_ROWS(0), BY_ROWS(1)};
 static Tile *const wide[2][2] = {{tile_1x4_0, tile_2x2_0}, {tile_1x4_1, tile_2x2_1}};
 
-static void product(int narrow, const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads) {
-    const long blocks = (N + 15) / 16, bytes = K * 16 * (narrow ? 2 : 4), part = K * 16;
+typedef struct {
+    int narrow;
+    const float *x;
+    const void *w;
+    const float *bias;
+    float *y;
+    long rows, N, K;
+} Product;
+
+// Compute blocks 4 from .. 4 to - 1 of the columns.
+static void product_part(void *argument, long from, long to) {
+    const Product a = *(const Product *)argument;
+    const long blocks = (a.N + 15) / 16, bytes = a.K * 16 * (a.narrow ? 2 : 4), part = a.K * 16;
     // A tile has as many rows as the registers have room for sums; the numbers of rows differ by at most one. The tiles of a
     // block prefetch the next block, each a share of it.
-    const long most = narrow ? 5 : 6, tiles = (rows + most - 1) / most;
-    const int whole = narrow ? 2 : 4, lines = rows < 3 ? 0 : tiles == 1 ? whole : tiles < whole ? 2 : 1;
-    // Waking a second thread takes some microseconds: small products finish before it starts.
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 18)
-    for (long four = 0; four < blocks; four += 4) {
+    const long most = a.narrow ? 5 : 6, tiles = (a.rows + most - 1) / most;
+    const int whole = a.narrow ? 2 : 4, lines = a.rows < 3 ? 0 : tiles == 1 ? whole : tiles < whole ? 2 : 1;
+    for (long four = 4 * from; four < 4 * to; four += 4) {
         const long end = four + 4 < blocks ? four + 4 : blocks;
         long block = four;
         // Each addition waits for the one before it, so one or two rows go through several blocks at once. The four streams of
         // one row keep the memory busy.
-        for (const long B = 4 / rows; B > 1 && block + B <= end; block += B) {
-            const Ahead ahead = {(const char *)w + (block + B) * bytes, part, rows == 2 && narrow ? 4 : 0};
-            wide[narrow][rows - 1](x, K, w, bias, y, N, block, ahead);
+        for (const long B = 4 / a.rows; B > 1 && block + B <= end; block += B) {
+            const Ahead ahead = {(const char *)a.w + (block + B) * bytes, part, a.rows == 2 && a.narrow ? 4 : 0};
+            wide[a.narrow][a.rows - 1](a.x, a.K, a.w, a.bias, a.y, a.N, block, ahead);
         }
         for (; block < end; block++) {
             for (long i = 0, row = 0; i < tiles; i++) {
-                const long M = (rows - row + tiles - i - 1) / (tiles - i), from = i * lines * part;
-                const Ahead ahead = {(const char *)w + (block + 1) * bytes + from, part, from < bytes ? lines : 0};
-                tall[narrow][M - 1](x + row * K, K, w, bias, y + row * N, N, block, ahead);
+                const long M = (a.rows - row + tiles - i - 1) / (tiles - i), skip = i * lines * part;
+                const Ahead ahead = {(const char *)a.w + (block + 1) * bytes + skip, part, skip < bytes ? lines : 0};
+                tall[a.narrow][M - 1](a.x + row * a.K, a.K, a.w, a.bias, a.y + row * a.N, a.N, block, ahead);
                 row += M;
             }
         }
@@ -158,7 +168,11 @@ enum { FP32, BF16, INT8 };
 // Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16] in fp32 or bf16, or as in int8.h, by `stored`.
 void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int stored) {
     if (stored == INT8) product8(x, w, bias, y, rows, N, K, threads);
-    else product(stored == BF16, x, w, bias, y, rows, N, K, threads);
+    else {
+        Product a = {stored == BF16, x, w, bias, y, rows, N, K};
+        // Waking a second thread takes some microseconds: small products finish before it starts.
+        parallel(product_part, &a, (N + 63) / 64, N * K * rows > 1 << 18 ? threads : 1);
+    }
 }
 
 // Compute exp(x) to 2 ulp for x <= 88, and exactly 0 below -87. Every element takes the same instructions: no scalar tail.

@@ -113,28 +113,44 @@ typedef void Tile8(const uint8_t *q, long stride, const float *scale, const uint
 TILE8(1, 1) TILE8(2, 1) TILE8(3, 1) TILE8(4, 1) TILE8(1, 4) TILE8(2, 2)
 static Tile8 *const tall8[] = {tile8_1x1, tile8_2x1, tile8_3x1, tile8_4x1}, *const wide8[] = {tile8_1x4, tile8_2x2};
 
-// Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)] of a header and [ceil(K/4)][16][4] int8. Tiles are
-// arranged as in `product`.
-static void product8(const float *x, const uint8_t *w, const float *bias, float *y, long rows, long N, long K, int threads) {
-    const long stride = (K + 31) / 32 * 32, blocks = (N + 15) / 16, size = INT8_HEADER + (K + 3) / 4 * 64, part = (K + 15) / 16 * 64;
-    const long tiles = (rows + 3) / 4, lines = tiles == 1 ? 4 : tiles < 4 ? 2 : 1;
-    float *scale = malloc(rows * (sizeof(float) + stride));
-    uint8_t *q = (uint8_t *)(scale + rows);
-    for (long r = 0; r < rows; r++) scale[r] = quantize(x + r * K, K, q + r * stride);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && N * K * rows > 1 << 19)
-    for (long four = 0; four < blocks; four += 4) {
+typedef struct {
+    const uint8_t *q;
+    const float *scale;
+    const uint8_t *w;
+    const float *bias;
+    float *y;
+    long rows, N, K;
+} Product8;
+
+// Compute blocks 4 from .. 4 to - 1 of the columns. Tiles are arranged as in `product_part`.
+static void product8_part(void *argument, long from, long to) {
+    const Product8 a = *(const Product8 *)argument;
+    const long stride = (a.K + 31) / 32 * 32, blocks = (a.N + 15) / 16, size = INT8_HEADER + (a.K + 3) / 4 * 64;
+    const long part = (a.K + 15) / 16 * 64, tiles = (a.rows + 3) / 4, lines = tiles == 1 ? 4 : tiles < 4 ? 2 : 1;
+    for (long four = 4 * from; four < 4 * to; four += 4) {
         const long end = four + 4 < blocks ? four + 4 : blocks;
         long block = four;
-        for (const long B = 4 / rows; B > 1 && block + B <= end; block += B)
-            wide8[rows - 1](q, stride, scale, w, size, bias, y, N, K, block, (Ahead){0});
+        for (const long B = 4 / a.rows; B > 1 && block + B <= end; block += B)
+            wide8[a.rows - 1](a.q, stride, a.scale, a.w, size, a.bias, a.y, a.N, a.K, block, (Ahead){0});
         for (; block < end; block++) {
             for (long i = 0, row = 0; i < tiles; i++) {
-                const long M = (rows - row + tiles - i - 1) / (tiles - i), from = i * lines * part;
-                const Ahead ahead = {(const char *)w + (block + 1) * size + from, part, from < size ? (int)lines : 0};
-                tall8[M - 1](q + row * stride, stride, scale + row, w, size, bias, y + row * N, N, K, block, ahead);
+                const long M = (a.rows - row + tiles - i - 1) / (tiles - i), skip = i * lines * part;
+                const Ahead ahead = {(const char *)a.w + (block + 1) * size + skip, part, skip < size ? (int)lines : 0};
+                tall8[M - 1](a.q + row * stride, stride, a.scale + row, a.w, size, a.bias, a.y + row * a.N, a.N, a.K, block,
+                             ahead);
                 row += M;
             }
         }
     }
+}
+
+// Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)] of a header and [ceil(K/4)][16][4] int8.
+static void product8(const float *x, const uint8_t *w, const float *bias, float *y, long rows, long N, long K, int threads) {
+    const long stride = (K + 31) / 32 * 32;
+    float *scale = malloc(rows * (sizeof(float) + stride));
+    uint8_t *q = (uint8_t *)(scale + rows);
+    for (long r = 0; r < rows; r++) scale[r] = quantize(x + r * K, K, q + r * stride);
+    Product8 a = {q, scale, w, bias, y, rows, N, K};
+    parallel(product8_part, &a, (N + 63) / 64, N * K * rows > 1 << 19 ? threads : 1);
     free(scale);
 }
