@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from conftest import HEADS
+from shapes import HEADS
 
 from headstart.decoding.policy.calibration import (
     EDGES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HEADS, fill, packed
+from shapes import HEADS, fill, packed
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import packed
 from constrained import BYTES, CASES, PERSON, PROMPT, one
+from shapes import packed
 
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer
 from headstart.decoding import constraints as constraints_module

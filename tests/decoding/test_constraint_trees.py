@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HEADS, packed
 from constrained import BYTES, CASES, LAW, PROMPT, bpe, distance, model_of, one, reference
 from laws import small_models
 from policies import RandomRows
+from shapes import HEADS, packed
 
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled
 from headstart.decoding.drafters import constrained

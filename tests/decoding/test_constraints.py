@@ -10,9 +10,9 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import HEADS, packed, untrained
 from constrained import BYTES, CASES, PERSON, PROMPT, bpe, model_of, one, random_model, reference
 from policies import RandomRows
+from shapes import HEADS, packed, untrained
 
 import headstart
 from headstart.decoding.constraints import Constraint, ConstraintRows, compiled

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
-from conftest import packed
+from shapes import packed
 from torch import Tensor
 
 from headstart import hardware

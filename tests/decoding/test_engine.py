@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import HEADS, packed, trained
+from shapes import HEADS, packed, trained
 
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import packed
+from shapes import packed
 
 from headstart.data.tokenizers import ByteTokenizer, Tokenizer
 from headstart.decoding.constraints import Constraint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HEADS, SHAPES
+from shapes import HEADS, SHAPES
 
 from headstart.decoding.decode_pass import decode_pass, prefill
 from headstart.decoding.drafters.interface import PromptPiece

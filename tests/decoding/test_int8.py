@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HEADS, trained
+from shapes import HEADS, trained
 
 import headstart
 from headstart.decoding.engine import Engine, EngineConfig, generate_all

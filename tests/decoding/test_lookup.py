@@ -6,11 +6,11 @@ import random
 
 import pytest
 import torch
-from conftest import HEADS, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laws import chi_square, small_models
 from policies import RandomRows
+from shapes import HEADS, packed
 
 from headstart.decoding.drafters.lookup import SIZES, Lookup, Odds
 from headstart.decoding.engine import Engine, EngineConfig, generate_all

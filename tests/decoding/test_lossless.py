@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import HEADS, KINDS, VOCABULARY, fill, packed, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shapes import HEADS, KINDS, VOCABULARY, fill, packed, trained
 
 from headstart.decoding import sampling as sampling_module
 from headstart.decoding import verify as verify_module

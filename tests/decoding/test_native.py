@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HEADS, packed, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import HEADS, packed, trained
 
 from headstart.decoding.cache import CachedAttention, KVCache
 from headstart.decoding.engine import Engine, EngineConfig, generate_all

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HEADS, packed
+from shapes import HEADS, packed
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import HEADS, packed, trained, untrained
+from shapes import HEADS, packed, trained, untrained
 
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.sampling import position_noise

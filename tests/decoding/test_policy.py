@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-from conftest import HEADS, packed
 from policies import RandomRows, acceptance, tuning
+from shapes import HEADS, packed
 
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all

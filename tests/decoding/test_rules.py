@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import HEADS, packed
 from laws import chi_square, small_models
+from shapes import HEADS, packed
 
 from headstart.decoding import decode_pass as pass_module
 from headstart.decoding import verify as verify_module

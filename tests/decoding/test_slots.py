@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import HEADS, packed, trained
+from shapes import HEADS, packed, trained
 from torch import Tensor
 
 from headstart.decoding import scheduler as scheduler_module

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HEADS, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import HEADS, packed
 
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.constraints import Constraint

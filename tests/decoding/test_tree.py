@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import HEADS, packed
+from shapes import HEADS, packed
 
 from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
 from headstart.decoding.engine import Engine, EngineConfig

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from conftest import HEADS, SHAPES, fill, packed, trained, untrained
 from policies import RandomRows
+from shapes import HEADS, SHAPES, fill, packed, trained, untrained
 from torch import Tensor
 
 from headstart.decoding.cache import KVCache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import HEADS, packed
+from shapes import HEADS, packed
 
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.policy.calibration import EDGES, PRIOR
