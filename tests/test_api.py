@@ -84,6 +84,16 @@ def test_settings_are_one_object_or_keywords(saved) -> None:
         model.generate("ab", temprature=0.5)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1}, {"seed": [1, 2.5]}, {"seed": None}, {"top_p": 0}, {"acceptance": "x"}, {"stop": 3},
+     {"max_new_tokens": 1.5}, {"penalties": 5}, {"constraint": "[a-z]"}],
+)  # fmt: skip
+def test_settings_are_checked_when_they_are_made(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        headstart.GenerationSettings(**wrong)
+
+
 def test_wrong_use(saved, tmp_path) -> None:
     model = headstart.load(saved[1])
     with pytest.raises(UsageError, match="empty"):

@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from headstart.decoding.cache import CachedAttention
-from headstart.decoding.drafters.interface import HeadDrafter, PromptPiece, Verified
-from headstart.decoding.drafters.parallel import ParallelHeads
-from headstart.decoding.drafters.sequential import SequentialHeads
+from headstart.decoding.drafters.interface import PromptPiece, Verified
+from headstart.decoding.drafters.registry import head_drafter
 from headstart.decoding.latents import Latents
 from headstart.decoding.state import DecodingState, PassPlan
 from headstart.decoding.verify import Evidence, Verdict, verify
-from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-
-PARALLEL, SEQUENTIAL = ParallelHeads(), SequentialHeads()
-
-
-def head_drafter(config: ModelConfig) -> HeadDrafter:
-    """Return the drafter for heads of this kind."""
-    return SEQUENTIAL if config.ahead else PARALLEL
 
 
 def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.arguments import whole_number
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import compiled
 from headstart.decoding.decode_pass import decode_pass
-from headstart.decoding.drafters.constrained import Constrained
 from headstart.decoding.drafters.interface import Turn
-from headstart.decoding.drafters.lookup import MOST_LOOKUP, PromptLookup
-from headstart.decoding.drafters.tree import DraftTree, TreeRows
+from headstart.decoding.drafters.registry import HOST_DRAFTERS
+from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.graphs import GraphedPass, cuda_capture
 from headstart.decoding.kernels.backend import backend_of
@@ -38,46 +37,9 @@ last bits of a row depend on the span, hence on where its window happened to sta
 add exactly nothing (docs/lab-notes.md)."""
 SPAN = 64
 """Span of attention elsewhere, in positions."""
-CONSTRAINED = Constrained()
 
 Watch = Callable[[Generation, int, int], None]
 """(generation, drafts fed, drafts accepted)."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Settings of an engine."""
-
-    slots: int = 1
-    """Requests decoded at once, rows of the caches; more wait in a queue."""
-    context: int | None = None
-    """Most positions of a request (None: the model's context)."""
-    exact: bool = True
-    """True: a request's output is bit for bit the same for every number of heads. With kernels whose rows are exact
-    that costs nothing, and holds for every batch too. Elsewhere it fixes the shapes of a pass: all n rows of a window,
-    all slots, whole attention blocks. False: every pass is as small as possible, faster with few heads, equal up to
-    rounding."""
-    deferred: bool = True
-    """True: drafting heads run on the accepted row only, see `PassPlan`."""
-    lookup: int = 0
-    """Most drafts of a window that are looked up in the sequence itself, after those of the heads or in their place."""
-    prefill_budget: int | None = 256
-    """Most prompt tokens to read before a pass, so that a long prompt does not delay the other requests (None: no
-    limit, for batches in which nobody waits)."""
-    prefix_reuse: bool = True
-    """True: a prompt reuses the keys and values of a sequence that begins like it, in any slot. The output does not
-    depend on it."""
-    tree: DraftTree | None = None
-    """Tree of the heads' drafts (None: the policy's tree, or chains). Requests whose acceptance rule cannot verify
-    trees get chains, and so do requests decoded together with them."""
-    graphs: bool | None = None
-    """True: passes run through CUDA graphs, see `GraphedPass` (None: on a CUDA device)."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "slots", whole_number("slots", self.slots, 1))
-        if self.context is not None:
-            object.__setattr__(self, "context", whole_number("context", self.context, 1))
-        object.__setattr__(self, "lookup", whole_number("lookup", self.lookup, 0, MOST_LOOKUP))
 
 
 class Engine:
@@ -127,7 +89,9 @@ class Engine:
             reuse=config.prefix_reuse,
             fixed_chunks=config.exact and backend_of(model).needs_fixed_shapes(CHUNK),
         )
-        self._lookup = PromptLookup(config.slots, config.lookup) if config.lookup else None
+        self._drafters = [drafter for kind in HOST_DRAFTERS if (drafter := kind.make(config)) is not None]
+        """Drafters on the host, in the order of their turns."""
+        self._reads_windows = any(drafter.reads_tokens for drafter in self._drafters)
         self._drafting = tuple(Origin(k) for k in range(2, model.config.heads + 1))
 
     def _choose_shapes(self, policy: DraftPolicy | None) -> None:
@@ -137,15 +101,16 @@ class Engine:
         """
         model, config, backend = self.model.config, self.config, backend_of(self.model)
         drafting = model.drafting_heads
-        self.width = model.heads + config.lookup
+        self._host_rows = sum(kind.rows(config) for kind in HOST_DRAFTERS)
+        self.width = model.heads + self._host_rows
         self.fixed_shapes = config.exact and backend.needs_fixed_shapes(config.slots * self.width)
         # A policy is made for chains of all heads; heads after a gap of the offsets draft nothing.
         if self.fixed_shapes or self.width == 1 or drafting < model.heads:
             policy = None
         tree = config.tree
-        if tree is not None and config.lookup:
+        if tree is not None and self._host_rows:
             raise UsageError("drafts are looked up for chains only; take a draft tree or lookup, not both")
-        if tree is None and policy is not None and not config.lookup:
+        if tree is None and policy is not None and not self._host_rows:
             tree = policy.best_tree(config.slots)
         if tree is not None and (tree.depth >= drafting or tree.ranks > model.vocab_size):
             raise UsageError(
@@ -295,7 +260,7 @@ class Engine:
             committed=[row[: count + 1] for row, count in zip(tokens_SD.tolist(), accepted_S.tolist())],
             logprobs=logprobs,
             confidences=windows.confidence_SK[plan.slots].tolist() if plan.confident else None,
-            windows=windows.tokens_SW[plan.slots].tolist() if self._lookup is not None else None,
+            windows=windows.tokens_SW[plan.slots].tolist() if self._reads_windows else None,
         )
 
     def _take(self, slot: int, generation: Generation, plan: PassPlan, outcome: _Outcome) -> str:
@@ -324,36 +289,35 @@ class Engine:
         return text
 
     def _learn(self, generation: Generation, fed: int, accepted: int) -> None:
-        """Record which drafts of a pass were accepted, for the policy and for prompt lookup."""
+        """Record which drafts of a pass were accepted, for the policy and for the drafters on the host."""
         window = generation.window
         if self.watch is not None and window.confidences and fed:
             self.watch(generation, fed, accepted)
         heads = sum(drafter.is_head for drafter in window.drafters)
         if self.policy is not None and window.confidences:
             self.policy.learn(generation.sampled, window.confidences, min(fed, heads), min(accepted, heads))
-        if self._lookup is not None and window.match and fed > heads and accepted >= heads:
-            self._lookup.odds.saw(window.match, fed - heads, accepted - heads)
+        for drafter in self._drafters:
+            drafter.learn(window, fed - heads, accepted - heads)
 
     def _propose(self, slot: int, generation: Generation, committed: list[int], tokens: list[int]) -> None:
         """Let the drafters on the host rewrite the next window of a generation."""
-        if generation.finished or (self._lookup is None and generation.matcher is None):
+        drafters = [drafter for drafter in self._drafters if drafter.takes(generation)]
+        if generation.finished or not drafters:
             return
         tree = self._rows if self._branching and generation.request.acceptance.verifies_trees else None
         # A request that will get a chain has no drafts while the others hold trees. One for plain decoding has none
-        # either, unless drafts are looked up.
-        plain = generation.request.heads == 1 and self._lookup is None
+        # either, unless a drafter on the host adds rows.
+        plain = generation.request.heads == 1 and not self._host_rows
         rows = 1 if plain or (self._branching and tree is None) else self.width
         turn = Turn(self.state, slot, generation, self.scheduler.lengths[slot], committed, tokens, rows, tree)
-        if self._lookup is not None and committed:
-            self._lookup.propose(turn)
-        if generation.matcher is not None:
-            CONSTRAINED.propose(turn)
+        for drafter in drafters:
+            drafter.propose(turn)
 
     def begin(self, slot: int, generation: Generation) -> None:
         """Start decoding: the prompt but its last token is in the caches, the last one is the root of a window."""
         self.scheduler.begin(slot, generation)
-        if self._lookup is not None:
-            self._lookup.begin(slot, generation.request.prompt)
+        for drafter in self._drafters:
+            drafter.begin(slot, generation.request.prompt)
         self.state.begin(slot, generation.request, generation.heads)
         self._propose(slot, generation, [], [])
 

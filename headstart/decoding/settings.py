@@ -262,7 +262,10 @@ class Request:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Settings of a generation, by the names that callers use. They are checked when a request is made of them."""
+    """Settings of a generation, by the names that callers use; what depends on the model is checked in an engine.
+
+    Raises UsageError for a value of a wrong kind or a number out of range.
+    """
 
     max_new_tokens: int = 256
     """Most tokens to generate; the model's context may end the output before."""
@@ -297,6 +300,11 @@ class GenerationSettings:
     keep_stop: bool = False
     """True: the stop string that ends the output is part of it."""
 
+    def __post_init__(self) -> None:
+        for seed in self._seeds or ():
+            any_whole_number("seed", seed)
+        self.request((), seed=0 if self._seeds is not None else None)
+
     @classmethod
     def with_fields(cls, settings: GenerationSettings | None, values: Mapping[str, Any]) -> GenerationSettings:
         """Return `settings` (None: the defaults) with some fields replaced. Raises UsageError for an unknown field."""
@@ -313,10 +321,15 @@ class GenerationSettings:
         shared = {each.name: getattr(options, each.name) for each in fields(cls) if hasattr(options, each.name)}
         return cls(**shared, **values)
 
+    @property
+    def _seeds(self) -> list[int] | None:
+        """The seeds, if there are several."""
+        several = isinstance(self.seed, Sequence) or getattr(self.seed, "ndim", 0) == 1
+        return list(self.seed) if several else None  # type: ignore[arg-type]
+
     def seeds(self, prompts: int) -> list[int]:
         """Return one seed for each of so many prompts. Raises UsageError for a list of another length."""
-        several = isinstance(self.seed, Sequence) or getattr(self.seed, "ndim", 0) == 1
-        seeds: list[int] = list(self.seed) if several else [self.seed] * prompts  # type: ignore[arg-type, list-item]
+        seeds: list[int] = [self.seed] * prompts if self._seeds is None else self._seeds  # type: ignore[list-item]
         if len(seeds) != prompts:
             raise UsageError(f"{len(seeds)} seeds for {prompts} prompts; give one seed, or one per prompt")
         return seeds
@@ -330,10 +343,7 @@ class GenerationSettings:
         cache_salt: str = "",
         matcher: Matcher | None = None,
     ) -> Request:
-        """Return the request for a prompt of token ids; see `Request` for what settings do not hold.
-
-        Raises UsageError for settings of a wrong kind or out of range.
-        """
+        """Return the request for a prompt of token ids; see `Request` for what settings do not hold."""
         key: Any = self.seed if seed is None else seed
         return Request(
             prompt=tuple(prompt),

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.decoding.drafters.interface import Turn
+from headstart.decoding.drafters.interface import HostDrafter, Turn
+from headstart.decoding.generation import Generation
 from headstart.decoding.state import DecodingState
 from headstart.decoding.window import FORCED, Origin, Window
 
@@ -28,8 +29,12 @@ HEAD = Origin(2)
 """Stands for any head."""
 
 
-class Constrained:
-    """Rewrites the windows of requests with a constraint, with their masks; a `HostDrafter`."""
+class Constrained(HostDrafter):
+    """Rewrites the windows of requests with a constraint, with their masks."""
+
+    def takes(self, generation: Generation) -> bool:
+        """Return whether the generation has a constraint."""
+        return generation.matcher is not None
 
     def propose(self, turn: Turn) -> None:
         """Replace drafts that the constraint does not allow, and mask every row of the window."""

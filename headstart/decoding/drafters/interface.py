@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.latents import Latents
 from headstart.decoding.state import DecodingState, PassPlan
 from headstart.decoding.verify import Verdict
+from headstart.decoding.window import Window
 from headstart.model.transformer import Transformer
 
 
@@ -77,8 +80,35 @@ class Turn:
     """Tree of its next window (None: a chain)."""
 
 
-class HostDrafter(Protocol):
-    """Proposes drafts on the host after a pass, in place of those of the heads or after them."""
+class HostDrafter:
+    """Proposes drafts on the host after a pass, in place of those of the heads or after them.
+
+    A new one is a class and a line in `registry.HOST_DRAFTERS`.
+    """
+
+    reads_tokens: ClassVar[bool] = False
+    """True if `propose` reads `Turn.tokens`, which costs a copy from the device in each pass."""
+
+    @classmethod
+    def make(cls, config: EngineConfig) -> HostDrafter | None:
+        """Return the drafter of an engine, or None if its settings leave this one out."""
+        return cls()
+
+    @classmethod
+    def rows(cls, config: EngineConfig) -> int:
+        """Return the number of rows that it adds to windows, which are then chains."""
+        return 0
+
+    def takes(self, generation: Generation) -> bool:
+        """Return whether it proposes drafts for a generation."""
+        return True
+
+    def begin(self, slot: int, prompt: Sequence[int]) -> None:
+        """Take note of the request that begins in `slot`."""
 
     def propose(self, turn: Turn) -> None:
         """Rewrite the next window of a generation where that brings more tokens, or where it must."""
+        raise NotImplementedError
+
+    def learn(self, window: Window, fed: int, accepted: int) -> None:
+        """Take note of the drafts after those of heads: how many were fed, and accepted (below 0: of heads too few)."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from headstart.decoding.drafters.interface import Turn
-from headstart.decoding.window import LOOKUP
+from headstart.decoding.drafters.interface import HostDrafter, Turn
+from headstart.decoding.engine_config import EngineConfig
+from headstart.decoding.window import LOOKUP, Window
 
 SIZES = (16, 8, 4, 2)
 """Lengths of matches to try, longest first."""
-MOST_LOOKUP = 1024
-"""Most drafts of a pass to look up; a window of more rows costs far more than they can bring."""
 
 
 class Lookup:
@@ -76,13 +75,25 @@ class Odds:
         self._seen[size] = self.MEMORY**judged * self._seen[size] + judged
 
 
-class PromptLookup:
-    """Puts looked up drafts into windows, in place of those of heads or after them; a `HostDrafter`."""
+class PromptLookup(HostDrafter):
+    """Puts looked up drafts into windows, in place of those of heads or after them."""
+
+    reads_tokens = True
 
     def __init__(self, slots: int, most: int) -> None:
         self.most = most
         self.odds = Odds()
         self._sequences = [Lookup(()) for _ in range(slots)]
+
+    @classmethod
+    def make(cls, config: EngineConfig) -> PromptLookup | None:
+        """Return the drafter if `lookup` asks for drafts."""
+        return cls(config.slots, config.lookup) if config.lookup else None
+
+    @classmethod
+    def rows(cls, config: EngineConfig) -> int:
+        """Return the most drafts of a window."""
+        return config.lookup
 
     def begin(self, slot: int, prompt: Sequence[int]) -> None:
         """Index the prompt of the request that begins in `slot`."""
@@ -90,6 +101,8 @@ class PromptLookup:
 
     def propose(self, turn: Turn) -> None:
         """Look up drafts in place of those of heads, or after them, whichever is expected to bring more tokens."""
+        if not turn.committed:  # decoding begins: the prompt is indexed, and nothing says yet how well heads do
+            return
         generation, window = turn.generation, turn.generation.window
         lookup, heads = self._sequences[turn.slot], len(window.drafters)
         lookup.push(turn.committed)
@@ -111,3 +124,8 @@ class PromptLookup:
         if drafts:
             certain = not turn.state.sampling.plain_rules(slice(turn.slot, turn.slot + 1))
             turn.state.windows.replace(turn.slot, own, drafts, certain)
+
+    def learn(self, window: Window, fed: int, accepted: int) -> None:
+        """Record how many looked up drafts were right, where all drafts of heads before them were."""
+        if window.match and fed > 0 and accepted >= 0:
+            self.odds.saw(window.match, fed, accepted)

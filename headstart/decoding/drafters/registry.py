@@ -1,0 +1,19 @@
+"""The drafters: which one the heads of a model have, and those on the host."""
+
+from __future__ import annotations
+
+from headstart.decoding.drafters.constrained import Constrained
+from headstart.decoding.drafters.interface import HeadDrafter, HostDrafter
+from headstart.decoding.drafters.lookup import PromptLookup
+from headstart.decoding.drafters.parallel import ParallelHeads
+from headstart.decoding.drafters.sequential import SequentialHeads
+from headstart.model.config import ModelConfig
+
+PARALLEL, SEQUENTIAL = ParallelHeads(), SequentialHeads()
+HOST_DRAFTERS: tuple[type[HostDrafter], ...] = (PromptLookup, Constrained)
+"""Drafters on the host in the order of their turns. A constraint comes last: it judges what the others propose."""
+
+
+def head_drafter(config: ModelConfig) -> HeadDrafter:
+    """Return the drafter for heads of this kind."""
+    return SEQUENTIAL if config.ahead else PARALLEL
