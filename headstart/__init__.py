@@ -24,16 +24,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from headstart.api import (
-        Constraint,
-        GenerationSettings,
-        LanguageModel,
-        Output,
-        Penalties,
-        Request,
-        Sampling,
-        load,
-    )
+    from headstart.api import Constraint, GenerationSettings, LanguageModel, Output, Penalties, Request, Sampling, load
     from headstart.errors import UsageError
 
 

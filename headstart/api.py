@@ -31,16 +31,7 @@ from headstart.formats.registry import load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
-__all__ = [
-    "Constraint",
-    "GenerationSettings",
-    "LanguageModel",
-    "Output",
-    "Penalties",
-    "Request",
-    "Sampling",
-    "load",
-]
+__all__ = ["Constraint", "GenerationSettings", "LanguageModel", "Output", "Penalties", "Request", "Sampling", "load"]
 
 FROM_SETTINGS: Any = object()
 """Default of an argument that a settings object also holds."""
@@ -280,9 +271,8 @@ def load(
         quantize: "int8" puts weights and activations of all products in int8, the rest in float32; for CPUs. The model
             is then a different one, close to the original (docs/decoding.md).
 
-    Raises:
-        UsageError: the directory is missing, foreign, truncated or of an unsupported kind; `quantize` with another
-            dtype or device.
+    Raises UsageError for a directory that is missing, foreign, truncated or of an unsupported kind, and for `quantize`
+    with another dtype or device.
     """
     if isinstance(dtype, str):
         if dtype not in _DTYPES:

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from headstart.errors import UsageError
+
+Requirement = tuple[Callable[[Any], bool], str]
+"""A condition on a value, and how it continues "it must be"."""
+AT_LEAST_0: Requirement = (lambda x: x >= 0, "at least 0")
+AT_LEAST_1: Requirement = (lambda x: x >= 1, "at least 1")
+POSITIVE: Requirement = (lambda x: x > 0, "above 0")
+FINITE_POSITIVE: Requirement = (lambda x: 0 < x < math.inf, "finite and above 0")
+COEFFICIENT: Requirement = (lambda x: 0 <= x < math.inf, "finite and not negative (0: none)")
+FRACTION: Requirement = (lambda x: 0 <= x < 1, "at least 0 and below 1")
+SHARE: Requirement = (lambda x: 0 < x <= 1, "above 0 and at most 1")
+TOKEN: Requirement = (lambda x: x >= 0, "an id of the vocabulary, or left out")
+
+
+def check_fields(settings: object, section: str, **requirements: Requirement) -> None:
+    """Raise UsageError for a field of a dataclass that does not meet its requirement, or is no choice of its Literal.
+
+    None meets every requirement. `section` stands before the names of the fields.
+    """
+    for name, choices in _choices(type(settings)).items():
+        if getattr(settings, name) not in choices:
+            shown = f"{section}{name} {getattr(settings, name)!r}"
+            raise UsageError(f"{shown} is unknown; take one of {', '.join(choices)}")
+    for name, (holds, words) in requirements.items():
+        value = getattr(settings, name)
+        if value is not None and not holds(value):
+            raise UsageError(f"{section}{name} is {value}; it must be {words}")
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    """Return the choices of each field whose type is a Literal."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:

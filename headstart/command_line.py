@@ -18,18 +18,12 @@ def parse_settings(
 ) -> Settings:
     """Parse `arguments` into the dataclass `kind`: its fields are the options, their docstrings are the help.
 
-    An optional group of settings is there or not according to `default`: a flag of one of its fields changes it, and no
-    flag is a subcommand. A list option that is named several times keeps all values.
+    An optional group of settings is there or not according to `default`, which holds the values of settings that are
+    not on the command line: a flag of one of its fields changes it, and no flag is a subcommand. A list option that is
+    named several times keeps all values.
 
-    Args:
-        kind: the dataclass.
-        arguments: the command line, without the program's name.
-        prog: the command as the help shows it.
-        default: the values of settings that are not on the command line (None: the defaults of `kind`).
-
-    Raises:
-        SystemExit: status 0 after --help, status 2 after an unknown option or a value of another type.
-        UsageError: a value that `kind` refuses.
+    Raises SystemExit with status 0 after --help and 2 for an unknown option or a value of another type, and UsageError
+    for a value that `kind` refuses.
     """
     import tyro
 
@@ -47,11 +41,7 @@ def add_repeated(target: Callable[..., Any], arguments: Sequence[str]) -> list[s
     """Return `arguments` with all values of a list option after its first mention.
 
     `--stop a --stop b` means `--stop a b`; tyro alone would silently keep the last mention. For an option with one
-    value the last mention counts, as usual.
-
-    Args:
-        target: the function or dataclass that `tyro.cli` parses the arguments for.
-        arguments: the command line.
+    value the last mention counts, as usual. `target` is the function or dataclass that `tyro.cli` parses for.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     named = Counter(_option(argument) for argument in arguments[:end])
@@ -116,10 +106,7 @@ def _option(argument: str) -> str | None:
 def _list_options(target: Any, prefix: str = "", bare: bool = False) -> set[str]:
     """Return the names of options with any number of values, without leading dashes.
 
-    Args:
-        target: the function or dataclass whose options are wanted.
-        prefix: what their names start with: the names of the groups that hold them.
-        bare: leave out the names of all groups inside.
+    They start with `prefix`, the names of the groups that hold them; `bare` leaves out the names of all groups inside.
     """
     from tyro.conf import OmitArgPrefixes
 

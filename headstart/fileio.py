@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 
 COPY_BYTES = 1 << 22
 """Size of the pieces in which files are read and copied."""
@@ -186,11 +186,8 @@ def take_lock(file: IO[str]) -> bool:
 def claimed(lock: Path, taken: str, advice: str, path: Path | None = None) -> Iterator[None]:
     """Hold the file `lock`, made with its folders, so that one process at a time works on what it stands for.
 
-    Args:
-        lock: the file. It stays when the process ends; the system releases the lock.
-        taken: the error if another process holds it.
-        advice: the advice of the error if it cannot be written.
-        path: what that error names (None: the folder of the lock).
+    The file stays when the process ends; the system releases the lock. `taken` is the error if another process holds
+    it; the error if the lock cannot be written names `path` (None: the folder of the lock) and gives `advice`.
     """
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -210,14 +207,19 @@ def remove_unfinished(*folders: Path) -> None:
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in `file`. Raise UsageError for anything else."""
+def read_json(
+    file: Path,
+    most: int | None = None,
+    readable: str = "name a model directory you may read",
+    fix: str = "copy the model directory again",
+) -> dict[str, Any]:
+    """Return the JSON object in `file`, of at most `most` bytes. Raise UsageError, with advice, for anything else."""
     try:
-        content = json.loads(read_bounded(file, MOST_JSON).decode("utf-8"))
+        content = json.loads(read_bounded(file, most or MOST_JSON).decode("utf-8"))
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror}); name a model directory you may read") from error
+        raise UsageError(f"{file}: cannot be read ({error.strerror}); {readable}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file}: is not JSON ({error}); copy the model directory again") from error
+        raise UsageError(f"{file}: is not JSON ({first_line(error)}); {fix}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{file}: must hold a JSON object; copy the model directory again")
+        raise UsageError(f"{file}: is not a JSON object; {fix}")
     return content

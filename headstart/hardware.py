@@ -133,15 +133,9 @@ def resident_memory() -> int | None:
 
 
 def peak_flops(dtype: str, device: str = "cpu", threads: int = 1) -> tuple[float, str]:
-    """Return the FLOP/s that matrix products can reach on one device, and the source of the number.
+    """Return the FLOP/s that products in `dtype` can reach on one device, and "data sheet" or "measured".
 
-    Args:
-        dtype: "bfloat16" or "float32".
-        device: "cpu", "cuda", ...
-        threads: CPU threads of a measurement.
-
-    Returns:
-        The FLOP/s, and "data sheet" for the GPUs of `GPU_TERAFLOPS` or "measured" for all others.
+    GPUs of `GPU_TERAFLOPS` have a data sheet; all others are measured, on a CPU with so many threads.
     """
     import torch
 

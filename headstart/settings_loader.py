@@ -16,15 +16,9 @@ Settings = TypeVar("Settings")
 def load_settings(kind: type[Settings], values: Any, file: Path, prefix: str = "", advice: str = "") -> Settings:
     """Return a dataclass of type `kind` from a mapping; fields that the mapping lacks keep their defaults.
 
-    Args:
-        kind: a dataclass, whose fields may be dataclasses too.
-        values: what the file holds (None: nothing).
-        file: the file, for errors.
-        prefix: the key that holds the mapping and a dot, for errors.
-        advice: what to do about a key that is unknown or missing (empty: what fits a file that people write).
-
-    Raises:
-        UsageError: a key that is unknown or missing, a value of another type, or one that the dataclass refuses.
+    Errors name the `file` and the key after `prefix`, and give `advice` about a key that is unknown or missing (empty:
+    what fits a file that people write). Raises UsageError for such a key, a value of another type, or one that the
+    dataclass refuses.
     """
     values = {} if values is None else values
     if not isinstance(values, dict):

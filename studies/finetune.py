@@ -11,15 +11,7 @@ from headstart.model.transformer import Transformer
 from headstart.training.adapt.new_heads import with_heads
 from studies.polynomial_ring import Ring
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.training import (
-    TrainingSettings,
-    in_memory,
-    run_config,
-    sized,
-    stream_of,
-    train_model,
-    written_right,
-)
+from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model, written_right
 from studies.verdicts import contrast, in_words, judge
 
 HEADS = 4

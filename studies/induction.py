@@ -12,15 +12,7 @@ import numpy as np
 from headstart.model.transformer import Transformer
 from studies.stories import Name, Stories
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.training import (
-    TrainingSettings,
-    in_memory,
-    run_config,
-    sized,
-    stream_of,
-    train_model,
-    written_right,
-)
+from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model, written_right
 from studies.verdicts import Contrast, contrast, in_words, judge
 
 FORMED = 0.1

@@ -11,15 +11,7 @@ from typing import Any, ClassVar
 
 from studies.polynomial_ring import Ring
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.training import (
-    TrainingSettings,
-    in_memory,
-    run_config,
-    sized,
-    stream_of,
-    train_model,
-    written_right,
-)
+from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model, written_right
 from studies.verdicts import Contrast, contrast, in_words, judge
 
 

@@ -21,20 +21,10 @@ MARK = "<!-- written by headstart push -->"
 def write_card(
     directory: Path, name: str, licence: str | None, base_model: str | None, evaluation: dict[str, Any] | None = None
 ) -> str:
-    """Return the text of README.md for a model directory.
+    """Return the text of README.md for a model directory, with the numbers of a results.json of `headstart evaluate`.
 
     The card reports what the directory's files hold: acceptance.json (`headstart evaluate --record`), tuning.json
-    (`headstart tune`).
-
-    Args:
-        directory: with the model.
-        name: the name of the model: a hub id, or the name of its folder.
-        licence: its identifier on the hub (None: the card says that there is none).
-        base_model: hub id of the model that heads were added to.
-        evaluation: the content of a results.json of `headstart evaluate`.
-
-    Raises:
-        UsageError: no model, or files that are damaged.
+    (`headstart tune`). Raises UsageError for no model, or files that are damaged.
     """
     config = load_config(directory)
     parts = [_front(licence, base_model), MARK, _introduction(directory, name, config, base_model)]
@@ -98,11 +88,7 @@ def _introduction(directory: Path, name: str, config: ModelConfig, base_model: s
 
 
 def _measured(directory: Path, config: ModelConfig, evaluation: dict[str, Any] | None) -> str:
-    parts = [
-        *_acceptance(directory),
-        *_speed(directory),
-        *_heads(evaluation or {}),
-    ]
+    parts = [*_acceptance(directory), *_speed(directory), *_heads(evaluation or {})]
     if not parts:
         parts = ["Nothing was measured yet: neither how often drafts are right, nor what they are worth in speed."]
     return "\n\n".join(["## Measured", *parts])

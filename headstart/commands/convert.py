@@ -53,23 +53,13 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Write the model at `source` to `target` in the format `to`.
+    """Write the model at `source` to `target` in the format `to`, a key of `FORMATS`; settings as in `ConvertSettings`.
 
-    The result is written under a temporary name, read back and compared with the source, and only then renamed.
+    The result is written under a temporary name, read back and compared with the source, and only then renamed. The
+    mapping returned has "path", "format", "left_out" (lines) and "checks".
 
-    Args:
-        source: a model in any format that headstart reads.
-        target: a path that does not exist yet, or holds an earlier result of the same format.
-        to: a key of `FORMATS`.
-        dtype: the dtype of the stored weights: float32, bfloat16 or float16 (None: the source's).
-        tokenizer: the result's tokenizer: a directory, a tokenizer.json, or "bytes" (None: the source's).
-
-    Returns:
-        "path", "format", "left_out" (lines) and "checks".
-
-    Raises:
-        UsageError: a source that cannot be read, a format that cannot express it, a target that holds something else,
-            a result that is not the same.
+    Raises UsageError for a source that cannot be read, a format that cannot express it, a target that holds something
+    else, and a result that is not the same.
     """
     import torch
 

@@ -71,11 +71,8 @@ class Finding:
 def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None) -> dict[str, Any]:
     """Check the machine and, if given, a model directory.
 
-    Returns:
-        {"machine", "findings": [{"name", "status", "sentence", "values"}], "verdict": the worst status}.
-
-    Raises:
-        UsageError: `model_path` is not a readable model.
+    The result has "machine", "findings" (`Finding` as mappings) and "verdict", the worst status. Raises UsageError if
+    `model_path` is not a readable model.
     """
     sizes = sizes or Sizes()
     config = None if model_path is None else load_config(model_path)  # fails before anything is timed

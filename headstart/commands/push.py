@@ -61,15 +61,9 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 def push(settings: PushSettings, api: Any = None) -> dict[str, Any]:
     """Put a model directory with a model card into a folder, or onto the hub (`hub_id`).
 
-    Args:
-        settings: the model, the target, and facts for the card.
-        api: an object to call instead of huggingface_hub's HfApi.
-
-    Returns:
-        "to", "files" (paths in the result), "left" (files of the model directory that are not sent) and "card".
-
-    Raises:
-        UsageError: no model, a folder that holds something else, damaged files, or a hub that refuses.
+    `api` stands in for huggingface_hub's HfApi. The result has "to", "files" (paths in the result), "left" (files of
+    the model directory that are not sent) and "card". Raises UsageError for no model, a folder that holds something
+    else, damaged files, or a hub that refuses.
     """
     from headstart.formats.registry import load_config
 

@@ -117,19 +117,10 @@ def distill(
     {"place", "messages", "finish_reason"}. `headstart prepare` reads both. The finish reason is "end", "length", or
     "context" if a later question did not fit. A prompt as long as the context is left out.
 
-    Args:
-        model: the model that answers.
-        directory: its directory or its name on the hub, to tell it from other models.
-        settings: what to answer, how, and where the answers go.
-        progress: receives how much is done.
-        report: receives lines for the person watching.
-
-    Returns:
-        Counts and decoding statistics of this call.
-
-    Raises:
-        UsageError: prompts that cannot be read, a model without tokenizer or chat template, settings out of range, or
-            `settings.out` written by another process, with other settings, or by another program.
+    `directory` is the model's, or its name on the hub, and tells it from other models. The result holds counts and
+    decoding statistics of this call. Raises UsageError for prompts that cannot be read, a model without tokenizer or
+    chat template, settings out of range, or `settings.out` written by another process, with other settings, or by
+    another program.
     """
     out = settings.out
     if out.suffix != ".jsonl":

@@ -119,12 +119,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     trees = [] if largest is None else _weigh_trees(tuning, largest, seen)
     if trees and _best(trees)["expected_speedup"] > TREE_MARGIN * _best(trees, chain=True)["expected_speedup"]:
         tuning = replace(tuning, tree=DraftTree.parse(_best(trees)["tree"]))
-    more = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        **counts,
-        "temperature": settings.temperature,
-    }
+    more = {"date": date.today().isoformat(), "torch": torch.__version__, **counts, "temperature": settings.temperature}
     file = write_tuning(path, model, tuning, more)
     say(f"tuning: {file}")
     return {**_summarize(path, tuning), "trees": trees, "exact": backend_of(model).row_exact, **counts}
@@ -154,8 +149,7 @@ def measure_acceptance(
 ) -> tuple[AcceptanceTable, list[list[int]]]:
     """Generate after each prompt with all heads, in chains, and count the right drafts.
 
-    Returns:
-        The table, and with `ranks` for each pass the rank of the right token among the candidates of each head.
+    Return the table, and with `ranks` for each pass the rank of the right token among the candidates of each head.
     """
     from headstart.decoding.engine import Engine, EngineConfig
     from headstart.decoding.policy.calibration import AcceptanceTable

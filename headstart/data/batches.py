@@ -52,22 +52,17 @@ def offsets_of(heads: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def targets_of(tokens: Array, documents: Array, heads: int | Sequence[int], is_target: Array | None = None) -> Array:
-    """Return the targets of each head: `targets[b, t, k-1]` is token t+k of row b (paper, equation 2).
+    """Return the targets of each head: `targets[b, t, k-1]` is token t+k of row b (paper, equation 2), (B, T, n) int64.
 
-    The target is IGNORE if t and t+k lie in different documents. A document's end token belongs to the document.
+    The target is IGNORE if t and t+k lie in different documents. A document's end token belongs to the document. Raises
+    UsageError if the shapes differ or leave no position.
 
     Args:
-        tokens: (B, T + last offset).
+        tokens: (B, T + last offset), an array or a tensor like the result.
         documents: the document of each position, of the same shape.
         heads: n, or the offset of each head, which then replaces k above.
         is_target: bool, of the same shape: false for tokens that no head predicts, such as a user's words in a
             conversation; they are still read. None: all are targets.
-
-    Returns:
-        (B, T, n) int64, an array or a tensor like `tokens`.
-
-    Raises:
-        UsageError: the shapes differ or leave no position.
     """
     offsets = offsets_of(heads)
     if tokens.ndim != 2 or tokens.shape != documents.shape or tokens.shape[1] <= offsets[-1]:
@@ -108,11 +103,7 @@ class BatchStream:
     32) thus read the same batches in the same order. `weights` decide which source gives the next row (`Turns`): after
     N rows, source i has given N * w_i / sum(w) of them, to less than one row.
 
-    Args:
-        heads: the number of heads, or their offsets, as in `targets_of`.
-
-    Raises:
-        UsageError: a split is shorter than one row.
+    `heads` is their number, or their offsets, as in `targets_of`. Raises UsageError if a split is shorter than one row.
     """
 
     # More than 8 parameters: each describes the stream, and all but two have a default.

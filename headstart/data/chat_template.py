@@ -52,7 +52,7 @@ class ChatTemplate:
         mark: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text of `messages`.
+        """Return the text of `messages`. Raises UsageError if the template refuses them, or exceeds its limits.
 
         Args:
             messages: of the conversation, in order.
@@ -60,9 +60,6 @@ class ChatTemplate:
             prompt: end the text where the assistant begins to write.
             mark: put OPEN and CLOSE around the parts that the template marks as the assistant's.
             variables: further variables of the template, such as `enable_thinking`.
-
-        Raises:
-            UsageError: the template refuses the messages, or exceeds its limits.
         """
         context: dict[str, Any] = dict(self.tokens) | dict(variables or {})
         context |= {"add_generation_prompt": prompt, "mark_answers_": mark}
@@ -101,10 +98,8 @@ class ChatTemplate:
         With `each`, return one text per answer: it ends after the answer, and only the answer counts.
 
         A template can mark answers itself (`{% generation %}`). Otherwise an answer is the difference between the text
-        that ends with it and the prompt before it.
-
-        Raises:
-            UsageError: the template writes earlier turns differently when more follow, so answers cannot be found.
+        that ends with it and the prompt before it. Raises UsageError if the template writes earlier turns differently
+        when more follow, so that answers cannot be found.
         """
         messages, tools = conversation.messages, conversation.tools
         whole = self.render(messages, tools)
@@ -201,13 +196,10 @@ def encode_conversation(
     """Encode each text of a conversation (one, or with `each` one per answer, see `ChatTemplate.answers`).
 
     A token is the assistant's if any of its characters is. The end token is if the text ends with an answer and no
-    special token ends that turn already.
+    special token ends that turn already. Return for each text the token ids, (N,) int64 with the end token last, and
+    (N,) bool: which the assistant wrote.
 
-    Returns:
-        For each text the token ids, (N,) int64 with the end token last, and (N,) bool: which the assistant wrote.
-
-    Raises:
-        UsageError: answers cannot be found, or the template refuses the messages.
+    Raises UsageError if answers cannot be found, or the template refuses the messages.
     """
     return [_tokens(text, spans, tokenizer) for text, spans in template.answers(conversation, each)]
 

@@ -55,14 +55,9 @@ def _fallback_byte(tokenizer: Tokenizer, token: int) -> int | None:
 
 
 class TextOffsets:
-    """Find where the tokens of a completion begin in its text, in characters.
+    """Find where the tokens of a completion begin in its text, in characters; `start` is its first character's place.
 
-    All tokens of one character have the character's place.
-
-    Args:
-        prompt: tokens before the completion.
-        start: the place of the completion's first character.
-        keep_space: as for `TextStream`.
+    All tokens of one character have the character's place. `prompt` and `keep_space` are as for `TextStream`.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0, keep_space: bool = False) -> None:

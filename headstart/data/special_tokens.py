@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import UsageError, first_line, shorten
-from headstart.fileio import read_bounded
+from headstart import fileio
+from headstart.errors import UsageError, shorten
 
 CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_BYTES = 256 << 20
 """The largest JSON file of a tokenizer; a tokenizer.json of 260,000 tokens has 33 MB."""
+FETCH = "fetch the file again"
 OWN_KIND = "headstart_tokenizer"
 """The key of tokenizer_config.json with the kind of a tokenizer that Headstart made: "bytes" or "bpe"."""
 MAP_FILE = "special_tokens_map.json"
@@ -64,18 +65,9 @@ def added_tokens(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
-def read_json(path: Path, fix: str = "fetch the file again") -> dict[str, Any]:
-    """Return the JSON object in `path`. Raise UsageError for anything else."""
-    try:
-        content = json.loads(read_bounded(path, MAX_BYTES).decode("utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
-    except (ValueError, RecursionError) as error:
-        why = first_line(error)
-        raise UsageError(f"{path}: not JSON ({why}); fetch the file again") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: not a JSON object; fetch the file again")
-    return content
+def read_json(path: Path, readable: str = FETCH) -> dict[str, Any]:
+    """Return the JSON object in a file of a tokenizer. Raise UsageError for anything else."""
+    return fileio.read_json(path, MAX_BYTES, readable, FETCH)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -187,11 +187,8 @@ def compiled(
     """Return a matcher at the beginning of `constraint`, for a model of `vocab_size` tokens.
 
     Each token of `ends` ends the output (None: the tokenizer's `end_ids`). The last `KEPT_GRAMMARS` of each tokenizer
-    are kept.
-
-    Raises:
-        UsageError: the constraint cannot be compiled, nothing satisfies it, llguidance does not support the tokenizer,
-            or llguidance is not installed.
+    are kept. Raises UsageError if the constraint cannot be compiled, nothing satisfies it, llguidance does not support
+    the tokenizer, or llguidance is not installed.
     """
     if tokenizer is None:
         raise UsageError("a constraint needs a tokenizer; this model directory has none")

@@ -24,14 +24,8 @@ from headstart.model.transformer import Transformer
 def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tuple[Tensor, Tensor]:
     """Run one pass over the windows of `plan.slots`; update `state` in place, with no value read by the host.
 
-    Args:
-        model: the model in decoding form (`kernels.pack`).
-        state: what the passes before left.
-        plan: the shape of the pass.
-
-    Returns:
-        tokens (S, R) int64, for a tree (S, depth + 1), and accepted (S,) int64: the pass commits
-        tokens[s, : accepted[s] + 1].
+    `model` is in decoding form (`kernels.pack`). Return tokens (S, R) int64, for a tree (S, depth + 1), and accepted
+    (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
     """
     slots, tree = plan.slots, plan.tree
     length = state.length_S[slots].clone()  # a slice is a view, and verification changes it
@@ -125,10 +119,7 @@ def expected_confidence(q_SKV: Tensor, chained: bool) -> Tensor:
 
 @torch.no_grad()
 def prefill(
-    model: Transformer,
-    state: DecodingState,
-    piece: PromptPiece,
-    score: Callable[[Tensor], None] | None = None,
+    model: Transformer, state: DecodingState, piece: PromptPiece, score: Callable[[Tensor], None] | None = None
 ) -> None:
     """Fill the caches of a slot with a piece of a prompt; its length is left to the caller, and no logits are made.
 

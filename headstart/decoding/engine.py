@@ -182,8 +182,7 @@ class Engine:
     def step(self) -> list[tuple[Generation, str]]:
         """Admit what fits, read prompts, and run one pass over the slots that decode.
 
-        Returns:
-            each generation of the pass, with the text that its new tokens release.
+        Return each generation of the pass, with the text that its new tokens release.
         """
         scheduler = self.scheduler
         scheduler.admit()

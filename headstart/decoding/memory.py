@@ -54,16 +54,9 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 def decoding_memory(
     config: ModelConfig, slots: int, capacity: int, width: int, chunk: int, dtype: torch.dtype, device: torch.device
 ) -> DecodingMemory:
-    """Return the memory of an engine.
+    """Return the memory of an engine with so many slots of `capacity` positions, and windows of `width` rows.
 
-    Args:
-        config: the model's configuration.
-        slots: number of slots.
-        capacity: positions of each slot.
-        width: rows of a window.
-        chunk: positions of a prompt that are read at once.
-        dtype: the type of the weights.
-        device: the device of the weights.
+    `chunk` positions of a prompt are read at once; `dtype` and `device` are those of the weights.
     """
     n, size = config.heads, dtype.itemsize
     kept = slots * (SLOT_BYTES + 8 * width + 4 * (n - 1)) + 2 * capacity * config.rotary_dim * size

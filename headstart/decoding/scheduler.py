@@ -73,23 +73,15 @@ class FirstComeQueue:
 
 
 class Scheduler:
-    """Assigns slots to the requests that wait, and reads their prompts.
+    """Assigns slots to waiting requests, and reads their prompts: in one `fill` at most `budget` tokens, if given.
 
-    Args:
-        budget: most prompt tokens of one `fill` (None: no limit).
-        reuse: whether prompts start from what slots hold of them.
-        fixed_chunks: whether bits depend on the shape of a chunk. Then a prompt is cut into equal chunks from its
-            start, whatever else there is to do; otherwise a chunk is what the budget leaves.
+    With `reuse` prompts start from what slots hold of them. `fixed_chunks`: bits depend on the shape of a chunk. Then a
+    prompt is cut into equal chunks from its start, whatever else there is to do; otherwise a chunk is what the budget
+    leaves.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        state: DecodingState,
-        *,
-        budget: int | None,
-        reuse: bool,
-        fixed_chunks: bool,
+        self, model: Transformer, state: DecodingState, *, budget: int | None, reuse: bool, fixed_chunks: bool
     ) -> None:
         if budget is not None and budget < 1:
             raise UsageError(f"prefill_budget is {budget}; it must be at least 1 token a step, or None for no limit")
@@ -284,15 +276,11 @@ class Held:
 
 
 class Slots:
-    """The contents of all slots: where a request goes, and which positions it reuses.
+    """The contents of all slots: where a request goes, and which positions it reuses, if any (`reuse`).
 
-    Args:
-        count: number of slots.
-        config: the model's configuration.
-        chunk: positions of a prompt that are computed at once, where bits depend on that; else None.
-        compact: whether the cost of a pass grows with the range of slots that it covers, so that slots in use should be
-            close together.
-        reuse: whether positions are reused at all.
+    `chunk` is the number of positions of a prompt that are computed at once, where bits depend on that, else None.
+    `compact`: the cost of a pass grows with the range of slots that it covers, so slots in use should be close
+    together.
     """
 
     def __init__(self, count: int, config: ModelConfig, chunk: int | None, compact: bool, reuse: bool) -> None:

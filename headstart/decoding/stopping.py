@@ -31,14 +31,8 @@ class Stopper:
 
     It judges tokens one by one, so the end does not depend on how many a pass commits. Text that may be the beginning
     of a stop string is held back until that is decided; the stop string itself is released with `keep_stop` only.
-
-    Args:
-        max_new_tokens: most tokens to keep.
-        ends: tokens that end the generation; they are not kept.
-        stop: strings that end the generation.
-        tokenizer: for the text; without it there is none.
-        matcher: the state of the constraint, advanced by the tokens kept.
-        prompt: tokens before the text.
+    Tokens of `ends` are not kept. The `matcher` of a constraint is advanced by the tokens kept; `prompt` holds the
+    tokens before the text.
     """
 
     def __init__(

@@ -66,11 +66,7 @@ class Windows:
     def replace(self, slot: int, own: int, drafts: list[int], certain: bool) -> None:
         """Put `drafts` after the first `own` drafts of a slot, in place of the others.
 
-        Args:
-            slot: the slot.
-            own: number of drafts of heads to keep.
-            drafts: tokens to put after them.
-            certain: whether a rule weighs drafts: these were not drawn, so each has probability 1.
+        `certain`: a rule weighs drafts. These were not drawn, so each has probability 1.
         """
         self.tokens_SW[slot, 1 + own : 1 + own + len(drafts)] = torch.tensor(drafts, device=self.tokens_SW.device)
         self.drafted_S[slot] = own + len(drafts)

@@ -82,17 +82,8 @@ def draft_ranks(
     """Return the confidence of each head at some positions, and the rank of the right token among its candidates.
 
     Candidates are ranked like drafts: by logits, or at a temperature with the noise of their position. Top-k, top-p and
-    min-p are left out.
-
-    Args:
-        model: a model in decoding form.
-        text: token ids.
-        rows: positions of `text` with n tokens after them.
-        sampling: temperature and seed.
-
-    Returns:
-        For each of `rows` a list with entry k-2 for head k = 2..n: the probability of its best candidate, and the rank
-        of the token k later in the text.
+    min-p are left out. `rows` are positions of the tokens `text` with n tokens after them. For each the list has entry
+    k-2 for head k = 2..n: the probability of its best candidate, and the rank of the token k later in the text.
     """
     n = model.config.heads
     tokens = torch.tensor([text], device=model.trunk.embedding.weight.device)

@@ -54,7 +54,8 @@ def score_documents(
     """Score `documents` (token ids), each read from its beginning without the others.
 
     Longer documents are read in windows of `length` tokens (None: the model's context) that move by half of it. Every
-    token but a document's first ones is then predicted from at least `length` / 2 tokens, and each counts once.
+    token but a document's first ones is then predicted from at least `length` / 2 tokens, and each counts once. Raises
+    UsageError if `length` is out of range, or no document has two tokens.
 
     Args:
         model: the model to score.
@@ -66,9 +67,6 @@ def score_documents(
         start_tokens: the number of tokens at the start of each document that are read and never predicted.
         progress: called with numbers of tokens read.
         counted: for each document (T,) bool, its tokens that are targets (None: all).
-
-    Raises:
-        UsageError: `length` is out of range, or no document has two tokens.
     """
     length = model.config.context if length is None else length
     if not 2 <= length <= model.config.context:

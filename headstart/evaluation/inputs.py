@@ -56,10 +56,8 @@ def read_documents(sources: Sequence[str], tokenizer: Tokenizer) -> tuple[Docume
     """Return the documents of `sources`, which may be all that `headstart prepare` takes, and the bytes to predict.
 
     A text begins with the tokenizer's start tokens. If the sources hold conversations, the chat template writes these,
-    and only the answers are to be predicted, as in training.
-
-    Raises:
-        UsageError: a source cannot be read, no document is found, or the tokenizer has no chat template.
+    and only the answers are to be predicted, as in training. Raises UsageError if a source cannot be read, no document
+    is found, or the tokenizer has no chat template.
     """
     split = "test" if any(map(is_dataset, sources)) else "train"
     selection = Selection(split=split)

@@ -23,16 +23,9 @@ LLAMA = (
 def assemble(
     config: ModelConfig, read: Callable[[Part], Tensor], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Transformer:
-    """Return a model with the tensors that `read` returns for the parts of a model directory.
+    """Return a model of `config` with the tensors that `read` returns for the parts of a model directory.
 
-    Args:
-        config: the model's configuration.
-        read: returns the tensor of a `Part` of `stored_parts`, of its shape; called once for each.
-        dtype: of all parameters.
-        device: where they are made.
-
-    Raises:
-        UsageError: a tensor of another shape.
+    `read` is called once for each `Part` of `stored_parts`. Raises UsageError for a tensor of another shape.
     """
 
     def fill(part: Part, target: Tensor) -> None:
@@ -48,10 +41,7 @@ def assemble(
 
 
 def assemble_in_place(
-    config: ModelConfig,
-    fill: Callable[[Part, Tensor], None],
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
+    config: ModelConfig, fill: Callable[[Part, Tensor], None], dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> Transformer:
     """Return a model whose parameters `fill` writes, part by part, into their rows.
 

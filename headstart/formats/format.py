@@ -58,14 +58,8 @@ def random_text(model: Transformer) -> Tensor:
 def compare_logits(by: str, model: Transformer, again: Callable[[Tensor], Tensor], heads: int) -> Check:
     """Compare the logits of heads 1..`heads` of `model`, in its dtype, with those of the model that was read back.
 
-    Args:
-        by: the reader.
-        model: the model that was written.
-        again: (B, T) int64 -> (B, T, heads, V) in any dtype; NaN where sequential heads lack the tokens between.
-        heads: how many heads the format carries.
-
-    Raises:
-        UsageError: they differ by more than rounding.
+    `by` names the reader. `again` maps (B, T) int64 to (B, T, heads, V) in any dtype, NaN where sequential heads lack
+    the tokens between. Raises UsageError if they differ by more than rounding.
     """
     tokens_BT = random_text(model)
     mine = model(tokens_BT, heads=heads).float()
@@ -122,9 +116,9 @@ class Format(ABC):
         Raises UsageError for a model that the format cannot express.
         """
 
-    @abstractmethod
     def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
         """Read the result back and compare it with the model. Raises UsageError if it differs."""
+        return [compare_all_heads(model, self.read(path))]
 
     def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
         """Return the model at `path`, in the dtype that it is stored in unless another is given."""

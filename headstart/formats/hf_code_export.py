@@ -43,11 +43,8 @@ def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | Non
     """Write `model` like `save_model`, with the code that transformers needs to decode with its heads.
 
     `config.json` names the code in `auto_map`: transformers runs it only with `trust_remote_code=True`, and otherwise
-    loads an ordinary model (trunk and head 1). Headstart reads the directory like any of its own.
-
-    Raises:
-        UsageError: a model whose head 1 is no plain decoder, or heads or a family that the code does not run; also for
-            the reasons of `save_model`.
+    loads an ordinary model (trunk and head 1). Headstart reads the directory like any of its own. Raises UsageError for
+    a model whose head 1 is no plain decoder, for heads or a family that the code does not run, and as `save_model`.
     """
     if model.config.head_kind not in RUN_KINDS:
         raise UsageError(f"hf-code runs {', '.join(RUN_KINDS)} heads, not {model.config.head_kind}; take headstart")

@@ -21,7 +21,7 @@ from headstart.fileio import read_json, replacing_directory
 from headstart.formats.assembly import assemble_in_place, stored_tensors
 from headstart.formats.config_json import CONFIG_FILE, config_json, read_config
 from headstart.formats.families import family_of
-from headstart.formats.format import Check, Format, compare_all_heads
+from headstart.formats.format import Format
 from headstart.formats.generation_config import GENERATION_FILE, named_ends
 from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING, Part, stored_parts
@@ -38,20 +38,15 @@ def save_model(
 
     transformers, vLLM and llama.cpp load trunk and head 1 from it, as a model of its family. A model whose head 1 is no
     plain decoder (linear heads wired anticausally) is marked as our own architecture, and only headstart reads it.
+    Parameters must be whole (unsharded).
 
     The directory is written under a temporary name and renamed, so that a kill leaves the previous one. A directory
-    that exists is replaced as a whole, with all files in it, and must hold a model already.
+    that exists is replaced as a whole, with all files in it, and must hold a model already. The tokenizer's `end_id`
+    becomes the end and padding token, and the start token if it has no `start_ids`; None: a model of bare ids. Weights
+    are stored as `dtype` (None: what they are).
 
-    Args:
-        model: on any device, with whole (unsharded) parameters.
-        directory: where the model goes.
-        tokenizer: saved with the model (None: a model of bare ids). Its `end_id` becomes the end and padding token, and
-            the start token if it has no `start_ids`.
-        dtype: what the weights are stored as (None: what they are).
-
-    Raises:
-        UsageError: `directory` is something other than a model, cannot be written, the tokenizer has more ids than
-            the model, or no family's directory can hold such a model and each of its tensors.
+    Raises UsageError if `directory` is something other than a model or cannot be written, the tokenizer has more ids
+    than the model, or no family's directory can hold such a model and each of its tensors.
     """
     config = model.config
     # Resolved, so that "." has a name, and a link stays a link.
@@ -87,15 +82,9 @@ def save_model(
 def read_model(directory: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
     """Return the model in `directory`: one that `save_model` wrote, or an ordinary one of a family in `families.py`.
 
-    The last layer of an ordinary model becomes head 1 of a model with one head.
-
-    Args:
-        directory: where config.json lies; the weights may be in several files.
-        dtype: of all parameters (None: that in which the embedding is stored).
-        device: where the parameters are made.
-
-    Raises:
-        UsageError: no model, another architecture, or files that are missing, damaged, or at odds with config.json.
+    The last layer of an ordinary model becomes head 1 of a model with one head. Parameters have `dtype` (None: that in
+    which the embedding is stored). Raises UsageError for no model, another architecture, or files that are missing,
+    damaged, or at odds with config.json.
     """
     config = read_config(directory)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
@@ -136,15 +125,10 @@ def read_tokenizer(
 
     Its `start_ids` are the tokens that it puts before a text, if the model was trained with them: a model of ours that
     was not names its end token as bos_token_id. Added tokens for which the model has no row are left out (Gemma 3 has
-    one). Its `end_ids` are its own end token and all that the directory names (`named_ends`).
+    one). Its `end_ids` are its own end token and all that the directory names (`named_ends`). The fields of `more`
+    replace those of config.json.
 
-    Args:
-        directory: where tokenizer.json and config.json lie.
-        vocab_size: rows of the model's embedding.
-        more: fields that replace those of config.json.
-
-    Raises:
-        UsageError: it cannot be read, or has more tokens than the model.
+    Raises UsageError if it cannot be read, or has more tokens than the model.
     """
     if not (directory / TOKENIZER_FILE).is_file():
         return None
@@ -222,7 +206,19 @@ def is_our_directory(path: Path) -> bool:
     return isinstance(content, dict) and "headstart" in content
 
 
-class HuggingFace(Format):
+class DirectoryFormat(Format):
+    """A format whose results hold an ordinary model: in `folder`, or where that is empty, at the top."""
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype of the embedding."""
+        return TensorFiles(model_files(path / self.folder, MODEL_FILE)).dtype(EMBEDDING)
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer.json of the model, if there is one."""
+        return read_tokenizer(path / self.folder, self.read_config(path).vocab_size)
+
+
+class HuggingFace(DirectoryFormat):
     """A Hugging Face model directory, which may hold further heads."""
 
     def detect(self, path: Path) -> bool:
@@ -234,10 +230,6 @@ class HuggingFace(Format):
         save_model(model, path, tokenizer)
         return []
 
-    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
-        """Compare the logits of all heads."""
-        return [compare_all_heads(model, read_model(path))]
-
     def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
         """Return the model with all its heads."""
         return read_model(path, dtype, device)
@@ -245,11 +237,3 @@ class HuggingFace(Format):
     def read_config(self, path: Path) -> ModelConfig:
         """Return what config.json says."""
         return read_config(path)
-
-    def read_dtype(self, path: Path) -> torch.dtype:
-        """Return the dtype of the embedding."""
-        return TensorFiles(model_files(path, MODEL_FILE)).dtype(EMBEDDING)
-
-    def read_tokenizer(self, path: Path) -> Tokenizer | None:
-        """Return the tokenizer.json of the directory, if there is one."""
-        return read_tokenizer(path, read_config(path).vocab_size)

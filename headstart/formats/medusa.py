@@ -24,8 +24,8 @@ from headstart.errors import UsageError
 from headstart.fileio import read_json
 from headstart.formats.assembly import assemble, stored_tensors
 from headstart.formats.config_json import CONFIG_FILE, read_config
-from headstart.formats.format import Check, Format, compare_all_heads
-from headstart.formats.huggingface import read_tokenizer, save_model
+from headstart.formats.format import Check, compare_all_heads
+from headstart.formats.huggingface import DirectoryFormat, save_model
 from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING, Part
 from headstart.model.bounds import MOST_HEADS
@@ -76,16 +76,10 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
 def load_medusa(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", heads_of: str = VLLM
 ) -> Transformer:
-    """Return a model that `save_medusa` wrote.
+    """Return a model that `save_medusa` wrote, with the heads of the folder `heads_of`, "vllm" or "tgi".
 
-    Args:
-        directory: with the three folders.
-        dtype: of all parameters (None: that in which the embedding is stored).
-        device: where the parameters are made.
-        heads_of: the folder whose heads are read, "vllm" or "tgi".
-
-    Raises:
-        UsageError: files that are missing, damaged, or at odds with one another.
+    Parameters have `dtype` (None: that in which the embedding is stored). Raises UsageError for files that are missing,
+    damaged, or at odds with one another.
     """
     directory = Path(directory)
     config, heads = _read_heads(directory, heads_of)
@@ -162,7 +156,7 @@ def _write(folder: Path, file: str, tensors: dict[str, Tensor], config: dict[str
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-class Medusa(Format):
+class Medusa(DirectoryFormat):
     """Medusa heads for engines, and the ordinary model below them."""
 
     folder = BASE
@@ -189,11 +183,3 @@ class Medusa(Format):
     def read_config(self, path: Path) -> ModelConfig:
         """Return the configuration of the ordinary model with its heads."""
         return _read_heads(path, VLLM)[0]
-
-    def read_dtype(self, path: Path) -> torch.dtype:
-        """Return the dtype of the embedding."""
-        return TensorFiles(model_files(path / BASE, MODEL_FILE)).dtype(EMBEDDING)
-
-    def read_tokenizer(self, path: Path) -> Tokenizer | None:
-        """Return the tokenizer of the ordinary model."""
-        return read_tokenizer(path / BASE, read_config(path / BASE).vocab_size)

@@ -21,8 +21,7 @@ from headstart.fileio import read_json, regular
 from headstart.formats.assembly import assemble, halved, inexpressible, interleaved, stored_tensors
 from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE
-from headstart.formats.format import Check, Format, compare_all_heads
-from headstart.formats.huggingface import read_tokenizer
+from headstart.formats.huggingface import DirectoryFormat
 from headstart.formats.tensor_names import UNEMBEDDING, Part, stored_parts
 from headstart.model.config import ModelConfig
 from headstart.model.heads import TransformerHeads
@@ -67,13 +66,8 @@ def load_meta_release(
 ) -> Transformer:
     """Return the model in a directory of Meta's format, with all its heads.
 
-    Args:
-        directory: with the weights and params.json.
-        dtype: of all parameters (None: that in which the embedding is stored).
-        device: where the parameters are made.
-
-    Raises:
-        UsageError: files that are missing, damaged, or at odds with params.json.
+    Parameters have `dtype` (None: that in which the embedding is stored). Raises UsageError for files that are missing,
+    damaged, or at odds with params.json.
     """
     directory = Path(directory)
     tensors = _read_weights(directory)
@@ -95,27 +89,11 @@ def load_meta_release(
         raise UsageError(f"{directory}: {error}") from error
 
 
-def load_meta_config(directory: str | Path) -> ModelConfig:
-    """Return the configuration of the model in a directory of Meta's format."""
-    directory = Path(directory)
-    return _config(directory, _read_weights(directory))
-
-
-def meta_dtype(directory: str | Path) -> torch.dtype:
-    """Return the dtype of the weights in a directory of Meta's format."""
-    return _read_weights(Path(directory))["tok_embeddings.weight"].dtype
-
-
 def save_meta_release(model: Transformer, directory: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Write `model` into the existing folder `directory`, and return lines about what the format has no place for.
 
-    Args:
-        model: on any device, with whole (unsharded) parameters; transformer heads, all on the trunk.
-        directory: where the files go.
-        dtype: the dtype of the files (None: the weights' own).
-
-    Raises:
-        UsageError: a model that the format cannot express.
+    Parameters must be whole (unsharded). Raises UsageError for a model that the format cannot express, such as one
+    whose heads are not transformer heads, all on the trunk.
     """
     config = model.config
     _refuse(config)
@@ -273,7 +251,7 @@ def _check_names(directory: Path, tensors: dict[str, Tensor], expected: set[str]
             raise UsageError(f"{directory}: {PATTERN} {trouble} {names[0]}{more}, {says}; copy the directory again")
 
 
-class MetaRelease(Format):
+class MetaRelease(DirectoryFormat):
     """Meta's multi-token release."""
 
     def detect(self, path: Path) -> bool:
@@ -287,22 +265,14 @@ class MetaRelease(Format):
             left.append("tokenizer: the format takes a SentencePiece tokenizer.model, which headstart does not write")
         return left
 
-    def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
-        """Compare the logits of all heads."""
-        return [compare_all_heads(model, load_meta_release(path))]
-
     def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
         """Return the model with all its heads."""
         return load_meta_release(path, dtype, device)
 
     def read_config(self, path: Path) -> ModelConfig:
         """Return the configuration, part of which only the shapes of the weights tell."""
-        return load_meta_config(path)
+        return _config(path, _read_weights(path))
 
     def read_dtype(self, path: Path) -> torch.dtype:
         """Return the dtype of the embedding."""
-        return meta_dtype(path)
-
-    def read_tokenizer(self, path: Path) -> Tokenizer | None:
-        """Return the tokenizer.json of the folder, if there is one."""
-        return read_tokenizer(path, load_meta_config(path).vocab_size)
+        return _read_weights(path)["tok_embeddings.weight"].dtype

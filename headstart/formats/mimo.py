@@ -25,9 +25,9 @@ from headstart.fileio import read_json
 from headstart.formats.assembly import LLAMA, assemble, inexpressible, stored_tensors
 from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE
-from headstart.formats.format import Check, Format, compare_logits, random_text
+from headstart.formats.format import Check, compare_logits, random_text
 from headstart.formats.hf_code_export import template
-from headstart.formats.huggingface import read_tokenizer
+from headstart.formats.huggingface import DirectoryFormat, read_tokenizer
 from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import EMBEDDING, MODEL_FILE, UNEMBEDDING, Part
 from headstart.model.config import ModelConfig
@@ -80,13 +80,8 @@ def load_mimo(
 ) -> Transformer:
     """Return the model in a directory of MiMo's layout with one module: two sequential heads.
 
-    Args:
-        directory: with config.json and the weights.
-        dtype: of all parameters (None: that in which the embedding is stored).
-        device: where the parameters are made.
-
-    Raises:
-        UsageError: files that are missing or damaged, or a module that is not one of ours.
+    Parameters have `dtype` (None: that in which the embedding is stored). Raises UsageError for files that are missing
+    or damaged, or a module that is not one of ours.
     """
     directory = Path(directory)
     tensors = TensorFiles(model_files(directory, MODEL_FILE))
@@ -214,7 +209,7 @@ def _config(file: Path, tensors: TensorFiles) -> ModelConfig:
         raise error if str(error).startswith(str(file)) else UsageError(f"{file}: {error}") from error
 
 
-class Mimo(Format):
+class Mimo(DirectoryFormat):
     """Sequential heads in MiMo's layout."""
 
     def detect(self, path: Path) -> bool:
@@ -245,10 +240,6 @@ class Mimo(Format):
     def read_config(self, path: Path) -> ModelConfig:
         """Return the configuration, with two heads."""
         return _config(path / CONFIG_FILE, TensorFiles(model_files(path, MODEL_FILE)))
-
-    def read_dtype(self, path: Path) -> torch.dtype:
-        """Return the dtype of the embedding."""
-        return TensorFiles(model_files(path, MODEL_FILE)).dtype(EMBEDDING)
 
     def read_tokenizer(self, path: Path) -> Tokenizer | None:
         """Return the tokenizer; its start token is the bos_token_id of config.json, like in a model of ours."""

@@ -119,11 +119,9 @@ def _in_ddp(model: torch.nn.Module) -> bool:
 
 
 def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]) -> Tensor:
-    """Count the valid targets of each head in all `batches`, (n,) int64.
+    """Count the valid targets of each head in all `batches`, each the arguments of a `multi_token_step`, (n,) int64.
 
-    Args:
-        batches: the arguments of one `multi_token_step` each.
-        heads: number of heads, or how far ahead each predicts.
+    `heads` is their number, or how far ahead each predicts.
     """
     return torch.stack([count_targets(rows_of(batch, heads).targets) for batch in batches]).sum(0)
 
@@ -131,13 +129,10 @@ def step_counts(batches: Iterable[Mapping[str, Any]], heads: int | Sequence[int]
 def rows_of(
     batch: Mapping[str, Any], heads: int | Sequence[int], ahead: int = 0, vocab_size: int | None = None
 ) -> StepInputs:
-    """Return the tokens, targets and documents of a batch.
+    """Return the tokens, targets and documents of a batch, the arguments of `multi_token_step` by name.
 
-    Args:
-        batch: the arguments of `multi_token_step` by name.
-        heads: number of heads, or how far ahead each predicts.
-        ahead: number of tokens behind a row that the heads read.
-        vocab_size: size of the vocabulary, beyond which no token or target may be (None: not checked).
+    `heads` is their number, or how far ahead each predicts; `ahead` the number of tokens behind a row that they read;
+    no token or target may be `vocab_size` or more (None: not checked).
     """
     tokens, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
     documents, reach = _documents(batch), offsets_of(heads)[-1]

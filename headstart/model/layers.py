@@ -119,9 +119,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Transformer block: norms before attention and SwiGLU (Llama), or behind them (OLMo2), or both (Gemma).
 
-    Args:
-        shape: the model's shape.
-        layer: how many blocks lie below it, which decides what its attention sees in families whose layers differ.
+    `layer` blocks lie below it, which decides what its attention sees in families whose layers differ.
     """
 
     def __init__(self, shape: Shape, layer: int = 0) -> None:

@@ -29,10 +29,7 @@ def rotary_tables(
     cos, sin = angles.cos(), angles.sin()
     if scaling is not None and scaling.attention_factor != 1:
         cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
-    return (
-        torch.cat([cos, cos], -1).unsqueeze(-2).to(dtype),
-        torch.cat([-sin, sin], -1).unsqueeze(-2).to(dtype),
-    )
+    return (torch.cat([cos, cos], -1).unsqueeze(-2).to(dtype), torch.cat([-sin, sin], -1).unsqueeze(-2).to(dtype))
 
 
 def model_tables(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -165,11 +165,8 @@ class Transformer(nn.Module):
         Sequential head k reads the token k - 1 behind a position. Its latents are NaN in the last k - 1 positions,
         which lack that token: cut them off before the unembedding, not after it, if gradients are needed.
 
-        Args:
-            tokens_BT: int64.
-            ks: the heads, in any order.
-            documents_BT: a document index per position, which keeps attention inside documents.
-            attention: in place of the documents: the attention, and the positions, (T,) or (B, T).
+        Attention stays inside the documents of `documents_BT`, a document index per position; `attention` gives in
+        their place the attention, and the positions, (T,) or (B, T).
         """
         if attention is None:
             plain: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)

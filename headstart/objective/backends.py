@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from headstart.arguments import COEFFICIENT, SHARE, check_fields
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.model.transformer import compute_dtype
@@ -43,16 +44,9 @@ class LossConfig:
     """Share of kl or total-variation in the loss of heads 2..n; the rest is cross-entropy."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.z_loss < float("inf"):
-            raise UsageError(f"loss.z_loss is {self.z_loss}; it must be finite and not negative (0: none)")
-        if self.backend not in get_args(Backend):
-            raise UsageError(f"loss.backend {self.backend!r} is unknown; take one of {', '.join(get_args(Backend))}")
+        check_fields(self, "loss.", z_loss=COEFFICIENT, share=SHARE)
         if self.z_loss and self.backend != "headstart":
             raise UsageError(f"loss.z_loss needs loss.backend headstart; {self.backend} is used without it")
-        if self.heads not in get_args(HeadLoss):
-            raise UsageError(f"loss.heads {self.heads!r} is unknown; take one of {', '.join(get_args(HeadLoss))}")
-        if not 0 < self.share <= 1:
-            raise UsageError(f"loss.share is {self.share}; it must be above 0 and at most 1 (loss.heads cross-entropy)")
         if self.heads != "cross-entropy" and (self.backend != "headstart" or self.z_loss):
             raise UsageError(f"loss.heads {self.heads} needs loss.backend headstart and loss.z_loss 0")
 
@@ -75,8 +69,7 @@ class LossConfig:
     def function(self, budget: int = LOGITS_BYTES) -> Callable[[Tensor, Tensor, Tensor], CrossEntropy]:
         """Return a function with the arguments x, weight and targets of `linear_cross_entropy`, and its result.
 
-        Args:
-            budget: bytes of logits held at once; only our own backend knows it.
+        Only our own backend heeds `budget`, the bytes of logits held at once.
         """
         if self.backend == "headstart":
             return partial(linear_cross_entropy, z_loss=self.z_loss, budget=budget)

@@ -36,20 +36,9 @@ def linear_distillation(
 ) -> CrossEntropy:
     """Return the sum of share * D(p, q) + (1 - share) * cross-entropy, q of `x @ weight.T`, p of `teacher`.
 
-    Only a chunk of the logits of either exists at a time.
-
-    Args:
-        x: (..., D), floating.
-        weight_VD: (V, D).
-        targets: (...) int64; `IGNORE` counts for nothing, in D as well.
-        teacher: the distribution p for each row of `x`; no gradient goes into it.
-        divergence: D.
-        share: weight of D, from 0 to 1; cross-entropy has the rest.
-        budget: bytes of logits held at once, the teacher's included.
-
-    Returns:
-        The result of `linear_cross_entropy`: `total` and `correct` refer to the targets, so that runs with different
-        losses can be compared.
+    Only a chunk of the logits of either exists at a time: `budget` bytes, the teacher's included. No gradient goes into
+    `teacher`, which gives p for each row of `x` (..., D). Targets (...) of `IGNORE` count for nothing, in D as well.
+    `total` and `correct` of the result refer to the targets, so that runs with different losses can be compared.
     """
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
+from headstart.arguments import FINITE_POSITIVE, check_fields
 from headstart.errors import UsageError
 
 Shape = Literal["linear", "cosine", "sine"]
@@ -59,15 +60,9 @@ class HeadWeights:
                 raise UsageError(
                     f"head_weights.{name} is 0 for head 1, which head_weights.curriculum trains alone; give it a weight"
                 )
-        if not 0 < self.decay < math.inf:
-            raise UsageError(f"head_weights.decay is {self.decay}; it must be finite and above 0 (1: no decay)")
+        check_fields(self, "head_weights.", decay=FINITE_POSITIVE)
         if not 0 <= self.begin <= self.end <= 1:
             raise UsageError("head_weights.begin and head_weights.end must satisfy 0 <= begin <= end <= 1")
-        for name, value, choices in (("shape", self.shape, Shape), ("curriculum", self.curriculum, Curriculum)):
-            if value not in get_args(choices):
-                raise UsageError(
-                    f"head_weights.{name} {value!r} is unknown; take one of {', '.join(get_args(choices))}"
-                )
         if self.curriculum != "none" and heads == 1:
             raise UsageError(f"head_weights.curriculum {self.curriculum} needs 2 heads or more; this model has 1")
 

@@ -148,12 +148,7 @@ def count_targets(targets_BTn: Tensor) -> Tensor:
 
 
 def mask_untaught(inputs: StepInputs, offsets: Sequence[int]) -> StepInputs:
-    """Set to `IGNORE` the targets of positions at which a head has no teacher: see `Teacher.ahead`.
-
-    Args:
-        inputs: the rows.
-        offsets: how far ahead each head predicts.
-    """
+    """Set to `IGNORE` the targets of positions at which a head has no teacher: see `Teacher.ahead`."""
     T = inputs.length
     taught = inputs.targets.clone()
     for i, offset in enumerate(offsets):

@@ -10,41 +10,26 @@ from typing import Any, Literal
 from headstart.console import duration, format_table
 from headstart.errors import UsageError
 from headstart.fileio import write_text
-from headstart.reports.html import (
-    SERIES,
-    STAND_IN,
-    axes,
-    document,
-    draw_curve,
-    escaped,
-    figure,
-    figure_style,
-    grid,
-    head_colour,
-    need_matplotlib,
-    number,
-    section,
-    table,
-)
+from headstart.reports import html
 from headstart.reports.runs import Run, common_heads, differences, fade, read_runs, summary
 
 STYLES = ("-", "--", ":")
 """Styles of lines: if there are more runs than colours, they begin again with the next style."""
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "steps": ("steps", number),
-    "tokens": ("tokens", number),
+    "steps": ("steps", html.number),
+    "tokens": ("tokens", html.number),
     "training_seconds": ("time in steps", duration),
     "loss/head1": ("loss of head 1 (nats), smoothed", "{:.4f}".format),
     "validation/bits_per_byte/head1": ("validation bits per byte, head 1", "{:.4f}".format),
     "validation/top1/head1": ("validation top-1, head 1", "{:.1%}".format),
     "expected_tokens_per_pass": ("expected tokens per pass, smoothed", "{:.3f}".format),
     "sample/tokens_per_pass": ("tokens per pass of the sample", "{:.2f}".format),
-    "tokens_per_second": ("tokens per second (median)", number),
+    "tokens_per_second": ("tokens per second (median)", html.number),
     "mfu": ("model FLOPs utilisation (median)", "{:.1%}".format),
     "memory_gib": ("memory (GiB, most)", "{:.2f}".format),
     "clip_rate": ("steps whose gradient was clipped", "{:.1%}".format),
-    "skipped": ("steps skipped", number),
+    "skipped": ("steps skipped", html.number),
 }
 """Final numbers: name in the summary -> title and format."""
 
@@ -73,7 +58,7 @@ def compare(paths: Sequence[Path], out: Path | None) -> dict[str, Any]:
     if not paths:
         raise UsageError("compare needs run folders: headstart compare runs/a runs/b")
     if out is not None:
-        need_matplotlib("the page of a comparison")
+        html.need_matplotlib("the page of a comparison")
     runs = read_runs(paths)
     if out is not None:
         write_text(out, _page(runs))
@@ -112,7 +97,7 @@ def _setting(value: Any) -> str:
 
 def _page(runs: list[Run]) -> str:
     alone, heads = len(runs) == 1, common_heads(runs)
-    looks = [(SERIES[i % len(SERIES)], STYLES[i // len(SERIES) % len(STYLES)]) for i in range(len(runs))]
+    looks = [(html.SERIES[i % len(html.SERIES)], STYLES[i // len(html.SERIES) % len(STYLES)]) for i in range(len(runs))]
 
     def lines(name: str) -> list[Line]:
         return [Line(run, name, *look, "" if alone else run.name) for run, look in zip(runs, looks)]
@@ -120,11 +105,11 @@ def _page(runs: list[Run]) -> str:
     def head_lines(prefix: str) -> list[Line]:
         """Return the lines of all heads of the only run."""
         spread = 7 / max(1, len(heads) - 1)  # two heads take the two ends of the colours
-        colours = [head_colour(1 + round((k - 1) * spread)) for k in heads]
+        colours = [html.head_colour(1 + round((k - 1) * spread)) for k in heads]
         return [Line(runs[0], f"{prefix}{k}", colours[k - 1], "-", f"head {k}") for k in heads]
 
     drawing = Drawing(runs)
-    with figure_style():
+    with html.figure_style():
         nats, bits, losses, more = "loss (nats per token)", "validation/bits_per_byte/head", "", ""
         ways: tuple[tuple[Literal["tokens", "seconds"], str], ...] = (("tokens", "tokens"), ("seconds", "time"))
         first = "each head" if alone else "head 1"
@@ -144,15 +129,15 @@ def _page(runs: list[Run]) -> str:
         course += drawing.curves("Clipped steps", lines("clipped"), "share of steps", "zero")
         course += drawing.curves("Speed", lines("tokens_per_second"), "tokens per second", "zero")
     if more:
-        more = f"<details><summary>The other heads</summary>{grid(more)}</details>"
-    names = [escaped(run.name) for run in runs]
+        more = f"<details><summary>The other heads</summary>{html.grid(more)}</details>"
+    names = [html.escaped(run.name) for run in runs]
     numbers = _cells([summary(run, drawing.fade) for run in runs])
     body = f"<h1>{', '.join(names) if len(names) < 4 else f'{len(names)} runs'}</h1>{_notes(runs, drawing.fade)}"
-    body += section("Final numbers", table("", ["", *names], numbers) + _skips(runs))
-    body += section("Loss and decoding", grid(losses) + more)
-    body += section("Course of training", grid(course))
+    body += html.section("Final numbers", html.table("", ["", *names], numbers) + _skips(runs))
+    body += html.section("Loss and decoding", html.grid(losses) + more)
+    body += html.section("Course of training", html.grid(course))
     body += f"{_samples(runs)}{_settings(runs, names)}"
-    return document("Runs compared" if len(runs) > 1 else names[0], body, CSS)
+    return html.document("Runs compared" if len(runs) > 1 else names[0], body, CSS)
 
 
 class Drawing:
@@ -179,34 +164,28 @@ class Drawing:
         by: Literal["tokens", "seconds"] = "tokens",
         dots: str = "",
     ) -> str:
-        """Return a figure of smoothed curves, "" if no run has one.
+        """Return a figure of smoothed curves over tokens or seconds, "" if no run has one.
 
-        Args:
-            title: heading of the figure.
-            lines: the curves.
-            ylabel: label of the y axis.
-            frame: range of the y axis.
-            by: what the x axis shows.
-            dots: another name of metrics.jsonl, whose values are drawn as points.
+        Values of the name `dots` of metrics.jsonl are drawn as points.
         """
         lines = [line for line in lines if line.run.curve(line.name).values]
         if not lines:
             return ""
         scale, unit = self.units[by]
-        plot, smooth, measured = axes(unit, ylabel), [], False
+        plot, smooth, measured = html.axes(unit, ylabel), [], False
         for line in lines:
             curve = line.run.curve(line.name)
             values = list(curve.values) if frame == "logged" else curve.smoothed(self.fade)
             raw = curve.values if frame in ("tail", "log") else ()
             x = [value / scale for value in getattr(curve, by)]
-            draw_curve(plot, x, values, raw, colour=line.colour, style=line.style)
+            html.draw_curve(plot, x, values, raw, colour=line.colour, style=line.style)
             if dots and (points := line.run.curve(dots)).values:
                 x = [value / scale for value in getattr(points, by)]
-                plot.plot(x, points.values, "o", color=STAND_IN[line.colour], markersize=4)
+                plot.plot(x, points.values, "o", color=html.STAND_IN[line.colour], markersize=4)
                 measured = True
             smooth.append(values)
         highest = max(max(values) for values in smooth)
-        notes = ["As logged." if frame == "logged" else f"Smoothed over {number(round(self.fade))} tokens."]
+        notes = ["As logged." if frame == "logged" else f"Smoothed over {html.number(round(self.fade))} tokens."]
         if frame == "tail":
             low, top = min(map(min, smooth)), max(max(values[len(values) // 10 :]) for values in smooth)
             margin = 0.06 * (top - low) or 0.1
@@ -228,11 +207,11 @@ class Drawing:
         if not lines:
             return ""
         scale, unit = self.units["tokens"]
-        plot = axes(unit, ylabel)
+        plot = html.axes(unit, ylabel)
         for line in lines:
             curve = line.run.curve(line.name)
             x = [value / scale for value in curve.tokens]
-            plot.plot(x, curve.values, line.style, marker="o", markersize=4, color=STAND_IN[line.colour])
+            plot.plot(x, curve.values, line.style, marker="o", markersize=4, color=html.STAND_IN[line.colour])
         return self._figure(plot, title, lines, "Held-out documents.")
 
     def _figure(self, plot: Any, title: str, lines: Sequence[Line], caption: str) -> str:
@@ -241,17 +220,17 @@ class Drawing:
         legend = ""
         for line in lines:
             mark = f'<i style="border-top:3px {dashes[line.style]} var(--{line.colour})"></i>'
-            legend += f"<span>{mark}{escaped(line.label)}</span>" if line.label else ""
-        return figure(plot, f"f{self.count}", title, f'<span class="key">{legend}</span>{caption}')
+            legend += f"<span>{mark}{html.escaped(line.label)}</span>" if line.label else ""
+        return html.figure(plot, f"f{self.count}", title, f'<span class="key">{legend}</span>{caption}')
 
 
 def _notes(runs: Sequence[Run], tokens: float) -> str:
     words = [
-        f"Smoothed curves are running means whose weights fall to 1/e over {number(round(tokens))} tokens, the same "
-        "for all runs. Time counts training steps only, not validation, saving or pauses."
+        f"Smoothed curves are running means whose weights fall to 1/e over {html.number(round(tokens))} tokens, the "
+        "same for all runs. Time counts training steps only, not validation, saving or pauses."
     ]
     if len({run.heads for run in runs}) > 1:
-        counts = ", ".join(f"{escaped(run.name)} {run.heads}" for run in runs)
+        counts = ", ".join(f"{html.escaped(run.name)} {run.heads}" for run in runs)
         words.append(f"The runs have different numbers of heads ({counts}): only head 1, which all have, is compared.")
     ours = [(run.settings.get("data.tokenizer"), run.settings.get("model.vocab_size")) for run in runs]
     if len(set(map(str, ours))) > 1:
@@ -261,7 +240,7 @@ def _notes(runs: Sequence[Run], tokens: float) -> str:
 
 def _skips(runs: Sequence[Run]) -> str:
     notes = [
-        f"{escaped(run.name)}: skipped at step {', '.join(f'{step:,}' for step in run.skipped[:12])}"
+        f"{html.escaped(run.name)}: skipped at step {', '.join(f'{step:,}' for step in run.skipped[:12])}"
         + (f" and {len(run.skipped) - 12} more" if len(run.skipped) > 12 else "")
         for run in runs
         if run.skipped
@@ -273,17 +252,19 @@ def _samples(runs: Sequence[Run]) -> str:
     samples = ""
     for run in runs:
         if run.sample is not None:
-            step, text = run.sample["step"], escaped(run.sample["text"])
-            samples += f'<h3>{escaped(run.name)}, step {step:,}</h3><div class="sample">{text}</div>'
-    return section("What they wrote last", samples) if samples else ""
+            step, text = run.sample["step"], html.escaped(run.sample["text"])
+            samples += f'<h3>{html.escaped(run.name)}, step {step:,}</h3><div class="sample">{text}</div>'
+    return html.section("What they wrote last", samples) if samples else ""
 
 
 def _settings(runs: Sequence[Run], names: list[str]) -> str:
     if len(runs) == 1:
         return ""
-    rows = [[escaped(name), *(escaped(_setting(v)) for v in values)] for name, values in differences(runs).items()]
-    inner = table("", ["setting", *names], rows) if rows else "<p>The runs have the same settings.</p>"
-    return section("Settings that differ", inner)
+    rows = [
+        [html.escaped(name), *(html.escaped(_setting(v)) for v in values)] for name, values in differences(runs).items()
+    ]
+    inner = html.table("", ["setting", *names], rows) if rows else "<p>The runs have the same settings.</p>"
+    return html.section("Settings that differ", inner)
 
 
 CSS = """

@@ -11,21 +11,7 @@ from statistics import median
 from typing import Any
 
 from headstart.fileio import write_text
-from headstart.reports.html import (
-    STAND_IN,
-    axes,
-    document,
-    draw_curve,
-    escaped,
-    figure,
-    figure_style,
-    grid,
-    head_colour,
-    need_matplotlib,
-    number,
-    section,
-    table,
-)
+from headstart.reports import html
 from headstart.reports.runs import running_mean
 
 # arXiv 2404.19737, Table S3, column n = 8: heads used -> (speed-up, bytes per pass). 7B parameters, 314B bytes.
@@ -96,7 +82,7 @@ def write_report(path: Path, report: DemoReport) -> None:
     """Write `report` to `path` as HTML, atomically. Raises UsageError without matplotlib or if it cannot write."""
     if not report.decoding:
         raise ValueError("DemoReport.decoding is empty; its first row is plain decoding")
-    need_matplotlib("the demo's report")
+    html.need_matplotlib("the demo's report")
     write_text(path, _page(report))
 
 
@@ -127,17 +113,17 @@ def _loss_plot(report: DemoReport) -> str:
     curves = {k: c for k in heads if (c := _series(report.training, f"loss/head{k}", 1 / math.log(2)))[0]}
     if not curves:
         return ""
-    plot = axes("training step", "loss (bits per byte)")
+    plot = html.axes("training step", "loss (bits per byte)")
     smooth = {k: running_mean(steps, values, max(3.0, len(values) / 50)) for k, (steps, values) in curves.items()}
     for k, (steps, values) in curves.items():
-        draw_curve(plot, steps, smooth[k], values, colour=head_colour(k))
+        html.draw_curve(plot, steps, smooth[k], values, colour=html.head_colour(k))
         points = _series(report.validation, f"validation/bits_per_byte/head{k}")
-        plot.plot(*points, "o", color=STAND_IN[head_colour(k)], markersize=4)
+        plot.plot(*points, "o", color=html.STAND_IN[html.head_colour(k)], markersize=4)
     # The first steps fall from 8 bits; shown in full they would flatten the part in which heads differ.
     top = 1.03 * max(max(s[len(s) // 10 :]) for s in smooth.values())
     plot.set_ylim(low := 0.93 * min(min(s) for s in smooth.values()), top)
     for k, y in zip(curves, _spread([smooth[k][-1] for k in curves], (top - low) * 0.052)):
-        label, colour = f"head {k}" if k == min(curves) else str(k), STAND_IN[head_colour(k)]
+        label, colour = f"head {k}" if k == min(curves) else str(k), html.STAND_IN[html.head_colour(k)]
         plot.annotate(
             label, (curves[k][0][-1], y), (6, -4), textcoords="offset points", color=colour, annotation_clip=False
         )
@@ -145,8 +131,8 @@ def _loss_plot(report: DemoReport) -> str:
     if max(values[0] for _, values in curves.values()) > top:
         caption += " The first steps lie above the frame."
     if speeds := _series(report.training, "tokens_per_second")[1]:
-        caption += f" Training ran at {number(median(speeds))} bytes per second (median)."
-    return figure(plot, "loss", "Loss of each head", caption)
+        caption += f" Training ran at {html.number(median(speeds))} bytes per second (median)."
+    return html.figure(plot, "loss", "Loss of each head", caption)
 
 
 def _acceptance_plot(report: DemoReport) -> str:
@@ -157,16 +143,16 @@ def _acceptance_plot(report: DemoReport) -> str:
     rows = [(name, label, row.acceptance) for name, label, row in best if row.acceptance]
     if not rows:
         return ""
-    plot = axes("head", "passes in which its draft was accepted (%)")
+    plot = html.axes("head", "passes in which its draft was accepted (%)")
     width = 0.84 / len(rows)
     for i, (name, label, shares) in enumerate(rows):
         x = [k + 2 + (i - (len(rows) - 1) / 2) * width for k in range(len(shares))]
-        bars = plot.bar(x, [100 * s for s in shares], width * 0.94, color=STAND_IN[name], label=label)
+        bars = plot.bar(x, [100 * s for s in shares], width * 0.94, color=html.STAND_IN[name], label=label)
         plot.bar_label(bars, [f"{100 * s:.{int(0 < s < 0.0995)}f}" for s in shares], padding=2, fontsize=9.5)
     plot.set_xticks(range(2, 2 + max(len(shares) for _, _, shares in rows)))
     plot.legend()
     caption = "A draft is accepted only with all before it. Tokens per pass: 1 + the sum of the bars, as shares."
-    return figure(plot, "acceptance", "Drafts accepted, by head", caption)
+    return html.figure(plot, "acceptance", "Drafts accepted, by head", caption)
 
 
 def _paper_plot(report: DemoReport, name: str, title: str, caption: str) -> str:
@@ -174,11 +160,11 @@ def _paper_plot(report: DemoReport, name: str, title: str, caption: str) -> str:
     ours = sorted((row.heads, float(getattr(row, name))) for row in report.decoding)
     boxed = sorted((row.heads, float(getattr(row, name))) for row in (report.boxed.decoding if report.boxed else []))
     paper = [(heads, values[column]) for heads, values in PAPER_BYTES.items()]
-    plot = axes("heads used", {"speedup": "times plain decoding"}.get(name, "tokens (bytes) per pass"))
-    series = [(paper, STAND_IN["series2"], "s--", "paper: 7B parameters, 314B bytes", (0, 8))]
+    plot = html.axes("heads used", {"speedup": "times plain decoding"}.get(name, "tokens (bytes) per pass"))
+    series = [(paper, html.STAND_IN["series2"], "s--", "paper: 7B parameters, 314B bytes", (0, 8))]
     if boxed:
-        series.append((boxed, STAND_IN["series4"], "^-", BOXED, (0, 7)))
-    series.append((ours, STAND_IN["series1"], "o-", "just trained", (0, -14)))
+        series.append((boxed, html.STAND_IN["series4"], "^-", BOXED, (0, 7)))
+    series.append((ours, html.STAND_IN["series1"], "o-", "just trained", (0, -14)))
     for points, colour, style, label, offset in series:
         plot.plot(*zip(*points), style, color=colour, markersize=6, label=label)
         for point in points[1:]:  # plain decoding is 1.00 by definition, in both
@@ -186,16 +172,16 @@ def _paper_plot(report: DemoReport, name: str, title: str, caption: str) -> str:
     plot.set_xticks(sorted({heads for heads, _ in ours + boxed + paper}))
     plot.set_ylim(0, max(value for _, value in ours + boxed + paper) * 1.12)
     plot.legend(loc="upper left")
-    return figure(plot, name, title, caption)
+    return html.figure(plot, name, title, caption)
 
 
 def _plots(report: DemoReport) -> str:
     source = "Paper: arXiv 2404.19737, Table S3, n = 8."
-    with figure_style():
+    with html.figure_style():
         figures = _loss_plot(report) + _acceptance_plot(report)
         figures += _paper_plot(report, "tokens_per_pass", "Tokens per pass", f"Bytes, greedy. {source}")
         figures += _paper_plot(report, "speedup", "Speed-up", f"Over exact plain decoding, greedy. {source}")
-    return section("Plots", grid(figures) + _validation_table(report))
+    return html.section("Plots", html.grid(figures) + _validation_table(report))
 
 
 def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow | None) -> str:
@@ -205,13 +191,13 @@ def _decoding_table(caption: str, rows: list[DecodingRow], fastest: DecodingRow 
         name, same = "plain" if row.heads == 1 else _heads(row.heads), '<strong class="alarm">no</strong>'
         if row is fastest:  # it is not meant to be exact, so a difference is no fault
             name, same = "fastest plain", "up to rounding"
-        line = [name, number(row.tokens_per_second), f"{row.tokens_per_pass:.2f}", f"{row.speedup:.2f}×"]
+        line = [name, html.number(row.tokens_per_second), f"{row.tokens_per_pass:.2f}", f"{row.speedup:.2f}×"]
         if fastest:
             line.append(f"{row.tokens_per_second / fastest.tokens_per_second:.2f}×")
         lines.append([*line, "yes" if row.identical else same])
     note = "Fastest plain (exact=False) may round differently; all others give the same bits for every number of heads."
     note = f'<p class="note">{note}</p>'
-    return table(caption, [*head[: 5 if fastest else 4], "output identical"], lines) + (note if fastest else "")
+    return html.table(caption, [*head[: 5 if fastest else 4], "output identical"], lines) + (note if fastest else "")
 
 
 def _validation_table(report: DemoReport) -> str:
@@ -221,7 +207,7 @@ def _validation_table(report: DemoReport) -> str:
     for k in _logged_heads([last], "validation/bits_per_byte/head"):
         top1 = last.get(f"validation/top1/head{k}", math.nan)
         rows.append([f"head {k}", f"{last[f'validation/bits_per_byte/head{k}']:.3f}", f"{top1:.1%}"])
-    return table(f"Validation at step {last['step']:,}", ["head", "bits per byte", "top-1 right"], rows)
+    return html.table(f"Validation at step {last['step']:,}", ["head", "bits per byte", "top-1 right"], rows)
 
 
 def _summary(report: DemoReport) -> str:
@@ -245,7 +231,7 @@ def _summary(report: DemoReport) -> str:
         ratio = best.tokens_per_second / (fastest or best).tokens_per_second
         against = f", {'and' if ratio > 1 else 'but only'} {ratio:.2f} times as fast as the fastest plain path"
         words.append(
-            f"The fastest, {_heads(best.heads)}, decoded <b>{number(best.tokens_per_second)} tokens per second, "
+            f"The fastest, {_heads(best.heads)}, decoded <b>{html.number(best.tokens_per_second)} tokens per second, "
             f"{best.speedup:.2f} times as fast</b> as plain exact decoding{against if fastest else ''}."
         )
     else:
@@ -260,7 +246,7 @@ def _summary(report: DemoReport) -> str:
             f"The {BOXED}, trained longer, takes the same prompts {row.speedup:.2f} times as fast, with "
             f"<b>{row.tokens_per_pass:.2f} bytes per pass</b>."
         )
-    return section("Summary", f"{alarm if wrong else ''}<p>{' '.join(words)}</p>")
+    return html.section("Summary", f"{alarm if wrong else ''}<p>{' '.join(words)}</p>")
 
 
 def _samples(report: DemoReport) -> str:
@@ -271,30 +257,30 @@ def _samples(report: DemoReport) -> str:
     if not any(group for _, group in groups):
         return ""
     used = sorted({head for _, group in groups for sample in group for _, head in sample.pieces} | {1})
-    legend, samples = "".join(f'<span class="{head_colour(k)}">head {k}</span>' for k in used), ""
+    legend, samples = "".join(f'<span class="{html.head_colour(k)}">head {k}</span>' for k in used), ""
     for name, group in groups:
         samples += f"<h3>{name}</h3>" if group and report.boxed else ""
         for sample in group:
             pieces = "".join(
-                f'<span class="{head_colour(head)}">{escaped(text)}</span>' for text, head in sample.pieces
+                f'<span class="{html.head_colour(head)}">{html.escaped(text)}</span>' for text, head in sample.pieces
             )
             # A div, not a pre: HTML drops the first line break of a pre.
-            samples += f'<div class="sample"><span class="prompt">{escaped(sample.prompt)}</span>{pieces}</div>'
+            samples += f'<div class="sample"><span class="prompt">{html.escaped(sample.prompt)}</span>{pieces}</div>'
     legend = f'<p class="legend"><span class="prompt">prompt</span>{legend}</p>'
     words = "Each byte has the colour of the head that proposed it (head 1: none). The stronger, the further ahead."
-    return section("What it wrote", f"<p>{words}</p>{legend}{samples}")
+    return html.section("What it wrote", f"<p>{words}</p>{legend}{samples}")
 
 
 def _honesty(report: DemoReport) -> str:
     minutes, seen = report.settings.get("minutes"), report.settings.get("bytes seen")
-    trained = "for minutes" if minutes is None else f"for {number(minutes)} minutes"
-    trained += " on a few million bytes" if seen is None else f" on {number(seen)} bytes"
+    trained = "for minutes" if minutes is None else f"for {html.number(minutes)} minutes"
+    trained += " on a few million bytes" if seen is None else f" on {html.number(seen)} bytes"
     row = max(report.decoding, key=lambda row: row.heads)
     papers, measured = PAPER_BYTES.get(row.heads, (1.0, 1.0))[1], ""
     if papers > row.tokens_per_pass:
         ours = f"{row.tokens_per_pass:.2f} bytes per pass with {_heads(row.heads)}"
         measured = f" So few drafts are accepted here: {ours}, where the paper has {papers:.2f}."
-    return section(
+    return html.section(
         "How to read this",
         f"<p>This model was trained {trained}; the paper's has 7B parameters and saw 314 billion bytes.{measured} Nor "
         "do more heads make a model this small better: in the paper (section 3.1) they help large models, not small "
@@ -321,18 +307,19 @@ def _page(report: DemoReport) -> str:
     for caption, values in (("Settings", report.settings), ("Machine", report.machine)):
         # A seed is typed in again as it is shown, so it gets no thousands separators.
         rows = [
-            [escaped(key), escaped(str(value)) if key == "seed" else number(value)] for key, value in values.items()
+            [html.escaped(key), html.escaped(str(value)) if key == "seed" else html.number(value)]
+            for key, value in values.items()
         ]
-        facts += table(caption, ["", ""], rows)
+        facts += html.table(caption, ["", ""], rows)
     facts = f'<div class="grid facts">{facts}</div>'
-    seed = f" with seed {escaped(str(report.settings['seed']))}" if "seed" in report.settings else ""
+    seed = f" with seed {html.escaped(str(report.settings['seed']))}" if "seed" in report.settings else ""
     reproduce = (
         f"<p><code>make demo</code>{seed}. The same seed, steps and threads on the same machine give the same losses "
         "and text; the speeds vary with what else the machine does.</p>"
     )
     body = (
-        f"<h1>Headstart demo</h1>{_summary(report)}{section('Decoding', tables)}{_plots(report)}{_samples(report)}"
-        f"{_honesty(report)}{section('Settings and machine', facts)}"
-        f"{section('Reproduce', reproduce)}"
+        f"<h1>Headstart demo</h1>{_summary(report)}{html.section('Decoding', tables)}{_plots(report)}{_samples(report)}"
+        f"{_honesty(report)}{html.section('Settings and machine', facts)}"
+        f"{html.section('Reproduce', reproduce)}"
     )
-    return document("Headstart demo", body, css)
+    return html.document("Headstart demo", body, css)

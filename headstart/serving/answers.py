@@ -24,15 +24,9 @@ FINISH_REASONS = {"end": "stop", "stop": "stop", "stuck": "stop", "length": "len
 
 
 class AnswerFormat:
-    """Format the answer to one request.
+    """Format the answer to one request; a model without `tokenizer` answers with `token_ids` and empty text.
 
-    Args:
-        body: the request.
-        model: name of the model.
-        seed: seed of the first choice of each prompt.
-        tokenizer: None for a model without: the text is then empty, and `token_ids` hold the output.
-        prompt_tokens: number of tokens of the prompts.
-        echo: text to put before each choice; empty without echo.
+    `seed` is that of the first choice of each prompt; `echo` holds the text to put before each choice, if asked for.
     """
 
     def __init__(

@@ -48,9 +48,7 @@ def connection_limits(max_connections: int | None) -> tuple[int, int]:
 class Connections:
     """Hold the state that all connections of a server share.
 
-    Args:
-        settings: limits of headers and times.
-        most: most connections; above it, the one that has waited longest for its client is closed.
+    Above `most` connections, the one that has waited longest for its client is closed.
     """
 
     def __init__(self, settings: ServeSettings, most: int) -> None:

@@ -16,14 +16,9 @@ INTERNAL = "internal error; the server's log says more"
 
 
 class ApiError(HTTPException):
-    """Answer a request with an error.
+    """Answer a request with an error: a status, and a line with the thing, what is wrong with it, and the fix.
 
-    Args:
-        status: status of the response.
-        message: one line with the thing, what is wrong with it, and the fix.
-        param: field of the request that the error is about.
-        code: OpenAI's name of the error, for programs.
-        headers: headers of the response.
+    `param` is the field of the request that the error is about, `code` OpenAI's name of the error, for programs.
     """
 
     def __init__(

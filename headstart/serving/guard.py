@@ -42,14 +42,10 @@ def is_allowed_host(header: str, names: Sequence[str]) -> bool:
 
 
 class Guard:
-    """Refuse requests without a key, and bodies that are too large or too slow.
+    """Refuse requests without a key of `keys` (empty: none is required), and bodies that are too large or too slow.
 
-    Args:
-        app: application to guard.
-        keys: keys that open the server; empty: no key is required.
-        max_body_bytes: most bytes of a body.
-        on_response: function to call with the path and the status of every response.
-        hosts: allowed names, see `is_allowed_host`; None: any.
+    `on_response` is called with the path and the status of every response. `hosts` are the allowed names, see
+    `is_allowed_host`; None: any.
     """
 
     def __init__(

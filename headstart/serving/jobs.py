@@ -71,15 +71,10 @@ class Inbox:
 
 
 class Job:
-    """Generate one choice of an answer.
+    """Generate choice number `index` of an answer for a client, whose turn it takes.
 
-    Args:
-        request: request for the engine.
-        client: name of the client, whose turn the job takes.
-        index: number of the choice.
-        inbox: inbox of the answer.
-        streams: whether pieces are sent as they come, or one piece at the end.
-        origins: whether pieces name the heads that drafted them.
+    `streams`: pieces are sent to the inbox as they come, else one piece at the end. `origins`: pieces name the heads
+    that drafted them.
     """
 
     def __init__(

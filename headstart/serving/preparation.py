@@ -27,15 +27,11 @@ class Task(Generic[Result]):
 
 
 class Preparation:
-    """Run work in threads. Clients take turns, and one client never has all threads.
+    """Run work in at most `threads` threads. Clients take turns, and none has more than `share` of them.
 
-    Only the event loop uses it. A thread cannot be stopped: one that still runs when its request has ended no longer
-    counts, and another one takes its place. Threads are daemons, so they do not keep the process alive.
-
-    Args:
-        threads: most pieces of work that run at once.
-        share: most of these for one client.
-        queue: most pieces of work that wait for a thread.
+    Only the event loop uses it; at most `queue` pieces of work wait. A thread cannot be stopped: one that still runs
+    when its request has ended no longer counts, and another one takes its place. Threads are daemons, so they do not
+    keep the process alive.
     """
 
     def __init__(self, threads: int, share: int, queue: int) -> None:

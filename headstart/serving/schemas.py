@@ -82,8 +82,7 @@ class Speculative(Closed):
         default=None, ge=1, description="Number of heads that decode in every pass, head 1 included."
     )
     policy: Literal["auto", "fixed"] = Field(
-        default="auto",
-        description="Number of heads without `heads`: auto, as many as pay by measurement; fixed, all.",
+        default="auto", description="Number of heads without `heads`: auto, as many as pay by measurement; fixed, all."
     )
     acceptance: str | None = Field(
         default=None,

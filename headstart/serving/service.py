@@ -154,12 +154,7 @@ class Service:
         return [self.model.tokenizer.encode(render_chat(body, self._template))]
 
     def _answer(
-        self,
-        body: GenerationBody,
-        client: str,
-        prompts: list[list[int]],
-        matcher: Matcher | None,
-        deadline: Deadline,
+        self, body: GenerationBody, client: str, prompts: list[list[int]], matcher: Matcher | None, deadline: Deadline
     ) -> Answer:
         """Return the answer whose jobs generate each choice of each prompt."""
         settings = generation_settings(body, self.model.config.heads, self.settings.heads)

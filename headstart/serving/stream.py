@@ -27,12 +27,9 @@ def event(content: Any) -> bytes:
 
 
 class EventStream(Response):
-    """Send events as they come, and stop when the client has gone.
+    """Send events as they come, and stop when the client has gone, or has not read for `seconds`.
 
-    Args:
-        events: the answer. An ApiError before the first event becomes the response, with its status; a later one
-            becomes the last event.
-        seconds: time after which a client that does not read is given up.
+    An ApiError before the first event becomes the response, with its status; a later one becomes the last event.
     """
 
     media_type = "text/event-stream"

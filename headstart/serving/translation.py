@@ -59,10 +59,7 @@ def constraint_of(body: GenerationBody) -> Constraint | None:
 def generation_settings(body: GenerationBody, all_heads: int, default_heads: int | None) -> GenerationSettings:
     """Return the settings of a request, without its number of tokens and the seeds of its choices.
 
-    Args:
-        body: the request.
-        all_heads: number of heads of the model.
-        default_heads: number of heads that decode if the request leaves it to the server's policy.
+    `default_heads` decode if the request leaves it to the server's policy.
     """
     speculative = body.speculation
     heads = speculative.heads or (all_heads if speculative.policy == "fixed" else default_heads)

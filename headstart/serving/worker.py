@@ -50,13 +50,9 @@ class JobTurns:
 class Worker:
     """Decode jobs with an engine in a thread.
 
-    Args:
-        make_engine: function that makes the engine, in the thread; it is called again after an engine has failed.
-        tokenizer: tokenizer of the model, for the origins of tokens and for constraints.
-        slots: number of slots of the engine.
-        queue: most jobs that wait, in addition to those in slots.
-        metrics: metrics of the server.
-        stream_interval: least seconds between two pieces of a stream.
+    `make_engine` makes the engine, in the thread; it is called again after an engine has failed. The tokenizer serves
+    the origins of tokens and constraints. At most `queue` jobs wait in addition to those in slots. Two pieces of a
+    stream are at least `stream_interval` seconds apart.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
+from headstart.arguments import AT_LEAST_0, AT_LEAST_1, FRACTION, check_fields
 from headstart.command_line import parse_settings
 from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
@@ -30,13 +31,6 @@ from headstart.training.parallel import ParallelConfig
 from headstart.training.profiling import ProfileConfig
 from headstart.training.trackers import WatchConfig
 from headstart.training.yaml_settings import expand_preset, read_mapping, to_plain, write_mapping
-
-
-def _at_least(least: float, section: str, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise UsageError(f"{section}{name} is {value}; it must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -70,10 +64,7 @@ class DataConfig:
             raise UsageError("data.mixture is empty; name folders that headstart prepare wrote, or leave it out")
         if not self.prepared and not self.sources:
             raise UsageError("data.sources is empty; name a file, a folder, or python-stdlib")
-        if not 0 <= self.validation_fraction < 1:
-            raise UsageError(
-                f"data.validation_fraction is {self.validation_fraction}; it must be at least 0 and below 1"
-            )
+        check_fields(self, "data.", validation_fraction=FRACTION)
 
     @property
     def prepared(self) -> tuple[MixturePart, ...]:
@@ -93,7 +84,7 @@ class BatchConfig:
     """Tokens of a row (None: model.context)."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "batch.", self, "rows", "accumulate", "length")
+        check_fields(self, "batch.", rows=AT_LEAST_1, accumulate=AT_LEAST_1, length=AT_LEAST_1)
 
 
 @dataclass(frozen=True)
@@ -106,8 +97,7 @@ class ValidationConfig:
     """Rows scored, spread over the validation split (of each source, if several are mixed)."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "validation.", self, "every")
-        _at_least(1, "validation.", self, "rows")
+        check_fields(self, "validation.", every=AT_LEAST_0, rows=AT_LEAST_1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +112,7 @@ class CheckpointConfig:
     """Keep checkpoints of steps divisible by this for good (0: none)."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "checkpoints.", self, "every", "keep_last", "keep_every")
+        check_fields(self, "checkpoints.", every=AT_LEAST_0, keep_last=AT_LEAST_0, keep_every=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
@@ -178,8 +168,7 @@ class RunConfig:
     """Existing model that gets new heads (`headstart adapt`); None: the run trains a new model."""
 
     def __post_init__(self) -> None:
-        _at_least(1, "", self, "steps", "threads")
-        _at_least(0, "", self, "seed")
+        check_fields(self, "", steps=AT_LEAST_1, threads=AT_LEAST_1, seed=AT_LEAST_0)
         self.head_weights.check(self.model.heads)
         for method in self.methods:
             method.check(adapted=self.adapt is not None, sampled=self.head_weights.sampled, ahead=self.model.ahead)

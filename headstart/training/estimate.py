@@ -34,20 +34,11 @@ UNITS = {"": 1, "B": 1} | {
 def estimate_run(
     config: RunConfig, name: str, processes: int = 1, device_memory: str | None = None, mfu: float = 0.4
 ) -> dict[str, Any]:
-    """Return the estimate of a run as plain data.
+    """Return the estimate of a run, which the result calls `name`, as plain data.
 
-    Without several `processes` or `device_memory`, a run that would take the CPU is estimated for the CPU; every other
-    for GPUs.
-
-    Args:
-        config: the run.
-        name: what the result calls it.
-        processes: processes (devices) that torchrun would start.
-        device_memory: memory of one device, such as 80GiB (None: that of the GPU here; on a CPU, what is available).
-        mfu: model FLOPs utilization that the hours assume.
-
-    Raises:
-        UsageError: settings out of range, or anything that would keep the run from starting. Data is not looked for.
+    Without several `processes` or `device_memory`, such as 80GiB, a run that would take the CPU is estimated for the
+    CPU; every other for GPUs. Hours assume a model FLOPs utilization of `mfu`. Raises UsageError for settings out of
+    range, and for anything that would keep the run from starting. Data is not looked for.
     """
     if not 0 < mfu <= 1:
         raise UsageError(f"--mfu is {mfu}; it must be above 0 and at most 1")

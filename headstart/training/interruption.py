@@ -26,14 +26,7 @@ class Interrupted(Stopped):
     """
 
     def __init__(self, run_dir: Path, step: int, checkpoint: Path | None, number: int | None) -> None:
-        """Write the message.
-
-        Args:
-            run_dir: folder of the run.
-            step: steps done.
-            checkpoint: the checkpoint that the run resumes from, of an earlier step if the last steps were skipped.
-            number: the signal.
-        """
+        """Write the message about a signal; `checkpoint` is of an earlier step if the last ones were skipped."""
         self.status = 130 if number == signal.SIGINT else REQUEUE
         folder = shlex.quote(str(run_dir))
         config = shlex.quote(str(run_dir / "config.yaml"))

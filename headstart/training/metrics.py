@@ -26,17 +26,11 @@ from headstart.training.yaml_settings import to_plain
 
 
 def expected_tokens_per_pass(accuracies: Sequence[float]) -> float:
-    """Estimate the tokens that a decoding pass will commit: 1 + sum_k prod_{j=2..k} accuracy_j.
+    """Estimate the tokens that a decoding pass will commit: 1 + sum_k prod_{j=2..k} accuracy_j, from 1 to n.
 
     It is no measurement: it takes the top-1 accuracies of heads 2..k for the independent acceptance rates of their
-    drafts, and training counts them on given text, while decoding drafts the model's own.
-
-    Args:
-        accuracies: accuracies of heads 1..n, between 0 and 1; NaN for a head whose hits were not counted, before which
-            the drafts end.
-
-    Returns:
-        A number from 1 to n; NaN if head 1's accuracy is NaN, because then nothing was counted.
+    drafts, and training counts them on given text, while decoding drafts the model's own. An accuracy is NaN for a head
+    whose hits were not counted, before which the drafts end; with head 1's the result is NaN.
     """
     if math.isnan(accuracies[0]):
         return math.nan
@@ -68,8 +62,8 @@ def step_record(
         tokens: tokens trained on so far, those of this step included.
         clip: largest gradient norm that is not clipped.
         tokens_per_second: rate of this step, over all processes.
-        seconds_at_peak: seconds that the matrix products of one token would take on all devices together at their
-            peak: `ModelConfig.flops_per_token` / peak. Times tokens_per_second it is the model FLOPs utilization.
+        seconds_at_peak: seconds that the matrix products of one token would take on all devices together at their peak:
+            `ModelConfig.flops_per_token` / peak. Times tokens_per_second it is the model FLOPs utilization.
         memory: bytes, see `memory_in_use`.
         tokens_per_pass: estimate of `expected_tokens_per_pass`, if there is one.
     """

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from headstart.arguments import AT_LEAST_0, FRACTION, POSITIVE, SHARE, check_fields
 from headstart.errors import UsageError
 
 
@@ -49,24 +50,10 @@ class OptimizerConfig:
     """Standard deviations above the running mean loss from which a step is skipped (0: none is)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "head_lr_ratio", "eps", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"optimizer.{name} is {value}; it must be above 0")
-        for name in ("warmup_steps", "weight_decay", "final_lr_ratio", "spike_threshold"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
-        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
-            if not 0 <= value < 1:
-                raise UsageError(f"optimizer.{name} holds {value}; it must be at least 0 and below 1")
-        if not 0 < self.decay_fraction <= 1:
-            raise UsageError(f"optimizer.decay_fraction is {self.decay_fraction}; it must be above 0 and at most 1")
-        if self.kind not in ("adamw", "muon"):
-            raise UsageError(f"optimizer.kind {self.kind!r} is unknown; take adamw or muon")
-        if self.schedule not in ("cosine", "wsd"):
-            raise UsageError(f"optimizer.schedule {self.schedule!r} is unknown; take cosine or wsd")
-        if self.extension not in ("hold", "rewarm"):
-            raise UsageError(f"optimizer.extension {self.extension!r} is unknown; take hold or rewarm")
+        positive = dict.fromkeys(("lr", "muon_lr", "head_lr_ratio", "eps", "clip"), POSITIVE)
+        at_least_0 = dict.fromkeys(("warmup_steps", "weight_decay", "final_lr_ratio", "spike_threshold"), AT_LEAST_0)
+        betas = (lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of at least 0 and below 1")
+        check_fields(self, "optimizer.", **positive, **at_least_0, betas=betas, momentum=FRACTION, decay_fraction=SHARE)
 
 
 @dataclass

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from headstart.arguments import AT_LEAST_1, check_fields
 from headstart.errors import UsageError
 from headstart.model.heads import SequentialHead
 from headstart.model.layers import Block
@@ -45,10 +46,7 @@ class ParallelConfig:
     process a whole fp32 gradient."""
 
     def __post_init__(self) -> None:
-        if self.sharding not in ("full", "hybrid", "replicate"):
-            raise UsageError(f"parallel.sharding {self.sharding!r} is unknown; take full, hybrid or replicate")
-        if self.processes_per_copy is not None and self.processes_per_copy < 1:
-            raise UsageError(f"parallel.processes_per_copy is {self.processes_per_copy}; it must be at least 1")
+        check_fields(self, "parallel.", processes_per_copy=AT_LEAST_1)
         if self.processes_per_copy is not None and self.sharding != "hybrid":
             raise UsageError(
                 f"parallel.processes_per_copy is for parallel.sharding hybrid, not {self.sharding}; leave one out"
@@ -70,18 +68,13 @@ def parallelize(
 ) -> GradientSums:
     """Change `model` in place, which may be on the meta device; build optimizers after it.
 
-    Args:
-        model: the model.
-        mesh: (copies, processes that share one), named ("replicate", "shard"); None: one process, no sharding.
-        config: sharding and activation checkpointing.
-        compile: whether to compile each block.
-        dtype: dtype of matrix products, "bfloat16" or "float32". Sharded weights, optimizer state and the sums of
-            gradients stay float32; weights are gathered in `dtype`.
+    `mesh` is (copies, processes that share one), named ("replicate", "shard"); None: one process, no sharding. Matrix
+    products run in `dtype`, "bfloat16" or "float32", in which weights are gathered. Sharded weights, optimizer state
+    and the sums of gradients stay float32.
 
-    Returns:
-        The sums of gradients, whose `micro_batch` surrounds each micro-batch of a training step. On several processes a
-        forward pass with gradients outside of it raises UsageError, because gradients would be summed at the wrong time
-        or not at all.
+    Return the sums of gradients, whose `micro_batch` surrounds each micro-batch of a training step. On several
+    processes a forward pass with gradients outside of it raises UsageError, because gradients would be summed at the
+    wrong time or not at all.
     """
     # 1. Checkpointing comes first, so that the compiled code contains the recomputation. Heads are not checkpointed:
     #    the walk holds one head's activations at a time.
@@ -190,12 +183,7 @@ class GradientSums:
 
     @contextmanager
     def micro_batch(self, *, last: bool, losses: int) -> Iterator[None]:
-        """Surround one `walk_step` or `multi_token_step`.
-
-        Args:
-            last: whether it is the last of the optimizer step.
-            losses: number of losses, one for each head whose weight is not 0.
-        """
+        """Surround one `walk_step` or `multi_token_step` of so many losses, one for each head whose weight is not 0."""
         self._wanted, self._losses_left, self._runs = last or self._each, losses, 0
         for root in self._roots:
             late = root is self._model.unembedding or root is self._repeated

@@ -7,13 +7,12 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from headstart.arguments import AT_LEAST_0, AT_LEAST_1, check_fields
 from headstart.console import say
-from headstart.errors import UsageError
 from headstart.fileio import replacing_file, write_text
 
 ROWS = 40
@@ -32,10 +31,7 @@ class ProfileConfig:
     """Number of steps recorded (0: none). A trace grows by megabytes a step. `--profile` alone means 3."""
 
     def __post_init__(self) -> None:
-        if self.start is not None and self.start < 1:
-            raise UsageError(f"profile.start is {self.start}; it must be at least 1")
-        if self.steps < 0:
-            raise UsageError(f"profile.steps is {self.steps}; it must be at least 0")
+        check_fields(self, "profile.", start=AT_LEAST_1, steps=AT_LEAST_0)
 
 
 class StepProfiler:
@@ -91,7 +87,5 @@ class StepProfiler:
     def __enter__(self) -> StepProfiler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

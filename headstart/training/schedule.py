@@ -85,17 +85,10 @@ def weights_of(step: int, config: RunConfig, extended: int = 0) -> list[float]:
 
 
 def begin_extension(position: Position, config: RunConfig, before: RunConfig | None) -> Position:
-    """Decide whether the steps after a checkpoint extend a finished run, and report the learning rates.
+    """Return the position, noting whether the next steps extend a finished run, and report the learning rates.
 
-    A run is finished once all steps that were planned are done.
-
-    Args:
-        position: the position of the checkpoint.
-        config: the configuration of the run now.
-        before: the configuration of its last start, for checkpoints that do not record the plan.
-
-    Returns:
-        The position, with the extension noted in it.
+    A run is finished once all steps that were planned are done. `before` is the configuration of its last start, for
+    checkpoints that do not record the plan.
     """
     if not position.planned and before is not None:
         position.planned = before.steps

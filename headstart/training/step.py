@@ -82,12 +82,8 @@ class Learner:
     ) -> None:
         """Build the optimizers.
 
-        Args:
-            subject: the model.
-            config: the run, with the dtype decided (`RunConfig.on`).
-            processes: the processes that share each step.
-            history: the loss history that spikes are judged by, updated by each step; None: no step is a spike.
-            walk: makes the gradients of a micro-batch (None: `walk_step`).
+        The dtype of `config` is decided (`RunConfig.on`). Spikes are judged by the loss `history`, which is updated by
+        each step; None: no step is a spike. `walk` makes the gradients of a micro-batch (None: `walk_step`).
         """
         self.subject, self.config, self.processes, self.walk = subject, config, processes, walk or walk_step
         self.model = subject.model

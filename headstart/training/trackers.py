@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from headstart.arguments import AT_LEAST_0, check_fields
 from headstart.console import say
 from headstart.errors import UsageError, first_line
 from headstart.fileio import write_text
@@ -35,34 +35,26 @@ class WatchConfig:
     """Prompt of the sample (empty: the start of a document)."""
 
     def __post_init__(self) -> None:
-        if self.sample_tokens < 0:
-            raise UsageError(f"watch.sample_tokens is {self.sample_tokens}; it must be at least 0")
+        check_fields(self, "watch.", sample_tokens=AT_LEAST_0)
         if len(set(self.trackers)) < len(self.trackers):
             raise UsageError(f"watch.trackers {list(self.trackers)} names one twice; name each once")
 
 
-class Tracker(Protocol):
-    """One of the services. An exception of its methods ends the tracker, not the run."""
+@dataclass(frozen=True)
+class Tracker:
+    """One of the services. An exception of its functions ends the tracker, not the run."""
 
-    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
-        """Record the numbers and samples of a step by name."""
-
-    def close(self, failed: bool) -> None:
-        """End the run; `failed` if it raised an exception."""
+    log: Callable[[dict[str, float], dict[str, str], int], None]
+    """Record the numbers and samples of a step, both by name."""
+    close: Callable[[bool], None]
+    """End the run, which has failed or not."""
 
 
 class Trackers:
     """All trackers of a run, behind one `log`. A context manager that closes them at the end of the run."""
 
     def __init__(self, config: WatchConfig, run_dir: Path, settings: dict[str, Any], step: int) -> None:
-        """Start the trackers. Raise UsageError if one cannot start.
-
-        Args:
-            config: which trackers, and the names for them.
-            run_dir: folder of the run.
-            settings: the configuration as plain data.
-            step: steps done by a resumed run.
-        """
+        """Start the trackers of a run that has done `step` steps. Raise UsageError if one cannot start."""
         self._open: dict[str, Tracker] = {}
         start = Start(config.project, config.name or run_dir.resolve().name, run_dir, settings, step)
         for name in config.trackers:
@@ -96,9 +88,7 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.close(failed=kind is not None)
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
@@ -143,76 +133,57 @@ class Start:
         return names[tracker]
 
 
-class TensorBoard:
-    """Event files in RUN/tensorboard. A resumed run hides the events past its checkpoint."""
+def tensorboard(start: Start) -> Tracker:
+    """Write event files in RUN/tensorboard. A resumed run hides the events past its checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, start: Start) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(start.run_dir / "tensorboard", purge_step=start.step + 1 if start.step else None)
 
-        self._writer = SummaryWriter(start.run_dir / "tensorboard", purge_step=start.step + 1 if start.step else None)
-
-    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
-        """Record the numbers and samples of a step by name."""
+    def log(numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
         for name, text in samples.items():
-            self._writer.add_text(name, f"<pre>{text}</pre>", step)
+            writer.add_text(name, f"<pre>{text}</pre>", step)
 
-    def close(self, failed: bool) -> None:
-        """End the run."""
-        self._writer.close()
+    return Tracker(log, lambda failed: writer.close())
 
 
-class Wandb:
-    """A run on Weights & Biases, or with WANDB_MODE=offline in RUN/wandb. A resumed run keeps its id."""
+def wandb(start: Start) -> Tracker:
+    """Log to Weights & Biases, or with WANDB_MODE=offline in RUN/wandb. A resumed run keeps its id."""
+    import wandb
 
-    def __init__(self, start: Start) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=start.project,
-            name=start.name,
-            id=start.stored_name("wandb", secrets.token_hex(4)),
-            resume="allow",
-            dir=start.run_dir,
-            config=start.settings,
-            settings=wandb.Settings(console="off", silent=True),  # the terminal is ours
-        )
-        # wandb drops lines of steps before its own count, and a resumed run may log some steps twice, with the same
-        # values. So wandb counts lines, and our step is the axis.
-        self._run.define_metric("*", step_metric="step")
-        if self._run.url:
-            say(f"wandb: {self._run.url}")
-
-    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
-        """Record the numbers and samples of a step by name."""
-        self._run.log({**numbers, **samples, "step": step})
-
-    def close(self, failed: bool) -> None:
-        """End the run."""
-        self._run.finish(exit_code=int(failed))
+    run = wandb.init(
+        project=start.project,
+        name=start.name,
+        id=start.stored_name("wandb", secrets.token_hex(4)),
+        resume="allow",
+        dir=start.run_dir,
+        config=start.settings,
+        settings=wandb.Settings(console="off", silent=True),  # the terminal is ours
+    )
+    # wandb drops lines of steps before its own count, and a resumed run may log some steps twice, with the same values.
+    # So wandb counts lines, and our step is the axis.
+    run.define_metric("*", step_metric="step")
+    if run.url:
+        say(f"wandb: {run.url}")
+    return Tracker(
+        lambda numbers, samples, step: run.log({**numbers, **samples, "step": step}),
+        lambda failed: run.finish(exit_code=int(failed)),
+    )
 
 
-class Trackio:
-    """A run in trackio's local database. A resumed run keeps its name."""
+def trackio(start: Start) -> Tracker:
+    """Log to trackio's local database. A resumed run keeps its name."""
+    import trackio
 
-    def __init__(self, start: Start) -> None:
-        import trackio
-
-        self._trackio = trackio
-        name = start.stored_name("trackio", f"{start.name}-{secrets.token_hex(2)}")
-        trackio.init(project=start.project, name=name, config=start.settings, resume="allow")
-
-    def log(self, numbers: dict[str, float], samples: dict[str, str], step: int) -> None:
-        """Record the numbers and samples of a step by name."""
-        self._trackio.log({**numbers, **samples}, step=step)
-
-    def close(self, failed: bool) -> None:
-        """End the run."""
-        self._trackio.finish()
+    name = start.stored_name("trackio", f"{start.name}-{secrets.token_hex(2)}")
+    trackio.init(project=start.project, name=name, config=start.settings, resume="allow")
+    return Tracker(
+        lambda numbers, samples, step: trackio.log({**numbers, **samples}, step=step), lambda failed: trackio.finish()
+    )
 
 
-STARTERS: dict[str, Callable[[Start], Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
+STARTERS: dict[str, Callable[[Start], Tracker]] = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

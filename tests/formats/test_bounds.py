@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
-from headstart.formats.meta import load_meta_config, load_meta_release, save_meta_release
+from headstart.formats.meta import MetaRelease, load_meta_release, save_meta_release
 from headstart.formats.registry import load_config, load_model
 from headstart.formats.tensor_names import HEADS_FILE
 from headstart.model.config import ModelConfig
@@ -95,7 +95,7 @@ def test_sizes_of_metas_release_are_bounded(tmp_path: Path, change: dict[str, An
     save_meta_release(Transformer(SIZES), tmp_path)
     edit(tmp_path / "params.json", change)
     with pytest.raises(UsageError, match=r"params\.json: "):
-        load_meta_config(tmp_path)
+        MetaRelease().read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_tensors_that_a_pickle_does_not_hold_in_full_are_refused(tmp_path: Path,
     weights = torch.load(tmp_path / "consolidated.pth", weights_only=True)
     torch.save({**weights, "tok_embeddings.weight": tensor}, tmp_path / "consolidated.pth")
     with pytest.raises(UsageError, match=r"consolidated\.pth: tok_embeddings\.weight is no vector or matrix"):
-        load_meta_config(tmp_path)
+        MetaRelease().read_config(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

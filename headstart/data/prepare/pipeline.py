@@ -92,26 +92,16 @@ def prepare(
     progress: Progress | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Encode the documents of `sources` into the shards folder `out` and return its manifest.
+    """Encode the documents of `sources` (see `units.plan`) into the shards folder `out` and return its manifest.
 
     Conversations (`Selection.conversations`) are written by the tokenizer's chat template, and only what the assistant
     wrote is to be predicted; `bytes` then counts answers. The output is the same for every number of `workers`
-    (processes).
+    (processes). `report` gets each line that a user should read.
 
     `out` appears whole or not at all, and replaces an older shards folder. Work in progress lies next to it, in
     `.NAME.preparing`: after a failure or a kill, the same call resumes from it.
 
-    Args:
-        sources: files, folders, globs or datasets, see `units.plan`.
-        out: the folder to write.
-        tokenizer: a tokenizer, or the size of a vocabulary to learn from the sources.
-        settings: None stands for the defaults.
-        workers: the number of processes.
-        progress: called as the work advances.
-        report: called with each line that a user should read.
-
-    Raises:
-        UsageError: a source or a setting is wrong, or `out` is something else than a shards folder.
+    Raises UsageError if a source or a setting is wrong, or `out` is something else than a shards folder.
     """
     settings = settings or Preparation()
     settings.check()

@@ -57,18 +57,10 @@ class Unit:
 
 
 def plan(sources: Sequence[str], selection: Selection, without: Path, held_out: Sequence[str] = ()) -> list[Unit]:
-    """Return the units of `sources`, then those of `held_out`, whose files are left out of the former.
+    """Return the units of `sources` (see `list_files`; `hf:` names a dataset), then those of `held_out`.
 
-    Large files are read once, to find and count their lines.
-
-    Args:
-        sources: see `list_files`; `hf:` names a dataset.
-        selection: choices for sources with fields.
-        without: a folder whose files are left out.
-        held_out: sources that go to validation.
-
-    Raises:
-        UsageError: a source cannot be read.
+    Files of `held_out`, which goes to validation, are left out of `sources`, and so is the folder `without`. Large
+    files are read once, to find and count their lines. Raises UsageError if a source cannot be read.
     """
     if not sources:
         raise UsageError(f"no source given; name a file, a folder, a glob, {STDLIB}, or hf:NAME")

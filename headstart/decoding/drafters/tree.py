@@ -126,9 +126,8 @@ def _product(path: Path, ranks: Sequence[Sequence[float]]) -> float:
 def grow(ranks: Sequence[Sequence[float]], nodes: int) -> DraftTree:
     """Return the tree with the most accepted drafts in expectation, best nodes first (Medusa, section 2.3.3).
 
-    Args:
-        ranks: acceptance rates: [j-1][r] is that of rank r at depth j where the path before is right.
-        nodes: number of nodes; the tree has fewer if there are no more.
+    `ranks` holds acceptance rates: [j-1][r] is that of rank r at depth j where the path before is right. The tree has
+    fewer than `nodes` if there are no more.
 
     A node's value is the product along its path; the expected number of accepted drafts is the sum of the values. Ranks
     are sorted, so no node has a higher value than its parent or its better sibling, and it is optimal to add the best
@@ -160,13 +159,8 @@ def _check_size(nodes: int) -> None:
 def parse_tree(given: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
     """Return the tree that an argument names: a number of nodes (0: no tree), or nodes as for `DraftTree.parse`.
 
-    Args:
-        given: the argument.
-        heads: number of heads of the model.
-        ranks: acceptance rates as for `grow`, if they were measured.
-
-    Raises:
-        UsageError: there is no such tree.
+    `ranks` holds acceptance rates as for `grow`, if they were measured. Raises UsageError if there is no such tree for
+    a model of so many `heads`.
     """
     if isinstance(given, str):
         if not re.fullmatch(r"-?[0-9]{1,12}", given):

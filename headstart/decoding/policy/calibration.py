@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -48,11 +47,9 @@ class AcceptanceTable:
 
     @classmethod
     def from_passes(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
-        """Count how drafts fared in passes that fed all of them.
+        """Count how drafts fared in passes that fed all of them, of a model with so many `heads`, head 1 included.
 
-        Args:
-            observed: for each pass the confidence of each draft, and how many drafts were accepted.
-            heads: the number of heads, head 1 included.
+        `observed` holds for each pass the confidence of each draft, and how many drafts were accepted.
         """
         means, tables = [], []
         for i in range(heads - 1):
@@ -70,12 +67,10 @@ class AcceptanceTable:
         return cls((share,) * (heads - 1), (bins,) * (heads - 1), *by_rank)
 
     def with_ranks(self, observed: Sequence[Sequence[tuple[float, int]]], ranks: int) -> AcceptanceTable:
-        """Return this table with the shares of each rank added.
+        """Return this table with the shares of the first `ranks` ranks added; a larger rank counts as not found.
 
-        Args:
-            observed: for each position where heads drafted, in entry k-2: the probability that head k gave its best
-                candidate, and the rank of the right token among its candidates.
-            ranks: the number of ranks to count; a larger rank counts as not found.
+        `observed` holds for each position where heads drafted, in entry k-2: the probability that head k gave its best
+        candidate, and the rank of the right token among its candidates.
         """
         means, tables = [], []
         for i in range(len(self.mean)):
@@ -104,12 +99,10 @@ class AcceptanceTable:
 def _count_ranks(
     reached: Sequence[tuple[float, int]], ranks: int, prior: float
 ) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
-    """Return the share of each rank in all drafts, and [rank][bin] in those of each bin.
+    """Return the share of each rank in all drafts, and [rank][bin] in those of each bin, for the first `ranks` ranks.
 
-    Args:
-        reached: for each draft its confidence and the rank of the right token.
-        ranks: the number of ranks to count.
-        prior: the observations of each rank to start with, out of one draft.
+    `reached` holds for each draft its confidence and the rank of the right token; `prior` the observations of each rank
+    to start with, out of one draft.
     """
     mean = [(sum(r == rank for _, r in reached) + prior) / (len(reached) + 1) for rank in range(ranks)]
     in_bin: list[list[float]] = [[PRIOR * share] * (len(EDGES) + 1) for share in mean]
@@ -178,26 +171,26 @@ def cost_of_rows(costs: Sequence[float], rows: int) -> float:
     return costs[-1] + beyond * ((costs[-1] - costs[0]) / (len(costs) - 1) if len(costs) > 1 else costs[0])
 
 
-class Calibration(ABC):
-    """The estimates that a policy chooses by: stored (`Tuning`), or learned while decoding (`OnlineCalibration`)."""
+class Calibration:
+    """The estimates that a policy chooses by: stored (`Tuning`), or learned while decoding (`OnlineCalibration`).
 
-    online: ClassVar[bool]
+    Stored estimates learn nothing, so the methods do nothing here.
+    """
+
+    online: ClassVar[bool] = False
     """True if estimates are learned while decoding. They begin as priors, on costs from a few passes."""
 
     @property
-    @abstractmethod
     def current(self) -> Tuning:
         """The estimates in use now; another object whenever they have changed."""
+        raise NotImplementedError
 
-    @abstractmethod
     def measure(self, slots: int, sampled: bool) -> None:
         """Time passes of `slots` windows if their costs are not known yet."""
 
-    @abstractmethod
     def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
         """Count a window that fed `fed` drafts of the heads and accepted `accepted` of them."""
 
-    @abstractmethod
     def fade(self, sampled: bool) -> None:
         """Forget most of what was learned of drafts, after a time without any."""
 
@@ -206,7 +199,6 @@ class Calibration(ABC):
 class Tuning(Calibration):
     """The estimates for one model on one machine, as `headstart tune` measures them."""
 
-    online: ClassVar[bool] = False
     greedy: AcceptanceTable
     sampled: AcceptanceTable
     costs: PassCosts
@@ -219,15 +211,6 @@ class Tuning(Calibration):
     def current(self) -> Tuning:
         """These estimates, which never change."""
         return self
-
-    def measure(self, slots: int, sampled: bool) -> None:
-        """Do nothing: every cost is measured or lies between measured ones."""
-
-    def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
-        """Do nothing: measured estimates stay as they are."""
-
-    def fade(self, sampled: bool) -> None:
-        """Do nothing: measured estimates stay as they are."""
 
     def select(self, sampled: bool) -> tuple[AcceptanceTable, PassCosts]:
         """Return the table and the costs of sampled passes, or of greedy ones."""
@@ -272,11 +255,7 @@ def machine_key(model: Transformer) -> dict[str, Any]:
 def read_tuning(directory: str | Path, model: Transformer) -> Tuning | None:
     """Read the tuning of `model`, in decoding form, for this machine, dtype and number of threads.
 
-    Returns:
-        The tuning, or None if the directory has none for these.
-
-    Raises:
-        UsageError: the file is damaged or belongs to another model.
+    None if the directory has none for these. Raises UsageError if the file is damaged or belongs to another model.
     """
     file = Path(directory) / TUNING_FILE
     if not file.exists():

@@ -66,11 +66,9 @@ class AcceptanceCounts:
 
 
 class Observations:
-    """Hold what decoding has found of a model with one number of threads; all its engines share it.
+    """Hold what decoding has found of a model in decoding form with one number of threads; all its engines share it.
 
-    Args:
-        model: the model in decoding form.
-        measure_costs: times passes of a number of slots, sampled or greedy (None: `quick_pass_costs`).
+    `measure_costs` times passes of a number of slots, sampled or greedy (None: `quick_pass_costs`).
     """
 
     def __init__(self, model: Transformer, measure_costs: MeasureCosts | None = None) -> None:
@@ -81,8 +79,7 @@ class Observations:
     def measure(self, slots: int, sampled: bool) -> int:
         """Time passes of `slots` windows, or of the powers of two around, if that was not done before.
 
-        Returns:
-            The number of batch sizes that have costs now.
+        Return the number of batch sizes that have costs now.
         """
         below, known = 1 << (slots.bit_length() - 1), self._costs[sampled]
         new = {below, below if below == slots else 2 * below} - known.keys()

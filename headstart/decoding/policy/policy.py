@@ -107,13 +107,10 @@ class DraftPolicy:
         return self.calibration.current.select(sampled)[0].chances(confidences, self.tree)
 
     def plan(self, slots: int, prefixes: Sequence[Sequence[float]], sampled: bool = False) -> tuple[int, bool]:
-        """Return the rows of the next pass, and whether heads draft in it.
+        """Return the rows of the next pass, and whether heads draft in it, for a pass that computes `slots` windows.
 
-        Args:
-            slots: the number of windows that the pass computes.
-            prefixes: for each live slot the probability that the first j drafts of its window are right, or that the
-                path to node j of its tree is; empty after a pass without drafting.
-            sampled: whether any request of the pass is sampled.
+        `prefixes` holds for each live slot the probability that the first j drafts of its window are right, or that the
+        path to node j of its tree is; empty after a pass without drafting.
         """
         costs = self._costs_of(slots, sampled)
         drafting = self._transition(costs, sampled)

@@ -100,11 +100,8 @@ class Step:
     """A step of an engine that decodes `slots` requests at `length` cached positions; call it to run it.
 
     It includes all that an engine does for a pass, because that is the cost that a policy weighs: `Pass` leaves out the
-    bookkeeping of requests, the choice of rows and, for greedy requests, the noise.
-
-    Args:
-        rows: the rows of each window; of a `tree` its first ones.
-        drafting: whether all heads draft, under a policy; False is plain decoding of one row.
+    bookkeeping of requests, the choice of rows and, for greedy requests, the noise. Windows have `rows` rows, of a
+    `tree` its first ones; all heads draft, under a policy, or with `drafting` False none, in plain decoding of one row.
     """
 
     def __init__(
@@ -141,10 +138,9 @@ class Step:
 class Pass:
     """A decoding pass of `slots` windows at `length` cached positions without an engine around it; call it to run it.
 
-    Args:
-        rows: the tokens of each window. They may exceed the model's heads: the window is widened then, so that the
-            same weights can be timed at any width. Of a `tree` they are its first rows, and all of it is drafted.
-        heads: the number of heads that draft, head 1 included.
+    Windows have `rows` tokens. They may exceed the model's heads: the window is widened then, so that the same weights
+    can be timed at any width. Of a `tree` they are its first rows, and all of it is drafted. `heads` heads draft, head
+    1 included.
     """
 
     def __init__(
@@ -203,15 +199,8 @@ def pass_costs(
     """Time steps of an engine with care, for `headstart tune`.
 
     Only the ratios to plain passes matter to a policy. They are taken between passes a few milliseconds apart, over
-    enough seconds that other work on the machine comes and goes.
-
-    Args:
-        model: the model in decoding form.
-        batches: the batch sizes, ascending.
-        length: the number of cached positions.
-        seconds: the time to spend at each batch size.
-        tree: also time windows that are the beginnings of this tree.
-        temperature: the temperature of every request.
+    enough `seconds` at each batch size (`batches`, ascending) that other work on the machine comes and goes. With
+    `tree`, windows that are the beginnings of this tree are timed too.
     """
     n = model.config.heads
     plain, drafting, trees = [], [], []
@@ -240,10 +229,8 @@ def quick_pass_costs(model: Transformer, slots: int, sampled: bool) -> tuple[flo
     """Time steps of an engine for a fraction of a second, for a model that was not tuned.
 
     Costs between the numbers of rows that are timed lie on the straight line. More rows than could pay are not timed
-    and continue the last line.
-
-    Returns:
-        Milliseconds of a plain step of `slots` windows, and of drafting steps by rows, 1 to n.
+    and continue the last line. Return the milliseconds of a plain step of `slots` windows, and of drafting steps by
+    rows, 1 to n.
     """
     n, context = model.config.heads, model.config.context
     length = max(1, min(QUICK_LENGTH, context - n))
@@ -317,11 +304,7 @@ class Decoded:
 
 
 def decode(
-    model: Transformer,
-    requests: Sequence[Request],
-    batch: int = 1,
-    exact: bool = True,
-    tuning: Tuning | None = None,
+    model: Transformer, requests: Sequence[Request], batch: int = 1, exact: bool = True, tuning: Tuning | None = None
 ) -> Decoded:
     """Decode `requests`, `batch` at a time; end tokens end no output, so that all variants do the same work."""
     done = Decoded([], 0.0)

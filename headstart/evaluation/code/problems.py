@@ -87,16 +87,11 @@ def _close(a: str, b: str) -> bool:
 def load_problems(
     task: str, source: str | None = None, limit: int | None = None, rewarded: bool = False
 ) -> list[CodeProblem]:
-    """Load the problems of a task.
+    """Load the problems of a task of HUB, at most the first `limit`.
 
-    Args:
-        task: one of HUB.
-        source: a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's).
-        limit: at most this many, the first ones.
-        rewarded: prompts of codecontests ask for a correct program, with the annotation of `prepare --rewards`.
-
-    Raises:
-        UsageError: a source that cannot be read or reached, or a problem without the fields it needs, by its place.
+    `source` is a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's). `rewarded`: prompts of codecontests ask for a
+    correct program, with the annotation of `prepare --rewards`. Raises UsageError for a source that cannot be read or
+    reached, and for a problem without the fields it needs, by its place.
     """
     with any_number_of_digits():
         return _load(task, source, limit, rewarded)

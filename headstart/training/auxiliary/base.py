@@ -63,10 +63,8 @@ class AuxiliarySettings(ABC):
     def check(self, *, adapted: bool, sampled: bool, ahead: int) -> None:
         """Raise UsageError if the run that has it cannot.
 
-        Args:
-            adapted: whether the run starts from an existing model.
-            sampled: whether each step trains one head.
-            ahead: how many tokens behind a position the heads read.
+        The run starts from an existing model (`adapted`), trains one head in a step (`sampled`), or has heads that read
+        the tokens up to `ahead` behind a position.
         """
         if adapted:
             raise UsageError(f"{self.name} does not go with headstart adapt, {self.why_not_adapted}; leave it out")

@@ -8,12 +8,13 @@ of it ("masking" in companions of that paper); such a model is decoded like any 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from headstart.arguments import SHARE, TOKEN, check_fields
 from headstart.data.batches import IGNORE
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
@@ -47,19 +48,10 @@ class MaskConfig(AuxiliarySettings):
     """The id that stands for a hidden input (None: a row of its own at the end of the vocabulary)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(MaskKind):
-            raise UsageError(
-                f"masked_inputs.kind {self.kind!r} is unknown; take one of {', '.join(get_args(MaskKind))}"
-            )
+        check_fields(self, "masked_inputs.", share=SHARE, rows=SHARE, token=TOKEN)
         if self.kind != "random" and (self.share is not None or self.everywhere):
             name = "everywhere" if self.share is None else "share"
             raise UsageError(f"masked_inputs.{name} is for masked_inputs.kind random, not {self.kind}; leave it out")
-        if self.share is not None and not 0 < self.share <= 1:
-            raise UsageError(f"masked_inputs.share is {self.share}; it must be above 0 and at most 1, or left out")
-        if not 0 < self.rows <= 1:
-            raise UsageError(f"masked_inputs.rows is {self.rows}; it must be above 0 and at most 1")
-        if self.token is not None and self.token < 0:
-            raise UsageError(f"masked_inputs.token is {self.token}; it must be an id of the vocabulary, or left out")
 
     @property
     def on(self) -> bool:

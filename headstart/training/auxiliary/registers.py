@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headstart.arguments import COEFFICIENT, SHARE, TOKEN, check_fields
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
@@ -39,14 +40,9 @@ class RegisterConfig(AuxiliarySettings):
     """Id of registers (None: a row of its own at the end of the vocabulary)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise UsageError(f"registers.weight is {self.weight}; it must be finite and not negative (0: none)")
         if not 1 <= self.offsets[0] <= self.offsets[1]:
             raise UsageError(f"registers.offsets is {list(self.offsets)}; it must be [least, largest], both at least 1")
-        if not 0 < self.share <= 1:
-            raise UsageError(f"registers.share is {self.share}; it must be above 0 and at most 1")
-        if self.token is not None and self.token < 0:
-            raise UsageError(f"registers.token is {self.token}; it must be an id of the vocabulary, or left out")
+        check_fields(self, "registers.", weight=COEFFICIENT, share=SHARE, token=TOKEN)
 
     @property
     def on(self) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from headstart.arguments import AT_LEAST_1, COEFFICIENT, check_fields
 from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
@@ -40,10 +41,7 @@ class TokenOrderConfig(AuxiliarySettings):
     """Distance up to which tokens are ranked (None: the length of a row)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < float("inf"):
-            raise UsageError(f"token_order.weight is {self.weight}; it must be finite and not negative (0: none)")
-        if self.window is not None and self.window < 1:
-            raise UsageError(f"token_order.window is {self.window}; it must be at least 1, or left out")
+        check_fields(self, "token_order.", weight=COEFFICIENT, window=AT_LEAST_1)
 
     @property
     def on(self) -> bool:
