@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from conftest import HEADS, SHAPES, packed
+from shapes import HEADS, SHAPES, packed
 
 from headstart.decoding.drafters import registry
 from headstart.decoding.drafters.interface import HostDrafter, Turn
