@@ -27,7 +27,7 @@ def check_fields(settings: object, section: str, **requirements: Requirement) ->
 
     None meets every requirement. `section` stands before the names of the fields.
     """
-    for name, choices in _choices(type(settings)).items():
+    for name, choices in _choices(type(settings)).items():  # type: ignore[arg-type]  # a class is hashable
         if getattr(settings, name) not in choices:
             shown = f"{section}{name} {getattr(settings, name)!r}"
             raise UsageError(f"{shown} is unknown; take one of {', '.join(choices)}")
