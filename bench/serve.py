@@ -25,7 +25,7 @@ from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.policy.timing import interleave, ratios
 from headstart.decoding.settings import Request
 from headstart.evaluation.inputs import read_prompts
-from headstart.formats.bundled import model_directory
+from headstart.formats.bundled import model_path
 
 OVERHEAD_BAR = Bar("<=", 1.05)
 FIRST_TOKEN_BAR = Bar("<=", 1.2)
@@ -133,7 +133,7 @@ class Bench:
 def run(settings: ServeSettings) -> dict[str, Any]:
     """Run the chosen parts and return their results, see `report.result`."""
     torch.set_num_threads(settings.threads)
-    directory = model_directory(settings.model)
+    directory = model_path(settings.model)
     parts: dict[Part, Callable[[Bench], Findings]] = {
         "overhead": _overhead,
         "first": _first,

@@ -26,7 +26,7 @@ from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.settings import GenerationSettings, Penalties, Request, Sampling
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
-from headstart.formats.hub import local_directory
+from headstart.formats.hub import local_path
 from headstart.formats.registry import load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -279,7 +279,7 @@ def load(
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
     quantize = parse_quantize(quantize)
-    path = boxed_model() if path is None else local_directory(path)
+    path = boxed_model() if path is None else local_path(path)
     model = load_model(path, dtype=dtype, device=device)
     if dtype is None:
         model = model.to(decoding_dtype(model, quantize))

@@ -144,7 +144,7 @@ def run(settings: AdaptSettings) -> None:
 
 def run_config(settings: AdaptSettings) -> RunConfig:
     """Return the configuration of the run. Raises UsageError for settings that do not fit the model or each other."""
-    from headstart.formats.hub import local_directory
+    from headstart.formats.hub import local_path
     from headstart.formats.registry import load_config
     from headstart.model.heads import HEAD_KINDS
     from headstart.objective.backends import LossConfig
@@ -155,7 +155,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
 
     if settings.head_kind not in HEAD_KINDS:
         raise UsageError(f"--head-kind is {settings.head_kind!r}; take one of {', '.join(HEAD_KINDS)}")
-    settings = replace(settings, model=local_directory(settings.model))
+    settings = replace(settings, model=local_path(settings.model))
     model = config_with_heads(
         load_config(settings.model),
         settings.heads,

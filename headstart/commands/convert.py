@@ -91,10 +91,10 @@ def convert(
 def _keep_generation(source: str | Path, model: Transformer, folder: Path, always: bool) -> None:
     """Copy generation_config.json of the source into `folder`: always, or if it names end tokens of the model."""
     from headstart.formats.generation_config import keep_generation, named_ends
-    from headstart.formats.hub import local_directory
+    from headstart.formats.hub import local_path
     from headstart.formats.registry import format_at
 
-    directory = local_directory(source)
+    directory = local_path(source)
     directory /= format_at(directory).folder
     if always or named_ends(directory, model.config.vocab_size):
         keep_generation(directory, folder)

@@ -64,10 +64,10 @@ def run(settings: DistillDataSettings) -> None:
     import headstart
     from headstart.commands.self_distillation import DistillSettings, distill
     from headstart.decoding.settings import GenerationSettings
-    from headstart.formats.bundled import model_directory
+    from headstart.formats.bundled import model_path
 
     use_threads(settings.threads)
-    directory = model_directory(settings.model)
+    directory = model_path(settings.model)
     loaded = headstart.load(directory, dtype=settings.dtype, device=settings.device)
     distillation = DistillSettings(
         settings.prompts,

@@ -81,10 +81,10 @@ class EvaluateSettings:
 
 def run(settings: EvaluateSettings) -> None:
     """Evaluate, write the results that the settings name, and print them."""
-    from headstart.formats.bundled import model_directory
+    from headstart.formats.bundled import model_path
 
     use_threads(settings.threads)
-    path = model_directory(settings.model)
+    path = model_path(settings.model)
     found = evaluate(path, settings)
     if settings.out is not None:
         write(found, settings.out)

@@ -90,12 +90,12 @@ class GenerateSettings:
 def run(settings: GenerateSettings) -> None:
     """Generate, and print the text or the JSON."""
     import headstart
-    from headstart.formats.bundled import model_directory
+    from headstart.formats.bundled import model_path
 
     use_threads(settings.threads)
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     loaded = headstart.load(
-        model_directory(settings.model), dtype=settings.dtype, device=settings.device, quantize=settings.quantize
+        model_path(settings.model), dtype=settings.dtype, device=settings.device, quantize=settings.quantize
     )
     if settings.system is not None and not settings.chat:
         raise UsageError("--system is for conversations; give --chat too")

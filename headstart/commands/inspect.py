@@ -30,9 +30,9 @@ class InspectSettings:
 
 def run(settings: InspectSettings) -> None:
     """Print what the model holds."""
-    from headstart.formats.bundled import model_directory
+    from headstart.formats.bundled import model_path
 
-    found = inspect(model_directory(None) if settings.model is None else settings.model)
+    found = inspect(model_path(None) if settings.model is None else settings.model)
     print_result(found, settings.json, format_inspection)
 
 
@@ -51,13 +51,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
 
     from headstart.decoding.memory import kv_bytes_per_token
     from headstart.formats.families import family_of
-    from headstart.formats.hub import local_directory
+    from headstart.formats.hub import local_path
     from headstart.formats.registry import load_config, load_dtype, load_model_tokenizer
     from headstart.model.presets import PRESETS
 
     if str(path) in PRESETS and not Path(path).exists():
         return _inspect_preset(str(path))
-    directory = local_directory(path)
+    directory = local_path(path)
     if not directory.exists():
         raise UsageError(f"{path}: no such model; name a model directory, or one of the sizes {', '.join(PRESETS)}")
     config = load_config(directory)

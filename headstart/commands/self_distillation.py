@@ -24,7 +24,7 @@ from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 from headstart.fileio import sha256_of
-from headstart.formats.hub import local_directory
+from headstart.formats.hub import local_path
 
 SAMPLE_BYTES = 1 << 20
 """Bytes read at each of three places of a weight file, to tell one model from another."""
@@ -128,7 +128,7 @@ def distill(
     prompts = read_prompts(settings.prompts, settings.chat)
     template = need_chat_template(model.tokenizer) if any(prompt.questions for prompt in prompts) else None
     began = time.perf_counter()
-    with ordered_lines(out, _recorded_settings(model, local_directory(directory), settings), len(prompts)) as lines:
+    with ordered_lines(out, _recorded_settings(model, local_path(directory), settings), len(prompts)) as lines:
         if lines.next_place:
             report(f"{out}: resuming after prompt {lines.next_place:,} of {len(prompts):,}")
         writer = _Writer(model, template, prompts, lines, settings)

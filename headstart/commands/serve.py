@@ -26,7 +26,7 @@ class ServeCommandSettings:
 
 def run(settings: ServeCommandSettings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    from headstart.formats.bundled import model_directory
+    from headstart.formats.bundled import model_path
 
     try:
         from headstart.serving.server import serve
@@ -41,4 +41,4 @@ def run(settings: ServeCommandSettings) -> None:
     keys = settings.server.api_key or tuple(key for part in listed.split(",") if (key := part.strip()))
     if listed and not keys:
         raise UsageError("HEADSTART_API_KEY holds no key; set it to keys separated by commas, or unset it")
-    serve(model_directory(settings.model), replace(settings.server, api_key=keys))
+    serve(model_path(settings.model), replace(settings.server, api_key=keys))

@@ -85,9 +85,9 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     from headstart.decoding.policy.calibration import Tuning, write_tuning
     from headstart.decoding.policy.timing import pass_costs
     from headstart.evaluation.inputs import find_prompts, prompt_limit, sizes
-    from headstart.formats.bundled import model_directory
+    from headstart.formats.bundled import model_path
 
-    path = model_directory(settings.model)
+    path = model_path(settings.model)
     _check(settings)
     language_model = headstart.load(path, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
     model = language_model.transformer

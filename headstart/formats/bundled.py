@@ -8,7 +8,7 @@ from pathlib import Path
 from headstart.console import say
 from headstart.errors import UsageError
 from headstart.formats.config_json import CONFIG_FILE
-from headstart.formats.hub import local_directory
+from headstart.formats.hub import local_path
 
 NAME = "python-bytes-8"
 
@@ -24,13 +24,13 @@ def boxed_model() -> Path:
     raise UsageError(f"the model in the box ({NAME}) is not here ({clone}, {installed}); name a model directory")
 
 
-def model_directory(named: str | Path | None) -> Path:
+def model_path(named: str | Path | None) -> Path:
     """Return the directory of the model named, or of the model in the box, which a line reports.
 
     A name OWNER/NAME without a directory here is copied from the hub.
     """
     if named is not None:
-        return local_directory(named)
+        return local_path(named)
     place = boxed_model()
     say(f"model in the box: {place}")
     return place

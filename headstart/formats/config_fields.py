@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from headstart.errors import UsageError
+from headstart.errors import UsageError, shorten
 from headstart.model.bounds import LARGEST
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
@@ -18,20 +19,20 @@ LAYER_TYPES = {SLIDING, FULL}
 
 
 class Fields:
-    """The fields of a config.json; errors name the file and the field."""
+    """The fields of a config.json, or of another file; errors name the file and the field."""
 
-    def __init__(self, file: Path, content: Content) -> None:
-        self.file, self.content = file, content
+    def __init__(self, file: Path, content: Mapping[str, Any], again: str = "copy the model directory again") -> None:
+        self.file, self.content, self.again = file, content, again
 
     def get(self, name: str, kind: type, default: object = None) -> Any:
         """Return a field of that type. Raises UsageError for another type, and for a missing field without default."""
         value: Any = self.content.get(name)
         value = default if value is None else value
         if value is None:
-            raise UsageError(f"{self.file}: {name} is missing; copy the model directory again")
+            raise UsageError(f"{self.file}: {name} is missing; {self.again}")
         check_type(self.file, name, value, kind)
         if kind in (int, float) and not abs(value) <= LARGEST:
-            raise UsageError(f"{self.file}: {name} is larger than {LARGEST:.0e}; copy the model directory again")
+            raise UsageError(f"{self.file}: {name} is larger than {LARGEST:.0e}; {self.again}")
         return float(value) if kind is float else value
 
     def optional(self, name: str, kind: type, default: object = None) -> Any:
@@ -63,7 +64,8 @@ class Fields:
     def refuse(self, name: str, value: object, supported: str) -> UsageError:
         """Return the error about a value that headstart does not compute."""
         return UsageError(
-            f"{self.file}: {name} is {json.dumps(value)}, which headstart does not compute; supported: {supported}"
+            f"{self.file}: {name} is {shorten(json.dumps(value))}, which headstart does not compute; "
+            f"supported: {supported}"
         )
 
     def only(self, name: str, *supported: object) -> None:

@@ -1,6 +1,7 @@
-"""GGUF files: trunk and head 1 of a model for llama.cpp. Needs the package `gguf` (the extra "gguf").
+"""GGUF files of llama.cpp, read and written: trunk and head 1. Needs the package `gguf` (the extra "gguf").
 
-Drafting heads are left out, because llama.cpp decodes with head 1.
+Models of `gguf_config.ARCHITECTURES` are read, plain Llama decoders are written. Drafting heads are left out, because
+llama.cpp decodes with head 1.
 """
 
 from __future__ import annotations
@@ -18,14 +19,58 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.fileio import replacing_file
-from headstart.formats.assembly import interleaved, refuse_other_blocks, stored_tensors
+from headstart.formats.assembly import assemble_in_place, interleaved, refuse_other_blocks, stored_tensors
 from headstart.formats.format import NEW_TOKENS, Check, Format, compare_logits
+from headstart.formats.gguf_config import EMBEDDING, check_tensors, gguf_sources, read_gguf_config
+from headstart.formats.gguf_file import GgufFile
+from headstart.formats.gguf_header import MAGIC, import_gguf
 from headstart.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
-from headstart.formats.tensor_names import MODEL_FILE
+from headstart.formats.tensor_names import MODEL_FILE, Part, stored_parts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+    """Return the model in a GGUF file, dequantized as the package gguf does it.
+
+    Args:
+        path: the file, or any part of a split model.
+        dtype: of all parameters (None: that of the stored embedding, float32 if it is quantized).
+        device: where the parameters are made.
+
+    Raises:
+        UsageError: a file that cannot be read, an architecture or values that headstart does not compute, tensors that
+            are missing or at odds with the metadata.
+    """
+    file = GgufFile(path)
+    config = read_gguf_config(file)
+    sources = gguf_sources(config)
+    check_tensors(file, config, sources)
+    by_part = {
+        part.name: source for name, parts in stored_parts(config).items() for part, source in zip(parts, sources[name])
+    }
+
+    def fill(part: Part, target: Tensor) -> None:
+        source = by_part[part.name]
+        order = source.order()
+        if order is None and not source.shift:
+            file.read_into(source.name, target)
+            return
+        tensor = file.dequantized(source.name) - source.shift
+        target.copy_(tensor if order is None else tensor[order])
+
+    try:
+        return assemble_in_place(config, fill, stored_dtype(file) if dtype is None else dtype, device)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def stored_dtype(file: GgufFile) -> torch.dtype:
+    """Return the dtype in which a file stores the embedding, float32 if it is quantized."""
+    kinds = {name: dtype for dtype, name in DTYPES.items()}
+    return kinds.get(file.type(EMBEDDING).name, torch.float32)
 
 
 def save_gguf(
@@ -47,7 +92,7 @@ def save_gguf(
         UsageError: `gguf` is missing, another dtype, a tokenizer that llama.cpp has no name for, or a model whose head
             1 is no plain Llama decoder.
     """
-    gguf = _gguf()
+    gguf = import_gguf()
     config, path = model.config, Path(path)
     if not config.kind.plain_decoder:
         raise UsageError("linear heads wired anticausally: head 1 is no plain Llama decoder, and GGUF holds no other")
@@ -80,7 +125,7 @@ def save_gguf(
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of trunk and head 1, on the CPU, by llama.cpp's names and in its order of rows."""
-    gguf = _gguf()
+    gguf = import_gguf()
     config = model.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.next_token_layers)
     heads = {"q_proj": config.attention_heads, "k_proj": config.key_value_heads}
@@ -89,14 +134,6 @@ def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
             if f".{part}." in name:
                 tensor = interleaved(tensor, count)
         yield names.get_name(name, try_suffixes=(".weight", ".bias")), tensor
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError("gguf is not installed; install headstart[gguf]") from error
-    return gguf
 
 
 def _add_config(writer: Any, config: ModelConfig) -> None:
@@ -117,20 +154,13 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
 @torch.no_grad()
 def compare_gguf_tensors(model: Transformer, file: Path) -> Check:
     """Compare every tensor of a GGUF file, dequantised by the package gguf, with the model's."""
-    import gguf
-
-    reader = gguf.GGUFReader(file)
-    stored = {
-        tensor.name: torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-        for tensor in reader.tensors
-    }
-    expected = dict(gguf_tensors(model))
-    same = stored.keys() == expected.keys() and all(
-        torch.equal(stored[name].view(tensor.shape), tensor.float()) for name, tensor in expected.items()
+    stored, expected = GgufFile(file), dict(gguf_tensors(model))
+    same = set(stored.names) == expected.keys() and all(
+        torch.equal(stored.dequantized(name), tensor.float()) for name, tensor in expected.items()
     )
     if not same:
         raise UsageError("gguf: read back, its tensors differ from the model's; nothing was kept, report this")
-    return Check("gguf", f"all {len(stored)} tensors equal")
+    return Check("gguf", f"all {len(expected)} tensors equal")
 
 
 def greedy_tokens(model: Transformer, prompt: list[int], count: int) -> list[int]:
@@ -186,15 +216,16 @@ def _check_gguf_in_transformers(model: Transformer, path: Path) -> Check:
 
 
 class Gguf(Format):
-    """A GGUF file of trunk and head 1."""
+    """A GGUF file, or the files of a split one."""
 
     is_file = True
-    readable = False
 
     def detect(self, path: Path) -> bool:
         """Return whether the file begins like a GGUF file."""
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
+            return file.read(len(MAGIC)) == MAGIC
 
     def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
         """Write trunk and head 1; further heads are left out."""
@@ -209,3 +240,23 @@ class Gguf(Format):
         """Compare tensors, and what transformers and llama.cpp compute with them."""
         checks = [compare_gguf_tensors(model, path), _check_gguf_in_transformers(model, path)]
         return [*checks, compare_with_llama_cpp(model, path, tokenizer)]
+
+    def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+        """Return the model, with one head."""
+        return load_gguf(path, dtype, device)
+
+    def read_config(self, path: Path) -> ModelConfig:
+        """Return what the metadata says. Raises UsageError if the tensors contradict it."""
+        file = GgufFile(path)
+        config = read_gguf_config(file)
+        check_tensors(file, config, gguf_sources(config))
+        return config
+
+    def read_dtype(self, path: Path) -> torch.dtype:
+        """Return the dtype of the embedding, float32 if it is quantized."""
+        self.read_config(path)
+        return stored_dtype(GgufFile(path))
+
+    def read_tokenizer(self, path: Path) -> Tokenizer | None:
+        """Return the tokenizer of the metadata, if there is one."""
+        return None

@@ -16,8 +16,8 @@ from headstart.formats.gguf_header import GgufMetadata, Header, StoredTensor, im
 
 SPLIT = re.compile(r"(.*-)(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
 """The name of a file of a split model."""
-PIECE = 2**22
-"""Numbers that are dequantized at once."""
+PIECE = 2**17
+"""Numbers that are dequantized at once. Their arrays lie in the processor's cache."""
 
 
 class GgufFile:
@@ -86,16 +86,16 @@ class GgufFile:
         return target
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Write the fp32 numbers of a tensor, converted to the dtype of `target` (of its shape) and piece by piece."""
+        """Write the fp32 numbers of a tensor into `target` (contiguous, of its shape), converted to its dtype."""
         gguf, kind = import_gguf(), self.type(name)
-        columns = self.shape(name)[-1]
-        raw = self.raw(name)
-        raw = raw.reshape(-1, raw.shape[-1])
-        step = max(1, PIECE // columns)
-        for begin in range(0, len(raw), step):
-            # A copy, because torch does not take read-only arrays.
-            piece = np.array(gguf.dequantize(raw[begin : begin + step], kind), copy=kind.name in ("F32", "F16"))
-            target.view(-1, columns)[begin : begin + step].copy_(torch.from_numpy(piece))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        flat, raw, step = target.view(-1), self.raw(name).reshape(-1), PIECE // block
+        for begin in range(0, len(flat) // block, step):
+            # One long row, because the package splits rows into small groups, which takes as long as the arithmetic.
+            piece = gguf.dequantize(raw[begin * block_bytes : (begin + step) * block_bytes][None], kind)[0]
+            if not piece.flags.writeable:  # a view of the file, which torch does not take
+                piece = piece.copy()
+            flat[begin * block : (begin + step) * block].copy_(torch.from_numpy(piece))
 
 
 def _part_paths(path: Path) -> list[Path]:

@@ -88,6 +88,11 @@ class GgufMetadata(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def length(self, key: str) -> int | None:
+        """Return the number of entries of a list without reading it; None if there is no list of that name."""
+        kind, begin = self._places.get(key, (None, 0))
+        return struct.unpack_from("<IQ", self._data, begin)[1] if kind == ARRAY else None
+
 
 @dataclass(frozen=True)
 class Header:

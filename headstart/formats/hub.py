@@ -28,13 +28,17 @@ FILES = (
 """Files that are fetched: no pickles, no weights in other formats, no code."""
 
 
-def local_directory(named: str | Path) -> Path:
+SUFFIX = ".gguf"
+"""End of the names of GGUF files; no model on the hub is looked for under such a name."""
+
+
+def local_path(named: str | Path) -> Path:
     """Return the path named, or a copy of the model of that name on the hub if the path does not exist.
 
     The copy is fetched, or found in the hub's cache. Raises UsageError if the hub has none.
     """
     path = Path(named)
-    if path.exists() or not re.fullmatch(HUB_ID, str(named)):
+    if path.exists() or path.suffix == SUFFIX or not re.fullmatch(HUB_ID, str(named)):
         return path
     return fetch_directory(str(named))
 

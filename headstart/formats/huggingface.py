@@ -56,7 +56,7 @@ def save_model(
     if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG_FILE).is_file():
         raise UsageError(f"{directory}: holds files but no model, and saving would replace them; name a new directory")
     if tokenizer is not None:
-        _check_vocabulary(tokenizer, config.vocab_size, "save the model")
+        check_vocabulary(tokenizer, config.vocab_size, "save the model")
     family_of(config)
     files = stored_tensors(model, dtype)
     name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
@@ -133,7 +133,7 @@ def read_tokenizer(
     if not (directory / TOKENIZER_FILE).is_file():
         return None
     tokenizer = load_tokenizer(directory)
-    _check_vocabulary(tokenizer, vocab_size, f"load {directory}")
+    check_vocabulary(tokenizer, vocab_size, f"load {directory}")
     tokenizer.end_ids |= named_ends(directory, vocab_size)
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.fit(vocab_size)
@@ -154,7 +154,8 @@ def known_start(tokenizer: PretrainedTokenizer, content: Mapping[str, Any]) -> t
     return start if start[:1] == (content.get("bos_token_id"),) and start[0] != tokenizer.end_id else ()
 
 
-def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, action: str) -> None:
+    """Raise UsageError if a tokenizer needs more rows than a model has; `action` begins the advice."""
     needed = tokenizer.needed_rows if isinstance(tokenizer, PretrainedTokenizer) else tokenizer.vocab_size
     if needed > vocab_size:
         raise UsageError(

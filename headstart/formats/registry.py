@@ -16,7 +16,7 @@ from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.format import Format
 from headstart.formats.gguf import Gguf
 from headstart.formats.hf_code_export import HfCode
-from headstart.formats.hub import local_directory
+from headstart.formats.hub import SUFFIX, local_path
 from headstart.formats.huggingface import TOKENIZER_FILE, HuggingFace
 from headstart.formats.medusa import Medusa
 from headstart.formats.meta import MetaRelease
@@ -42,16 +42,21 @@ def format_named(name: str) -> Format:
 
 
 def format_at(path: Path) -> Format:
-    """Return the format that reads the model at `path`: Hugging Face's, unless another detects it as its own."""
+    """Return the format that reads the model at `path`: Hugging Face's, unless another detects it as its own.
+
+    A name that ends in .gguf is a GGUF file, whatever it holds: its reader reports what is wrong.
+    """
+    if path.suffix == SUFFIX and not path.is_dir():
+        return FORMATS["gguf"]
     readers = (form for form in FORMATS.values() if form.readable)
     return next((form for form in readers if form.detect(path)), FORMATS["headstart"])
 
 
 def load_model(named: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
-    """Return the model in a directory of any format that can be read, or of the name OWNER/NAME on the hub.
+    """Return the model at a path, in any format that can be read, or of the name OWNER/NAME on the hub.
 
     Args:
-        named: a directory that exists, or a name on the hub.
+        named: a directory or a GGUF file that exists, or a name on the hub.
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
 
@@ -59,19 +64,19 @@ def load_model(named: str | Path, dtype: torch.dtype | None = None, device: str 
         UsageError: no model, one that headstart does not compute, or files that are missing, damaged, or at odds with
             one another.
     """
-    path = local_directory(named)
+    path = local_path(named)
     return format_at(path).read(path, dtype, device)
 
 
 def load_config(named: str | Path) -> ModelConfig:
     """Return the configuration of a model that `load_model` loads. Raises UsageError like it."""
-    path = local_directory(named)
+    path = local_path(named)
     return format_at(path).read_config(path)
 
 
 def load_dtype(named: str | Path) -> torch.dtype:
     """Return the dtype of the stored embedding, which `load_model` gives to all parameters by default."""
-    path = local_directory(named)
+    path = local_path(named)
     return format_at(path).read_dtype(path)
 
 
@@ -80,7 +85,7 @@ def load_model_tokenizer(named: str | Path) -> Tokenizer | None:
 
     Raises UsageError if it cannot be read, or has more tokens than the model.
     """
-    path = local_directory(named)
+    path = local_path(named)
     return format_at(path).read_tokenizer(path)
 
 

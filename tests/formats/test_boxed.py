@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_it_is_found_in_a_clone_and_said(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(ROOT)
-    assert bundled.model_directory(None) == Path("models", bundled.NAME)
+    assert bundled.model_path(None) == Path("models", bundled.NAME)
     monkeypatch.chdir(tmp_path)
-    assert bundled.model_directory(None) == ROOT / "models" / bundled.NAME
+    assert bundled.model_path(None) == ROOT / "models" / bundled.NAME
     assert "model in the box" in capsys.readouterr().err
-    assert bundled.model_directory("elsewhere") == Path("elsewhere")
+    assert bundled.model_path("elsewhere") == Path("elsewhere")
     assert capsys.readouterr().err == ""
 
 

@@ -11,8 +11,7 @@ import torch
 from headstart.errors import UsageError
 from headstart.formats.gguf_file import GgufFile
 from headstart.formats.gguf_header import SUPPORTED_TYPES
-
-gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+from tests.gguf_models import gguf, random_blocks
 
 U32, STRING, ARRAY = 4, 8, 9
 VALUES = {
@@ -26,20 +25,15 @@ VALUES = {
 }
 
 
-def blocks(rows: int, columns: int, kind: str) -> np.ndarray:
-    """Return random rows of blocks without NaN: the numbers within are halves below 2."""
-    size, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    generator = np.random.default_rng(0)
-    return generator.integers(0, 0x3C, (rows, columns // size * width), dtype=np.uint8)
-
-
 def write(path: Path, kinds=("F32",), rows=5, columns=512, **settings) -> Path:
     writer = gguf.GGUFWriter(path, "llama", **settings)
     for key, value in VALUES.items():
         add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string}
         add.get(type(value), writer.add_array)(key, value)
     for kind in kinds:
-        writer.add_tensor(f"{kind}.weight", blocks(rows, columns, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(
+            f"{kind}.weight", random_blocks(rows, columns, kind), raw_dtype=gguf.GGMLQuantizationType[kind]
+        )
     writer.add_tensor("norm", np.arange(4, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -69,7 +63,7 @@ def test_metadata_and_tensors_are_those_of_the_package(tmp_path):
 def test_a_tensor_is_read_in_pieces_and_in_another_dtype(tmp_path, monkeypatch):
     file = GgufFile(write(tmp_path / "m.gguf", ["Q8_0"]))
     whole = file.dequantized("Q8_0.weight")
-    monkeypatch.setattr("headstart.formats.gguf_file.PIECE", 2 * 512)
+    monkeypatch.setattr("headstart.formats.gguf_file.PIECE", 3 * 256)
     target = torch.zeros(5, 512, dtype=torch.bfloat16)
     file.read_into("Q8_0.weight", target)
     assert torch.equal(target, whole.bfloat16())
