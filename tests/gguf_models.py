@@ -1,4 +1,7 @@
-"""Small GGUF files of every architecture, written as llama.cpp's converter writes them. Importing this skips a test file without the package."""
+"""Small GGUF files of every architecture, written as llama.cpp's converter writes them.
+
+Without the package gguf, a test file that imports this is skipped.
+"""
 
 from __future__ import annotations
 
