@@ -7,17 +7,14 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import headstart
 from headstart.api import LanguageModel
-from headstart.console import Progress, duration, say, show_pieces, table
-from headstart.data.batches import BatchStream
+from headstart.console import duration, say, show_pieces, table
 from headstart.data.shards import TokenShards
 from headstart.decoding.engine import generate_all
 from headstart.decoding.generation import Generation, OriginStream, Stats
@@ -33,11 +30,8 @@ from headstart.model.config import ModelConfig
 from headstart.reports.demo import BOXED, Decoded, DecodingRow, DemoReport, Sample, write_report
 from headstart.training.config import BatchConfig, CheckpointConfig, DataConfig, RunConfig, ValidationConfig
 from headstart.training.loop import train
-from headstart.training.new_model import NewModel
 from headstart.training.optimizer import OptimizerConfig
-from headstart.training.processes import Processes
 from headstart.training.run_folder import RunFolder
-from headstart.training.step import Learner
 from headstart.training.trackers import WatchConfig
 
 TEMPERATURE = 0.8
@@ -54,25 +48,28 @@ class DecodingSizes:
     prompts: int = 12
     prompt_bytes: int = 128
     new_bytes: int = 128
+    seconds: float = 25.0
+    """Seconds of each of the four comparisons; prompts for which they leave no time are left out."""
 
 
-def demo_config(out: Path, steps: int, seed: int) -> RunConfig:
+def demo_config(out: Path, minutes: float, seed: int) -> RunConfig:
     """Return the demo's settings: those that learned most in a few minutes on two cores (docs/lab-notes.md)."""
     return RunConfig(
-        steps=steps,
+        steps=MAX_STEPS,
+        minutes=minutes,
         run_dir=out,
         seed=seed,
         device="cpu",
         dtype=dtype_on("cpu"),
-        compile=False,  # its steps are timed before their number is known
+        compile=False,  # would take a third of the time
         model=ModelConfig(
             vocab_size=256, dim=128, layers=4, attention_heads=4, heads=8, head_kind="replicated", context=256
         ),
         data=DataConfig(sources=("python-stdlib",)),
         batch=BatchConfig(rows=16, length=128),
-        optimizer=OptimizerConfig(kind="muon", lr=1.5e-2, warmup_steps=min(40, steps // 4), final_lr_ratio=0.05),
-        validation=ValidationConfig(every=max(1, steps // 5), rows=64),
-        checkpoints=CheckpointConfig(every=max(1, steps // 3), keep_last=1),
+        optimizer=OptimizerConfig(kind="muon", lr=1.5e-2, warmup_steps=40, final_lr_ratio=0.05),
+        validation=ValidationConfig(every=200, rows=64),
+        checkpoints=CheckpointConfig(every=400, keep_last=1),
         watch=WatchConfig(sample_tokens=0),  # it decodes enough after training
     )
 
@@ -82,7 +79,7 @@ def run_demo(
     *,
     minutes: float = 3.5,
     seed: int = 0,
-    make_config: Callable[[Path, int, int], RunConfig] = demo_config,
+    make_config: Callable[[Path, float, int], RunConfig] = demo_config,
     sizes: DecodingSizes | None = None,
     find_boxed: Callable[[], Path] = boxed_model,
 ) -> dict[str, Any]:
@@ -92,7 +89,7 @@ def run_demo(
         out: the run folder.
         minutes: how long to train.
         seed: seed of weights, data order and sampling.
-        make_config: returns the settings of the run for a folder, a number of steps and a seed.
+        make_config: returns the settings of the run for a folder, minutes and a seed.
         sizes: how much is decoded.
         find_boxed: returns the directory of the model in the box, or raises UsageError.
     """
@@ -102,12 +99,8 @@ def run_demo(
     began = time.monotonic()
     say("Headstart demo: train a small byte-level model with 8 heads, then decode several bytes per pass, losslessly.")
     say("1. Training on the Python standard library's sources")
-    config = make_config(out, 1, seed)
+    config = make_config(out, minutes, seed)
     _clear_earlier_demo(config)
-    seconds = _time_steps(config)
-    # 4 % of the time goes to validation and saving.
-    config = make_config(out, max(10, min(MAX_STEPS, int(minutes * 60 / (1.04 * seconds)))), seed)
-    say(f"   {seconds * 1000:.0f} ms a step on this machine: {config.steps:,} steps in about {minutes:g} minutes")
     train(config)
 
     say("2. Decoding held-out code: plainly, and with 2, 4 and 8 heads")
@@ -121,7 +114,7 @@ def run_demo(
     training, validation = _read_metrics(config.run_dir)
     report = DemoReport(
         machine=_machine(threads),
-        settings=_settings(config, minutes, sizes),
+        settings=_settings(config, training, sizes),
         training=training,
         validation=validation,
         **decoded,
@@ -138,7 +131,7 @@ def run_demo(
 
 
 def _clear_earlier_demo(config: RunConfig) -> None:
-    """Remove an earlier demo from the run folder: its number of steps was chosen for another moment of this machine."""
+    """Remove an earlier demo from the run folder, whose time is spent."""
     folder = RunFolder(config.run_dir)
     if folder.config.exists() and (config.run_dir / "metrics.jsonl").exists():
         say(f"   {config.run_dir} holds an earlier demo, which is replaced (its prepared data is kept)")
@@ -150,22 +143,6 @@ def _clear_earlier_demo(config: RunConfig) -> None:
         leftovers = {path.name for path in config.run_dir.iterdir()} - {"data", "config.yaml", "checkpoints", ".lock"}
         if leftovers:
             raise UsageError(f"{config.run_dir}: holds something else ({min(leftovers)}); give another --out")
-
-
-def _time_steps(config: RunConfig) -> float:
-    """Prepare the data, and return the seconds of a training step, the median of a few."""
-    folder = RunFolder(config.run_dir)
-    with folder.claimed():
-        folder.prepare_shards(config, Progress)
-        (source,) = folder.open_sources(config)
-    alone = Processes(torch.device("cpu"))
-    config = replace(config, steps=12)
-    learner = Learner(NewModel.build(config, alone), config, alone)
-    stream = BatchStream(
-        source.train, rows=config.batch.rows, length=config.length, heads=config.model.heads, seed=config.seed
-    )
-    seconds = [learner.step(islice(stream, 1), step).seconds for step in range(config.steps)]
-    return median(seconds[2:])
 
 
 def _decode(config: RunConfig, sizes: DecodingSizes, find_boxed: Callable[[], Path]) -> dict[str, Any]:
@@ -188,9 +165,9 @@ def _decode(config: RunConfig, sizes: DecodingSizes, find_boxed: Callable[[], Pa
 
 
 def _decode_with(model: LanguageModel, prompts: list[tuple[int, ...]], sizes: DecodingSizes) -> Decoded:
-    _compare(model, prompts[:1], 16, 0.0, sizes.heads)  # the first passes of a process are slower
-    greedy, fastest, greedy_repeated = _compare(model, prompts, sizes.new_bytes, 0.0, sizes.heads)
-    sampled, _, sampled_repeated = _compare(model, prompts, sizes.new_bytes, TEMPERATURE, sizes.heads)
+    _compare(model, prompts[:1], replace(sizes, new_bytes=16), 0.0)  # the first passes of a process are slower
+    greedy, fastest, greedy_repeated = _compare(model, prompts, sizes, 0.0)
+    sampled, _, sampled_repeated = _compare(model, prompts, sizes, TEMPERATURE)
     middle = prompts[len(prompts) // 2]
     return Decoded(
         decoding=greedy,
@@ -205,21 +182,26 @@ def _decode_with(model: LanguageModel, prompts: list[tuple[int, ...]], sizes: De
 
 
 def _compare(
-    model: LanguageModel, prompts: Sequence[tuple[int, ...]], new_tokens: int, temperature: float, heads: Sequence[int]
+    model: LanguageModel, prompts: Sequence[tuple[int, ...]], sizes: DecodingSizes, temperature: float
 ) -> tuple[list[DecodingRow], DecodingRow, float]:
-    """Decode `prompts` with each number of `heads`, the first of which is 1: plain exact decoding.
+    """Decode `prompts`, as many as the time is enough for, with each number of heads, the first of which is 1.
 
-    Variants take turns on every prompt, so that a busy moment of the machine affects them all.
+    One head is plain exact decoding. Variants take turns on every prompt, so that a busy moment of the machine affects
+    them all.
 
     Returns:
         A row for each number of heads, the row of plain decoding with exact=False, and how much of the output repeats
         itself.
     """
+    heads, new_tokens, ends = sizes.heads, sizes.new_bytes, time.monotonic() + sizes.seconds
     generated: dict[int, list[Generation]] = {k: [] for k in heads}
     fastest: list[Generation] = []
     exact = model.engine(1, len(prompts[0]) + new_tokens, exact=True)
     small = model.engine(1, len(prompts[0]) + new_tokens, exact=False)
     for i, prompt in enumerate(prompts):
+        if i and time.monotonic() > ends:
+            say(f"   {i} of {len(prompts)} prompts in {sizes.seconds:g} seconds: the others are left out")
+            break
         request = Request(prompt, new_tokens, Sampling(temperature=temperature, seed=i))
         for k in heads:
             generated[k] += generate_all(exact, [replace(request, heads=k)])
@@ -260,8 +242,9 @@ def _read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, A
     return [x for x in lines if "loss/head1" in x], [x for x in lines if "validation/loss/head1" in x]
 
 
-def _settings(config: RunConfig, minutes: float, sizes: DecodingSizes) -> dict[str, str | int | float]:
-    model = config.model
+def _settings(config: RunConfig, training: list[dict[str, Any]], sizes: DecodingSizes) -> dict[str, str | int | float]:
+    model, last = config.model, training[-1]
+    assert config.minutes is not None
     return {
         "parameters": model.parameters()["total"],
         "dim": model.dim,
@@ -270,9 +253,9 @@ def _settings(config: RunConfig, minutes: float, sizes: DecodingSizes) -> dict[s
         "head kind": model.head_kind,
         "optimiser": config.optimizer.kind,
         "learning rate": config.optimizer.lr,
-        "steps": config.steps,
-        "bytes seen": config.steps * config.tokens_per_step,
-        "minutes": minutes,
+        "steps": last["step"],
+        "bytes seen": last["tokens"],
+        "minutes": config.minutes,
         "prompts": sizes.prompts,
         "prompt bytes": sizes.prompt_bytes,
         "new bytes": sizes.new_bytes,

@@ -47,6 +47,8 @@ class Position:
     """Steps done when the present extension of a finished run began; 0 if there is no extension."""
     extension: str = ""
     """The `OptimizerConfig.extension` of the present extension."""
+    seconds: float = 0.0
+    """Seconds of training, those of earlier starts included; 0 in checkpoints that do not record them."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,9 @@ def _position(values: dict[str, Any]) -> Position:
     counts += [position.planned, position.extended, *position.data.values()]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("a count of its position is no whole number")
-    numbers = (history.mean, history.variance, position.lr)
+    numbers = (history.mean, history.variance, position.lr, position.seconds)
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers):
-        raise ValueError("the mean loss or the learning rate is no number")
+        raise ValueError("the mean loss, the learning rate or the duration is no number")
     names = sorted(position.data)
     if names not in ([], ["epoch", "row"], ["row", *(n for n in names if re.fullmatch(r"source\d+", n))]):
         raise ValueError(f"no position in the data is called {', '.join(names)}")

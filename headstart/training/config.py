@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Suppress
 
-from headstart.arguments import AT_LEAST_0, AT_LEAST_1, FRACTION, check_fields
+from headstart.arguments import AT_LEAST_0, AT_LEAST_1, FINITE_POSITIVE, FRACTION, check_fields
 from headstart.command_line import parse_settings
 from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
@@ -135,6 +135,10 @@ class RunConfig:
     enough to gain from it)."""
     threads: int | None = None
     """CPU threads (None: torch's choice)."""
+    minutes: float | None = None
+    """Minutes of training, after which the run ends, with `steps` at the latest: the learning rate and the head weights
+    follow the clock. Time between two starts of a run does not count. The weights then depend on the machine's speed
+    (None: the steps alone decide)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes, heads, wiring; in YAML also `preset: 100M` (Table S14), with changes."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -168,7 +172,9 @@ class RunConfig:
     """Existing model that gets new heads (`headstart adapt`); None: the run trains a new model."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "", steps=AT_LEAST_1, threads=AT_LEAST_1, seed=AT_LEAST_0)
+        check_fields(self, "", steps=AT_LEAST_1, threads=AT_LEAST_1, seed=AT_LEAST_0, minutes=FINITE_POSITIVE)
+        if self.minutes is not None and self.adapt is not None:
+            raise UsageError("minutes is for new models; heads on an existing model train for a number of steps")
         self.head_weights.check(self.model.heads)
         for method in self.methods:
             method.check(adapted=self.adapt is not None, sampled=self.head_weights.sampled, ahead=self.model.ahead)
@@ -307,6 +313,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 # Settings that a resumed run cannot change: they decide the weights, the data or its order.
 FIXED = (
     "seed",
+    "minutes",
     "model",
     "data.sources",
     "data.path",

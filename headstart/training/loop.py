@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,14 +18,14 @@ from headstart.formats.families import family_of
 from headstart.model.transformer import Transformer
 from headstart.training import checkpoints
 from headstart.training.adapt.run import ExistingModel
-from headstart.training.checkpoint_state import Position
+from headstart.training.checkpoint_state import Position, read_state
 from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
 from headstart.training.metrics import RunReport, in_short
 from headstart.training.new_model import NewModel
 from headstart.training.processes import Processes, joined
 from headstart.training.run_folder import RunFolder
-from headstart.training.schedule import begin_extension
+from headstart.training.schedule import begin_extension, is_finished, time_spent
 from headstart.training.spikes import LossHistory
 from headstart.training.step import Callback, Learner, StepResult, take_steps
 from headstart.training.trackers import check_packages
@@ -42,11 +42,13 @@ OTHER = {"tokens": "other tokens", "tokenizer": "another tokenizer"}
 """Changes of a source, by the names of `TokenShards.digests`."""
 
 
-def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) -> Path:
-    """Train until `config.steps` and return the path of the model directory.
+def train(
+    config: RunConfig, *, progress: Callable[..., Progress] = Progress, clock: Callable[[], float] = time.monotonic
+) -> Path:
+    """Train until `config.steps` or `config.minutes` and return the path of the model directory.
 
-    The run resumes, bit for bit, if its folder holds a checkpoint. Raises Interrupted after Ctrl-C or SIGTERM, with a
-    checkpoint saved, and UsageError for whatever the user can fix.
+    The run resumes if its folder holds a checkpoint, bit for bit unless it has `minutes`. Raises Interrupted after
+    Ctrl-C or SIGTERM, with a checkpoint saved, and UsageError for whatever the user can fix.
     """
     check_packages(config.watch)
     if config.threads is not None:
@@ -58,16 +60,17 @@ def train(config: RunConfig, *, progress: Callable[..., Progress] = Progress) ->
         processes.on_main(lambda: check_storable(config))
         with folder.claimed(processes.main):
             before = processes.on_main(lambda: folder.accept(config))
-            done = processes.on_main(lambda: max(checkpoints.all_steps(folder.checkpoints), default=0))
-            if done < config.steps or not processes.on_main(folder.model.exists):
-                run = Run(config, folder, processes, progress, before)
+            done = processes.on_main(lambda: steps_of_finished(config, folder))
+            if not done:
+                run = Run(config, folder, processes, progress, before, clock)
                 try:
                     with run.report:
                         run.loop(progress)
                 finally:
                     run.writer.close()
             else:
-                say(f"{folder.path}: already trained for {done} steps, model in {folder.model}; more with --steps")
+                more = "; more with --steps" if config.minutes is None else ""
+                say(f"{folder.path}: already trained for {done} steps, model in {folder.model}{more}")
     return folder.model
 
 
@@ -84,6 +87,7 @@ class Run(Callback):
         processes: Processes,
         progress: Callable[..., Progress],
         before: RunConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare the data, build the model and restore the newest checkpoint.
 
@@ -93,8 +97,9 @@ class Run(Callback):
             processes: the processes of the run.
             progress: makes progress bars.
             before: the configuration of the run's last start, if there was one.
+            clock: returns seconds since some moment.
         """
-        self.config, self.folder, self.processes = config, folder, processes
+        self.config, self.folder, self.processes, self._clock = config, folder, processes, clock
         _, rows = config.micro_batches(processes.count)
         processes.on_main(lambda: folder.prepare_shards(config, progress))
         self.sources = folder.open_sources(config)
@@ -119,7 +124,9 @@ class Run(Callback):
             self.subject = ExistingModel(config, processes, self.sources, progress)
         self.learner = Learner(self.subject, config, processes, history=LossHistory())
         self.position = self._restore(before)
+        self.learner.spent = lambda: time_spent(self.position, config)
         self.steps, self.targets = 0, 0  # since this process began
+        self._began = clock() - self.position.seconds
         self.tokenizer = self.subject.tokenizer(self.sources[0].train.tokenizer())
         prompt_tokens(self.tokenizer, config)
         self.report = RunReport(config, folder, processes, self.position)
@@ -144,12 +151,14 @@ class Run(Callback):
 
     def loop(self, progress: Callable[..., Progress]) -> None:
         """Take the remaining steps, with validations and checkpoints; then write the model directory."""
-        config, position, started = self.config, self.position, time.monotonic()
-        first = position.step
-        with (
-            watching_signals(alone=self.processes.count == 1) as interruption,
-            progress("train", config.steps, unit="steps", start=position.step) as bar,
-        ):
+        config, position = self.config, self.position
+        first, before = position.step, position.seconds
+        self._began = self._clock() - before
+        if config.minutes is None:
+            made = progress("train", config.steps, unit="steps", start=position.step)
+        else:
+            made = progress("train", round(60 * config.minutes), unit="seconds", start=int(before))
+        with watching_signals(alone=self.processes.count == 1) as interruption, made as bar:
             self.learner.stop = lambda: interruption.requested
             self.advance(config.steps - position.step, _Watch(self, bar, interruption))
             # The model is saved first, so that a checkpoint of the last step means that nothing is left to do.
@@ -158,12 +167,19 @@ class Run(Callback):
             self.writer.wait(needed=True)
             if not position.skipped_in_a_row:
                 self.writer.rotate()
-        self.report.say_end(position, position.step - first, time.monotonic() - started)
+        self.report.say_end(position, position.step - first, self._clock() - self._began - before)
 
     def advance(self, steps: int, *callbacks: Callback) -> None:
-        """Take the next `steps` steps."""
+        """Take the next `steps` steps, fewer if the run's time is over before."""
         first = self.position.step
-        take_steps(self.learner, self.stream, range(first, first + steps), [self.report.profiler, self, *callbacks])
+
+        def left() -> Iterator[int]:
+            for step in range(first, first + steps):
+                if time_spent(self.position, self.config) == 1.0:
+                    return
+                yield step
+
+        take_steps(self.learner, self.stream, left(), [self.report.profiler, self, *callbacks])
 
     def after_step(self, step: int, result: StepResult) -> None:
         """Note the step in the position and the report; give up after too many skipped ones."""
@@ -171,6 +187,7 @@ class Run(Callback):
         position.step += 1
         position.tokens += config.tokens_per_step
         position.lr = result.lr
+        position.seconds = self._seconds()
         position.data = self.stream.state_dict()
         assert self.learner.history is not None
         position.history = dataclasses.asdict(self.learner.history)
@@ -183,11 +200,18 @@ class Run(Callback):
         if not result.skipped:
             self.writer.rotate()
 
+    def _seconds(self) -> float:
+        """Return the seconds of training so far; where the schedule follows them, those of the first process."""
+        if self.config.minutes is None:
+            return self._clock() - self._began
+        return self.processes.on_main(lambda: self._clock() - self._began)
+
     def count_targets(self, result: StepResult) -> None:
         """Raise UsageError if the first steps, or all of a short run, had nothing to predict."""
         self.targets += result.targets
         self.steps += 1
-        if not self.targets and (self.steps == STEPS_WITHOUT_TARGET or self.position.step >= self.config.steps):
+        last = is_finished(self.position, self.config)
+        if not self.targets and (self.steps == STEPS_WITHOUT_TARGET or last):
             raise UsageError(
                 f"{self.folder.path}: {self.steps} steps had no target for any trained head; take longer documents, "
                 "conversations with answers to be predicted, or head weights above 0",
@@ -253,8 +277,12 @@ class _Watch(Callback):
     def after_step(self, step: int, result: StepResult) -> None:
         """Do what is due after the step. Raises Interrupted, with a checkpoint saved, if a stop was requested."""
         run, config, done = self.run, self.run.config, self.run.position.step
-        self.bar.advance(1, **in_short(result, config.tokens_per_step / result.seconds))
-        last = done >= config.steps
+        shown = in_short(result, config.tokens_per_step / result.seconds)
+        if config.minutes is None:
+            self.bar.advance(1, **shown)
+        else:
+            self.bar.update(min(int(run.position.seconds), round(60 * config.minutes)), None, step=done, **shown)
+        last = is_finished(run.position, config)
         if last or _due(done, config.validation.every):
             run.validate()
         self.due = self.due or _due(done, config.checkpoints.every)
@@ -266,6 +294,16 @@ class _Watch(Callback):
             run.writer.wait(needed=True)
             newest = run.processes.on_main(lambda: checkpoints.latest(run.folder.path))
             raise Interrupted(run.folder.path, done, newest, self.interruption.signal)
+
+
+def steps_of_finished(config: RunConfig, folder: RunFolder) -> int:
+    """Return the steps of a run that is over and has its model; 0 for any other."""
+    done = max(checkpoints.all_steps(folder.checkpoints), default=0)
+    if not folder.model.exists():
+        return 0
+    newest = checkpoints.latest(folder.path) if config.minutes is not None else None
+    over = done >= config.steps or (newest is not None and is_finished(read_state(newest).position, config))
+    return done if over else 0
 
 
 def check_storable(config: RunConfig) -> None:

@@ -151,6 +151,10 @@ class RunReport:
         )
         say(f"{self._flops / 1e6:,.1f} MFLOP a token, {self._peak / 1e9:,.0f} GFLOP/s at most ({self._peak_source})")
         tokens, total = config.steps * config.tokens_per_step, sum(source.weight for source in sources)
+        if config.minutes is not None:
+            most = f"at most {config.steps:,} steps of {config.tokens_per_step:,} tokens"
+            say(f"{config.minutes:g} minutes, {most}: the learning rate follows the clock")
+            return
         visits = []
         for source, rows in zip(sources, rows_of):
             epoch = rows * config.length
@@ -176,6 +180,8 @@ class RunReport:
             memory=memory_in_use(self._processes.device),
             tokens_per_pass=expected_tokens_per_pass(result.accuracies[: self._config.model.drafting_heads]),
         )
+        if self._config.minutes is not None:
+            record["seconds"] = position.seconds
         if result.skipped:
             record["skipped"] = position.skipped
             say(f"step {position.step}: {result.skipped}, step skipped ({position.skipped} so far)")

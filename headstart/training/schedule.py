@@ -12,6 +12,9 @@ from headstart.training.checkpoint_state import Position
 from headstart.training.config import RunConfig
 from headstart.training.optimizer import OptimizerConfig
 
+TIMED_WARM_UP = 0.25
+"""Longest warm-up of a run that the clock ends, as a share of its time."""
+
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     """Return the learning rate of step `step`, 0 <= step < `steps`.
@@ -30,6 +33,30 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
         fraction = (done - config.warmup_steps) / (steps - config.warmup_steps)
         fall = (1 - math.cos(math.pi * fraction)) / 2
     return config.lr * (1 - fall * (1 - config.final_lr_ratio))
+
+
+def timed_rate(step: int, spent: float, config: OptimizerConfig) -> float:
+    """Return the learning rate of step `step` (from 0) of a run that the clock ends, of whose time `spent` is over.
+
+    It falls with the time from the start, times the warm-up: that of `warmup_steps` steps, or of a share of the time on
+    a machine that takes longer for them.
+    """
+    warm = min(1.0, max((step + 1) / max(1, config.warmup_steps), spent / TIMED_WARM_UP))
+    if config.schedule == "wsd":
+        fall = max(0.0, 1 - (1 - spent) / config.decay_fraction)
+    else:
+        fall = (1 - math.cos(math.pi * spent)) / 2
+    return config.lr * warm * (1 - fall * (1 - config.final_lr_ratio))
+
+
+def time_spent(position: Position, config: RunConfig) -> float | None:
+    """Return the share of a run's time that is over, from 0 to 1, or None if the clock does not end the run."""
+    return None if config.minutes is None else min(1.0, position.seconds / (60 * config.minutes))
+
+
+def is_finished(position: Position, config: RunConfig) -> bool:
+    """Say whether a run is over: all its steps are done, or its time."""
+    return position.step >= config.steps or time_spent(position, config) == 1.0
 
 
 def extended_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -64,15 +91,17 @@ def stage_of(step: int, config: RunConfig, extended: int = 0) -> Stage:
     return Stage(0, first, True) if step < first else Stage(first, config.steps - first)
 
 
-def rate_of(step: int, config: RunConfig, extended: int = 0) -> float:
-    """Return the learning rate of step `step` (from 0); `extended` is `Position.extended`."""
+def rate_of(step: int, config: RunConfig, extended: int = 0, spent: float | None = None) -> float:
+    """Return the learning rate of step `step` (from 0), by `Position.extended` and by `time_spent`."""
+    if spent is not None:
+        return timed_rate(step, spent, config.optimizer)
     stage = stage_of(step, config, extended)
     rate = extended_rate if stage.begin and stage.begin == extended else learning_rate
     return rate(step - stage.begin, stage.steps, config.optimizer)
 
 
-def weights_of(step: int, config: RunConfig, extended: int = 0) -> list[float]:
-    """Return the head weights of step `step` (from 0); `extended` is `Position.extended`."""
+def weights_of(step: int, config: RunConfig, extended: int = 0, spent: float | None = None) -> list[float]:
+    """Return the head weights of step `step` (from 0), by `Position.extended` and by `time_spent`."""
     stage, weights, n = stage_of(step, config, extended), config.head_weights, config.model.heads
     if stage.heads_alone:
         # Head 1 is frozen: its loss would train nothing. All others have their full weight in this stage.
@@ -80,7 +109,8 @@ def weights_of(step: int, config: RunConfig, extended: int = 0) -> list[float]:
         now = [0.0, *constant.at(0, n)[1:]]
     else:
         ended = stage.begin and stage.begin == extended
-        now = weights.at(1.0 if ended else (step - stage.begin) / stage.steps, n)
+        share = (step - stage.begin) / stage.steps if spent is None else spent
+        now = weights.at(1.0 if ended else share, n)
     return draw_head(now, config.seed, step) if weights.sampled else now
 
 
@@ -96,7 +126,7 @@ def begin_extension(position: Position, config: RunConfig, before: RunConfig | N
             position.lr = rate_of(position.step - 1, before)
     planned, position.planned = position.planned, config.steps
     kind, done = config.optimizer.extension, position.step
-    if done >= config.steps:
+    if done >= config.steps or config.minutes is not None:
         return position
     changed = bool(position.extended) and position.extension != kind
     if done >= planned > 0 or changed:

@@ -94,14 +94,16 @@ class Learner:
         """`Position.extended` of the run."""
         self.stop: Callable[[], bool] = lambda: False
         """Returns true once this process was asked to stop."""
+        self.spent: Callable[[], float | None] = lambda: None
+        """Returns `time_spent` of the run."""
 
     def step(self, batches: Iterable[Batch], step: int) -> StepResult:
         """Take step `step` (from 0) of the schedule on this process's micro-batches."""
         began = time.perf_counter()
         inputs = [self.inputs(batch, step) for batch in batches]
         self.subject.begin_step(step, self.extended)
-        weights = weights_of(step, self.config, self.extended)
-        result = self.update(inputs, weights, rate_of(step, self.config, self.extended))
+        at = (step, self.config, self.extended, self.spent())
+        result = self.update(inputs, weights_of(*at), rate_of(*at))
         result.seconds = time.perf_counter() - began
         return result
 

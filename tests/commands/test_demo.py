@@ -21,8 +21,8 @@ def test_the_demo_from_end_to_end(tmp_path: Path, capsys) -> None:
     for i in range(6):
         (tmp_path / "code" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n\n\n" * 30)
 
-    def small(out: Path, steps: int, seed: int):
-        config = demo_config(out, min(steps, 10), seed)
+    def small(out: Path, minutes: float, seed: int):
+        config = replace(demo_config(out, minutes, seed), steps=10)
         data = replace(config.data, sources=(str(tmp_path / "code"),), validation_fraction=0.4)
         return replace(config, data=data, validation=replace(config.validation, rows=4))
 
@@ -34,13 +34,15 @@ def test_the_demo_from_end_to_end(tmp_path: Path, capsys) -> None:
         '{"prompt": "def f(x):\\n    "}\n{"prompt": "import os\\n"}\n{"prompt": "x = "}\n'
     )
     out = tmp_path / "demo"
-    result = run_demo(out, minutes=0.01, make_config=small, sizes=sizes, find_boxed=lambda: box)
+    result = run_demo(out, minutes=1.0, make_config=small, sizes=sizes, find_boxed=lambda: box)
     assert all(row["identical"] for row in [*result["decoding"], *result["sampled"]])
     assert [row["heads"] for row in result["decoding"]] == [1, 2, 4, 8]
     assert all(row["identical"] for row in [*result["boxed"]["decoding"], *result["boxed"]["sampled"]])
     # Both models were given the box's prompts, which the demo's corpus does not hold.
     assert {s["prompt"] for model in (result, result["boxed"]) for s in model["samples"]} == {"import os\n"}
     assert json.loads((out / "results.json").read_text())["decoding"] == result["decoding"]
+    assert "minutes: 1.0\n" in (out / "config.yaml").read_text()
+    assert result["settings"]["steps"] == 10 and result["settings"]["bytes seen"] == 10 * 16 * 128
     assert "</html>" in (out / "report.html").read_text()
     assert (out / "model" / "model.safetensors").exists()
     said = capsys.readouterr().err
@@ -50,7 +52,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path, capsys) -> None:
         raise UsageError("the model in the box is not here; name a model directory")
 
     sizes = replace(sizes, heads=(1, 8))
-    again = run_demo(out, minutes=0.01, make_config=small, sizes=sizes, find_boxed=no_box)
+    again = run_demo(out, minutes=1.0, make_config=small, sizes=sizes, find_boxed=no_box)
     assert again["boxed"] is None
     assert "earlier demo, which is replaced" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
