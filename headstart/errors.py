@@ -1,5 +1,10 @@
 """The exceptions that the command line turns into one line and an exit status."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UsageError(Exception):
     """Report wrong use or wrong input. The message is one line: the thing, what is wrong with it, and the fix.
@@ -19,6 +24,19 @@ class Stopped(Exception):
     """Report that a run ended early and can resume. The command line prints the message and exits with `status`."""
 
     status = 1
+
+
+@contextmanager
+def needs_extra(what: str, extra: str, otherwise: str = "") -> Iterator[None]:
+    """Import inside this what `what` needs: a missing package raises UsageError, which names the extra to install."""
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "a package").split(".")[0]
+        if package == "headstart":
+            raise
+        fix = f"pip install 'headstart[{extra}]'" + (f", or {otherwise}" if otherwise else "")
+        raise UsageError(f"{what} needs {package}, which is not installed: {fix}") from error
 
 
 def shorten(text: str) -> str:

@@ -14,7 +14,7 @@ from tyro.conf import Positional
 
 from headstart.console import print_result, say
 from headstart.data.prompts import read_prompt_file
-from headstart.errors import UsageError, first_line
+from headstart.errors import UsageError, first_line, needs_extra
 from headstart.evaluation.settings import PROMPTS_FILE
 from headstart.fileio import read_json, replacing_directory
 
@@ -153,10 +153,8 @@ def _check_target(source: Path, target: Path) -> None:
 
 def _upload(folder: Path, repository: str, private: bool, api: Any) -> str:
     """Upload the folder with the login of huggingface_hub, and return the address."""
-    try:
+    with needs_extra("pushing to the hub", "hf", "push to a folder"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise UsageError("huggingface_hub is not installed; install headstart[hf], or push to a folder") from error
     api = HfApi() if api is None else api
     try:
         api.create_repo(repository, private=private, exist_ok=True)

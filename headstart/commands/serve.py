@@ -8,11 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from headstart.errors import UsageError
+from headstart.errors import UsageError, needs_extra
 from headstart.serving.settings import ServeSettings
-
-PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "httptools", "prometheus_client")
-"""Packages of the extra `serve`."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +25,8 @@ def run(settings: ServeCommandSettings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     from headstart.formats.bundled import model_path
 
-    try:
+    with needs_extra("serving", "serve"):
         from headstart.serving.server import serve
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in PACKAGES:
-            raise
-        raise UsageError(
-            f"serving needs {error.name}, which is not installed: pip install 'headstart[serve]'"
-        ) from error
 
     listed = os.environ.get("HEADSTART_API_KEY", "")
     keys = settings.server.api_key or tuple(key for part in listed.split(",") if (key := part.strip()))

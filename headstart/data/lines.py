@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from headstart.errors import UsageError, first_line
+from headstart.errors import UsageError, first_line, needs_extra
 
 READ_BYTES = 1 << 18
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -102,10 +102,8 @@ def unzip(content: BinaryIO) -> Iterator[bytes]:
 
 def unzstd(content: BinaryIO) -> Iterator[bytes]:
     """Yield the content of a Zstandard file in blocks. Raises Damaged, and UsageError if zstandard is missing."""
-    try:
+    with needs_extra("reading .zst files", "data"):
         import zstandard
-    except ImportError:
-        raise UsageError("reading .zst files needs zstandard; pip install 'headstart[data]'") from None
     # zstandard's stream reader takes a file that is cut short for a whole one. The window is the largest possible
     # (`zstd --long=31`); memory is only allocated if a file needs it.
     engine = zstandard.ZstdDecompressor(max_window_size=2**31)

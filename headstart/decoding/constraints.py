@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraint_vocabulary import Vocabulary, vocabulary_of
-from headstart.errors import UsageError
+from headstart.errors import UsageError, needs_extra
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -203,12 +203,8 @@ def compiled(
 
 def compile_constraint(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
     """Return a new matcher of a constraint, without a look at those that `compiled` keeps."""
-    try:
+    with needs_extra("a constraint", "grammar"):
         from llguidance import LLMatcher, LLParserLimits
-    except ImportError as error:
-        raise UsageError(
-            "a constraint needs llguidance, which is not installed: pip install 'headstart[grammar]'"
-        ) from error
     try:
         vocabulary = vocabulary_of(tokenizer)
         grammar = constraint.grammar(vocabulary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headstart.api import LanguageModel
-from headstart.errors import UsageError, first_line
+from headstart.errors import UsageError, first_line, needs_extra
 from headstart.evaluation.settings import LmEvalSettings
 
 PREFIX = "lm-eval:"
@@ -17,13 +17,11 @@ def run_lm_eval(model: LanguageModel, names: list[str], settings: LmEvalSettings
     The results are {task: {metric: value}}. Raises UsageError if lm-eval is not installed, does not know a task, or
     cannot get a task's data.
     """
-    try:
+    with needs_extra(f"{PREFIX}{names[0]}", "eval"):
         import lm_eval
         from lm_eval.tasks import TaskManager
 
         from headstart.evaluation.lm_eval_model import HeadstartLM
-    except ImportError as error:
-        raise UsageError(f"{PREFIX}{names[0]} needs a package ({error.name}): pip install 'headstart[eval]'") from error
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise UsageError(f"{settings.include_path}: no such folder; name one that holds task files")
     own = None if settings.include_path is None else str(settings.include_path)

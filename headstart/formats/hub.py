@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from headstart.data.tokenizers import HUB_ID
-from headstart.errors import UsageError, first_line
+from headstart.errors import UsageError, first_line, needs_extra
 
 FILES = (
     "config.json",
@@ -46,12 +46,8 @@ def local_path(named: str | Path) -> Path:
 @functools.cache
 def fetch_directory(repository: str) -> Path:
     """Return a copy of a model on the hub, fetched once in a process. Raises UsageError if there is none."""
-    try:
+    with needs_extra(f"{repository}: no such directory, and asking the hub", "hf"):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UsageError(
-            f"{repository}: no such directory, and asking the hub needs huggingface_hub; install headstart[hf]"
-        ) from error
     try:
         return Path(snapshot_download(repository, allow_patterns=list(FILES)))
     except Exception as error:  # of the hub, of the network, of the disk: many kinds

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer, load_tokenizer
-from headstart.errors import UsageError
+from headstart.errors import UsageError, needs_extra
 from headstart.fileio import read_json, replacing_directory
 from headstart.formats.assembly import assemble_in_place, stored_tensors
 from headstart.formats.config_json import CONFIG_FILE, config_json, read_config
@@ -186,13 +186,9 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def load_peer(directory: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
     """Return the model that transformers loads from a directory. Raises UsageError if it is not installed."""
-    try:
+    with needs_extra("the comparison", "hf", "leave it out"):
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
-    except ImportError as error:
-        raise UsageError(
-            "transformers is not installed; install headstart[hf], or leave out what compares with it"
-        ) from error
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     return model.to(device).eval()

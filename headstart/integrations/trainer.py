@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.errors import UsageError
+from headstart.errors import UsageError, needs_extra
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_model, load_model_tokenizer
 from headstart.integrations.multi_token import collate_rows, rows_of, step_counts
@@ -23,13 +23,9 @@ from headstart.objective.inputs import count_targets
 from headstart.objective.objective import Objective
 from headstart.objective.walk import HeadLosses, score_step, walk_step
 
-try:
+with needs_extra("MultiTokenTrainer", "trainer"):
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import EvalLoopOutput
-except ImportError as error:
-    raise UsageError(
-        f"MultiTokenTrainer needs {error.name}, which is missing; pip install 'headstart[trainer]'"
-    ) from error
 
 
 class MultiTokenModel(nn.Module):

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from html import escape
 from typing import Any
 
-from headstart.errors import UsageError
+from headstart.errors import needs_extra
 
 # name: light, dark. The series are Okabe and Ito's palette, safe for colour-blind readers.
 COLOURS = {
@@ -49,10 +49,8 @@ def number(value: str | int | float) -> str:
 
 def need_matplotlib(what: str) -> None:
     """Raise UsageError if matplotlib is not installed; `what` needs it."""
-    try:
+    with needs_extra(what, "report"):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"{what} needs matplotlib: pip install 'headstart[report]'") from error
 
 
 def figure_style() -> AbstractContextManager[None]:

@@ -13,7 +13,7 @@ from typing import Any
 from headstart.data.conversations import MESSAGES, SHAREGPT, Conversation, parse_conversation
 from headstart.data.lines import Damaged, format_of, parse_json, unzip, unzstd
 from headstart.data.prepare.corpora import SourceFile
-from headstart.errors import UsageError, first_line
+from headstart.errors import UsageError, first_line, needs_extra
 
 PARQUET_ROWS = 1024
 TEXT = "text"
@@ -219,11 +219,9 @@ def read_compressed_lines(file: SourceFile, field: Field) -> Iterator[Document |
 
 def open_parquet(file: SourceFile) -> Any:
     """Return a `pyarrow.parquet.ParquetFile`. Raise UsageError if pyarrow is missing or the file is damaged."""
-    try:
+    with needs_extra(f"{file.path}: reading Parquet", "data"):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise UsageError(f"{file.path}: reading Parquet needs pyarrow; pip install 'headstart[data]'") from None
     try:
         return parquet.ParquetFile(file.path)
     except pyarrow.ArrowInvalid as error:

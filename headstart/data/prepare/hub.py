@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.data.prepare.documents import Document, Field, Skipped
-from headstart.errors import UsageError, first_line
+from headstart.errors import UsageError, first_line, needs_extra
 
 PREFIX = "hf:"
 ROWS = 1 << 14
@@ -86,10 +86,8 @@ def column_names(source: str, split: str, config: str | None) -> list[str]:
 @lru_cache(maxsize=1)  # opening a dataset of the hub takes many requests
 def load_rows(source: str, split: str, config: str | None) -> Any:
     """Open a folder of `save_to_disk` as a `datasets.Dataset`, anything else as a `datasets.IterableDataset`."""
-    try:
+    with needs_extra(f"{source}: reading datasets", "data"):
         import datasets
-    except ImportError:
-        raise UsageError(f"{source}: reading datasets needs a package; pip install 'headstart[data]'") from None
     datasets.disable_progress_bars()
     folder = folder_of(source)
     name = str(folder) if folder else source.removeprefix(PREFIX)
