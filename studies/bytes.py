@@ -47,15 +47,11 @@ class BytesStudy(Study[BytesSettings]):
         ),
         "cpu": BytesSettings(
             seeds=2, size="0.06M", test_pieces=4,
-            training=TrainingSettings(
-                steps=1200, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
-            ),
+            training=TrainingSettings(steps=1200, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20),
         ),
         "gpu": BytesSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,
-            training=TrainingSettings(
-                steps=10_000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=10_000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16"),
         ),
         "paper": BytesSettings(
             seeds=1, train_bytes=40_000_000, test_pieces=500,

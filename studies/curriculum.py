@@ -45,15 +45,11 @@ class CurriculumStudy(Study[CurriculumSettings]):
         ),
         "cpu": CurriculumSettings(
             seeds=2, size="0.06M", test_pieces=4,
-            training=TrainingSettings(
-                steps=800, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
-            ),
+            training=TrainingSettings(steps=800, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20),
         ),
         "gpu": CurriculumSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,
-            training=TrainingSettings(
-                steps=5000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=5000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16"),
         ),
         "paper": CurriculumSettings(
             seeds=1, train_bytes=40_000_000, test_pieces=500,

@@ -59,12 +59,8 @@ class FinetuneStudy(Study[FinetuneSettings]):
         ),
         "gpu": FinetuneSettings(
             seeds=2, operations=4, problems=4_000_000, finetuning_problems=200_000, size="10M",
-            training=TrainingSettings(
-                steps=6000, rows=128, length=1024, lr=3e-4, warmup_steps=500, dtype="bfloat16",
-            ),
-            finetuning=TrainingSettings(
-                steps=1000, rows=64, length=1024, lr=5e-5, warmup_steps=50, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=6000, rows=128, length=1024, lr=3e-4, warmup_steps=500, dtype="bfloat16"),
+            finetuning=TrainingSettings(steps=1000, rows=64, length=1024, lr=5e-5, warmup_steps=50, dtype="bfloat16"),
         ),
         "paper": FinetuneSettings(
             seeds=2, problems=20_000_000, finetuning_problems=1_000_000, size="100M",

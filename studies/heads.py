@@ -63,15 +63,11 @@ class HeadsStudy(Study[HeadsSettings]):
         ),
         "cpu": HeadsSettings(
             seeds=2, size="0.06M", test_pieces=4,
-            training=TrainingSettings(
-                steps=300, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
-            ),
+            training=TrainingSettings(steps=300, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20),
         ),
         "gpu": HeadsSettings(
             seeds=2, size="30M", train_bytes=40_000_000, test_pieces=100,
-            training=TrainingSettings(
-                steps=5000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=5000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16"),
         ),
         "paper": HeadsSettings(
             seeds=1, train_bytes=40_000_000, test_pieces=500,

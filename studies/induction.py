@@ -64,9 +64,7 @@ class InductionStudy(Study[InductionSettings]):
         "gpu": InductionSettings(
             seeds=2, sizes=("0.25M", "1M", "3M", "10M", "30M"), names=2000, first=200, second=200, stories=200_000,
             every=200,
-            training=TrainingSettings(
-                steps=4000, rows=128, length=512, lr=3e-4, warmup_steps=200, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=4000, rows=128, length=512, lr=3e-4, warmup_steps=200, dtype="bfloat16"),
         ),
         "paper": InductionSettings(
             seeds=2, names=5000, first=400, second=400, stories=2_000_000, every=2000,

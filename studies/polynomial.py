@@ -72,9 +72,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
         ),
         "gpu": PolynomialSettings(
             seeds=2, problems=4_000_000, sizes=("10M", "30M"), heads=(1, 2, 4), pauses=(0, 5),
-            training=TrainingSettings(
-                steps=6000, rows=128, length=1024, lr=3e-4, warmup_steps=500, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=6000, rows=128, length=1024, lr=3e-4, warmup_steps=500, dtype="bfloat16"),
         ),
         "paper": PolynomialSettings(
             seeds=2, problems=20_000_000, sizes=("30M", "100M"), heads=(1, 2, 4), pauses=(0, 5, 10),

@@ -38,15 +38,11 @@ class ScalingStudy(Study[ScalingSettings]):
         ),
         "cpu": ScalingSettings(
             seeds=2, sizes=("0.06M", "0.25M"), heads=(1, 4), test_pieces=4,
-            training=TrainingSettings(
-                steps=800, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20,
-            ),
+            training=TrainingSettings(steps=800, rows=4, length=128, optimizer="muon", lr=1e-2, warmup_steps=20),
         ),
         "gpu": ScalingSettings(
             seeds=2, sizes=("1M", "10M", "30M", "100M"), train_bytes=40_000_000, test_pieces=100,
-            training=TrainingSettings(
-                steps=5000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16",
-            ),
+            training=TrainingSettings(steps=5000, rows=64, length=1024, lr=1e-3, warmup_steps=500, dtype="bfloat16"),
         ),
         "paper": ScalingSettings(
             seeds=1, train_bytes=40_000_000, test_pieces=500,

@@ -123,7 +123,7 @@ def test_json_needs_neither_page_nor_matplotlib(tmp_path, monkeypatch, capsys) -
     assert json.loads(capsys.readouterr().out)["runs"][0]["steps"] == 30
     assert not (tmp_path / "runs").exists()
     with pytest.raises(
-        UsageError, match=r"the page of a comparison needs matplotlib, which is not installed: pip install 'headstart\[report\]'"
+        UsageError, match=r"a comparison needs matplotlib, which is not installed: pip install 'headstart\[report\]'"
     ):
         compare([Path(path)], tmp_path / "page.html")
 
