@@ -36,10 +36,11 @@ bench: $(SETUP)
 	$(BIN)/headstart bench loss
 	$(BIN)/headstart bench train
 	$(BIN)/headstart bench decode
+	$(BIN)/headstart bench passes
 
 # Whether it runs, not what it costs: a few minutes.
 bench-quick: $(SETUP)
-	$(BIN)/headstart bench decode --quick --out .venv/bench-quick
+	$(BIN)/headstart bench decode --sizes 12M --batches 1 --repetitions 2 --prompt-tokens 16 --new-tokens 32 --prompt-count 2 --tune-seconds 0.5 --out .venv/bench-quick
 
 clean:
 	rm -rf .venv

@@ -26,7 +26,7 @@ STATES_BAR = Bar(">=", 3.0)
 
 
 @dataclass(frozen=True)
-class AdaptSettings(BenchSettings):
+class Settings(BenchSettings):
     """A training step of heads alone, with and without the frozen trunk."""
 
     head_kinds: tuple[HeadKindName, ...] = ("medusa", "transformer")
@@ -51,7 +51,7 @@ class AdaptSettings(BenchSettings):
     """CPU threads."""
 
 
-def run(settings: AdaptSettings) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Measure each kind of heads and return the results, see `report.result`."""
     torch.set_num_threads(settings.threads)
     notes = [
@@ -62,7 +62,7 @@ def run(settings: AdaptSettings) -> dict[str, Any]:
     return run_parts("adapt", settings, {kind: partial(_measure, kind) for kind in settings.head_kinds}, notes)
 
 
-def _measure(kind: HeadKindName, settings: AdaptSettings) -> Findings:
+def _measure(kind: HeadKindName, settings: Settings) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: timed(step) for name, step in _steps(settings, kind, Path(folder)).items()}
         seconds = interleave(steps, settings.repetitions)
@@ -73,7 +73,7 @@ def _measure(kind: HeadKindName, settings: AdaptSettings) -> Findings:
     return found
 
 
-def _steps(settings: AdaptSettings, kind: HeadKindName, folder: Path) -> dict[str, Callable[[], object]]:
+def _steps(settings: Settings, kind: HeadKindName, folder: Path) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     old = ModelConfig(vocab_size=settings.vocab_size, dim=settings.dim, layers=settings.layers, context=settings.length)
     model = with_heads(Transformer(old), config_with_heads(old, settings.heads, kind))

@@ -16,6 +16,7 @@ from headstart.decoding.policy.timing import ratios
 from headstart.fileio import write_text
 
 RESULTS = Path("bench/results")
+HEADERS = ("part", "what", "median", "spread", "bar", "result", "details")
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,14 @@ class Findings:
     """Measurements, see `measure`."""
     notes: list[str] = field(default_factory=list)
     """Sentences that explain them."""
-    tables: list[dict[str, Any]] = field(default_factory=list)
-    """Further tables, see `table`."""
 
     def measure(
         self, what: str, values: Sequence[float], unit: str = "", bar: Bar | None = None, **details: Any
     ) -> dict[str, Any]:
-        """Append and return one measured quantity, whose median `bar` judges. The JSON file holds `details` too."""
+        """Append and return one measured quantity, whose median `bar` judges, with further `details`."""
         found = spread(values)
         judged = {"bar": asdict(bar), "met": bar.met(found["median"])} if bar else {"bar": None, "met": None}
-        self.rows.append({"part": self.part, "what": what, "unit": unit, **found, **judged, **details})
+        self.rows.append({"part": self.part, "what": what, "unit": unit, **found, **judged, "details": details})
         return self.rows[-1]
 
     def times(self, what: str, seconds: Sequence[float], **details: Any) -> None:
@@ -94,11 +93,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": median, "low": low, "high": high, "spread": kind, "repetitions": len(values)}
 
 
-def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> dict[str, Any]:
-    """Return a table for people, for what does not fit into one column of measurements."""
-    return {"title": title, "headers": list(headers), "rows": [[_cell(cell) for cell in row] for row in rows]}
-
-
 Settings = TypeVar("Settings", bound=BenchSettings)
 
 
@@ -114,7 +108,6 @@ def run_parts(
             say(f"{row['part']}: {row['what']}: {row['median']:.4g} {row['unit']}".rstrip())
         found.rows += more.rows
         found.notes += more.notes
-        found.tables += more.tables
     return result(name, settings, found)
 
 
@@ -129,7 +122,6 @@ def result(name: str, settings: BenchSettings, found: Findings) -> dict[str, Any
         "machine": hardware.describe(),
         "settings": plain,
         "measurements": found.rows,
-        "tables": found.tables,
         "notes": found.notes,
         "met": all(row["met"] is not False for row in found.rows),
     }
@@ -148,11 +140,11 @@ def format_markdown(result: dict[str, Any]) -> str:
         f"- Settings: {settings}",
         f"- Raw data: `python -m bench {name}` with these settings writes `{name}.json` next to this page",
         "",
-        *_lines(["part", "what", "median", "spread", "bar", "result"], list(map(_cells, result["measurements"]))),
+        *_lines(
+            ["part", "what", "median", "spread", "bar", "result", "details"], list(map(_cells, result["measurements"]))
+        ),
         "",
     ]
-    for part in result["tables"]:
-        lines += [f"## {part['title']}", "", *_lines(part["headers"], part["rows"]), ""]
     if result["notes"]:
         lines += ["## Notes", "", *(f"- {note}" for note in result["notes"]), ""]
     return "\n".join(lines)
@@ -177,7 +169,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     around = ""
     if row["repetitions"] > 1:
         around = f"{_number(row['low'])} to {_number(row['high'])} ({row['spread']} of {row['repetitions']})"
-    return [row["part"], row["what"], f"{_number(row['median'])} {row['unit']}".strip(), around, bar, met]
+    details = "; ".join(f"{name.replace('_', ' ')} {_setting(value)}" for name, value in row["details"].items())
+    return [row["part"], row["what"], f"{_number(row['median'])} {row['unit']}".strip(), around, bar, met, details]
 
 
 def _lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -193,15 +186,11 @@ def _number(value: float) -> str:
     return f"{value:.1e}"
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return _number(value) if isinstance(value, float) else str(value)
-
-
 def _setting(value: object) -> str:
-    if isinstance(value, list):
-        return "/".join(map(str, value))
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, (list, tuple)):
+        return "/".join(map(_setting, value))
     if isinstance(value, dict):
         return "(" + ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) + ")"
     return str(value)

@@ -1,9 +1,8 @@
 """Decode with a clock at every pass, with a model's own drafts or with drafts that are right at a given rate.
 
 Synthetic acceptance measures what several tokens per pass bring without a model trained for it. The output is decoded
-plainly first. Then, before each pass, the drafts in the windows are replaced by what comes next in that output, up to
-the first draft that is to be wrong. Passes, rows and caches are those of any decoding, and the output stays that of
-plain decoding. The library knows nothing of it.
+plainly first. Then, before each pass, the drafts in the windows are replaced by what comes next in that output, as far
+as they are to be right. Passes, rows and caches are those of any decoding, and the output stays that of plain decoding.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
-from headstart.decoding.generation import Generation
+from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.policy.calibration import EDGES, AcceptanceTable
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.settings import Request
@@ -35,16 +34,37 @@ class Stream:
 
     stamps: list[Stamp]
     tokens: list[list[int]]
+    stats: Stats
 
 
-@dataclass(frozen=True)
 class Synthetic:
-    """Arguments of `SyntheticAcceptance`."""
+    """Drafts that are right at a given rate. The same outputs and seed make the same passes.
 
-    outputs: list[list[int]]
-    share: float
-    seed: int = 0
-    together: bool = False
+    Args:
+        outputs: the known output of each request, continued past its end, see `plain_outputs`.
+        share: the probability that a draft is right after right drafts.
+        seed: of the draws.
+    """
+
+    def __init__(self, outputs: Sequence[Sequence[int]], share: float, seed: int = 0) -> None:
+        self.outputs, self.share = outputs, share
+        self._random = random.Random(seed)
+
+    def replace_drafts(self, engine: Engine, generations: Sequence[Generation]) -> None:
+        """Replace the drafts of the next pass by what comes next in the output, as far as they are to be right."""
+        drafts = engine.model.config.heads - 1
+        window = engine.state.windows.tokens_SW
+        rows = [[0] * drafts for _ in window]
+        for generation, output in zip(generations, self.outputs):
+            if generation.slot is None or generation.finished:
+                continue
+            right = next((i for i in range(drafts) if self._random.random() >= self.share), drafts)
+            ahead = list(output[len(generation.tokens) :][:drafts])
+            ahead += [0] * (drafts - len(ahead))
+            if right < drafts:
+                ahead[right] = (ahead[right] + 1) % engine.model.config.vocab_size
+            rows[generation.slot] = ahead
+        window[:, 1 : 1 + drafts] = torch.tensor(rows, device=window.device)
 
 
 def decode(
@@ -62,24 +82,18 @@ def decode(
     """
     engine = engine or engine_for(model, requests, exact=exact, policy=policy)
     generations = [engine.submit(request) for request in requests]
-    stepper = None
-    if synthetic is not None:
-        outputs = dict(zip(generations, synthetic.outputs))
-        stepper = SyntheticAcceptance(
-            engine, outputs, synthetic.share, seed=synthetic.seed, together=synthetic.together
-        )
     stamps: list[Stamp] = []
-    done = [0] * len(generations)
+    done, paused = [0] * len(generations), 0.0
     while engine.busy:
-        if stepper is None:
-            engine.step()
-        else:
-            stepper.step()
-        now = time.perf_counter() - (0.0 if stepper is None else stepper.seconds)
+        engine.step()
+        now = time.perf_counter()
         written = [len(g.tokens) for g in generations]
-        stamps.append((now, [after - before for after, before in zip(written, done)]))
+        stamps.append((now - paused, [after - before for after, before in zip(written, done)]))
         done = written
-    return Stream(stamps, [g.tokens for g in generations])
+        if synthetic is not None:
+            synthetic.replace_drafts(engine, generations)
+            paused += time.perf_counter() - now
+    return Stream(stamps, [g.tokens for g in generations], Stats.summed([g.stats for g in generations]))
 
 
 def engine_for(
@@ -121,58 +135,6 @@ def acceptance_table(share: float, heads: int) -> AcceptanceTable:
     return AcceptanceTable((share,) * (heads - 1), ((share,) * (len(EDGES) + 1),) * (heads - 1))
 
 
-class SyntheticAcceptance:
-    """An engine whose drafts are right at a given rate. The same engine, seed and requests make the same passes.
-
-    Args:
-        outputs: the known output of each generation.
-        share: the probability that a draft is right after right drafts.
-        together: all windows of a pass have the same number of right drafts; else each draws its own.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        outputs: Mapping[Generation, Sequence[int]],
-        share: float,
-        *,
-        seed: int = 0,
-        together: bool = False,
-    ) -> None:
-        self.engine, self.outputs, self.share, self.together = engine, outputs, share, together
-        self.seconds = 0.0
-        """Time spent on replacing drafts, which is no part of decoding."""
-        self._random = random.Random(seed)
-        self._vocab_size = engine.model.config.vocab_size
-
-    def step(self) -> None:
-        """Run a pass of the engine, then replace the drafts of the next one."""
-        self.engine.step()
-        began = time.perf_counter()
-        drafts = self.engine.model.config.heads - 1
-        window = self.engine.state.windows.tokens_SW
-        rows = [[0] * drafts for _ in window]
-        right = self._draw_right(drafts)
-        for generation, output in self.outputs.items():
-            if generation.slot is None or generation.finished:
-                continue
-            if not self.together:
-                right = self._draw_right(drafts)
-            ahead = list(output[len(generation.tokens) :][:drafts])
-            ahead += [0] * (drafts - len(ahead))
-            if right < drafts:
-                ahead[right] = (ahead[right] + 1) % self._vocab_size
-            rows[generation.slot] = ahead
-        window[:, 1 : 1 + drafts] = torch.tensor(rows, device=window.device)
-        self.seconds += time.perf_counter() - began
-
-    def _draw_right(self, drafts: int) -> int:
-        right = 0
-        while right < drafts and self._random.random() < self.share:
-            right += 1
-        return right
-
-
 def full(stamps: Sequence[Stamp]) -> Sequence[Stamp]:
     """Return the stamps during which every row writes, so that the tail of the last row does not judge a batch.
 
@@ -188,10 +150,11 @@ def full(stamps: Sequence[Stamp]) -> Sequence[Stamp]:
     return stamps[first : last + 1]
 
 
-def tokens_per_second(stamps: Sequence[Stamp]) -> float:
+def tokens_per_second(*runs: Sequence[Stamp]) -> float:
     """Return the rate of all rows together while all of them write, without the first pass, which reads prompts."""
-    kept = full(stamps)
-    return sum(sum(counts) for _, counts in kept[1:]) / (kept[-1][0] - kept[0][0])
+    kept = [full(stamps) for stamps in runs]
+    tokens = sum(sum(counts) for stamps in kept for _, counts in stamps[1:])
+    return tokens / sum(stamps[-1][0] - stamps[0][0] for stamps in kept)
 
 
 def tokens_per_pass(stamps: Sequence[Stamp]) -> float:
@@ -200,32 +163,17 @@ def tokens_per_pass(stamps: Sequence[Stamp]) -> float:
     return statistics.fmean(count for _, counts in kept for count in counts)
 
 
-def gaps(stamps: Sequence[Stamp]) -> tuple[list[float], list[float]]:
-    """Return the seconds between passes, and between the tokens of each row as a reader of the stream sees them.
-
-    The tokens of one pass arrive together, so all but its first have a gap of 0.
-    """
-    kept = full(stamps)
-    passes = [after[0] - before[0] for before, after in pairwise(kept)]
-    tokens: list[float] = []
-    for gap, (_, counts) in zip(passes, kept[1:]):
-        for count in counts:
-            tokens += [gap] + [0.0] * (count - 1)
-    return passes, tokens
+def gaps(stamps: Sequence[Stamp]) -> list[float]:
+    """Return the seconds between passes."""
+    return [after[0] - before[0] for before, after in pairwise(full(stamps))]
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Return a percentile, interpolated linearly between the ordered values."""
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
-def p50_p95(values: Sequence[float]) -> str:
-    """Return the two percentiles of seconds, in ms, as a cell of a table."""
-    return " / ".join(f"{1e3 * percentile(values, p):.3g}" for p in (50, 95))
+def p50_p95(seconds: Sequence[float]) -> str:
+    """Return the two percentiles in ms, as a cell of a table."""
+    if len(seconds) < 2:
+        return ""
+    cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+    return f"{1e3 * cuts[9]:.3g} / {1e3 * cuts[18]:.3g}"
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

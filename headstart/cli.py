@@ -32,7 +32,7 @@ COMMANDS = {
     "convert": "Write a model in another format, read it back and compare the two.",
     "push": "Put a model and a model card into a folder, or onto the Hugging Face hub.",
     "doctor": "Check machine, versions and threads; with a model, check that speculation equals plain decoding.",
-    "bench": "Measure what Headstart costs (in a checkout): headstart bench loss|train|decode|adapt|load|serve.",
+    "bench": "Measure what Headstart costs (in a checkout): headstart bench loss|train|decode|passes|adapt|load|serve.",
     "study": "Rerun an experiment of the papers (in a checkout): headstart study NAME --scale smoke|cpu|gpu|paper.",
 }
 """The commands, each with its line in `headstart --help`."""

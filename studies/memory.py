@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
-from bench import fresh_process
-from bench.fresh_process import ALLOCATOR, joint_step_fits
-from bench.train import memory_case
-from bench.train_steps import run_config
+from bench import processes
+from bench.loss import joint_step_fits
+from bench.processes import ALLOCATOR, memory_meter
+from bench.train import Steps, run_config
 from headstart.model.config import ModelConfig
-from headstart.training.processes import pick_device
+from headstart.objective.walk import walk_step
+from headstart.settings_loader import load_settings
+from headstart.training.config import RunConfig
+from headstart.training.processes import joined, pick_device
 from headstart.training.yaml_settings import to_plain
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, values
 from studies.verdicts import Contrast, in_words, judge
+from tests.reference import joint_step
 
 STEPS = {"walk": "one head at a time", "joint": "all heads at once"}
 
@@ -64,7 +69,7 @@ class MemoryStudy(Study[MemorySettings]):
             vocab_size=settings.vocab_size, dim=settings.dim, layers=settings.layers, heads=n, context=settings.length
         )
         config = to_plain(run_config(model, 1, dtype=settings.dtype, device=device, seed=case.seed))
-        answer = fresh_process.call(
+        answer = processes.call(
             memory_case, {"config": config, "step": step, "steps": 1},
             threads=1, environment=ALLOCATOR,
         )  # fmt: skip
@@ -94,7 +99,7 @@ class MemoryStudy(Study[MemorySettings]):
         headers = ["n", *(f"{words}, MiB" for words in STEPS.values()), "the logits of all heads in fp32, MiB"]
         notes = [
             "Peak of a training run of two steps above the level before its model was built: weights, gradients, "
-            "moments, activations, loss; each case in a process of its own (bench/train.py).",
+            "moments, activations, loss; each case in a process of its own (studies/memory.py).",
             "A dash: not run, or more than this machine has.",
             f"One row of {settings.length} tokens, V = {settings.vocab_size:,}, d = {settings.dim}, {settings.layers} "
             "layers for every n.",
@@ -116,6 +121,19 @@ class MemoryStudy(Study[MemorySettings]):
             )
         axes.set(xlabel="n", ylabel="MiB", ylim=(0, None), xticks=settings.heads)
         axes.legend()
+
+
+def memory_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Return the peak memory of a training run of some steps, in bytes."""
+    config = load_settings(RunConfig, case["config"], Path("benchmark"))
+    walk = joint_step if case["step"] == "joint" else walk_step  # in the real training step, all else being the same
+    with joined(config.device) as group:
+        small = ModelConfig(dim=32, layers=5, heads=4, context=32)
+        Steps(replace(config, model=small), group, walk).seconds(2)  # loads the code, which is not counted
+        peak = memory_meter(config.device)
+        peak.reset()
+        Steps(config, group, walk).seconds(case["steps"] + 1)  # AdamW's moments exist from the first update on
+        return {"bytes": peak.read(), "method": peak.method}
 
 
 def _known(results: Sequence[Result], step: str, n: int) -> list[float]:

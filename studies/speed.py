@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from bench import fresh_process
-from bench.decode_model import PAPER as PAPER_BYTES
-from bench.decode_model import model_case
-from bench.decode_settings import SIZES, Size, four_heads
-from bench.decode_sweep import KINDS, Point, sweep_case
-from bench.train_steps import flop_ratio, measure, run_config
+from bench import processes
+from bench.decode import KINDS, SIZES, Size, heads_case, random_prompts
+from bench.train import flop_ratio, measure, run_config
 from headstart.evaluation.inputs import load_prompts
 from headstart.formats.bundled import boxed_model
 from headstart.model.config import ModelConfig
@@ -20,7 +17,7 @@ from headstart.training.processes import pick_device
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, spread, values
 from studies.verdicts import Contrast, contrast, in_words, judge
 
-PAPER: dict[str, dict[int, tuple[float, float]]] = {"S2": KINDS["tokens"].paper, "S3": PAPER_BYTES}
+PAPER: dict[str, dict[int, tuple[float, float]]] = {"S2": KINDS["tokens"].paper, "S3": KINDS["bytes"].paper}
 """Table -> heads used -> (speed-up, tokens per pass): code, n = 4; bytes, n = 8."""
 PAPER_TRAINING = {"0.3B": (1.07, 1.22), "1.3B": (1.04, 1.12), "3B": (1.02, 1.07), "13B": (1.04, 1.09)}
 """Table S5: time of a training step with n = 2 and n = 4 over n = 1."""
@@ -89,29 +86,30 @@ class SpeedStudy(Study[SpeedSettings]):
         if case.conditions["table"] == "S5":
             return self._training(settings, device)
         ks = sorted(PAPER[str(case.conditions["table"])])
-        common = {"dtype": settings.dtype, "device": device, "repetitions": settings.repetitions}
+        prompts: Sequence[Sequence[int]]
+        case_of_heads: dict[str, Any] = {
+            "dtype": settings.dtype, "device": device, "repetitions": settings.repetitions, "heads": ks, "batch": 1,
+            "temperature": 0.0, "quantize": None, "new_tokens": settings.new_tokens, "tune_seconds": 0.05,
+        }  # fmt: skip
         if case.conditions["table"] == "S3":
             model = boxed_model()
             prompts = load_prompts(
                 model, prompts=None, data=None, count=settings.prompts, tokens=settings.prompt_tokens,
                 room=settings.new_tokens,
             )  # fmt: skip
-            arguments = {
-                "model": str(model), "prompts": prompts, "heads": ks, "temperature": 0.0, "batch": 1, "quantize": None,
-                "new_tokens": settings.new_tokens,
-            }  # fmt: skip
-            found = fresh_process.call(model_case, arguments | common, threads=settings.threads)
+            case_of_heads |= {"model": str(model), "prompts": prompts, "tokens_per_pass": None}
         else:
-            point = Point(1, settings.prompt_tokens, settings.new_tokens)
-            arguments = {
-                "config": asdict(four_heads(SIZES[settings.decoded])), "kind": "tokens", "points": [asdict(point)],
-                "tune_seconds": 0.05,
+            config = KINDS["tokens"].put_on(SIZES[settings.decoded])
+            prompts = random_prompts(config.vocab_size, 1, settings.prompt_tokens)
+            tokens_per_pass = KINDS["tokens"].tokens_per_pass
+            case_of_heads |= {
+                "model": None, "config": asdict(config), "prompts": prompts, "tokens_per_pass": tokens_per_pass,
             }  # fmt: skip
-            found = fresh_process.call(sweep_case, arguments | common, threads=settings.threads)[0]
+        found = processes.call(heads_case, case_of_heads, threads=settings.threads)
         plain = statistics.median(found["tokens_per_second"]["plain"])
         return {
             "speedup": {k: statistics.median(found["tokens_per_second"][str(k)]) / plain for k in ks},
-            "tokens_per_pass": {k: found["tokens_per_pass"][str(k)] for k in ks},
+            "tokens_per_pass": {k: found["details"][str(k)]["tokens_per_pass"] for k in ks},
             "plain, tokens per second": plain,
         }
 

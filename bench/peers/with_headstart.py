@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,7 @@ import torch
 import headstart
 from bench import streams
 from bench.streams import Synthetic, share_right
-from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
-from headstart.formats.registry import load_model
 
 PLAIN = "plain (K = 1, exact=False)"
 
@@ -24,7 +23,9 @@ class Peer:
     def __init__(self, case: dict[str, Any]) -> None:
         torch.set_num_threads(case["threads"])
         self.version = f"headstart {headstart.__version__}, torch {torch.__version__}"
-        self.model = pack(load_model(case["model"], dtype=getattr(torch, case["dtype"]), device=case["device"]))
+        # A GGUF file is decoded in its own types, a directory in the dtype of all.
+        dtype = None if Path(case["model"]).is_file() or case["quantize"] else case["dtype"]
+        self.model = headstart.load(case["model"], dtype=dtype, quantize=case["quantize"]).transformer
         self.new_tokens = case["new_tokens"]
         self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
             PLAIN: partial(self.decode, heads=1, exact=False),

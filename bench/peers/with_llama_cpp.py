@@ -33,7 +33,7 @@ class Peer:
         self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
             "greedy": partial(self.decode, self.context(llama_cpp.GGML_TYPE_F16)),
         }
-        if case["dtype"] == "float32":
+        if case["dtype"] == "float32" and case["gguf"] != case["model"]:
             self.variants["greedy, fp32 cache"] = partial(self.decode, self.context(llama_cpp.GGML_TYPE_F32))
 
     def context(self, cache_type: int) -> Any:

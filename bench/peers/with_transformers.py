@@ -1,4 +1,4 @@
-"""transformers: generate() by default, with prompt lookup, with an assistant, and compiled over a static cache."""
+"""transformers: generate() by default, with prompt lookup, and compiled over a static cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stamps(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Note the time of what a pass committed."""
         if self.prompt_seen:
-            # Greedy decoding streams a token of each row, the assisted kinds several of their only row.
+            # Greedy decoding streams a token of each row, prompt lookup several of its only row.
             counts = [value.numel()] if self.single else [1] * value.shape[0]
             self.stamps.append((time.perf_counter(), counts))
         else:
@@ -42,14 +42,11 @@ class Peer:
         transformers.utils.logging.disable_progress_bar()
         dtype = getattr(torch, case["dtype"])
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}"
-        self.model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype).to(case["device"]).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(case["model"], dtype=dtype).eval()
         self.new_tokens = case["new_tokens"]
         self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {"greedy": self.decode}
-        if case["rows"] == 1:  # neither takes a batch
+        if case["rows"] == 1:  # it takes no batch
             self.variants["prompt lookup"] = partial(self.decode, prompt_lookup_num_tokens=10)
-            if case["assistant"]:
-                assistant = AutoModelForCausalLM.from_pretrained(case["assistant"], dtype=dtype).eval()
-                self.variants["assisted"] = partial(self.decode, assistant_model=assistant)
         if case["compile"]:
             compiled = CompileConfig(mode="default")
             compiled._compile_all_devices = True  # else it compiles on GPUs only

@@ -66,7 +66,7 @@ class ModelConfig(Shape):
         """Number of tokens behind a row that the heads read: head k at position t reads the tokens up to t + k - 1."""
         return self.heads - 1 if self.kind.reads_tokens else 0
 
-    @property
+    @cached_property
     def head_blocks(self) -> int:
         """Blocks that heads run through, each with its own keys and values: those of the last heads, in order."""
         return sum(map(self.kind.has_block, range(1, self.heads + 1)))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import fresh_process
+from bench import processes
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
@@ -29,7 +29,7 @@ def in_process(monkeypatch):
     def call(function: Any, case: Any, *, threads: int, environment: Any = None) -> Any:
         return json.loads(json.dumps(function(json.loads(json.dumps(case)))))
 
-    monkeypatch.setattr(fresh_process, "call", call)
+    monkeypatch.setattr(processes, "call", call)
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.adapt import AdaptSettings, run
+from bench.adapt import Settings, run
 
 
 def test_it_measures_every_way(tmp_path: Path) -> None:
     found = run(
-        AdaptSettings(
+        Settings(
             head_kinds=("sequential",), heads=2, layers=2, dim=32, vocab_size=64, rows=1, length=8, repetitions=1,
             out=tmp_path,
         )

@@ -1,139 +1,87 @@
+"""Decoding by the number of heads: a trained model, and random weights at the acceptance of the paper's models."""
+
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from functools import partial
 
 import pytest
 
-from bench import decode, decode_passes
-from bench.decode_model import draw_figure
-from bench.decode_passes import pass_bytes
-from bench.decode_settings import DecodeSettings
+from bench import decode
+from bench.decode import KINDS, SIZES, Settings
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import ByteTokenizer
-from headstart.decoding.kernels.cpu_backend import CompiledLinear
-from headstart.decoding.kernels.pack import PackedUnembedding, pack
-from headstart.decoding.kernels.torch_backend import PackedLinear
-from headstart.decoding.policy.timing import Pass, first_difference, random_model
-from headstart.decoding.policy.timing import decode as decode_all
-from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.inputs import load_prompts
-from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 
-SIZES = ModelConfig(vocab_size=300, dim=32, layers=5, attention_heads=2, context=128)
+TINY = ModelConfig(vocab_size=300, dim=32, layers=9, attention_heads=2, context=128)
 
 
 def settings(**changes):
-    return DecodeSettings(
-        **{
-            "sizes": SIZES,
-            "threads": (1,),
-            "repetitions": 1,
-            "passes": 2,
-            "prompt_tokens": 4,
-            "new_tokens": 6,
-            "stream_mebibytes": 1,
-            **changes,
-        }
-    )
+    return Settings(**{"repetitions": 1, "prompt_tokens": 4, "new_tokens": 6, "dtype": "float32", **changes})
 
 
-def test_bytes_of_a_pass_by_hand():
-    config = ModelConfig(vocab_size=100, dim=8, layers=3, attention_heads=2, hidden_dim=32)
-    block = 3 * 8 * 8 + 8 * 8 + 3 * 8 * 32 + 2 * 8
-    weights = 3 * block + 8 + 100 * 8 + 8  # blocks, last norm, unembedding, one row of the embedding
-    cache = 3 * 2 * 64 * 8  # layers, keys and values, positions, width
-    assert pass_bytes(config, span=64, weight_bytes=2, cache_bytes=4) == 2 * weights + 4 * cache
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tied": True},
-        {"heads": 3},
-        {"heads": 3, "wiring": "anticausal"},
-        {"heads": 3, "head_kind": "replicated"},
-        {"heads": 3, "head_kind": "linear", "wiring": "anticausal"},
-        {"kv_heads": 1},
-    ],
-)
-def test_bytes_of_a_pass_are_those_of_the_modules_it_runs(changes):
-    config = replace(SIZES, **changes)
-    model = random_model(config, "float32", "cpu")
-    on_path = [model.heads[k - 1] for k in model.path(1)]
-    read = sum(p.numel() for part in (model.trunk.blocks, *on_path) for p in part.parameters())
-    read += model.unembedding.weights[0].numel() + config.dim + config.dim
-    blocks = config.trunk_layers + (len(on_path) if config.head_kind == "transformer" else 0)
-    cache = blocks * 2 * config.key_value_heads * config.dim_per_head * 64
-    assert pass_bytes(config, 64, 1, 1) == read + cache
-
-
-def test_a_pass_stays_at_its_length_and_its_rows_may_exceed_the_heads():
-    model = pack(random_model(SIZES, "float32", "cpu"), rows=8)
-    wide = Pass(model, rows=8, length=20)
-    for _ in range(3):
-        assert len(wide()[0]) == 8
-        assert wide.state.length_S.tolist() == [21]  # nothing is accepted: the window holds no drafts
-    assert isinstance(model.unembedding, PackedUnembedding) and isinstance(
-        model.unembedding.first, (PackedLinear, CompiledLinear)
-    )
-    assert len(Pass(model, rows=1, length=20)()[0]) == 1
-
-
-def test_parts_with_random_weights(in_process):
-    result = decode.run(
-        settings(parts=("bandwidth", "window", "deferred"), window=3, deferred_heads=(2,), deferred_batches=(1, 2))
-    )
-    bars = [(row["part"], row["bar"]["value"]) for row in result["measurements"] if row["bar"]]
-    assert bars == [("bandwidth", 0.65), ("window", 1.3)]
-    assert sum(row["part"] == "deferred" for row in result["measurements"]) == 2 * 3
-    assert all(row["median"] > 0 for row in result["measurements"])
-    json.dumps(result)
+def by_name(result):
+    return {row["what"]: row for row in result["measurements"]}
 
 
 def test_model_part(in_process, model_directory, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def f(x):\n\nabcabcabc\nhello\n")
     result = decode.run(
-        settings(parts=("model",), model=model_directory, prompts=prompts, new_tokens=12, batch=2, out=tmp_path)
+        settings(parts=("model",), model=model_directory, prompts=prompts, new_tokens=12, batches=(1, 2), out=tmp_path)
     )
-    rows = result["measurements"]
-    identical = [row for row in rows if "differs from K = 1" in row["what"]]
-    assert [row["median"] for row in identical] == [0, 0] and all(row["met"] for row in identical)
-    assert len(result["tables"]) == 2
-    # Plain, then K = 1, 2, 4: the model has no 8 heads.
-    assert [line[0] for line in result["tables"][0]["rows"]][1:] == ["K = 1", "K = 2", "K = 4"]
-    assert result["tables"][0]["rows"][2][6] == "1.94 / 1.98"
-    by_name = {row["what"]: row for row in rows}
-    assert by_name["greedy, K = 1"]["tokens_per_pass"] == 1
-    assert len(by_name["greedy, K = 4"]["acceptance"]) == 3
-    assert by_name["greedy, K = 4"]["tokens_per_pass"] == 12 / 4  # 1 + 4 + 4 + 3 tokens
+    rows = by_name(result)
+    identical = [row for what, row in rows.items() if "differs from K = 1" in what]
+    assert [row["median"] for row in identical] == [0] * 4 and all(row["met"] for row in identical)
+    for where in ("greedy, batch 1", "temperature 0.8, batch 2"):
+        # Plain, then K = 1, 2, 4: the model has no 8 heads.
+        variants = [what for what, row in rows.items() if what.startswith(where) and row["unit"] == "tokens/s"]
+        assert variants == [f"{where}, {name}" for name in ("plain", "K = 1", "K = 2", "K = 4")]
+    assert rows["greedy, batch 1, K = 1"]["details"]["tokens_per_pass"] == 1
+    details = rows["greedy, batch 1, K = 4"]["details"]
+    assert len(details["acceptance"]) == 3 and details["tokens_per_pass"] == 12 / 4  # 1 + 4 + 4 + 3 tokens
+    assert rows["greedy, batch 1, K = 4 / plain over its tokens per pass"]["bar"]["value"] == 0.88
+    assert rows["greedy, batch 2, K = 4 / plain over its tokens per pass"]["bar"] is None
 
 
-def test_the_model_part_draws_a_figure(tmp_path):
-    pytest.importorskip("matplotlib")
-    greedy = [("1", 1.0, 1.0), ("2", 1.55, 1.9), ("policy", 2.5, 4.7)]
-    draw_figure({"greedy": greedy, "temperature 0.8": greedy}, "a title", tmp_path / "new" / "figure.png")
-    assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
+def test_a_trained_model_decodes_in_int8(in_process, model_directory, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("abcabc\n")
+    found = decode.run(
+        settings(
+            parts=("model",), dtype="bfloat16", quantize="int8", new_tokens=8, temperatures=(0.0,), batches=(1,),
+            model=model_directory, prompts=prompts, out=tmp_path,
+        )
+    )  # fmt: skip
+    assert by_name(found)["greedy, batch 1: numbers of heads whose output differs from K = 1"]["median"] == 0
+    assert any("parallel, int8, 1 thread" in note for note in found["notes"])
 
 
-def test_counts_of_a_decoded_group(model_directory):
-    model = pack(load_model(model_directory))
-    decoded = decode_all(model, [Request((1, 2, 3), 10, heads=4), Request((5,), 10, heads=4)], batch=1)
-    assert [len(tokens) for tokens in decoded.tokens] == [10, 10]
-    passes = sum(g.stats.passes for g in decoded.generations)
-    assert decoded.stats.tokens_per_pass == 20 / passes and decoded.seconds > 0
-    assert all(0 <= share <= 1 for share in decoded.stats.acceptance) and len(decoded.stats.acceptance) == 3
+def test_sweep(in_process, monkeypatch):
+    monkeypatch.setitem(SIZES, "12M", TINY)
+    result = decode.run(
+        settings(parts=("sweep",), sizes=("12M",), batches=(1, 3), prompt_tokens=6, new_tokens=12, tune_seconds=0.0)
+    )
+    rows = by_name(result)
+    identical = [row for what, row in rows.items() if "differs from K = 1" in what]
+    assert len(identical) == 2 * 2 and all(row["met"] for row in identical)
+    base = "12M, 4 parallel transformer heads (Table S2), batch"
+    assert rows[f"{base} 1, K = 4 / plain over its tokens per pass"]["bar"]["value"] == 0.85
+    assert rows[f"{base} 3, K = 4 / plain over its tokens per pass"]["bar"] is None
+    assert 2 < rows[f"{base} 3, K = 4"]["details"]["tokens_per_pass"] <= 4
+    assert rows[f"{base} 1, K = 1"]["details"]["tokens_per_pass"] == 1
+    policies = [row for what, row in rows.items() if "policy" in what and row["bar"] and "over its" not in what]
+    assert all(row["bar"]["value"] == 0.97 for row in policies)  # none where shapes are fixed
+    assert "k = 8 6.39 and 7.04" in result["notes"][0]
 
 
-def test_first_difference():
-    assert first_difference([[1, 2], [3]], [[1, 2], [3]]) is None
-    assert first_difference([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == (1, 1)
-    assert first_difference([[1, 2]], [[1]]) == (0, 1)
+def test_shapes_are_those_the_bars_speak_of():
+    for name, least, most in (("12M", 11e6, 13e6), ("105M", 100e6, 110e6), ("235M", 225e6, 245e6)):
+        assert least < SIZES[name].parameters()["total"] < most
+    four = KINDS["tokens"].put_on(SIZES["105M"])
+    assert (four.trunk_layers, four.heads) == (28, 4)
+    assert KINDS["bytes"].put_on(SIZES["105M"]).vocab_size == 256
 
 
 def test_prompts_from_jsonl_and_from_the_data_of_the_run(model_directory, tmp_path):
@@ -174,30 +122,17 @@ def test_wrong_use_is_one_line(model_directory, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_rows_of_both_kinds_are_timed(in_process):
-    sizes = ModelConfig(vocab_size=300, dim=32, layers=2, attention_heads=2, context=128)
-    settings = DecodeSettings(parts=("rows",), threads=(1,), dtype="float32", passes=6, sizes=sizes, new_tokens=16)
-    rows = {row["what"]: row for row in decode.run(settings)["measurements"]}
-    for kind in ("float32", "int8"):
-        assert all(f"{kind}, {w} row{'s' * (w > 1)}, 1 thread" in rows for w in decode_passes.ROWS)
-        assert f"{kind}, 8 rows, 1 thread / 1 row" in rows
-    assert rows["int8, 8 rows, 1 thread / float32"]["unit"] == ""
-
-
-def test_a_trained_model_decodes_in_int8(in_process, model_directory, tmp_path):
-    settings = DecodeSettings(
-        parts=(),
-        threads=(1,),
-        dtype="bfloat16",  # int8 goes before it
-        quantize="int8",
-        repetitions=1,
-        new_tokens=8,
-        temperatures=(0.0,),
-        model=model_directory,
-        prompts=tmp_path / "prompts.txt",
-        out=tmp_path,
-    )
-    settings.prompts.write_text("abcabc\n")
-    found = decode.run(settings)
-    differing = next(row for row in found["measurements"] if "output differs" in row["what"])
-    assert differing["median"] == 0 and any("parallel, int8, 1 thread" in note for note in found["notes"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batches": ()}, "--batches is empty"),
+        ({"repetitions": 0}, "--repetitions is 0"),
+        ({"parts": ("peers",), "device": "cuda"}, "peers runs on a CPU"),
+        ({"peer_python": ("llama-cpp",)}, "give PEER=FILE"),
+        ({"peer_python": ("other=/bin/sh",)}, "give PEER=FILE, PEER one of transformers, llama-cpp, vllm"),
+        ({"parts": ("model",), "heads": (9,)}, "--heads lacks 1"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
+        decode.run(settings(**changes))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import fresh_process, load
-from bench.load import LoadSettings, run
+from bench import load, processes
+from bench.load import Settings, run
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 
@@ -22,8 +22,8 @@ def test_bars_hold_only_where_nothing_is_converted(monkeypatch: pytest.MonkeyPat
 
     config = ModelConfig(vocab_size=64, dim=128, layers=2, attention_heads=1)
     parameters = config.parameters()["total"]
-    monkeypatch.setattr(fresh_process, "call", fresh)
-    found = run(LoadSettings(dim=128, layers=2, vocab_size=64, repetitions=2))
+    monkeypatch.setattr(processes, "call", fresh)
+    found = run(Settings(dim=128, layers=2, vocab_size=64, repetitions=2))
     barred = [row for row in found["measurements"] if row["bar"]]
     assert [(row["part"], row["what"]) for row in barred] == [
         ("bfloat16", "load_model / reading the file"),
@@ -33,13 +33,13 @@ def test_bars_hold_only_where_nothing_is_converted(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_case_loads_the_model(tmp_path: Path) -> None:
-    directory = load._random_model(LoadSettings(dim=128, layers=2, vocab_size=64), tmp_path / "model")
+    directory = load.random_directory(Settings(dim=128, layers=2, vocab_size=64), tmp_path / "model")
     files = [str(file) for file in directory.rglob("*.safetensors")]
     for way in load.WAYS:
-        one = load.load_case({"way": way, "directory": str(directory), "files": files, "dtype": "float32"})
+        one = load.load_case({"way": way, "model": str(directory), "files": files, "dtype": "float32"})
         assert one["seconds"] > 0 and one["peak"] >= 0
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no"):
-        run(LoadSettings(model=tmp_path, repetitions=1))
+        run(Settings(model=tmp_path, repetitions=1))

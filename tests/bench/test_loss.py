@@ -4,31 +4,27 @@ from dataclasses import asdict
 
 import pytest
 
-from bench import fresh_process, loss
-from bench.loss import LossSettings
+from bench import loss, processes
+from bench.loss import Settings
 from headstart import hardware
 from headstart.model.config import ModelConfig
 
 TINY = {"vocab_size": 300, "rows": 1, "length": 16, "dim": 16, "layers": 9, "repetitions": 1}
 
 
-def test_gradients_are_those_of_joint_autograd_for_every_tree():
-    result = loss.run(LossSettings(parts=("gradients",)))
-    rows = result["measurements"]
-    assert len(rows) == 2 * 7  # tied and untied; transformer and linear x three wirings, replicated
-    assert all(0 <= row["median"] < 1e-12 and row["met"] for row in rows) and result["met"]
-
-
 def test_memory_has_a_case_for_each_step_and_number_of_heads(in_process):
-    result = loss.run(LossSettings(parts=("memory",), heads=(1, 4, 8), **TINY))
+    result = loss.run(Settings(heads=(1, 4, 8), **TINY))
     names = [row["what"] for row in result["measurements"]]
     assert names == [
-        *(f"{step}, n = {n}" for n in (1, 4, 8) for step in ("walk", "joint")),
+        *(f"{step}, n = {n}{time}" for n in (1, 4, 8) for step in ("walk", "joint") for time in ("", ": a step")),
         "walk, same trunk, n = 8",
+        "walk, same trunk, n = 8: a step",
         "walk n = 8 / walk n = 1",
         "walk n = 8 / walk n = 1, same trunk",
         "walk / joint, n = 4",
+        "walk / joint, n = 4: a step",
         "walk / joint, n = 8",
+        "walk / joint, n = 8: a step",
     ]
     bars = {row["what"]: row["bar"] for row in result["measurements"] if row["bar"]}
     assert bars == {
@@ -39,8 +35,8 @@ def test_memory_has_a_case_for_each_step_and_number_of_heads(in_process):
 
 def test_joint_steps_that_cannot_fit_are_left_out_and_said_so(in_process, monkeypatch):
     monkeypatch.setattr(hardware, "available_memory", lambda: 1)
-    result = loss.run(LossSettings(parts=("memory",), heads=(1,), **TINY))
-    assert [row["what"] for row in result["measurements"]] == ["walk, n = 1"]
+    result = loss.run(Settings(heads=(1,), **TINY))
+    assert [row["what"] for row in result["measurements"]] == ["walk, n = 1", "walk, n = 1: a step"]
     assert any("joint step at n = 1 left out" in note for note in result["notes"])
 
 
@@ -48,7 +44,7 @@ def test_peak_holds_what_a_step_holds():
     # A joint step holds at least one whole logits tensor, 8 MiB here.
     config = asdict(ModelConfig(vocab_size=16384, dim=16, layers=9, context=128))
     case = {"step": "joint", "config": config, "rows": 1, "length": 128, "repetitions": 1, "device": "cpu"}
-    answer = fresh_process.call(loss.memory_case, case, threads=1, environment=fresh_process.ALLOCATOR)
+    answer = processes.call(loss.memory_case, case, threads=1, environment=processes.ALLOCATOR)
     if "VmHWM" not in answer["method"]:
         pytest.skip("this system cannot reset a peak")
     assert 8 <= answer["mebibytes"][0] < 200

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from bench import fresh_process, report
-from bench.decode_model import model_case
+from bench import processes, report
+from bench.decode import heads_case
 from bench.report import Bar, BenchSettings, Findings, spread
 from headstart.decoding.policy.timing import interleave, ratios
 from headstart.errors import UsageError
@@ -51,8 +51,8 @@ def test_bars(bar, value, met):
 
 
 def test_report_files(tmp_path):
-    found = Findings("part", notes=["a note"], tables=[report.table("T", ["a", "b"], [["x", 0.5]])])
-    found.measure("fast", [2.0, 3.0, 4.0], "x", Bar(">=", 1.5), threads=2)
+    found = Findings("part", notes=["a note"])
+    found.measure("fast", [2.0, 3.0, 4.0], "x", Bar(">=", 1.5), threads=2, share=[0.5, 0.25])
     found.measure("slow", [1.0], "x", Bar(">=", 1.5))
     found.times("seen", [0.007])
     result = report.result("demo", Settings(date="2026-11-23"), found)
@@ -61,16 +61,16 @@ def test_report_files(tmp_path):
     read = json.loads(paths[0].read_text())
     assert read["date"] == "2026-11-23" and read["settings"] == {"sizes": [1, 2]}
     assert [row["met"] for row in read["measurements"]] == [True, False, None] and read["met"] is False
-    assert read["measurements"][0]["threads"] == 2 and read["machine"]["torch"]
+    assert read["measurements"][0]["details"] == {"threads": 2, "share": [0.5, 0.25]} and read["machine"]["torch"]
     page = paths[1].read_text()
-    assert "| part | fast | 3 x | 2 to 4 (range of 3) | >= 1.5 | met |" in page
-    assert "| part | slow | 1 x |  | >= 1.5 | **missed** |" in page
-    assert "| part | seen | 7 ms |  |  |  |" in page
-    assert "## T" in page and "| x | 0.5 |" in page and "- a note" in page
+    assert "| part | fast | 3 x | 2 to 4 (range of 3) | >= 1.5 | met | threads 2; share 0.5/0.25 |" in page
+    assert "| part | slow | 1 x |  | >= 1.5 | **missed** |  |" in page
+    assert "| part | seen | 7 ms |  |  |  |  |" in page
+    assert "- a note" in page
     assert list(paths[0].parent.iterdir()) and len(list(paths[0].parent.iterdir())) == 2  # nothing half-written
 
 
 def test_a_process_of_its_own_answers_and_passes_usage_errors_on():
     case = {"model": "/nowhere", "dtype": "float32", "device": "cpu", "quantize": None}
     with pytest.raises(UsageError, match="/nowhere"):
-        fresh_process.call(model_case, case, threads=1)
+        processes.call(heads_case, case, threads=1)

@@ -52,16 +52,6 @@ def test_drafts_are_right_at_the_rate_and_the_output_is_plain(kind, temperature)
     assert all(count == 4 for _, row in runs[0].stamps[1:-1] for count in row)  # all of them right
 
 
-def test_windows_together_accept_alike():
-    model = pack(random_model(SIZES, "float32", "cpu"))
-    equal = requests(4, lengths=(5, 5, 5))
-    outputs = streams.plain_outputs(model, equal)
-    stream = streams.decode(model, equal, synthetic=Synthetic(outputs, 0.7, together=True))
-    assert all(len(set(counts)) == 1 for _, counts in stream.stamps)
-    apart = streams.decode(model, equal, synthetic=Synthetic(outputs, 0.7))
-    assert any(len(set(counts)) > 1 for _, counts in apart.stamps)
-
-
 def test_a_policy_learns_that_drafts_do_not_pay():
     model = pack(random_model(SIZES, "float32", "cpu"))
     asked = requests(None, new_tokens=120)
@@ -80,7 +70,6 @@ def test_rates_and_gaps_by_hand():
     assert [time for time, _ in streams.full(stamps)] == [1.0, 1.5, 2.5]
     assert streams.tokens_per_second(stamps) == 7 / 1.5
     assert streams.tokens_per_pass(stamps) == 7 / 4
-    passes, tokens = streams.gaps(stamps)
-    assert passes == [0.5, 1.0]
-    assert sorted(tokens) == [0.0, 0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
-    assert streams.percentile([3.0, 1.0, 2.0], 50) == 2.0 and streams.percentile([0.0, 10.0], 95) == 9.5
+    assert streams.gaps(stamps) == [0.5, 1.0]
+    assert streams.tokens_per_second(stamps, [(0.0, [1]), (2.0, [3])]) == 10 / 3.5
+    assert streams.p50_p95([0.003, 0.001, 0.002]) == "2 / 2.9" and streams.p50_p95([1.0]) == ""

@@ -14,8 +14,8 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from pydantic import ValidationError
 from serving.conftest import HTTP, raw, running
+from serving.malformed import bodies
 
-from bench.malformed import bodies
 from headstart.formats.bundled import boxed_model
 from headstart.formats.registry import load_config
 from headstart.serving.bodies import validation_error
