@@ -32,7 +32,7 @@ HTTP_BAR, SPECULATION_BAR, EFFICIENCY_BAR = Bar("<=", 1.05), Bar(">=", 0.97), Ba
 LEAST_STREAMS = 4
 """Streams of a round at least: fewer say little."""
 ENGINE, OURS, PLAIN = "engine alone", "headstart", "headstart, plain"
-TEXTS = tuple(f"def function_{i}(x):\n    return" for i in range(7))
+CODE = tuple(f"def function_{i}(x):\n    return" for i in range(7))
 """Prompts for a model that has none of its own."""
 
 
@@ -61,13 +61,13 @@ class Settings(BenchSettings):
 class Prompts:
     """Prompts that begin differently, so that no server reuses a part of one that it has read."""
 
-    texts: Sequence[str]
+    pieces: Sequence[str]
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def take(self, count: int) -> list[str]:
         """Return prompts that were not used before, of at most 200 characters."""
         numbers = itertools.islice(self.numbers, count)
-        return [f"# {number}\n{self.texts[number % len(self.texts)]}"[:200] for number in numbers]
+        return [f"# {number}\n{self.pieces[number % len(self.pieces)]}"[:200] for number in numbers]
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def load(settings: Settings) -> Findings:
     """Measure the engine alone, our server, and those of --url, for each number of clients."""
-    found, model, prompts = Findings("load"), None, Prompts(TEXTS)
+    found, model, prompts = Findings("load"), None, Prompts(CODE)
     with ExitStack() as stack:
         servers: dict[str, tuple[str, dict[str, Any]]] = {}
         if settings.model is not None or not settings.url:
@@ -99,12 +99,12 @@ def load(settings: Settings) -> Findings:
             answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
             rates: dict[str, list[float]] = {name: [] for name in ([] if model is None else [ENGINE]) + [*servers]}
             for repetition in range(-1, settings.repetitions):
-                texts = prompts.take(max(clients, LEAST_STREAMS))
+                chosen = prompts.take(max(clients, LEAST_STREAMS))
                 if model is not None and engine is not None:
-                    speed = _engine_rate(model, engine, texts, settings.new_tokens)
+                    speed = _engine_rate(model, engine, chosen, settings.new_tokens)
                     rates[ENGINE] += [speed] if repetition >= 0 else []
                 for name, (url, fields) in servers.items():
-                    streams = send(url, bodies(texts, settings.new_tokens, **fields), clients)
+                    streams = send(url, bodies(chosen, settings.new_tokens, **fields), clients)
                     if repetition >= 0:
                         answers[name].append(streams)
                         rates[name].append(rate(streams))
@@ -129,8 +129,8 @@ def rate(answers: Sequence[Answer]) -> float:
     return sum(answer.tokens for answer in answers) / (max(a.end for a in answers) - min(a.sent for a in answers))
 
 
-def _engine_rate(model: api.LanguageModel, engine: Engine, texts: Sequence[str], new_tokens: int) -> float:
-    requests = [Request(tuple(prompt_ids(model.tokenizer, text)), new_tokens) for text in texts]
+def _engine_rate(model: api.LanguageModel, engine: Engine, chosen: Sequence[str], new_tokens: int) -> float:
+    requests = [Request(tuple(prompt_ids(model.tokenizer, text)), new_tokens) for text in chosen]
     began = time.monotonic()
     generations = generate_all(engine, requests)
     return sum(len(each.tokens) for each in generations) / (time.monotonic() - began)
