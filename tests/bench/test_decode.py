@@ -90,11 +90,11 @@ def test_prompts_from_jsonl_and_from_the_data_of_the_run(model_directory, tmp_pa
     found = load_prompts(model_directory, prompts=file, data=None, count=8, tokens=2, room=4)
     assert found == [(97, 98), (100, 101)]
 
-    (tmp_path / "texts").mkdir()
+    (tmp_path / "documents").mkdir()
     for i in range(20):
-        (tmp_path / "texts" / f"{i}.txt").write_text(f"document {i} " * 5)
+        (tmp_path / "documents" / f"{i}.txt").write_text(f"document {i} " * 5)
     data = tmp_path / "shards"
-    prepare([str(tmp_path / "texts")], data, ByteTokenizer(), Preparation(validation_fraction=0.5, seed=0))
+    prepare([str(tmp_path / "documents")], data, ByteTokenizer(), Preparation(validation_fraction=0.5, seed=0))
     found = load_prompts(model_directory, prompts=None, data=data, count=3, tokens=11, room=8)
     assert [len(prompt) for prompt in found] == [11, 11, 11] and len(set(found)) > 1
     assert set(sum(found, ())) <= set(b"document 0123456789")
