@@ -167,5 +167,5 @@ def test_the_position_records_the_plan(finished) -> None:
     config = finished()
     position = read_state(config.run_dir / "checkpoints" / "step-00000006").position
     assert (position.planned, position.extended) == (6, 0) and math.isclose(position.lr, rate_of(5, config))
-    with pytest.raises(UsageError, match=r"optimizer.extension 'again' is unknown; take hold or rewarm"):
+    with pytest.raises(UsageError, match=r"optimizer.extension 'again' is unknown; take one of hold, rewarm"):
         OptimizerConfig(extension="again")  # type: ignore[arg-type]
