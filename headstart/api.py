@@ -82,6 +82,7 @@ class LanguageModel:
         directory: Path | None = None,
         quantize: Quantize | None = None,
     ) -> None:
+        """Put `model` into decoding form; `directory` holds what `headstart tune` measured of it, if anything did."""
         self.config: ModelConfig = model.config
         self.transformer = pack(model, quantize=quantize)
         """The model itself, in decoding form."""
@@ -259,6 +260,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str = "cpu",
     quantize: Quantize | None = None,
+    heads: str | Path | None = None,
 ) -> LanguageModel:
     """Load a model for decoding.
 
@@ -270,9 +272,11 @@ def load(
         device: "cpu", "cuda", ...
         quantize: "int8" puts weights and activations of all products in int8, the rest in float32; for CPUs. The model
             is then a different one, close to the original (docs/decoding.md).
+        heads: a directory of draft heads for this model, or its name on the hub (docs/heads.md); what `headstart tune`
+            measures is kept in it.
 
-    Raises UsageError for a directory that is missing, foreign, truncated or of an unsupported kind, and for `quantize`
-    with another dtype or device.
+    Raises UsageError for a directory that is missing, foreign, truncated or of an unsupported kind, for `quantize` with
+    another dtype or device, and for heads of another model.
     """
     if isinstance(dtype, str):
         if dtype not in _DTYPES:
@@ -280,7 +284,8 @@ def load(
         dtype = _DTYPES[dtype]
     quantize = parse_quantize(quantize)
     path = boxed_model() if path is None else local_path(path)
-    model = load_model(path, dtype=dtype, device=device)
+    heads = None if heads is None else local_path(heads)
+    model = load_model(path, dtype=dtype, device=device, heads=heads)
     if dtype is None:
         model = model.to(decoding_dtype(model, quantize))
-    return LanguageModel(model, load_model_tokenizer(path), path, quantize)
+    return LanguageModel(model, load_model_tokenizer(path), heads or path, quantize)

@@ -35,15 +35,15 @@ class AdaptSettings:
     """Add heads to an existing model and train them, so that it decodes several tokens per pass."""
 
     model: Positional[Path]
-    """A model directory, such as RUN/model or an ordinary Hugging Face model, or OWNER/NAME on the hub. It is only
-    read."""
+    """A model directory, such as RUN/model or an ordinary Hugging Face model, a GGUF file, or OWNER/NAME on the hub. It
+    is only read."""
     data: tuple[str, ...]
     """Text like the text that the model will generate: files, folders, globs or hf:NAME, as for `headstart prepare`,
     also conversations with "messages" as `headstart distill-data` writes them; or folders that `prepare` wrote, encoded
     with the model's tokenizer."""
     run_dir: Path
-    """The run folder: checkpoints/, metrics.jsonl, and the result, model/. The same command resumes a run that was
-    stopped."""
+    """The run folder: checkpoints/, metrics.jsonl, and the result, model/ (or heads/, see --heads-only). The same
+    command resumes a run that was stopped."""
     heads: int = 4
     """Heads in all, including the model's own next-token head."""
     head_kind: str = "transformer"
@@ -56,6 +56,9 @@ class AdaptSettings:
     """sequential: use one module for all heads; medusa: the heads share the unembedding."""
     replace_heads: bool = False
     """Replace the heads that the model has beyond the first."""
+    heads_only: bool = False
+    """Write RUN/heads, the heads without their model (docs/heads.md), in place of RUN/model. Heads of a GGUF file are
+    always written so."""
     mode: Literal["heads", "joint"] = "heads"
     """heads: train the heads alone, and leave the model's own text the same to the bit; joint: then train all
     weights."""
@@ -206,6 +209,7 @@ def _adapt_config(settings: AdaptSettings) -> AdaptConfig:
         self_distilled=settings.self_distilled,
         lora=lora,
         replace_heads=settings.replace_heads,
+        heads_only=settings.heads_only or settings.model.is_file(),
         frozen_dtype=settings.frozen_dtype,
         cache_states=_cache(settings),
         cache_gib=settings.cache_gib,
@@ -282,7 +286,7 @@ def _conversations(settings: AdaptSettings) -> bool:
 
 
 def adapt(settings: AdaptSettings) -> dict[str, Any]:
-    """Train, and return the model directory and the acceptance of its drafts on held-out text.
+    """Train, and return the path of the result and the acceptance of its drafts on held-out text.
 
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved; UsageError for wrong settings or data.
     """
@@ -291,6 +295,8 @@ def adapt(settings: AdaptSettings) -> dict[str, Any]:
     config = run_config(settings)
     path = train(config)
     found: dict[str, Any] = {"model": str(path), "heads": config.model.heads, "head_kind": config.model.head_kind}
+    if config.adapt is not None and config.adapt.heads_only:
+        found |= {"model": str(config.adapt.model), "heads_from": str(path)}
     return found | acceptance(config, path)
 
 
@@ -308,7 +314,7 @@ def estimate_adapt_run(settings: AdaptSettings) -> dict[str, Any]:
     config = run_config(settings)
     check_packages(config.watch)
     check_storable(config)
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir, config.result)
     folder.check(config)
     if folder.started and config.adapt and (folder.path / SOURCE_FILE).is_file():
         check_unchanged(config.adapt.model, folder.path)
@@ -322,7 +328,7 @@ def estimate_adapt_run(settings: AdaptSettings) -> dict[str, Any]:
 def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
     """Return the share of drafts of each head that are right on held-out documents of the run's data.
 
-    It is also put into the model directory, for `headstart inspect`. In conversations the answers alone count, as in
+    It is also put into the result at `path`, for `headstart inspect`. In conversations the answers alone count, as in
     validation. The result is empty if nothing is held out.
     """
     from headstart.data.mixture import MixturePart, open_sources
@@ -352,7 +358,8 @@ def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
                 break
     if not tokens or not any(each[1:].any() for each in counted):
         return {}
-    model = load_model(path).float()
+    base = config.adapt.model if config.adapt is not None and config.adapt.heads_only else None
+    model = (load_model(path) if base is None else load_model(base, heads=path)).float()
     with Progress("acceptance", tokens, unit="tokens") as bar:
         scores = score_documents(
             model, documents, max(1, size), length=config.length, progress=bar.advance, counted=counted
@@ -369,7 +376,11 @@ def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:
 
 def format_adapted(found: dict[str, Any]) -> str:
     """Format the result of `adapt` for people."""
-    lines = [f"model: {found['model']} ({found['heads']} {found['head_kind']} heads)"]
+    heads = f"{found['heads']} {found['head_kind']} heads"
+    if "heads_from" in found:
+        lines = [f"heads: {found['heads_from']} ({heads}, for {found['model']})"]
+    else:
+        lines = [f"model: {found['model']} ({heads})"]
     if "acceptance" not in found:
         return lines[0] + "\nnothing was held out to measure its drafts on"
     lines.append(f"on {found['scored_tokens']:,} held-out tokens, read with teacher forcing:")

@@ -10,6 +10,8 @@ from headstart.commands.evaluate import ACCEPTANCE_FILE
 from headstart.decoding.policy.calibration import TUNING_FILE, AcceptanceTable, PassCosts, Tuning, parse_measured
 from headstart.errors import UsageError
 from headstart.fileio import read_json
+from headstart.formats.families import family_of
+from headstart.formats.heads import HEADS_CONFIG, StoredHeads
 from headstart.formats.hf_code_export import MODELING_FILE
 from headstart.formats.registry import load_config
 from headstart.model.config import ModelConfig
@@ -23,11 +25,17 @@ def write_card(
 ) -> str:
     """Return the text of README.md for a model directory, with the numbers of a results.json of `headstart evaluate`.
 
-    The card reports what the directory's files hold: acceptance.json (`headstart evaluate --record`), tuning.json
+    It may also hold heads without their model, whose base is then named by heads.json unless `base_model` is given. The
+    card reports what the directory's files hold: acceptance.json (`headstart evaluate --record`), tuning.json
     (`headstart tune`). Raises UsageError for no model, or files that are damaged.
     """
-    config = load_config(directory)
-    parts = [_front(licence, base_model), MARK, _introduction(directory, name, config, base_model)]
+    heads = StoredHeads.read(directory) if (directory / HEADS_CONFIG).is_file() else None
+    config = load_config(directory) if heads is None else heads.model
+    if heads is None:
+        parts = [_front(licence, base_model), MARK, _introduction(directory, name, config, base_model)]
+    else:
+        base_model = base_model or heads.base
+        parts = [_front(licence, base_model, adapter=True), MARK, _introduce_heads(name, heads, base_model)]
     try:
         parts += [_measured(directory, config, evaluation)]
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -35,16 +43,18 @@ def write_card(
             f"{directory}: {ACCEPTANCE_FILE}, {TUNING_FILE} or the results hold something unknown ({error!r}); "
             "measure again, or delete them"
         ) from error
-    parts += [_usage(directory, name, config), _licence(licence)]
+    use = _usage(directory, name, config) if heads is None else _use_of_heads(name, base_model)
+    parts += [use, _licence(licence)]
     return "\n\n".join(parts) + "\n"
 
 
-def _front(licence: str | None, base_model: str | None) -> str:
+def _front(licence: str | None, base_model: str | None, adapter: bool = False) -> str:
     lines = ["pipeline_tag: text-generation", "tags: [multi-token-prediction, speculative-decoding, headstart]"]
     if licence is not None:
         lines.insert(0, f"license: {licence}")
-    if base_model is not None:
+    if base_model is not None and "/" in base_model:  # another name is of no model on the hub
         lines.append(f"base_model: {base_model}")
+        lines += ["base_model_relation: adapter"] if adapter else []
     return "\n".join(["---", *lines, "---"])
 
 
@@ -81,6 +91,30 @@ def _introduction(directory: Path, name: str, config: ModelConfig, base_model: s
             if n > 1
             else "A language model, made with Headstart.",
             f"{drafts}{origin} {other}",
+            "",
+            *_table(["", ""], rows),
+        ]
+    )
+
+
+def _introduce_heads(name: str, heads: StoredHeads, base_model: str | None) -> str:
+    config, counts = heads.model, heads.model.parameters()
+    added = counts["total"] - counts["next_token_path"]
+    base = "its base"
+    if base_model is not None:
+        base = f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model
+    rows = [
+        ("parameters", f"{added:,}, in addition to {counts['next_token_path']:,} of the model"),
+        ("heads", f"2 to {config.heads}: {config.head_kind} heads, wired {config.wiring}"),
+        ("model", f"{family_of(config).model_type}, {config.next_token_layers} blocks, {config.dim} wide"),
+        ("SHA-256 of the model's tensors", f"`{heads.identity.sha256}`"),
+    ]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"Draft heads for {base}, without the model, made with Headstart. Head k predicts the k-th token behind a "
+            "position, so the model decodes several tokens per pass, and writes the same as without them.",
             "",
             *_table(["", ""], rows),
         ]
@@ -192,6 +226,20 @@ def _usage(directory: Path, name: str, config: ModelConfig) -> str:
                 "With its code, `generate` writes what it writes without: the same tokens greedily and, after the same "
                 "`torch.manual_seed`, sampled, up to the rounding of logits.",
             ]
+    return "\n".join(lines)
+
+
+def _use_of_heads(name: str, base_model: str | None) -> str:
+    base = base_model or "BASE"
+    lines = ["## Use", "", "```python", "import headstart", "", f'model = headstart.load("{base}", heads="{name}")']
+    lines += ['print(model.generate("Once", max_new_tokens=100).text)', "```"]
+    lines += ["", "```", f"headstart generate {base} --heads-from {name} --prompt Once --stats"]
+    lines += [f"headstart serve {base} --heads-from {name}", "```", ""]
+    lines += [
+        "The model may be the original or a GGUF file of it, also a quantized one. Another model is refused. In "
+        "Headstart decoding with any number of heads is lossless by default: token for token the text of plain "
+        "decoding, greedy or sampled with the same seed."
+    ]
     return "\n".join(lines)
 
 

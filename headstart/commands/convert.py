@@ -13,6 +13,7 @@ from headstart.errors import UsageError
 from headstart.fileio import replacing_directory, replacing_file
 
 if TYPE_CHECKING:
+    from headstart.data.tokenizers import Tokenizer
     from headstart.formats.format import Format
     from headstart.model.transformer import Transformer
 
@@ -28,7 +29,9 @@ class ConvertSettings:
     to: str = "headstart"
     """headstart (an ordinary Hugging Face model, with further heads in heads/), hf-code (the same, with code by which
     transformers alone decodes with all heads), meta (Meta's multi-token release), medusa (heads for vLLM and TGI), mimo
-    (sequential heads for vLLM and SGLang), gguf (head 1 for llama.cpp)."""
+    (sequential heads for vLLM and SGLang), gguf (head 1 for llama.cpp), heads (the others without it)."""
+    heads_from: str | None = None
+    """A directory of heads without their model, or its name on the hub; the result has them too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype to store the weights in (default: that of the source)."""
     tokenizer: str | None = None
@@ -39,7 +42,9 @@ class ConvertSettings:
 
 def run(settings: ConvertSettings) -> None:
     """Convert the model, and print what was compared."""
-    found = convert(settings.source, settings.target, settings.to, settings.dtype, settings.tokenizer)
+    found = convert(
+        settings.source, settings.target, settings.to, settings.dtype, settings.tokenizer, settings.heads_from
+    )
     print_result(found, settings.json, format_conversion)
 
 
@@ -52,6 +57,7 @@ def convert(
     to: str = "headstart",
     dtype: str | None = None,
     tokenizer: str | None = None,
+    heads: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the model at `source` to `target` in the format `to`, a key of `FORMATS`; settings as in `ConvertSettings`.
 
@@ -59,21 +65,20 @@ def convert(
     mapping returned has "path", "format", "left_out" (lines) and "checks".
 
     Raises UsageError for a source that cannot be read, a format that cannot express it, a target that holds something
-    else, and a result that is not the same.
+    else, heads of another model, and a result that is not the same.
     """
     import torch
 
-    from headstart.formats.huggingface import TOKENIZER_FILE
-    from headstart.formats.registry import format_named, load_data_tokenizer, load_model, load_model_tokenizer
+    from headstart.formats.registry import format_named, load_model
 
     form, path = format_named(to), Path(target).resolve()
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
     _check_target(form, to, Path(source).resolve(), path)
-    model = load_model(source)
-    result_tokenizer = load_model_tokenizer(source) if tokenizer is None else load_data_tokenizer(tokenizer)
-    if result_tokenizer is None:
-        say(f"{source}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
+    model = load_model(source, heads=heads)
+    if heads is not None:
+        _compare_all_values(model, source, heads)
+    result_tokenizer = _result_tokenizer(source, tokenizer) if form.whole else None
     stored = model.trunk.embedding.weight.dtype
     left = []
     if dtype is not None and getattr(torch, dtype) != stored:
@@ -82,10 +87,29 @@ def convert(
             left.append(f"weights: rounded from {str(stored).removeprefix('torch.')} to {dtype}")
     with replacing_file(path) if form.is_file else replacing_directory(path) as temporary:
         left += form.write(model, temporary, result_tokenizer)
-        if not form.is_file:
+        if form.whole and not form.is_file:
             _keep_generation(source, model, temporary / form.folder, always=tokenizer is None)
         checks = form.check(model, temporary, result_tokenizer)
     return {"path": str(path), "format": to, "left_out": left, "checks": [check.as_json() for check in checks]}
+
+
+def _compare_all_values(model: Transformer, source: str | Path, heads: str | Path) -> None:
+    """Raise UsageError if any value of the source is another than when the heads were trained; loading samples some."""
+    from headstart.formats.heads import StoredHeads
+    from headstart.formats.hub import local_path
+
+    StoredHeads.read(local_path(heads)).compare_base(model, Path(source), all_values=True)
+
+
+def _result_tokenizer(source: str | Path, named: str | None) -> Tokenizer | None:
+    """Return the tokenizer that is named, or the source's; a line reports that there is none."""
+    from headstart.formats.huggingface import TOKENIZER_FILE
+    from headstart.formats.registry import load_data_tokenizer, load_model_tokenizer
+
+    found = load_model_tokenizer(source) if named is None else load_data_tokenizer(named)
+    if found is None:
+        say(f"{source}: has no {TOKENIZER_FILE}, so the result takes ids; give one with --tokenizer")
+    return found
 
 
 def _keep_generation(source: str | Path, model: Transformer, folder: Path, always: bool) -> None:

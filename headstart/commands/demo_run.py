@@ -135,7 +135,7 @@ def _clear_earlier_demo(config: RunConfig) -> None:
     folder = RunFolder(config.run_dir)
     if folder.config.exists() and (config.run_dir / "metrics.jsonl").exists():
         say(f"   {config.run_dir} holds an earlier demo, which is replaced (its prepared data is kept)")
-        for old in (folder.checkpoints, folder.model):
+        for old in (folder.checkpoints, folder.result):
             shutil.rmtree(old, ignore_errors=True)
         for file in (folder.metrics, folder.config, config.run_dir / "report.html", config.run_dir / "results.json"):
             file.unlink(missing_ok=True)

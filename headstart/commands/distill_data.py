@@ -21,6 +21,9 @@ class DistillDataSettings:
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md). The output does not depend on
+    it."""
     prompts: Path
     """.jsonl with "prompt", "text" or "messages" in each line, or plain text with a prompt a line. In a conversation
     each question is answered in turn; answers in the file are ignored."""
@@ -68,7 +71,7 @@ def run(settings: DistillDataSettings) -> None:
 
     use_threads(settings.threads)
     directory = model_path(settings.model)
-    loaded = headstart.load(directory, dtype=settings.dtype, device=settings.device)
+    loaded = headstart.load(directory, settings.dtype, settings.device, heads=settings.heads_from)
     distillation = DistillSettings(
         settings.prompts,
         settings.out,

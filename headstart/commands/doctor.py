@@ -9,6 +9,7 @@ from tyro.conf import Positional
 
 from headstart import hardware
 from headstart.console import print_result
+from headstart.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class DoctorSettings:
 
     model: Positional[str | None] = None
     """A model directory (None: check the machine alone)."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     json: bool = False
     """Print the findings as JSON."""
 
@@ -25,7 +28,9 @@ def run(settings: DoctorSettings) -> None:
     """Print the findings; the exit status is 1 if a check fails."""
     from headstart.commands.doctor_checks import diagnose
 
-    found = diagnose(settings.model)
+    if settings.heads_from is not None and settings.model is None:
+        raise UsageError("--heads-from is for a model; name it")
+    found = diagnose(settings.model, settings.heads_from)
     print_result(found, settings.json, format_diagnosis)
     if any(finding["status"] == "fail" for finding in found["findings"]):
         raise SystemExit(1)

@@ -29,6 +29,8 @@ from headstart.decoding.policy.timing import (
 )
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
+from headstart.formats.heads import StoredHeads
+from headstart.formats.hub import local_path
 from headstart.formats.huggingface import load_peer
 from headstart.formats.registry import load_config, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
@@ -68,14 +70,16 @@ class Finding:
     values: dict[str, Any]
 
 
-def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None) -> dict[str, Any]:
-    """Check the machine and, if given, a model directory.
+def diagnose(
+    model_path: str | Path | None = None, heads: str | Path | None = None, *, sizes: Sizes | None = None
+) -> dict[str, Any]:
+    """Check the machine and, if given, a model directory and a directory of heads for it.
 
     The result has "machine", "findings" (`Finding` as mappings) and "verdict", the worst status. Raises UsageError if
-    `model_path` is not a readable model.
+    `model_path` is not a readable model, and for heads of another one.
     """
     sizes = sizes or Sizes()
-    config = None if model_path is None else load_config(model_path)  # fails before anything is timed
+    config = None if model_path is None else load_config(model_path, heads)  # fails before anything is timed
     described = hardware.describe()
     findings = [
         _check_processor(described),
@@ -88,7 +92,7 @@ def diagnose(model_path: str | Path | None = None, *, sizes: Sizes | None = None
     if torch.cuda.is_available():
         findings.append(_check_gpu(sizes))
     if model_path is not None and config is not None:
-        findings += _check_model(Path(model_path), config)
+        findings += _check_model(Path(model_path), config, heads)
     worst = max((f.status for f in findings), key=("ok", "warn", "fail").index)
     return {
         "machine": described,
@@ -242,17 +246,34 @@ def _check_gpu(sizes: Sizes) -> Finding:
     return Finding("gpu", "ok" if supported else "warn", sentence, {"name": name, "gb_per_second": speed})
 
 
-def _check_model(path: Path, config: ModelConfig) -> list[Finding]:
+def _check_model(path: Path, config: ModelConfig, heads: str | Path | None) -> list[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_model_tokenizer(path)
     prompts = _make_prompts(tokenizer, config)
     findings = [compare_with_transformers(path, config, prompts[0])]
-    loaded = load_model(path, device=device)
+    loaded = load_model(path, device=device, heads=heads)
+    if heads is not None:
+        findings.append(_check_base(loaded, path, heads))
     model = pack(loaded.to(decoding_dtype(loaded)))
     tokens = _count_affordable_tokens(model, prompts)
     for temperature in (0.0, 0.8):
         findings.append(_check_speculation(model, prompts, tokens, temperature))
     return findings
+
+
+def _check_base(model: Transformer, path: Path, heads: str | Path) -> Finding:
+    """Compare all values of a model with those that its heads were trained on; loading compares samples."""
+    stored = StoredHeads.read(local_path(heads))
+    try:
+        copy = stored.compare_base(model, path, all_values=True)
+    except UsageError as error:
+        return Finding("base of the heads", "fail", f"{error}.", {"copy": None})
+    found = {
+        "same": f"the model is the one that the heads were trained on (SHA-256 {stored.identity.sha256[:12]}...).",
+        "rounded": "the model is the one that the heads were trained on, rounded differently.",
+        "quantized": "the model is the one that the heads were trained on, quantized differently.",
+    }
+    return Finding("base of the heads", "ok", found[copy], {"copy": copy, "sha256": stored.identity.sha256})
 
 
 def _make_prompts(tokenizer: Tokenizer | None, config: ModelConfig) -> list[tuple[int, ...]]:

@@ -33,6 +33,8 @@ class EvaluateSettings:
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     tasks: tuple[str, ...] = TASKS
     """heads: bits per byte, top-1 accuracy and correct drafts of every head on the text, with teacher forcing;
     acceptance: drafts accepted while the model generates, greedily and sampled; humaneval, mbpp, mbpp-sanitized,
@@ -74,7 +76,7 @@ class EvaluateSettings:
     """Folder for results.json, results.md and results.html, and for the programs of an interrupted evaluation, which
     resumes from them."""
     record: bool = False
-    """Put the acceptance into the model directory, for `headstart inspect`."""
+    """Put the acceptance into the model directory, or that of the heads, for `headstart inspect`."""
     json: bool = False
     """Print the results as JSON."""
 
@@ -82,6 +84,7 @@ class EvaluateSettings:
 def run(settings: EvaluateSettings) -> None:
     """Evaluate, write the results that the settings name, and print them."""
     from headstart.formats.bundled import model_path
+    from headstart.formats.hub import local_path
 
     use_threads(settings.threads)
     path = model_path(settings.model)
@@ -89,7 +92,7 @@ def run(settings: EvaluateSettings) -> None:
     if settings.out is not None:
         write(found, settings.out)
     if settings.record:
-        record(found, path)
+        record(found, path if settings.heads_from is None else local_path(settings.heads_from))
     print_result(found, settings.json, format_evaluation)
 
 
@@ -118,15 +121,12 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if settings.quantize and settings.record:
         raise UsageError("--record keeps the acceptance of the model as it is stored; leave --quantize out")
-    found: dict[str, Any] = {"model": str(path)}
-    if settings.dtype:
-        found["dtype"] = settings.dtype
-    if settings.quantize:
-        found["quantize"] = settings.quantize
+    named = {name: getattr(settings, name) for name in ("heads_from", "dtype", "quantize")}
+    found: dict[str, Any] = {"model": str(path), **{name: value for name, value in named.items() if value}}
     if set(settings.tasks) & set(TASKS):
         found |= _heads_and_acceptance(path, settings)
     if programs or foreign:
-        model = load(path, settings.dtype, settings.device, settings.quantize)
+        model = load(path, settings.dtype, settings.device, settings.quantize, settings.heads_from)
         found["heads_of_model"] = model.config.heads
         name = str(path.resolve()) + "".join(f" in {how}" for how in (settings.dtype, settings.quantize) if how)
     if foreign:
@@ -159,7 +159,7 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
     if not settings.text and ("heads" in settings.tasks or (free and prompts is None)):
         raise UsageError("name what to evaluate on: --text FILE, FOLDER ... (the task acceptance also takes --prompts)")
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    model = load_model(path, dtype=dtype, device=settings.device)
+    model = load_model(path, dtype, settings.device, settings.heads_from)
     model = model.to(dtype or decoding_dtype(model, settings.quantize)).eval()
     if settings.quantize:  # the decoding form reads the text too
         model = pack(model, quantize=settings.quantize)
@@ -233,7 +233,7 @@ def write(found: dict[str, Any], out: Path) -> None:
 
 
 def record(found: dict[str, Any], path: Path) -> None:
-    """Put the acceptance into the model directory, for `headstart inspect`."""
+    """Put the acceptance into the directory of the model or its heads, for `headstart inspect`."""
     write_text(path / ACCEPTANCE_FILE, json.dumps(acceptance_of(found), indent=2) + "\n")
     say(f"recorded: {path / ACCEPTANCE_FILE}")
 

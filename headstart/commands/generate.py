@@ -26,6 +26,8 @@ class GenerateSettings:
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box)."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     prompt: str
     """Text to continue; - reads it from standard input."""
     chat: bool = False
@@ -95,7 +97,7 @@ def run(settings: GenerateSettings) -> None:
     use_threads(settings.threads)
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     loaded = headstart.load(
-        model_path(settings.model), dtype=settings.dtype, device=settings.device, quantize=settings.quantize
+        model_path(settings.model), settings.dtype, settings.device, settings.quantize, settings.heads_from
     )
     if settings.system is not None and not settings.chat:
         raise UsageError("--system is for conversations; give --chat too")

@@ -24,6 +24,8 @@ class InspectSettings:
 
     model: Positional[str | None] = None
     """A model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (None: the model in the box)."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -32,7 +34,7 @@ def run(settings: InspectSettings) -> None:
     """Print what the model holds."""
     from headstart.formats.bundled import model_path
 
-    found = inspect(model_path(None) if settings.model is None else settings.model)
+    found = inspect(model_path(None) if settings.model is None else settings.model, settings.heads_from)
     print_result(found, settings.json, format_inspection)
 
 
@@ -42,10 +44,11 @@ CACHE_DTYPES = ("bfloat16", "float32")
 PARTS = ("embedding", "trunk", "heads", "unembedding", "total", "non_embedding", "next_token_path")
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, heads: str | Path | None = None) -> dict[str, Any]:
     """Return what the model directory `path` holds, or the sizes of one of the paper's models ("100M").
 
-    No weights are read. Raises UsageError if `path` is neither.
+    With a directory of draft heads, the model has them. No weights are read. Raises UsageError if `path` is neither, or
+    the heads are for a model of other sizes.
     """
     import torch
 
@@ -60,11 +63,15 @@ def inspect(path: str | Path) -> dict[str, Any]:
     directory = local_path(path)
     if not directory.exists():
         raise UsageError(f"{path}: no such model; name a model directory, or one of the sizes {', '.join(PRESETS)}")
-    config = load_config(directory)
+    config = load_config(directory, heads)
     tokenizer = load_model_tokenizer(directory)
+    measured = directory if heads is None else local_path(heads)
     files = _files(directory)
+    if heads is not None:
+        files |= {f"{measured.name}/{name}": size for name, size in _files(measured).items()}
     found: dict[str, Any] = {
         "model": str(directory),
+        **({} if heads is None else {"heads_from": str(measured)}),
         **_shape(config),
         "parameters": config.parameters(),
         "dtype": str(load_dtype(directory)).removeprefix("torch."),
@@ -77,8 +84,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "family": family_of(config).model_type,
         "kv_bytes_per_token": {name: kv_bytes_per_token(config, getattr(torch, name)) for name in CACHE_DTYPES},
     }
-    if (directory / ACCEPTANCE_FILE).is_file():
-        found["acceptance"] = read_json(directory / ACCEPTANCE_FILE)
+    if (measured / ACCEPTANCE_FILE).is_file():
+        found["acceptance"] = read_json(measured / ACCEPTANCE_FILE)
     return found
 
 
@@ -157,7 +164,7 @@ def _format_preset(found: dict[str, Any]) -> str:
 def _format_directory(found: dict[str, Any]) -> str:
     tokenizer = found["tokenizer"]
     lines = [
-        found["model"],
+        found["model"] + (f", with the heads of {found['heads_from']}" if "heads_from" in found else ""),
         _sizes(found),
         f"weights: {found['dtype']}, {_size(found['bytes'])} on disk",
         "tokenizer: "

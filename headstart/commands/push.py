@@ -1,4 +1,4 @@
-"""`headstart push`: a model directory with a card, into a folder or onto the Hugging Face hub."""
+"""`headstart push`: a model directory, or heads alone, with a card, into a folder or onto the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from headstart.fileio import read_json, replacing_directory
 
 CARD = "README.md"
 SENT = (
-    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "heads.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("heads/*.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("tokenizer.model", "chat_template.jinja", "acceptance.json", "tuning.json", PROMPTS_FILE, CARD),
     *("modeling_headstart.py", "custom_generate/generate.py", "LICENSE*", "NOTICE*"),
 )
-"""The files of a model directory that are sent; others in the directory stay."""
+"""The files of a model directory, or of heads alone, that are sent; others in the directory stay."""
 
 
 @dataclass(frozen=True)
 class PushSettings:
-    """Put a model and a model card into a folder, or onto the Hugging Face hub."""
+    """Put a model, or draft heads alone, and a model card into a folder, or onto the Hugging Face hub."""
 
     model: Positional[str]
-    """A model directory."""
+    """A model directory, or a directory of heads without their model."""
     to: str
     """A folder, or OWNER/NAME on the hub (hf:OWNER/NAME if a folder might be meant)."""
     licence: str | None = None
@@ -59,16 +59,14 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def push(settings: PushSettings, api: Any = None) -> dict[str, Any]:
-    """Put a model directory with a model card into a folder, or onto the hub (`hub_id`).
+    """Put a model directory, or heads alone, with a model card into a folder, or onto the hub (`hub_id`).
 
     `api` stands in for huggingface_hub's HfApi. The result has "to", "files" (paths in the result), "left" (files of
     the model directory that are not sent) and "card". Raises UsageError for no model, a folder that holds something
     else, damaged files, or a hub that refuses.
     """
-    from headstart.formats.registry import load_config
-
     directory, to, evaluation = Path(settings.model), settings.to, settings.evaluation
-    load_config(directory)
+    contents = _check_source(directory, settings.base_model)
     repository = hub_id(to)
     if (directory / PROMPTS_FILE).is_file():
         read_prompt_file(directory / PROMPTS_FILE)  # a damaged file would stop `evaluate` and `tune` at its receiver
@@ -80,16 +78,16 @@ def push(settings: PushSettings, api: Any = None) -> dict[str, Any]:
     sent = {str(file.relative_to(directory)): file for file in files}
     present = [f for f in directory.rglob("*") if f.is_file()]
     left = sorted(str(file.relative_to(directory)) for file in present if file not in sent.values())
-    card, origin = _card(settings, repository or Path(to).resolve().name, results)
+    contents[CARD], origin = _card(settings, repository or Path(to).resolve().name, results)
     if repository is None:
         target = Path(to).expanduser().resolve()
         _check_target(directory.resolve(), target)
         with replacing_directory(target) as temporary:
-            _fill(temporary, sent, card, shutil.copyfile)
+            _fill(temporary, sent, contents, shutil.copyfile)
         where = str(target)
     else:
         with tempfile.TemporaryDirectory(prefix="headstart-push-") as folder:
-            _fill(Path(folder), sent, card, os.symlink)
+            _fill(Path(folder), sent, contents, os.symlink)
             where = _upload(Path(folder), repository, settings.private, api)
     return {"to": where, "files": sorted({*sent, CARD}), "left": left, "card": origin}
 
@@ -108,6 +106,21 @@ def hub_id(to: str) -> str | None:
     if not re.fullmatch(HUB_ID, to) or path.exists() or path.parent.is_dir():
         return None
     return to
+
+
+def _check_source(directory: Path, base: str | None) -> dict[str, str]:
+    """Return the text of heads.json with the name of the base, if the directory holds heads alone and it is given.
+
+    Raises UsageError for a directory without model or heads.
+    """
+    from headstart.formats.heads import HEADS_CONFIG, StoredHeads, with_base_name
+    from headstart.formats.registry import load_config
+
+    if not (directory / HEADS_CONFIG).is_file():
+        load_config(directory)
+        return {}
+    StoredHeads.read(directory).open_tensors()
+    return {} if base is None else {HEADS_CONFIG: with_base_name(directory / HEADS_CONFIG, base)}
 
 
 def _card(settings: PushSettings, name: str, results: dict[str, Any] | None) -> tuple[str, str]:
@@ -131,12 +144,14 @@ def _card(settings: PushSettings, name: str, results: dict[str, Any] | None) -> 
     return write_card(directory, name, licence, base, results), "written"
 
 
-def _fill(folder: Path, sent: dict[str, Path], card: str, place: Any) -> None:
+def _fill(folder: Path, sent: dict[str, Path], contents: dict[str, str], place: Any) -> None:
+    """Put the files into the folder; those named in `contents` get that content."""
     for name, file in sent.items():
-        if name != CARD:
+        if name not in contents:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             place(file.resolve(), folder / name)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _check_target(source: Path, target: Path) -> None:
@@ -145,8 +160,10 @@ def _check_target(source: Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; name a folder")
     from headstart.formats.config_json import CONFIG_FILE
+    from headstart.formats.heads import HEADS_CONFIG
 
-    earlier = (target / CONFIG_FILE).is_file() and (target / CARD).is_file()
+    model_or_heads = any((target / name).is_file() for name in (CONFIG_FILE, HEADS_CONFIG))
+    earlier = model_or_heads and (target / CARD).is_file()
     if target.is_dir() and any(target.iterdir()) and not earlier:
         raise UsageError(f"{target}: holds something else, and would be replaced; name a new folder")
 

@@ -34,6 +34,9 @@ class TuneSettings:
 
     model: Positional[str | None] = None
     """A model directory (None: the model in the box). `tuning.json` is written into it."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md). `tuning.json` is written into
+    it."""
     prompts: Path | None = None
     """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line (None: the prompts in the
     model directory, or pieces of held-out documents of its run). Conversations go through the chat template."""
@@ -86,10 +89,12 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     from headstart.decoding.policy.timing import pass_costs
     from headstart.evaluation.inputs import find_prompts, prompt_limit, sizes
     from headstart.formats.bundled import model_path
+    from headstart.formats.hub import local_path
 
     path = model_path(settings.model)
     _check(settings)
-    language_model = headstart.load(path, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
+    heads = None if settings.heads_from is None else local_path(settings.heads_from)
+    language_model = headstart.load(path, settings.dtype, settings.device, settings.quantize, heads)
     model = language_model.transformer
     if model.config.heads == 1:
         raise UsageError(f"{path}: has one head, so there are no drafts to tune")
@@ -99,7 +104,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         raise UsageError(f"{path}: sequential heads draft one chain, not trees; leave --tree-nodes out")
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context, most=128)
     limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
-    given = find_prompts(path, settings.prompts, settings.data, settings.prompt_count, length, new, limit)
+    given = find_prompts(path, settings.prompts, settings.data, settings.prompt_count, length, new, limit, heads)
     prompts = given.prompts
     length = sum(map(len, prompts)) // len(prompts)
     counts = {"prompts": len(prompts), "skipped_prompts": given.skipped, "cut_prompts": given.cut}
@@ -120,7 +125,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     if trees and _best(trees)["expected_speedup"] > TREE_MARGIN * _best(trees, chain=True)["expected_speedup"]:
         tuning = replace(tuning, tree=DraftTree.parse(_best(trees)["tree"]))
     more = {"date": date.today().isoformat(), "torch": torch.__version__, **counts, "temperature": settings.temperature}
-    file = write_tuning(path, model, tuning, more)
+    file = write_tuning(heads or path, model, tuning, more)
     say(f"tuning: {file}")
     return {**_summarize(path, tuning), "trees": trees, "exact": backend_of(model).row_exact, **counts}
 

@@ -205,12 +205,13 @@ def find_prompts(
     tokens: int,
     room: int,
     limit: tuple[int, LongPrompts],
+    heads: Path | None = None,
 ) -> FilePrompts:
     """Find at most `count` prompts for a model.
 
     They come from the file `prompts` or from the model directory's own (`fitting_prompts` with `limit`). Otherwise they
     are pieces of `tokens` tokens, followed by `room` more, of held-out documents in the shards folder `data` or in that
-    of the model's run (RUN/model).
+    of the run of the model (RUN/model), or of its separate `heads` (RUN/heads).
     """
     tokenizer = load_model_tokenizer(model)
     if prompts is None and data is None and (model / PROMPTS_FILE).is_file():
@@ -220,7 +221,7 @@ def find_prompts(
             raise UsageError(f"{model}: has no tokenizer to read {prompts} with; give --data, prepared tokens")
         given = fitting_prompts(prompts, tokenizer, *limit)
     else:
-        shards = TokenShards.open(data or _data_of_run(model), "validation")
+        shards = TokenShards.open(data or _data_of_run(heads or model), "validation")
         documents = [shards.document(i) for i in range(len(shards.documents))]
         given = FilePrompts(cut_prompts(documents, count, tokens, room))
     vocab_size = load_config(model).vocab_size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +42,25 @@ def assemble(
 
 
 def assemble_in_place(
-    config: ModelConfig, fill: Callable[[Part, Tensor], None], dtype: torch.dtype, device: str | torch.device = "cpu"
+    config: ModelConfig,
+    fill: Callable[[Part, Tensor], None],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    shared: Mapping[str, nn.Parameter] = MappingProxyType({}),
 ) -> Transformer:
     """Return a model whose parameters `fill` writes, part by part, into their rows.
 
-    The model is in memory only once.
+    The model is in memory only once. Parameters in `shared`, which `parameters_by_part` returned for another model, are
+    taken as they are.
     """
     with torch.device("meta"):
         model = Transformer(config)
     check_names(model)
     state: dict[str, Tensor] = {}
     for name, parts in stored_parts(config).items():
+        if (given := shared.get(parts[0].name)) is not None:
+            state[name] = given
+            continue
         rows = [part.shape[0] for part in parts]
         parameter = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=dtype, device=device)
         for target, part in zip(parameter.split(rows), parts):
@@ -62,6 +71,13 @@ def assemble_in_place(
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]
     model.load_state_dict(state, assign=True)
     return model
+
+
+def parameters_by_part(model: Transformer) -> dict[str, nn.Parameter]:
+    """Return the parameters of trunk and head 1 by the name of their first part in a model directory."""
+    state = dict(model.named_parameters())
+    files = stored_parts(model.config).items()
+    return {parts[0].name: state[name] for name, parts in files if parts[0].file == MODEL_FILE}
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:

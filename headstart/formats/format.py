@@ -102,6 +102,8 @@ class Format(ABC):
     """True if a result is one file; otherwise it is a directory."""
     folder: ClassVar[str] = ""
     """The folder in a result that holds the ordinary model, with its config.json and its tokenizer."""
+    whole: ClassVar[bool] = True
+    """True if a result is a model of its own, with a tokenizer and the tokens that end its text."""
     readable: ClassVar[bool] = True
     """True if the format has `read`. Results of the others are read as another format, or not at all."""
 

@@ -21,6 +21,7 @@ FILES = (
     "chat_template*",
     "vocab.json",
     "merges.txt",
+    "heads.json",
     "heads/*",
     "acceptance.json",
     "tuning.json",
@@ -41,6 +42,17 @@ def local_path(named: str | Path) -> Path:
     if path.exists() or path.suffix == SUFFIX or not re.fullmatch(HUB_ID, str(named)):
         return path
     return fetch_directory(str(named))
+
+
+def name_of(path: Path) -> str:
+    """Return the name of the model at `path`, which says nothing about this machine.
+
+    OWNER/NAME of a copy in the hub's cache, and otherwise the name of the run, the directory or the file.
+    """
+    path = path.resolve()
+    cached = [re.fullmatch(r"models--([^/]+?)--([^/]+)", part) for part in path.parts]
+    hub = [f"{found[1]}/{found[2]}" for found in cached if found]
+    return hub[-1] if hub else path.parent.name if path.name == "model" else path.name
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from headstart.errors import UsageError
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.format import Format
 from headstart.formats.gguf import Gguf
+from headstart.formats.heads import DraftHeads, StoredHeads
 from headstart.formats.hf_code_export import HfCode
 from headstart.formats.hub import SUFFIX, local_path
 from headstart.formats.huggingface import TOKENIZER_FILE, HuggingFace
@@ -31,6 +32,7 @@ FORMATS: dict[str, Format] = {
     "medusa": Medusa(),
     "mimo": Mimo(),
     "gguf": Gguf(),
+    "heads": DraftHeads(),
 }
 
 
@@ -52,26 +54,40 @@ def format_at(path: Path) -> Format:
     return next((form for form in readers if form.detect(path)), FORMATS["headstart"])
 
 
-def load_model(named: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
+def load_model(
+    named: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    heads: str | Path | None = None,
+) -> Transformer:
     """Return the model at a path, in any format that can be read, or of the name OWNER/NAME on the hub.
 
     Args:
         named: a directory or a GGUF file that exists, or a name on the hub.
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
+        heads: a directory of heads for this model, or its name on the hub (`heads.py`).
 
     Raises:
-        UsageError: no model, one that headstart does not compute, or files that are missing, damaged, or at odds with
-            one another.
+        UsageError: no model, one that headstart does not compute, files that are missing, damaged, or at odds with one
+            another, or heads of another model.
     """
     path = local_path(named)
-    return format_at(path).read(path, dtype, device)
+    form = format_at(path)
+    if heads is None:
+        return form.read(path, dtype, device)
+    stored = StoredHeads.read(local_path(heads))
+    stored.config_on(form.read_config(path), path)  # sizes are compared before tensors are read
+    # The stored values are compared, not those of another dtype.
+    model = stored.attach(form.read(path, None, device), path)
+    return model if dtype is None else model.to(dtype)
 
 
-def load_config(named: str | Path) -> ModelConfig:
+def load_config(named: str | Path, heads: str | Path | None = None) -> ModelConfig:
     """Return the configuration of a model that `load_model` loads. Raises UsageError like it."""
     path = local_path(named)
-    return format_at(path).read_config(path)
+    config = format_at(path).read_config(path)
+    return config if heads is None else StoredHeads.read(local_path(heads)).config_on(config, path)
 
 
 def load_dtype(named: str | Path) -> torch.dtype:

@@ -82,25 +82,32 @@ class TensorFiles:
                 if not straight:
                     piece.copy_(read)
 
-    def check(self, expected: dict[str, tuple[int, ...]], path: Path, ignored: Iterable[str] = ()) -> None:
-        """Raise UsageError unless exactly the `expected` names and shapes are present; `path` names missing ones."""
+    def check(
+        self,
+        expected: dict[str, tuple[int, ...]],
+        path: Path,
+        ignored: Iterable[str] = (),
+        config: str = "config.json",
+    ) -> None:
+        """Raise UsageError unless exactly the `expected` names and shapes of the file `config` are present.
+
+        `path` names missing ones.
+        """
         missing = [name for name in expected if name not in self._where]
         if missing:
-            raise UsageError(
-                f"{path}: lacks {_some(missing)}, which config.json promises; copy the model directory again"
-            )
+            raise UsageError(f"{path}: lacks {_some(missing)}, which {config} promises; copy the model directory again")
         unexpected = set(self._where) - set(expected) - set(ignored)
         if unexpected:
             names = sorted(unexpected)
             raise UsageError(
-                f"{self.path(names[0])}: holds {_some(names)}, of which config.json says nothing; "
-                "use the config.json that was saved with it"
+                f"{self.path(names[0])}: holds {_some(names)}, of which {config} says nothing; "
+                f"use the {config} that was saved with it"
             )
         for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise UsageError(
-                    f"{self.path(name)}: {name} has shape {list(self.shape(name))}, not {list(shape)} as config.json "
-                    "says; use the config.json that was saved with it"
+                    f"{self.path(name)}: {name} has shape {list(self.shape(name))}, not {list(shape)} as {config} "
+                    f"says; use the {config} that was saved with it"
                 )
             self.dtype(name)
 

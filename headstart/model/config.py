@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,6 +82,16 @@ class ModelConfig(Shape):
     def next_token_layers(self) -> int:
         """Blocks between a token and the logits of head 1: the layers of the ordinary decoder that they are."""
         return self.trunk_layers + sum(map(self.kind.has_block, self.path(1)))
+
+    @property
+    def next_token_decoder(self) -> ModelConfig:
+        """Trunk and head 1 alone: the configuration of an ordinary decoder, whose last layer is head 1."""
+        layers = self.next_token_layers
+        return replace(
+            self, layers=layers, heads=1, shared=True, wiring="parallel", extra_layers=0, offsets=None,
+            # A head needs a trunk below it. If there is one layer, it is the trunk, and head 1 reads it as it is.
+            head_kind="transformer" if layers > 1 else "linear",
+        )  # fmt: skip
 
     @property
     def windowed(self) -> bool:

@@ -39,7 +39,7 @@ MOST_GRACE = 5
 
 def make_service(directory: Path, settings: ServeSettings) -> Service:
     """Load the model, and start the thread of its engine. Raises UsageError for settings that do not fit the model."""
-    model = api.load(directory, dtype=settings.dtype, device=settings.device, quantize=settings.quantize)
+    model = api.load(directory, settings.dtype, settings.device, settings.quantize, settings.heads_from)
     most = model.config.context
     if settings.context is not None and settings.context > most:
         raise UsageError(f"--context is {settings.context}; this model's is {most}")

@@ -47,6 +47,8 @@ class ServeSettings:
     heads: int | None = None
     """Number of heads that decode if a request does not say (default: those that pay, as `headstart tune` measured;
     without that all). The output does not depend on it."""
+    heads_from: str | None = None
+    """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     lookup: int = 0
     """Most drafts per pass from prompt lookup, which copies from the text so far."""
     exact: bool = True

@@ -207,6 +207,11 @@ class RunConfig:
         return self.model.vocab_size - len(self.own_tokens) + self.own_tokens.index(method)
 
     @property
+    def result(self) -> str:
+        """Folder in the run folder for what the run makes: "model", or "heads" for heads without their model."""
+        return "heads" if self.adapt is not None and self.adapt.heads_only else "model"
+
+    @property
     def length(self) -> int:
         """Tokens of a row."""
         return self.batch.length or self.model.context
@@ -340,6 +345,7 @@ QUIET = (
     "data.allow_changed",
     "adapt.cache_states",
     "adapt.cache_gib",
+    "adapt.heads_only",
 )
 
 

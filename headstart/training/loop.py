@@ -45,7 +45,7 @@ OTHER = {"tokens": "other tokens", "tokenizer": "another tokenizer"}
 def train(
     config: RunConfig, *, progress: Callable[..., Progress] = Progress, clock: Callable[[], float] = time.monotonic
 ) -> Path:
-    """Train until `config.steps` or `config.minutes` and return the path of the model directory.
+    """Train until `config.steps` or `config.minutes` and return the path of the model directory, or of heads alone.
 
     The run resumes if its folder holds a checkpoint, bit for bit unless it has `minutes`. Raises Interrupted after
     Ctrl-C or SIGTERM, with a checkpoint saved, and UsageError for whatever the user can fix.
@@ -53,7 +53,7 @@ def train(
     check_packages(config.watch)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir, config.result)
     with joined(config.device) as processes:
         config = processes.on_main(lambda: config.on(processes.device.type))
         config.loss.require(processes.device)
@@ -70,8 +70,8 @@ def train(
                     run.writer.close()
             else:
                 more = "; more with --steps" if config.minutes is None else ""
-                say(f"{folder.path}: already trained for {done} steps, model in {folder.model}{more}")
-    return folder.model
+                say(f"{folder.path}: already trained for {done} steps, {config.result} in {folder.result}{more}")
+    return folder.result
 
 
 class Run(Callback):
@@ -261,7 +261,7 @@ class Run(Callback):
 
         def write() -> None:
             assert whole is not None
-            self.subject.save(whole, self.folder.model, self.tokenizer)
+            self.subject.save(whole, self.folder.result, self.tokenizer)
 
         self.processes.on_main(write)
 
@@ -297,9 +297,9 @@ class _Watch(Callback):
 
 
 def steps_of_finished(config: RunConfig, folder: RunFolder) -> int:
-    """Return the steps of a run that is over and has its model; 0 for any other."""
+    """Return the steps of a run that is over and has its result; 0 for any other."""
     done = max(checkpoints.all_steps(folder.checkpoints), default=0)
-    if not folder.model.exists():
+    if not folder.result.exists():
         return 0
     newest = checkpoints.latest(folder.path) if config.minutes is not None else None
     over = done >= config.steps or (newest is not None and is_finished(read_state(newest).position, config))

@@ -209,7 +209,7 @@ class RunReport:
             say(f"{position.skipped} steps were skipped: their loss or gradient was not finite, or their loss a spike")
         if position.skipped_in_a_row:
             say(f"warning: the last {position.skipped_in_a_row} of them, so the weights may be those of a diverged run")
-        say(f"model in {self._folder.model}, numbers in {self._folder.metrics}")
+        say(f"{self._folder.result.name} in {self._folder.result}, numbers in {self._folder.metrics}")
 
 
 def in_short(result: StepResult, tokens_per_second: float) -> dict[str, object]:

@@ -33,15 +33,15 @@ from headstart.training.config import (
 
 
 class RunFolder:
-    """A run folder: config.yaml, metrics.jsonl, data/, checkpoints/ and model/."""
+    """A run folder: config.yaml, metrics.jsonl, data/, checkpoints/ and the result, model/ or heads/."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, result: str = "model") -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
-        self.model = path / "model"
+        self.result = path / result
 
     @contextmanager
     def claimed(self, main: bool = True) -> Iterator[None]:
@@ -77,8 +77,8 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """True if a checkpoint or a model exists."""
-        return bool(checkpoints.all_steps(self.checkpoints)) or self.model.exists()
+        """True if a checkpoint or a result exists."""
+        return bool(checkpoints.all_steps(self.checkpoints)) or self.result.exists()
 
     def accept(self, config: RunConfig) -> RunConfig | None:
         """Write config.yaml and return the configuration before, if any. Raises UsageError like `check`."""

@@ -30,6 +30,8 @@ class AdaptConfig:
     """joint: train products of low rank added to the weights, which stay as they are (None: train the weights)."""
     replace_heads: bool = False
     """Replace the heads 2 and up that the model has; without it, such a model is an error."""
+    heads_only: bool = False
+    """heads: write RUN/heads, the heads without their model, in place of RUN/model."""
     frozen_dtype: FrozenDtype = "float32"
     """Type of weights that are never trained; bfloat16 takes half the memory, for models stored in it."""
     cache_states: Path | None = None
@@ -52,6 +54,15 @@ class AdaptConfig:
             raise UsageError("adapt.self_distilled is for adapt.mode joint: head 1 is not trained with the heads alone")
         if self.lora is not None and self.mode != "joint":
             raise UsageError("adapt.lora is for adapt.mode joint: with the heads alone nothing else is trained")
+        if self.heads_only and self.replace_heads:
+            raise UsageError(
+                "adapt.heads_only with adapt.replace_heads: heads alone are for a model with one head; leave one out"
+            )
+        if self.heads_only and self.mode != "heads":
+            raise UsageError(
+                f"adapt.mode {self.mode} changes {self.model} too, and heads trained with it fit no other model; take "
+                "adapt.mode heads, or a model directory without adapt.heads_only"
+            )
         if self.frozen_dtype != "float32" and self.mode == "joint" and self.lora is None:
             raise UsageError(
                 f"adapt.frozen_dtype {self.frozen_dtype}: adapt.mode joint freezes nothing, and what is trained is "

@@ -18,6 +18,8 @@ from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, sha256_of, write_text
 from headstart.formats.generation_config import keep_generation
+from headstart.formats.heads import save_heads
+from headstart.formats.hub import name_of
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_config, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
@@ -112,7 +114,11 @@ class ExistingModel:
         """Write the model directory in the existing model's dtype, so that frozen weights keep their bytes.
 
         The stop tokens of the existing model stay. What LoRA trained is also written as a peft adapter, RUN/adapter.
+        A run of heads alone writes those without the model.
         """
+        if self._adapt.heads_only:
+            save_heads(whole, directory, name_of(self._adapt.model), self.stored_dtype)
+            return
         if self.lora is not None:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
         save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
@@ -236,8 +242,9 @@ def check_unchanged(model: Path, run_dir: Path) -> None:
 
 
 def digests(model: Path) -> dict[str, str]:
-    """Return the SHA-256 of the files that hold the weights of a model directory."""
-    return {file.name: sha256_of(file) for file in sorted(model.glob("*.safetensors"))}
+    """Return the SHA-256 of the files that hold the weights of a model directory, or of a model that is one file."""
+    files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
+    return {file.name: sha256_of(file) for file in files}
 
 
 def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) -> None:
@@ -271,11 +278,7 @@ def flops_per_token(config: RunConfig) -> int:
     whole += sum(method.extra_flops(model) for method in config.methods)
     if config.adapt is None or config.adapt.mode == "joint":
         return whole
-    decoder = replace(
-        model, heads=1, extra_layers=0, head_kind="linear", wiring="parallel", shared=True,
-        layers=model.next_token_layers,
-    )  # fmt: skip
     unembedding = model.vocab_size * model.dim
-    without_heads = decoder.flops_per_token(config.length)
+    without_heads = model.next_token_decoder.flops_per_token(config.length)
     heads = whole - without_heads - (0 if model.kind.own_unembeddings else 2 * unembedding * (model.heads - 1))
     return (without_heads - 6 * unembedding) // 3 + heads
