@@ -6,18 +6,17 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from headstart import fileio
 from headstart.data.byte_tokenizer import ByteTokenizer
-from headstart.data.chat_template import load_chat_template
 from headstart.data.manifest import read_manifest
 from headstart.data.prepare.write import read_names
 from headstart.data.prompts import read_prompt_file
 from headstart.data.shards import faults_of, read_starts
+from headstart.data.tokenizer_source import TokenizerDirectory
 from headstart.data.tokenizers import load_tokenizer
 from headstart.decoding.policy.calibration import read_tuning
 from headstart.errors import UsageError
@@ -29,7 +28,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "settings.yaml": read_mapping,
     "config.json": read_json,
     "tuning.json": lambda file: read_tuning(file.parent, None),  # type: ignore[arg-type]
-    "chat_template.jinja": lambda file: load_chat_template(SimpleNamespace(directory=file.parent)),  # type: ignore[arg-type]
+    "chat_template.jinja": lambda file: TokenizerDirectory(file.parent).chat_template(),
     "tokenizer.json": load_tokenizer,
     "tokenizer_config.json": lambda file: load_tokenizer(file.parent),
     "special_tokens_map.json": lambda file: load_tokenizer(file.parent),
@@ -89,8 +88,8 @@ def test_an_array_is_never_unpickled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "manifest.json", "chat_template.jinja"])
 def test_a_file_beyond_its_bound_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headstart.fileio.MOST_JSON", 50)
-    for module in ("data.special_tokens", "data.manifest", "data.chat_template"):
-        monkeypatch.setattr(f"headstart.{module}.MAX_BYTES", 50)
+    for limit in ("special_tokens.MAX_BYTES", "manifest.MAX_BYTES", "tokenizer_source.MAX_TEMPLATE"):
+        monkeypatch.setattr(f"headstart.data.{limit}", 50)
     (tmp_path / name).write_text(json.dumps({"a": "x" * 42}))
     assert len(fileio.read_bounded(tmp_path / name, 51)) == 51
     with pytest.raises(UsageError, match=rf"{name}: larger than 50 bytes"):

@@ -1,8 +1,8 @@
 """Chat templates: write a conversation as the text that its model reads, and find the parts that the assistant wrote.
 
-The template is the tokenizer's own, `chat_template.jinja` or "chat_template" in its `tokenizer_config.json`. It is a
-program from a download, so it runs in Jinja's sandbox, with the functions that transformers provides. Its clock stands
-still, because prepared data must not depend on the day.
+The template is the tokenizer's own (`PretrainedTokenizer.chat_template`). It is a program from a download, so it runs
+in Jinja's sandbox, with the functions that transformers provides. Its clock stands still, because prepared data must
+not depend on the day.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from headstart.data.conversations import ASSISTANT, Conversation, is_target
-from headstart.data.special_tokens import CONFIG_FILE, read_json, special_tokens
-from headstart.data.tokenizers import Tokenizer
+from headstart.data.tokenizer_source import TEMPLATE_FILE
+from headstart.data.tokenizers import PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError, first_line
-from headstart.fileio import read_bounded
 
-TEMPLATE_FILE = "chat_template.jinja"
-MAX_BYTES = 1 << 20
 NOW = datetime(2024, 7, 26)
 """The date that templates see. Llama's own template uses it by default."""
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -149,31 +145,11 @@ class ChatTemplate:
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the template stored with the tokenizer's files; None without one."""
-    directory: Path | None = getattr(tokenizer, "directory", None)
-    if directory is None:
+    """Return the template stored with the tokenizer; None without one."""
+    if not isinstance(tokenizer, PretrainedTokenizer):
         return None
-    file = directory / CONFIG_FILE
-    source = read_json(file).get("chat_template") if file.is_file() else None
-    if (directory / TEMPLATE_FILE).exists():
-        file = directory / TEMPLATE_FILE
-        try:
-            source = read_bounded(file, MAX_BYTES).decode("utf-8")
-        except OSError as error:
-            raise UsageError(f"{file}: cannot be read ({error.strerror}); allow reading it") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{file}: not UTF-8; fetch the file again") from error
-    elif isinstance(source, list):  # several, by name
-        if not all(isinstance(each, dict) and {"name", "template"} <= each.keys() for each in source):
-            raise UsageError(
-                f"{file}: chat_template must be a text or a list of names and templates; fetch the file again"
-            )
-        source = next((each["template"] for each in source if each["name"] == "default"), None)
-    if source is None:
-        return None
-    if not isinstance(source, str) or len(source) > MAX_BYTES:
-        raise UsageError(f"{file}: the chat template must be a text of at most {MAX_BYTES:,} bytes; fetch it again")
-    return ChatTemplate(source, tuple(special_tokens(directory).items()))
+    source = tokenizer.chat_template()
+    return None if source is None else ChatTemplate(source, tuple(tokenizer.special_tokens().items()))
 
 
 def need_chat_template(tokenizer: Tokenizer) -> ChatTemplate:

@@ -7,33 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from headstart.data import tokenizer_limits
 from headstart.data.byte_tokenizer import ByteTokenizer, byte_alphabet, check_ids, check_text
-from headstart.data.special_tokens import (
-    ADDED_FILE,
-    CONFIG_FILE,
-    MAP_FILE,
-    OWN_KIND,
-    TOKENIZER_FILE,
-    added_tokens,
-    read_json,
-    special_tokens,
-)
-from headstart.errors import UsageError, first_line, shorten
+from headstart.data.special_tokens import ADDED_FILE, CONFIG_FILE, MAP_FILE, OWN_KIND, TOKENIZER_FILE, read_json
+from headstart.data.tokenizer_source import TEMPLATE_FILE, TokenizerDirectory, TokenizerSource, one_line
+from headstart.errors import UsageError, first_line
 
 __all__ = ["ByteTokenizer", "PretrainedTokenizer", "Tokenizer", "load_tokenizer"]
 
-OTHER_FILES = (MAP_FILE, ADDED_FILE, "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 LONG = 2**14
 """Characters of a text from which other threads run while it is encoded."""
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.json)"
-END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 
 
 class Tokenizer(Protocol):
@@ -73,53 +61,31 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids if ids[: len(start)] == start else start + ids
 
 
-@contextmanager
-def _one_line(wrong: str, fix: str) -> Iterator[None]:
-    """Turn any error of the tokenizers library into UsageError; its PanicException is not even an Exception."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise UsageError(f"{wrong} ({first_line(error)}); {fix}") from error
-
-
 class PretrainedTokenizer:
-    """Any Hugging Face `tokenizer.json`, through the `tokenizers` library.
+    """Any Hugging Face `tokenizer.json`, or a tokenizer that a program built, through the `tokenizers` library.
 
     Special tokens that a text spells become their ids, as in transformers. Raises UsageError if the files cannot be
     read or name no end token.
+
+    Args:
+        source: a directory, its `tokenizer.json`, or another source.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        from tokenizers import Tokenizer as Engine
-
-        source = Path(source)
-        self._file = source / TOKENIZER_FILE if source.is_dir() else source
-        self._directory = self._file.parent
-        content = read_json(self._file, f"name a {TOKENIZER_FILE} you may read")
-        tokenizer_limits.check_growth(self._file, content)
-        unreadable = f"{self._file}: not a tokenizer that the tokenizers library reads"
-        with _one_line(unreadable, "name a directory that AutoTokenizer.save_pretrained wrote"):
-            self._engine = Engine.from_file(str(self._file))
-        # A tokenizer.json may carry the truncation and padding of whoever saved it; neither may change documents.
-        self._engine.no_truncation()
-        self._engine.no_padding()
-        self._add_tokens()
-        ids = self._engine.get_vocab(with_added_tokens=True)
-        tokenizer_limits.check_ids(self._file, content, ids.values())
-        self.name = self._file.parent.resolve().name
-        config = self._directory / CONFIG_FILE
-        self.learnt = config.is_file() and read_json(config).get(OWN_KIND) == "bpe"  # by prepare, from plain documents
+    def __init__(self, source: str | Path | TokenizerSource) -> None:
+        self._source = TokenizerDirectory(Path(source)) if isinstance(source, (str, Path)) else source
+        self._engine = self._source.engine()
+        ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
+        self.name = self._source.name
+        self.learnt = self._source.learnt
         self.vocab_size = max(ids.values(), default=-1) + 1
-        self.end_id = self._find_end(ids)
+        self.end_id = ids[self._source.end_token(ids)]
         self.end_ids = frozenset([self.end_id])
         special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
         self.skipped = frozenset(special | {self.end_id})
         self.start_ids: tuple[int, ...] = ()
         self._without_rows: dict[int, str] = {}
 
-        steps = _decoder_steps(content.get("decoder"))
+        steps = _decoder_steps(self._engine)
         self.falls_back_to_bytes = "ByteFallback" in steps
         self._bytes_of_character: dict[str, int] | None = None
         self._cached_bytes: dict[int, bytes] = {}
@@ -135,7 +101,7 @@ class PretrainedTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; no special token is added."""
         check_text(text)
-        with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
+        with one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             if len(text) < LONG:
                 encoding = self._engine.encode(text, add_special_tokens=False)
             else:  # a batch of one releases Python's lock
@@ -156,7 +122,7 @@ class PretrainedTokenizer:
         Tokens that share a character all include it.
         """
         check_text(text)
-        with _one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
+        with one_line(f"tokenizer {self.name}: fails on this text", "fix its tokenizer.json, or change the text"):
             encoding = self._engine.encode(text, add_special_tokens=False)
         return self._with_rows(encoding.ids), list(encoding.offsets)
 
@@ -182,15 +148,23 @@ class PretrainedTokenizer:
         return list(ids)
 
     @property
-    def directory(self) -> Path:
-        """Return the folder of its files."""
-        return self._directory
+    def directory(self) -> Path | None:
+        """Return the folder of its files; None for a tokenizer that comes from elsewhere."""
+        return self._source.directory
+
+    def special_tokens(self) -> Mapping[str, str]:
+        """Return the text of each special token that has a name, such as `bos_token`."""
+        return self._source.special_tokens()
+
+    def chat_template(self) -> str | None:
+        """Return the source of its chat template, None without one. Raises UsageError if it cannot be read."""
+        return self._source.chat_template()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`. Special tokens and unknown ids are dropped, negative ids raise."""
         check_ids(tokens)
         kept = [int(token) for token in tokens if token not in self.skipped and token < self.vocab_size]
-        with _one_line(f"tokenizer {self.name}: fails on these tokens", "fix the decoder in its tokenizer.json"):
+        with one_line(f"tokenizer {self.name}: fails on these tokens", "fix the decoder in its tokenizer.json"):
             return str(self._engine.decode(kept, skip_special_tokens=True))
 
     def piece(self, token: int) -> str | None:
@@ -204,57 +178,14 @@ class PretrainedTokenizer:
         return content
 
     def save(self, directory: Path) -> None:
-        """Copy its files into `directory`."""
+        """Write its files into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        try:
-            _copy(self._file, directory / TOKENIZER_FILE)
-            for name in (CONFIG_FILE, *OTHER_FILES):
-                if (self._directory / name).is_file():
-                    _copy(self._directory / name, directory / name)
-        except FileNotFoundError as error:
-            raise UsageError(f"{error.filename}: gone since the tokenizer was loaded; load it again") from error
-        if not (directory / CONFIG_FILE).is_file():
-            # AutoTokenizer refuses a lone tokenizer.json.
-            config = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "eos_token": self._engine.id_to_token(self.end_id),
-                "clean_up_tokenization_spaces": False,
-            }
-            (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    def _add_tokens(self) -> None:
-        """Add the tokens that only the files next to it name, so that text can spell them, as in transformers."""
-        from tokenizers import AddedToken
-
-        names = {token.content for token in self._engine.get_added_tokens_decoder().values()}
-        additions = added_tokens(self._directory)
-        for text in special_tokens(self._directory).values():
-            if self._engine.token_to_id(text) is not None:
-                additions.append({"content": text, "special": True, "normalized": False})
-        for each in additions:
-            if each["content"] not in names:
-                names.add(each["content"])
-                self._engine.add_tokens([AddedToken(**each)])
-
-    def _find_end(self, ids: dict[str, int]) -> int:
-        end = special_tokens(self._directory).get("eos_token")
-        for name in END_NAMES if end is None else (end,):
-            if name in ids:
-                return ids[name]
-        if end is not None:
-            raise UsageError(
-                f"{self._directory / CONFIG_FILE}: eos_token {shorten(json.dumps(end))} is no token of "
-                f"{self._file.name}; name one of its tokens"
-            )
-        raise UsageError(
-            f"{self._file}: no end-of-document token found; name one of its tokens as eos_token in "
-            f"{self._directory / CONFIG_FILE}"
-        )
+        self._source.save(self._engine, directory)
 
     def own_start(self) -> tuple[int, ...]:
         """Return the tokens that transformers puts before a text; only the model's directory says if it needs them."""
-        with _one_line(f"tokenizer {self.name}: fails on the text 'a'", "fix its tokenizer.json"):
+        with one_line(f"tokenizer {self.name}: fails on the text 'a'", "fix its tokenizer.json"):
             plain, whole = (self._engine.encode("a", add_special_tokens=special).ids for special in (False, True))
         for count in range(len(whole) - len(plain) + 1):
             if whole[count : count + len(plain)] == plain:
@@ -321,7 +252,7 @@ def _fetch(repository: str) -> Path:
 
     try:
         folder = Path(hf_hub_download(repository, TOKENIZER_FILE)).parent
-        for name in (CONFIG_FILE, MAP_FILE, ADDED_FILE, "chat_template.jinja"):
+        for name in (CONFIG_FILE, MAP_FILE, ADDED_FILE, TEMPLATE_FILE):
             with suppress(EntryNotFoundError):
                 hf_hub_download(repository, name)
     except Exception as error:  # of the hub, of the network, of the disk: many kinds
@@ -332,15 +263,12 @@ def _fetch(repository: str) -> Path:
     return folder
 
 
-def _decoder_steps(decoder: Any) -> list[str]:
-    """Return the types of the steps of a tokenizer.json's decoder, with sequences flattened."""
-    if not isinstance(decoder, dict):
-        return []
-    if decoder.get("type") == "Sequence":
-        return [step for part in decoder.get("decoders", []) for step in _decoder_steps(part)]
-    return [str(decoder.get("type"))]
+def _decoder_steps(engine: Any) -> list[str]:
+    """Return the types of the steps of a tokenizer's decoder, with sequences flattened."""
+    return [] if engine.decoder is None else _step_types(json.loads(engine.decoder.__getstate__()))
 
 
-def _copy(source: Path, target: Path) -> None:
-    if not (target.exists() and target.samefile(source)):
-        shutil.copyfile(source, target)
+def _step_types(decoder: Any) -> list[str]:
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _step_types(part)]
+    return [decoder["type"]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from headstart.data import template_limits
-from headstart.data.chat_template import ChatTemplate, load_chat_template
+from headstart.data.chat_template import ChatTemplate
+from headstart.data.tokenizer_source import TokenizerDirectory
 from headstart.errors import UsageError
 
 BOMBS = [
@@ -78,10 +78,10 @@ def test_ordinary_templates_are_untouched(monkeypatch):
 def test_a_template_of_another_type_is_refused(tmp_path, value):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(UsageError, match=r"tokenizer_config.json: (the chat template|chat_template) must be"):
-        load_chat_template(SimpleNamespace(directory=tmp_path))  # type: ignore[arg-type]
+        TokenizerDirectory(tmp_path).chat_template()
 
 
 def test_a_template_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe{{")
     with pytest.raises(UsageError, match=r"chat_template.jinja: not UTF-8"):
-        load_chat_template(SimpleNamespace(directory=tmp_path))  # type: ignore[arg-type]
+        TokenizerDirectory(tmp_path).chat_template()
