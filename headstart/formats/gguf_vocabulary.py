@@ -10,17 +10,10 @@ from headstart.data.byte_tokenizer import byte_alphabet
 from headstart.data.chat_template import load_chat_template
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError
+from headstart.formats.gguf_split import split_of
 
 SPACE = "\u2581"
 """SentencePiece's sign for a space."""
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST: ("smaug-bpe", "llama-bpe"),
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST: ("qwen2", None),
-}
-"""llama.cpp's names for the regular expression by which a tokenizer.json splits text: plain, and with `ignore_merges`,
-where whole words that are tokens are not split."""
 
 
 @dataclass
@@ -133,32 +126,15 @@ def _byte_level(tokenizer: PretrainedTokenizer, definition: dict[str, Any], size
     model = definition["model"]
     steps = _flat(definition.get("pre_tokenizer"), "pretokenizers")
     whole_words = bool(model.get("ignore_merges"))
-    name = _split_name(steps, whole_words)
-    if name is None:
+    split = split_of(steps, whole_words, set(byte_alphabet()) - model["vocab"].keys())
+    if split is None:
         raise _refusal(tokenizer, "another split" + (", with ignore_merges" if whole_words else ""))
     normalizers = [step["type"] for step in _flat(definition.get("normalizer"), "normalizers")]
     if set(normalizers) - {"NFC"} or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _refusal(tokenizer, f"one with {', '.join(normalizers) or 'marks within words'}")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     left = ["normalization NFC: llama.cpp takes text as it is"] if normalizers else []
-    return Vocabulary("gpt2", name, [""] * size, merges=merges, left=left)
-
-
-def _split_name(steps: list[dict[str, Any]], whole_words: bool) -> str | None:
-    kinds = [step["type"] for step in steps]
-    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space", True):
-        return None
-    by_regex = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and by_regex and not whole_words:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and by_regex and steps[0].get("individual_digits") and not whole_words:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not by_regex:
-        split = steps[0]
-        regex = split["pattern"].get("Regex")
-        if split.get("behavior") == "Isolated" and not split.get("invert") and regex in SPLITS:
-            return SPLITS[regex][whole_words]
-    return None
+    return Vocabulary("gpt2", split.names[0], [""] * size, merges=merges, left=left)
 
 
 def _sentencepiece(tokenizer: PretrainedTokenizer, definition: dict[str, Any], size: int) -> Vocabulary:

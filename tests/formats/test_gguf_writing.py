@@ -139,7 +139,7 @@ def test_byte_level_bpe_as_a_vocabulary(tmp_path, bpe):
 
 
 def test_what_gguf_cannot_hold_is_refused_in_one_line(tmp_path, bpe, monkeypatch):
-    other = PretrainedTokenizer(bpe._directory)
+    other = PretrainedTokenizer(bpe.directory)
     definition = bpe.definition()
     monkeypatch.setattr(other, "definition", lambda: {**definition, "pre_tokenizer": {"type": "Whitespace"}})
     cases = [
