@@ -1,4 +1,4 @@
-"""Where a tokenizer of the `tokenizers` library comes from: the files of a directory, or a program that built it."""
+"""Sources of a tokenizer of the `tokenizers` library: the files of a directory, or a program that built it."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ MAX_TEMPLATE = 1 << 20
 OTHER_FILES = (MAP_FILE, ADDED_FILE, TEMPLATE_FILE, "vocab.json", "merges.txt", "tokenizer.model")
 END_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<eos>")
 CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-"""What AutoTokenizer needs in tokenizer_config.json; it refuses a lone tokenizer.json."""
+"""Content of tokenizer_config.json, without which AutoTokenizer refuses a tokenizer.json."""
 
 
 class TokenizerSource(Protocol):
-    """What `PretrainedTokenizer` needs to know of the place that a tokenizer comes from."""
+    """Gives `PretrainedTokenizer` a tokenizer, and what belongs to it."""
 
     @property
     def name(self) -> str:

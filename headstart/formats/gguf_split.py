@@ -1,4 +1,4 @@
-"""How byte-level BPE splits text before merges: llama.cpp's names for it (`tokenizer.ggml.pre`), for reader and writer.
+"""Splits of text before byte-level BPE, by llama.cpp's names (`tokenizer.ggml.pre`): one table for reader and writer.
 
 A split is a series of regular expressions. Each cuts every piece that the previous ones left into matches and what lies
 between them.
@@ -101,7 +101,7 @@ SPLITS = (
     Split(("viking",), (r" ?[^(\s|.,!?…。，、।۔،)]+", DIGIT)),
     Split(("default",), (r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 )
-"""Every split that is read and written. Patterns are those of the models' own tokenizer.json where there is one."""
+"""Every split that is read and written. Patterns are those of the models' own tokenizer.json if it is known."""
 
 
 def split_named(name: str) -> Split | None:

@@ -269,8 +269,8 @@ def _build(fields: _Fields, tokens: _Tokens, parts: _Parts) -> PretrainedTokeniz
             engine.post_processor = processors.TemplateProcessing(
                 single=[name, "$A"], pair=[name, "$A", name, "$B"], special_tokens=[(name, start)]
             )
-    texts = {key: tokens.names[i] for key, i in named.items() if i in special}
-    tokenizer = PretrainedTokenizer(BuiltTokenizer(fields.name, engine, texts, _templates(fields)))
+    spelled = {key: tokens.names[i] for key, i in named.items() if i in special}
+    tokenizer = PretrainedTokenizer(BuiltTokenizer(fields.name, engine, spelled, _templates(fields)))
     tokenizer.end_ids = frozenset(ends)
     tokenizer.start_ids = () if start is None else (start,)
     return tokenizer
