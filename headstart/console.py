@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -108,9 +107,7 @@ class Progress:
             _bar = self._rich
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         global _bar
         if self._rich is not None:
             self._show()
@@ -133,10 +130,6 @@ class Progress:
             self._show()
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._print_line()
-
-    def say(self, text: str) -> None:
-        """Print a line for the person watching."""
-        say(text)
 
     def _count(self) -> str:
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"

@@ -80,5 +80,5 @@ def _run_cases(study: Study[Any], settings: StudySettings, folder: StudyFolder) 
             numbers = study.run(settings, case, partial(bar.advance, 0))
             results[case.name] = folder.keep(Result(case, numbers, time.monotonic() - began))
             bar.advance(1)
-            bar.say(f"{case.name}: {duration(results[case.name].seconds)}")
+            say(f"{case.name}: {duration(results[case.name].seconds)}")
     return [results[case.name] for case in cases]

@@ -82,11 +82,7 @@ def run(settings: DistillDataSettings) -> None:
         exact=settings.exact,
     )
     with Progress("distill", unit="prompts") as bar:
-
-        def progress(done: int, total: int, numbers: dict[str, str]) -> None:
-            bar.update(done, total, **numbers)
-
-        found = distill(loaded, directory, distillation, progress=progress, report=say)
+        found = distill(loaded, directory, distillation, progress=bar.update, report=say)
     if found["too_long"]:
         say(f"{found['too_long']:,} prompts as long as the context were left out")
     if found["unfinished"]:

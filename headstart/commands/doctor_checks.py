@@ -17,16 +17,7 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.pack import decoding_dtype, pack
 from headstart.decoding.kernels.torch_backend import PackedLinear, can_pack
-from headstart.decoding.policy.timing import (
-    DTYPES,
-    Decoded,
-    Pass,
-    decode,
-    first_difference,
-    interleave,
-    random_model,
-    timed,
-)
+from headstart.decoding.policy import timing
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.formats.heads import StoredHeads
@@ -155,8 +146,8 @@ def _check_windows(sizes: Sizes) -> Finding:
         layers = [PackedLinear(torch.randn(4 * n, n).to(dtype), None, 8) for _ in range(copies)]
         for rows in (1, 8):
             run = partial(_run_all, layers, torch.randn(rows, n).to(dtype))
-            variants[f"{str(dtype).removeprefix('torch.')} {rows}"] = timed(run)
-    best = {name: 1e3 * min(values) / copies for name, values in interleave(variants, 5).items()}
+            variants[f"{str(dtype).removeprefix('torch.')} {rows}"] = timing.timed(run)
+    best = {name: 1e3 * min(values) / copies for name, values in timing.interleave(variants, 5).items()}
     milliseconds = {
         name: {rows: best[f"{name} {rows}"] for rows in (1, 8)} for name in dict.fromkeys(v.split()[0] for v in best)
     }
@@ -182,7 +173,7 @@ def _check_threads(sizes: Sizes) -> Finding:
     """Time a small decoding pass with 1, 2 and all threads: next to other programs more are much slower."""
     choices = sorted({1, min(2, hardware.cores()), hardware.cores()})
     before = torch.get_num_threads()
-    small = Pass(pack(random_model(sizes.decoder, hardware.dtype_on("cpu"), "cpu")), rows=1)
+    small = timing.Pass(pack(timing.random_model(sizes.decoder, hardware.dtype_on("cpu"), "cpu")), rows=1)
     times: dict[int, list[float]] = {}
     try:
         for threads in choices:  # one number after the other: changing it costs more than a pass
@@ -213,9 +204,9 @@ def _check_threads(sizes: Sizes) -> Finding:
     )
 
 
-def _time_passes(small: Pass, passes: int) -> list[float]:
+def _time_passes(small: timing.Pass, passes: int) -> list[float]:
     """Return the seconds of up to `passes` passes, or of fewer if they are slow, as with threads that wait."""
-    measure = timed(small)
+    measure = timing.timed(small)
     times: list[float] = []
     warmup, deadline = 2, time.perf_counter() + 2.0
     while len(times) < passes + warmup and (len(times) < warmup + 3 or time.perf_counter() < deadline):
@@ -230,7 +221,7 @@ def _check_bandwidth(sizes: Sizes) -> Finding:
     }
     text = " and ".join(f"{speed:.0f} GB/s with {threads}" for threads, speed in speeds.items())
     best, dtype = max(speeds.values()), hardware.dtype_on("cpu")
-    size = 0.1 * DTYPES[dtype].itemsize
+    size = 0.1 * timing.DTYPES[dtype].itemsize
     sentence = (
         f"memory is read at {text} {'thread' if len(speeds) == 1 else 'threads'}: the weights of a 100M model in "
         f"{dtype} ({size:.1f} GB) allow at most {best / size:,.0f} passes a second."
@@ -287,9 +278,9 @@ def _make_prompts(tokenizer: Tokenizer | None, config: ModelConfig) -> list[tupl
 def _count_affordable_tokens(model: Transformer, prompts: Sequence[tuple[int, ...]]) -> int:
     room = max(1, model.config.context - max(map(len, prompts)))
     request = Request(prompts[0], min(4, room), heads=1)
-    decode(model, [request])  # the first run is slow for every model
+    timing.decode(model, [request])  # the first run is slow for every model
     began = time.perf_counter()
-    decode(model, [request])
+    timing.decode(model, [request])
     seconds = (time.perf_counter() - began) / 4
     outputs = 2 * 2 * len(prompts)  # greedy and sampled, plain and with all heads
     return max(1, min(NEW_TOKENS, room, int(DECODE_SECONDS / outputs / seconds)))
@@ -301,14 +292,14 @@ def _check_speculation(
     """Compare decoding with all heads that draft and with head 1 alone, both exact: the tokens must be identical."""
     n = model.config.drafting_heads
 
-    def run(heads: int) -> Decoded:
+    def run(heads: int) -> timing.Decoded:
         requests = [Request(p, tokens, Sampling(temperature, seed=seed), heads) for seed, p in enumerate(prompts)]
-        return decode(model, requests, batch=len(prompts))
+        return timing.decode(model, requests, batch=len(prompts))
 
     kind = "greedy" if temperature == 0 else f"temperature {temperature}"
     name = f"speculation, {kind}"
     plain, full = run(1), run(n)
-    difference = first_difference(plain.tokens, full.tokens)
+    difference = timing.first_difference(plain.tokens, full.tokens)
     values = {
         "identical": difference is None,
         "first_difference": difference,

@@ -32,8 +32,8 @@ QUESTION_ROLES = ("system", "developer", "user")
 """Roles whose messages are taken from the file of prompts."""
 
 Report = Callable[[str], None]
-Progress = Callable[[int, int, dict[str, Any]], None]
-"""Receives the number of prompts done, the number of all, and numbers to show."""
+Progress = Callable[..., None]
+"""Receives the number of prompts done, the number of all, and as keywords numbers to show."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def distill(
     directory: Path,
     settings: DistillSettings,
     *,
-    progress: Progress = lambda done, total, numbers: None,
+    progress: Progress = lambda done, total, **numbers: None,
     report: Report = lambda line: None,
 ) -> dict[str, Any]:
     """Write the model's answer to every prompt to `settings.out`, a JSON line each, in the order of the prompts.
@@ -248,8 +248,8 @@ class _Writer:
             if self._lines.next_place != done:
                 done = self._lines.next_place
                 rate = tokens / max(time.monotonic() - began, 1e-9)
-                progress(done, len(self._prompts), {"tokens/s": f"{rate:,.0f}"})
-        progress(len(self._prompts), len(self._prompts), {})
+                progress(done, len(self._prompts), **{"tokens/s": f"{rate:,.0f}"})
+        progress(len(self._prompts), len(self._prompts))
 
     def _pending(self, place: int, turn: int, messages: list[dict[str, Any]]) -> _Pending:
         """Return question `turn` of a prompt, after the `messages` before it."""

@@ -14,15 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from headstart.decoding.constraints import Constraint
 from headstart.decoding.settings import RULES
-from headstart.serving.fields import (
-    IGNORED,
-    NEUTRAL,
-    NEUTRAL_IN_CHATS,
-    NEUTRAL_IN_MESSAGES,
-    NeutralFields,
-    refusal,
-    select_fields,
-)
+from headstart.serving import fields
+from headstart.serving.fields import refusal
 
 MAX_CHOICES = 128
 MAX_BIASES = 1024
@@ -58,20 +51,20 @@ class Closed(Strict):
     def _refuse_many(cls, part: Any) -> Any:
         """Refuse a part with many fields by its first unknown one; pydantic would report each."""
         if isinstance(part, dict) and len(part) > MAX_FIELDS:
-            return select_fields(part, {field.alias or name for name, field in cls.model_fields.items()}, {})
+            return fields.select_fields(part, {field.alias or name for name, field in cls.model_fields.items()}, {})
         return part
 
 
 class Open(Strict):
     """Ignore fields that cannot change the answer, and refuse other fields that are not declared."""
 
-    neutral: ClassVar[NeutralFields] = NEUTRAL
-    ignored: ClassVar[frozenset[str]] = IGNORED
+    neutral: ClassVar[fields.NeutralFields] = fields.NEUTRAL
+    ignored: ClassVar[frozenset[str]] = fields.IGNORED
 
     @model_validator(mode="before")
     @classmethod
     def _select(cls, body: Any) -> Any:
-        return select_fields(body, cls.model_fields, cls.neutral, cls.ignored)
+        return fields.select_fields(body, cls.model_fields, cls.neutral, cls.ignored)
 
 
 class Speculative(Closed):
@@ -315,7 +308,7 @@ class ToolCall(Closed):
 class Message(Open):
     """Hold one message of a chat."""
 
-    neutral, ignored = NEUTRAL_IN_MESSAGES, frozenset[str]()
+    neutral, ignored = fields.NEUTRAL_IN_MESSAGES, frozenset[str]()
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(max_length=MAX_TEXT_PARTS, fail_fast=True)] | None = None
@@ -352,7 +345,7 @@ class Message(Open):
 class ChatRequest(RequestBody):
     """Answer a conversation (`/v1/chat/completions`)."""
 
-    neutral = {**NEUTRAL, **NEUTRAL_IN_CHATS}
+    neutral = {**fields.NEUTRAL, **fields.NEUTRAL_IN_CHATS}
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)

@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on(model, saved, tmp_path):
     prompts, out, whole, said = write_prompts(tmp_path), tmp_path / "out.jsonl", tmp_path / "whole.jsonl", []
     distill(model, saved, DistillSettings(prompts, whole, LIVELY))
 
-    def stop(done, total, numbers):
+    def stop(done, total, **numbers):
         assert total == len(PROMPTS)
         if done >= 4:
             raise KeyboardInterrupt

@@ -82,8 +82,8 @@ def test_a_difference_is_a_failure_that_says_where(model_directory, monkeypatch)
             decoded.generations[1].tokens[2] += 1
         return decoded
 
-    real = doctor_checks.decode
-    monkeypatch.setattr(doctor_checks, "decode", lossy)
+    real = doctor_checks.timing.decode
+    monkeypatch.setattr(doctor_checks.timing, "decode", lossy)
     diagnosis = diagnose(model_directory, sizes=SMALL)
     assert diagnosis["verdict"] == "fail" and 4 in calls
     finding = of(diagnosis, "speculation, greedy")

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,9 +38,10 @@ class AuxiliarySettings(ABC):
     """True if it needs an id of the vocabulary, its field `token`."""
 
     @property
-    @abstractmethod
     def on(self) -> bool:
-        """True if the run has it."""
+        """True if the run has it: if its loss has a weight, unless it says otherwise."""
+        weight: float = getattr(self, "weight", 0.0)
+        return weight > 0
 
     @property
     def named_token(self) -> int | None:
@@ -75,6 +76,7 @@ class AuxiliarySettings(ABC):
             )
 
 
+@dataclass(frozen=True)
 class Auxiliary:
     """An auxiliary objective of a run, with defaults that do nothing.
 
@@ -82,13 +84,23 @@ class Auxiliary:
     runs draw the same.
     """
 
-    name: ClassVar[str]
-    """Name of its section in the configuration, and of its loss in the metrics."""
+    settings: Any
+    """Section of the configuration that made it."""
+    token: int
+    """Id of its token, or a number without meaning if it has none."""
+    seed: int
+    """Seed of the run."""
+
+    @property
+    def name(self) -> str:
+        """Name of its section in the configuration, and of its loss in the metrics."""
+        name: str = self.settings.name
+        return name
 
     @property
     def weight(self) -> float | None:
         """Weight of its mean loss, relative to head 1's; None if it has no loss."""
-        return None
+        return getattr(self.settings, "weight", None)
 
     def check_data(self, shards: TokenShards) -> None:
         """Raise UsageError if the data lacks what the objective needs."""

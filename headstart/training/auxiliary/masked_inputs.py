@@ -72,10 +72,7 @@ class MaskConfig(AuxiliarySettings):
 class MaskedInputs(Auxiliary):
     """Put the id `token` in place of inputs; the targets stay those of the text."""
 
-    name = "masked_inputs"
     settings: MaskConfig
-    token: int
-    seed: int
 
     def check_data(self, shards: TokenShards) -> None:
         """Raise UsageError if all answers are to be hidden and the data does not mark them."""

@@ -44,11 +44,6 @@ class RegisterConfig(AuxiliarySettings):
             raise UsageError(f"registers.offsets is {list(self.offsets)}; it must be [least, largest], both at least 1")
         check_fields(self, "registers.", weight=COEFFICIENT, share=SHARE, token=TOKEN)
 
-    @property
-    def on(self) -> bool:
-        """True if rows have registers."""
-        return self.weight > 0
-
     def auxiliary(self, token: int, seed: int) -> RegisterTokens:
         """Return the objective."""
         return RegisterTokens(self, token, seed)
@@ -62,15 +57,7 @@ class RegisterConfig(AuxiliarySettings):
 class RegisterTokens(Auxiliary):
     """Registers behind each row, and their cross-entropy by head 1."""
 
-    name = "registers"
     settings: RegisterConfig
-    token: int
-    seed: int
-
-    @property
-    def weight(self) -> float:
-        """Weight of its mean loss."""
-        return self.settings.weight
 
     def inputs(self, inputs: StepInputs, step: int) -> StepInputs:
         """Add registers.

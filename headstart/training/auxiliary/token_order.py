@@ -43,14 +43,9 @@ class TokenOrderConfig(AuxiliarySettings):
     def __post_init__(self) -> None:
         check_fields(self, "token_order.", weight=COEFFICIENT, window=AT_LEAST_1)
 
-    @property
-    def on(self) -> bool:
-        """True if the run learns token order."""
-        return self.weight > 0
-
     def auxiliary(self, token: int, seed: int) -> TokenOrder:
         """Return the objective."""
-        return TokenOrder(self)
+        return TokenOrder(self, token, seed)
 
     def extra_flops(self, model: ModelConfig) -> int:
         """Count the FLOPs of one more unembedding."""
@@ -69,13 +64,7 @@ class TokenOrderConfig(AuxiliarySettings):
 class TokenOrder(Auxiliary):
     """Token order prediction: see `linear_token_order`."""
 
-    name = "token_order"
     settings: TokenOrderConfig
-
-    @property
-    def weight(self) -> float:
-        """Weight of its mean loss."""
-        return self.settings.weight
 
     def add_parameters(self, model: Transformer) -> None:
         """Give the model its matrix. No model directory holds it, because nothing decodes with it."""
