@@ -9,29 +9,20 @@ from typing import Any, ClassVar
 
 from headstart.model.transformer import Transformer
 from headstart.training.adapt.new_heads import with_heads
-from studies.polynomial_ring import Ring
-from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model, written_right
+from studies.polynomial_ring import RingSettings
+from studies.study import Case, Findings, Result, Scale, Study, Tell, crossed, spread, values
+from studies.training import TrainingSettings, run_config, sized, stream_of, train_model, written_right
 from studies.verdicts import contrast, in_words, judge
 
 HEADS = 4
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(StudySettings):
-    """Settings of the study."""
+class FinetuneSettings(RingSettings):
+    """Settings of the study; finetuning has exactly one operation more than pretraining."""
 
-    p: int = 7
-    d: int = 5
-    operations: int = 5
-    """Most operations of pretraining; finetuning has exactly one more."""
-    problems: int = 100_000
     finetuning_problems: int = 10_000
-    tests: int = 2000
     size: str = "30M"
-    answers_only: bool = False
-    """True: questions are no targets, as in the study polynomial."""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
     finetuning: TrainingSettings = field(default_factory=TrainingSettings)
 
 
@@ -79,17 +70,17 @@ class FinetuneStudy(Study[FinetuneSettings]):
 
     def run(self, settings: FinetuneSettings, case: Case, tell: Tell) -> dict[str, Any]:
         """Pretrain, then finetune with all heads and, from the same weights, with head 1 alone."""
-        ring, n = Ring(settings.p, settings.d), int(case.conditions["pretrained"])
+        ring, n = settings.ring, int(case.conditions["pretrained"])
         context = max(settings.training.length, settings.finetuning.length, ring.longest(settings.operations + 1, 0))
         model = sized(settings.size, vocab_size=ring.vocab_size, heads=n, context=context)
         config = run_config(settings.training, model, case.seed, settings.device)
         problems = ring.documents(settings.problems, settings.operations, 0, case.seed)
-        pretrained = train_model(config, stream_of(self._shards(settings, problems), config), tell).model
+        pretrained = train_model(config, stream_of(settings.shards(problems), config), tell).model
         numbers: dict[str, Any] = {"before": self._exact(settings, pretrained)}
         harder = ring.documents(
             settings.finetuning_problems, settings.operations + 1, 0, case.seed + 1000, least=settings.operations + 1
         )
-        shards = self._shards(settings, harder)
+        shards = settings.shards(harder)
         for heads in {n: (n,), HEADS: (HEADS, 1)}[n]:
             begun = pretrained if heads == n else without_further_heads(pretrained)
             again = run_config(settings.finetuning, begun.config, case.seed, settings.device)
@@ -101,13 +92,8 @@ class FinetuneStudy(Study[FinetuneSettings]):
         numbers["guessed"] = max(answers.count(answer) for answer in set(answers)) / len(answers)
         return numbers
 
-    def _shards(self, settings: FinetuneSettings, problems: list[list[int]]) -> Any:
-        return in_memory(
-            problems, [len(problem) - settings.d - 1 for problem in problems] if settings.answers_only else None
-        )
-
     def _exact(self, settings: FinetuneSettings, model: Transformer) -> float:
-        questions, answers = Ring(settings.p, settings.d).tests(settings.tests, settings.operations + 1, 0)
+        questions, answers = settings.ring.tests(settings.tests, settings.operations + 1, 0)
         right = written_right(model, questions, answers)
         return sum(map(all, right)) / len(right)
 
@@ -131,7 +117,7 @@ class FinetuneStudy(Study[FinetuneSettings]):
             contrast(f"n={HEADS} then 1 over then {HEADS}", stripped, four, margin),
         ]
         floor = results[0].numbers["guessed"]
-        learned = max(map(max, arms.values())) > floor + 3 * (floor / settings.tests) ** 0.5
+        learned = settings.is_learned(max(map(max, arms.values())), floor)
         sentence = (
             f"Exact match on {settings.operations + 1} operations after finetuning on them: {in_words(contrasts)}."
         )

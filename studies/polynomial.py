@@ -5,37 +5,25 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
 
-from studies.polynomial_ring import Ring
-from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model, written_right
+from studies.polynomial_ring import RingSettings
+from studies.study import Case, Findings, Result, Scale, Study, Tell, crossed, spread, values
+from studies.training import TrainingSettings, run_config, sized, stream_of, train_model, written_right
 from studies.verdicts import Contrast, contrast, in_words, judge
 
 
 @dataclass(frozen=True)
-class PolynomialSettings(StudySettings):
+class PolynomialSettings(RingSettings):
     """Settings of the study."""
 
-    p: int = 7
-    d: int = 5
-    operations: int = 5
-    """Most operations m of a problem for training; the least is 1."""
     test_operations: int = 10
     """Most operations of a test; beyond `operations` they are out of domain."""
-    problems: int = 100_000
-    """Problems for training, read again and again if training takes longer."""
-    tests: int = 2000
-    """Test problems for each m."""
     sizes: tuple[str, ...] = ("30M", "100M")
     heads: tuple[int, ...] = (1, 2, 4)
     pauses: tuple[int, ...] = (0, 5, 10)
-    answers_only: bool = False
-    """True: questions are no targets, for their random coefficients would dominate a short training. The paper does not
-    say that it leaves them out."""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 def exact_by_operations(result: Result, first: int, last: int) -> float:
@@ -47,7 +35,7 @@ def above_guessing(settings: PolynomialSettings, results: Sequence[Result], firs
     """Return whether some model solves more problems of m = first..last than the most frequent answer."""
     floor = statistics.fmean(results[0].numbers["guessed"][first - 1 : last])
     best = max(exact_by_operations(result, first, last) for result in results)
-    return best > floor + 3 * (floor / settings.tests) ** 0.5
+    return settings.is_learned(best, floor)
 
 
 class PolynomialStudy(Study[PolynomialSettings]):
@@ -88,16 +76,14 @@ class PolynomialStudy(Study[PolynomialSettings]):
 
     def run(self, settings: PolynomialSettings, case: Case, tell: Tell) -> dict[str, Any]:
         """Train and measure one case."""
-        ring, pauses = Ring(settings.p, settings.d), int(case.conditions["pauses"])
+        ring, pauses = settings.ring, int(case.conditions["pauses"])
         context = max(settings.training.length, ring.longest(settings.test_operations, pauses))
         model = sized(
             str(case.conditions["size"]), vocab_size=ring.vocab_size, heads=case.conditions["n"], context=context
         )
         config = run_config(settings.training, model, case.seed, settings.device)
         problems = ring.documents(settings.problems, settings.operations, pauses, case.seed)
-        answers_from = [len(problem) - settings.d - 1 for problem in problems] if settings.answers_only else None
-        shards = in_memory(problems, answers_from)
-        trained = train_model(config, stream_of(shards, config), tell)
+        trained = train_model(config, stream_of(settings.shards(problems), config), tell)
         exact, coefficients, guessed = [], [], []
         for operations in range(1, settings.test_operations + 1):
             questions, answers = ring.tests(settings.tests, operations, pauses)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from headstart.data.shards import TokenShards
+from studies.study import StudySettings
+from studies.training import TrainingSettings, in_memory
 
 Polynomial = tuple[int, ...]
 """Coefficients, the constant first."""
@@ -96,3 +100,35 @@ class Ring:
     def longest(self, operations: int, pauses: int) -> int:
         """Tokens of the longest question with its answer."""
         return 1 + self.d + operations * (self.d + 3) + pauses + 1 + self.d + 1
+
+
+@dataclass(frozen=True)
+class RingSettings(StudySettings):
+    """Settings of the studies that train on these problems."""
+
+    p: int = 7
+    d: int = 5
+    operations: int = 5
+    """Most operations of a problem for training; the least is 1."""
+    problems: int = 100_000
+    """Problems for training, read again and again if training takes longer."""
+    tests: int = 2000
+    """Test problems for each number of operations."""
+    answers_only: bool = False
+    """True: questions are no targets, for their random coefficients would dominate a short training. The paper does not
+    say that it leaves them out."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the problems."""
+        return Ring(self.p, self.d)
+
+    def shards(self, problems: Sequence[Sequence[int]]) -> TokenShards:
+        """Return problems as `Ring.documents` makes them, as a split to train on."""
+        answers_from = [len(problem) - self.d - 1 for problem in problems]
+        return in_memory(problems, answers_from if self.answers_only else None)
+
+    def is_learned(self, best: float, guessed: float) -> bool:
+        """Return whether an exact match is above that of the most frequent answer by three standard errors."""
+        return best > guessed + 3 * (guessed / self.tests) ** 0.5
