@@ -18,7 +18,7 @@ from bench.streams import Stream, Synthetic, acceptance_table, p50_p95, share_ri
 from headstart.console import say
 from headstart.decoding.engine import Engine
 from headstart.decoding.kernels.backend import backend_of
-from headstart.decoding.kernels.int8 import Quantize
+from headstart.decoding.kernels.blocks import Quantize
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import Tuning, read_tuning
 from headstart.decoding.policy.policy import DraftPolicy

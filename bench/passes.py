@@ -13,7 +13,7 @@ import torch
 from bench import processes
 from bench.report import Bar, BenchSettings, Findings, count, run_parts
 from headstart import hardware
-from headstart.decoding.kernels.int8 import Quantize
+from headstart.decoding.kernels.blocks import Quantize
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.timing import DTYPES, PASSES_OF_A_BLOCK, Pass, interleave, random_model, timed
 from headstart.errors import UsageError
@@ -44,7 +44,7 @@ class Settings(BenchSettings):
     """CPU threads, each number in a process of its own."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the weights (auto: the faster one here)."""
-    quantize: tuple[Quantize, ...] = ("int8",)
+    quantize: tuple[Quantize, ...] = ("q4", "q8")
     """Quantized weights that the part rows times in addition."""
     device: str = "cpu"
     """cpu or cuda."""

@@ -18,7 +18,7 @@ from headstart.decoding.drafters.tree import parse_tree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.kernels.backend import backend_of
-from headstart.decoding.kernels.int8 import Quantize, parse_quantize
+from headstart.decoding.kernels.blocks import Quantize, parse_quantize
 from headstart.decoding.kernels.pack import decoding_dtype, pack
 from headstart.decoding.policy.calibration import Tuning, read_tuning
 from headstart.decoding.policy.online import Observations, OnlineCalibration
@@ -238,7 +238,7 @@ class LanguageModel:
         if given.ndim != 2 or not given.numel() or given.dtype == torch.bool or given.is_floating_point():
             kind = f"{str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
             raise UsageError(f"the tokens are {kind}; give whole numbers of shape (batch, time), as [[1, 2], [3, 4]]")
-        tokens_BT = given.to(self.transformer.trunk.embedding.weight.device, torch.int64)
+        tokens_BT = given.to(self.transformer.device, torch.int64)
         for token in (int(tokens_BT.min()), int(tokens_BT.max())):
             if not 0 <= token < self.config.vocab_size:
                 raise UsageError(
@@ -270,8 +270,8 @@ def load(
             byte-level model of Python code, models/README.md).
         dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software).
         device: "cpu", "cuda", ...
-        quantize: "int8" puts weights and activations of all products in int8, the rest in float32; for CPUs. The model
-            is then a different one, close to the original (docs/decoding.md).
+        quantize: "q4" or "q8" puts the weights of all products in blocks of 4 or 8 bits and computes the rest in
+            float32; for CPUs. The model is then a different one, close to the original (docs/decoding.md).
         heads: a directory of draft heads for this model, or its name on the hub (docs/heads.md); what `headstart tune`
             measures is kept in it.
 

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from headstart.commands.evaluate import ACCEPTANCE_FILE
-from headstart.decoding.policy.calibration import TUNING_FILE, AcceptanceTable, PassCosts, Tuning, parse_measured
+from headstart.decoding.policy.calibration import (
+    TUNING_FILE,
+    AcceptanceTable,
+    PassCosts,
+    Tuning,
+    acceptance_name,
+    parse_measured,
+)
 from headstart.errors import UsageError
 from headstart.fileio import read_json
 from headstart.formats.families import family_of
@@ -162,10 +169,7 @@ def _speed(directory: Path) -> list[str]:
     for entry in content["costs"]:
         here = entry["setting"]
         greedy, sampled = (
-            parse_measured(
-                AcceptanceTable, content["acceptance_int8" if here["dtype"] == "int8" else "acceptance"][way]
-            )
-            for way in ("greedy", "sampled")
+            parse_measured(AcceptanceTable, content[acceptance_name(here)][way]) for way in ("greedy", "sampled")
         )
         costs = parse_measured(PassCosts, entry)
         tuning = Tuning(greedy, sampled, costs)
@@ -210,7 +214,7 @@ def _usage(directory: Path, name: str, config: ModelConfig) -> str:
             "",
             "In Headstart decoding with any number of heads is lossless by default: token for token the text of plain "
             "decoding, greedy or sampled with the same seed. The acceptance rules `rejection` and `block` are lossless "
-            "in distribution; those called `lossy-...` are not, and int8 is another model.",
+            "in distribution; those called `lossy-...` are not, and q4 and q8 are other models.",
         ]
     if config.kind.plain_decoder:
         code = (directory / MODELING_FILE).is_file()

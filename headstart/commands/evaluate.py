@@ -64,8 +64,8 @@ class EvaluateSettings:
     """Tokens of a window of the task heads (None: the model's context)."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """dtype of the weights (None: that of `headstart generate`)."""
-    quantize: Literal["int8"] | None = None
-    """int8: evaluate the model as `headstart generate --quantize int8` decodes it."""
+    quantize: Literal["q4", "q8"] | None = None
+    """q4 or q8: evaluate the model as `headstart generate --quantize q4` decodes it."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None

@@ -75,8 +75,8 @@ class GenerateSettings:
     """Give bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """dtype of the weights (None: as stored; float32 on a CPU without instructions for bfloat16)."""
-    quantize: Literal["int8"] | None = None
-    """int8: compute all products with 8-bit weights and activations, on CPUs; faster, but not quite the same model."""
+    quantize: Literal["q4", "q8"] | None = None
+    """q4 or q8: weights in blocks of 4 or 8 bits, on CPUs; faster and smaller, but not quite the same model."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None

@@ -62,8 +62,8 @@ class TuneSettings:
     """Seconds of timing passes at each batch size, for greedy and for sampled ones each."""
     dtype: str | None = None
     """bfloat16 or float32 (None: the dtype that `headstart generate` uses)."""
-    quantize: Literal["int8"] | None = None
-    """int8: tune the model as `headstart generate --quantize int8` decodes it; other costs in the file stay."""
+    quantize: Literal["q4", "q8"] | None = None
+    """q4 or q8: tune the model as `headstart generate --quantize q4` decodes it; other costs in the file stay."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None

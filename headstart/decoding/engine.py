@@ -68,15 +68,14 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.context = config.context or model.config.context
         self._choose_shapes(policy)
-        weight = model.trunk.embedding.weight
-        self._rows = None if self.tree is None else TreeRows(self.tree, weight.device)
+        self._rows = None if self.tree is None else TreeRows(self.tree, model.device)
         self._branching = self.tree is not None
         """True while the windows hold trees."""
-        check_memory(self._planned_memory, config.slots, self.context, weight.device)
+        check_memory(self._planned_memory, config.slots, self.context, model.device)
         self.memory = self._planned_memory(config.slots, self.context)
         self.state = DecodingState.empty(model, config.slots, self._capacity(self.context), self.width)
         self.state.length_S.fill_(self.state.parked)
-        on_gpu = weight.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
         if config.graphs and not on_gpu:
             raise UsageError("graphs are for CUDA devices; leave graphs out, or load the model with device='cuda'")
         self.decode_pass: Callable[[PassPlan], tuple[Tensor, Tensor]] = partial(decode_pass, model, self.state)
@@ -138,9 +137,9 @@ class Engine:
         return _round_up(context + self.width + self.model.config.ahead, self.step_span)
 
     def _planned_memory(self, slots: int, context: int) -> DecodingMemory:
-        weight = self.model.trunk.embedding.weight
+        model = self.model
         return decoding_memory(
-            self.model.config, slots, self._capacity(context), self.width, CHUNK, weight.dtype, weight.device
+            model.config, slots, self._capacity(context), self.width, CHUNK, model.dtype, model.device
         )
 
     def generation(self, request: Request) -> Generation:

@@ -69,9 +69,9 @@ class DecodingState:
     @classmethod
     def empty(cls, model: Transformer, slots: int, capacity: int, width: int | None = None) -> DecodingState:
         """Return the state of an engine without requests; `width` is the rows of a full window (None: n)."""
-        config, weight = model.config, model.trunk.embedding.weight
-        device, width = weight.device, width or config.heads
-        dtype = cache_dtype(weight.dtype, device)
+        config, device = model.config, model.device
+        width = width or config.heads
+        dtype = cache_dtype(model.dtype, device)
         return cls(
             cache=KVCache(config, slots, capacity, dtype, device, compiled=backend_of(model).compiled_cache),
             length_S=torch.zeros(slots, dtype=torch.int64, device=device),
@@ -80,7 +80,7 @@ class DecodingState:
             sampling=SamplingRows(slots, device),
             penalties=PenaltyRows(slots, config.vocab_size, device),
             constraints=ConstraintRows(slots, width, config.vocab_size),
-            rotary=model.rotary(torch.arange(capacity, device=device), weight.dtype),
+            rotary=model.rotary(torch.arange(capacity, device=device), model.dtype),
         )
 
     def rotary_at(self, positions: Tensor, starts: list[int] | None = None) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def draft_ranks(
     k-2 for head k = 2..n: the probability of its best candidate, and the rank of the token k later in the text.
     """
     n = model.config.heads
-    tokens = torch.tensor([text], device=model.trunk.embedding.weight.device)
+    tokens = torch.tensor([text], device=model.device)
     at = torch.tensor(rows, device=tokens.device)
     latents = model.latents(tokens, list(range(2, n + 1)))
     found: list[list[tuple[float, int]]] = []

@@ -173,7 +173,7 @@ def _read(model: Transformer, tokens: np.ndarray, start: int, stop: int) -> tupl
 
     The nats are 0 if the document ends before the token.
     """
-    n, device = model.config.heads, model.trunk.embedding.weight.device
+    n, device = model.config.heads, model.device
     T = stop - start
     read = torch.from_numpy(tokens[start : stop + model.config.ahead])
     latents = model.latents(read[None].to(device), list(range(1, n + 1)))

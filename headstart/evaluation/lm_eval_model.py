@@ -144,8 +144,9 @@ class HeadstartLM(TemplateLM):
             sizes.append(min(len(after), len(row) - max(1, len(self._start))))
         width = max(map(len, rows)) - 1
         # Padding follows each row, so no token of the row attends to it.
-        weight = self.model.transformer.trunk.embedding.weight
-        tokens = torch.tensor([row[:-1] + [0] * (width - len(row) + 1) for row in rows], device=weight.device)
+        tokens = torch.tensor(
+            [row[:-1] + [0] * (width - len(row) + 1) for row in rows], device=self.model.transformer.device
+        )
         latents = self.model.transformer.latents(tokens, [1])[1]
         answers = []
         for row, size, z_TD in zip(rows, sizes, latents):

@@ -141,6 +141,16 @@ class Transformer(nn.Module):
             narrow |= any(part in name for part in kind.narrow_at_first)
             tensor.normal_(0, 0.02 / math.sqrt(2 * self.config.layers) if narrow else 0.02, generator=generator)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the final norm, and so of activations."""
+        return cast(Tensor, self.unembedding.norm.weight).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the final norm, and so of activations."""
+        return cast(Tensor, self.unembedding.norm.weight).device
+
     def rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin tables (..., 1, E) for integer positions of any shape; see `model_tables`."""
         return model_tables(self.config, positions, dtype)
@@ -172,7 +182,7 @@ class Transformer(nn.Module):
             plain: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
             attention = plain, torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         attend, positions = attention
-        rotary = self.rotary(positions, compute_dtype(self.trunk.embedding.weight))
+        rotary = self.rotary(positions, compute_dtype(cast(Tensor, self.unembedding.norm.weight)))
         T, reads_ahead = tokens_BT.shape[1], self.config.ahead > 0
         z_BTD = self.trunk(tokens_BT, rotary, lambda layer: attend, T if reads_ahead else None)
         latents = {0: z_BTD[0] if reads_ahead else z_BTD}

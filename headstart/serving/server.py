@@ -66,13 +66,14 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
 
 def _default_context(model: api.LanguageModel, settings: ServeSettings) -> int:
     """Return the model's context, or the longest one whose caches leave half of the free memory to others."""
-    weight, width = model.transformer.trunk.embedding.weight, model.config.heads + settings.lookup
+    dtype, device = model.transformer.dtype, model.transformer.device
+    width = model.config.heads + settings.lookup
 
     def plan(context: int) -> DecodingMemory:
         capacity = context + width + model.config.ahead
-        return decoding_memory(model.config, settings.slots, capacity, width, CHUNK, weight.dtype, weight.device)
+        return decoding_memory(model.config, settings.slots, capacity, width, CHUNK, dtype, device)
 
-    return fitting_context(plan, model.config.context, weight.device)
+    return fitting_context(plan, model.config.context, device)
 
 
 def guarded(app: ASGIApp, service: Service) -> ASGIApp:

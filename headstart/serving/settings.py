@@ -55,8 +55,8 @@ class ServeSettings:
     """Bit-identical outputs for every number of heads; --no-exact is the fastest path, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
-    quantize: Literal["int8"] | None = None
-    """int8: weights and activations of all products in 8 bits, on CPUs; faster, not quite the same model."""
+    quantize: Literal["q4", "q8"] | None = None
+    """q4 or q8: weights in blocks of 4 or 8 bits, on CPUs; faster, smaller, not quite the same model."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None

@@ -45,17 +45,17 @@ def test_model_part(in_process, model_directory, tmp_path):
     assert rows["greedy, batch 2, K = 4 / plain over its tokens per pass"]["bar"] is None
 
 
-def test_a_trained_model_decodes_in_int8(in_process, model_directory, tmp_path):
+def test_a_trained_model_decodes_in_blocks(in_process, model_directory, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("abcabc\n")
     found = decode.run(
         settings(
-            parts=("model",), dtype="bfloat16", quantize="int8", new_tokens=8, temperatures=(0.0,), batches=(1,),
+            parts=("model",), dtype="bfloat16", quantize="q4", new_tokens=8, temperatures=(0.0,), batches=(1,),
             model=model_directory, prompts=prompts, out=tmp_path,
         )
     )  # fmt: skip
     assert by_name(found)["greedy, batch 1: numbers of heads whose output differs from K = 1"]["median"] == 0
-    assert any("parallel, int8, 1 thread" in note for note in found["notes"])
+    assert any("parallel, q4, 1 thread" in note for note in found["notes"])
 
 
 def test_sweep(in_process, monkeypatch):

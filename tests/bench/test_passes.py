@@ -82,9 +82,9 @@ def test_both_parts_with_random_weights(in_process):
     result = passes.run(settings(rows=(1, 8)))
     rows = {row["what"]: row for row in result["measurements"]}
     assert [row["bar"]["value"] for row in rows.values() if row["bar"]] == [0.65, 1.3]
-    for kind in ("float32", "int8"):
+    for kind in ("float32", "q4", "q8"):
         assert f"{kind}, 1 row, 1 thread" in rows and f"{kind}, 8 rows, 1 thread / 1 row" in rows
-    assert rows["int8, 8 rows, 1 thread / float32"]["unit"] == ""
+    assert rows["q8, 8 rows, 1 thread / float32"]["unit"] == ""
     assert all(row["median"] > 0 for row in rows.values())
     json.dumps(result)
 

@@ -102,13 +102,13 @@ def test_text_without_a_known_field_names_no_option_it_lacks(directory, tmp_path
     assert "--text-field" not in told or "headstart prepare" in told
 
 
-def test_in_int8_it_is_nearly_the_same(directory, tmp_path) -> None:
+def test_in_q8_it_is_nearly_the_same(directory, tmp_path) -> None:
     settings = EvaluateSettings(text=(str(tmp_path / "text"),), prompt_count=2, prompt_tokens=8, new_tokens=8)
-    plain, int8 = (evaluate(directory, replace(settings, quantize=quantize)) for quantize in (None, "int8"))
-    assert int8["quantize"] == "int8" and "quantize" not in plain
-    bits = [found["heads"]["bits_per_byte"] for found in (plain, int8)]
+    plain, q8 = (evaluate(directory, replace(settings, quantize=quantize)) for quantize in (None, "q8"))
+    assert q8["quantize"] == "q8" and "quantize" not in plain
+    bits = [found["heads"]["bits_per_byte"] for found in (plain, q8)]
     assert bits[0] != bits[1] and bits[1] == pytest.approx(bits[0], rel=0.01)
-    assert int8["acceptance"]["greedy"]["tokens"] == 16
+    assert q8["acceptance"]["greedy"]["tokens"] == 16
 
 
 def test_free_running_counts_what_the_engine_counts(directory) -> None:
@@ -163,7 +163,7 @@ def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
         (("--text", "gone"), "no such file or folder"),
         (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads, acceptance, humaneval"),
         (("--text", "text", "--batch", 0), "--batch is 0"),
-        (("--text", "text", "--quantize", "int8", "--record"), "leave --quantize out"),
+        (("--text", "text", "--quantize", "q4", "--record"), "leave --quantize out"),
         (("--text", "text", "--prompt-tokens", 900), "900 .* more than the model's context 64; ask for fewer"),
         (("--text", "text", "--prompt-tokens", 40, "--new-tokens", 25), "40 .* 25: more than the model's context 64"),
         (("--text", "text", "--length", 65), "between 2 and the model's context 64"),

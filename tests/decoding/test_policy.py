@@ -32,15 +32,15 @@ PROMPT = tuple(b"the cat then")
 SURE, UNSURE = 0.99, 0.05
 
 
-def test_a_file_keeps_the_acceptance_of_int8_weights_apart() -> None:
+def test_a_file_keeps_the_acceptance_of_quantized_weights_apart() -> None:
     model = packed("replicated", torch.float32)
     here = machine_key(model)
     plain, quantized = tuning(1.2, 0.1), tuning(1.2, 0.1, table=acceptance(0.5))
     content = add_tuning(None, here, plain, {})
-    content = add_tuning(content, here | {"dtype": "int8"}, quantized, {})
+    content = add_tuning(content, here | {"dtype": "q4"}, quantized, {})
     found = parse_tuning(json.loads(json.dumps(content)), model)
     assert found is not None and found.greedy == plain.greedy
-    assert content["acceptance_int8"]["greedy"]["mean"] == quantized.greedy.mean
+    assert content["acceptance_q4"]["greedy"]["mean"] == quantized.greedy.mean
 
 
 @pytest.mark.parametrize(

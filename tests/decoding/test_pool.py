@@ -78,7 +78,7 @@ def test_each_iteration_runs_once(pool: ctypes.CDLL, count: int, threads: int) -
 def test_products_have_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
     if cpu.kernels(dtype) is None:
         pytest.skip(f"no compiled kernels for {dtype} here: another processor")
-    quantizations = (None, "int8") if dtype == torch.float32 else (None,)
+    quantizations = (None, "q4", "q8") if dtype == torch.float32 else (None,)
     for quantize in quantizations:
         linear = CompiledLinear(torch.randn(1000, 640).to(dtype), None, quantize)
         for rows in (1, 2, 9):

@@ -288,8 +288,8 @@ def test_reuse_changes_nothing_in_a_queue_of_texts_that_branch(model, exact: boo
     assert sum(g.stats.prompt_tokens_reused for g in found[0]) > 400
 
 
-def test_so_it_is_in_int8() -> None:
-    model = pack(copy.deepcopy(trained("transformer-causal")), quantize="int8")
+def test_so_it_is_in_blocks() -> None:
+    model = pack(copy.deepcopy(trained("transformer-causal")), quantize="q4")
     if not backend_of(model).row_exact:
         pytest.skip("no compiled kernels here")
     requests = [Request(TEXT[:size], size // 4, SAMPLED if size % 2 else Sampling()) for size in (100, 20, 99, 60, 31)]

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from headstart.decoding.kernels.int8 import Quantize
+from headstart.decoding.kernels.blocks import Quantize, Weight
 from headstart.model.layers import RMSNorm
 from headstart.model.transformer import Transformer
 
@@ -40,8 +40,8 @@ class Backend:
         """Say whether this machine and this backend can run `model`."""
         raise NotImplementedError
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
-        """Return a module that computes x W^T + b."""
+    def linear(self, weight: Weight, bias_N: Tensor | None) -> nn.Module:
+        """Return a module that computes x W^T + b; with a weight in blocks, its method `rows` returns rows of W."""
         raise NotImplementedError
 
     def norm(self, norm: RMSNorm) -> nn.Module:

@@ -1,8 +1,9 @@
-"""The backend of compiled kernels for CPUs: bf16 and fp32 models, the latter also quantized to int8."""
+"""The backend of compiled kernels for CPUs: bf16 and fp32 models, the latter also with weights in blocks."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Callable
 from typing import cast
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from headstart.decoding.cache import CachedAttention, CompiledAttention
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.cpu.weights import pack_int8, pack_weight
-from headstart.decoding.kernels.int8 import Quantize, quantize_weight
+from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, shape_of
+from headstart.decoding.kernels.cpu.weights import pack_blocks, pack_weight
 from headstart.model.attention import causal_attention
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer, Trunk
@@ -35,14 +36,14 @@ class CompiledBackend(Backend):
     @classmethod
     def supports(cls, model: Transformer) -> bool:
         """Say whether this processor has the kernels for this model's dtype, and they can read its widths."""
-        weight, config = model.trunk.embedding.weight, model.config
-        if weight.device.type != "cpu" or weight.dtype not in cpu.SOURCES:
+        config = model.config
+        if model.device.type != "cpu" or model.dtype not in cpu.SOURCES:
             return False
-        return config.dim % 16 == 0 and config.hidden % 2 == 0 and cpu.kernels(weight.dtype) is not None
+        return config.dim % 16 == 0 and config.hidden % 2 == 0 and cpu.kernels(model.dtype) is not None
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
+    def linear(self, weight: Weight, bias_N: Tensor | None) -> nn.Module:
         """Return a `CompiledLinear`."""
-        return CompiledLinear(weight_NK, bias_N, self.quantize)
+        return CompiledLinear(weight, bias_N)
 
     def norm(self, norm: RMSNorm) -> nn.Module:
         """Return a `CompiledNorm` for widths in multiples of 16, unless 1 + weight would be rounded to bf16."""
@@ -51,7 +52,7 @@ class CompiledBackend(Backend):
 
     def replace_blocks(self, model: Transformer) -> None:
         """Compile the gates of all blocks, and, in fp32, blocks like Llama's and the trunk in one call each."""
-        dtype = model.trunk.embedding.weight.dtype
+        dtype = model.dtype
         if model.config.activation == "silu":
             replace_children(model, SwiGLU, lambda mlp: CompiledSwiGLU(mlp, dtype))
         if dtype == torch.float32 and model.config.llama_blocks:
@@ -63,17 +64,19 @@ class CompiledBackend(Backend):
 class CompiledLinear(nn.Module):
     """Compute x W^T + b: a row's bits depend on that row alone, and 8 rows cost little more than one.
 
-    fp32 weights that bf16 holds exactly are stored in bf16. With `quantize`, in fp32 only, the result is that of
-    `Int8Linear`.
+    fp32 weights that bf16 holds exactly are stored in bf16. Weights in blocks are for fp32 activations, and the result
+    is that of `BlockLinear`.
     """
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, quantize: Quantize | None = None) -> None:
+    def __init__(self, weight: Weight, bias_N: Tensor | None) -> None:
         super().__init__()
-        self.shape, weight_NK = weight_NK.shape, weight_NK.detach()
-        self.packed = pack_int8(*quantize_weight(weight_NK)) if quantize else pack_weight(weight_NK)
+        if isinstance(weight, tuple):
+            self.shape, self.packed, dtype = shape_of(weight), pack_blocks(weight), torch.float32
+        else:
+            self.shape, self.packed, dtype = weight.shape, pack_weight(weight.detach()), weight.dtype
         self.bias = None if bias_N is None else bias_N.detach().float()
-        self._linear = cpu.loaded_kernels(weight_NK.dtype).linear
-        self._options = () if weight_NK.dtype == torch.bfloat16 else (cpu.STORED[self.packed.dtype],)
+        self._linear = cpu.loaded_kernels(dtype).linear
+        self._options = () if dtype == torch.bfloat16 else (cpu.STORED[self.packed.dtype],)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b."""
@@ -83,6 +86,14 @@ class CompiledLinear(nn.Module):
         bias = None if self.bias is None else self.bias.data_ptr()
         sizes = (x.numel() // K, N, K, torch.get_num_threads())
         self._linear(x.data_ptr(), self.packed.data_ptr(), bias, y.data_ptr(), *sizes, *self._options)
+        return y
+
+    def rows(self, which: Tensor) -> Tensor:
+        """Return the rows (..., K) of W, stored in blocks, that `which` (...) names, in fp32."""
+        which = which.contiguous()
+        y = torch.empty((*which.shape, self.shape[1]))
+        sizes = (which.numel(), self.shape[1])
+        cpu.loaded_kernels(torch.float32).block_rows(self.packed.data_ptr(), which.data_ptr(), y.data_ptr(), *sizes)
         return y
 
 
@@ -180,6 +191,9 @@ class CompiledTrunk(nn.Module):
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.embedding, self.blocks = trunk.embedding, trunk.blocks
+        # A tensor's rows without what nn.Embedding does around looking them up.
+        blocks = isinstance(self.embedding, BlockEmbedding)
+        self._embed = self.embedding if blocks else functools.partial(torch.embedding, self.embedding.weight)
         pointers = [ctypes.pointer(cast(CompiledBlock, block).weights) for block in self.blocks]
         self._addresses = (ctypes.POINTER(cpu.Block) * len(pointers))(*pointers)
         self._call = cpu.loaded_kernels(torch.float32).blocks
@@ -194,7 +208,7 @@ class CompiledTrunk(nn.Module):
         """Return the output of the trunk, as `Trunk.forward` does."""
         if not isinstance(attend, CachedAttention) or not attend.cache.compiled:
             return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
-        z_SWD = torch.embedding(self.embedding.weight, tokens_BT)  # without what nn.Embedding does around it
+        z_SWD = self._embed(tokens_BT)
         y_SWD = torch.empty_like(z_SWD)
         cache, first = attend.cache, attend.slots.start
         cos, sin = rotary[0].contiguous(), rotary[1].contiguous()

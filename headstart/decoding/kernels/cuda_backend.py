@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.int8 import Quantize
+from headstart.decoding.kernels.blocks import Quantize, Weight
 from headstart.model.layers import Block, RMSNorm
 from headstart.model.transformer import Transformer
 
@@ -28,15 +29,15 @@ class CudaBackend(Backend):
     @classmethod
     def supports(cls, model: Transformer) -> bool:
         """Say whether the kernels take this model: blocks like Llama's in bf16 on a GPU, with Triton installed."""
-        weight, config = model.trunk.embedding.weight, model.config
-        if weight.device.type != "cuda" or weight.dtype != torch.bfloat16 or not config.llama_blocks:
+        config = model.config
+        if model.device.type != "cuda" or model.dtype != torch.bfloat16 or not config.llama_blocks:
             return False
         width = config.dim_per_head
         return width >= 16 and width & (width - 1) == 0 and importlib.util.find_spec("triton") is not None
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
+    def linear(self, weight: Weight, bias_N: Tensor | None) -> nn.Module:
         """Return a `CudaLinear`."""
-        return self._linear(weight_NK, bias_N)
+        return self._linear(cast(Tensor, weight), bias_N)  # `pack` quantizes models on CPUs only
 
     def norm(self, norm: RMSNorm) -> nn.Module:
         """Return a `CudaNorm`."""

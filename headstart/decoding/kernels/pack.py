@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from headstart.decoding.kernels.backend import Backend, replace_children
+from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, in_blocks, shape_of
 from headstart.decoding.kernels.cpu_backend import CompiledBackend
 from headstart.decoding.kernels.cuda_backend import CudaBackend
-from headstart.decoding.kernels.int8 import Quantize
 from headstart.decoding.kernels.torch_backend import TorchBackend
 from headstart.errors import UsageError
 from headstart.hardware import dtype_on
@@ -21,7 +21,7 @@ from headstart.model.transformer import Transformer, Unembedding
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, CompiledBackend, TorchBackend)
 """All backends, the preferred ones first; the last one supports every model."""
-MakeLinear = Callable[[Tensor, "Tensor | None"], nn.Module]
+MakeLinear = Callable[[Weight, "Tensor | None"], nn.Module]
 
 
 class PackedResiduals(nn.Module):
@@ -49,18 +49,17 @@ class PackedUnembedding(nn.Module):
     def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
         super().__init__()
         self.norm: nn.Module = unembedding.norm
-        weights = [w.detach() for w in unembedding.weights]
+        weights: list[Weight] = list(unembedding.weights)
         self.copies = len(weights)
         self.first = linear(weights[0], None)
         residuals = unembedding.residuals
         self.residuals = None if residuals is None else PackedResiduals(residuals, linear)
         self.others: nn.Module = self.first
         if self.copies > 1:
+            others = [cast(Tensor, w).detach() for w in weights[1:]]
             apart = residuals is not None
-            self.others = (
-                nn.ModuleList(linear(w, None) for w in weights[1:]) if apart else linear(torch.cat(weights[1:]), None)
-            )
-        self.vocab_size = weights[0].shape[0]
+            self.others = nn.ModuleList(linear(w, None) for w in others) if apart else linear(torch.cat(others), None)
+        self.vocab_size = shape_of(weights[0])[0]
 
     def forward(self, z: Tensor, k: int = 1) -> Tensor:
         """Return the logits (..., V) of head k for its latent (..., D)."""
@@ -92,14 +91,13 @@ class PackedUnembedding(nn.Module):
 def decoding_dtype(model: Transformer, quantize: Quantize | None = None) -> torch.dtype:
     """Return the dtype in which a model with these stored weights decodes best.
 
-    It is the stored dtype, except float32 around int8 products and on a CPU that would multiply the stored dtype in
-    software, as every CPU does with fp16. Widening changes no weight.
+    It is the stored dtype, except float32 around quantized products and on a CPU that would multiply the stored dtype
+    in software, as every CPU does with fp16. Widening changes no weight.
     """
-    weight = model.trunk.embedding.weight
     if quantize:
         return torch.float32
     fast = (torch.float32, torch.float64, getattr(torch, dtype_on("cpu")))
-    return weight.dtype if weight.device.type != "cpu" or weight.dtype in fast else torch.float32
+    return model.dtype if model.device.type != "cpu" or model.dtype in fast else torch.float32
 
 
 @torch.no_grad()
@@ -115,24 +113,41 @@ def pack(
         model: the model, whose weights are packed one after another.
         rows: the usual number of rows in a pass (None: the number of heads).
         compiled: whether to use the compiled kernels and Triton's; tests compare both.
-        quantize: "int8" computes all linear maps and unembeddings in int8 (`kernels/int8.py`), for float32 models on a
-            CPU. The result is another model, close to this one.
+        quantize: "q4" or "q8" puts all matrices in blocks of 4 or 8 bits and quantizes activations to 8 bits
+            (`kernels/blocks.py`), for float32 models on a CPU. Embeddings and unembeddings take 8 bits in both. The
+            result is another model, close to this one.
 
     Raises:
         UsageError: the model cannot be quantized.
     """
-    weight = model.trunk.embedding.weight
-    if quantize and (weight.device.type != "cpu" or weight.dtype != torch.float32):
+    if quantize and (model.device.type != "cpu" or model.dtype != torch.float32):
         raise UsageError(
-            f"quantize {quantize} is for float32 models on CPUs; this one is {weight.dtype} on {weight.device}: "
+            f"quantize {quantize} is for float32 models on CPUs; this one is {model.dtype} on {model.device}: "
             "leave the dtype out, or decode without quantize"
         )
     model.requires_grad_(False)
     backends = BACKENDS if compiled else (TorchBackend,)
     backend = next(kind for kind in backends if kind.supports(model))(model, rows or model.config.heads, quantize)
-    model.unembedding = PackedUnembedding(model.unembedding, backend.linear)  # type: ignore[assignment]
-    replace_children(model, nn.Linear, lambda linear: backend.linear(linear.weight, linear.bias))
+    _pack_vocabulary(model, backend)
+    replace_children(model, nn.Linear, lambda linear: backend.linear(in_blocks(linear.weight, quantize), linear.bias))
     replace_children(model, RMSNorm, backend.norm)
     backend.replace_blocks(model)
     model.backend = backend  # type: ignore[assignment]
     return model.eval()
+
+
+def _pack_vocabulary(model: Transformer, backend: Backend) -> None:
+    """Pack embedding and unembedding; a quantized matrix that both use is stored once."""
+    quantize: Quantize | None = "q8" if backend.quantize else None
+
+    def linear(weight: Weight, bias: Tensor | None) -> nn.Module:
+        return backend.linear(in_blocks(weight, quantize), bias)
+
+    embedding, tied = model.trunk.embedding, model.config.tied
+    stored = cast(Weight, embedding.weight)
+    unembedding = PackedUnembedding(model.unembedding, linear)
+    model.unembedding = unembedding  # type: ignore[assignment]
+    if quantize or isinstance(stored, tuple):
+        factor = model.config.dim**0.5 if model.config.scaled_embedding else 1
+        matrix = unembedding.first if tied else linear(stored, None)
+        model.trunk.embedding = BlockEmbedding(matrix, factor)  # type: ignore[assignment]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.decoding.kernels.backend import Backend
-from headstart.decoding.kernels.int8 import Int8Linear, Quantize
+from headstart.decoding.kernels.blocks import BlockLinear, Quantize, Weight
 from headstart.model.transformer import Transformer
 
 
@@ -15,19 +15,18 @@ class TorchBackend(Backend):
 
     def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
         super().__init__(model, rows, quantize)
-        weight = model.trunk.embedding.weight
-        self._packs = can_pack(weight.device, weight.dtype)
+        self._packs = can_pack(model.device, model.dtype)
 
     @classmethod
     def supports(cls, model: Transformer) -> bool:
         """Return True: torch's operators run every model."""
         return True
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> nn.Module:
-        """Return an `Int8Linear`, a `PackedLinear` or a `PlainLinear`."""
-        if self.quantize:
-            return Int8Linear(weight_NK, bias_N)
-        return PackedLinear(weight_NK, bias_N, self.rows) if self._packs else PlainLinear(weight_NK, bias_N)
+    def linear(self, weight: Weight, bias_N: Tensor | None) -> nn.Module:
+        """Return a `BlockLinear`, a `PackedLinear` or a `PlainLinear`."""
+        if isinstance(weight, tuple):
+            return BlockLinear(weight, bias_N)
+        return PackedLinear(weight, bias_N, self.rows) if self._packs else PlainLinear(weight, bias_N)
 
 
 class PackedLinear(nn.Module):

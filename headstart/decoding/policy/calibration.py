@@ -241,13 +241,12 @@ class Tuning(Calibration):
 
 def machine_key(model: Transformer) -> dict[str, Any]:
     """Return what costs depend on besides the model: stored costs hold where the key is equal."""
-    weight = model.trunk.embedding.weight
     backend, here = backend_of(model), hardware.describe()
     return {
-        "processor": here["gpus"][0]["name"] if weight.device.type == "cuda" and here["gpus"] else here["cpu"],
+        "processor": here["gpus"][0]["name"] if model.device.type == "cuda" and here["gpus"] else here["cpu"],
         "instruction_sets": here["instruction_sets"],
         "threads": torch.get_num_threads(),
-        "dtype": backend.quantize or str(weight.dtype).removeprefix("torch."),
+        "dtype": backend.quantize or str(model.dtype).removeprefix("torch."),
         "compiled": backend.row_exact,
     }
 
@@ -286,7 +285,7 @@ def add_tuning(
     others = [e for e in (content or {"costs": []})["costs"] if e["setting"] != key]
     kept = {name: value for name, value in (content or {}).items() if name.startswith("acceptance")}
     tables = {"edges": EDGES, "greedy": asdict(tuning.greedy), "sampled": asdict(tuning.sampled)}
-    return {**kept, _acceptance_name(key): tables, "costs": [*others, entry]}
+    return {**kept, acceptance_name(key): tables, "costs": [*others, entry]}
 
 
 def parse_tuning(content: dict[str, Any], model: Transformer) -> Tuning | None:
@@ -298,7 +297,7 @@ def parse_tuning(content: dict[str, Any], model: Transformer) -> Tuning | None:
     entry = next((e for e in content["costs"] if e["setting"] == key), None)
     if entry is None:
         return None
-    measured = content[_acceptance_name(key)]
+    measured = content[acceptance_name(key)]
     greedy, sampled = (parse_measured(AcceptanceTable, measured[kind]) for kind in ("greedy", "sampled"))
     costs, text = parse_measured(PassCosts, entry), entry.get("draft_tree")
     sampled_costs = None if entry.get("sampled") is None else parse_measured(PassCosts, entry["sampled"])
@@ -328,9 +327,9 @@ def _make_tuples(value: Any) -> Any:
     return tuple(map(_make_tuples, value)) if isinstance(value, list) else value
 
 
-def _acceptance_name(key: dict[str, Any]) -> str:
-    """Return the name of the tables: acceptance depends on the weights, not the machine, and int8 has other weights."""
-    return "acceptance_int8" if key["dtype"] == "int8" else "acceptance"
+def acceptance_name(key: dict[str, Any]) -> str:
+    """Return the name of the tables: acceptance depends on the weights, which q4 and q8 change, not on the machine."""
+    return f"acceptance_{key['dtype']}" if key["dtype"] in ("q4", "q8") else "acceptance"
 
 
 def _fits(table: AcceptanceTable, heads: int) -> bool:

@@ -25,8 +25,8 @@ from headstart.errors import UsageError
 from headstart.fileio import cache_folder, replacing_file
 
 SOURCES = {torch.bfloat16: "bf16.c", torch.float32: "fp32.c"}
-STORED = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-"""The codes of fp32.c for the type of packed weights."""
+STORED = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+"""The codes of fp32.c for the type of packed weights; uint8: in blocks."""
 FLAGS = ("-O3", "-march=native", "-pthread", "-fPIC", "-std=gnu11")
 LINK = ("-shared", "-pthread", "-lm")
 """Flags of the link step. -ffast-math is not one of them: a library linked with it makes denormal numbers zero in the
@@ -72,7 +72,11 @@ _COMMON = {
 }
 SIGNATURES = {
     "bf16.c": _COMMON | {"linear": "pppp lll i"},
-    "fp32.c": _COMMON | {"linear": "pppp lll i i", "block": "B pppppppp T lll i", "blocks": "A l pppppp l p T lll i"},
+    "fp32.c": _COMMON
+    | {
+        **{"linear": "pppp lll i i", "block_rows": "ppp ll"},
+        **{"block": "B pppppppp T lll i", "blocks": "A l pppppp l p T lll i"},
+    },
     "choose.c": {
         "noise": "ppp ll i",
         "choose": "ppppp lll",

@@ -161,13 +161,13 @@ static inline float max8(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-#include "int8.h"
+#include "blocks.h"
 
-enum { FP32, BF16, INT8 };
+enum { FP32, BF16, BLOCKS };
 
-// Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16] in fp32 or bf16, or as in int8.h, by `stored`.
+// Compute y (rows, N) = x (rows, K) W^T + bias. w: W packed as [ceil(N/16)][K][16] in fp32 or bf16, or as in blocks.h, by `stored`.
 void linear(const float *x, const void *w, const float *bias, float *y, long rows, long N, long K, int threads, int stored) {
-    if (stored == INT8) product8(x, w, bias, y, rows, N, K, threads);
+    if (stored == BLOCKS) product_blocks(x, w, bias, y, rows, N, K, threads);
     else {
         Product a = {stored == BF16, x, w, bias, y, rows, N, K};
         // Waking a second thread takes some microseconds: small products finish before it starts.

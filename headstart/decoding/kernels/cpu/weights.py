@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 
 import torch
 from torch import Tensor
 
+from headstart.decoding.kernels.blocks import GROUP, Blocks, BlockWeight
 from headstart.hardware import huge_pages
 
 COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
 """The columns of a block of packed weights."""
 _CHUNK, _LINE = 64 << 20, 64
+_ROWS = 4096
+"""The rows of a matrix that are laid out at a time."""
 
 _lock = threading.Lock()
 _chunk, _used = torch.empty(0, dtype=torch.uint8), 0
@@ -35,29 +39,67 @@ def pack_weight(weight_NK: Tensor) -> Tensor:
     return _copy_into_chunk(padded.view(-1, columns, K).transpose(1, 2))
 
 
-def pack_int8(whole_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """Return the result of `quantize_weight` in the layout of int8.h: (ceil(N/16), 128 + 64 ceil(K/4)) int8."""
-    N, K = whole_NK.shape
-    blocks = -(-N // 16)
-    padded = torch.zeros(16 * blocks, -(-K // 4) * 4, dtype=torch.int8)
-    padded[:N, :K] = whole_NK
-    scale = torch.zeros(16 * blocks)
-    scale[:N] = scale_N
-    shift = 128 * padded.sum(1, dtype=torch.int32)
-    weights = padded.view(blocks, 16, -1, 4).transpose(1, 2).reshape(blocks, -1)
-    header = [shift.view(blocks, 16).view(torch.int8), scale.view(blocks, 16).view(torch.int8)]
-    return _copy_into_chunk(torch.cat([*header, weights], dim=1))
+_HEADER = struct.Struct("<q")
+_SEGMENT = struct.Struct("<7q")
+
+
+def pack_blocks(blocks: Blocks) -> Tensor:
+    """Return weights in blocks in the layout of blocks.h, uint8: a header, and records of 16 outputs and 32 inputs."""
+    groups = -(-blocks[0].shape[1] // GROUP)
+    header, records, sizes = bytearray(_HEADER.pack(len(blocks))), list[int](), list[int]()
+    begin = -(-(_HEADER.size + _SEGMENT.size * len(blocks)) // _LINE) * _LINE
+    for part in blocks:
+        scales = 16 * (GROUP // part.group) * part.scales_NG.element_size() * (1 if part.minimums_NG is None else 2)
+        record = 64 * part.bits + scales
+        wide, minimums = part.scales_NG.dtype == torch.float32, part.minimums_NG is not None
+        header += _SEGMENT.pack(part.shape[0], part.bits, part.group, wide, minimums, record, begin + sum(sizes))
+        records.append(record)
+        sizes.append(-(-part.shape[0] // 16) * groups * record)
+    packed = _room(begin + sum(sizes))
+    packed[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
+    for part, record, room in zip(blocks, records, packed[begin:].split(sizes)):
+        for i, some in enumerate(room.split(_ROWS // 16 * groups * record)):
+            some.copy_(_records(part.rows(slice(i * _ROWS, (i + 1) * _ROWS))).flatten())
+    return packed
+
+
+def _records(part: BlockWeight) -> Tensor:
+    """Return the records of a matrix, (ceil(N / 16), ceil(K / 32), bytes) uint8."""
+    N, K = part.shape
+    B, G = -(-N // 16), -(-K // GROUP)
+    added = 0 if part.bits == 8 or part.minimums_NG is not None else 1 << part.bits - 1
+    codes = torch.zeros(16 * B, G * GROUP, dtype=torch.int8)
+    torch.add(part.codes_NK, added, out=codes[:N, :K])
+    # (B, half, output, G, step, input) -> (B, G, half, step, output, input)
+    codes = codes.view(torch.uint8).view(B, 2, 8, G, 8, 4).permute(0, 3, 1, 4, 2, 5)
+    if part.bits == 8:
+        pieces = [codes]
+    else:
+        pieces = [codes[:, :, :, :4] & 15 | codes[:, :, :, 4:] << 4]
+        if part.bits == 5:
+            places = torch.arange(8, dtype=torch.uint8)[:, None, None]
+            pieces.append(((codes >> 4) << places).sum(3, dtype=torch.uint8))
+    for values in (part.scales_NG, part.minimums_NG):
+        if values is not None:
+            padded = values.new_zeros(16 * B, G * (GROUP // part.group))
+            padded[:N, : values.shape[1]] = values
+            pieces.append(padded.view(B, 16, G, -1).permute(0, 2, 3, 1).contiguous().view(torch.uint8))
+    return torch.cat([piece.reshape(B, G, -1) for piece in pieces], 2)
 
 
 def _copy_into_chunk(x: Tensor) -> Tensor:
-    """Return a contiguous copy, next to the copies made before it.
+    return _room(x.nbytes).view(x.dtype).view(x.shape).copy_(x)
 
-    Separate matrices of a few megabytes would be in huge pages by two thirds only. A chunk is freed with its last copy.
+
+def _room(size: int) -> Tensor:
+    """Return `size` bytes of memory, next to those returned before.
+
+    Separate matrices of a few megabytes would be in huge pages by two thirds only. A chunk is freed with its last part.
     """
     global _chunk, _used
     with _lock:
-        if _used + x.nbytes > _chunk.numel():
-            _chunk, _used = huge_pages(torch.empty(max(_CHUNK, x.nbytes), dtype=torch.uint8)), 0
-        room = _chunk[_used : _used + x.nbytes]
-        _used = -(-(_used + x.nbytes) // _LINE) * _LINE
-    return room.view(x.dtype).view(x.shape).copy_(x)
+        if _used + size > _chunk.numel():
+            _chunk, _used = huge_pages(torch.empty(max(_CHUNK, size), dtype=torch.uint8)), 0
+        room = _chunk[_used : _used + size]
+        _used = -(-(_used + size) // _LINE) * _LINE
+    return room

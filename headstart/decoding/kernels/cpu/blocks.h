@@ -1,0 +1,308 @@
+// Products of weights in blocks, for fp32.c: each group of 32 or 16 inputs of an output has codes of 4, 5 or 8 bits and a scale,
+// and may have a minimum: a weight is scale * code + minimum. Activations are quantized here to 8 bits, by groups of 32 inputs of
+// a row. decoding/kernels/blocks.py is the reference that tests compare with.
+//
+// Sums over the inputs of a group are whole numbers, exact in any order. Sums over groups are one chain of additions in fp32: a
+// row's bits depend on that row and the weights alone.
+
+#define GROUP 32
+#define MOST_ROWS 8  // rows of a tile
+
+// Some outputs of a linear map: the parts of a fused map can have different forms. Weights are packed as [ceil(outputs / 16)]
+// [groups of 32 inputs] records. A record has codes, scales and minimums of 16 outputs:
+//   4 bits: [2][4][8][4] bytes, for 8 outputs each; byte [i][output][k] has input 4 i + k in its lower half, 16 + 4 i + k above it.
+//   5 bits: the lower four bits so, then [2][8][4] bytes; bit i of byte [output][k] is the highest bit of input 4 i + k.
+//   8 bits: [2][8][8][4] signed bytes.
+//   scales, then minimums: [32 / group][16] fp16 or fp32.
+// Codes of 4 and 5 bits without minimums are stored with 8 or 16 added.
+typedef struct {
+    int64_t outputs, bits, group, wide, minimums;  // wide: scales are fp32; minimums: 1 if there are any
+    int64_t record, from;                          // bytes of a record; the first one's place behind the header
+} Segment;
+
+// What packed weights begin with.
+typedef struct {
+    int64_t segments;
+    Segment segment[];
+} BlockHeader;
+
+// Quantized rows, in tiles of M <= MOST_ROWS rows: of each tile the codes [group][8][M][4], the values of one step [group][M], and
+// the sums of codes [group][3][M], of the group and of its halves.
+typedef struct {
+    int8_t *codes;
+    float *step, *sum;
+    long groups;
+} Activations;
+
+// Add the products of four codes, which are not negative, and four activations to each sum of a chain. `total` returns sums in
+// 32 bits. Without VNNI a chain's sums have 16 bits: 8 products of 4-bit codes fit in, 4 of 5 bits, 1 of 8 bits (2 * 128 * 127).
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define CHAIN(BITS) 4
+static inline __m256i dot(__m256i sum, __m256i codes, __m256i x) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sum, codes, x);
+#else
+    return _mm256_dpbusd_avx_epi32(sum, codes, x);
+#endif
+}
+static inline __m256i total(__m256i sum) { return sum; }
+#else
+#define CHAIN(BITS) ((BITS) == 4 ? 8 : (BITS) == 5 ? 4 : 1)
+static inline __m256i dot(__m256i sum, __m256i codes, __m256i x) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)); }
+static inline __m256i total(__m256i sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
+#endif
+
+// Return the codes of inputs 4 i .. 4 i + 3 of a group for 8 outputs.
+static inline __attribute__((always_inline)) __m256i unpack(const int BITS, const uint8_t *w, const int half, const int i) {
+    if (BITS == 8) return _mm256_loadu_si256((const __m256i *)(w + 256 * half + 32 * i));
+    __m256i codes = _mm256_loadu_si256((const __m256i *)(w + 128 * half + 32 * (i % 4)));
+    codes = _mm256_and_si256(i < 4 ? codes : _mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
+    if (BITS == 5) {
+        __m256i high = _mm256_loadu_si256((const __m256i *)(w + 256 + 32 * half));
+        high = i < 4 ? _mm256_slli_epi16(high, 4 - i) : _mm256_srli_epi16(high, i - 4);
+        codes = _mm256_or_si256(codes, _mm256_and_si256(high, _mm256_set1_epi8(16)));
+    }
+    return codes;
+}
+
+static inline __attribute__((always_inline)) __m256 load_scales(const uint8_t *at, long wide) {
+    return wide ? _mm256_loadu_ps((const float *)at) : _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
+}
+
+// Add a group's products to y[m], for 8 outputs. scale: where their scales are; minimum: their minimums, or NULL.
+static inline __attribute__((always_inline)) void add_products(const int M, const int BITS, const __m256i *whole, const uint8_t *scale,
+                                                               const uint8_t *minimum, long wide, const float *step,
+                                                               const float *sum, __m256 *y) {
+    const __m256 unit = load_scales(scale, wide);
+    if (minimum) {
+        const __m256 least = load_scales(minimum, wide);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const __m256 rest = _mm256_mul_ps(_mm256_broadcast_ss(sum + m), least);
+            const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[m]), unit, rest);
+            y[m] = _mm256_fmadd_ps(value, _mm256_broadcast_ss(step + m), y[m]);
+        }
+    } else {
+        const __m256 added = _mm256_set1_ps(BITS == 8 ? 0 : 1 << (BITS - 1));
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            __m256 value = _mm256_cvtepi32_ps(whole[m]);
+            if (BITS < 8) value = _mm256_fnmadd_ps(_mm256_broadcast_ss(sum + m), added, value);  // exact
+            y[m] = _mm256_fmadd_ps(_mm256_mul_ps(value, unit), _mm256_broadcast_ss(step + m), y[m]);
+        }
+    }
+}
+
+// Add the products of a record to y[half][m]. q, step, sum: those of M rows and this group.
+static inline __attribute__((always_inline)) void add_record(const int M, const int BITS, const int PARTS, const uint8_t *w,
+                                                             const Segment *s, const int8_t *q, const float *step,
+                                                             const float *sum, __m256 y[2][MOST_ROWS]) {
+    const long bytes = s->wide ? 4 : 2;
+    const uint8_t *scales = w + 64 * BITS, *minimums = scales + PARTS * 16 * bytes;
+#pragma GCC unroll 1  // both halves in one stretch of code take twice as long to compile, and run no faster
+    for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++) {
+            __asm__("" : "+r"(q), "+r"(step), "+r"(sum));  // load again what the stack would hold else
+            __m256i chain[MOST_ROWS], whole[MOST_ROWS];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8 / PARTS; i++) {
+                __m256i codes = unpack(BITS, w, half, i + 4 * part);
+                KEEP(codes);
+                const __m256i size = BITS == 8 ? _mm256_abs_epi8(codes) : codes;
+                const int begins = i % CHAIN(BITS) == 0, ends = (i + 1) % CHAIN(BITS) == 0;
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    int32_t four;
+                    memcpy(&four, q + ((i + 4 * part) * M + m) * 4, 4);
+                    __m256i x = _mm256_set1_epi32(four);
+                    if (BITS == 8) x = _mm256_sign_epi8(x, codes);
+                    chain[m] = dot(begins ? _mm256_setzero_si256() : chain[m], size, x);
+                    KEEP(chain[m]);  // gcc would compute many products before it adds them, and keep them on the stack
+                    if (ends) whole[m] = i < CHAIN(BITS) ? total(chain[m]) : _mm256_add_epi32(whole[m], total(chain[m]));
+                }
+            }
+            const long at = (16 * part + 8 * half) * bytes;
+            const float *sums = PARTS == 2 ? sum + (1 + part) * M : sum;
+            add_products(M, BITS, whole, scales + at, s->minimums ? minimums + at : NULL, s->wide, step, sums, y[half]);
+        }
+    }
+}
+
+#define AHEAD 2048  // bytes: reading so far ahead keeps the memory busy during arithmetic (docs/lab-notes/blocks-avx2.md)
+
+// Compute y[m][0 .. count) for M rows of activations and 16 outputs. w: their records.
+static inline __attribute__((always_inline)) void block_tile(const int M, const int BITS, const int PARTS, const uint8_t *w,
+                                                             const Segment *s, Activations a, const float *bias, float *y, long N,
+                                                             long count) {
+    __m256 sums[2][MOST_ROWS];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sums[0][m] = sums[1][m] = _mm256_setzero_ps();
+    for (long g = 0; g < a.groups; g++, w += s->record) {
+        for (long line = 0; line < s->record; line += 64) _mm_prefetch((const char *)w + AHEAD + line, _MM_HINT_T0);
+        add_record(M, BITS, PARTS, w, s, a.codes + g * GROUP * M, a.step + g * M, a.sum + g * 3 * M, sums);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+        float line[16];
+        _mm256_storeu_ps(line, sums[0][m]);
+        _mm256_storeu_ps(line + 8, sums[1][m]);
+        for (long i = 0; i < count; i++) y[m * N + i] = bias ? line[i] + bias[i] : line[i];
+    }
+}
+
+typedef void BlockTile(const uint8_t *w, const Segment *s, Activations a, const float *bias, float *y, long N, long count);
+#define BLOCK_TILE(M, BITS, PARTS)                                                                                             \
+    static __attribute__((noinline)) void tile_##M##_q##BITS##_##PARTS(const uint8_t *w, const Segment *s, Activations a,      \
+                                                                       const float *bias, float *y, long N, long count) {      \
+        block_tile(M, BITS, PARTS, w, s, a, bias, y, N, count);                                                                \
+    }
+#define BLOCK_TILES(BITS, PARTS)                                                                                               \
+    BLOCK_TILE(1, BITS, PARTS) BLOCK_TILE(2, BITS, PARTS) BLOCK_TILE(3, BITS, PARTS) BLOCK_TILE(4, BITS, PARTS)                \
+    BLOCK_TILE(5, BITS, PARTS) BLOCK_TILE(6, BITS, PARTS) BLOCK_TILE(7, BITS, PARTS) BLOCK_TILE(8, BITS, PARTS)                \
+    static BlockTile *const tiles_q##BITS##_##PARTS[] = {                                                                      \
+        tile_1_q##BITS##_##PARTS, tile_2_q##BITS##_##PARTS, tile_3_q##BITS##_##PARTS, tile_4_q##BITS##_##PARTS,                \
+        tile_5_q##BITS##_##PARTS, tile_6_q##BITS##_##PARTS, tile_7_q##BITS##_##PARTS, tile_8_q##BITS##_##PARTS};
+BLOCK_TILES(4, 1)
+BLOCK_TILES(5, 1)
+BLOCK_TILES(8, 1)
+BLOCK_TILES(8, 2)
+
+static BlockTile *const *tiles_of(const Segment *s) {
+    return s->bits == 4 ? tiles_q4_1 : s->bits == 5 ? tiles_q5_1 : s->group == GROUP ? tiles_q8_1 : tiles_q8_2;
+}
+
+// Quantize row m of a tile of M rows, K inputs, into a.
+static void quantize_row(const float *x, long K, long M, long m, Activations a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), ones = _mm256_set1_epi8(1);
+    for (long g = 0; g < a.groups; g++, x += GROUP) {
+        float last[GROUP] = {0};
+        const float *from = x;
+        if (K - g * GROUP < GROUP) memcpy(last, x, sizeof(float) * (K - g * GROUP)), from = last;
+        __m256 v[4];
+        for (int i = 0; i < 4; i++) v[i] = _mm256_loadu_ps(from + 8 * i);
+        const __m256 low = _mm256_max_ps(_mm256_andnot_ps(sign, v[0]), _mm256_andnot_ps(sign, v[1]));
+        const __m256 high = _mm256_max_ps(_mm256_andnot_ps(sign, v[2]), _mm256_andnot_ps(sign, v[3]));
+        const float top = max8(_mm256_max_ps(low, high));
+        // An explicit instruction, because -ffast-math may divide through an inexact reciprocal.
+        const float steps = top > 1e-30f ? _mm_cvtss_f32(_mm_div_ss(_mm_set_ss(127.0f), _mm_set_ss(top))) : 0.0f;
+        const __m256 factor = _mm256_set1_ps(steps);
+        __m256i n[4];
+        for (int i = 0; i < 4; i++) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], factor));
+        const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+        const __m256i codes = _mm256_permutevar8x32_epi32(bytes, order);
+        int32_t fours[8];
+        _mm256_storeu_si256((__m256i *)fours, codes);
+        for (int i = 0; i < 8; i++) memcpy(a.codes + ((g * 8 + i) * M + m) * 4, fours + i, 4);
+        const __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, codes), _mm256_set1_epi16(1));
+        const __m128i pairs = _mm_hadd_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        const __m128i halves = _mm_hadd_epi32(pairs, pairs);
+        const int first = _mm_cvtsi128_si32(halves), second = _mm_extract_epi32(halves, 1);
+        a.step[g * M + m] = top * (1.0f / 127.0f);
+        a.sum[g * 3 * M + m] = (float)(first + second);
+        a.sum[(g * 3 + 1) * M + m] = (float)first;
+        a.sum[(g * 3 + 2) * M + m] = (float)second;
+    }
+}
+
+// Return the part of `a` that belongs to the tile that begins with row `row`.
+static Activations tile_at(Activations a, long row) {
+    const long before = row * a.groups;
+    return (Activations){a.codes + before * GROUP, a.step + before, a.sum + 3 * before, a.groups};
+}
+
+typedef struct {
+    const float *x, *bias;
+    const BlockHeader *w;
+    float *y;
+    long rows, N, K, tiles, panel;
+    Activations a;
+} BlockProduct;
+
+// Return the first row of a tile. Sizes of tiles differ by one at most.
+static inline long first_row(const BlockProduct *p, long tile) { return p->rows * tile / p->tiles; }
+
+static void quantize_tiles(void *argument, long from, long to) {
+    const BlockProduct *p = argument;
+    for (long tile = from; tile < to; tile++) {
+        const long first = first_row(p, tile), M = first_row(p, tile + 1) - first;
+        for (long m = 0; m < M; m++) quantize_row(p->x + (first + m) * p->K, p->K, M, m, tile_at(p->a, first));
+    }
+}
+
+#define COLUMNS 64  // outputs of a task
+
+// Compute the outputs of a task. Rows go in panels whose codes stay in cache.
+static void multiply_columns(const BlockProduct *p, long task) {
+    const Segment *s = p->w->segment;
+    long column = 0;
+    for (; task >= (s->outputs + COLUMNS - 1) / COLUMNS; s++) task -= (s->outputs + COLUMNS - 1) / COLUMNS, column += s->outputs;
+    const long begin = task * COLUMNS, end = begin + COLUMNS < s->outputs ? begin + COLUMNS : s->outputs;
+    const uint8_t *w = (const uint8_t *)p->w + s->from;
+    BlockTile *const *tiles = tiles_of(s);
+    for (long panel = 0; panel < p->tiles; panel += p->panel) {
+        const long last = panel + p->panel < p->tiles ? panel + p->panel : p->tiles;
+        for (long n = begin; n < end; n += 16) {
+            const uint8_t *records = w + n / 16 * p->a.groups * s->record;
+            const float *bias = p->bias ? p->bias + column + n : NULL;
+            for (long tile = panel; tile < last; tile++) {
+                const long first = first_row(p, tile), M = first_row(p, tile + 1) - first;
+                float *y = p->y + first * p->N + column + n;
+                tiles[M - 1](records, s, tile_at(p->a, first), bias, y, p->N, end - n < 16 ? end - n : 16);
+            }
+        }
+    }
+}
+
+static void multiply_tasks(void *argument, long from, long to) {
+    for (long task = from; task < to; task++) multiply_columns(argument, task);
+}
+
+// Compute y (rows, N) = x (rows, K) W^T + bias. w: packed as described above.
+static void product_blocks(const float *x, const BlockHeader *w, const float *bias, float *y, long rows, long N, long K, int threads) {
+    const long groups = (K + GROUP - 1) / GROUP, tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    const long panel = (256 << 10) / (MOST_ROWS * GROUP * groups);
+    float *step = malloc(rows * groups * (GROUP + 4 * sizeof(float)));
+    const Activations a = {(int8_t *)(step + 4 * rows * groups), step, step + rows * groups, groups};
+    BlockProduct p = {x, bias, w, y, rows, N, K, tiles, panel ? panel : 1, a};
+    long tasks = 0;
+    for (int i = 0; i < w->segments; i++) tasks += (w->segment[i].outputs + COLUMNS - 1) / COLUMNS;
+    if (N * K * rows < 1 << 19) threads = 1;  // done before a second thread starts
+    parallel(quantize_tiles, &p, tiles, tiles > 3 ? threads : 1);
+    parallel(multiply_tasks, &p, tasks, threads);
+    free(step);
+}
+
+// Return code `k` of output `o` of a record.
+static inline int code_of(const Segment *s, const uint8_t *w, long o, long k) {
+    const long half = o / 8, i = k / 4, at = o % 8 * 4 + k % 4;
+    if (s->bits == 8) return (int8_t)w[256 * half + 32 * i + at];
+    const int low = w[128 * half + 32 * (i % 4) + at] >> (i < 4 ? 0 : 4) & 15;
+    const int high = s->bits == 5 ? (w[256 + 32 * half + at] >> i & 1) << 4 : 0;
+    return (low | high) - (s->minimums ? 0 : 1 << (s->bits - 1));
+}
+
+static inline float scale_of(const Segment *s, const uint8_t *at, long i) {
+    if (s->wide) return ((const float *)at)[i];
+    return _cvtsh_ss(((const uint16_t *)at)[i]);
+}
+
+// Write the weights (count, K) of the outputs `which` (count,), such as rows of an embedding.
+void block_rows(const BlockHeader *w, const long *which, float *y, long count, long K) {
+    const long groups = (K + GROUP - 1) / GROUP;
+    for (long c = 0; c < count; c++, y += K) {
+        const Segment *s = w->segment;
+        long row = which[c];
+        for (; row >= s->outputs; s++) row -= s->outputs;
+        const uint8_t *record = (const uint8_t *)w + s->from + row / 16 * groups * s->record;
+        const long o = row % 16, parts = GROUP / s->group, bytes = s->wide ? 4 : 2;
+        for (long k = 0; k < K; k++) {
+            const uint8_t *at = record + k / GROUP * s->record, *scales = at + 64 * s->bits;
+            const long i = k % GROUP / s->group * 16 + o;
+            __m128 product = _mm_set_ss(scale_of(s, scales, i) * (float)code_of(s, at, o, k % GROUP));
+            KEEP(product);  // no fused addition: its bits are those of two operations
+            y[k] = _mm_cvtss_f32(product) + (s->minimums ? scale_of(s, scales + parts * 16 * bytes, i) : 0.0f);
+        }
+    }
+}
