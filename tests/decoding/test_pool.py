@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from headstart.decoding.kernels import cpu
+from headstart.decoding.kernels.blocks import Quantize, in_blocks
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.sampling import position_noise
 
@@ -78,9 +79,9 @@ def test_each_iteration_runs_once(pool: ctypes.CDLL, count: int, threads: int) -
 def test_products_have_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
     if cpu.kernels(dtype) is None:
         pytest.skip(f"no compiled kernels for {dtype} here: another processor")
-    quantizations = (None, "q4", "q8") if dtype == torch.float32 else (None,)
+    quantizations: tuple[Quantize | None, ...] = (None, "q4", "q8") if dtype == torch.float32 else (None,)
     for quantize in quantizations:
-        linear = CompiledLinear(torch.randn(1000, 640).to(dtype), None, quantize)
+        linear = CompiledLinear(in_blocks(torch.randn(1000, 640).to(dtype), quantize), None)
         for rows in (1, 2, 9):
             x = torch.randn(rows, 640).to(dtype)
             want = linear(x)
