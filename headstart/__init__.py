@@ -7,7 +7,13 @@ model.generate("def fibonacci(", max_new_tokens=200).text
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Two threads of a torch operator wait for each other by spinning. Where a processor is shared, the spinning thread
+# keeps the other from running for a whole time slice: products then take 8 ms whatever their size. A short spin costs
+# nothing on an idle machine. libgomp reads this once, when torch is loaded: after `import torch` it has no effect.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -105,10 +105,6 @@ def _checkout_program(folder: str) -> Any:
 
 def run_program(program: Callable[[list[str]], None]) -> None:
     """Run `program` with the arguments of this process; an error becomes one line and an exit status."""
-    # Two threads of one product wait for each other by spinning. Where a core is shared, the spinning thread keeps
-    # the other from its core for a whole time slice: products then take 8 ms whatever their size. A short spin costs
-    # nothing on an idle machine. libgomp reads this once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     debug = "--debug" in sys.argv
     try:
         program([argument for argument in sys.argv[1:] if argument != "--debug"])

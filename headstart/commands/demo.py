@@ -20,7 +20,7 @@ class DemoSettings:
     seed: int = 0
     """Seed of weights, data order and sampling."""
     threads: int | None = None
-    """CPU threads (None: all cores)."""
+    """CPU threads (None: all cores, and fewer while other programs keep them busy)."""
     json: bool = False
     """Print the results as JSON."""
 
@@ -30,6 +30,6 @@ def run(settings: DemoSettings) -> None:
     from headstart.commands.demo_run import run_demo
 
     use_threads(settings.threads)
-    result = run_demo(settings.out, minutes=settings.minutes, seed=settings.seed)
+    result = run_demo(settings.out, minutes=settings.minutes, seed=settings.seed, threads=settings.threads)
     if settings.json:
         print_json(result)

@@ -79,6 +79,7 @@ def run_demo(
     *,
     minutes: float = 3.5,
     seed: int = 0,
+    threads: int | None = None,
     make_config: Callable[[Path, float, int], RunConfig] = demo_config,
     sizes: DecodingSizes | None = None,
     find_boxed: Callable[[], Path] = boxed_model,
@@ -89,6 +90,7 @@ def run_demo(
         out: the run folder.
         minutes: how long to train.
         seed: seed of weights, data order and sampling.
+        threads: CPU threads of the training (None: torch's choice, and fewer on a busy machine).
         make_config: returns the settings of the run for a folder, minutes and a seed.
         sizes: how much is decoded.
         find_boxed: returns the directory of the model in the box, or raises UsageError.
@@ -99,21 +101,21 @@ def run_demo(
     began = time.monotonic()
     say("Headstart demo: train a small byte-level model with 8 heads, then decode several bytes per pass, losslessly.")
     say("1. Training on the Python standard library's sources")
-    config = make_config(out, minutes, seed)
+    config = replace(make_config(out, minutes, seed), threads=threads)
     _clear_earlier_demo(config)
     train(config)
 
     say("2. Decoding held-out code: plainly, and with 2, 4 and 8 heads")
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     # A model this small gains nothing from a second thread, and loses if another program uses the other core.
     torch.set_num_threads(1)
     try:
         decoded = _decode(config, sizes, find_boxed)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     training, validation = _read_metrics(config.run_dir)
     report = DemoReport(
-        machine=_machine(threads),
+        machine=_machine(before),
         settings=_settings(config, training, sizes),
         training=training,
         validation=validation,

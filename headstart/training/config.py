@@ -134,7 +134,7 @@ class RunConfig:
     """Compile each block with torch.compile: up to a minute at the start, faster steps after it (None: in runs long
     enough to gain from it)."""
     threads: int | None = None
-    """CPU threads (None: torch's choice)."""
+    """CPU threads (None: torch's choice, and fewer while other programs keep processors busy)."""
     minutes: float | None = None
     """Minutes of training, after which the run ends, with `steps` at the latest: the learning rate and the head weights
     follow the clock. Time between two starts of a run does not count. The weights then depend on the machine's speed

@@ -16,6 +16,7 @@ from headstart.errors import UsageError
 from headstart.formats.assembly import check_names
 from headstart.formats.families import family_of
 from headstart.model.transformer import Transformer
+from headstart.threads import ThreadControl
 from headstart.training import checkpoints
 from headstart.training.adapt.run import ExistingModel
 from headstart.training.checkpoint_state import Position, read_state
@@ -126,6 +127,9 @@ class Run(Callback):
         self.position = self._restore(before)
         self.learner.spent = lambda: time_spent(self.position, config)
         self.steps, self.targets = 0, 0  # since this process began
+        # Threads that the user has chosen stay, and so do those of several processes, which share the machine.
+        free = config.threads is None and processes.count == 1 and processes.device.type == "cpu"
+        self.threads = ThreadControl(torch.get_num_threads() if free else 1, torch.set_num_threads)
         self._began = clock() - self.position.seconds
         self.tokenizer = self.subject.tokenizer(self.sources[0].train.tokenizer())
         prompt_tokens(self.tokenizer, config)
@@ -158,7 +162,8 @@ class Run(Callback):
             made = progress("train", config.steps, unit="steps", start=position.step)
         else:
             made = progress("train", round(60 * config.minutes), unit="seconds", start=int(before))
-        with watching_signals(alone=self.processes.count == 1) as interruption, made as bar:
+        watching = watching_signals(alone=self.processes.count == 1)
+        with watching as interruption, self.threads, made as bar:
             self.learner.stop = lambda: interruption.requested
             self.advance(config.steps - position.step, _Watch(self, bar, interruption))
             # The model is saved first, so that a checkpoint of the last step means that nothing is left to do.
@@ -195,6 +200,8 @@ class Run(Callback):
         position.skipped += bool(result.skipped)
         self.report.step(result, position)
         self.count_targets(result)
+        if line := self.threads.after_step(config.tokens_per_step):
+            say(line)
         if position.skipped_in_a_row >= SKIPS_IN_A_ROW:
             raise self.diverged(result)
         if not result.skipped:
