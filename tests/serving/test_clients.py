@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from serving.conftest import HTTP, Gate, metric, opened, raw, running, until
 
 from headstart.decoding import constraints, engine
+from headstart.decoding.kernels.cpu import kernels
 from headstart.serving import service as service_module
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job
@@ -52,10 +54,11 @@ def cached(server: Server, prompt: str, key: str = "alpha", **body: Any) -> int:
 
 def test_a_prompt_is_reused_within_its_key_and_salt_only(locked: Server) -> None:
     assert cached(locked, SECRET) == 0
-    guess = SECRET[:40] + "~"
-    assert cached(locked, guess, "beta") == 0 and cached(locked, guess) == 40
+    # Where bits depend on the shape of a chunk, a prompt of another length reuses no part of a chunk.
+    guess, hit = (SECRET[:40] + "~", 40) if kernels(torch.float32) else (SECRET, len(SECRET) - 1)
+    assert cached(locked, guess, "beta") == 0 and cached(locked, guess) == hit
     assert cached(locked, guess, cache_salt="mine") == 0 == cached(locked, guess, "beta", cache_salt="mine")
-    assert cached(locked, guess, cache_salt="mine") == 40 == cached(locked, guess, "beta", cache_salt="mine")
+    assert cached(locked, guess, cache_salt="mine") == hit == cached(locked, guess, "beta", cache_salt="mine")
     assert asked(locked, prompt="x", cache_salt="")[0] == 400
 
 
