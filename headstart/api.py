@@ -95,7 +95,7 @@ class LanguageModel:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with `encode(text)` and `decode(tokens)`. Raises UsageError if the model has none."""
         if self._tokenizer is None:
-            raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
+            raise UsageError("this model has no tokenizer; give prompts as lists of token ids")
         return self._tokenizer
 
     def engine(

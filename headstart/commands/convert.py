@@ -23,7 +23,7 @@ class ConvertSettings:
     """Write a model in another format, read it back and compare the two."""
 
     source: Positional[str]
-    """A model directory, an ordinary Hugging Face model, or Meta's multi-token release."""
+    """A model directory, an ordinary Hugging Face model, a GGUF file, or Meta's multi-token release."""
     target: Positional[str]
     """Path of the result: a new one, or an earlier result of the same format."""
     to: str = "headstart"

@@ -20,7 +20,7 @@ class DistillDataSettings:
     """
 
     model: Positional[str | None] = None
-    """A model directory (None: the model in the box)."""
+    """A model directory or a GGUF file (None: the model in the box)."""
     heads_from: str | None = None
     """A directory of draft heads for the model, or its name on the hub (docs/heads.md). The output does not depend on
     it."""

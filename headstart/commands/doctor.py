@@ -17,7 +17,7 @@ class DoctorSettings:
     """Check machine, versions and threads; with a model, check that speculation equals plain decoding."""
 
     model: Positional[str | None] = None
-    """A model directory (None: check the machine alone)."""
+    """A model directory or a GGUF file (None: check the machine alone)."""
     heads_from: str | None = None
     """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     json: bool = False

@@ -64,7 +64,7 @@ class Finding:
 def diagnose(
     model_path: str | Path | None = None, heads: str | Path | None = None, *, sizes: Sizes | None = None
 ) -> dict[str, Any]:
-    """Check the machine and, if given, a model directory and a directory of heads for it.
+    """Check the machine and, if given, a model and a directory of heads for it.
 
     The result has "machine", "findings" (`Finding` as mappings) and "verdict", the worst status. Raises UsageError if
     `model_path` is not a readable model, and for heads of another one.
@@ -333,6 +333,8 @@ def compare_with_transformers(
     def left_out(why: str, status: Literal["ok", "warn"] = "ok") -> Finding:
         return Finding(name, status, f"not compared: {why}.", {"compared": False})
 
+    if path.is_file():
+        return left_out("transformers reads model directories, and this is a GGUF file")
     if not config.kind.plain_decoder:
         return left_out("linear heads wired anticausally are no plain decoder, only headstart reads them")
     parameters, free = config.parameters()["total"], hardware.available_memory()

@@ -32,7 +32,7 @@ class EvaluateSettings:
     """Measure how well a model predicts text, head by head, and how many of its drafts are accepted."""
 
     model: Positional[str | None] = None
-    """A model directory (None: the model in the box)."""
+    """A model directory or a GGUF file (None: the model in the box)."""
     heads_from: str | None = None
     """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     tasks: tuple[str, ...] = TASKS
@@ -88,6 +88,8 @@ def run(settings: EvaluateSettings) -> None:
 
     use_threads(settings.threads)
     path = model_path(settings.model)
+    if settings.record and path.is_file():
+        raise UsageError(f"{path}: --record puts a file into a model directory, and this is a file; leave --record out")
     found = evaluate(path, settings)
     if settings.out is not None:
         write(found, settings.out)
@@ -151,7 +153,7 @@ def _heads_and_acceptance(path: Path, settings: EvaluateSettings) -> dict[str, A
 
     tokenizer = load_model_tokenizer(path)
     if tokenizer is None:
-        raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to the directory")
+        raise UsageError(f"{path}: has no tokenizer to read text with; add a tokenizer.json to a directory")
     prompts = settings.prompts
     if prompts is None and (path / PROMPTS_FILE).is_file():
         prompts = path / PROMPTS_FILE

@@ -25,7 +25,7 @@ class GenerateSettings:
     """Continue a prompt, and print the text as it is decoded."""
 
     model: Positional[str | None] = None
-    """A model directory (None: the model in the box)."""
+    """A model directory or a GGUF file (None: the model in the box)."""
     heads_from: str | None = None
     """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     prompt: str

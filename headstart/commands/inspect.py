@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ class InspectSettings:
     """Show what a model directory holds: sizes, heads, wiring, acceptance."""
 
     model: Positional[str | None] = None
-    """A model directory, or one of the paper's sizes (1M, 3M, ... 6.7B, 13B) (None: the model in the box)."""
+    """A model directory, a GGUF file, or one of the paper's sizes (1M, 3M, ... 13B) (None: the model in the box)."""
     heads_from: str | None = None
     """A directory of draft heads for the model, or its name on the hub (docs/heads.md)."""
     json: bool = False
@@ -45,7 +45,7 @@ PARTS = ("embedding", "trunk", "heads", "unembedding", "total", "non_embedding",
 
 
 def inspect(path: str | Path, heads: str | Path | None = None) -> dict[str, Any]:
-    """Return what the model directory `path` holds, or the sizes of one of the paper's models ("100M").
+    """Return what the model at `path` holds, or the sizes of one of the paper's models ("100M").
 
     With a directory of draft heads, the model has them. No weights are read. Raises UsageError if `path` is neither, or
     the heads are for a model of other sizes.
@@ -55,7 +55,7 @@ def inspect(path: str | Path, heads: str | Path | None = None) -> dict[str, Any]
     from headstart.decoding.memory import kv_bytes_per_token
     from headstart.formats.families import family_of
     from headstart.formats.hub import local_path
-    from headstart.formats.registry import load_config, load_dtype, load_model_tokenizer
+    from headstart.formats.registry import format_at, load_config, load_dtype, load_model_tokenizer
     from headstart.model.presets import PRESETS
 
     if str(path) in PRESETS and not Path(path).exists():
@@ -66,15 +66,18 @@ def inspect(path: str | Path, heads: str | Path | None = None) -> dict[str, Any]
     config = load_config(directory, heads)
     tokenizer = load_model_tokenizer(directory)
     measured = directory if heads is None else local_path(heads)
-    files = _files(directory)
+    form = format_at(directory)
+    files = _sizes_of(form.files(directory), directory)
     if heads is not None:
-        files |= {f"{measured.name}/{name}": size for name, size in _files(measured).items()}
+        kept = _sizes_of(format_at(measured).files(measured), measured)
+        files |= {f"{measured.name}/{name}": size for name, size in kept.items()}
     found: dict[str, Any] = {
         "model": str(directory),
         **({} if heads is None else {"heads_from": str(measured)}),
         **_shape(config),
         "parameters": config.parameters(),
         "dtype": str(load_dtype(directory)).removeprefix("torch."),
+        **form.details(directory),
         "files": files,
         "bytes": sum(files.values()),
         "tokenizer": None
@@ -166,7 +169,7 @@ def _format_directory(found: dict[str, Any]) -> str:
     lines = [
         found["model"] + (f", with the heads of {found['heads_from']}" if "heads_from" in found else ""),
         _sizes(found),
-        f"weights: {found['dtype']}, {_size(found['bytes'])} on disk",
+        f"weights: {'loaded as ' if 'tensor_types' in found else ''}{found['dtype']}, {_size(found['bytes'])} on disk",
         "tokenizer: "
         + (
             "none, prompts are token ids"
@@ -192,6 +195,15 @@ def _format_directory(found: dict[str, Any]) -> str:
         "",
         format_table(["file", "bytes"], [[name, f"{size:,}"] for name, size in found["files"].items()]),
     ]
+    if "tensor_types" in found:
+        types = found["tensor_types"].items()
+        rows = [[name, f"{counts['tensors']}", f"{counts['bytes']:,}"] for name, counts in types]
+        template = "a chat template" if found["chat_template"] else "no chat template"
+        lines += [
+            "",
+            f"GGUF of the architecture {found['architecture']}, with {template}",
+            format_table(["stored as", "tensors", "bytes"], rows),
+        ]
     if "acceptance" in found:
         lines += ["", "measured acceptance:", *_plain_lines(found["acceptance"], "  ")]
     return "\n".join(lines)
@@ -228,10 +240,10 @@ def _blocks(number: int) -> str:
     return f"{number} {'block' if number == 1 else 'blocks'}"
 
 
-def _files(directory: Path) -> dict[str, int]:
-    """Return the size of every file by its path in the directory."""
-    files = (file for file in directory.rglob("*") if file.is_file())
-    return {str(file.relative_to(directory)): file.stat().st_size for file in sorted(files)}
+def _sizes_of(files: Iterable[Path], model: Path) -> dict[str, int]:
+    """Return the size of every file of a model by its path in the model's directory."""
+    folder = model if model.is_dir() else model.parent
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
 def _size(count: int) -> str:

@@ -116,6 +116,8 @@ def _check_source(directory: Path, base: str | None) -> dict[str, str]:
     from headstart.formats.heads import HEADS_CONFIG, StoredHeads, with_base_name
     from headstart.formats.registry import load_config
 
+    if directory.is_file():
+        raise UsageError(f"{directory}: is a file; push the directory that headstart convert makes of it")
     if not (directory / HEADS_CONFIG).is_file():
         load_config(directory)
         return {}

@@ -24,7 +24,8 @@ from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
 from headstart.fileio import sha256_of
-from headstart.formats.hub import local_path
+from headstart.formats.hub import SUFFIX, local_path
+from headstart.formats.registry import format_at
 
 SAMPLE_BYTES = 1 << 20
 """Bytes read at each of three places of a weight file, to tell one model from another."""
@@ -170,18 +171,18 @@ def _recorded_settings(model: LanguageModel, directory: Path, settings: DistillS
     }
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(path: Path) -> str:
     """Return a key of a model: a hash of its configuration, its file names and sizes, and samples of its weights."""
     digest = hashlib.sha256()
-    for file in sorted(directory.rglob("*")):
+    for file in format_at(path).files(path):
         size = file.stat().st_size
-        if file.suffix == ".safetensors":
+        if file.suffix in (".safetensors", SUFFIX):
             places = (0, max(0, size // 2 - SAMPLE_BYTES), max(0, size - SAMPLE_BYTES))
         elif file.name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             places = (0, 0, 0)
         else:
             continue
-        digest.update(f"{file.relative_to(directory)} {size}\n".encode())
+        digest.update(f"{file.relative_to(path if path.is_dir() else path.parent)} {size}\n".encode())
         with file.open("rb") as content:
             for place in places:
                 content.seek(place)

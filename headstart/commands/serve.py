@@ -17,7 +17,7 @@ class ServeCommandSettings:
     """Serve a model behind an OpenAI-compatible API, with a page to try it at /."""
 
     model: Positional[str | None] = None
-    """A model directory (None: the model in the box)."""
+    """A model directory or a GGUF file (None: the model in the box)."""
     server: Annotated[ServeSettings, arg(name="")] = field(default_factory=ServeSettings)
 
 

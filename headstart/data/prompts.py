@@ -44,7 +44,7 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Any) -> tuple[int, ...]:
     if not _is_chat(prompt) and not isinstance(prompt, str):
         return token_ids(prompt)
     if tokenizer is None:
-        raise UsageError("this model directory has no tokenizer.json; give prompts as lists of token ids")
+        raise UsageError("this model has no tokenizer; give prompts as lists of token ids")
     return tuple(prompt_ids(tokenizer, prompt)) if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
 
 

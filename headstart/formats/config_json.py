@@ -64,7 +64,9 @@ def _config_path(directory: Path) -> Path:
     if not directory.exists():
         raise UsageError(f"{directory}: no such directory; name a directory that holds a model's {CONFIG_FILE}")
     if not directory.is_dir():
-        raise UsageError(f"{directory}: is a file; name the directory that holds the model's {CONFIG_FILE}")
+        raise UsageError(
+            f"{directory}: is no GGUF file; name one, or the directory that holds the model's {CONFIG_FILE}"
+        )
     file = directory / CONFIG_FILE
     if not file.is_file():
         raise UsageError(

@@ -111,6 +111,14 @@ class Format(ABC):
     def detect(self, path: Path) -> bool:
         """Return whether `path` holds a model in this format."""
 
+    def files(self, path: Path) -> list[Path]:
+        """Return the files of the model at `path`: all in its directory."""
+        return sorted(file for file in path.rglob("*") if file.is_file())
+
+    def details(self, path: Path) -> dict[str, Any]:
+        """Return what only this format says about the model at `path`, for `headstart inspect`."""
+        return {}
+
     @abstractmethod
     def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
         """Write the model into an empty folder, or as a file, and return lines about what the format cannot carry.

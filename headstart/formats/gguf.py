@@ -21,10 +21,12 @@ from headstart.errors import UsageError
 from headstart.fileio import replacing_file
 from headstart.formats.assembly import assemble_in_place, interleaved, refuse_other_blocks, stored_tensors
 from headstart.formats.format import NEW_TOKENS, Check, Format, compare_logits
-from headstart.formats.gguf_config import EMBEDDING, check_tensors, gguf_sources, read_gguf_config
+from headstart.formats.gguf_config import EMBEDDING, architecture_of, check_tensors, gguf_sources, read_gguf_config
 from headstart.formats.gguf_file import GgufFile
 from headstart.formats.gguf_header import MAGIC, import_gguf
+from headstart.formats.gguf_tokenizer import tokenizer_from_metadata
 from headstart.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
+from headstart.formats.huggingface import check_vocabulary
 from headstart.formats.tensor_names import MODEL_FILE, Part, stored_parts
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -227,6 +229,23 @@ class Gguf(Format):
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
 
+    def files(self, path: Path) -> list[Path]:
+        """Return the file, or all files of a split model."""
+        return GgufFile(path).paths
+
+    def details(self, path: Path) -> dict[str, Any]:
+        """Return the architecture, the types of tensors with their numbers and bytes, and if there is a template."""
+        file, types = GgufFile(path), dict[str, dict[str, int]]()
+        for name in file.names:
+            counts = types.setdefault(file.type(name).name, {"tensors": 0, "bytes": 0})
+            counts["tensors"] += 1
+            counts["bytes"] += file.stored_bytes(name)
+        return {
+            "architecture": architecture_of(file),
+            "tensor_types": types,
+            "chat_template": "tokenizer.chat_template" in file.metadata,
+        }
+
     def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
         """Write trunk and head 1; further heads are left out."""
         heads = model.config.heads
@@ -259,4 +278,8 @@ class Gguf(Format):
 
     def read_tokenizer(self, path: Path) -> Tokenizer | None:
         """Return the tokenizer of the metadata, if there is one."""
-        return None
+        file = GgufFile(path)
+        tokenizer = tokenizer_from_metadata(file.metadata, str(path))
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, read_gguf_config(file).vocab_size, f"load {path}")
+        return tokenizer

@@ -34,7 +34,7 @@ class GgufFile:
         supported.
         """
         self.path = Path(path)
-        parts = _part_paths(self.path)
+        self.paths = parts = _part_paths(self.path)
         self._headers = [read_header(part) for part in parts]
         for number, (part, header) in enumerate(zip(parts, self._headers)):
             _check_part(part, header, number, len(parts))

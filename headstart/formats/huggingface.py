@@ -62,7 +62,8 @@ def save_model(
     name = str(files[MODEL_FILE][EMBEDDING].dtype).removeprefix("torch.")
     end_id = None if tokenizer is None else tokenizer.end_id
     start_id = end_id if tokenizer is None or not tokenizer.start_ids else tokenizer.start_ids[0]
-    ids = {"bos_token_id": start_id, "eos_token_id": end_id, "pad_token_id": end_id}
+    further = [] if tokenizer is None else sorted(tokenizer.end_ids - {tokenizer.end_id})
+    ids = {"bos_token_id": start_id, "eos_token_id": [end_id, *further] if further else end_id, "pad_token_id": end_id}
     with replacing_directory(directory) as temporary:
         content = config_json(config, name, end_id) | {"bos_token_id": start_id}
         if tokenizer is not None and tokenizer.start_ids:

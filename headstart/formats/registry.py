@@ -108,10 +108,15 @@ def load_model_tokenizer(named: str | Path) -> Tokenizer | None:
 def load_data_tokenizer(source: str | Path) -> Tokenizer:
     """Return the tokenizer that documents are encoded with: what `load_tokenizer` finds.
 
-    The tokenizer of a model directory has the start token that its model knows, so that documents begin as the model
+    The tokenizer of a model has the start token that its model knows, so that documents begin as the model
     has seen them begin. Raises UsageError for anything else.
     """
     path = Path(source)
+    if Gguf().detect(path) or path.suffix == SUFFIX:
+        tokenizer = load_model_tokenizer(path)
+        if tokenizer is None:
+            raise UsageError(f"{path}: has no tokenizer; name a tokenizer.json, or a model that has one")
+        return tokenizer
     if (path / CONFIG_FILE).is_file() and (path / TOKENIZER_FILE).is_file():
         with contextlib.suppress(UsageError):  # a model that headstart does not know still has a tokenizer
             return load_model_tokenizer(path) or load_tokenizer(source)

@@ -57,7 +57,7 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
         say(f"memory: up to {engine.memory}, for {slots}, taken as sequences grow; --slots and --context change it")
         return engine
 
-    name = settings.name or directory.resolve().name
+    name = settings.name or (directory.resolve().stem if directory.is_file() else directory.resolve().name)
     metrics, interval = Metrics(name), settings.stream_interval
     worker = Worker(make_engine, model._tokenizer, settings.slots, settings.queue, metrics, interval)
     worker.start()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,14 @@ from headstart.console import Progress, say
 from headstart.data.batches import BatchStream
 from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
-from headstart.data.tokenizers import TOKENIZER_FILE, Tokenizer
+from headstart.data.tokenizers import TOKENIZER_FILE, PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, sha256_of, write_text
 from headstart.formats.generation_config import keep_generation
 from headstart.formats.heads import save_heads
-from headstart.formats.hub import name_of
+from headstart.formats.hub import SUFFIX, name_of
 from headstart.formats.huggingface import save_model
-from headstart.formats.registry import load_config, load_model, load_model_tokenizer
+from headstart.formats.registry import format_at, load_config, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, Teacher
@@ -242,9 +243,9 @@ def check_unchanged(model: Path, run_dir: Path) -> None:
 
 
 def digests(model: Path) -> dict[str, str]:
-    """Return the SHA-256 of the files that hold the weights of a model directory, or of a model that is one file."""
-    files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
-    return {file.name: sha256_of(file) for file in files}
+    """Return the SHA-256 of the files that hold the weights of a model, except its further heads."""
+    files = (file for file in format_at(model).files(model) if file.parent in (model, model.parent))
+    return {file.name: sha256_of(file) for file in files if file.suffix in (".safetensors", SUFFIX)}
 
 
 def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) -> None:
@@ -256,15 +257,22 @@ def check_vocabulary(sources: Sequence[Source], model: Path, vocab_size: int) ->
                 f"{folder}: its tokenizer has {needed} ids, {model} a vocabulary of {vocab_size}; prepare the text "
                 f"with --tokenizer {model}"
             )
-        ours, theirs = folder / "tokenizer" / TOKENIZER_FILE, model / TOKENIZER_FILE
-        if ours.is_file() and theirs.is_file() and _vocabulary(ours) != _vocabulary(theirs):
+        ours, theirs = folder / "tokenizer" / TOKENIZER_FILE, _definition(model)
+        if ours.is_file() and theirs is not None and _vocabulary(read_json(ours)) != _vocabulary(theirs):
             raise UsageError(
                 f"{folder}: was encoded with another tokenizer than {model} has; prepare it with --tokenizer {model}"
             )
 
 
-def _vocabulary(file: Path) -> object:
-    content = read_json(file)
+def _definition(model: Path) -> dict[str, Any] | None:
+    """Return the content of a model's tokenizer.json, or what it would be for the tokenizer of a GGUF file."""
+    if (model / TOKENIZER_FILE).is_file():
+        return read_json(model / TOKENIZER_FILE)
+    tokenizer = load_model_tokenizer(model) if model.is_file() else None
+    return tokenizer.definition() if isinstance(tokenizer, PretrainedTokenizer) else None
+
+
+def _vocabulary(content: dict[str, Any]) -> object:
     return content["model"], [(token["id"], token["content"]) for token in content.get("added_tokens", [])]
 
 
