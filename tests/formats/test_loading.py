@@ -106,5 +106,5 @@ def test_text_for_a_model_without_tokenizer(saved: Path) -> None:
         file.unlink()
     model: Any = headstart.load(saved)
     assert len(model.generate([1, 2, 3], max_new_tokens=2).tokens) == 2
-    with pytest.raises(UsageError, match=r"no tokenizer\.json; give prompts as lists of token ids"):
+    with pytest.raises(UsageError, match=r"this model has no tokenizer; give prompts as lists of token ids"):
         model.generate("text")

@@ -377,7 +377,7 @@ def test_no_model_at_all(tmp_path: Path) -> None:
     refusal(tmp_path, "config.json", "not JSON")
     (tmp_path / "config.json").write_text("[]")
     refusal(tmp_path, "config.json", "object")
-    refusal(tmp_path / "config.json", "is a file")
+    refusal(tmp_path / "config.json", "is no GGUF file; name one, or the directory")
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
