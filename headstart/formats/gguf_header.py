@@ -274,22 +274,25 @@ class _Walk:
 
 
 def _value(data: mmap.mmap, kind: int, begin: int) -> Any:
-    """Return the value at a byte that `_Walk` has checked. Bytes that are not UTF-8 become U+FFFD."""
+    """Return the value at a byte that `_Walk` has checked.
+
+    Bytes that are not UTF-8 become U+FFFD in a string, and lone surrogates in a list of strings: tokens keep apart.
+    """
     if kind in NUMBERS:
         return struct.unpack_from(f"<{NUMBERS[kind]}", data, begin)[0]
     if kind == STRING:
-        return _strings(data, 1, begin)[0]
+        return _strings(data, 1, begin, "replace")[0]
     kind, count = struct.unpack_from("<IQ", data, begin)
     begin += struct.calcsize("<IQ")
     if kind == STRING:
-        return _strings(data, count, begin)
+        return _strings(data, count, begin, "surrogateescape")
     return list(struct.unpack_from(f"<{count}{NUMBERS[kind]}", data, begin))
 
 
-def _strings(data: mmap.mmap, count: int, at: int) -> list[str]:
+def _strings(data: mmap.mmap, count: int, at: int, errors: str) -> list[str]:
     length_at, found = struct.Struct("<Q").unpack_from, []
     for _ in range(count):
         begin = at + 8
         at = begin + length_at(data, at)[0]
-        found.append(data[begin:at].decode("utf-8", "replace"))
+        found.append(data[begin:at].decode("utf-8", errors))
     return found

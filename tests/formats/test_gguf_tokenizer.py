@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from headstart.data.tokenizers import PretrainedTokenizer
 from headstart.decoding.constraint_vocabulary import vocabulary_of
 from headstart.decoding.constraints import Constraint, compiled
 from headstart.errors import UsageError
+from headstart.formats.gguf_file import GgufFile
 from headstart.formats.gguf_split import SPLITS, pre_tokenizer, split_of
 from headstart.formats.gguf_tokenizer import tokenizer_from_metadata
 from headstart.formats.gguf_vocabulary import read_vocabulary
 
-pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 LACKING = "ĄĞñ"
@@ -207,6 +211,18 @@ def test_the_byte_tokenizer_comes_back() -> None:
     assert isinstance(tokenizer_from_metadata(_metadata(values), "m"), ByteTokenizer)
 
 
+def test_a_file_whose_token_is_not_utf8(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([b"a", b"\xff", b"\xfe"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UsageError, match=r"m.gguf: .*token 1, '.udcff', is not UTF-8"):
+        tokenizer_from_metadata(GgufFile(tmp_path / "m.gguf").metadata, "m.gguf")
+
+
 def test_end_and_start_tokens() -> None:
     names = [*byte_level()["tokenizer.ggml.tokens"], "<|eom_id|>", "</s>", "stop"]
     types = [*byte_level()["tokenizer.ggml.token_type"], CONTROL, NORMAL, NORMAL]
@@ -269,3 +285,20 @@ def test_each_split_is_read_and_written() -> None:
         assert (
             tokenizer.decode(tokenizer.encode("I'll say: don't 12345!  x\n\n y")) == "I'll say: don't 12345!  x\n\n y"
         )
+
+
+STORED = json.loads(Path(__file__).with_name("llama_cpp_ids.json").read_text(encoding="utf-8"))
+"""Lines of text, and the CRC-32 of the ids (four bytes each) that llama.cpp makes of each with the vocabulary of a
+file, special tokens parsed."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORED["crc32"])
+def test_ids_of_a_real_file_are_those_of_llama_cpp(name: str) -> None:
+    folder = os.environ.get("HEADSTART_GGUF_DIR")
+    if folder is None or not (Path(folder) / name).exists():
+        pytest.skip(f"HEADSTART_GGUF_DIR names no folder with {name}")
+    tokenizer = made(GgufFile(Path(folder) / name).metadata)
+    for line, expected in zip(STORED["lines"], STORED["crc32"][name], strict=True):
+        ids = tokenizer.encode(line)
+        assert zlib.crc32(b"".join(token.to_bytes(4, "little") for token in ids)) == expected, (line, ids)

@@ -242,6 +242,15 @@ def test_tokens_that_only_the_files_beside_name(directory: Path, tmp_path: Path)
         load_model_tokenizer(added)
 
 
+def test_a_saved_model_ends_where_its_tokenizer_ends(directory: Path, tmp_path: Path) -> None:
+    config = ModelConfig(vocab_size=258, dim=32, layers=2, attention_heads=2, context=32, norm_eps=1e-6)
+    tokenizer = load_tokenizer(directory)
+    tokenizer.end_ids |= {5, 9}
+    save_model(Transformer(config), tmp_path / "model", tokenizer)
+    again = load_model_tokenizer(tmp_path / "model")
+    assert again is not None and (again.end_id, again.end_ids) == (tokenizer.end_id, {tokenizer.end_id, 5, 9})
+
+
 @pytest.mark.parametrize(("source", "start"), [("model", (0,)), ("tokenizer", ())])
 def test_conversion_keeps_how_texts_begin(directory: Path, tmp_path: Path, source: str, start: tuple[int]) -> None:
     """The start token survives MiMo's layout, and a tokenizer that is given."""
