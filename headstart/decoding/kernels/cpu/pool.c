@@ -24,7 +24,7 @@
 typedef void Body(void *argument, long from, long to);  // as in pool.h
 
 #define MOST 256              // threads, the caller included
-#define PIECES 16             // pieces of a loop for each thread
+#define PIECES 8              // a loop has at least so many pieces for each thread, if it has as many iterations
 // Nanoseconds:
 #define SPIN 30000            // a thread without work spins so long before it sleeps
 #define STALL 150000          // a wait is a stall if it is longer, and longer than STALL_PIECES times a piece takes
@@ -49,16 +49,18 @@ static inline int64_t now(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-// The loop in progress. `ticket` holds its number (32 bits), the threads that may take part (16) and the pieces that nobody has
-// taken yet (16). A thread owns a piece once it has counted the pieces down, and only then reads the other fields: they stay as
-// they are until the piece is done. A number never returns while a thread that has read it is about to count down.
+// The loop in progress. `ticket` holds its number (32 bits) and the iterations that nobody has taken yet (32). A thread owns a
+// piece once it has counted its iterations down in the ticket that it read. The other fields then are those of this loop: they
+// stay as they are until the thread has added the piece to `done`.
 static struct {
     _Atomic uint64_t ticket;
+    _Atomic int threads;        // that may take part
+    _Atomic long largest;       // iterations of a piece
+    _Atomic int processor;      // the caller's
     Body *body;
     void *argument;
-    long count, pieces;
-    _Atomic int processor;  // the caller's
-    _Alignas(64) _Atomic long done;  // pieces
+    long count;
+    _Alignas(64) _Atomic long done;  // iterations that other threads than the caller have computed
     _Alignas(64) atomic_flag taken;  // a caller uses the pool
 } loop;
 
@@ -73,31 +75,38 @@ static _Atomic long stalls;        // since the process began
 static int64_t tried, next_try;    // when a thread was last added to the limit, when to add the next
 static int64_t cost = COST;
 
-// Take a piece of the loop, as the thread `index`, and compute it. Return 0 if there is none.
-static int take(int index) {
+static long iterations_left(uint64_t ticket) { return (long)(ticket & 0xffffffff); }
+
+// Take pieces of the loop, as the thread `index`, and compute them until none is left. Return how many iterations they had.
+// Pieces become smaller towards the end, so that all threads end at nearly the same time.
+static long compute(int index) {
+    long computed = 0;
     uint64_t ticket = atomic_load_explicit(&loop.ticket, memory_order_acquire);
-    while (ticket & 0xffff) {
-        if (index >= (int)(ticket >> 16 & 0xffff)) return 0;
-        if (!atomic_compare_exchange_weak_explicit(&loop.ticket, &ticket, ticket - 1, memory_order_acq_rel, memory_order_acquire))
+    for (long left; (left = iterations_left(ticket)); ) {
+        const int threads = atomic_load_explicit(&loop.threads, memory_order_relaxed);
+        const long share = left / (2 * threads), most = atomic_load_explicit(&loop.largest, memory_order_relaxed);
+        const long size = share > most ? most : share > 1 ? share : 1;
+        if (index >= threads) break;
+        if (!atomic_compare_exchange_weak_explicit(&loop.ticket, &ticket, ticket - (uint64_t)size, memory_order_acq_rel,
+                                                   memory_order_acquire))
             continue;
-        const long i = loop.pieces - (long)(ticket & 0xffff);
-        loop.body(loop.argument, loop.count * i / loop.pieces, loop.count * (i + 1) / loop.pieces);
-        atomic_fetch_add_explicit(&loop.done, 1, memory_order_release);
-        return 1;
+        loop.body(loop.argument, loop.count - left, loop.count - left + size);
+        computed += size;
+        ticket = atomic_load_explicit(&loop.ticket, memory_order_acquire);
     }
-    return 0;
+    return computed;
 }
 
 static int waiting(int index) {
-    const uint64_t ticket = atomic_load(&loop.ticket);
-    return ticket & 0xffff && index < (int)(ticket >> 16 & 0xffff);
+    return iterations_left(atomic_load(&loop.ticket)) && index < atomic_load_explicit(&loop.threads, memory_order_relaxed);
 }
 
 static void *work(void *number) {
     const int index = (int)(intptr_t)number;
     _Atomic uint32_t *asleep = &worker[index].asleep;
     for (;;) {
-        while (take(index)) {}
+        const long computed = compute(index);
+        if (computed) atomic_fetch_add_explicit(&loop.done, computed, memory_order_release);
         // On the caller's processor it would keep the caller from running.
         const int64_t until = sched_getcpu() == atomic_load_explicit(&loop.processor, memory_order_relaxed) ? 0 : now() + SPIN;
         do {
@@ -163,7 +172,7 @@ static void judge(int threads, int64_t begin, int64_t piece) {
 void parallel(Body *body, void *argument, long count, int threads) {
     if (threads > MOST) threads = MOST;
     if (threads > count) threads = (int)count;
-    if (threads < 2 || atomic_flag_test_and_set_explicit(&loop.taken, memory_order_acquire)) {
+    if (threads < 2 || count > UINT32_MAX || atomic_flag_test_and_set_explicit(&loop.taken, memory_order_acquire)) {
         if (count > 0) body(argument, 0, count);
         return;
     }
@@ -173,26 +182,27 @@ void parallel(Body *body, void *argument, long count, int threads) {
         body(argument, 0, count);
         return;
     }
+    const long share = count / (threads * PIECES);
     loop.body = body, loop.argument = argument, loop.count = count;
-    loop.pieces = count < threads * PIECES ? count : threads * PIECES;
-    atomic_store_explicit(&loop.done, 0, memory_order_relaxed);
+    atomic_store_explicit(&loop.threads, threads, memory_order_relaxed);
+    atomic_store_explicit(&loop.largest, share > 1 ? share : 1, memory_order_relaxed);
     atomic_store_explicit(&loop.processor, sched_getcpu(), memory_order_relaxed);
+    atomic_store_explicit(&loop.done, 0, memory_order_relaxed);
     const uint64_t number = (atomic_load_explicit(&loop.ticket, memory_order_relaxed) >> 32) + 1;
-    atomic_store(&loop.ticket, number << 32 | (uint64_t)threads << 16 | (uint64_t)loop.pieces);
+    atomic_store(&loop.ticket, number << 32 | (uint64_t)count);
     for (int i = 1; i < threads; i++)
         if (atomic_load(&worker[i].asleep) && atomic_exchange(&worker[i].asleep, 0))
             syscall(SYS_futex, &worker[i].asleep, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 
-    int64_t begin = now(), mine = 0;
-    const int64_t first = begin;
-    while (take(0)) mine++;
-    if (atomic_load_explicit(&loop.done, memory_order_acquire) < loop.pieces) {
-        begin = now();
-        for (long i = 0; atomic_load_explicit(&loop.done, memory_order_acquire) < loop.pieces; i++) {
+    const int64_t begin = now();
+    const long mine = compute(0);
+    if (atomic_load_explicit(&loop.done, memory_order_acquire) < count - mine) {
+        const int64_t end = now();
+        for (long i = 0; atomic_load_explicit(&loop.done, memory_order_acquire) < count - mine; i++) {
             relax();
-            if (i % 64 == 63 && now() - begin > SPIN) sched_yield();  // the thread may need this processor
+            if (i % 64 == 63 && now() - end > SPIN) sched_yield();  // the thread may need this processor
         }
-        judge(threads, begin, mine ? (begin - first) / mine : 0);
+        judge(threads, end, mine ? (end - begin) * loop.largest / mine : 0);
     }
     atomic_flag_clear_explicit(&loop.taken, memory_order_release);
 }
