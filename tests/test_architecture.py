@@ -36,13 +36,31 @@ LONGER: dict[str, str] = {
 """Functions with more than `LINES` lines or `PARAMETERS` parameters, and the reason."""
 
 
+STATEMENTS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 @cache
-def source(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+def statements(file: Path) -> list[ast.AST]:
+    """Return the imports and functions of a file, in any depth, and calls of `import_module`."""
+    return [
+        node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, STATEMENTS) or (isinstance(node, ast.Call) and called(node) == "import_module")
+    ]  # fmt: skip
 
 
+def called(node: ast.Call) -> str:
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+@cache
 def files(root: Path) -> list[Path]:
     return sorted(root.rglob("*.py"))
+
+
+def forget_files() -> None:
+    """Read everything anew: a file has changed."""
+    for cached in (statements, files, file_graph):
+        cached.cache_clear()
 
 
 def module_of(file: Path, root: Path) -> str:
@@ -56,13 +74,12 @@ def room_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else DOOR
 
 
-def imported(file: Path, root: Path) -> set[str]:
-    """Return the modules below `root` that `file` imports, anywhere in it."""
-    modules = {module_of(other, root) for other in files(root)}
+def imported(file: Path, root: Path, modules: set[str]) -> set[str]:
+    """Return the `modules`, those below `root`, that `file` imports, anywhere in it."""
     module = module_of(file, root)
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(source(file)):
+    for node in statements(file):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -72,16 +89,18 @@ def imported(file: Path, root: Path) -> set[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+        elif isinstance(node, ast.Call) and node.args:
             first = node.args[0]
             names = [first.value] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
         found |= {name for name in names if name.split(".")[0] == root.name}
     return found - {module}
 
 
+@cache
 def file_graph(root: Path) -> dict[str, set[str]]:
     """Return which modules each module imports, without the door."""
-    graph = {module_of(file, root): imported(file, root) - {root.name} for file in files(root)}
+    modules = {module_of(file, root) for file in files(root)}
+    graph = {module_of(file, root): imported(file, root, modules) - {root.name} for file in files(root)}
     return {
         module: {target for target in targets if target in graph}
         for module, targets in graph.items()
@@ -127,7 +146,7 @@ def through_the_door(root: Path) -> list[str]:
     for file in files(root):
         if room_of(module_of(file, root)) not in below:
             continue
-        for node in ast.walk(source(file)):
+        for node in statements(file):
             if isinstance(node, ast.ImportFrom) and node.module == root.name and not node.level:
                 names = [
                     a.name for a in node.names if not (root / a.name).is_dir() and not (root / f"{a.name}.py").is_file()
@@ -141,7 +160,7 @@ def through_the_door(root: Path) -> list[str]:
 def imports_of_programs(root: Path) -> list[str]:
     found = []
     for file in files(root):
-        for node in ast.walk(source(file)):
+        for node in statements(file):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             found += [f"{file.relative_to(root.parent)}: {name}" for name in names if name.split(".")[0] in PROGRAMS]
@@ -160,7 +179,7 @@ def imports_of_the_model(root: Path) -> list[str]:
 def functions(root: Path) -> Iterator[tuple[str, int, int]]:
     """Yield (file: name, lines without decorators and docstring's share included, parameters) of every function."""
     for file in files(root):
-        for node in ast.walk(source(file)):
+        for node in statements(file):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 count = len([a for a in arguments if a.arg not in ("self", "cls")])
@@ -258,7 +277,7 @@ def test_each_rule_catches_what_it_forbids(name: str, tmp_path: Path) -> None:
         (root / file).write_text(content)
     for each in RULES:
         assert each(root) == []
-    source.cache_clear()
+    forget_files()
     target = root / place
     target.parent.mkdir(exist_ok=True)
     target.write_text((target.read_text() if target.exists() else "") + text)
