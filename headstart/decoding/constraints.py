@@ -246,19 +246,21 @@ class ConstraintRows:
     def __init__(self, slots: int, width: int, vocab_size: int) -> None:
         self.has = [False] * slots
         self._shape = (slots, width, vocab_size)
-        self._forbidden: Tensor | None = None
-        self._drafts: tuple[Tensor, int] | None = None
+        self.forbidden_SWV: Tensor | None = None
+        """Forbidden tokens of every row, bool on the host; None before a slot has a constraint."""
+        self.draft_logits: tuple[Tensor, int] | None = None
+        """Logits of the last pass that `keep` got, and the slot of their first row."""
 
     def set(self, slot: int, constrained: bool) -> None:
         """Set whether the request that begins in `slot` is constrained."""
-        if constrained and self._forbidden is None:
-            self._forbidden = torch.zeros(self._shape, dtype=torch.bool)
+        if constrained and self.forbidden_SWV is None:
+            self.forbidden_SWV = torch.zeros(self._shape, dtype=torch.bool)
         self.has[slot] = constrained
 
     def clear(self, slot: int) -> None:
         """Remove the constraint of `slot`."""
-        if self._forbidden is not None and self.has[slot]:
-            self._forbidden[slot] = False
+        if self.forbidden_SWV is not None and self.has[slot]:
+            self.forbidden_SWV[slot] = False
         self.has[slot] = False
 
     def any(self, slots: slice) -> bool:
@@ -267,23 +269,23 @@ class ConstraintRows:
 
     def rows(self, slot: int) -> np.ndarray:
         """Return the forbidden tokens (W, V) bool of a constrained slot, on the host and for writing."""
-        assert self._forbidden is not None
-        return self._forbidden[slot].numpy()
+        assert self.forbidden_SWV is not None
+        return self.forbidden_SWV[slot].numpy()
 
     def apply(self, logits_SRV: Tensor, slots: slice) -> Tensor:
         """Return the logits (S, R, V) with those of forbidden tokens at -inf."""
         if not self.any(slots):
             return logits_SRV
-        assert self._forbidden is not None
-        forbidden = self._forbidden[slots, : logits_SRV.shape[1]].to(logits_SRV.device)
+        assert self.forbidden_SWV is not None
+        forbidden = self.forbidden_SWV[slots, : logits_SRV.shape[1]].to(logits_SRV.device)
         return logits_SRV.masked_fill(forbidden, float("-inf"))
 
     def keep(self, drafts_SKV: Tensor, slots: slice) -> None:
         """Keep the logits (S, K-1, V) that drafts are chosen from, where any of these slots is constrained."""
-        self._drafts = (drafts_SKV, slots.start) if self.any(slots) else None
+        self.draft_logits = (drafts_SKV, slots.start) if self.any(slots) else None
 
     def kept(self, slot: int, head: int) -> Tensor:
         """Return the logits (V,) kept for one slot and head."""
-        assert self._drafts is not None
-        drafts_SKV, first = self._drafts
+        assert self.draft_logits is not None
+        drafts_SKV, first = self.draft_logits
         return drafts_SKV[slot - first, head - 2]

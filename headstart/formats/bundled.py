@@ -11,11 +11,13 @@ from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.hub import local_path
 
 NAME = "python-bytes-8"
+CLONE = Path(__file__).resolve().parents[2]
+"""The folder above the package: the checkout, if there is one."""
 
 
 def boxed_model() -> Path:
     """Return the model's directory, in a clone of the repository or in an installation. Raises UsageError without."""
-    clone = Path(__file__).resolve().parents[2] / "models" / NAME
+    clone = CLONE / "models" / NAME
     installed = Path(sysconfig.get_path("data")) / "share" / "headstart" / "models" / NAME
     for place in (clone, installed):
         if (place / CONFIG_FILE).is_file():

@@ -88,7 +88,7 @@ def blocks_compiled(config: RunConfig, processes: Processes) -> bool:
     """
     if not (pays(config, processes.device) if config.compile is None else config.compile):
         return False
-    problem = _problem(processes.device)
+    problem = compile_problem(processes.device)
     if processes.all(not problem):
         return True
     problem = problem or "another process cannot"
@@ -107,7 +107,7 @@ def pays(config: RunConfig, device: torch.device) -> bool:
     return flops >= PAYS_FROM.get(device.type, float("inf"))
 
 
-def _problem(device: torch.device) -> str:
+def compile_problem(device: torch.device) -> str:
     """Return the reason, in a line, for which torch cannot compile here; empty if it can.
 
     It compiles something to find out: Python's headers or triton may be missing although there is a compiler.

@@ -76,15 +76,15 @@ def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> No
         return [int(state.sampling.choose(logits, noise, slots))], []
 
     with monkeypatch.context() as patch:
-        patch.setattr(constrained, "_drawn", without_its_distribution)
+        patch.setattr(constrained, "draw_masked", without_its_distribution)
         assert distance("rejection", raw, model, LAW, count=1024) > 2.5
     apply = ConstraintRows.apply
 
     def late(self, logits, slots):
-        before = self._forbidden.clone()
-        self._forbidden[:, 1:] = before[:, :-1]
+        before = self.forbidden_SWV.clone()
+        self.forbidden_SWV[:, 1:] = before[:, :-1]
         result = apply(self, logits, slots)
-        self._forbidden.copy_(before)
+        self.forbidden_SWV.copy_(before)
         return result
 
     monkeypatch.setattr(ConstraintRows, "apply", late)

@@ -82,7 +82,7 @@ def test_in_a_batch_constrained_and_free_texts_both_have_trees(compiled: bool, e
         together = generate_all(engine, requests)
         assert [g.tokens for g in together] == plain
         assert policy or [g.stats.siblings > 0 for g in together[:5]] == [True] * 5
-        assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints._forbidden.any()
+        assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints.forbidden_SWV.any()
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -205,7 +205,7 @@ def test_rejection_on_trees_follows_the_law_of_the_masked_model(top_k: int) -> N
 def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative controls: siblings weighed by what their head says without the mask; masks of another row."""
     raw, model = small_models()
-    drawn = constrained._drawn
+    drawn = constrained.draw_masked
 
     def unmasked(state, slots, head, at, forbidden, count, row):
         found = drawn(state, slots, head, at, forbidden, count, row)
@@ -214,17 +214,17 @@ def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(constrained, "_drawn", unmasked)
+        patch.setattr(constrained, "draw_masked", unmasked)
         assert distance("rejection", raw, model, LAW, tree=SMALL) > 2.5
     apply = ConstraintRows.apply
 
     def of_its_parent(self, logits, slots):
-        before = self._forbidden.clone()
+        before = self.forbidden_SWV.clone()
         parents = TreeRows(SMALL, "cpu").parents
         for row in range(1, min(logits.shape[1], SMALL.rows)):
-            self._forbidden[:, row] = before[:, parents[row]]
+            self.forbidden_SWV[:, row] = before[:, parents[row]]
         result = apply(self, logits, slots)
-        self._forbidden.copy_(before)
+        self.forbidden_SWV.copy_(before)
         return result
 
     monkeypatch.setattr(ConstraintRows, "apply", of_its_parent)

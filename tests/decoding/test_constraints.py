@@ -58,13 +58,13 @@ def test_in_a_batch_under_any_policy_it_is_the_same_and_free_requests_are_as_eve
         engine = Engine(model, EngineConfig(exact=exact), tokenizer=BYTES)
         plain.append(one(engine, r.prompt, 50, r.sampling, 1, constraint=r.constraint).tokens)
         if r.constraint is None:  # nothing is made for those that are free
-            assert engine.state.constraints._forbidden is None and engine.state.constraints._drafts is None
+            assert engine.state.constraints.forbidden_SWV is None and engine.state.constraints.draft_logits is None
     for policy in [None, RandomRows(3)] if exact is False or backend_of(model).row_exact else [None]:
         for lookup in (0, 3):
             engine = Engine(model, EngineConfig(slots=3, exact=exact, lookup=lookup), tokenizer=BYTES, policy=policy)
             together = generate_all(engine, requests)
             assert [g.tokens for g in together] == plain
-            assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints._forbidden.any()
+            assert not engine.state.constraints.any(slice(0, 3)) and not engine.state.constraints.forbidden_SWV.any()
 
 
 def test_what_is_forced_is_drafted_and_kept() -> None:
@@ -118,7 +118,7 @@ def test_a_draft_chosen_again_without_a_mask_is_what_it_was(kind: str) -> None:
         root, window = engine.scheduler.lengths[0], engine.state.windows.tokens_SW[0].tolist()
         nothing = np.zeros(128, dtype=bool)
         for k in range(2, HEADS + 1):
-            tokens, _ = constrained._drawn(engine.state, slice(0, 1), k, (root, k - 1), nothing, 1, k - 2)
+            tokens, _ = constrained.draw_masked(engine.state, slice(0, 1), k, (root, k - 1), nothing, 1, k - 2)
             assert tokens == [window[k - 1]]
 
 

@@ -26,7 +26,7 @@ def test_it_is_found_in_a_clone_and_said(capsys, monkeypatch, tmp_path) -> None:
 
 
 def test_it_is_found_where_an_installation_puts_it(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(bundled, "__file__", str(tmp_path / "site-packages" / "headstart" / "storage" / "boxed.py"))
+    monkeypatch.setattr(bundled, "CLONE", tmp_path / "site-packages")
     monkeypatch.setattr(bundled.sysconfig, "get_path", lambda name: str(tmp_path / "prefix"))
     with pytest.raises(UsageError, match=r"the model in the box .* is not here .*; name a model directory"):
         bundled.boxed_model()

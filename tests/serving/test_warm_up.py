@@ -6,11 +6,13 @@ import pytest
 import torch
 from serving.conftest import HTTP, metric, running
 
+from headstart.data.tokenizers import Tokenizer
 from headstart.decoding import constraints
+from headstart.decoding.constraints import Constraint, Matcher
 from headstart.decoding.engine import Engine
 from headstart.decoding.generation import Generation
 from headstart.decoding.policy import online
-from headstart.decoding.policy.online import AcceptanceCounts
+from headstart.decoding.policy.online import AcceptanceCounts, OnlineCalibration
 from headstart.decoding.settings import Request
 from headstart.formats.bundled import boxed_model
 from headstart.model.transformer import Transformer
@@ -21,28 +23,36 @@ from headstart.serving.settings import ServeSettings
 def test_warm_up_times_passes_and_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[tuple[int, int]] = []
     written: list[Request] = []
+    grammars: list[Constraint] = []
 
     def made_up(model: Transformer, slots: int, sampled: bool) -> tuple[float, tuple[float, ...]]:
         timed.append((slots, torch.get_num_threads()))
         return 1.0, tuple(1.0 + 0.1 * i for i in range(model.config.heads))
 
-    submit = Engine.submit
+    submit, compile_constraint = Engine.submit, constraints.compile_constraint
 
     def watched(engine: Engine, request: Request) -> Generation:
         written.append(request)
         return submit(engine, request)
 
+    def recorded(constraint: Constraint, tokenizer: Tokenizer, vocab_size: int) -> Matcher:
+        grammars.append(constraint)
+        return compile_constraint(constraint, tokenizer, vocab_size)
+
     monkeypatch.setattr(online, "quick_pass_costs", made_up)
+    monkeypatch.setattr(constraints, "compile_constraint", recorded)
     monkeypatch.setattr(Engine, "submit", watched)
     with running(ServeSettings(port=0, slots=3, threads=1)) as server:
         before = list(timed)
         # Without the compiled kernels there is no policy, and nothing to time.
         assert before in ([], [(1, 1), (2, 1), (4, 1)] * 2)  # greedy and sampled
         assert len(written) == 1 and metric(server, "headstart_tokens_total") == 0
-        assert len(constraints._compiled[server.service.tokenizer]) == 1
-        for observed in server.service.model._observations.values():  # nothing of a text that nobody asked for
+        assert len(grammars) == 1
+        policy = server.service.model.engine().policy  # learns from what all engines of the model observe
+        if policy is not None:  # nothing of an output that nobody requested
             fresh = AcceptanceCounts(server.service.model.config.heads).table()
-            assert all(counts.table() == fresh for counts in observed.counts.values())
+            assert isinstance(policy.calibration, OnlineCalibration)
+            assert all(counts.table() == fresh for counts in policy.calibration.observations.counts.values())
         asked = {"prompt": "x", "max_tokens": 4, "n": 3}
         assert HTTP.post(f"{server.url}/v1/completions", json=asked).status_code == 200
         assert timed == before

@@ -70,7 +70,7 @@ def test_where_another_process_cannot_none_does(tiny, compiling, monkeypatch, ca
 
 @pytest.mark.slow
 def test_torch_can_compile_where_the_tests_run() -> None:
-    assert new_model._problem(CPU) == ""
+    assert new_model.compile_problem(CPU) == ""
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class _Walk:
         drafter = drafters[depth]
         tokens, shares = [self.proposed[child] for child in children], [self.estimated(child) for child in children]
         if drafter.is_head and (self.weighs or not all(allowed[token] for token in tokens)):
-            tokens, found = _drawn(
+            tokens, found = draw_masked(
                 state, self.slots, drafter, (self.root, depth + 1), self.forbidden[row], len(children), row
             )
             shares = found or shares
@@ -170,7 +170,7 @@ class _Walk:
         return chances[1:]
 
 
-def _drawn(
+def draw_masked(
     state: DecodingState, slots: slice, head: int, at: tuple[int, int], forbidden_V: np.ndarray, count: int, row: int
 ) -> tuple[list[int], list[float]]:
     """Return the best `count` drafts of `head` under a mask, as a pass would choose them, and their probabilities.
