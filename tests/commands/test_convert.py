@@ -20,21 +20,14 @@ from headstart.formats.meta import MetaRelease
 from headstart.formats.registry import FORMATS, load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from tests.models import random_model
 
 TINY = ModelConfig(vocab_size=256, dim=32, layers=4, attention_heads=2, context=48, heads=2, hidden_dim=40)
 
 
-def lively(config: ModelConfig) -> Transformer:
-    model, generator = Transformer(config), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0, 0.2, generator=generator)
-    return model
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_model(lively(TINY), tmp_path / "model", ByteTokenizer())
+    save_model(random_model(TINY), tmp_path / "model", ByteTokenizer())
     return tmp_path / "model"
 
 
@@ -62,11 +55,11 @@ def test_where_a_text_ends_is_kept(tmp_path: Path) -> None:
     chained = replace(TINY, heads=2, head_kind="sequential", wiring="causal")
     generation = {"eos_token_id": [255, 10], "bos_token_id": 3, "temperature": 0.5}
     for name, shape in (("medusa", config), ("sequential", chained)):
-        save_model(lively(shape), tmp_path / name, ByteTokenizer())
+        save_model(random_model(shape), tmp_path / name, ByteTokenizer())
         (tmp_path / name / "generation_config.json").write_text(json.dumps(generation))
         file = tmp_path / name / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token_id": 3, "eos_token_id": [255, 10]}))
-    save_model(lively(TINY), tmp_path / "plain", ByteTokenizer())
+    save_model(random_model(TINY), tmp_path / "plain", ByteTokenizer())
     (tmp_path / "plain" / "generation_config.json").write_text(json.dumps(generation))
 
     targets = [("medusa", "headstart", ""), ("medusa", "hf-code", ""), ("medusa", "medusa", "base")]
@@ -82,7 +75,7 @@ def test_where_a_text_ends_is_kept(tmp_path: Path) -> None:
         assert json.loads((tmp_path / f"back-{to}" / "generation_config.json").read_text()) == generation, to
         assert headstart.load(tmp_path / f"back-{to}").tokenizer.end_ids == {255, 10}
     # A source that names no ends takes those of the tokenizer that is given.
-    save_model(lively(TINY), tmp_path / "bare")
+    save_model(random_model(TINY), tmp_path / "bare")
     convert(tmp_path / "bare", tmp_path / "named", tokenizer="bytes")
     assert json.loads((tmp_path / "named" / "generation_config.json").read_text())["eos_token_id"] == 255
 
@@ -110,7 +103,7 @@ def test_code_for_transformers(saved: Path, tmp_path: Path) -> None:
     assert [check["by"] for check in found["checks"]] == ["headstart", *["transformers with the code"] * 2]
     assert "the same greedy text with all heads" in found["checks"][2]["found"] and not found["left_out"]
     with pytest.raises(UsageError, match="linear heads"):
-        save_model(lively(replace(TINY, head_kind="linear", wiring="anticausal")), tmp_path / "odd")
+        save_model(random_model(replace(TINY, head_kind="linear", wiring="anticausal")), tmp_path / "odd")
         convert(tmp_path / "odd", tmp_path / "out", "hf-code")
     assert load_model(tmp_path / "out").config == TINY
 
@@ -118,7 +111,7 @@ def test_code_for_transformers(saved: Path, tmp_path: Path) -> None:
 def test_heads_for_engines_and_back(tmp_path: Path) -> None:
     sequential = replace(TINY, head_kind="sequential", wiring="causal", heads=3, shared=False)
     for to, config in (("medusa", replace(TINY, head_kind="medusa")), ("mimo", sequential)):
-        save_model(lively(config), tmp_path / to, ByteTokenizer())
+        save_model(random_model(config), tmp_path / to, ByteTokenizer())
         found = convert(tmp_path / to, tmp_path / f"{to}-out", to)
         assert all(check["passed"] for check in found["checks"]) and found["checks"][0]["differences"] == [0.0, 0.0]
         convert(tmp_path / f"{to}-out", tmp_path / f"{to}-back")
@@ -167,7 +160,7 @@ def test_nothing_else_is_replaced(saved: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="dtype"):
         convert(saved, tmp_path / "new", dtype="int8")
-    save_model(lively(replace(TINY, wiring="causal")), tmp_path / "causal")
+    save_model(random_model(replace(TINY, wiring="causal")), tmp_path / "causal")
     with pytest.raises(UsageError, match="causal wiring"):
         convert(tmp_path / "causal", tmp_path / "new", "meta")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "notes", "letter", "causal"}

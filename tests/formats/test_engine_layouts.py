@@ -19,6 +19,7 @@ from headstart.formats.medusa import Medusa, load_medusa, save_medusa
 from headstart.formats.mimo import Mimo, drafts_as_engines_compute, load_mimo, save_mimo
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from tests.models import random_model
 
 TINY = ModelConfig(vocab_size=256, dim=32, layers=4, attention_heads=4, kv_heads=2, context=64, heads=3)
 MEDUSA = replace(TINY, head_kind="medusa")
@@ -27,11 +28,10 @@ IDS = torch.randint(0, 256, (2, 10), generator=torch.Generator().manual_seed(1))
 
 
 def lively(config: ModelConfig) -> Transformer:
-    model, generator = Transformer(config), torch.Generator().manual_seed(3)
+    """Return a model of random weights that MiMo's layout can hold: it has no bias behind a head's output."""
+    model = random_model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0
-            parameter.normal_(mean, 0.25, generator=generator)
             if config.head_kind == "sequential" and name.endswith("out.bias"):
                 parameter.zero_()
     return model

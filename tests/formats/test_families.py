@@ -25,6 +25,7 @@ from headstart.formats.registry import load_config, load_model
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
+from tests.models import random_model
 
 transformers = pytest.importorskip("transformers", reason="parity is with transformers; install headstart[hf]")
 
@@ -94,7 +95,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_model(case: str, **changes: object) -> Any:
+def reference_model(case: str, **changes: object) -> Any:
     """A model of transformers' with no parameter, norms and biases included, at what it usually begins with."""
     name, fields = CASES[case]
     config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
@@ -111,15 +112,6 @@ def tokens(shape: tuple[int, int] = (2, T)) -> Tensor:
     return torch.randint(0, 61, shape, generator=torch.Generator().manual_seed(1))
 
 
-def lively(config: ModelConfig, seed: int = 0) -> Transformer:
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(float(parameter.ndim == 1 and parameter.mean() == 1), 0.2, generator=generator)
-    return model
-
-
 def edit(directory: Path, **changes: object) -> None:
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -128,7 +120,7 @@ def edit(directory: Path, **changes: object) -> None:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_the_same_logits_as_transformers_and_back(case: str, tmp_path: Path) -> None:
-    theirs = random_model(case)
+    theirs = reference_model(case)
     theirs.save_pretrained(tmp_path / "hf")
     ours = load_model(tmp_path / "hf")
     assert sum(p.numel() for p in ours.parameters()) == ours.config.parameters()["total"]
@@ -156,7 +148,7 @@ def test_the_same_logits_as_transformers_and_back(case: str, tmp_path: Path) -> 
 def with_heads(directory: Path, heads: int) -> Transformer:
     """The model in a directory with further heads that are random, each a block of its family."""
     base = load_model(directory)
-    model = lively(replace(base.config, layers=3 + heads, heads=heads))
+    model = random_model(replace(base.config, layers=3 + heads, heads=heads))
     model.load_state_dict(base.state_dict(), strict=False)
     return model
 
@@ -166,7 +158,7 @@ def with_heads(directory: Path, heads: int) -> Transformer:
 def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path: Path) -> None:
     """One head against `generate`, beyond every window. With six tokens random heads are right often enough, so that
     what was accepted of chains and of trees is read by later rows."""
-    theirs = random_model(case, vocab_size=6)
+    theirs = reference_model(case, vocab_size=6)
     theirs.save_pretrained(tmp_path / "hf")
     prompt = tokens((1, 9)) % 6
     cached = case != "qwen3-windows"  # for a window of 1 the cache of transformers keeps everything
@@ -200,7 +192,7 @@ def test_decoding_is_that_of_transformers_whatever_the_heads(case: str, tmp_path
 def test_which_models_the_compiled_kernels_compute_exactly(tmp_path: Path) -> None:
     blocks, exact = [], []
     for case in CASES:
-        random_model(case).save_pretrained(tmp_path / case)
+        reference_model(case).save_pretrained(tmp_path / case)
         model = pack(load_model(tmp_path / case))
         blocks += [case] if isinstance(model.trunk.blocks[0], CompiledBlock) else []
         exact += [case] if backend_of(model).row_exact else []
@@ -225,7 +217,7 @@ ODD_ROPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ODD_ROPES)
 @torch.no_grad()
 def test_rotary_fields_that_contradict_are_read_as_transformers_reads_them(name: str, tmp_path: Path) -> None:
-    random_model("olmo2").save_pretrained(tmp_path)
+    reference_model("olmo2").save_pretrained(tmp_path)
     content = _without(json.loads((tmp_path / "config.json").read_text()), "rope_parameters")
     (tmp_path / "config.json").write_text(json.dumps(content | ODD_ROPES[name]))
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits
@@ -234,7 +226,7 @@ def test_rotary_fields_that_contradict_are_read_as_transformers_reads_them(name:
 
 @torch.no_grad()
 def test_a_mistral_with_types_of_layers_is_a_ministral(tmp_path: Path) -> None:
-    random_model("ministral").save_pretrained(tmp_path)
+    reference_model("ministral").save_pretrained(tmp_path)
     edit(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"])
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits
     ours = load_model(tmp_path)
@@ -286,7 +278,7 @@ def test_what_a_family_does_not_compute_is_refused(tmp_path: Path) -> None:
         ("llama3", {"attention_bias": True}, ["lacks", "q_proj.bias, ", "13 more"]),
         ("qwen3", {"head_dim": 8}, ["q_proj", "[64, 32]", "[32, 32]"]),
     ):
-        random_model(case).save_pretrained(tmp_path / case)
+        reference_model(case).save_pretrained(tmp_path / case)
         edit(tmp_path / case, **changes)
         refusal(tmp_path / case, *words)
 
@@ -297,7 +289,7 @@ def test_whatever_a_configuration_holds_it_is_one_line(tmp_path: Path) -> None:
     odd = (None, 0, -1, 1.5, "x", [], {}, True, [1], [["x"]], {"rope_type": "yarn"}, float("inf"), 10**400)
     refused = 0
     for case in ("qwen2-yarn", "smollm3-windows", "gemma3"):
-        random_model(case, vocab_size=3).save_pretrained(tmp_path)
+        reference_model(case, vocab_size=3).save_pretrained(tmp_path)
         content = json.loads((tmp_path / "config.json").read_text())
         changed = [content | {name: value} for name in (*content, "rope_scaling", "no_rope_layers") for value in odd]
         ropes = content["rope_parameters"]
@@ -348,7 +340,7 @@ BASE = ModelConfig(vocab_size=61, dim=32, layers=4, attention_heads=4, context=6
 def test_fields_may_be_combined_where_a_family_can_hold_them(
     changes: dict[str, Any], family: str | None, words: list[str], tmp_path: Path
 ) -> None:
-    model = lively(replace(BASE, heads=2, wiring="causal", **changes))
+    model = random_model(replace(BASE, heads=2, wiring="causal", **changes))
     if family is not None:
         save_model(model, tmp_path / "model")
         assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == family
@@ -369,7 +361,7 @@ def test_the_fields_of_the_family_and_ours_must_agree(tmp_path: Path) -> None:
         ("gemma3", {"query_pre_attn_scalar": 16}, ["query_pre_attn_scalar", "50"]),
         ("llama3", {"rope_scaling": LLAMA3 | {"factor": 5.0}}, ["rope_scaling", "5.0", "4.0"]),
     ):
-        random_model(case).save_pretrained(tmp_path / case)
+        reference_model(case).save_pretrained(tmp_path / case)
         save_model(load_model(tmp_path / case), tmp_path / "ours")
         edit(tmp_path / "ours", **changes)
         refusal(tmp_path / "ours", "headstart", *words)
@@ -421,10 +413,10 @@ def origins_in_text(logits_TnV: Tensor, text: list[int], prompt: int) -> list[in
 @torch.no_grad()
 def test_drafts_in_decoding_are_those_of_training(case: str, window: int, head_kind: str, tmp_path: Path) -> None:
     """Windows, bases and layers without positions in the caches of heads too."""
-    random_model(case, vocab_size=4, sliding_window=window).save_pretrained(tmp_path)
+    reference_model(case, vocab_size=4, sliding_window=window).save_pretrained(tmp_path)
     wiring = "causal" if head_kind == "sequential" else "anticausal"
     config = replace(load_config(tmp_path), layers=6, heads=3, head_kind=head_kind, wiring=wiring)
-    model = lively(config, seed=3)
+    model = random_model(config, seed=3)
     request = Request(tuple((tokens((1, 20))[0] % 4).tolist()), 36)
     (got,) = generate_all(Engine(pack(copy.deepcopy(model)), EngineConfig(context=64)), [request])
     text = [*request.prompt, *got.tokens]

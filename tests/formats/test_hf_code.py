@@ -22,6 +22,7 @@ from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.shape import RopeScaling
 from headstart.model.transformer import Transformer
+from tests.models import random_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (headstart[hf])")
 
@@ -44,20 +45,11 @@ KINDS = {
 }
 
 
-def lively(config: ModelConfig) -> Transformer:
-    model, generator = Transformer(config), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            mean = 1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0
-            parameter.normal_(mean, 0.25, generator=generator)
-    return model
-
-
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_all_heads_write_what_one_writes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = KINDS[name]
-    model = lively(config)
+    model = random_model(config)
     if not config.tied:
         model.unembedding.weights[0][3:] *= 0.1  # few tokens, so that some drafts are right
     save_hf_code(model, tmp_path)
@@ -164,7 +156,7 @@ print("fine")
 @pytest.mark.slow
 def test_without_headstart(tmp_path: Path) -> None:
     config = replace(TINY, vocab_size=256, heads=4, layers=6)
-    model = lively(config)
+    model = random_model(config)
     with torch.no_grad():
         model.unembedding.weights[0][12:] *= 0.05  # few tokens, so that some drafts are right
     save_hf_code(model, tmp_path / "model", ByteTokenizer())
@@ -200,7 +192,7 @@ def test_what_is_written_depends_on_nothing_else_and_is_short(tmp_path: Path) ->
 def coded(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Generates with the code of a small model."""
     folder = tmp_path_factory.mktemp("coded")
-    save_hf_code(lively(TINY), folder)
+    save_hf_code(random_model(TINY), folder)
     model = written_code(folder, MODELING_FILE).HeadstartForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generating = written_code(folder, GENERATE_FILE)
 

@@ -18,6 +18,7 @@ from headstart.errors import UsageError
 from headstart.formats.meta import is_meta_release, load_meta_release, save_meta_release
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from tests.models import random_model
 
 TINY = ModelConfig(vocab_size=53, dim=32, layers=5, attention_heads=4, kv_heads=2, heads=3, rope_theta=500.0)
 IDS = torch.randint(0, 53, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -76,14 +77,6 @@ def release(directory: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     return tensors, params
 
 
-def lively(config: ModelConfig) -> Transformer:
-    model, generator = Transformer(config), torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3, generator=generator)
-    return model
-
-
 def assert_close(mine: Tensor, theirs: Tensor) -> None:
     assert mine.shape == theirs.shape
     assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
@@ -136,7 +129,7 @@ WRITTEN = {
 @pytest.mark.parametrize("name", WRITTEN)
 @torch.no_grad()
 def test_what_is_written_is_the_model(name: str, tmp_path: Path) -> None:
-    model = lively(WRITTEN[name])
+    model = random_model(WRITTEN[name])
     save_meta_release(model, tmp_path)
     params = json.loads((tmp_path / "params.json").read_text())
     tensors = torch.load(tmp_path / "consolidated.pth", weights_only=True)

@@ -22,7 +22,7 @@ from headstart.model.heads import MedusaHeads
 from headstart.model.transformer import Transformer
 from tests.cases import pairwise
 from tests.models import WIRINGS as EVERY_WIRING
-from tests.models import with_heads_of
+from tests.models import random_model, with_heads_of
 
 transformers = pytest.importorskip("transformers", reason="parity is with transformers; install headstart[hf]")
 
@@ -30,17 +30,6 @@ SMALL = ModelConfig(vocab_size=61, dim=32, layers=5, attention_heads=4, context=
 FANCY = replace(SMALL, kv_heads=2, tied=True, attention_bias=True, head_dim=16, hidden_dim=48, rope_theta=500.0)
 WIRINGS = [pair for pair in EVERY_WIRING if pair != ("linear", "anticausal")]  # whose head 1 is no plain decoder
 NOT_PLAIN = replace(SMALL, heads=3, head_kind="linear", wiring="anticausal")
-
-
-def lively(config: ModelConfig, seed: int = 0) -> Transformer:
-    """A model none of whose parameters is zero or one, so that each one mistaken for another shows."""
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            mean = 1.0 if parameter.ndim == 1 and parameter.mean() == 1 else 0.0
-            parameter.normal_(mean, 0.1, generator=generator)
-    return model
 
 
 def tokens(config: ModelConfig, shape: tuple[int, int] = (2, 24)) -> Tensor:
@@ -70,7 +59,7 @@ def test_transformers_computes_head_1_and_headstart_every_head(
     kind: str, wiring: str, heads: int, base: ModelConfig, tmp_path: Path
 ) -> None:
     config = with_heads_of(base, kind, wiring, heads=heads, norm_eps=1e-6)
-    model = lively(config)
+    model = random_model(config)
     save_model(model, tmp_path / "model")
     expected = model(tokens(config))
     theirs = load_in_transformers(tmp_path / "model")(tokens(config)).logits
@@ -83,7 +72,7 @@ def test_transformers_computes_head_1_and_headstart_every_head(
 
 @pytest.mark.parametrize("config", [NOT_PLAIN, replace(NOT_PLAIN, heads=1), replace(NOT_PLAIN, tied=True)])
 def test_a_model_that_is_no_plain_decoder_says_so(config: ModelConfig, tmp_path: Path) -> None:
-    model = lively(config)
+    model = random_model(config)
     save_model(model, tmp_path / "model")
     with pytest.raises(ValueError, match="headstart"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -92,22 +81,22 @@ def test_a_model_that_is_no_plain_decoder_says_so(config: ModelConfig, tmp_path:
 
 @pytest.mark.parametrize("config", [replace(SMALL, heads=2, norm_eps=1e-6), replace(FANCY, heads=3), NOT_PLAIN])
 def test_bf16_round_trip(config: ModelConfig, tmp_path: Path) -> None:
-    model = lively(config).to(torch.bfloat16)
+    model = random_model(config).to(torch.bfloat16)
     save_model(model, tmp_path / "model")
     assert_same(model, load_model(tmp_path / "model"))
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_dtypes_are_converted_on_the_way_out_and_in(tmp_path: Path) -> None:
-    model = lively(replace(SMALL, heads=2))
+    model = random_model(replace(SMALL, heads=2))
     save_model(model, tmp_path / "model", dtype=torch.bfloat16)
-    assert_same(lively(replace(SMALL, heads=2)).to(torch.bfloat16), load_model(tmp_path / "model"))
+    assert_same(random_model(replace(SMALL, heads=2)).to(torch.bfloat16), load_model(tmp_path / "model"))
     assert {p.dtype for p in load_model(tmp_path / "model", dtype=torch.float64).parameters()} == {torch.float64}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_loaded_parameters_are_trainable_tied_and_their_own(tmp_path: Path) -> None:
-    save_model(lively(replace(FANCY, heads=2)), tmp_path / "model")
+    save_model(random_model(replace(FANCY, heads=2)), tmp_path / "model")
     model = load_model(tmp_path / "model")
     assert model.unembedding.weights[0] is model.trunk.embedding.weight
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in model.parameters())
@@ -120,13 +109,13 @@ def test_loaded_parameters_are_trainable_tied_and_their_own(tmp_path: Path) -> N
 
 
 def test_files_of_a_directory(tmp_path: Path) -> None:
-    save_model(lively(SMALL), tmp_path / "one")
+    save_model(random_model(SMALL), tmp_path / "one")
     assert sorted(str(p.relative_to(tmp_path / "one")) for p in (tmp_path / "one").rglob("*")) == [
         "config.json",
         "generation_config.json",
         "model.safetensors",
     ]
-    save_model(lively(replace(SMALL, heads=3, wiring="causal")), tmp_path / "three")
+    save_model(random_model(replace(SMALL, heads=3, wiring="causal")), tmp_path / "three")
     with safe_open(tmp_path / "three/heads/heads.safetensors", "pt") as file:
         assert {name.split(".")[1] for name in file.keys()} == {"2", "3"}  # noqa: SIM118
         assert "heads.2.self_attn.q_proj.weight" in file.keys()  # noqa: SIM118
@@ -137,7 +126,7 @@ def test_files_of_a_directory(tmp_path: Path) -> None:
 
 def test_anticausal_heads_are_layers_in_the_order_of_computation(tmp_path: Path) -> None:
     config = replace(SMALL, heads=3, wiring="anticausal")
-    model = lively(config)
+    model = random_model(config)
     save_model(model, tmp_path / "model")
     assert not (tmp_path / "model/heads").exists()
     with safe_open(tmp_path / "model/model.safetensors", "pt") as file:
@@ -147,7 +136,7 @@ def test_anticausal_heads_are_layers_in_the_order_of_computation(tmp_path: Path)
 
 
 def test_a_directory_alone_makes_text(tmp_path: Path) -> None:
-    save_model(lively(replace(SMALL, vocab_size=256, heads=2)), tmp_path / "model", ByteTokenizer())
+    save_model(random_model(replace(SMALL, vocab_size=256, heads=2)), tmp_path / "model", ByteTokenizer())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     model = load_in_transformers(tmp_path / "model")
     assert model.generation_config.eos_token_id == 255
@@ -161,7 +150,7 @@ def test_a_directory_alone_makes_text(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_tokenizer_takes_ids(tmp_path: Path) -> None:
-    save_model(lively(SMALL), tmp_path / "model")
+    save_model(random_model(SMALL), tmp_path / "model")
     assert load_model_tokenizer(tmp_path / "model") is None
     config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
@@ -275,7 +264,7 @@ def test_a_configuration_we_do_not_compute_is_refused(
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_model(lively(replace(SMALL, heads=3)), tmp_path / "model")
+    save_model(random_model(replace(SMALL, heads=3)), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -349,7 +338,7 @@ def test_quantised_weights(saved: Path) -> None:
 def test_a_tied_model_with_a_stored_unembedding(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    model = lively(FANCY)
+    model = random_model(FANCY)
     save_model(model, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     content = load_file(file)
@@ -381,7 +370,7 @@ def test_no_model_at_all(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
-    model = lively(SMALL)
+    model = random_model(SMALL)
     with pytest.raises(UsageError, match=r"256 ids, the model's vocabulary 61"):
         save_model(model, tmp_path / "model", ByteTokenizer())
     assert not list(tmp_path.iterdir())
@@ -407,7 +396,7 @@ def test_a_save_that_fails_midway_leaves_the_previous_model(
 
     monkeypatch.setattr(huggingface, "save_file", fail)
     with pytest.raises(UsageError if failure is OSError else failure):
-        save_model(lively(SMALL, seed=5), saved)
+        save_model(random_model(SMALL, seed=5), saved)
     assert content(saved) == before
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -438,7 +427,7 @@ huggingface.save_model(Transformer(ModelConfig(dim=32, layers=2, attention_heads
 
 
 def test_saving_replaces_a_model_and_nothing_else(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lively(SMALL, seed=5)
+    model = random_model(SMALL, seed=5)
     save_model(model, saved)
     assert_same(model, load_model(saved))
     (tmp_path / "link").symlink_to(saved)
@@ -458,7 +447,7 @@ def test_saving_replaces_a_model_and_nothing_else(saved: Path, tmp_path: Path, m
 
 
 def test_a_model_can_be_saved_over_the_directory_it_came_from(tmp_path: Path) -> None:
-    save_model(lively(replace(SMALL, vocab_size=256)), tmp_path / "model", ByteTokenizer())
+    save_model(random_model(replace(SMALL, vocab_size=256)), tmp_path / "model", ByteTokenizer())
     model, tokenizer = load_model(tmp_path / "model"), load_model_tokenizer(tmp_path / "model")
     save_model(model, tmp_path / "model", tokenizer)
     assert_same(model, load_model(tmp_path / "model"))

@@ -26,19 +26,11 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, count_targets
 from headstart.objective.walk import walk_step
+from tests.models import random_model
 from tests.reference import joint_step
 
 SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 16, "layers": 5, "attention_heads": 2, "context": 64, "heads": 4}
 GAPS = ModelConfig(**SHAPE, offsets=(1, 2, 4, 9))
-
-
-def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
-    return model
 
 
 def test_a_head_predicts_the_token_at_its_offset() -> None:
@@ -55,7 +47,7 @@ def test_a_head_predicts_the_token_at_its_offset() -> None:
 
 @pytest.mark.parametrize("wiring", ["parallel", "causal", "anticausal"])
 def test_the_walk_is_joint_autograd(wiring: Any) -> None:
-    model = lively(replace(GAPS, wiring=wiring))
+    model = random_model(replace(GAPS, wiring=wiring), dtype=torch.float64)
     tokens = torch.randint(0, 31, (3, 22))
     targets = targets_of(tokens, torch.zeros_like(tokens), GAPS.offset_of_heads)
     counts = count_targets(targets)
@@ -70,7 +62,7 @@ def test_the_walk_is_joint_autograd(wiring: Any) -> None:
 
 @pytest.mark.parametrize("wiring", ["parallel", "causal", "anticausal"])
 def test_heads_before_a_gap_draft_and_change_no_token(wiring: Any) -> None:
-    model = pack(lively(replace(GAPS, offsets=(1, 2, 3, 9), wiring=wiring), torch.float32))
+    model = pack(random_model(replace(GAPS, offsets=(1, 2, 3, 9), wiring=wiring)))
     prompt = tuple(torch.randint(0, 31, (7,)).tolist())
     written = {}
     for heads in (1, None):
@@ -111,7 +103,7 @@ def test_a_right_draft_is_one_of_the_next_tokens() -> None:
 
 
 def test_directories_keep_them_and_check_them(tmp_path: Path) -> None:
-    model = lively(GAPS, torch.float32)
+    model = random_model(GAPS)
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
     assert loaded.config == GAPS and loaded.config.offset_of_heads == (1, 2, 4, 9)
@@ -131,10 +123,10 @@ def test_directories_keep_them_and_check_them(tmp_path: Path) -> None:
 
 def test_layouts_that_know_no_gaps_refuse_them(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="offsets"):
-        save_hf_code(lively(GAPS), tmp_path / "code")
+        save_hf_code(random_model(GAPS, dtype=torch.float64), tmp_path / "code")
     (tmp_path / "medusa").mkdir()
     with pytest.raises(UsageError, match=r"predict \[1, 2, 4, 9\] ahead; Medusa's layouts know no gaps"):
-        save_medusa(lively(replace(GAPS, head_kind="medusa")), tmp_path / "medusa")
+        save_medusa(random_model(replace(GAPS, head_kind="medusa"), dtype=torch.float64), tmp_path / "medusa")
 
 
 @pytest.mark.parametrize(

@@ -11,29 +11,13 @@ from torch import Tensor
 from headstart.model.config import ModelConfig
 from headstart.model.layers import Attention, rotary_tables, rotate
 from headstart.model.transformer import Transformer
+from tests.models import WIRINGS, random_model, with_heads_of
 
 SMALL = ModelConfig(vocab_size=61, dim=32, layers=5, attention_heads=4, kv_heads=2, context=64, heads=3)
-WIRINGS = [
-    ("transformer", "parallel"),
-    ("transformer", "causal"),
-    ("transformer", "anticausal"),
-    ("linear", "parallel"),
-    ("linear", "causal"),
-    ("linear", "anticausal"),
-    ("replicated", "parallel"),
-    ("medusa", "parallel"),
-    ("stern", "parallel"),
-]
-every_wiring = pytest.mark.parametrize(("kind", "wiring"), WIRINGS)
-
-
-def lively(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
-    model = Transformer(config).to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (parameter.ndim == 1))
-    return model
+every_wiring = pytest.mark.parametrize(
+    ("kind", "wiring"), [each for each in WIRINGS if not each[0].startswith("sequential")]
+)
+"""Of heads that predict from what the trunk alone has read."""
 
 
 def tokens(*shape: int) -> Tensor:
@@ -44,7 +28,7 @@ def tokens(*shape: int) -> Tensor:
 @pytest.mark.parametrize("n", [1, 3])
 @torch.no_grad()
 def test_shapes(kind: str, wiring: str, n: int) -> None:
-    model = Transformer(replace(SMALL, head_kind=kind, wiring=wiring, heads=n))
+    model = Transformer(with_heads_of(SMALL, kind, wiring, heads=n))
     x = tokens(2, 7)
     assert model(x).shape == (2, 7, 61)
     for heads in range(1, n + 1):
@@ -60,7 +44,7 @@ def test_shapes(kind: str, wiring: str, n: int) -> None:
 @every_wiring
 @torch.no_grad()
 def test_no_head_sees_the_future(kind: str, wiring: str) -> None:
-    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    model = random_model(with_heads_of(SMALL, kind, wiring), dtype=torch.float64)
     x = tokens(1, 10)
     before = model(x, heads=3)
     for t in range(10):
@@ -75,7 +59,7 @@ def test_no_head_sees_the_future(kind: str, wiring: str) -> None:
 @every_wiring
 @torch.no_grad()
 def test_packed_documents_are_read_as_if_alone(kind: str, wiring: str) -> None:
-    model = lively(replace(SMALL, head_kind=kind, wiring=wiring))
+    model = random_model(with_heads_of(SMALL, kind, wiring), dtype=torch.float64)
     lengths = [5, 1, 9, 3]
     row = tokens(1, sum(lengths))
     documents = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
@@ -87,7 +71,7 @@ def test_packed_documents_are_read_as_if_alone(kind: str, wiring: str) -> None:
 
 @torch.no_grad()
 def test_only_differences_of_positions_matter() -> None:
-    attention = lively(SMALL).heads[0].attention
+    attention = random_model(SMALL, dtype=torch.float64).heads[0].attention
     assert isinstance(attention, Attention)
     x = torch.randn(1, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     near, far = (
@@ -125,7 +109,7 @@ def test_far_positions_stay_exact() -> None:
 @torch.no_grad()
 def test_a_block_gives_the_rows_that_are_asked_for() -> None:
     """Decoding wants few of many rows: `select` and `attend` pick them, keys and values come from all."""
-    model = lively(SMALL)
+    model = random_model(SMALL, dtype=torch.float64)
     block = model.heads[1]
     x = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     rotary = model.rotary(torch.arange(6), torch.float64)
@@ -163,7 +147,7 @@ def test_a_tied_unembedding_is_the_embedding() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 @torch.no_grad()
 def test_a_sequential_head_sees_the_tokens_up_to_the_one_before_its_own(shared: bool) -> None:
-    model = lively(replace(SMALL, head_kind="sequential", wiring="causal", shared=shared))
+    model = random_model(replace(SMALL, head_kind="sequential", wiring="causal", shared=shared), dtype=torch.float64)
     x = tokens(1, 10)
     before = model(x, heads=3)
     for k in range(1, 4):
@@ -183,7 +167,7 @@ def test_a_sequential_head_sees_the_tokens_up_to_the_one_before_its_own(shared: 
 @torch.no_grad()
 def test_a_sequential_head_is_deepseeks_module() -> None:
     """Its formula once more: h' = M [norm(h_{k-1}); norm(E(x_{t+k-1}))], a block over h', the shared output."""
-    model = lively(replace(SMALL, head_kind="sequential", wiring="causal", shared=False))
+    model = random_model(replace(SMALL, head_kind="sequential", wiring="causal", shared=False), dtype=torch.float64)
     x, eps = tokens(2, 9), SMALL.norm_eps
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -204,7 +188,7 @@ def test_a_sequential_head_is_deepseeks_module() -> None:
 def test_medusa_and_stern_heads_stand_behind_the_final_norm() -> None:
     x = tokens(2, 5)
     for kind in ("medusa", "stern"):
-        model = lively(replace(SMALL, head_kind=kind))
+        model = random_model(replace(SMALL, head_kind=kind), dtype=torch.float64)
         unembedding, residuals = model.unembedding, model.unembedding.residuals
         y = unembedding.norm(model.latents(x, [1])[1])
         for k in (2, 3):

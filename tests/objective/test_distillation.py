@@ -19,6 +19,7 @@ from headstart.objective.inputs import StepInputs, Teacher, count_targets, mask_
 from headstart.objective.objective import Objective
 from headstart.objective.walk import walk_step
 from headstart.training.adapt.new_heads import freeze, new_parameters
+from tests.models import random_model
 
 V, D, T = 37, 16, 9
 SHAPE = ModelConfig(vocab_size=V, dim=D, layers=4, attention_heads=2, context=32, heads=3)
@@ -40,14 +41,6 @@ def plain_loss(q: Tensor, p: Tensor, targets: Tensor, divergence: Divergence, sh
     else:
         distance = (1 - torch.minimum(p, log_q.exp()).sum(-1)).sum()
     return share * distance + (1 - share) * F.nll_loss(log_q, targets[valid], reduction="sum")
-
-
-def lively(config: ModelConfig) -> Transformer:
-    model, generator = Transformer(config).double(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.ndim == 1))
-    return model
 
 
 def taught_targets(targets: Tensor) -> Tensor:
@@ -105,8 +98,8 @@ def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float)
 def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -> None:
     """The walk against joint autograd over all logits; head 1 learns from another model."""
     model, teacher = (
-        lively(KINDS[kind]),
-        lively(replace(KINDS[kind], heads=1, head_kind="transformer", wiring="parallel")),
+        random_model(KINDS[kind], dtype=torch.float64),
+        random_model(replace(KINDS[kind], heads=1, head_kind="transformer", wiring="parallel"), dtype=torch.float64),
     )
     tokens, targets = batch(model)
     targets = taught_targets(targets)
@@ -140,7 +133,7 @@ def test_the_last_positions_have_no_teacher() -> None:
 @pytest.mark.parametrize("heads", ["cross-entropy", "kl"])
 def test_what_is_frozen_changes_no_gradient_of_the_rest(kind: str, heads: str) -> None:
     """And the trunk's output may come from elsewhere. No graph is made where nothing is trained."""
-    model = lively(KINDS[kind])
+    model = random_model(KINDS[kind], dtype=torch.float64)
     tokens, targets = batch(model)
     targets = taught_targets(targets)
     counts, loss, weights = count_targets(targets), LossConfig(heads=heads), [0.0, 0.4, 0.7]  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ import torch
 
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
-from headstart.model.transformer import Transformer
 from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
+from tests.models import random_model
 
 PLAIN = ModelConfig(vocab_size=47, dim=32, layers=3, attention_heads=4, kv_heads=2, context=32)
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,18 +30,10 @@ BEGIN_AS_HEAD_1 = [kind for kind in KINDS if kind != "causal" and "sequential" n
 TOKENS = torch.arange(24).reshape(2, 12) % 47
 
 
-def lively(config: ModelConfig) -> Transformer:
-    model = Transformer(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_1_stays_the_model_to_the_bit(kind: str, tied: bool) -> None:
-    old = lively(replace(PLAIN, tied=tied))
+    old = random_model(replace(PLAIN, tied=tied))
     before = old(TOKENS)
     config = config_with_heads(old.config, 4, **KINDS[kind])
     assert config.next_token_layers == 3 and config.heads == 4 and config.tied == tied
@@ -67,7 +59,7 @@ def test_families_whose_layers_differ_keep_them(kind: str) -> None:
         PLAIN, tied=True, qk_norm="head", norm_placement="both", norm_offset=True, scaled_embedding=True, window=4,
         window_layers=(0, 2), local_rope_theta=100.0, activation="gelu_tanh",
     )  # fmt: skip
-    old = lively(config)
+    old = random_model(config)
     new = with_heads(old, config_with_heads(config, 3, kind))  # type: ignore[arg-type]
     assert torch.equal(new(TOKENS), old(TOKENS))
     if kind != "sequential":
@@ -75,7 +67,7 @@ def test_families_whose_layers_differ_keep_them(kind: str) -> None:
 
 
 def test_a_sequential_head_passes_the_latent_and_ignores_the_token() -> None:
-    old = lively(PLAIN)
+    old = random_model(PLAIN)
     new = with_heads(old, config_with_heads(old.config, 2, "sequential"))
     join = new.heads[1].join.weight
     assert torch.equal(join[:, :32], torch.eye(32)) and not join[:, 32:].any()
@@ -88,7 +80,7 @@ def test_a_sequential_head_passes_the_latent_and_ignores_the_token() -> None:
 def test_heads_of_a_model_that_has_some_are_replaced_if_asked() -> None:
     """Also where head 1 lies behind others (anticausal): its path stays whole."""
     for wiring in ("parallel", "anticausal"):
-        old = lively(replace(PLAIN, layers=4, heads=3, wiring=wiring))
+        old = random_model(replace(PLAIN, layers=4, heads=3, wiring=wiring))
         before = old(TOKENS)
         with pytest.raises(UsageError, match="heads already"):
             config_with_heads(old.config, 2, "medusa")
@@ -114,6 +106,6 @@ def test_what_cannot_be_is_told(config: ModelConfig, arguments: dict[str, Any], 
 
 
 def test_a_model_of_one_layer_gets_heads_of_other_kinds() -> None:
-    old = lively(replace(PLAIN, layers=1, head_kind="linear"))
+    old = random_model(replace(PLAIN, layers=1, head_kind="linear"))
     new = with_heads(old, config_with_heads(old.config, 3, "sequential"))
     assert torch.equal(new(TOKENS), old(TOKENS))

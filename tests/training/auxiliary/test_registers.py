@@ -21,6 +21,7 @@ from headstart.objective.walk import walk_step
 from headstart.training.auxiliary.base import StepAuxiliaries
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.processes import Processes
+from tests.models import random_model
 from tests.reference import joint_step
 
 V = 31
@@ -48,12 +49,7 @@ def with_registers(batch: Batch, config: RegisterConfig, token: int, seed: int, 
 
 
 def lively(**changes: Any) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(replace(SMALL, **changes)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1))
-    return model
+    return random_model(replace(SMALL, **changes), dtype=torch.float64)
 
 
 def one_by_one(model: Transformer, given: StepInputs, row: int, r: int, within: bool) -> Tensor:
