@@ -156,7 +156,7 @@ TRAINED += ["medusa-4-heads", "stern-4-heads", "sequential-4-heads"]
 def test_it_trains(name: str, tmp_path: Path) -> None:
     config = by_name(name)
     source = DataConfig(
-        sources=(str(Path(__file__).parent.parent / "headstart"),),
+        sources=(str(Path(__file__).parent.parent / "headstart" / "model"),),
         attention_within_documents=config.data.attention_within_documents,
     )
     config = replace(
@@ -167,13 +167,14 @@ def test_it_trains(name: str, tmp_path: Path) -> None:
         data=source,
         batch=replace(config.batch, rows=2, length=32),
         validation=replace(config.validation, rows=2),
+        watch=replace(config.watch, sample_tokens=4),
     )
     train(config)
     first = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[0])
     losses = {key: loss for key, loss in first.items() if key.startswith("loss/") and loss is not None}
-    beside = {"loss/token_order", "loss/registers"} if name.startswith("methods") else set()
-    assert len(losses) == (1 if config.head_weights.sampled else config.model.heads) + len(beside)
-    assert beside <= losses.keys()
+    auxiliary = {"loss/token_order", "loss/registers"} if name.startswith("methods") else set()
+    assert len(losses) == (1 if config.head_weights.sampled else config.model.heads) + len(auxiliary)
+    assert auxiliary <= losses.keys()
     assert all(4.5 < loss < 6.5 for loss in losses.values())
     model = headstart.load(config.run_dir / "model")
     prompt = list(b"import os\n")

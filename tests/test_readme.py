@@ -21,7 +21,9 @@ PAGES = (
     *("quickstart", "train", "decoding", "constraints", "engine", "adapt", "conversations", "evaluation", "export"),
     *("watching", "scale-out"),
 )
-FEWER = {"tune": ["--seconds", "0.3", "--prompt-count", "4"], "evaluate": ["--prompt-count", "3"]}
+FEWER = {"tune": ["--seconds", "0.1", "--prompt-count", "2"], "evaluate": ["--prompt-count", "3"]}
+TRAINED = "runs/smoke/model"
+"""A small model that earlier commands have made."""
 SMALL = {
     "configs/smoke.yaml": ["--model.dim", "16", "--batch.length", "32", "--batch.rows", "2", "--validation.rows", "2"],
     "configs/bytes-8-heads.yaml": [
@@ -50,6 +52,8 @@ def commands() -> list[list[str]]:
 def small(command: list[str]) -> list[str]:
     """The same command, on a model of a few thousand weights. A dry run builds none."""
     if command[1] in FEWER:
+        if command[1] == "tune" and command[2:3] != [TRAINED]:  # instead of the model in the box
+            command = [*command[:2], TRAINED, *command[2:]]
         return [*command, *FEWER[command[1]]]
     if command[1] == "adapt":
         at = command.index("--steps")

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 import torch
 
-from bench import processes
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
@@ -20,16 +16,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Run measurements here, with cases and answers as JSON: starting a Python takes seconds."""
-
-    def call(function: Any, case: Any, *, threads: int, environment: Any = None) -> Any:
-        return json.loads(json.dumps(function(json.loads(json.dumps(case)))))
-
-    monkeypatch.setattr(processes, "call", call)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shapes import HEADS, KINDS, VOCABULARY, fill, packed, trained
+from shapes import CORE, HEADS, KINDS, VOCABULARY, fill, packed, trained
 
 from headstart.decoding import sampling as sampling_module
 from headstart.decoding import verify as verify_module
@@ -69,8 +69,7 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
             assert got.tokens == reference, (heads, exact)
 
 
-@pairwise({
-    "shape": KINDS,
+AXES = {
     "dtype,compiled": {
         "fp32": (torch.float32, True),
         "fp32-onednn": (torch.float32, False),
@@ -78,10 +77,24 @@ def test_every_number_of_heads_gives_what_a_loop_without_a_cache_gives(shape: st
         "bf16-onednn": (torch.bfloat16, False),
     },
     "name": ["greedy", "truncated"],
-})  # fmt: skip
+}
+
+
+@pairwise({"shape": CORE, **AXES})
 def test_exact_decoding_is_the_same_to_the_bit_for_every_number_of_heads(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
+    numbers_of_heads_are_the_same_to_the_bit(shape, dtype, compiled, name)
+
+
+@each_value({"shape": [shape for shape in KINDS if shape not in CORE], **AXES})
+def test_heads_that_go_the_way_of_others_are_exact_too(
+    shape: str, dtype: torch.dtype, compiled: bool, name: str
+) -> None:
+    numbers_of_heads_are_the_same_to_the_bit(shape, dtype, compiled, name)
+
+
+def numbers_of_heads_are_the_same_to_the_bit(shape: str, dtype: torch.dtype, compiled: bool, name: str) -> None:
     if compiled and cpu.kernels(dtype) is None:
         pytest.skip("there are no compiled kernels for it here: the case without them is this one")
     model = packed(shape, dtype, compiled)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from policies import RandomRows
-from shapes import HEADS, SHAPES, fill, packed, trained, untrained
+from shapes import CORE, HEADS, SHAPES, fill, packed, trained, untrained
 from torch import Tensor
 
 from headstart.decoding.cache import KVCache
@@ -20,7 +20,7 @@ from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Penalties, Request, Rule, Sampling
 from headstart.decoding.state import DecodingState
 from headstart.model.transformer import Transformer
-from tests.cases import pairwise
+from tests.cases import each_value, pairwise
 
 PROMPT = tuple(b"the cat then")
 SETTINGS = {
@@ -48,8 +48,7 @@ def run(model: Transformer, request: Request, tree: DraftTree | None, **options:
     return generate_all(Engine(model, EngineConfig(tree=tree, **options)), [request])[0]
 
 
-@pairwise({
-    "shape": TREE_SHAPES,
+AXES = {
     "dtype,compiled": {
         "fp32": (torch.float32, True),
         "fp32-onednn": (torch.float32, False),
@@ -57,11 +56,23 @@ def run(model: Transformer, request: Request, tree: DraftTree | None, **options:
         "fp64": (torch.float64, False),
     },
     "name": ["greedy", "truncated"],
-})  # fmt: skip
+}
+
+
+@pairwise({"shape": [shape for shape in TREE_SHAPES if shape in CORE], **AXES})
 def test_every_tree_and_number_of_heads_gives_plain_decoding(
     shape: str, dtype: torch.dtype, compiled: bool, name: str
 ) -> None:
     """To the last bit of what is cached on the way to head 1."""
+    trees_give_plain_decoding(shape, dtype, compiled, name)
+
+
+@each_value({"shape": [shape for shape in TREE_SHAPES if shape not in CORE], **AXES})
+def test_heads_that_go_the_way_of_others_do_too(shape: str, dtype: torch.dtype, compiled: bool, name: str) -> None:
+    trees_give_plain_decoding(shape, dtype, compiled, name)
+
+
+def trees_give_plain_decoding(shape: str, dtype: torch.dtype, compiled: bool, name: str) -> None:
     model = packed(shape, dtype, compiled)
     config = model.config
     on_path = list(range(config.trunk_layers))

@@ -12,7 +12,7 @@ from studies.study import SCALES
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_the_smoke_of_every_study_runs(name: str, tmp_path: Path) -> None:
+def test_the_smoke_of_every_study_runs(name: str, tmp_path: Path, in_process: None) -> None:
     study = find_study(name)
     assert study.name == name and study.claim.endswith(".") and study.published
     found = run_study(study, "smoke", study.scales["smoke"], tmp_path)

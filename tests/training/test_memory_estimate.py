@@ -34,6 +34,7 @@ ALONE = Processes(torch.device("cpu"))
 BYTES = ModelConfig(dim=64, layers=4, attention_heads=4, context=128, heads=8, head_kind="replicated")
 TOKENS = ModelConfig(vocab_size=8192, dim=64, layers=6, attention_heads=4, context=128, heads=4)
 LONG = ModelConfig(dim=64, layers=6, attention_heads=4, kv_heads=2, context=300, heads=2)
+MUON = ModelConfig(dim=64, layers=4, attention_heads=4, kv_heads=2, context=32, heads=2)
 WIDE = ModelConfig(dim=256, layers=6, attention_heads=4, kv_heads=2, context=64, heads=2)
 
 
@@ -79,12 +80,12 @@ def measured(config: RunConfig, walk: Walk = walk_step) -> int:
             run(replace(TOKENS, head_kind="medusa", shared=False, tied=True), dtype="float32"),
             id="medusa heads, float32",
         ),
-        pytest.param(run(replace(BYTES, head_kind="stern")), id="bytes, 8 stern heads"),
-        pytest.param(run(replace(BYTES, head_kind="sequential", wiring="causal")), id="bytes, 8 sequential heads"),
-        pytest.param(run(WIDE, rows=1), id="mostly weights"),
+        pytest.param(run(replace(BYTES, head_kind="stern"), rows=2), id="bytes, 8 stern heads"),
         pytest.param(
-            run(replace(WIDE, dim=128), rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"
+            run(replace(BYTES, head_kind="sequential", wiring="causal"), rows=2), id="bytes, 8 sequential heads"
         ),
+        pytest.param(run(replace(WIDE, layers=4), rows=1), id="mostly weights"),
+        pytest.param(run(MUON, rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"),
         pytest.param(
             run(WIDE, data=DataConfig(attention_within_documents=True), dtype="float32"), id="documents, float32"
         ),
