@@ -1,4 +1,4 @@
-"""How much memory a piece of code holds at once, counted tensor by tensor: the same on every machine."""
+"""Count the memory that a piece of code holds at once, tensor by tensor: the same on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is written is written beside and renamed; a full disk is told as such, whoever notices it."""
+"""Files are written to a temporary name and renamed; a full disk is reported as such, whoever notices it."""
 
 from __future__ import annotations
 

@@ -55,10 +55,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapt")
-    (folder / "texts").mkdir()
+    (folder / "files").mkdir()
     for i in range(10):
-        (folder / "texts" / f"{i}.txt").write_text(TEXT[i * 3000 : (i + 1) * 3000])
-    prepare([str(folder / "texts")], folder / "data", load_tokenizer("bytes"), Preparation(validation_fraction=0.2))
+        (folder / "files" / f"{i}.txt").write_text(TEXT[i * 3000 : (i + 1) * 3000])
+    prepare([str(folder / "files")], folder / "data", load_tokenizer("bytes"), Preparation(validation_fraction=0.2))
     return folder / "data"
 
 

@@ -189,7 +189,7 @@ def test_states_of_other_data_are_refused():
 
 
 def test_the_order_of_a_source_alone_is_that_of_seed_and_epoch():
-    # What runs have been trained on: a change here would make their checkpoints go on with other rows.
+    # What runs have been trained on: a change here would make their checkpoints resume with other rows.
     expected = [row for epoch in range(3) for row in np.random.default_rng([7, epoch]).permutation(11).tolist()]
     assert row_numbers(make_stream(rows=11), 33) == expected
 
@@ -270,7 +270,7 @@ def test_a_mixture_is_the_same_sequence_for_any_rows_and_ranks(ranks):
         for name in ("tokens", "targets", "documents"):
             assert torch.equal(torch.cat([getattr(batch, name) for batch in got]), getattr(expected, name))
         assert all(part.state_dict() == whole.state_dict() for part in parts)
-    # Another number of processes goes on with the same sequence.
+    # Another number of processes continues the same sequence.
     other = make_mixture(rows=1)
     other.load_state_dict(parts[0].state_dict())
     assert torch.equal(torch.cat([next(other).tokens for _ in range(8)]), next(whole).tokens)

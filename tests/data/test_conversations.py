@@ -58,8 +58,8 @@ def test_messages_that_are_not_to_be_predicted(tmp_path, template, each, exclude
     def answers(change_first, change_second):
         value = [said[0], said[1] | change_first, said[2], said[3] | change_second]
         conversation = parse_conversation(value, None, "here")
-        texts = encode_conversation(conversation, found, tokenizer, each)
-        return conversation.answered, [tokenizer.decode(ids[answered].tolist()).strip() for ids, answered in texts]
+        pieces = encode_conversation(conversation, found, tokenizer, each)
+        return conversation.answered, [tokenizer.decode(ids[answered].tolist()).strip() for ids, answered in pieces]
 
     both = ["first", "second"] if each else [answers({}, {})[1][0]]
     assert answers({"weight": 1}, {"train": True}) == (True, both)
@@ -108,8 +108,10 @@ def test_what_the_assistant_wrote(tmp_path, name):
     tokenizer = chat_tokenizer(tmp_path, template)
     ((ids, answered),) = encode_conversation(CONVERSATION, load_chat_template(tokenizer), tokenizer)
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(answered)) + 1)
-    texts = [tokenizer._engine.decode(ids[run].tolist(), skip_special_tokens=False) for run in runs if answered[run[0]]]
-    assert texts == expected
+    answers = [
+        tokenizer._engine.decode(ids[run].tolist(), skip_special_tokens=False) for run in runs if answered[run[0]]
+    ]
+    assert answers == expected
     assert (
         tokenizer.encode(load_chat_template(tokenizer).render(TALK))
         == ids[: len(ids) - (template != INSTRUCTIONS)].tolist()
@@ -184,7 +186,7 @@ def prepared(corpus, tmp_path, monkeypatch) -> Path:
 
 
 def expected_flags(shards: TokenShards) -> np.ndarray:
-    """By the special tokens alone: between "<|im_start|>assistant\\n" and the end of the turn, which belongs to it."""
+    """Find answers by special tokens: from "<|im_start|>assistant\\n" to the end of the turn, which is included."""
     flags, start, writing, seen = [], [261, *b"assistant\n"], False, []
     for token in shards.tokens[:].tolist():
         flags.append(writing)
@@ -283,14 +285,14 @@ def test_each_answer_can_be_a_document(corpus, tmp_path):
     found, names = [], json.loads((tmp_path / "x" / "validation.names.json").read_text())
     for split in ("train", "validation"):
         shards = TokenShards.open(tmp_path / "x", split)
-        texts = [tokenizer.decode(shards.document(i)) for i in range(len(shards.documents))]
-        found += texts
+        documents = [tokenizer.decode(shards.document(i)) for i in range(len(shards.documents))]
+        found += documents
         bounds = [*shards.documents, len(shards.tokens)]
-        for i, text in enumerate(texts):
+        for i, text in enumerate(documents):
             answer = shards.document(i)[shards.targets[bounds[i] : bounds[i + 1]]].tolist()
             assert answer[-1] == 262 and text.endswith(tokenizer.decode(answer) + "\n")  # the last answer, and no other
             assert text.count("<think>") == 1 and tokenizer.decode(answer).startswith("<think></think>assistant")
-    assert len(found) == len(set(found)) == 20 * (1 + 2 + 3) and len(names) == len(texts)
+    assert len(found) == len(set(found)) == 20 * (1 + 2 + 3) and len(names) == len(documents)
 
 
 def test_conversations_of_equal_text_that_differ_otherwise_are_no_copies(tmp_path):

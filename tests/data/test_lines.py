@@ -23,7 +23,7 @@ from headstart.evaluation.code.problems import load_problems
 from headstart.evaluation.inputs import fitting_prompts, prompt_limit, read_prompts
 
 ODD = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
-"""Where str.splitlines() ends a line, and nothing else does."""
+"""Characters at which only str.splitlines() ends a line."""
 
 
 def test_lines_end_with_line_feeds_alone(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_conversations_are_prompts_whose_end_is_never_cut(tmp_path: Path) -> Non
     file.write_text("".join(json.dumps(each) + "\n" for each in CHATS))
     opened = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
     whole = fitting_prompts(file, tokenizer)
-    texts = [tokenizer._engine.decode(ids, skip_special_tokens=False) for ids in whole.prompts]
-    assert texts[1] == f"<|im_start|>user\n{'q' * 40}<|im_end|>\n<|im_start|>assistant\n"
-    assert texts[2].count("<|im_start|>") == 4 and texts[2].endswith("n<|im_end|>\n<|im_start|>assistant\n")
-    assert texts[3] == "plain " * 20 and (whole.skipped, whole.cut) == (0, 0)
+    prompts = [tokenizer._engine.decode(ids, skip_special_tokens=False) for ids in whole.prompts]
+    assert prompts[1] == f"<|im_start|>user\n{'q' * 40}<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts[2].count("<|im_start|>") == 4 and prompts[2].endswith("n<|im_end|>\n<|im_start|>assistant\n")
+    assert prompts[3] == "plain " * 20 and (whole.skipped, whole.cut) == (0, 0)
     turn_end = frozenset(tokenizer.encode("<|im_end|>"))
     assert whole.ends == [turn_end] * 3 + [frozenset()]
     skipping = fitting_prompts(file, tokenizer, 40)
@@ -146,7 +146,7 @@ def test_texts_to_distill_may_be_messages_of_a_user(tmp_path: Path) -> None:
 
 
 def test_conversations_and_texts_are_prepared_together(tmp_path: Path) -> None:
-    """As `adapt --data` takes what distill-data wrote beside other text: of answers and texts every token counts."""
+    """Take what distill-data wrote together with documents, like `adapt --data`: every token of both counts."""
     tokenizer = chat_tokenizer(tmp_path / "tokenizer")
     own, plain, text = (tmp_path / name for name in ("own.jsonl", "plain.jsonl", "a.txt"))
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

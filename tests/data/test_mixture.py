@@ -75,12 +75,12 @@ def test_a_weight_that_is_none_is_refused_by_name(weight):
 @pytest.fixture
 def folder(tmp_path):
     def make(name: str, documents: int = 3, tokenizer=None, **options) -> Path:
-        texts = tmp_path / "texts" / name
-        texts.mkdir(parents=True)
+        folder = tmp_path / "files" / name
+        folder.mkdir(parents=True)
         for i in range(documents):
-            (texts / f"{i}.txt").write_text(f"{name} {i} " * 20)
+            (folder / f"{i}.txt").write_text(f"{name} {i} " * 20)
         prepare(
-            [str(texts)],
+            [str(folder)],
             tmp_path / name,
             tokenizer or ByteTokenizer(),
             Preparation(**{"validation_fraction": 0.3, **options}),

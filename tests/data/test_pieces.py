@@ -10,7 +10,7 @@ from tokenizer_kinds import KINDS
 from headstart.data.pieces import TextOffsets, piece_bytes, piece_name
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 
-TEXTS = (" the model", "x日=1", "é= 1", "日本🎉 x\n\n  y", "\x00\x7f", "don't  stop", "🎉")
+STRINGS = (" the model", "x日=1", "é= 1", "日本🎉 x\n\n  y", "\x00\x7f", "don't  stop", "🎉")
 NAMES = ("bytes", *KINDS)
 
 
@@ -22,7 +22,7 @@ def tokenizer_of(name: str, folder: Path) -> Tokenizer:
 def test_bytes_names_and_places_of_the_tokens_of_a_text(name: str, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(name, tmp_path)
     prompt = tokenizer.encode("x")
-    for text in TEXTS:
+    for text in STRINGS:
         # The tokens of the text behind a prompt: alone it might begin with another space.
         tokens = tokenizer.encode("x" + text)[len(prompt) :]
         assert tokenizer.decode([*prompt, *tokens]) == "x" + text

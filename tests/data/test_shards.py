@@ -1,4 +1,4 @@
-"""What prepare writes, what opens, and what must not."""
+"""Shards: what prepare writes, what opens, and what must not."""
 
 import hashlib
 import json
@@ -52,8 +52,8 @@ def test_every_document_lands_in_exactly_one_split(tmp_path):
     )
     assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
     train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
-    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
-    assert sorted(documents_of(train) + documents_of(validation)) == sorted(texts)
+    documents = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
+    assert sorted(documents_of(train) + documents_of(validation)) == sorted(documents)
     assert 2 <= len(validation.documents) <= 16
     names = json.loads((tmp_path / "out" / "validation.names.json").read_text())
     assert [(corpus.parent / name).read_text(encoding="utf-8") for name in names] == documents_of(validation)
@@ -64,7 +64,7 @@ def test_every_document_lands_in_exactly_one_split(tmp_path):
         assert summary["bytes"] == size and summary["tokens"] == len(shards.tokens) == size + len(shards.documents)
         assert shards.bytes_per_token == size / len(shards.tokens)
         shards.verify()
-    total = sum(len(text.encode()) for text in texts)
+    total = sum(len(text.encode()) for text in documents)
     assert calls[-1] == (total, total)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert isinstance(load_tokenizer(tmp_path / "out" / "tokenizer"), ByteTokenizer)
@@ -125,8 +125,8 @@ def test_small_corpora_have_both_splits(tmp_path, fraction, count):
     train, validation = (TokenShards.open(tmp_path / "out", split) for split in ("train", "validation"))
     few = validation if fraction < 0.5 else train
     assert len(few.documents) == 1
-    texts = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
-    assert sorted(documents_of(train) + documents_of(validation)) == texts
+    documents = [path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir())]
+    assert sorted(documents_of(train) + documents_of(validation)) == documents
     for shards in (train, validation):
         shards.verify()
     names = json.loads((tmp_path / "out" / "validation.names.json").read_text())
@@ -383,7 +383,7 @@ def test_a_source_of_bytes_that_are_not_text_is_refused(tmp_path):
 def test_real_text_round_trips(tmp_path):
     file = Path(__file__).parents[2] / "../shared/data/tinyshakespeare/input.txt"
     if not file.is_file():
-        pytest.skip("no shared data beside the checkout")
+        pytest.skip("no shared data next to the checkout")
     prepare([str(file)], tmp_path / "out", ByteTokenizer())
     assert documents_of(TokenShards.open(tmp_path / "out", "train")) == [file.read_bytes().decode()]
 

@@ -53,7 +53,7 @@ def bpe_tokenizer(directory: Path) -> Path:
 
 
 def fallback_tokenizer(directory: Path) -> Path:
-    """In the manner of Llama 2: visible spaces, byte tokens for what the vocabulary lacks, first space stripped."""
+    """Build a tokenizer like Llama 2's: visible spaces, bytes for what the vocabulary lacks, first space stripped."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁▁", "é", "�"]

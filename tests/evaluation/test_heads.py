@@ -100,7 +100,7 @@ def test_what_cannot_be_scored(model) -> None:
 
 @torch.no_grad()
 def test_tokens_that_do_not_count_are_read_and_judged_nowhere(model) -> None:
-    """Of conversations answers alone are drafted: passes begin before an answer and end with it."""
+    """Draft only the answers of conversations: passes begin before an answer and end with it."""
     document = [(7 * i + i * i) % 11 for i in range(14)]
     answer = np.zeros(14, dtype=bool)
     answer[5:9] = answer[12:] = True

@@ -1,4 +1,4 @@
-"""lm-eval's tasks over a model of ours: likelihoods as a slow loop has them, texts as the engine writes them."""
+"""lm-eval's tasks over a model of ours: likelihoods as a slow loop has them, outputs as the engine writes them."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def test_texts_are_the_engines(directory) -> None:
     model = headstart.load(directory)
     judged = HeadstartLM(model, batch_size=2)
     options = {"until": ["\n"], "max_gen_toks": 8}
-    texts = judged.generate_until(requests("generate_until", ("abc", options), ("x" * 40, options), ("", options)))
+    outputs = judged.generate_until(requests("generate_until", ("abc", options), ("x" * 40, options), ("", options)))
     end = judged.eot_token_id
-    for text, prompt in zip(texts, (b"abc", b"x" * (CONTEXT - 8), bytes([end]))):
+    for text, prompt in zip(outputs, (b"abc", b"x" * (CONTEXT - 8), bytes([end]))):
         assert text == model.generate(list(prompt), max_new_tokens=8, stop=["\n"]).text
     assert judged.cut == 1 and judged.tokens >= judged.passes > 0
     with pytest.raises(UsageError, match="asks for 32 new tokens, the model's context is 32"):
@@ -159,7 +159,7 @@ def test_folders_and_data_that_are_not_there(directory, tmp_path) -> None:
 
 
 def test_texts_begin_as_the_model_knows_them(directory) -> None:
-    """The start token once: before contexts and texts without one, kept where only the end of a context fits."""
+    """The start token once: before contexts and documents without one, kept where only the end of a context fits."""
     model = headstart.load(directory)
     model.tokenizer.start_ids = (7,)
     judged = HeadstartLM(model)

@@ -21,7 +21,7 @@ VALUES = {
     "a.text": "héllo",
     "a.numbers": [1, 2, 3],
     "a.fractions": [0.5, -1.0],
-    "a.texts": ["Ġthe", "", "é"],
+    "a.strings": ["Ġthe", "", "é"],
 }
 
 
@@ -76,7 +76,7 @@ def test_a_split_model_is_opened_by_any_part(tmp_path):
     assert [part.name for part in parts] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
     for part in parts:
         file = GgufFile(part)
-        assert file.names == whole.names and file.metadata["a.texts"] == VALUES["a.texts"]
+        assert file.names == whole.names and file.metadata["a.strings"] == VALUES["a.strings"]
         assert all(torch.equal(file.dequantized(name), whole.dequantized(name)) for name in whole.names)
 
 

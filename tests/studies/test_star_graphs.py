@@ -90,7 +90,7 @@ def test_teacherless_decoding_reads_no_answer() -> None:
 
 
 def found_by(method: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """What the study finds at its scale cpu, but for `changes`."""
+    """Return what the study finds at its scale cpu with `changes`."""
     return STUDY.run(replace(STUDY.scales["cpu"], **changes), Case({"method": method}, seed), lambda **_: None)
 
 

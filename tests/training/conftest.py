@@ -34,7 +34,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 24 small documents."""
-    folder = tmp_path_factory.mktemp("corpus") / "texts"
+    folder = tmp_path_factory.mktemp("corpus") / "files"
     folder.mkdir()
     for i in range(24):
         lines = [f"line {j} of text {i}: the cat sat on mat {(i * j) % 7}\n" for j in range(12)]

@@ -29,7 +29,7 @@ def saved(tmp_path):
     return tmp_path
 
 
-def texts(folder, split="train"):
+def documents(folder, split="train"):
     shards = TokenShards.open(folder, split)
     return [ByteTokenizer().decode(shards.document(i).tolist()) for i in range(len(shards.documents))]
 
@@ -45,7 +45,9 @@ def test_datasets_give_their_rows(saved, monkeypatch, name):
         Preparation(validation_fraction=0.2),
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert sorted(texts(saved / "out") + texts(saved / "out", "validation")) == sorted(row["text"] for row in ROWS)
+    assert sorted(documents(saved / "out") + documents(saved / "out", "validation")) == sorted(
+        row["text"] for row in ROWS
+    )
     assert calls[-1] == (50, None)
     names = json.loads((saved / "out" / "validation.names.json").read_text())
     expected = "files/train:0:" if name == "files" else f"{name}/train:"
@@ -56,7 +58,7 @@ def test_splits_and_fields(saved):
     prepare(
         [f"hf:{saved / 'splits'}"], saved / "a", ByteTokenizer(), Preparation(selection=Selection("meta.note", "test"))
     )
-    assert sorted(texts(saved / "a") + texts(saved / "a", "validation")) == [f"note {i}" for i in range(7)]
+    assert sorted(documents(saved / "a") + documents(saved / "a", "validation")) == [f"note {i}" for i in range(7)]
 
 
 @pytest.mark.parametrize(

@@ -279,16 +279,16 @@ def test_nothing_is_kept_of_a_source_without_a_document(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("texts", "line"), [(["same"], "a single document"), (["same"] * 3, "all 3 documents are equal")]
+    ("documents", "line"), [(["same"], "a single document"), (["same"] * 3, "all 3 documents are equal")]
 )
-def test_documents_that_cannot_be_split_are_reported(tmp_path, texts, line):
+def test_documents_that_cannot_be_split_are_reported(tmp_path, documents, line):
     (tmp_path / "corpus").mkdir()
-    for number, text in enumerate(texts):
+    for number, text in enumerate(documents):
         (tmp_path / "corpus" / f"{number}.txt").write_text(text)
     lines = []
     prepare([str(tmp_path / "corpus")], tmp_path / "out", ByteTokenizer(), report=lines.append)
     assert [each for each in lines if "no validation split" in each] == [
-        f"{line}: {'it is' if len(texts) == 1 else 'they are'} for training, and there is no validation split"
+        f"{line}: {'it is' if len(documents) == 1 else 'they are'} for training, and there is no validation split"
     ]
 
 
@@ -307,7 +307,7 @@ def projects(tmp_path):
     return tmp_path / "code"
 
 
-def texts(folder, split):
+def documents_of(folder, split):
     shards = TokenShards.open(folder, split)
     return [bytes(shards.document(i)[:-1].tolist()).decode() for i in range(len(shards.documents))]
 
@@ -322,7 +322,7 @@ def test_whole_sources_are_held_out_even_of_a_source_that_contains_them(projects
         Preparation(validation_fraction=0.0, validation_sources=(held_out,)),
     )
     assert manifest["validation_sources"] == [held_out] and manifest["validation_fraction"] == 0
-    train, validation = (texts(tmp_path / "out", split) for split in ("train", "validation"))
+    train, validation = (documents_of(tmp_path / "out", split) for split in ("train", "validation"))
     assert {text[:3] for text in train} == {"ant", "cow"} and len(train) == 24
     assert {text[:3] for text in validation} == {"bee"} and len(validation) == 12
 
@@ -331,9 +331,9 @@ def test_held_out_sources_and_a_fraction_of_the_others(projects, tmp_path):
     settings = Preparation(validation_fraction=0.5, validation_sources=(str(projects / "bee"),))
     prepare([str(projects / "ant")], tmp_path / "alone", ByteTokenizer(), Preparation(validation_fraction=0.5))
     prepare([str(projects / "ant")], tmp_path / "both", ByteTokenizer(), settings)
-    assert texts(tmp_path / "both", "train") == texts(tmp_path / "alone", "train")
-    assert texts(tmp_path / "both", "validation") == [
-        *texts(tmp_path / "alone", "validation"), *(f"bee {i} " + "bee" * 10 for i in sorted(range(12), key=str))
+    assert documents_of(tmp_path / "both", "train") == documents_of(tmp_path / "alone", "train")
+    assert documents_of(tmp_path / "both", "validation") == [
+        *documents_of(tmp_path / "alone", "validation"), *(f"bee {i} " + "bee" * 10 for i in sorted(range(12), key=str))
     ]  # fmt: skip
 
 
@@ -341,7 +341,7 @@ def test_a_held_out_document_never_goes_to_training(projects, tmp_path):
     """Move a document of the other sources if the fraction leaves nothing to train on."""
     settings = Preparation(validation_fraction=0.999, validation_sources=(str(projects / "bee"),))
     prepare([str(projects / "ant")], tmp_path / "out", ByteTokenizer(), settings)
-    assert [text[:3] for text in texts(tmp_path / "out", "train")] == ["ant"]
+    assert [text[:3] for text in documents_of(tmp_path / "out", "train")] == ["ant"]
 
 
 def test_a_vocabulary_is_not_learnt_from_what_is_held_out(projects, tmp_path, monkeypatch):

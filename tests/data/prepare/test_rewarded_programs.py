@@ -24,7 +24,7 @@ ROW: dict[str, Any] = {
     "public_tests": {"input": [""], "output": ["2"]},
 }
 QUESTION = '"""\nPrint the sum.\n"""\n'
-TEXTS = [
+DOCUMENTS = [
     QUESTION + "# correct\nprint(1 + 1)\n",
     QUESTION + "# correct\nprint 2\n",
     QUESTION + "# incorrect\nprint(3)\n",
@@ -43,7 +43,7 @@ def texts_in(folder: Path, split: str) -> list[str]:
 
 
 def test_python_programs_with_their_rewards() -> None:
-    assert list(rewarded_programs(ROW, "here")) == TEXTS
+    assert list(rewarded_programs(ROW, "here")) == DOCUMENTS
     assert list(rewarded_programs({"description": "x", "solutions": None}, "here")) == []
 
 
@@ -52,7 +52,7 @@ def test_the_prompt_of_evaluation_begins_such_a_text(tmp_path: Path) -> None:
     (plain,) = load_problems("codecontests", source)
     (asked,) = load_problems("codecontests", source, rewarded=True)
     assert (plain.prompt, asked.prompt) == (QUESTION, QUESTION + "# correct\n")
-    assert TEXTS[0].startswith(asked.prompt)
+    assert DOCUMENTS[0].startswith(asked.prompt)
 
 
 def test_prepared_a_program_is_a_document_and_no_problem_is_in_two_splits(tmp_path: Path) -> None:
@@ -63,9 +63,11 @@ def test_prepared_a_program_is_a_document_and_no_problem_is_in_two_splits(tmp_pa
     settings = Preparation(selection=REWARDS, validation_fraction=0.3)
     prepare([str(source)], tmp_path / "a", ByteTokenizer(), settings, report=said.append)
     train, validation = (texts_in(tmp_path / "a", split) for split in ("train", "validation"))
-    problems = [{text.split("\n")[1] for text in texts} for texts in (train, validation)]
+    problems = [{text.split("\n")[1] for text in documents} for documents in (train, validation)]
     assert len(train) + len(validation) == 60 and not problems[0] & problems[1]
-    assert all(problems) and train[:3] == [text.replace("Print the sum.", train[0].split("\n")[1]) for text in TEXTS]
+    assert all(problems) and train[:3] == [
+        text.replace("Print the sum.", train[0].split("\n")[1]) for text in DOCUMENTS
+    ]
     assert "1 without a program in Python" in said[-1]
 
 
@@ -76,7 +78,7 @@ def test_from_parquet_and_from_a_folder_with_other_files(tmp_path: Path) -> None
     parquet.write_table(pyarrow.Table.from_pylist([ROW]), tmp_path / "problems.parquet")
     (tmp_path / "notes.txt").write_text("no problem")
     prepare([str(tmp_path)], tmp_path / "out", ByteTokenizer(), Preparation(selection=REWARDS, validation_fraction=0))
-    assert texts_in(tmp_path / "out", "train") == TEXTS
+    assert texts_in(tmp_path / "out", "train") == DOCUMENTS
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ def words(seed: int, count: int = 120) -> list[str]:
     return ["".join(generator.choices("abcdefgh", k=5)) for _ in range(count)]
 
 
-def write(folder: Path, texts: list[str]) -> Path:
+def write(folder: Path, documents: list[str]) -> Path:
     folder.mkdir()
-    for index, text in enumerate(texts):
+    for index, text in enumerate(documents):
         (folder / f"{index:03d}.txt").write_text(text, encoding="utf-8")
     return folder
 
@@ -39,13 +39,13 @@ def texts_of(folder: Path, split: str) -> list[str]:
 
 
 def test_equal_documents_share_a_side_and_are_counted(tmp_path):
-    texts = [" ".join(words(seed)) for seed in range(20)]
+    documents = [" ".join(words(seed)) for seed in range(20)]
     said: list[str] = []
-    corpus = write(tmp_path / "corpus", texts + texts[:15])
+    corpus = write(tmp_path / "corpus", documents + documents[:15])
     settings = Preparation(validation_fraction=0.4)
     manifest = prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), settings, report=said.append)
     train, validation = texts_of(tmp_path / "out", "train"), texts_of(tmp_path / "out", "validation")
-    assert not set(train) & set(validation) and sorted(train + validation) == sorted(texts + texts[:15])
+    assert not set(train) & set(validation) and sorted(train + validation) == sorted(documents + documents[:15])
     assert len(set(validation)) < len(validation)  # a copy on this side too: the test would see one that crossed
     assert manifest["duplicates"] == {"exact": 15, "near": 0, "near_held_out": 0, "left_out": 0}
     assert said[-1] == "15 exact and 0 near duplicates (--deduplicate leaves them out)"
@@ -63,26 +63,27 @@ def test_near_duplicates_are_counted_and_left_out_on_the_side_of_training(tmp_pa
         text[200] = "other"
         return text
 
-    texts = [" ".join(words(seed, 400)) for seed in range(12)] + [" ".join(changed(seed)) for seed in range(6)]
-    corpus = write(tmp_path / "corpus", texts)
+    documents = [" ".join(words(seed, 400)) for seed in range(12)] + [" ".join(changed(seed)) for seed in range(6)]
+    corpus = write(tmp_path / "corpus", documents)
     arguments = ([str(corpus)], tmp_path / "out", ByteTokenizer())
     counts = prepare(*arguments, Preparation(validation_fraction=0.4))["duplicates"]
     held_out = set(texts_of(tmp_path / "out", "validation"))
-    crossing = [i for i in range(6) if (texts[i] in held_out) != (texts[12 + i] in held_out)]
+    crossing = [i for i in range(6) if (documents[i] in held_out) != (documents[12 + i] in held_out)]
     assert counts == {"exact": 0, "near": 6, "near_held_out": len(crossing), "left_out": 0} and crossing
     counts = prepare(*arguments, Preparation(validation_fraction=0.4, deduplicate=True))["duplicates"]
     kept = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "validation")
     assert counts["left_out"] == 6 and len(kept) == 12
-    assert all((texts[i] in held_out) == (texts[i] in kept) for i in crossing)  # of such a pair that for training goes
+    assert all((documents[i] in held_out) == (documents[i] in kept) for i in crossing)  # training loses its half
 
 
 def test_copies_of_held_out_sources_are_left_out_of_training(tmp_path):
-    texts = [" ".join(words(seed)) for seed in range(6)]
-    corpus, held_out = write(tmp_path / "corpus", texts), write(tmp_path / "held out", texts[4:])
+    documents = [" ".join(words(seed)) for seed in range(6)]
+    corpus, held_out = write(tmp_path / "corpus", documents), write(tmp_path / "held out", documents[4:])
     settings = Preparation(validation_fraction=0, validation_sources=(str(held_out),))
     said: list[str] = []
     prepare([str(corpus)], tmp_path / "out", ByteTokenizer(), settings, report=said.append)
-    assert texts_of(tmp_path / "out", "train") == texts[:4] and texts_of(tmp_path / "out", "validation") == texts[4:]
+    assert texts_of(tmp_path / "out", "train") == documents[:4]
+    assert texts_of(tmp_path / "out", "validation") == documents[4:]
     assert "2 documents for training equal one for validation and are left out" in said
     with pytest.raises(UsageError, match="every document for training equals one for validation"):
         prepare([f"{corpus}/00[45].txt"], tmp_path / "none", ByteTokenizer(), settings)
@@ -114,7 +115,7 @@ def test_documents_of_one_conversation_or_problem_are_no_copies(tmp_path):
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.004, 28, 30), (0.5, 0, 3)])
 def test_keys_find_pairs_that_share_nearly_all_and_no_others(share, least, most):
-    """Of 30 pairs: unrelated, with one word in 250 changed, and with half of the words changed."""
+    """Make 30 pairs: unrelated, with one word in 250 changed, and with half of the words changed."""
     found = 0
     for seed in range(30):
         one, other = words(seed, 500), words(1000 + seed, 500)

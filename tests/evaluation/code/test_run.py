@@ -1,4 +1,4 @@
-"""Problems in every format, and `headstart evaluate --tasks humaneval` from end to end: kept, gone on from, refused."""
+"""Problems in every format, and `headstart evaluate --tasks humaneval` from end to end: kept, resumed, refused."""
 
 from __future__ import annotations
 
