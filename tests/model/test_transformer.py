@@ -17,7 +17,7 @@ SMALL = ModelConfig(vocab_size=61, dim=32, layers=5, attention_heads=4, kv_heads
 every_wiring = pytest.mark.parametrize(
     ("kind", "wiring"), [each for each in WIRINGS if not each[0].startswith("sequential")]
 )
-"""Of heads that predict from what the trunk alone has read."""
+"""Heads that predict from what the trunk alone has read."""
 
 
 def tokens(*shape: int) -> Tensor:
