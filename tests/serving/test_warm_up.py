@@ -6,6 +6,7 @@ import pytest
 import torch
 from serving.conftest import HTTP, metric, running
 
+from headstart import api
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding import constraints
 from headstart.decoding.constraints import Constraint, Matcher
@@ -39,6 +40,7 @@ def test_warm_up_times_passes_and_decodes(monkeypatch: pytest.MonkeyPatch) -> No
         grammars.append(constraint)
         return compile_constraint(constraint, tokenizer, vocab_size)
 
+    monkeypatch.setattr(api, "read_tuning", lambda directory, model: None)  # somebody may have tuned it here
     monkeypatch.setattr(online, "quick_pass_costs", made_up)
     monkeypatch.setattr(constraints, "compile_constraint", recorded)
     monkeypatch.setattr(Engine, "submit", watched)
