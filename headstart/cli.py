@@ -30,7 +30,7 @@ COMMANDS = {
     "tune": "Measure how often drafts are right and what a pass costs here; decoding then chooses how many to feed.",
     "inspect": "Show what a model directory holds: sizes, heads, wiring, acceptance.",
     "convert": "Write a model in another format, read it back and compare the two.",
-    "push": "Put a model and a model card into a folder, or onto the Hugging Face hub.",
+    "push": "Put a model, or draft heads alone, and a model card into a folder, or onto the Hugging Face hub.",
     "doctor": "Check machine, versions and threads; with a model, check that speculation equals plain decoding.",
     "bench": "Measure what Headstart costs (in a checkout): headstart bench loss|train|decode|passes|adapt|load|serve.",
     "study": "Rerun an experiment of the papers (in a checkout): headstart study NAME --scale smoke|cpu|gpu|paper.",

@@ -18,8 +18,8 @@ LOADED = [
     if importlib.util.find_spec(name.partition(".")[0])
 ]  # fmt: skip
 PAGES = (
-    *("quickstart", "train", "decoding", "constraints", "engine", "adapt", "conversations", "evaluation", "export"),
-    *("watching", "scale-out"),
+    *("quickstart", "train", "decoding", "constraints", "engine", "adapt", "heads", "conversations", "evaluation"),
+    *("export", "watching", "scale-out"),
 )
 FEWER = {"tune": ["--seconds", "0.1", "--prompt-count", "2"], "evaluate": ["--prompt-count", "3"]}
 TRAINED = "runs/smoke/model"

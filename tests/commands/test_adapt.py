@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from seeds import trained_seed
 
 from headstart.cli import run_command
-from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, run_config
+from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, format_adapted, run_config
+from headstart.commands.convert import convert
 from headstart.commands.dry_run import DryRunSettings
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.formats.heads import StoredHeads
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
@@ -350,3 +352,44 @@ def test_frozen_weights_in_bfloat16(settings: Any, model: Path) -> None:
     adapt(asked)
     assert torch.equal(load_model(asked.run_dir / "model")(TOKENS), load_model(model)(TOKENS))
     assert load_file(asked.run_dir / "model" / "heads" / "heads.safetensors")["heads.2.residual.weight"].any()
+
+
+def test_heads_alone_are_those_of_the_model_directory(settings: Any, model: Path, tmp_path: Path) -> None:
+    """A finished run writes them from its checkpoint, and the model with them is what the run wrote without."""
+    asked = settings(head_kind="medusa")
+    adapt(asked)
+    found = adapt(replace(asked, heads_only=True))
+    assert found["model"] == str(model) and found["heads_from"] == str(asked.run_dir / "heads")
+    assert len(found["acceptance"]) == 2 and (asked.run_dir / "heads/acceptance.json").is_file()
+    assert format_adapted(found).startswith(f"heads: {asked.run_dir / 'heads'} (3 medusa heads, for {model})")
+    convert(model, tmp_path / "merged", heads=asked.run_dir / "heads")
+    written = asked.run_dir / "model"
+    files = [file for file in written.rglob("*.*") if file.name != "acceptance.json"]
+    assert {"config.json", "model.safetensors", "heads.safetensors"} <= {file.name for file in files}
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "merged" / file.relative_to(written)).read_bytes(), file
+    assert StoredHeads.read(asked.run_dir / "heads").base == model.parent.name
+
+
+def test_heads_of_a_gguf_file_are_written_alone(settings: Any, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="reads GGUF files; install headstart[gguf]")
+    file = tmp_path / "model.gguf"
+    convert(model, file, "gguf")
+    asked = settings(model=file, head_kind="medusa")
+    adapt(asked)
+    assert not (asked.run_dir / "model").exists()
+    assert StoredHeads.read(asked.run_dir / "heads").base == "model.gguf"
+    for base in (file, model):  # the same values
+        attached = load_model(base, heads=asked.run_dir / "heads")
+        assert attached.config.heads == 3 and torch.equal(attached(TOKENS), load_model(base)(TOKENS))
+    with pytest.raises(UsageError, match=r"adapt.mode joint changes .*model.gguf too"):
+        run_config(settings(model=file, mode="joint"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"mode": "joint"}, "fit no other model"), ({"replace_heads": True}, "for a model with one head")],
+)
+def test_heads_alone_need_the_model_as_it_is(more: dict[str, Any], message: str, settings: Any) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_config(settings(heads_only=True, **more))

@@ -407,3 +407,16 @@ def test_saving_replaces_heads_and_nothing_else(medusa: tuple[Path, Path, Path],
 )
 def test_the_name_of_a_base_shows_nothing_of_this_machine(path: str, name: str, tmp_path: Path) -> None:
     assert name_of(tmp_path / path) == name
+
+
+def test_heads_on_a_gguf_file(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="reads GGUF files; install headstart[gguf]")
+    full, _, heads = write(random_model(with_heads_of(LLAMA, "transformer", heads=3)), tmp_path)
+    convert(full, tmp_path / "model.gguf", "gguf")
+    model = headstart.load(tmp_path / "model.gguf", heads=heads)
+    expected = headstart.load(full).generate(list(b"def f("), 16, heads=3)
+    found = model.generate(list(b"def f("), 16, heads=3)
+    assert found.tokens == expected.tokens and found.stats.passes == expected.stats.passes
+    convert(tmp_path / "model.gguf", tmp_path / "merged", heads=heads, tokenizer="bytes")
+    for file in (MODEL_FILE, HEADS_FILE, "config.json"):
+        assert (tmp_path / "merged" / file).read_bytes() == (full / file).read_bytes(), file
