@@ -210,6 +210,12 @@ def test_the_programs_of_the_checkout_keep_the_rule(folder: str, rule: Callable[
     assert rule(REPOSITORY / folder) == []
 
 
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """pytest imports them by their bare names, and cannot collect two of one name."""
+    names = [file.name for file in files(REPOSITORY / "tests") if file.name.startswith("test_")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def test_no_exception_is_outdated() -> None:
     names = {name for root in (PACKAGE, *(REPOSITORY / p for p in PROGRAMS)) for name, lines, count in functions(root)
              if lines > LINES or count > PARAMETERS}  # fmt: skip

@@ -41,7 +41,7 @@ class BlockWeight:
     scales_NG: Tensor
     """fp16 or fp32, one per group of inputs."""
     minimums_NG: Tensor | None
-    """Of the type of the scales; None: all are 0."""
+    """Offsets, in the type of the scales; None: all are 0."""
     bits: int
     """The bits that a code takes in packed weights: 4, 5 or 8."""
     group: int = GROUP
