@@ -59,8 +59,12 @@ class TokenizerSource(Protocol):
         """Return the text of each special token that has a name, such as `bos_token`."""
         ...
 
-    def end_token(self, ids: Mapping[str, int]) -> str:
-        """Return the text of the token that ends documents, one of `ids`. Raises UsageError if there is none."""
+    def vocab_size(self, engine: Any) -> int:
+        """Return one more than the largest id."""
+        ...
+
+    def end_token(self, engine: Any) -> str:
+        """Return the text of the token that ends documents. Raises UsageError if there is none."""
         ...
 
     def chat_template(self) -> str | None:
@@ -140,11 +144,15 @@ class TokenizerDirectory:
         """Return those of tokenizer_config.json and special_tokens_map.json."""
         return special_tokens(self.directory)
 
-    def end_token(self, ids: Mapping[str, int]) -> str:
+    def vocab_size(self, engine: Any) -> int:
+        """Return one more than the largest id."""
+        return max(engine.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def end_token(self, engine: Any) -> str:
         """Return the eos_token, or one of the usual names."""
         end = self.special_tokens().get("eos_token")
         for name in END_NAMES if end is None else (end,):
-            if name in ids:
+            if engine.token_to_id(name) is not None:
                 return name
         config = self.directory / CONFIG_FILE
         if end is not None:
@@ -186,8 +194,7 @@ class TokenizerDirectory:
         except FileNotFoundError as error:
             raise UsageError(f"{error.filename}: gone since the tokenizer was loaded; load it again") from error
         if not (directory / CONFIG_FILE).is_file():
-            end = self.end_token(engine.get_vocab(with_added_tokens=True))
-            _write_json(directory / CONFIG_FILE, CONFIG | {"eos_token": end})
+            _write_json(directory / CONFIG_FILE, CONFIG | {"eos_token": self.end_token(engine)})
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,8 @@ class BuiltTokenizer:
     name: str
     built: Any
     """The `tokenizers.Tokenizer`."""
+    size: int
+    """One more than the largest id."""
     special: Mapping[str, str]
     """Text of the special tokens by name; `eos_token` is one of them."""
     templates: Mapping[str, str] = field(default_factory=dict)
@@ -212,7 +221,11 @@ class BuiltTokenizer:
         """Return `special`."""
         return self.special
 
-    def end_token(self, ids: Mapping[str, int]) -> str:
+    def vocab_size(self, engine: Any) -> int:
+        """Return `size`."""
+        return self.size
+
+    def end_token(self, engine: Any) -> str:
         """Return the eos_token."""
         return self.special["eos_token"]
 

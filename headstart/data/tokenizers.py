@@ -74,11 +74,10 @@ class PretrainedTokenizer:
     def __init__(self, source: str | Path | TokenizerSource) -> None:
         self._source = TokenizerDirectory(Path(source)) if isinstance(source, (str, Path)) else source
         self._engine = self._source.engine()
-        ids: dict[str, int] = self._engine.get_vocab(with_added_tokens=True)
         self.name = self._source.name
         self.learnt = self._source.learnt
-        self.vocab_size = max(ids.values(), default=-1) + 1
-        self.end_id = ids[self._source.end_token(ids)]
+        self.vocab_size = self._source.vocab_size(self._engine)
+        self.end_id: int = self._engine.token_to_id(self._source.end_token(self._engine))
         self.end_ids = frozenset([self.end_id])
         special = {i for i, token in self._engine.get_added_tokens_decoder().items() if token.special}
         self.skipped = frozenset(special | {self.end_id})

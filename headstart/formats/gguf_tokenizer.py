@@ -270,7 +270,9 @@ def _build(fields: _Fields, tokens: _Tokens, parts: _Parts) -> PretrainedTokeniz
                 single=[name, "$A"], pair=[name, "$A", name, "$B"], special_tokens=[(name, start)]
             )
     spelled = {key: tokens.names[i] for key, i in named.items() if i in special}
-    tokenizer = PretrainedTokenizer(BuiltTokenizer(fields.name, engine, spelled, _templates(fields)))
+    tokenizer = PretrainedTokenizer(
+        BuiltTokenizer(fields.name, engine, max(vocabulary.values()) + 1, spelled, _templates(fields))
+    )
     tokenizer.end_ids = frozenset(ends)
     tokenizer.start_ids = () if start is None else (start,)
     return tokenizer
