@@ -19,7 +19,7 @@ from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.blocks import Quantize, parse_quantize
-from headstart.decoding.kernels.pack import decoding_dtype, pack
+from headstart.decoding.kernels.pack import decoding_dtype, multiplies_blocks, pack
 from headstart.decoding.policy.calibration import Tuning, read_tuning
 from headstart.decoding.policy.online import Observations, OnlineCalibration
 from headstart.decoding.policy.policy import DraftPolicy
@@ -268,7 +268,8 @@ def load(
         path: a directory that `headstart train` wrote, a Hugging Face model directory (docs/existing-models.md lists
             the families), a GGUF file, or the name OWNER/NAME of a model on the hub (None: the bundled model, a small
             byte-level model of Python code, models/README.md).
-        dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software).
+        dtype: "bfloat16", "float32", ... (None: as stored; float32 where a CPU would multiply that in software). On a
+            CPU the quantized matrices of a GGUF file stay as they are unless a dtype is given.
         device: "cpu", "cuda", ...
         quantize: "q4" or "q8" puts the weights of all products in blocks of 4 or 8 bits and computes the rest in
             float32; for CPUs. The model is then a different one, close to the original (docs/decoding.md).
@@ -285,7 +286,8 @@ def load(
     quantize = parse_quantize(quantize)
     path = boxed_model() if path is None else local_path(path)
     heads = None if heads is None else local_path(heads)
-    model = load_model(path, dtype=dtype, device=device, heads=heads)
+    blocks = dtype is None and quantize is None and multiplies_blocks(device)
+    model = load_model(path, dtype=dtype, device=device, heads=heads, blocks=blocks)
     if dtype is None:
         model = model.to(decoding_dtype(model, quantize))
     return LanguageModel(model, load_model_tokenizer(path), heads or path, quantize)

@@ -157,7 +157,7 @@ def _recorded_settings(model: LanguageModel, directory: Path, settings: DistillS
     return {
         "model": fingerprint(directory),
         "prompts": sha256_of(settings.prompts),
-        "dtype": str(model.transformer.trunk.embedding.weight.dtype),
+        "dtype": str(model.transformer.dtype),
         "max_new_tokens": generation.max_new_tokens,
         "temperature": generation.temperature,
         "top_k": generation.top_k,

@@ -134,6 +134,18 @@ class Format(ABC):
         """Return the model at `path`, in the dtype that it is stored in unless another is given."""
         raise NotImplementedError
 
+    def read_blocks(self, path: Path, model: Transformer | None = None) -> Transformer | None:
+        """Return the model at `path` with its matrices in the blocks that are stored, which only `pack` takes.
+
+        Args:
+            path: the model.
+            model: the model at `path` with heads, whose matrices are replaced (None: it is read).
+
+        Returns:
+            None if the file holds no matrix in blocks.
+        """
+        return None
+
     def read_config(self, path: Path) -> ModelConfig:
         """Return the configuration of the model at `path`."""
         raise NotImplementedError

@@ -6,22 +6,32 @@ llama.cpp decodes with head 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
+from headstart.decoding.kernels.blocks import Blocks, put_blocks
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.fileio import replacing_file
 from headstart.formats.assembly import assemble_in_place, interleaved, refuse_other_blocks, stored_tensors
 from headstart.formats.format import NEW_TOKENS, Check, Format, compare_logits
-from headstart.formats.gguf_config import EMBEDDING, architecture_of, check_tensors, gguf_sources, read_gguf_config
+from headstart.formats.gguf_blocks import READERS, block_weight_from_gguf
+from headstart.formats.gguf_config import (
+    EMBEDDING,
+    GgufSource,
+    architecture_of,
+    check_tensors,
+    gguf_sources,
+    read_gguf_config,
+)
 from headstart.formats.gguf_file import GgufFile
 from headstart.formats.gguf_header import MAGIC, import_gguf
 from headstart.formats.gguf_tokenizer import tokenizer_from_metadata
@@ -50,6 +60,18 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: str | 
     config = read_gguf_config(file)
     sources = gguf_sources(config)
     check_tensors(file, config, sources)
+    return _load(file, config, sources, stored_dtype(file) if dtype is None else dtype, device, {})
+
+
+def _load(
+    file: GgufFile,
+    config: ModelConfig,
+    sources: Mapping[str, list[GgufSource]],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    shared: Mapping[str, nn.Parameter],
+) -> Transformer:
+    """Return the model, without reading what `shared` has; see `assemble_in_place`."""
     by_part = {
         part.name: source for name, parts in stored_parts(config).items() for part, source in zip(parts, sources[name])
     }
@@ -64,9 +86,46 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: str | 
         target.copy_(tensor if order is None else tensor[order])
 
     try:
-        return assemble_in_place(config, fill, stored_dtype(file) if dtype is None else dtype, device)
+        return assemble_in_place(config, fill, dtype, device, shared)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{file.path}: {error}") from error
+
+
+def load_gguf_blocks(path: str | Path, model: Transformer | None = None) -> Transformer | None:
+    """Return the model in a GGUF file with its matrices in blocks, for `pack` alone: see `Format.read_blocks`.
+
+    Matrices with a part of another type than those of `READERS` are dequantized.
+    """
+    file = GgufFile(path)
+    config = read_gguf_config(file)
+    sources = gguf_sources(config)
+    check_tensors(file, config, sources)
+    blocks = {
+        name: partial(_read_blocks, file, parts)
+        for name, parts in sources.items()
+        if all(file.type(part.name).name in READERS for part in parts)
+    }
+    if "trunk.embedding.weight" not in blocks:
+        return None
+    if model is None:
+        shared = {}
+        for name, parts in stored_parts(config).items():
+            if name in blocks:
+                rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
+                shared[parts[0].name] = nn.Parameter(torch.empty(rows, columns, device="meta"))
+        model = _load(file, config, sources, torch.float32, "cpu", shared)
+    put_blocks(model, blocks)
+    if config.tied:
+        put_blocks(model, {"unembedding.weights.0": blocks["trunk.embedding.weight"]})
+    return model
+
+
+def _read_blocks(file: GgufFile, sources: list[GgufSource]) -> Blocks:
+    parts = []
+    for source in sources:
+        raw, order = file.raw(source.name), source.order()
+        parts.append(block_weight_from_gguf(raw if order is None else raw[order.numpy()], file.type(source.name).name))
+    return tuple(parts)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:
@@ -263,6 +322,10 @@ class Gguf(Format):
     def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:
         """Return the model, with one head."""
         return load_gguf(path, dtype, device)
+
+    def read_blocks(self, path: Path, model: Transformer | None = None) -> Transformer | None:
+        """Return the model with its matrices in blocks, if its embedding is stored so."""
+        return load_gguf_blocks(path, model)
 
     def read_config(self, path: Path) -> ModelConfig:
         """Return what the metadata says. Raises UsageError if the tensors contradict it."""

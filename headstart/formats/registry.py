@@ -59,6 +59,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     heads: str | Path | None = None,
+    blocks: bool = False,
 ) -> Transformer:
     """Return the model at a path, in any format that can be read, or of the name OWNER/NAME on the hub.
 
@@ -67,6 +68,7 @@ def load_model(
         dtype: of all parameters (None: that in which the embedding is stored).
         device: where the parameters are made.
         heads: a directory of heads for this model, or its name on the hub (`heads.py`).
+        blocks: whether matrices that are stored in blocks stay so, for `pack` alone.
 
     Raises:
         UsageError: no model, one that headstart does not compute, files that are missing, damaged, or at odds with one
@@ -75,11 +77,14 @@ def load_model(
     path = local_path(named)
     form = format_at(path)
     if heads is None:
-        return form.read(path, dtype, device)
+        stays = form.read_blocks(path) if blocks else None
+        return form.read(path, dtype, device) if stays is None else stays
     stored = StoredHeads.read(local_path(heads))
     stored.config_on(form.read_config(path), path)  # sizes are compared before tensors are read
     # The stored values are compared, not those of another dtype.
     model = stored.attach(form.read(path, None, device), path)
+    if blocks:
+        return form.read_blocks(path, model) or model
     return model if dtype is None else model.to(dtype)
 
 

@@ -215,6 +215,6 @@ def test_a_stored_model_loads_in_blocks(tmp_path, quantize: Quantize) -> None:
 
     save_model(trained("transformer-parallel"), tmp_path, dtype=torch.bfloat16)
     model = headstart.load(tmp_path, quantize=quantize)
-    assert backend_of(model.transformer).quantize == quantize and model.transformer.dtype == torch.float32
+    assert backend_of(model.transformer).form == quantize and model.transformer.dtype == torch.float32
     one, all_heads = (model.generate(list(b"the cat "), 20, heads=heads).tokens for heads in (1, HEADS))
     assert one == all_heads and len(one) == 20

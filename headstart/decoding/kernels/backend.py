@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from headstart.decoding.kernels.blocks import Quantize, Weight
+from headstart.decoding.kernels.blocks import Weight
 from headstart.model.layers import RMSNorm
 from headstart.model.transformer import Transformer
 
@@ -23,7 +23,7 @@ class Backend:
     Args:
         model: the model that is packed, not yet changed.
         rows: the usual number of rows in a pass.
-        quantize: how the products of the model are quantized (None: not).
+        form: the form of quantized weights: "q4", "q8", or "blocks" for those of a file (None: not quantized).
     """
 
     exact_rows: float = 0
@@ -32,8 +32,8 @@ class Backend:
     compiled_cache = False
     """True if the cache holds keys in blocks of 16 positions, for the compiled attention."""
 
-    def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
-        self.rows, self.quantize = rows, quantize
+    def __init__(self, model: Transformer, rows: int, form: str | None) -> None:
+        self.rows, self.form = rows, form
 
     @classmethod
     def supports(cls, model: Transformer) -> bool:

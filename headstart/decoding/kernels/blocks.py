@@ -8,6 +8,7 @@ fp32: a row's result depends on that row and the weights alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -73,6 +74,8 @@ Blocks = tuple[BlockWeight, ...]
 
 Weight = Tensor | Blocks
 """A matrix as a tensor or in blocks."""
+ReadBlocks = Callable[[], Blocks]
+"""What reads a matrix from a file, when it is packed."""
 
 
 def shape_of(weight: Weight) -> torch.Size:
@@ -82,9 +85,20 @@ def shape_of(weight: Weight) -> torch.Size:
     return torch.Size((sum(part.shape[0] for part in weight), weight[0].shape[1]))
 
 
-def in_blocks(weight: Weight, quantize: Quantize | None) -> Weight:
-    """Return the weight in blocks, if it is or is to be quantized."""
-    return (quantize_blocks(weight, quantize),) if quantize and isinstance(weight, Tensor) else weight
+def put_blocks(model: nn.Module, blocks: Mapping[str, ReadBlocks]) -> None:
+    """Put what reads blocks in the place of parameters, by their names. Only `pack` can do something with the model."""
+    for name, read in blocks.items():
+        place, _, attribute = name.rpartition(".")
+        module = model.get_submodule(place)
+        delattr(module, attribute)
+        setattr(module, attribute, read)
+
+
+def in_blocks(weight: Tensor | ReadBlocks, quantize: Quantize | None) -> Weight:
+    """Return a weight, in blocks if it is stored so or is to be quantized."""
+    if not isinstance(weight, Tensor):
+        return weight()
+    return (quantize_blocks(weight, quantize),) if quantize else weight
 
 
 @torch.no_grad()

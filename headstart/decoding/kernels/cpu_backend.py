@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headstart.decoding.cache import CachedAttention, CompiledAttention
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, shape_of
+from headstart.decoding.kernels.blocks import BlockEmbedding, Weight, shape_of
 from headstart.decoding.kernels.cpu.weights import pack_blocks, pack_weight
 from headstart.model.attention import causal_attention
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
@@ -24,8 +24,8 @@ from headstart.model.transformer import Transformer, Trunk
 class CompiledBackend(Backend):
     """Run products, norms and, where the model allows it, attention and whole blocks in compiled kernels."""
 
-    def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
-        super().__init__(model, rows, quantize)
+    def __init__(self, model: Transformer, rows: int, form: str | None) -> None:
+        super().__init__(model, rows, form)
         config = model.config
         # Torch's GELU rounds the ends of a tensor otherwise than its middle, and so may torch's norms. The compiled
         # attention has no masks for windowed attention.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.blocks import Quantize, Weight
+from headstart.decoding.kernels.blocks import Weight
 from headstart.model.layers import Block, RMSNorm
 from headstart.model.transformer import Transformer
 
@@ -17,8 +17,8 @@ from headstart.model.transformer import Transformer
 class CudaBackend(Backend):
     """Run products and attention of few rows in Triton kernels, and those of many rows in torch's."""
 
-    def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
-        super().__init__(model, rows, quantize)
+    def __init__(self, model: Transformer, rows: int, form: str | None) -> None:
+        super().__init__(model, rows, form)
         # Imported here because Triton, which these modules need, comes with torch for GPUs alone.
         from headstart.decoding.kernels.cuda.launch import MOST_ROWS
         from headstart.decoding.kernels.cuda.modules import CudaBlock, CudaLinear, CudaNorm

@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, in_blocks, shape_of
+from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, ReadBlocks, in_blocks
 from headstart.decoding.kernels.cpu_backend import CompiledBackend
 from headstart.decoding.kernels.cuda_backend import CudaBackend
 from headstart.decoding.kernels.torch_backend import TorchBackend
@@ -21,7 +22,7 @@ from headstart.model.transformer import Transformer, Unembedding
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, CompiledBackend, TorchBackend)
 """All backends, the preferred ones first; the last one supports every model."""
-MakeLinear = Callable[[Weight, "Tensor | None"], nn.Module]
+MakeLinear = Callable[["Tensor | ReadBlocks", "Tensor | None"], nn.Module]
 
 
 class PackedResiduals(nn.Module):
@@ -46,10 +47,10 @@ class PackedResiduals(nn.Module):
 class PackedUnembedding(nn.Module):
     """Compute `Unembedding` with packed matrices; replicated heads 2..n read the same latent and share one product."""
 
-    def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
+    def __init__(self, unembedding: Unembedding, vocab_size: int, linear: MakeLinear) -> None:
         super().__init__()
         self.norm: nn.Module = unembedding.norm
-        weights: list[Weight] = list(unembedding.weights)
+        weights: list[Tensor | ReadBlocks] = list(unembedding.weights)
         self.copies = len(weights)
         self.first = linear(weights[0], None)
         residuals = unembedding.residuals
@@ -59,7 +60,7 @@ class PackedUnembedding(nn.Module):
             others = [cast(Tensor, w).detach() for w in weights[1:]]
             apart = residuals is not None
             self.others = nn.ModuleList(linear(w, None) for w in others) if apart else linear(torch.cat(others), None)
-        self.vocab_size = shape_of(weights[0])[0]
+        self.vocab_size = vocab_size
 
     def forward(self, z: Tensor, k: int = 1) -> Tensor:
         """Return the logits (..., V) of head k for its latent (..., D)."""
@@ -107,7 +108,7 @@ def pack(
     """Turn `model` into its decoding form in place, on the first backend that supports it.
 
     The model computes the same function of any shape, but can no longer be trained or saved. `backend_of` returns its
-    backend.
+    backend. Matrices that `put_blocks` replaced are read here and stay in blocks.
 
     Args:
         model: the model, whose weights are packed one after another.
@@ -127,8 +128,9 @@ def pack(
         )
     model.requires_grad_(False)
     backends = BACKENDS if compiled else (TorchBackend,)
-    backend = next(kind for kind in backends if kind.supports(model))(model, rows or model.config.heads, quantize)
-    _pack_vocabulary(model, backend)
+    form = quantize or (None if isinstance(model.trunk.embedding.weight, Tensor) else "blocks")
+    backend = next(kind for kind in backends if kind.supports(model))(model, rows or model.config.heads, form)
+    _pack_vocabulary(model, backend, quantize)
     replace_children(model, nn.Linear, lambda linear: backend.linear(in_blocks(linear.weight, quantize), linear.bias))
     replace_children(model, RMSNorm, backend.norm)
     backend.replace_blocks(model)
@@ -136,18 +138,22 @@ def pack(
     return model.eval()
 
 
-def _pack_vocabulary(model: Transformer, backend: Backend) -> None:
-    """Pack embedding and unembedding; a quantized matrix that both use is stored once."""
-    quantize: Quantize | None = "q8" if backend.quantize else None
+def _pack_vocabulary(model: Transformer, backend: Backend, quantize: Quantize | None) -> None:
+    """Pack embedding and unembedding, with 8 bits if quantized; blocks that both use are stored once."""
+    bits: Quantize | None = "q8" if quantize else None
 
-    def linear(weight: Weight, bias: Tensor | None) -> nn.Module:
-        return backend.linear(in_blocks(weight, quantize), bias)
+    def linear(weight: Tensor | ReadBlocks, bias: Tensor | None) -> nn.Module:
+        return backend.linear(in_blocks(weight, bits), bias)
 
-    embedding, tied = model.trunk.embedding, model.config.tied
-    stored = cast(Weight, embedding.weight)
-    unembedding = PackedUnembedding(model.unembedding, linear)
+    config, stored = model.config, cast("Tensor | ReadBlocks", model.trunk.embedding.weight)
+    unembedding = PackedUnembedding(model.unembedding, config.vocab_size, linear)
     model.unembedding = unembedding  # type: ignore[assignment]
-    if quantize or isinstance(stored, tuple):
-        factor = model.config.dim**0.5 if model.config.scaled_embedding else 1
-        matrix = unembedding.first if tied else linear(stored, None)
+    if quantize or not isinstance(stored, Tensor):
+        factor = config.dim**0.5 if config.scaled_embedding else 1
+        matrix = unembedding.first if config.tied else linear(stored, None)
         model.trunk.embedding = BlockEmbedding(matrix, factor)  # type: ignore[assignment]
+
+
+def multiplies_blocks(device: str) -> bool:
+    """Say whether there are compiled kernels for weights in blocks, without which decoding with them is slow."""
+    return device == "cpu" and cpu.kernels(torch.float32) is not None

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from headstart.decoding.kernels.backend import Backend
-from headstart.decoding.kernels.blocks import BlockLinear, Quantize, Weight
+from headstart.decoding.kernels.blocks import BlockLinear, Weight
 from headstart.model.transformer import Transformer
 
 
 class TorchBackend(Backend):
     """Run products in oneDNN's packed layout where the CPU has it, else as plain products."""
 
-    def __init__(self, model: Transformer, rows: int, quantize: Quantize | None) -> None:
-        super().__init__(model, rows, quantize)
+    def __init__(self, model: Transformer, rows: int, form: str | None) -> None:
+        super().__init__(model, rows, form)
         self._packs = can_pack(model.device, model.dtype)
 
     @classmethod

@@ -246,7 +246,7 @@ def machine_key(model: Transformer) -> dict[str, Any]:
         "processor": here["gpus"][0]["name"] if model.device.type == "cuda" and here["gpus"] else here["cpu"],
         "instruction_sets": here["instruction_sets"],
         "threads": torch.get_num_threads(),
-        "dtype": backend.quantize or str(model.dtype).removeprefix("torch."),
+        "dtype": backend.form or str(model.dtype).removeprefix("torch."),
         "compiled": backend.row_exact,
     }
 

@@ -66,25 +66,31 @@ def pack_blocks(blocks: Blocks) -> Tensor:
 def _records(part: BlockWeight) -> Tensor:
     """Return the records of a matrix, (ceil(N / 16), ceil(K / 32), bytes) uint8."""
     N, K = part.shape
-    B, G = -(-N // 16), -(-K // GROUP)
+    blocks, groups = -(-N // 16), -(-K // GROUP)
     added = 0 if part.bits == 8 or part.minimums_NG is not None else 1 << part.bits - 1
-    codes = torch.zeros(16 * B, G * GROUP, dtype=torch.int8)
-    torch.add(part.codes_NK, added, out=codes[:N, :K])
-    # (B, half, output, G, step, input) -> (B, G, half, step, output, input)
-    codes = codes.view(torch.uint8).view(B, 2, 8, G, 8, 4).permute(0, 3, 1, 4, 2, 5)
+    codes = part.codes_NK
+    if N % 16 or K % GROUP or added:
+        codes = torch.zeros(16 * blocks, groups * GROUP, dtype=torch.int8)
+        torch.add(part.codes_NK, added, out=codes[:N, :K])
+    codes = codes.view(torch.uint8).view(-1, groups, GROUP)
     if part.bits == 8:
-        pieces = [codes]
+        fields = [codes]
     else:
-        pieces = [codes[:, :, :, :4] & 15 | codes[:, :, :, 4:] << 4]
+        low = codes if part.bits == 4 else codes & 15
+        fields = [low[..., GROUP // 2 :] << 4 | low[..., : GROUP // 2]]
         if part.bits == 5:
-            places = torch.arange(8, dtype=torch.uint8)[:, None, None]
-            pieces.append(((codes >> 4) << places).sum(3, dtype=torch.uint8))
+            high = (codes >> 4).view(-1, groups, 8, 4) << torch.arange(8, dtype=torch.uint8)[:, None]
+            fields.append(high.sum(2, dtype=torch.uint8))
+    # Four inputs of an output stay together: (block, half, output, group, step) -> (block, group, half, step, output).
+    steps = [field.view(torch.int32).view(blocks, 2, 8, groups, -1).permute(0, 3, 1, 4, 2) for field in fields]
+    records = [field.contiguous().view(torch.uint8).view(blocks, groups, -1) for field in steps]
     for values in (part.scales_NG, part.minimums_NG):
         if values is not None:
-            padded = values.new_zeros(16 * B, G * (GROUP // part.group))
+            padded = values.new_zeros(16 * blocks, groups * (GROUP // part.group))
             padded[:N, : values.shape[1]] = values
-            pieces.append(padded.view(B, 16, G, -1).permute(0, 2, 3, 1).contiguous().view(torch.uint8))
-    return torch.cat([piece.reshape(B, G, -1) for piece in pieces], 2)
+            scales = padded.view(blocks, 16, groups, -1).permute(0, 2, 3, 1)
+            records.append(scales.contiguous().view(torch.uint8).view(blocks, groups, -1))
+    return torch.cat(records, 2)
 
 
 def _copy_into_chunk(x: Tensor) -> Tensor:

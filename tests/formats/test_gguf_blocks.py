@@ -1,0 +1,113 @@
+"""Matrices of GGUF files in blocks: the weights are those of the package gguf, and decoding takes them as they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import headstart
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import multiplies_blocks, pack
+from headstart.formats.gguf import load_gguf, load_gguf_blocks
+from headstart.formats.gguf_blocks import READERS, block_weight_from_gguf
+from headstart.formats.heads import save_heads
+from headstart.model.transformer import Transformer
+from tests.gguf_models import (
+    CONFIGS,
+    architecture,
+    dequantized,
+    gguf,
+    gguf_metadata,
+    gguf_tensors,
+    random_blocks,
+    write_gguf,
+)
+from tests.models import random_model
+
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""The types whose blocks are as long as a group."""
+
+
+def write_quantized(path: Path, name: str, model: Transformer, keep: tuple[str, ...] = ()) -> Path:
+    """Write a model of `CONFIGS` with matrices of all types of `KINDS` in turn, except those that `keep` names."""
+    kind, tensors, kinds = architecture(name), {}, {}
+    for i, (key, value) in enumerate(gguf_tensors(kind, model).items()):
+        tensors[key] = value
+        if value.ndim == 2 and not any(part in key for part in keep):
+            kinds[key] = KINDS[i % len(KINDS)]
+            tensors[key] = gguf.quants.quantize(value, gguf.GGMLQuantizationType[kinds[key]])
+    return write_gguf(path, kind, gguf_metadata(kind, model.config), tensors, kinds)
+
+
+def weights(model: Transformer) -> dict[str, Tensor]:
+    """Return the parameters of a model whose matrices may be in blocks, dequantized."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    for place, module in model.named_modules():
+        for attribute, read in vars(module).items():
+            if callable(read) and not isinstance(read, torch.nn.Module):
+                found[f"{place}.{attribute}"] = torch.cat([part.dequantize() for part in read()])
+    return found
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_blocks_are_the_weights_that_gguf_dequantizes(kind: str) -> None:
+    stored = random_blocks(7, 512, kind)
+    part = block_weight_from_gguf(stored, kind)
+    assert torch.equal(part.dequantize(), dequantized(stored, kind))
+    assert part.bits == (8 if kind[1] in "68" else int(kind[1]))  # no wider than the file, Q6_K excepted
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, tied, biases", "qwen2", "gemma3"])
+def test_a_model_in_blocks_has_the_weights_of_the_dequantized_one(tmp_path, name: str) -> None:
+    """Rows of queries and keys change places, and fused matrices have parts of several types."""
+    path = write_quantized(tmp_path / "m.gguf", name, random_model(CONFIGS[name]))
+    model = load_gguf_blocks(path)
+    got, want = weights(model), weights(load_gguf(path))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in want)
+    types = {part.bits for part in model.trunk.blocks[0].attention.qkv.weight()}
+    assert len(types) > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_decoding_in_blocks_is_near_decoding_in_float32(tmp_path, name: str) -> None:
+    path = write_quantized(tmp_path / "m.gguf", name, random_model(CONFIGS[name], scale=0.05))
+    tokens = torch.randint(0, 64, (2, 20))
+    want = load_gguf(path)(tokens)
+    for compiled in (True, False):
+        got = pack(load_gguf_blocks(path), compiled=compiled)(tokens)
+        assert 0 < (got - want).norm() / want.norm() < 0.03
+
+
+def test_a_matrix_with_a_part_of_another_type_is_dequantized(tmp_path) -> None:
+    path = write_quantized(tmp_path / "m.gguf", "llama", random_model(CONFIGS["llama"]), keep=("attn_k", "ffn_down"))
+    model = load_gguf_blocks(path)
+    attention, mlp = model.trunk.blocks[0].attention, model.trunk.blocks[0].mlp
+    assert isinstance(attention.qkv.weight, Tensor) and isinstance(mlp.down.weight, Tensor)
+    assert callable(attention.out.weight) and callable(mlp.gate_up.weight)
+    assert pack(model)(torch.arange(9)[None]).isfinite().all()
+    path = write_quantized(tmp_path / "n.gguf", "llama", random_model(CONFIGS["llama"]), keep=("token_embd",))
+    assert load_gguf_blocks(path) is None
+
+
+def test_a_dtype_or_another_quantization_replaces_the_blocks(tmp_path) -> None:
+    path = write_quantized(tmp_path / "m.gguf", "llama", random_model(CONFIGS["llama"]))
+    forms = {
+        form: backend_of(headstart.load(path, **how).transformer).form
+        for form, how in {"blocks": {}, None: {"dtype": "float32"}, "q8": {"quantize": "q8"}}.items()
+    }
+    assert forms == {form: form for form in forms} | {"blocks": "blocks" if multiplies_blocks("cpu") else None}
+
+
+def test_drafts_of_heads_on_blocks_change_no_output(tmp_path) -> None:
+    model = random_model(replace(CONFIGS["qwen2"], heads=3, head_kind="transformer", extra_layers=2, layers=5))
+    save_heads(model, tmp_path / "heads")
+    path = write_quantized(tmp_path / "m.gguf", "qwen2", model)
+    loaded = headstart.load(path, heads=tmp_path / "heads")
+    assert backend_of(loaded.transformer).form == ("blocks" if multiplies_blocks("cpu") else None)
+    plain, drafted = (loaded.generate([1, 2, 3], 30, heads=heads, temperature=1.0).tokens for heads in (1, 3))
+    assert plain == drafted and len(plain) == 30
