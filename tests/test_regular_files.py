@@ -21,6 +21,7 @@ from headstart.data.tokenizers import load_tokenizer
 from headstart.decoding.policy.calibration import read_tuning
 from headstart.errors import UsageError
 from headstart.fileio import read_json
+from headstart.formats.registry import load_config
 from headstart.training.checkpoint_state import read_state
 from headstart.training.yaml_settings import read_mapping
 
@@ -64,6 +65,19 @@ def test_a_directory_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UsageError):
         READERS[name](tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep"])
+def test_a_model_with_such_a_config_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "config.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        load_config(tmp_path)
 
 
 def test_what_is_sealed_may_be_no_pipe(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headstart.errors import UsageError
-from headstart.fileio import claimed, unwritable, write_text
+from headstart.fileio import claimed, read_json, unwritable, write_text
 
 
 class OrderedLines:
@@ -74,8 +74,8 @@ def _check_settings(path: Path, file: Path, settings: dict[str, Any], written: b
         write_text(file, json.dumps(settings, indent=2) + "\n")
         return
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = read_json(file)
+    except UsageError:
         raise UsageError(f"{path}: exists, and nothing says how it was written; name a new file") from None
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:

@@ -200,10 +200,9 @@ def load_peer(directory: Path, dtype: torch.dtype, device: str = "cpu") -> Any:
 def is_our_directory(path: Path) -> bool:
     """Return whether the config.json of a directory has the key "headstart"; one that cannot be read has not."""
     try:
-        content = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "headstart" in read_json(path / CONFIG_FILE)
+    except UsageError:
         return False
-    return isinstance(content, dict) and "headstart" in content
 
 
 class DirectoryFormat(Format):

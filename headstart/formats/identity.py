@@ -72,7 +72,7 @@ class Identity:
             metadata = opened.metadata() or {}
         try:
             digests = json.loads(metadata["digests"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise UsageError(f"{file}: is damaged (no digests of tensors); copy the heads again") from error
         if not isinstance(digests, dict) or set(digests) != set(tensors.names()):
             raise UsageError(f"{file}: is damaged (digests of other tensors); copy the heads again")
