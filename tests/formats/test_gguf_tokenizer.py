@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import random
 import zlib
 from collections.abc import Sequence
@@ -168,6 +169,13 @@ def test_a_saved_tokenizer_is_the_same(tmp_path: Path, kind: Any) -> None:
     assert rendered.render(said) == theirs.apply_chat_template(said, tokenize=False)
     read = read_vocabulary(ours, ours.vocab_size)  # and back into a GGUF file
     assert read.pre == kind()["tokenizer.ggml.pre"]
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece])
+def test_a_tokenizer_travels_to_another_process(kind: Any) -> None:
+    tokenizer = made(kind())
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.encode("the abc</s>") == tokenizer.encode("the abc</s>") and again.end_ids == tokenizer.end_ids
 
 
 @pytest.mark.parametrize("kind", [byte_level, sentencepiece])
