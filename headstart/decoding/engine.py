@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headstart.console import say
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import compiled
 from headstart.decoding.decode_pass import decode_pass
@@ -20,6 +21,7 @@ from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.graphs import GraphedPass, cuda_capture
 from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.cpu.stalls import REPORT
 from headstart.decoding.memory import DecodingMemory, check_memory, decoding_memory
 from headstart.decoding.policy.policy import DraftPolicy
 from headstart.decoding.sampling import log_probabilities
@@ -195,6 +197,8 @@ class Engine:
         self._branching = plan.draft_tree is not None
         outcome = self._read(plan, tokens_SD, accepted_S, alternatives)
         results = [(generation, self._take(slot, generation, plan, outcome)) for slot, generation in live]
+        if not self.state.length_S.is_cuda and (line := REPORT.after_pass()):
+            say(line)
         slots = plan.slots.stop - plan.slots.start
         if self.policy is not None:
             total = sum(len(outcome.committed[slot - plan.slots.start]) for slot, _ in live)

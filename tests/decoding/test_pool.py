@@ -14,6 +14,7 @@ import torch
 
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.blocks import Quantize, in_blocks
+from headstart.decoding.kernels.cpu.stalls import StallReport
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.sampling import position_noise
 
@@ -173,3 +174,20 @@ def test_a_forked_process_starts_threads_of_its_own(forks, tmp_path) -> None:
     if cpu.kernels(torch.float32) is None:
         pytest.skip("no compiled kernels for fp32 here: another processor")
     assert forks.run(tmp_path / "said.txt", tmp_path, program=FORKING) == (0, "")
+
+
+@pytest.mark.parametrize(("limited", "lines"), [(0.0, 0), (0.5, 0), (1.0, 1)])
+def test_a_lasting_limit_is_reported_once(limited: float, lines: int) -> None:
+    now = [0.0]
+    report = StallReport(lambda: int(now[0] % 1 < limited), lambda: now[0])
+    said = []
+    for _ in range(2000):
+        now[0] += 0.01
+        said.append(report.after_pass(threads=2))
+    assert len([line for line in said if line]) == lines
+
+
+def test_a_limit_above_the_threads_of_a_pass_is_not_reported() -> None:
+    now = iter(range(1000))
+    report = StallReport(lambda: 3, lambda: float(next(now)))
+    assert not any(report.after_pass(threads=2) for _ in range(100))
