@@ -276,13 +276,23 @@ def _data(settings: AdaptSettings) -> DataConfig:
 
 
 def _conversations(settings: AdaptSettings) -> bool:
-    """Return whether the data holds conversations: as when the run was started, else according to the first rows."""
-    from headstart.data.prepare.units import hold_conversations
+    """Return whether the data holds conversations: as when the run was started, else according to the first rows.
+
+    Raises UsageError for a file of prompts without answers.
+    """
+    from headstart.data.prepare.units import file_of_prompts, hold_conversations
     from headstart.training.config import load_config
     from headstart.training.run_folder import RunFolder
 
     started = RunFolder(settings.run_dir).config
-    return load_config(started).data.conversations if started.is_file() else hold_conversations(settings.data)
+    if started.is_file():
+        return load_config(started).data.conversations
+    if (prompts := file_of_prompts(settings.data)) is not None:
+        raise UsageError(
+            f"{prompts}: holds prompts without answers; let the model write those, headstart distill-data "
+            f"{settings.model} --prompts {prompts} --out OUT.jsonl (with --chat for a chat model), and take OUT.jsonl"
+        )
+    return hold_conversations(settings.data)
 
 
 def adapt(settings: AdaptSettings) -> dict[str, Any]:

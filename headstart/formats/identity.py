@@ -34,7 +34,7 @@ MOST_DISTINCT = 0.955
 """The largest share of distinct values in the groups of a quantized matrix. It is 0.92 with 8 bits, 0.4 with 4, and
 0.986 if a group is normally distributed in bfloat16."""
 VECTOR_ROUNDING = 2e-7
-"""The largest error of a norm that a file stores with 1 added to it in float32 (Gemma in GGUF)."""
+"""The largest error of a norm, relative to 1 + norm, that a file stores so in float32 (Gemma in GGUF)."""
 
 Copy = Literal["same", "rounded", "quantized"]
 
@@ -158,7 +158,7 @@ def _is_rounded(name: str, mine: Tensor, theirs: Tensor) -> bool:
     """Return whether one side is the other in 16 bits, or a norm that is the other up to rounding."""
     if mine.shape != theirs.shape:
         return False
-    if _is_vector(name) and torch.allclose(mine, theirs, rtol=0, atol=VECTOR_ROUNDING):
+    if _is_vector(name) and torch.allclose(mine, theirs, rtol=VECTOR_ROUNDING, atol=VECTOR_ROUNDING):
         return True
     for one, other in ((mine, theirs), (theirs, mine)):
         for dtype in (torch.bfloat16, torch.float16):

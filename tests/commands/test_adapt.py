@@ -393,3 +393,17 @@ def test_heads_of_a_gguf_file_are_written_alone(settings: Any, model: Path, tmp_
 def test_heads_alone_need_the_model_as_it_is(more: dict[str, Any], message: str, settings: Any) -> None:
     with pytest.raises(UsageError, match=message):
         run_config(settings(heads_only=True, **more))
+
+
+def test_prompts_without_answers_are_refused_with_the_command_that_answers_them(
+    settings: Any, model: Path, tmp_path: Path
+) -> None:
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat number {i}"}) + "\n" for i in range(8)))
+    with pytest.raises(UsageError, match=r"prompts\.jsonl: holds prompts .*headstart distill-data .* --out OUT\.jsonl"):
+        run_config(settings(data=(str(prompts),)))
+    run_command(
+        ["distill-data", str(model), "--prompts", str(prompts), "--out", str(answers), "--max-new-tokens", "30"]
+    )
+    found = adapt(settings(data=(str(answers),), steps=2, length=16, head_kind="medusa"))
+    assert found["heads"] == 3

@@ -170,6 +170,7 @@ OTHERS: dict[str, Callable[[Transformer], Transformer]] = {
     "norms fine-tuned, then Q4_0": lambda model: quantized(nudged(model, 0.01, norms=True), "Q4_0"),
     "another seed": lambda model: random_model(model.config, seed=1),
     "another seed, Q4_0": lambda model: quantized(random_model(model.config, seed=1), "Q4_0"),
+    "other matrices, Q4_0": lambda model: quantized(nudged(model, 3.0), "Q4_0"),
 }
 
 
@@ -206,6 +207,20 @@ def test_a_copy_in_16_bits_is_accepted_with_a_note(tmp_path: Path, capsys: pytes
     save_model(next_token_model(model), tmp_path / "wide", dtype=torch.float32)
     load_model(tmp_path / "wide", heads=tmp_path / "of-half")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_norms_that_were_stored_with_1_added_are_rounded(scale: float) -> None:
+    """llama.cpp stores Gemma's norms so, in float32."""
+    model = random_model(with_heads_of(BASES["gemma"], "medusa", heads=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= scale if parameter.ndim == 1 else 1
+    identity = Identity.of(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[:] = (parameter + 1) - 1 if parameter.ndim == 1 else parameter
+    assert identity.changed(model) and identity.compare_samples(model) == ("rounded", [])
 
 
 @pytest.mark.parametrize("name", OTHERS)

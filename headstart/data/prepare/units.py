@@ -14,6 +14,8 @@ from headstart.data.prepare.corpora import STDLIB, SourceFile, list_files
 from headstart.data.prepare.documents import NO_CONVERSATION, NO_PROBLEM, PROBLEM, Document, Field, Skipped
 from headstart.errors import UsageError
 
+PROMPT = "prompt"
+"""Field of rows that `headstart distill-data` answers."""
 UNIT_BYTES = 1 << 24
 """Approximate size of a unit: small enough to distribute well, large enough to cost little overhead."""
 
@@ -108,6 +110,18 @@ def hold_conversations(sources: Sequence[str], split: str = Selection.split) -> 
     datasets = filter(hub.is_dataset, sources)
     columns = chain(map(_columns, files), (hub.column_names(each, split, None) for each in datasets))
     return any({MESSAGES, SHAREGPT} & set(names) and documents.TEXT not in names for names in columns)
+
+
+def file_of_prompts(sources: Sequence[str]) -> Path | None:
+    """Return the first file whose first row has a prompt, and neither text nor messages to train on.
+
+    Raises UsageError if a source cannot be read.
+    """
+    for file in list_files([source for source in sources if not hub.is_dataset(source)]):
+        names = set(_columns(file))
+        if PROMPT in names and not names & {documents.TEXT, MESSAGES, SHAREGPT}:
+            return file.path
+    return None
 
 
 def _columns(file: SourceFile) -> Collection[str]:
