@@ -114,7 +114,10 @@ def load_gguf_blocks(path: str | Path, model: Transformer | None = None) -> Tran
                 rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
                 shared[parts[0].name] = nn.Parameter(torch.empty(rows, columns, device="meta"))
         model = _load(file, config, sources, torch.float32, "cpu", shared)
-    put_blocks(model, blocks)
+    # A block of the file may have another name in a model with heads: that of a layer of the trunk, or of head 1.
+    names = {parts[0].name: name for name, parts in stored_parts(model.config).items()}
+    stored = stored_parts(config)
+    put_blocks(model, {names[stored[name][0].name]: read for name, read in blocks.items()})
     if config.tied:
         put_blocks(model, {"unembedding.weights.0": blocks["trunk.embedding.weight"]})
     return model

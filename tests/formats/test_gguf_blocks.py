@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from tests.gguf_models import (
     random_blocks,
     write_gguf,
 )
-from tests.models import random_model
+from tests.models import WIRINGS, random_model, with_heads_of
 
 KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """The types whose blocks are as long as a group."""
@@ -103,8 +102,11 @@ def test_a_dtype_or_another_quantization_replaces_the_blocks(tmp_path) -> None:
     assert forms == {form: form for form in forms} | {"blocks": "blocks" if multiplies_blocks("cpu") else None}
 
 
-def test_drafts_of_heads_on_blocks_change_no_output(tmp_path) -> None:
-    model = random_model(replace(CONFIGS["qwen2"], heads=3, head_kind="transformer", extra_layers=2, layers=5))
+@pytest.mark.parametrize(("kind", "wiring"), [pair for pair in WIRINGS if pair != ("linear", "anticausal")])
+def test_drafts_of_heads_on_blocks_change_no_output(kind: str, wiring: str, tmp_path) -> None:
+    """Blocks of the file are layers of the trunk or head 1, by the kind of the heads."""
+    layers = {"extra_layers": 2, "layers": 5} if kind == "transformer" else {}
+    model = random_model(with_heads_of(CONFIGS["qwen2"], kind, wiring, heads=3, **layers))
     save_heads(model, tmp_path / "heads")
     path = write_quantized(tmp_path / "m.gguf", "qwen2", model)
     loaded = headstart.load(path, heads=tmp_path / "heads")
