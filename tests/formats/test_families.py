@@ -311,7 +311,7 @@ def test_whatever_a_configuration_holds_it_is_one_line(tmp_path: Path) -> None:
 
 
 def test_code_that_comes_along_is_not_run(tmp_path: Path) -> None:
-    random_model("qwen3").save_pretrained(tmp_path / "hf")
+    reference_model("qwen3").save_pretrained(tmp_path / "hf")
     edit(tmp_path / "hf", auto_map={"AutoModelForCausalLM": "modeling.Own"})
     (tmp_path / "hf/modeling.py").write_text("raise SystemExit('was run')")
     assert load_model(tmp_path / "hf").config.family == "qwen3"
