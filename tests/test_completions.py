@@ -52,7 +52,7 @@ def test_the_directory_names_the_ends(model: LanguageModel) -> None:
     assert ends_of(model, 7, [3, 4]) == {own, 7}
     assert ends_of(model, None, [3, 4]) == {own, 3, 4}
     assert ends_of(model, None, None) == ends_of(model, [], own) == {own}
-    assert ends_of(model, [-1, 7], None) - {-1} == {own, 7}  # -1 is no id of the vocabulary
+    assert ends_of(model, [-1, 7], None) == {own, 7}  # -1 is no id of the vocabulary
     for wrong in ("</s>", [1, "2"], 1.5, True, {"a": 1}, model.tokenizer.vocab_size, [7, -2], [10**30]):
         with pytest.raises(UsageError, match=r"generation_config.json: eos_token_id is .*a token id or a list"):
             ends_of(model, wrong, None)

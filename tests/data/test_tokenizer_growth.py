@@ -60,13 +60,18 @@ def test_growth_is_bounded(tmp_path, part, step, refused):
                             {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
                             "special_tokens": {"<s>": {"id": "<s>", "ids": [10**9], "tokens": ["<s>"]}}}},
         {"post_processor": {"type": "BertProcessing", "sep": ["</s>", 10**9], "cls": ["<s>", 1]}},
+        {"post_processor": {"type": "Sequence", "processors": [
+            {"type": "BertProcessing", "sep": ["</s>", 10**9], "cls": ["<s>", 1]}]}},
+        {"vocab": {"far": 10**9}},
     ],
 )  # fmt: skip
 def test_ids_are_bounded(tmp_path, change):
     ByteTokenizer().save(tmp_path)
     file = tmp_path / "tokenizer.json"
     content = json.loads(file.read_text())
+    change = dict(change)
     extra = change.pop("added_tokens", [])
+    content["model"]["vocab"] |= change.pop("vocab", {})
     file.write_text(json.dumps({**content, **change, "added_tokens": [*content["added_tokens"], *extra]}))
     with pytest.raises(UsageError, match=r"tokenizer.json: holds token id 1,000,000,000, ids must be below [\d,]+; "):
         PretrainedTokenizer(tmp_path)

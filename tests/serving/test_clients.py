@@ -32,8 +32,9 @@ SECRET = "# internal: the master password is tr0ub4dor&3 do not share\n"
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Server]:
-    """Run a server with two slots, a queue of four, and two keys."""
-    with running(ServeSettings(port=0, slots=2, queue=4, api_key=("alpha", "beta"))) as started:
+    """Run a server with two slots, a queue of four, and eleven keys."""
+    keys = ("alpha", "beta", *(f"key-{number}" for number in range(2, 11)))
+    with running(ServeSettings(port=0, slots=2, queue=4, api_key=keys)) as started:
         yield started
 
 
@@ -60,6 +61,13 @@ def test_a_prompt_is_reused_within_its_key_and_salt_only(locked: Server) -> None
     assert cached(locked, guess, cache_salt="mine") == 0 == cached(locked, guess, "beta", cache_salt="mine")
     assert cached(locked, guess, cache_salt="mine") == hit == cached(locked, guess, "beta", cache_salt="mine")
     assert asked(locked, prompt="x", cache_salt="")[0] == 400
+
+
+def test_no_salt_of_one_key_is_another_key(locked: Server) -> None:
+    prompt = "# a prompt of the last of eleven keys\n"
+    assert cached(locked, prompt, "key-10") == 0
+    assert cached(locked, prompt, "beta", cache_salt="0") == 0  # beta is number 1
+    assert cached(locked, prompt, "key-10") == len(prompt) - 1
 
 
 def test_a_salt_separates_prompts_without_keys(server: Server) -> None:

@@ -11,6 +11,11 @@ import socket
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +45,10 @@ HONEST = {
     "threads left behind": ("import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()", "pass"),
     "asyncio": ("import asyncio\nasync def f(): return 3\nr = asyncio.run(f())", "assert r == 3"),
     "reading a file": ("import os\nt = open(os.__file__).read(9)", "assert len(t) == 9"),
-    "its limits": ("import resource as r\nl = r.getrlimit(r.RLIMIT_AS)", "assert l == (2**30, 2**30)"),
+    "its limits": (
+        "import resource as r\nkinds = r.RLIMIT_AS, r.RLIMIT_CPU, r.RLIMIT_FSIZE, r.RLIMIT_CORE, r.RLIMIT_NOFILE",
+        "assert [*map(r.getrlimit, kinds)] == [(2**30, 2**30), (4, 5), (0, 0), (0, 0), (64, 64)]",
+    ),
     "deep recursion": (
         "import sys\nsys.setrecursionlimit(9999)\ndef f(n): return n and 1 + f(n - 1)\nr = f(5000)",
         "assert r == 5000",
@@ -192,6 +200,7 @@ def test_what_takes_too_much_is_stopped(sandbox) -> None:
     assert run(sandbox, blocking + "time.sleep(99)", seconds=0.3).status == "timeout"
     assert run(sandbox, "input()", "", seconds=0.3).status == "failed"  # nothing to read is an end, not a wait
     assert run(sandbox, "while True: print('x' * 1000)", seconds=9).status == "output"
+    assert run(sandbox, "import sys\nwhile True: print('x' * 1000, file=sys.stderr)", seconds=9).status == "output"
     assert run(sandbox, "x = [0] * 10**9").status == "memory"
     assert run(sandbox, "x = []\nwhile True: x.append(bytearray(10**6))", memory=1 << 28, seconds=9).status == "memory"
 
@@ -246,6 +255,87 @@ def test_memory_is_hidden_while_programs_run_and_not_longer() -> None:
             assert get_dumpable() == 0
         assert get_dumpable() == 0
     assert get_dumpable() == before
+
+
+def test_our_memory_is_hidden_while_programs_run(sandbox) -> None:
+    seen: list[int] = []
+    sandbox.run([Program("x = 1")], lambda _: seen.append(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)))
+    assert seen == [0]
+
+
+def test_the_memory_of_the_server_is_hidden_without_landlock(monkeypatch, tmp_path) -> None:
+    for name in ("seccomp", "sandbox_server", "confinement"):
+        source = sandbox_module.SERVER.with_name(f"{name}.py").read_text()
+        (tmp_path / f"{name}.py").write_text(source)
+    with (tmp_path / "confinement.py").open("a") as file:
+        file.write("\nFileRules.apply = lambda self: None\n")
+    monkeypatch.setattr(sandbox_module, "SERVER", tmp_path / "sandbox_server.py")
+    with Sandbox(1) as sandbox:
+        assert run(sandbox, "import os\nopen(f'/proc/{os.getppid()}/status')").passed  # no rule forbids reading
+        for name in ("environ", "mem", "maps", "fd/1"):
+            verdict = run(sandbox, f"import os\nos.open(f'/proc/{{os.getppid()}}/{name}', os.O_RDONLY)")
+            assert verdict.status == "failed" and "PermissionError" in verdict.detail, verdict
+
+
+def test_a_program_ends_with_its_server() -> None:
+    with Sandbox(1) as sandbox, ThreadPoolExecutor(1) as pool:
+        server = sandbox._servers.get()
+        sandbox._servers.put(server)
+        verdict = pool.submit(run, sandbox, "import time; time.sleep(99)", seconds=60)
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+        pid = until(children.read_text)
+        server.send_signal(signal.SIGKILL)
+        assert verdict.result().status == "sandbox"
+        state = Path(f"/proc/{pid.strip()}/stat")
+        until(lambda: not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX")
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """Return the first true value of a condition."""
+    for _ in range(5000):
+        if value := condition():
+            return value
+        time.sleep(0.002)
+    raise AssertionError("it has not happened")
+
+
+LANDLOCK = """
+import os, socket, subprocess, sys
+from headstart.evaluation.code.confinement import FileRules
+actions = {
+    "read": lambda: open(os.__file__),
+    "read a device that is allowed": lambda: open("/dev/null"),
+    "read another device": lambda: os.close(os.open("/dev/ptmx", os.O_RDONLY)),
+    "read another process": lambda: open(f"/proc/{os.getppid()}/status"),
+    "write": lambda: open(sys.argv[1], "w"),
+    "execute": lambda: subprocess.run(["true"]),
+    "connect": lambda: socket.create_connection(("127.0.0.1", int(sys.argv[2]))),
+    "signal": lambda: os.kill(os.getppid(), 0),
+}
+def refused():
+    found = set()
+    for name, action in actions.items():
+        try:
+            action()
+        except PermissionError:
+            found.add(name)
+    return found
+before = refused()
+FileRules().apply()
+print(*sorted(refused() - before), sep=",")
+"""
+
+
+def test_the_rules_of_files_hold_without_the_filter(tmp_path) -> None:
+    version = ctypes.CDLL(None).syscall(444, None, 0, 1)
+    if version < 1:
+        pytest.skip("this kernel has no Landlock")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-c", LANDLOCK, str(tmp_path / "made"), str(listener.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    expected = {"read another device", "read another process", "write", "execute"}
+    expected |= ({"connect"} if version >= 4 else set()) | ({"signal"} if version >= 6 else set())
+    assert done.stdout.strip().split(",") == sorted(expected)
 
 
 PID = 4321

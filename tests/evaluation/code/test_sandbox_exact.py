@@ -49,8 +49,8 @@ print(f"{Point!r}", Colour.RED.__module__, __import__("program").__name__ if __n
 EXACT = {
     "what a program sees": SEEN,
     "names and sources": NAMES,
-    "a thread that is not joined": "import threading, time\n"
-    "threading.Thread(target=lambda: (time.sleep(0.05), print('late'))).start()\nprint('soon')",
+    "a thread that is not joined": "import threading\n"
+    "threading.Thread(target=lambda: (threading.main_thread().join(), print('late'))).start()\nprint('soon')",
     "a daemon thread": "import threading, time\n"
     "threading.Thread(target=lambda: (time.sleep(9), print('late')), daemon=True).start()\nprint('soon')",
     "an exception in a thread": "import threading\nthreading.Thread(target=lambda: 1 / 0).start()",
@@ -121,6 +121,14 @@ def test_a_program_does_what_it_does_under_python(pythons, verdicts, name) -> No
 
 
 CASE = "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f(), 1)\n"
+MAIN = """
+class Main(unittest.TestProgram):
+    def runTests(self):
+        self.exit = False
+        super().runTests()
+        raise SystemExit
+Main()
+"""
 TESTED = {
     "tests with flags of their own": (
         "from __future__ import annotations",
@@ -134,6 +142,8 @@ TESTED = {
     "nothing but a comment": ("# nothing", "", 1),
     "unittest that passes": ("def f(): return 1", CASE + "unittest.main()", 1),
     "unittest that fails": ("def f(): return 2", CASE + "unittest.main()", 0),
+    "a main of its own that passes": ("def f(): return 1", CASE + MAIN, 1),
+    "a main of its own that fails": ("def f(): return 2", CASE + MAIN, 0),
     "unittest without tests": ("def f(): return 1", "import unittest\nunittest.main()", 0),
     "unittest of the program alone": (f"def f(): return 1\n{CASE}unittest.main()", "assert 0", 0),
     "exit within the tests": ("def f(): exit()", "assert f() == 1", 0),
