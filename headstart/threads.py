@@ -32,7 +32,8 @@ class Contention:
     """Readings of the system, in seconds since some moment."""
 
     waited: float
-    """Time that threads of this process were ready to run and did not, summed over them."""
+    """Time that threads of this process were ready to run and did not, plus time that the host took from the
+    processors, summed over them."""
     others: float
     """Time that the processors of this process spent on other programs or other guests, summed over them."""
 
@@ -43,10 +44,12 @@ def read_contention() -> Contention | None:
         tasks = [path.read_text().split() for path in Path("/proc/self/task").glob("*/schedstat")]
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
         own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        ticks = [[int(word) for word in line[1:]] for line in lines if line and line[0] in own]
+        second = os.sysconf("SC_CLK_TCK")
         # user, nice, system, idle, iowait, irq, softirq, steal
-        ticks = sum(int(line[i]) for line in lines if line and line[0] in own for i in (1, 2, 3, 6, 7, 8))
-        busy = ticks / os.sysconf("SC_CLK_TCK")
-        return Contention(sum(int(task[1]) for task in tasks) / 1e9, busy - time.process_time())
+        busy = sum(line[i] for line in ticks for i in (0, 1, 2, 5, 6, 7)) / second
+        stolen = sum(line[7] for line in ticks) / second
+        return Contention(sum(int(task[1]) for task in tasks) / 1e9 + stolen, busy - time.process_time())
     except (OSError, AttributeError, ValueError, IndexError):
         return None
 
