@@ -75,7 +75,7 @@ Blocks = tuple[BlockWeight, ...]
 Weight = Tensor | Blocks
 """A matrix as a tensor or in blocks."""
 ReadBlocks = Callable[[], Blocks]
-"""What reads a matrix from a file, when it is packed."""
+"""Reads a matrix from a file, when it is packed."""
 
 
 def shape_of(weight: Weight) -> torch.Size:
