@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +242,16 @@ def test_names_of_files_that_are_not_there(tmp_path):
         headstart.load(tmp_path / "text.gguf")
     random_gguf(tmp_path / "model", "llama")  # any name, if it holds one
     assert headstart.load(tmp_path / "model").config == SIZES
+
+
+@pytest.mark.slow
+def test_real_files_continue_a_text():
+    folder = os.environ.get("HEADSTART_GGUF_DIR")
+    if folder is None:
+        pytest.skip("HEADSTART_GGUF_DIR names no folder of GGUF files")
+    paths = sorted(Path(folder).glob("*.gguf"))
+    assert paths
+    for path in paths:
+        model = headstart.load(path, dtype="float32")
+        likely = model.generate("The capital of France is Paris. The capital of Italy is", 4).text
+        assert "Rome" in likely, path
