@@ -7,7 +7,6 @@ llama.cpp decodes with head 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
-from headstart.decoding.kernels.blocks import Blocks, put_blocks
+from headstart.decoding.kernels.blocks import put_blocks
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.fileio import replacing_file
 from headstart.formats.assembly import assemble_in_place, interleaved, refuse_other_blocks, stored_tensors
 from headstart.formats.format import NEW_TOKENS, Check, Format, compare_logits
-from headstart.formats.gguf_blocks import READERS, block_weight_from_gguf
+from headstart.formats.gguf_blocks import READERS, StoredBlocks
 from headstart.formats.gguf_config import (
     EMBEDDING,
     GgufSource,
@@ -101,7 +100,7 @@ def load_gguf_blocks(path: str | Path, model: Transformer | None = None) -> Tran
     sources = gguf_sources(config)
     check_tensors(file, config, sources)
     blocks = {
-        name: partial(_read_blocks, file, parts)
+        name: tuple(_stored_blocks(file, part) for part in parts)
         for name, parts in sources.items()
         if all(file.type(part.name).name in READERS for part in parts)
     }
@@ -123,12 +122,9 @@ def load_gguf_blocks(path: str | Path, model: Transformer | None = None) -> Tran
     return model
 
 
-def _read_blocks(file: GgufFile, sources: list[GgufSource]) -> Blocks:
-    parts = []
-    for source in sources:
-        raw, order = file.raw(source.name), source.order()
-        parts.append(block_weight_from_gguf(raw if order is None else raw[order.numpy()], file.type(source.name).name))
-    return tuple(parts)
+def _stored_blocks(file: GgufFile, source: GgufSource) -> StoredBlocks:
+    order = source.order()
+    return StoredBlocks(file.raw(source.name), file.type(source.name).name, None if order is None else order.numpy())
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:

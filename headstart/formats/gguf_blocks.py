@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from headstart.decoding.kernels.blocks import BlockWeight
 
 Array = NDArray[Any]
 Fields = tuple[Array, Array, "Array | None", int, int]
 """Codes (N, G, group) int8, scales (N, G), minimums (N, G) or None, bits, and group."""
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A matrix in a GGUF file, whose rows are read when they are packed."""
+
+    raw: Array
+    """The stored blocks of each row, uint8 (N, bytes of a row), mapped."""
+    kind: str
+    """The name of their type, a key of `READERS`."""
+    order: Array | None
+    """For each row of the matrix the row that is stored (None: the same)."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Outputs and inputs."""
+        codes = READERS[self.kind][0](self.raw[:1].reshape(1, -1, READERS[self.kind][1]))[0]
+        return torch.Size((len(self.raw), codes.size))
+
+    def rows(self, rows: Tensor | slice) -> BlockWeight:
+        """Return some rows of the matrix, in the order given."""
+        place = rows if isinstance(rows, slice) else rows.numpy()
+        return block_weight_from_gguf(self.raw[place if self.order is None else self.order[place]], self.kind)
 
 
 def block_weight_from_gguf(raw: Array, kind: str) -> BlockWeight:

@@ -12,7 +12,7 @@ import headstart
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import multiplies_blocks, pack
 from headstart.formats.gguf import load_gguf, load_gguf_blocks
-from headstart.formats.gguf_blocks import READERS, block_weight_from_gguf
+from headstart.formats.gguf_blocks import READERS, StoredBlocks, block_weight_from_gguf
 from headstart.formats.heads import save_heads
 from headstart.model.transformer import Transformer
 from tests.gguf_models import (
@@ -46,9 +46,9 @@ def weights(model: Transformer) -> dict[str, Tensor]:
     """Return the parameters of a model whose matrices may be in blocks, dequantized."""
     found = dict(model.named_parameters(remove_duplicate=False))
     for place, module in model.named_modules():
-        for attribute, read in vars(module).items():
-            if callable(read) and not isinstance(read, torch.nn.Module):
-                found[f"{place}.{attribute}"] = torch.cat([part.dequantize() for part in read()])
+        for attribute, blocks in vars(module).items():
+            if isinstance(blocks, tuple) and blocks and isinstance(blocks[0], StoredBlocks):
+                found[f"{place}.{attribute}"] = torch.cat([part.rows(slice(None)).dequantize() for part in blocks])
     return found
 
 
@@ -68,7 +68,7 @@ def test_a_model_in_blocks_has_the_weights_of_the_dequantized_one(tmp_path, name
     got, want = weights(model), weights(load_gguf(path))
     assert got.keys() == want.keys()
     assert all(torch.equal(got[key], want[key]) for key in want)
-    types = {part.bits for part in model.trunk.blocks[0].attention.qkv.weight()}
+    types = {part.kind for part in model.trunk.blocks[0].attention.qkv.weight}
     assert len(types) > 1
 
 
@@ -87,7 +87,7 @@ def test_a_matrix_with_a_part_of_another_type_is_dequantized(tmp_path) -> None:
     model = load_gguf_blocks(path)
     attention, mlp = model.trunk.blocks[0].attention, model.trunk.blocks[0].mlp
     assert isinstance(attention.qkv.weight, Tensor) and isinstance(mlp.down.weight, Tensor)
-    assert callable(attention.out.weight) and callable(mlp.gate_up.weight)
+    assert isinstance(attention.out.weight, tuple) and isinstance(mlp.gate_up.weight, tuple)
     assert pack(model)(torch.arange(9)[None]).isfinite().all()
     path = write_quantized(tmp_path / "n.gguf", "llama", random_model(CONFIGS["llama"]), keep=("token_embd",))
     assert load_gguf_blocks(path) is None

@@ -8,9 +8,9 @@ fp32: a row's result depends on that row and the weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +68,23 @@ class BlockWeight:
         return weight_NK if self.minimums_NG is None else weight_NK + spread(self.minimums_NG)
 
 
-Blocks = tuple[BlockWeight, ...]
+class BlockRows(Protocol):
+    """A matrix whose rows are read when they are packed: a `BlockWeight`, or what a file holds."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Outputs and inputs."""
+
+    def rows(self, rows: Tensor | slice) -> BlockWeight:
+        """Return some rows of the matrix, in the order given."""
+
+
+Blocks = tuple[BlockRows, ...]
 """A matrix whose rows are those of several forms, one after another, such as q, k and v of a GGUF file."""
 
 
 Weight = Tensor | Blocks
 """A matrix as a tensor or in blocks."""
-ReadBlocks = Callable[[], Blocks]
-"""Reads a matrix from a file, when it is packed."""
 
 
 def shape_of(weight: Weight) -> torch.Size:
@@ -85,20 +94,18 @@ def shape_of(weight: Weight) -> torch.Size:
     return torch.Size((sum(part.shape[0] for part in weight), weight[0].shape[1]))
 
 
-def put_blocks(model: nn.Module, blocks: Mapping[str, ReadBlocks]) -> None:
-    """Put what reads blocks in the place of parameters, by their names. Only `pack` can do something with the model."""
-    for name, read in blocks.items():
+def put_blocks(model: nn.Module, blocks: Mapping[str, Blocks]) -> None:
+    """Put blocks in the place of parameters, by their names. Only `pack` can do something with the model."""
+    for name, weight in blocks.items():
         place, _, attribute = name.rpartition(".")
         module = model.get_submodule(place)
         delattr(module, attribute)
-        setattr(module, attribute, read)
+        setattr(module, attribute, weight)
 
 
-def in_blocks(weight: Tensor | ReadBlocks, quantize: Quantize | None) -> Weight:
+def in_blocks(weight: Weight, quantize: Quantize | None) -> Weight:
     """Return a weight, in blocks if it is stored so or is to be quantized."""
-    if not isinstance(weight, Tensor):
-        return weight()
-    return (quantize_blocks(weight, quantize),) if quantize else weight
+    return (quantize_blocks(weight, quantize),) if quantize and isinstance(weight, Tensor) else weight
 
 
 @torch.no_grad()
@@ -142,7 +149,7 @@ class BlockLinear(nn.Module):
 
     def __init__(self, blocks: Blocks, bias_N: Tensor | None) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.blocks = tuple(part.rows(slice(None)) for part in blocks)
         self.bias = None if bias_N is None else bias_N.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:

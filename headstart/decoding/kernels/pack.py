@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, ReadBlocks, in_blocks
+from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, in_blocks
 from headstart.decoding.kernels.cpu_backend import CompiledBackend
 from headstart.decoding.kernels.cuda_backend import CudaBackend
 from headstart.decoding.kernels.torch_backend import TorchBackend
@@ -22,7 +22,7 @@ from headstart.model.transformer import Transformer, Unembedding
 
 BACKENDS: tuple[type[Backend], ...] = (CudaBackend, CompiledBackend, TorchBackend)
 """All backends, the preferred ones first; the last one supports every model."""
-MakeLinear = Callable[["Tensor | ReadBlocks", "Tensor | None"], nn.Module]
+MakeLinear = Callable[[Weight, "Tensor | None"], nn.Module]
 
 
 class PackedResiduals(nn.Module):
@@ -50,7 +50,7 @@ class PackedUnembedding(nn.Module):
     def __init__(self, unembedding: Unembedding, vocab_size: int, linear: MakeLinear) -> None:
         super().__init__()
         self.norm: nn.Module = unembedding.norm
-        weights: list[Tensor | ReadBlocks] = list(unembedding.weights)
+        weights: list[Weight] = list(unembedding.weights)
         self.copies = len(weights)
         self.first = linear(weights[0], None)
         residuals = unembedding.residuals
@@ -108,7 +108,7 @@ def pack(
     """Turn `model` into its decoding form in place, on the first backend that supports it.
 
     The model computes the same function of any shape, but can no longer be trained or saved. `backend_of` returns its
-    backend. Matrices that `put_blocks` replaced are read here and stay in blocks.
+    backend. Matrices that `put_blocks` replaced stay in blocks.
 
     Args:
         model: the model, whose weights are packed one after another.
@@ -142,10 +142,10 @@ def _pack_vocabulary(model: Transformer, backend: Backend, quantize: Quantize | 
     """Pack embedding and unembedding, with 8 bits if quantized; blocks that both use are stored once."""
     bits: Quantize | None = "q8" if quantize else None
 
-    def linear(weight: Tensor | ReadBlocks, bias: Tensor | None) -> nn.Module:
+    def linear(weight: Weight, bias: Tensor | None) -> nn.Module:
         return backend.linear(in_blocks(weight, bits), bias)
 
-    config, stored = model.config, cast("Tensor | ReadBlocks", model.trunk.embedding.weight)
+    config, stored = model.config, cast(Weight, model.trunk.embedding.weight)
     unembedding = PackedUnembedding(model.unembedding, config.vocab_size, linear)
     model.unembedding = unembedding  # type: ignore[assignment]
     if quantize or not isinstance(stored, Tensor):

@@ -36,20 +36,21 @@ static void attend_part(void *argument, long from, long to) {
         }
         const long rows = group * Q;
         const long start = at[s * W], end = a->row && !tree ? at[s * W + a->row[s]] : at[s * W + W - 1];
-        const long span = (end + 16) / 16 * 16;
-        float *score = malloc(4 * span * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
+        float *score = malloc(4 * (end + 16) * sizeof(float)), rows_q[4 * E], rows_y[4 * E];
         for (long first = 0; first < rows; first += 4) {
             const int R = rows - first < 4 ? (int)(rows - first) : 4;
-            long last[4], depth[4];
+            long last[4], depth[4], seen = 0;  // the last position that one of the rows sees
             const long *path[4];
             for (int r = 0; r < R; r++) {
                 const long head = g * group + (first + r) / Q, i = (first + r) % Q, w = a->row ? a->row[s] : i;
                 const real *qr = a->q + s * a->q_stride[0] + head * a->q_stride[1] + i * a->q_stride[2];
                 for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
                 last[r] = tree ? end : at[s * W + w];
+                seen = last[r] > seen ? last[r] : seen;
                 depth[r] = tree ? tree->depth[w] : 0;
                 path[r] = tree ? tree->path + w * tree->deep : NULL;
             }
+            const long span = (seen + 16) / 16 * 16;
             switch (R) {
                 case 1: attend_rows(1, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
                 case 2: attend_rows(2, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;

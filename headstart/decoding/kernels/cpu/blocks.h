@@ -159,10 +159,10 @@ typedef void BlockTile(const uint8_t *w, const Segment *s, Activations a, const 
     }
 #define BLOCK_TILES(BITS, PARTS)                                                                                               \
     BLOCK_TILE(1, BITS, PARTS) BLOCK_TILE(2, BITS, PARTS) BLOCK_TILE(3, BITS, PARTS) BLOCK_TILE(4, BITS, PARTS)                \
-    BLOCK_TILE(5, BITS, PARTS) BLOCK_TILE(6, BITS, PARTS) BLOCK_TILE(7, BITS, PARTS) BLOCK_TILE(8, BITS, PARTS)                \
+    BLOCK_TILE(6, BITS, PARTS) BLOCK_TILE(8, BITS, PARTS)                                                                      \
     static BlockTile *const tiles_q##BITS##_##PARTS[] = {                                                                      \
-        tile_1_q##BITS##_##PARTS, tile_2_q##BITS##_##PARTS, tile_3_q##BITS##_##PARTS, tile_4_q##BITS##_##PARTS,                \
-        tile_5_q##BITS##_##PARTS, tile_6_q##BITS##_##PARTS, tile_7_q##BITS##_##PARTS, tile_8_q##BITS##_##PARTS};
+        NULL, tile_1_q##BITS##_##PARTS, tile_2_q##BITS##_##PARTS, tile_3_q##BITS##_##PARTS, tile_4_q##BITS##_##PARTS,          \
+        NULL, tile_6_q##BITS##_##PARTS, NULL, tile_8_q##BITS##_##PARTS};
 BLOCK_TILES(4, 1)
 BLOCK_TILES(5, 1)
 BLOCK_TILES(8, 1)
@@ -220,8 +220,11 @@ typedef struct {
     Activations a;
 } BlockProduct;
 
-// Return the first row of a tile. Sizes of tiles differ by one at most.
-static inline long first_row(const BlockProduct *p, long tile) { return p->rows * tile / p->tiles; }
+// Return the first row of a tile: tiles have 8 rows, and then 1, 2, 3, 4 or 6, for which there are functions.
+static inline long first_row(const BlockProduct *p, long tile) {
+    if (tile <= p->rows / MOST_ROWS) return tile * MOST_ROWS;
+    return tile == p->tiles ? p->rows : p->rows - 1;  // 5 and 7 rows are 4 or 6, and 1
+}
 
 static void quantize_tiles(void *argument, long from, long to) {
     const BlockProduct *p = argument;
@@ -249,7 +252,7 @@ static void multiply_columns(const BlockProduct *p, long task) {
             for (long tile = panel; tile < last; tile++) {
                 const long first = first_row(p, tile), M = first_row(p, tile + 1) - first;
                 float *y = p->y + first * p->N + column + n;
-                tiles[M - 1](records, s, tile_at(p->a, first), bias, y, p->N, end - n < 16 ? end - n : 16);
+                tiles[M](records, s, tile_at(p->a, first), bias, y, p->N, end - n < 16 ? end - n : 16);
             }
         }
     }
@@ -261,7 +264,8 @@ static void multiply_tasks(void *argument, long from, long to) {
 
 // Compute y (rows, N) = x (rows, K) W^T + bias. w: packed as described above.
 static void product_blocks(const float *x, const BlockHeader *w, const float *bias, float *y, long rows, long N, long K, int threads) {
-    const long groups = (K + GROUP - 1) / GROUP, tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    const long groups = (K + GROUP - 1) / GROUP, left = rows % MOST_ROWS;
+    const long tiles = rows / MOST_ROWS + (left > 0) + (left == 5 || left == 7);
     const long panel = (256 << 10) / (MOST_ROWS * GROUP * groups);
     float *step = malloc(rows * groups * (GROUP + 4 * sizeof(float)));
     const Activations a = {(int8_t *)(step + 4 * rows * groups), step, step + rows * groups, groups};

@@ -14,8 +14,8 @@ from headstart.hardware import huge_pages
 COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
 """The columns of a block of packed weights."""
 _CHUNK, _LINE = 64 << 20, 64
-_ROWS = 4096
-"""The rows of a matrix that are laid out at a time."""
+_PIECE = 1 << 18
+"""The weights that are laid out at a time: what is computed on the way stays in cache."""
 
 _lock = threading.Lock()
 _chunk, _used = torch.empty(0, dtype=torch.uint8), 0
@@ -45,21 +45,24 @@ _SEGMENT = struct.Struct("<7q")
 
 def pack_blocks(blocks: Blocks) -> Tensor:
     """Return weights in blocks in the layout of blocks.h, uint8: a header, and records of 16 outputs and 32 inputs."""
-    groups = -(-blocks[0].shape[1] // GROUP)
-    header, records, sizes = bytearray(_HEADER.pack(len(blocks))), list[int](), list[int]()
+    K = blocks[0].shape[1]
+    groups, rows = -(-K // GROUP), max(16, _PIECE // K // 16 * 16)
+    header, sizes = bytearray(_HEADER.pack(len(blocks))), list[int]()
     begin = -(-(_HEADER.size + _SEGMENT.size * len(blocks)) // _LINE) * _LINE
-    for part in blocks:
-        scales = 16 * (GROUP // part.group) * part.scales_NG.element_size() * (1 if part.minimums_NG is None else 2)
-        record = 64 * part.bits + scales
+    for whole in blocks:
+        part = whole.rows(slice(0, 1))
         wide, minimums = part.scales_NG.dtype == torch.float32, part.minimums_NG is not None
-        header += _SEGMENT.pack(part.shape[0], part.bits, part.group, wide, minimums, record, begin + sum(sizes))
-        records.append(record)
-        sizes.append(-(-part.shape[0] // 16) * groups * record)
+        scales = 16 * (GROUP // part.group) * part.scales_NG.element_size() * (1 + minimums)
+        record = 64 * part.bits + scales
+        header += _SEGMENT.pack(whole.shape[0], part.bits, part.group, wide, minimums, record, begin + sum(sizes))
+        sizes.append(-(-whole.shape[0] // 16) * groups * record)
     packed = _room(begin + sum(sizes))
     packed[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
-    for part, record, room in zip(blocks, records, packed[begin:].split(sizes)):
-        for i, some in enumerate(room.split(_ROWS // 16 * groups * record)):
-            some.copy_(_records(part.rows(slice(i * _ROWS, (i + 1) * _ROWS))).flatten())
+    for whole, room in zip(blocks, packed[begin:].split(sizes)):
+        for first in range(0, whole.shape[0], rows):
+            records = _records(whole.rows(slice(first, first + rows))).flatten()
+            room[: len(records)] = records
+            room = room[len(records) :]
     return packed
 
 
