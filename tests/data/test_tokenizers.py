@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.data.detokenizer import TextStream
+from headstart.data.special_tokens import added_tokens
 from headstart.data.tokenizers import LONG, ByteTokenizer, PretrainedTokenizer, load_tokenizer
 from headstart.errors import UsageError
 
@@ -101,6 +102,11 @@ def test_a_special_token_that_is_no_text_is_refused(tmp_path, file, name, value)
         PretrainedTokenizer(tmp_path)
     (tmp_path / file).write_text(json.dumps({name: None}))
     assert PretrainedTokenizer(tmp_path).end_id == 255
+
+
+def test_added_tokens_are_those_with_a_text_and_an_id(tmp_path):
+    (tmp_path / "added_tokens.json").write_text('{"b": 9, "a": 7, "c": "8", "d": true, "e": null, "": 3}')
+    assert [token["content"] for token in added_tokens(tmp_path)] == ["a", "b"]
 
 
 def test_an_end_token_that_is_no_token_is_refused(tmp_path):

@@ -198,6 +198,8 @@ def test_what_takes_too_much_is_stopped(sandbox) -> None:
         "import signal, time\nfor s in range(1, 32):\n  try: signal.signal(s, signal.SIG_IGN)\n  except OSError: 0\n"
     )
     assert run(sandbox, blocking + "time.sleep(99)", seconds=0.3).status == "timeout"
+    closed = "import os, time\nfor fd in 0, 1, 2: os.close(fd)\ntime.sleep(99)"
+    assert run(sandbox, closed, "", seconds=0.3).status == "timeout"
     assert run(sandbox, "input()", "", seconds=0.3).status == "failed"  # nothing to read is an end, not a wait
     assert run(sandbox, "while True: print('x' * 1000)", seconds=9).status == "output"
     assert run(sandbox, "import sys\nwhile True: print('x' * 1000, file=sys.stderr)", seconds=9).status == "output"
