@@ -50,6 +50,7 @@ class KVCache:
         blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
         self.keys = untouched_zeros(blocks, dtype, device)
         self.compiled = compiled
+        self._slot_bytes = self.values[0, 0].nbytes
         # (n-2, slots, D): latents of sequential heads 2..n-1 at the last position that is right.
         self.carried = torch.zeros(max(0, config.ahead - 1), slots, config.dim, dtype=dtype, device=device)
 
@@ -57,6 +58,11 @@ class KVCache:
         """Return the keys of a slot as (layers, kv_heads, capacity, E), whatever the layout."""
         keys = self.keys[:, slot]
         return keys.transpose(-1, -2).flatten(2, 3) if self.compiled else keys
+
+    def addresses(self, layer: int, slot: int) -> tuple[int, int]:
+        """Return where the keys and the values of a slot begin in memory, for compiled kernels."""
+        offset = (layer * self.values.shape[1] + slot) * self._slot_bytes
+        return self.keys.data_ptr() + offset, self.values.data_ptr() + offset
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` positions of a slot into another one."""
@@ -174,11 +180,9 @@ class CachedAttention:
 
     def __call__(self, layer: int, row_S: Tensor | None = None) -> Attend:
         """Return the attention of block `layer`; with `row_S` (S,) only that row of each slot asks."""
-        keys, values = self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots]
         if self.cache.compiled:
-            return CompiledAttention(keys, values, self.positions, row_S, self.compiled_tree)
-
-        return LayerAttention(self, keys, values, row_S)
+            return CompiledAttention(self, layer, row_S)
+        return LayerAttention(self, self.cache.keys[layer, self.slots], self.cache.values[layer, self.slots], row_S)
 
     def _attend(self, q_SHWE: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -238,21 +242,19 @@ class LayerAttention:
 class CompiledAttention:
     """The attention of one block through compiled kernels; an `Attend`, and its inputs for compiled blocks."""
 
-    keys: Tensor
-    """(S, K, capacity / 16, E, 16) fp32."""
-    values: Tensor
-    """(S, K, capacity, E) fp32."""
-    positions_SW: Tensor
+    whole: CachedAttention
+    layer: int
     row_S: Tensor | None
     """The one row of each slot whose attention is computed (None: all rows)."""
-    tree: cpu.Tree | None = None
 
     def __call__(self, q_SHWE: Tensor, k_SKWE: Tensor, v_SKWE: Tensor, window: int | None = None) -> Tensor:
         """Attend; `window` is at least the context, for others are not compiled (`CompiledBackend`)."""
         if self.row_S is not None:
             q_SHWE = gather_row(q_SHWE, self.row_S, 2)
-        places = (self.positions_SW, self.row_S)
-        return cpu.attend(q_SHWE, k_SKWE, v_SKWE, self.keys, self.values, *places, self.tree)
+        whole, cache = self.whole, self.whole.cache
+        keys, values = cache.keys[self.layer, whole.slots], cache.values[self.layer, whole.slots]
+        places = (whole.positions, self.row_S, whole.compiled_tree)
+        return cpu.attend(q_SHWE, k_SKWE, v_SKWE, keys, values, *places)
 
 
 def gather_row(x: Tensor, row_S: Tensor, dim: int) -> Tensor:

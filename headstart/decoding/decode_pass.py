@@ -33,8 +33,9 @@ def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tup
     logits = model.unembedding(latents.head(1))  # (S, R, V)
     if plan.keep_logits:
         state.logits_SRV = logits
-    drafts = state.windows.tokens_SW[slots, 1 : plan.rows]
-    logits = state.constraints.apply(state.penalties.apply(logits, drafts, slots, tree), slots)
+    if state.penalties.any(slots):
+        logits = state.penalties.apply(logits, state.windows.tokens_SW[slots, 1 : plan.rows], slots, tree)
+    logits = state.constraints.apply(logits, slots)
     noise = fed_noise = None
     if state.sampling.any_sampled(slots):
         # One hash makes the noise of all positions that this pass decides or drafts: both share it.
@@ -59,7 +60,7 @@ def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tup
 def _feed(model: Transformer, state: DecodingState, plan: PassPlan, length_S: Tensor) -> Latents:
     """Run the trunk over the windows, writing keys and values to the caches."""
     window = state.windows.tokens_SW[plan.slots, : plan.rows]
-    places = length_S[:, None] + torch.arange(plan.rows, device=window.device)
+    places = state.positions(length_S, plan.rows, plan.starts)
     if plan.tree is None:
         rotary = state.rotary_at(places, plan.starts)
     else:

@@ -295,7 +295,7 @@ class Engine:
         window = generation.window
         if self.watch is not None and window.confidences and fed:
             self.watch(generation, fed, accepted)
-        heads = sum(drafter.is_head for drafter in window.drafters)
+        heads = sum([drafter.is_head for drafter in window.drafters])
         if self.policy is not None and window.confidences:
             self.policy.learn(generation.sampled, window.confidences, min(fed, heads), min(accepted, heads))
         for drafter in self._drafters:

@@ -17,6 +17,7 @@ class Latents:
     ) -> None:
         self.model, self.rotary, self.attention = model, rotary, attention
         self.of: dict[int, Tensor] = {0: model.trunk(tokens_SW, rotary, attention)}
+        self._heads = list(model.heads)  # to index a ModuleList costs as much as an operator
 
     def head(self, k: int) -> Tensor:
         """Return the latent of head k on all rows, and run the heads that it hangs on."""
@@ -28,7 +29,7 @@ class Latents:
     def run(self, k: int, row_S: Tensor | None = None) -> None:
         """Run head k on its parent's latent, on all rows or on row `row_S` of each slot."""
         config = self.model.config
-        parent, head = self.of[config.parents[k - 1]], self.model.head(k)
+        parent, head = self.of[config.parents[k - 1]], self._heads[k - 1]
         select = None if row_S is None else (lambda x: gather_row(x, row_S, 1))
         if isinstance(head, PassHead):
             self.of[k] = parent if select is None else select(parent)

@@ -52,7 +52,7 @@ class PenaltyRows:
 
     def any(self, slots: slice) -> bool:
         """Return whether any of these slots has penalties."""
-        return any(not penalties.none for penalties in self._of[slots])
+        return self._written is not None and any(not penalties.none for penalties in self._of[slots])
 
     def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice, tree: TreeRows | None = None) -> Tensor:
         """Return penalised logits (S, R, V).
@@ -60,8 +60,9 @@ class PenaltyRows:
         Row j comes after the first j drafts, in a tree after those of its path; without drafts all rows come after the
         committed tokens.
         """
-        if self._written is None or not self.any(slots):
+        if not self.any(slots):
             return logits_SRV
+        assert self._written is not None
         logits = logits_SRV.float() if logits_SRV.dtype != torch.float64 else logits_SRV
         counts = self._written[slots, None].expand_as(logits)
         if drafts_SG is not None and drafts_SG.shape[1]:
@@ -81,7 +82,8 @@ class PenaltyRows:
 
     def wrote(self, tokens_SR: Tensor, accepted_S: Tensor, slots: slice) -> None:
         """Count the tokens[s, : accepted[s] + 1] that a pass has committed."""
-        if self._written is None or not self.any(slots):
+        if not self.any(slots):
             return
+        assert self._written is not None
         committed = torch.arange(tokens_SR.shape[1], device=tokens_SR.device) <= accepted_S[:, None]
         self._written[slots].scatter_add_(1, tokens_SR, committed.to(torch.int32))

@@ -83,6 +83,8 @@ class SamplingRows:
     def __init__(self, slots: int, device: torch.device | str) -> None:
         self._of: list[Sampling] = [Sampling()] * slots
         self.rules: list[Rule] = [Rule()] * slots
+        # What every pass asks of `_of` and `rules`.
+        self._sampled, self._matching = [False] * slots, [True] * slots
         self.temperature = torch.zeros(slots, device=device)
         self.top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self.top_p = torch.ones(slots, device=device)
@@ -101,7 +103,7 @@ class SamplingRows:
         rule = rule or Rule()
         if sampling.temperature == 0 and rule.kind in ("rejection", "block", "lossy-typical"):
             rule = Rule()  # the same where one token has all the probability
-        self._of[slot], self.rules[slot] = sampling, rule
+        self._keep(slot, sampling, rule)
         self.weighs[slot], self.block[slot] = rule.weighs, rule.kind == "block"
         self.temperature[slot] = sampling.temperature
         self.top_k[slot] = min(sampling.top_k, 2**62)  # more than any vocabulary, and an int64
@@ -112,11 +114,15 @@ class SamplingRows:
 
     def clear(self, slot: int) -> None:
         """Make `slot` greedy, so that it costs the other slots no noise and no transforms."""
-        self._of[slot], self.rules[slot] = Sampling(), Rule()
+        self._keep(slot, Sampling(), Rule())
+
+    def _keep(self, slot: int, sampling: Sampling, rule: Rule) -> None:
+        self._of[slot], self.rules[slot] = sampling, rule
+        self._sampled[slot], self._matching[slot] = sampling.temperature > 0, rule.kind == "match"
 
     def any_sampled(self, slots: slice) -> bool:
         """Return whether any of these slots needs noise."""
-        return any(s.temperature > 0 for s in self._of[slots])
+        return any(self._sampled[slots])
 
     def transforms(self, slots: slice) -> tuple[bool, int, bool, bool] | None:
         """Return which kernels `choose` runs, as far as the host decides.
@@ -153,7 +159,7 @@ class SamplingRows:
 
     def plain_rules(self, slots: slice) -> bool:
         """Return whether all these slots accept by matching plain decoding."""
-        return all(rule.kind == "match" for rule in self.rules[slots])
+        return all(self._matching[slots])
 
     def probabilities(self, logits_SRV: Tensor, slots: slice) -> Tensor:
         """Return the distributions (S, R, V) that tokens are drawn from; greedy slots have temperature 1 here."""
@@ -169,16 +175,11 @@ class SamplingRows:
         if compiled is not None:
             logits_SRV = logits_SRV.contiguous()
             (S, R), V = logits_SRV.shape[:2], logits_SRV.shape[2]
-            tokens, scratch = torch.empty((S, R), dtype=torch.int64), torch.empty(V)
+            tokens, temperature = torch.empty((S, R), dtype=torch.int64), cpu.address(self.temperature, slots.start)
             noise = None if noise_SRV is None else noise_SRV.contiguous()
-            compiled.choose(
-                logits_SRV.data_ptr(),
-                self.temperature[slots].data_ptr(),
-                None if noise is None else noise.data_ptr(),
-                tokens.data_ptr(),
-                scratch.data_ptr(),
-                *(S * R, R, V),
-            )
+            scratch = None if noise is None else torch.empty(V)
+            pointers = [None if x is None else x.data_ptr() for x in (noise, tokens, scratch)]
+            compiled.choose(logits_SRV.data_ptr(), temperature, *pointers, S * R, R, V)
             return tokens
         greedy = logits_SRV.argmax(-1)
         if noise_SRV is None:
@@ -221,8 +222,8 @@ class SamplingRows:
             logits_SRV, tokens_SR = logits_SRV.float().contiguous(), tokens_SR.contiguous()
             (S, R), V = tokens_SR.shape, logits_SRV.shape[2]
             confidence = torch.empty(S, R)
-            pointers = [x.data_ptr() for x in (logits_SRV, self.temperature[slots], tokens_SR, confidence)]
-            compiled.confidence(*pointers, S * R, R, V)
+            pointers = (cpu.address(self.temperature, slots.start), tokens_SR.data_ptr(), confidence.data_ptr())
+            compiled.confidence(logits_SRV.data_ptr(), *pointers, S * R, R, V)
             return confidence
         temperature = self.temperature[slots, None, None]
         x = logits_SRV.float()

@@ -83,6 +83,12 @@ class DecodingState:
             rotary=model.rotary(torch.arange(capacity, device=device), model.dtype),
         )
 
+    def positions(self, length_S: Tensor, rows: int, starts: list[int] | None = None) -> Tensor:
+        """Return the positions (S, rows) of windows that begin at `length_S`; `starts` are the same on the host."""
+        if starts is not None and len(starts) == 1:  # fewer operators
+            return torch.arange(starts[0], starts[0] + rows, device=length_S.device)[None]
+        return length_S[:, None] + torch.arange(rows, device=length_S.device)
+
     def rotary_at(self, positions: Tensor, starts: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """Return cos and sin (S, W, 1, E) at positions (S, W); `starts` is their first column if the host knows it."""
         cos, sin = self.rotary

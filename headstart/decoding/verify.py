@@ -66,13 +66,13 @@ def verify(state: DecodingState, evidence: Evidence) -> Verdict:
 def match_chain(state: DecodingState, evidence: Evidence) -> Verdict:
     """Accept the drafts of chains up to the first that differs from plain decoding's token."""
     slots, tokens_SR, heads = evidence.slots, evidence.tokens_SR, evidence.heads
-    length, window, drafted = state.length_S[slots], state.windows.tokens_SW[slots], state.windows.drafted_S[slots]
     compiled = cpu.chooser() if tokens_SR.device.type == "cpu" else None
     if compiled is not None:
-        accepted, tokens_SR = torch.empty_like(length), tokens_SR.contiguous()
-        pointers = [x.data_ptr() for x in (tokens_SR, window, drafted, length, state.heads_S[slots], accepted)]
-        compiled.settle(*pointers, *tokens_SR.shape, window.shape[1], heads - 1)
+        accepted, tokens_SR = torch.empty_like(evidence.length_S), tokens_SR.contiguous()
+        pointers = (tokens_SR.data_ptr(), *_addresses(state, slots.start), accepted.data_ptr())
+        compiled.settle(*pointers, *tokens_SR.shape, state.windows.tokens_SW.shape[1], heads - 1)
         return Verdict(tokens_SR, accepted, accepted)
+    length, window, drafted = state.length_S[slots], state.windows.tokens_SW[slots], state.windows.drafted_S[slots]
     rows = tokens_SR.shape[1]
     fed = torch.arange(1, rows, device=window.device) <= drafted[:, None]
     accepted = ((window[:, 1:rows] == tokens_SR[:, :-1]) & fed).long().cumprod(1).sum(1)
@@ -80,17 +80,24 @@ def match_chain(state: DecodingState, evidence: Evidence) -> Verdict:
     return Verdict(tokens_SR, accepted, accepted)
 
 
+def _addresses(state: DecodingState, first: int) -> list[int]:
+    """Return where windows, numbers of drafts, lengths and heads of slots from `first` on begin in memory."""
+    tensors = (state.windows.tokens_SW, state.windows.drafted_S, state.length_S, state.heads_S)
+    return [cpu.address(x, first) for x in tensors]
+
+
 def match_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verdict:
     """Walk down each tree, from a row to the child that is plain decoding's token there."""
     slots, tokens_SR, heads = evidence.slots, evidence.tokens_SR, evidence.heads
-    length, window, drafted = state.length_S[slots], state.windows.tokens_SW[slots], state.windows.drafted_S[slots]
     compiled = cpu.chooser() if tokens_SR.device.type == "cpu" else None
     if compiled is not None:
-        accepted, row, tokens_SR = torch.empty_like(length), torch.empty_like(length), tokens_SR.contiguous()
-        tensors = (tokens_SR, window, drafted, length, state.heads_S[slots], accepted, row)
-        pointers = [x.data_ptr() for x in (*tensors, tree.parent_R, tree.depth_R)]
-        compiled.settle_tree(*pointers, *tokens_SR.shape, window.shape[1], heads - 1)
+        tokens_SR = tokens_SR.contiguous()
+        accepted, row = torch.empty_like(evidence.length_S), torch.empty_like(evidence.length_S)
+        results = [x.data_ptr() for x in (accepted, row, tree.parent_R, tree.depth_R)]
+        pointers = (tokens_SR.data_ptr(), *_addresses(state, slots.start), *results)
+        compiled.settle_tree(*pointers, *tokens_SR.shape, state.windows.tokens_SW.shape[1], heads - 1)
         return Verdict(tokens_SR.gather(1, tree.path_RD[row]), accepted, row)
+    length, window, drafted = state.length_S[slots], state.windows.tokens_SW[slots], state.windows.drafted_S[slots]
     drafts = tree.depth_R[1:] <= drafted[:, None]
     right = torch.ones_like(tokens_SR, dtype=torch.bool)
     right[:, 1:] = (window[:, 1 : tree.rows] == tokens_SR[:, tree.parent_R[1:]]) & drafts

@@ -19,10 +19,9 @@ from headstart.decoding.drafters.tree import DraftTree, TreeRows
 class Origin(int):
     """The drafter of a token, as the number that outputs report: k for head k, or one of the constants below."""
 
-    @property
-    def is_head(self) -> bool:
+    def __init__(self, number: int) -> None:
+        self.is_head = number > 0
         """True if a head proposed the token."""
-        return self > 0
 
 
 LOOKUP = Origin(0)

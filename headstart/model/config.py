@@ -56,7 +56,7 @@ class ModelConfig(Shape):
         """The modules, numbers and names of the heads."""
         return HEAD_KINDS[self.head_kind](self)
 
-    @property
+    @cached_property
     def trunk_layers(self) -> int:
         """Blocks of the trunk."""
         return self.kind.trunk_layers

@@ -79,10 +79,8 @@ class Windows:
         """So many slots of one request."""
         rows = SamplingRows(1, "cpu")
         rows.set(0, Sampling(1.0, seed=11), self.rule)
-        rows._of, rows.rules = rows._of * count, rows.rules * count
         for name, value in vars(rows).items():
-            if isinstance(value, Tensor):
-                setattr(rows, name, value.expand(count))
+            setattr(rows, name, value.expand(count) if isinstance(value, Tensor) else value * count)
         return rows
 
     def law(self, *of: object) -> list[float]:

@@ -166,7 +166,7 @@ class CompiledBlock(nn.Module):
             return cast(Tensor, self.block(x_BTD, rotary, attend, select))
         x_SWD, cos, sin = x_BTD.contiguous(), rotary[0].contiguous(), rotary[1].contiguous()
         S, W, D = x_SWD.shape
-        row_S = attend.row_S
+        row_S, whole = attend.row_S, attend.whole
         y_SQD = x_SWD.new_empty(S, W if row_S is None else 1, D)
         self._call(
             self.weights,
@@ -174,12 +174,11 @@ class CompiledBlock(nn.Module):
             cos.data_ptr(),
             sin.data_ptr(),
             y_SQD.data_ptr(),
-            attend.keys.data_ptr(),
-            attend.values.data_ptr(),
-            attend.positions_SW.data_ptr(),
+            *whole.cache.addresses(attend.layer, whole.slots.start),
+            whole.positions.data_ptr(),
             None if row_S is None else row_S.data_ptr(),
-            attend.tree,
-            *(S, W, attend.values.shape[2]),
+            whole.compiled_tree,
+            *(S, W, whole.cache.capacity),
             torch.get_num_threads(),
         )
         return y_SQD
@@ -210,12 +209,11 @@ class CompiledTrunk(nn.Module):
             return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
         z_SWD = self._embed(tokens_BT)
         y_SWD = torch.empty_like(z_SWD)
-        cache, first = attend.cache, attend.slots.start
-        cos, sin = rotary[0].contiguous(), rotary[1].contiguous()
-        tensors = (z_SWD, cos, sin, y_SWD, cache.keys[0, first], cache.values[0, first])
+        cache, cos, sin = attend.cache, rotary[0].contiguous(), rotary[1].contiguous()
         self._call(
-            *(self._addresses, len(self.blocks)),
-            *(x.data_ptr() for x in tensors),
+            *(self._addresses, len(self._addresses)),
+            *(z_SWD.data_ptr(), cos.data_ptr(), sin.data_ptr(), y_SWD.data_ptr()),
+            *cache.addresses(0, attend.slots.start),
             *(cache.keys.stride(0), attend.positions.data_ptr(), attend.compiled_tree),
             *(*z_SWD.shape[:2], cache.capacity),
             torch.get_num_threads(),

@@ -175,6 +175,11 @@ def _processor_lines() -> str:
     return "\n".join(line for line in lines if line.startswith(("model name", "flags")))[:4000]
 
 
+def address(x: Tensor, row: int) -> int:
+    """Return the address of `x[row]`, for a fraction of the time that a tensor of the row takes to make."""
+    return x.data_ptr() + (row * x.stride(0) * x.element_size() if row else 0)
+
+
 def attend(
     q_SHQE: Tensor,
     k_SGWE: Tensor,
