@@ -117,6 +117,16 @@ def attention(config: ModelConfig, q, k, v, starts: list[int], keys, values) -> 
     return y
 
 
+def test_addresses():
+    config = ModelConfig(vocab_size=8, dim=32, layers=3, attention_heads=2, heads=2)
+    cache = KVCache(config, 3, 40, torch.float32, "cpu", compiled=True)
+    for layer, slot in ((0, 0), (0, 2), (2, 1)):
+        expected = cache.keys[layer, slot].data_ptr(), cache.values[layer, slot].data_ptr()
+        assert cache.addresses(layer, slot) == expected
+    for x in (torch.zeros(4, dtype=torch.int64), torch.zeros(4, 5, dtype=torch.int64), torch.zeros(4)):
+        assert [cpu.address(x, row) for row in range(4)] == [x[row:].data_ptr() for row in range(4)]
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 16), (4, 2, 32), (3, 1, 48), (4, 4, 64)])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_attention_over_the_cache(
