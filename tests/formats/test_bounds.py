@@ -80,6 +80,13 @@ def test_lists_and_scalings_are_bounded_too() -> None:
         replace(SIZES, offsets=(1, 10**12))
     with pytest.raises(UsageError, match=r"rope_scaling\.factor is 1e\+300"):
         RopeScaling("linear", 1e300)
+    with pytest.raises(UsageError, match=r"rope_scaling\.original_context is 1000000000000; it must be at most"):
+        RopeScaling("yarn", 2.0, 10**12)
+    for eps in (0.0, -1e-5, float("nan")):
+        with pytest.raises(UsageError, match=r"model\.norm_eps is .*greater than 0"):
+            replace(SIZES, norm_eps=eps)
+    with pytest.raises(UsageError, match=r"rope_scaling\.factor is 0\.0; it must be greater than 0"):
+        RopeScaling("linear", 0.0)
 
 
 def test_format_true_is_no_format(model: Path) -> None:
