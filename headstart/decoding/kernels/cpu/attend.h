@@ -50,7 +50,8 @@ static void attend_part(void *argument, long from, long to) {
                 depth[r] = tree ? tree->depth[w] : 0;
                 path[r] = tree ? tree->path + w * tree->deep : NULL;
             }
-            const long span = (seen + 16) / 16 * 16;
+            // The first row of a sequential head may lie at the end of the cache, where nothing reads it: it sees no further.
+            const long span = ((seen < end ? seen : end) + 16) / 16 * 16;
             switch (R) {
                 case 1: attend_rows(1, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
                 case 2: attend_rows(2, rows_q, last, path, depth, start, kc, vc, E, span, score, rows_y); break;
