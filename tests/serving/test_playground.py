@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from chats import chat_tokenizer
 from starlette.testclient import TestClient
 
 from headstart.reports import html as house
@@ -180,10 +181,9 @@ def test_models_that_chat_are_sent_messages(tab: Any) -> None:
 
 def test_the_server_says_whether_its_model_chats(tmp_path: Path) -> None:
     model = SimpleNamespace(config=SimpleNamespace(heads=2))
-    service: Any = SimpleNamespace(name="m", context=8, model=model, tokenizer=SimpleNamespace(directory=tmp_path))
     for template in (None, "{{ messages }}"):
-        if template is not None:
-            (tmp_path / "chat_template.jinja").write_text(template)
+        tokenizer = chat_tokenizer(tmp_path / str(template is None), template)
+        service: Any = SimpleNamespace(name="m", context=8, model=model, tokenizer=tokenizer)
         card = TestClient(make_app(service)).get("/v1/models").json()["data"][0]
         assert card["chat"] is (template is not None)
 

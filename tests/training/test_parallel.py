@@ -124,5 +124,5 @@ def test_a_mesh_that_does_not_divide_is_refused() -> None:
         ParallelConfig(processes_per_copy=2)
     with pytest.raises(UsageError, match="processes_per_copy is 0; it must be at least 1"):
         ParallelConfig(sharding="hybrid", processes_per_copy=0)
-    with pytest.raises(UsageError, match=r"parallel.sharding 'some' is unknown; take full, hybrid or replicate"):
+    with pytest.raises(UsageError, match=r"parallel.sharding 'some' is unknown; take one of full, hybrid, replicate"):
         ParallelConfig(sharding="some")

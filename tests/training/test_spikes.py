@@ -155,5 +155,5 @@ def test_a_run_that_goes_on_remembers_its_losses(tiny, monkeypatch) -> None:
 
 @pytest.mark.parametrize("threshold", [-1.0, math.nan])
 def test_impossible_thresholds_are_refused(threshold: float) -> None:
-    with pytest.raises(UsageError, match=r"^optimizer.spike_threshold is [^\n]*; it must not be negative$"):
+    with pytest.raises(UsageError, match=r"^optimizer.spike_threshold is [^\n]*; it must be at least 0$"):
         OptimizerConfig(spike_threshold=threshold)
