@@ -5,6 +5,7 @@ Without the package gguf, a test file that imports this is skipped.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -195,3 +196,12 @@ def random_blocks(rows: int, columns: int, kind: str) -> np.ndarray:
 def dequantized(blocks: np.ndarray, kind: str) -> Tensor:
     """Return what the package gguf makes of stored blocks."""
     return torch.from_numpy(np.array(gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])))
+
+
+def real_files(pattern: str = "*.gguf") -> list[Path]:
+    """Return the files of a pattern in the folder that HEADSTART_GGUF_DIR names; skip the test if there are none."""
+    folder = os.environ.get("HEADSTART_GGUF_DIR")
+    paths = [] if folder is None else sorted(Path(folder).glob(pattern))
+    if not paths:
+        pytest.skip(f"HEADSTART_GGUF_DIR names no folder with {pattern}")
+    return paths

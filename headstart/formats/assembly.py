@@ -65,7 +65,7 @@ def assemble_in_place(
         parameter = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=dtype, device=device)
         for target, part in zip(parameter.split(rows), parts):
             fill(part, target)
-            _check_finite(part.name, target)
+            check_finite(part.name, target)
         state[name] = nn.Parameter(parameter)
     if config.tied:
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]
@@ -80,7 +80,7 @@ def parameters_by_part(model: Transformer) -> dict[str, nn.Parameter]:
     return {parts[0].name: state[name] for name, parts in files if parts[0].file == MODEL_FILE}
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
     """Raise UsageError if an entry is NaN or infinite. `aminmax` returns NaN if there is one, and takes no memory."""
     if tensor.is_meta or not tensor.numel():
         return

@@ -123,8 +123,9 @@ def load_gguf_blocks(path: str | Path, model: Transformer | None = None) -> Tran
 
 
 def _stored_blocks(file: GgufFile, source: GgufSource) -> StoredBlocks:
-    order = source.order()
-    return StoredBlocks(file.raw(source.name), file.type(source.name).name, None if order is None else order.numpy())
+    order, name = source.order(), f"{file.path}: {source.name}"
+    rows = None if order is None else order.numpy()
+    return StoredBlocks(file.raw(source.name), file.type(source.name).name, name, rows)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.decoding.kernels.blocks import BlockWeight
+from headstart.formats.assembly import check_finite
 
 Array = NDArray[Any]
 Fields = tuple[Array, Array, "Array | None", int, int]
@@ -26,19 +27,25 @@ class StoredBlocks:
     """The stored blocks of each row, uint8 (N, bytes of a row), mapped."""
     kind: str
     """The name of their type, a key of `READERS`."""
+    name: str
+    """The file and the tensor, for messages."""
     order: Array | None
     """For each row of the matrix the row that is stored (None: the same)."""
 
     @property
     def shape(self) -> torch.Size:
-        """Outputs and inputs."""
+        """Numbers of outputs and inputs."""
         codes = READERS[self.kind][0](self.raw[:1].reshape(1, -1, READERS[self.kind][1]))[0]
         return torch.Size((len(self.raw), codes.size))
 
     def rows(self, rows: Tensor | slice) -> BlockWeight:
-        """Return some rows of the matrix, in the order given."""
+        """Return some rows of the matrix, in the order given. Raises UsageError for values that are not finite."""
         place = rows if isinstance(rows, slice) else rows.numpy()
-        return block_weight_from_gguf(self.raw[place if self.order is None else self.order[place]], self.kind)
+        found = block_weight_from_gguf(self.raw[place if self.order is None else self.order[place]], self.kind)
+        for values in (found.scales_NG, found.minimums_NG):
+            if values is not None:
+                check_finite(self.name, values)
+        return found
 
 
 def block_weight_from_gguf(raw: Array, kind: str) -> BlockWeight:

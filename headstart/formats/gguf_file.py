@@ -92,7 +92,8 @@ class GgufFile:
         flat, raw, step = target.view(-1), self.raw(name).reshape(-1), PIECE // block
         for begin in range(0, len(flat) // block, step):
             # One long row, because the package splits rows into small groups, which takes as long as the arithmetic.
-            piece = gguf.dequantize(raw[begin * block_bytes : (begin + step) * block_bytes][None], kind)[0]
+            with np.errstate(invalid="ignore"):  # NaN is refused where the numbers are used
+                piece = gguf.dequantize(raw[begin * block_bytes : (begin + step) * block_bytes][None], kind)[0]
             if not piece.flags.writeable:  # a view of the file, which torch does not take
                 piece = piece.copy()
             flat[begin * block : (begin + step) * block].copy_(torch.from_numpy(piece))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from torch import Tensor
 import headstart
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.pack import multiplies_blocks, pack
+from headstart.errors import UsageError
 from headstart.formats.gguf import load_gguf, load_gguf_blocks
 from headstart.formats.gguf_blocks import READERS, StoredBlocks, block_weight_from_gguf
+from headstart.formats.gguf_file import GgufFile
 from headstart.formats.heads import save_heads
 from headstart.model.transformer import Transformer
 from tests.gguf_models import (
@@ -113,3 +116,17 @@ def test_drafts_of_heads_on_blocks_change_no_output(kind: str, wiring: str, tmp_
     assert backend_of(loaded.transformer).form == ("blocks" if multiplies_blocks("cpu") else None)
     plain, drafted = (loaded.generate([1, 2, 3], 30, heads=heads, temperature=1.0).tokens for heads in (1, 3))
     assert plain == drafted and len(plain) == 30
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_q.weight", "token_embd.weight"])
+def test_blocks_that_are_not_finite_are_refused(tmp_path, name: str, value: str) -> None:
+    path = write_quantized(tmp_path / "m.gguf", "llama", random_model(CONFIGS["llama"]))
+    stored = GgufFile(path).raw(name)
+    content = bytearray(path.read_bytes())
+    begin = content.index(stored.tobytes())
+    content[begin : begin + 2] = np.float16(value).tobytes()  # the scale of the first block
+    path.write_bytes(content)
+    for settings in ({}, {"dtype": "float32"}):
+        with pytest.raises(UsageError, match="holds NaN or infinite values"):
+            headstart.load(path, **settings)

@@ -11,7 +11,7 @@ import torch
 from headstart.errors import UsageError
 from headstart.formats.gguf_file import GgufFile
 from headstart.formats.gguf_header import SUPPORTED_TYPES
-from tests.gguf_models import gguf, random_blocks
+from tests.gguf_models import gguf, random_blocks, real_files
 
 U32, STRING, ARRAY = 4, 8, 9
 VALUES = {
@@ -214,12 +214,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_real_files_are_those_of_the_package():
-    folder = os.environ.get("HEADSTART_GGUF_DIR")
-    if folder is None:
-        pytest.skip("HEADSTART_GGUF_DIR names no folder of GGUF files")
-    paths = sorted(Path(folder).glob("*.gguf"))
-    assert paths
-    for path in paths:
+    for path in real_files():
         file, reader = GgufFile(path), gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         assert dict(file.metadata) == fields

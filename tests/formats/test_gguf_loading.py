@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +25,7 @@ from tests.gguf_models import (
     permuted,
     random_blocks,
     random_gguf,
+    real_files,
     write_gguf,
 )
 from tests.models import random_model
@@ -246,12 +245,7 @@ def test_names_of_files_that_are_not_there(tmp_path):
 
 @pytest.mark.slow
 def test_real_files_continue_a_text():
-    folder = os.environ.get("HEADSTART_GGUF_DIR")
-    if folder is None:
-        pytest.skip("HEADSTART_GGUF_DIR names no folder of GGUF files")
-    paths = sorted(Path(folder).glob("*.gguf"))
-    assert paths
-    for path in paths:
+    for path in real_files():
         model = headstart.load(path, dtype="float32")
         likely = model.generate("The capital of France is Paris. The capital of Italy is", 4).text
         assert "Rome" in likely, path

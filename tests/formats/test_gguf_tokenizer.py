@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pickle
 import random
 import zlib
@@ -26,6 +25,7 @@ from headstart.formats.gguf_file import GgufFile
 from headstart.formats.gguf_split import SPLITS, pre_tokenizer, split_of
 from headstart.formats.gguf_tokenizer import tokenizer_from_metadata
 from headstart.formats.gguf_vocabulary import read_vocabulary
+from tests.gguf_models import real_files
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
 
@@ -303,10 +303,8 @@ file, special tokens parsed."""
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORED["crc32"])
 def test_ids_of_a_real_file_are_those_of_llama_cpp(name: str) -> None:
-    folder = os.environ.get("HEADSTART_GGUF_DIR")
-    if folder is None or not (Path(folder) / name).exists():
-        pytest.skip(f"HEADSTART_GGUF_DIR names no folder with {name}")
-    tokenizer = made(GgufFile(Path(folder) / name).metadata)
+    (path,) = real_files(name)
+    tokenizer = made(GgufFile(path).metadata)
     for line, expected in zip(STORED["lines"], STORED["crc32"][name], strict=True):
         ids = tokenizer.encode(line)
         assert zlib.crc32(b"".join(token.to_bytes(4, "little") for token in ids)) == expected, (line, ids)

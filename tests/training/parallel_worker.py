@@ -28,22 +28,11 @@ from headstart.training.config import RunConfig
 from headstart.training.muon import Muon
 from headstart.training.parallel import ParallelConfig, materialize, parallelize, whole_model
 from headstart.training.processes import Processes, joined
+from tests.models import WIRINGS
 from tests.reference import joint_step
 
 HEADS, LENGTH, ROWS = 3, 12, 4
-KINDS = [
-    ("transformer", "parallel"),
-    ("transformer", "causal"),
-    ("transformer", "anticausal"),
-    ("linear", "parallel"),
-    ("linear", "causal"),
-    ("linear", "anticausal"),
-    ("replicated", "parallel"),
-    ("medusa", "parallel"),
-    ("stern", "parallel"),
-    ("sequential", "causal"),
-    ("sequential-own", "causal"),
-]
+KINDS = [wiring for wiring in WIRINGS if wiring[0] != "medusa-own"]
 SPREAD = [(False, 1), (True, 2)]
 """(tied, micro-batches): a case takes a second."""
 USUAL = [(*kind, *SPREAD[1 - i % 2]) for i, kind in enumerate(KINDS)]

@@ -50,7 +50,7 @@ class BlockWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """Outputs and inputs."""
+        """Numbers of outputs and inputs."""
         return self.codes_NK.shape
 
     def rows(self, rows: Tensor | slice) -> BlockWeight:
@@ -73,7 +73,7 @@ class BlockRows(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """Outputs and inputs."""
+        """Numbers of outputs and inputs."""
 
     def rows(self, rows: Tensor | slice) -> BlockWeight:
         """Return some rows of the matrix, in the order given."""
