@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from headstart.console import Progress, print_json, say
+from headstart.errors import UsageError
 from headstart.hardware import use_threads
 
 
@@ -24,9 +25,14 @@ class DistillDataSettings:
     heads_from: str | None = None
     """A directory of draft heads for the model, or its name on the hub (docs/heads.md). The output does not depend on
     it."""
-    prompts: Path
+    prompts: Path | None = None
     """.jsonl with "prompt", "text" or "messages" in each line, or plain text with a prompt a line. In a conversation
     each question is answered in turn; answers in the file are ignored."""
+    self_prompts: int = 0
+    """Without --prompts: number of prompts that the model writes itself, as messages of a user (arXiv 2406.08464).
+    Those that differ are kept in OUT.prompts.jsonl and answered."""
+    self_prompt_temperature: float = 1.0
+    """Temperature of the prompts that the model writes."""
     out: Path
     """The .jsonl to write. `headstart prepare` reads it (conversations with --conversations)."""
     chat: bool = False
@@ -65,22 +71,32 @@ class DistillDataSettings:
 def run(settings: DistillDataSettings) -> None:
     """Write the answers, and say how many there are."""
     import headstart
-    from headstart.commands.self_distillation import DistillSettings, distill
+    from headstart.commands.self_distillation import DistillSettings, distill, write_self_prompts
     from headstart.decoding.settings import GenerationSettings
     from headstart.formats.bundled import model_path
 
+    if (settings.prompts is None) == (settings.self_prompts <= 0):
+        raise UsageError("give either --prompts FILE or --self-prompts N, N at least 1")
     use_threads(settings.threads)
     directory = model_path(settings.model)
     loaded = headstart.load(directory, settings.dtype, settings.device, heads=settings.heads_from)
     distillation = DistillSettings(
-        settings.prompts,
+        settings.prompts or settings.out.with_suffix(".prompts.jsonl"),
         settings.out,
         GenerationSettings.named_in(settings),
-        chat=settings.chat,
+        chat=settings.chat or settings.prompts is None,
         drop_unfinished=settings.drop_unfinished,
         slots=settings.slots,
         exact=settings.exact,
+        prompts_key=None if settings.prompts else f"own, temperature {settings.self_prompt_temperature}",
     )
+    if settings.prompts is None:
+        asking = replace(distillation.generation, temperature=settings.self_prompt_temperature)
+        drawing = replace(distillation, generation=asking)
+        with Progress("self-prompts", unit="prompts") as bar:
+            count = settings.self_prompts
+            kept = write_self_prompts(loaded, directory, drawing, count, progress=bar.update, report=say)
+        say(f"{kept:,} of {count:,} prompts are complete and differ: {distillation.prompts}")
     with Progress("distill", unit="prompts") as bar:
         found = distill(loaded, directory, distillation, progress=bar.update, report=say)
     if found["too_long"]:

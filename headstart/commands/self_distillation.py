@@ -3,27 +3,36 @@
 Heads learn best from text of the distribution that they draft for, which is the model's own (Medusa, section 2.3.2). As
 there, conversations are answered turn by turn. Each answer has a seed made of the place of its prompt in the file, so
 the output depends neither on how many answers are decoded together nor on where a run was stopped.
+
+The prompts can be the model's own as well: it continues the text that its chat template writes before a user's message
+(Magpie, arXiv 2406.08464).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from headstart.api import LanguageModel
 from headstart.commands.ordered_lines import OrderedLines, ordered_lines
 from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.conversations import ASSISTANT, Conversation
+from headstart.data.lines import read_records
+from headstart.data.prepare.duplicates import copies, digest_of, keys_of, near_copies
 from headstart.data.prompts import read_prompt_file
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
-from headstart.fileio import sha256_of
+from headstart.fileio import sha256_of, write_text
 from headstart.formats.hub import SUFFIX, local_path
 from headstart.formats.registry import format_at
 
@@ -55,13 +64,17 @@ class DistillSettings:
     """Number of answers decoded together; the output does not depend on it."""
     exact: bool = True
     """True: the output is bit-identical for every number of heads and slots; False: equal up to rounding."""
+    prompts_key: str | None = None
+    """Identity of the prompts, of which more can be added later (None: a hash of the file)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to continue, or a conversation whose questions the model answers in turn."""
+    """A text to continue, a conversation whose questions the model answers in turn, or the start of a question."""
 
     text: str = ""
+    opens_question: bool = False
+    """True: `text` is what the chat template writes before a user's message, and the output is that message."""
     questions: tuple[tuple[dict[str, Any], ...], ...] = ()
     """Messages before each answer; empty for a text."""
     tools: tuple[Any, ...] = ()
@@ -128,16 +141,12 @@ def distill(
         raise UsageError(f"{out}: must hold JSON lines; name a file that ends with .jsonl")
     prompts = read_prompts(settings.prompts, settings.chat)
     template = need_chat_template(model.tokenizer) if any(prompt.questions for prompt in prompts) else None
+    ends = frozenset() if template is None else template.turn_ends(model.tokenizer)
+    key = settings.prompts_key or sha256_of(settings.prompts)
+    recorded = _recorded_settings(model, local_path(directory), settings) | {"prompts": key}
     began = time.perf_counter()
-    with ordered_lines(out, _recorded_settings(model, local_path(directory), settings), len(prompts)) as lines:
-        if lines.next_place:
-            report(f"{out}: resuming after prompt {lines.next_place:,} of {len(prompts):,}")
-        writer = _Writer(model, template, prompts, lines, settings)
-        try:
-            writer.run(progress)
-        except KeyboardInterrupt:
-            report(f"stopped; {lines.next_place:,} of {len(prompts):,} are kept: the same command resumes")
-            raise
+    writer = _Writer(model, template, prompts, ends, settings)
+    lines = _write(writer, out, recorded, progress, report)
     numbers = Stats.summed(writer.stats).summary()
     return {
         "out": str(out),
@@ -151,12 +160,62 @@ def distill(
     }
 
 
+def write_self_prompts(
+    model: LanguageModel,
+    directory: Path,
+    settings: DistillSettings,
+    count: int,
+    *,
+    progress: Progress = lambda done, total, **numbers: None,
+    report: Report = lambda line: None,
+) -> int:
+    """Let the model write `count` messages of users; write those that differ to `settings.prompts`, and count them.
+
+    Messages without an end are left out, and those that equal an earlier one except for case and white space, or nearly
+    equal one (`headstart.data.prepare.duplicates`). A larger count continues the file of a smaller one. Raises
+    UsageError for a model without chat template, and as `distill` does.
+    """
+    template = need_chat_template(model.tokenizer)
+    opening, ends = template.user_turn(model.tokenizer)
+    prompts = [Prompt(opening, opens_question=True)] * count
+    drawn = settings.out.with_name(f".{settings.out.name}.distilling") / "drawn.jsonl"
+    settings = replace(settings, drop_unfinished=True)
+    writer = _Writer(model, template, prompts, ends, settings)
+    _write(writer, drawn, _recorded_settings(model, local_path(directory), settings), progress, report)
+    questions = [record["prompt"] for record in read_records(drawn)]
+    plain = [" ".join(question.casefold().split()).encode() for question in questions]
+    double = copies(np.array([digest_of(text) for text in plain], dtype=np.uint64))
+    double |= near_copies(np.array([keys_of(text) for text in plain], dtype=np.uint64).reshape(len(plain), -1))
+    kept = [
+        json.dumps({"prompt": question}, ensure_ascii=False) + "\n"
+        for question, found in zip(questions, double)
+        if not found
+    ]
+    if not kept:
+        raise UsageError(f"the model wrote no message of a user with an end in {count:,} attempts; give --prompts")
+    write_text(settings.prompts, "".join(kept))
+    return len(kept)
+
+
+def _write(writer: _Writer, out: Path, recorded: Mapping[str, Any], progress: Progress, report: Report) -> OrderedLines:
+    """Write the answers that `out` does not have yet, and return its lines."""
+    total = len(writer.prompts)
+    with ordered_lines(out, recorded, total) as lines:
+        if lines.next_place:
+            report(f"{out}: resuming after prompt {lines.next_place:,} of {total:,}")
+        try:
+            writer.run(lines, progress)
+        except KeyboardInterrupt:
+            report(f"stopped; {lines.next_place:,} of {total:,} are kept: the same command resumes")
+            raise
+    return lines
+
+
 def _recorded_settings(model: LanguageModel, directory: Path, settings: DistillSettings) -> dict[str, Any]:
     """Return what the answers depend on; a file is only ever continued with the same."""
     generation, tokenizer = settings.generation, model.tokenizer
     return {
         "model": fingerprint(directory),
-        "prompts": sha256_of(settings.prompts),
         "dtype": str(model.transformer.dtype),
         "max_new_tokens": generation.max_new_tokens,
         "temperature": generation.temperature,
@@ -205,26 +264,27 @@ class _Pending:
 
 
 class _Writer:
-    """Decodes the answers to prompts, many at once, and hands them to `lines`."""
+    """Decodes the answers to prompts, many at once, and hands them to lines."""
 
     def __init__(
         self,
         model: LanguageModel,
         template: ChatTemplate | None,
         prompts: list[Prompt],
-        lines: OrderedLines,
+        ends: frozenset[int],
         settings: DistillSettings,
     ) -> None:
         self._model, self._tokenizer, self._template = model, model.tokenizer, template
-        self._prompts, self._lines, self._settings = prompts, lines, settings
-        self._turn_ends = frozenset() if template is None else template.turn_ends(model.tokenizer)
+        self._turn_ends, self._settings = ends, settings
         self._running: dict[int, tuple[Generation, _Pending]] = {}
+        self.prompts = prompts
         self.stats: list[Stats] = []
         self.too_long = self.unfinished = 0
 
-    def run(self, progress: Progress) -> None:
+    def run(self, lines: OrderedLines, progress: Progress) -> None:
         """Answer the prompts that have no line yet."""
-        todo = range(self._lines.next_place, len(self._prompts))
+        self._lines = lines
+        todo = range(self._lines.next_place, len(self.prompts))
         if not todo:
             return
         context = min(self._model.config.context, max(map(self._room, todo)))
@@ -249,14 +309,15 @@ class _Writer:
             if self._lines.next_place != done:
                 done = self._lines.next_place
                 rate = tokens / max(time.monotonic() - began, 1e-9)
-                progress(done, len(self._prompts), **{"tokens/s": f"{rate:,.0f}"})
-        progress(len(self._prompts), len(self._prompts))
+                progress(done, len(self.prompts), **{"tokens/s": f"{rate:,.0f}"})
+        progress(len(self.prompts), len(self.prompts))
 
     def _pending(self, place: int, turn: int, messages: list[dict[str, Any]]) -> _Pending:
         """Return question `turn` of a prompt, after the `messages` before it."""
-        prompt = self._prompts[place]
+        prompt = self.prompts[place]
         if not prompt.questions:
-            return _Pending(place, prompt, 0, [], prompt.text, tuple(prompt_ids(self._tokenizer, prompt.text)))
+            encode = self._tokenizer.encode if prompt.opens_question else partial(prompt_ids, self._tokenizer)
+            return _Pending(place, prompt, 0, [], prompt.text, tuple(encode(prompt.text)))
         assert self._template is not None
         messages = [*messages, *prompt.questions[turn]]
         rendered = self._template.render(messages, prompt.tools, prompt=True)
@@ -265,7 +326,7 @@ class _Writer:
     def _room(self, place: int) -> int:
         """Return about the most positions that a prompt and its answers take up."""
         longest = self._settings.generation.max_new_tokens
-        prompt = self._prompts[place]
+        prompt = self.prompts[place]
         if not prompt.questions:
             return len(self._pending(place, 0, []).ids) + longest
         assert self._template is not None
@@ -320,6 +381,8 @@ class _Writer:
         elif pending.prompt.questions:
             tools = {"tools": list(pending.prompt.tools)} if pending.prompt.tools else {}
             record = {"messages": messages, **tools, "finish_reason": reason}
+        elif pending.prompt.opens_question:
+            record = {"prompt": answer.strip()} if answer.strip() else None
         else:
             prompt = pending.prompt.text
             record = {"prompt": prompt, "text": prompt + answer, "finish_reason": reason}

@@ -84,9 +84,22 @@ class ChatTemplate:
             return frozenset()
         if not behind.startswith(before):
             return frozenset()
-        end = tokenizer.encode(behind[len(before) :].strip().removeprefix("y").strip())
-        special: frozenset[int] = getattr(tokenizer, "skipped", frozenset())
-        return frozenset(token for token in end[:1] if token in special)
+        return _first_special(behind[len(before) :].strip().removeprefix("y"), tokenizer)
+
+    def user_turn(self, tokenizer: Tokenizer) -> tuple[str, frozenset[int]]:
+        """Return the text before the message of a user, and the special token after it.
+
+        A model that continues this text writes a user's message (Magpie, arXiv 2406.08464). Raises UsageError if the
+        template puts no text before a message, or no special token after it.
+        """
+        before, _, behind = self.render([{"role": "user", "content": OPEN}]).partition(OPEN)
+        ends = _first_special(behind, tokenizer)
+        if not before or not ends:
+            what = "no text before" if not before else "no special token after"
+            raise UsageError(
+                f"the chat template writes {what} a user's message, so the model cannot write one; give --prompts"
+            )
+        return before, ends
 
     def answers(self, conversation: Conversation, each: bool = False) -> list[tuple[str, list[Span]]]:
         """Return the text of a conversation and the spans that the assistant wrote, with its ends of turns.
@@ -142,6 +155,12 @@ class ChatTemplate:
             if is_target(message)
             for span in spans[opened[number] : opened[number + 1]]
         ]
+
+
+def _first_special(text: str, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the first token of a text if it is special; otherwise the empty set."""
+    special: frozenset[int] = getattr(tokenizer, "skipped", frozenset())
+    return frozenset(token for token in tokenizer.encode(text.strip())[:1] if token in special)
 
 
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from chats import CHATML, chat_tokenizer
+from chats import BARE, CHATML, chat_tokenizer
 
 import headstart
 from headstart.cli import main
-from headstart.commands.self_distillation import DistillSettings, distill, fingerprint, read_prompts
+from headstart.commands.self_distillation import (
+    DistillSettings,
+    distill,
+    fingerprint,
+    read_prompts,
+    write_self_prompts,
+)
+from headstart.data.chat_template import need_chat_template
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.prepare.units import Selection
 from headstart.data.shards import TokenShards
@@ -211,3 +218,72 @@ def test_the_command(saved, tmp_path, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["written"] == len(lines_of(out)) == len(PROMPTS)
     assert "10 were not at an end after 5 tokens, and kept" in captured.err
+
+
+def test_the_model_writes_its_own_prompts(model, saved, tmp_path):
+    generation = GenerationSettings(max_new_tokens=60, temperature=1.0, seed=5)
+
+    def write(name: str, *counts: int, slots: int = 3) -> tuple[list[str], int]:
+        settings = DistillSettings(tmp_path / f"{name}.txt", tmp_path / f"{name}.jsonl", generation, slots=slots)
+        for count in counts:
+            kept = write_self_prompts(model, saved, settings, count)
+        return [line["prompt"] for line in lines_of(settings.prompts)], kept
+
+    opening, ends = need_chat_template(model.tokenizer).user_turn(model.tokenizer)
+    assert opening == "<|im_start|>user\n" and ends == {262}
+    expected = []
+    for place in range(12):
+        seed = int.from_bytes(hashlib.sha256(f"5\0{place}\0{0}".encode()).digest()[:8], "big", signed=True)
+        alone = model.generate(opening, 60, temperature=1.0, seed=seed, heads=1)
+        if 262 in alone.tokens or alone.finish_reason == "end":
+            message = [*alone.tokens, 262][: [*alone.tokens, 262].index(262)]
+            expected.append(model.tokenizer.decode(message).strip())
+    expected = [message for message in expected if message]
+    assert 2 < len(expected) < 12  # some have no end, and are left out
+    found, kept = write("whole", 12)
+    assert found == list(dict.fromkeys(expected)) and kept == len(found)
+    assert write("grown", 5, 12, slots=1) == (found, kept)
+
+
+def test_more_prompts_of_its_own_continue_both_files(saved, tmp_path, monkeypatch):
+    def write(name: str, *counts: int) -> tuple[bytes, bytes]:
+        out = tmp_path / f"{name}.jsonl"
+        for count in counts:
+            options = ["--self-prompts", str(count), "--max-new-tokens", "40", "--seed", "5"]
+            monkeypatch.setattr("sys.argv", ["headstart", "distill-data", str(saved), "--out", str(out), *options])
+            main()
+        return out.with_suffix(".prompts.jsonl").read_bytes(), out.read_bytes()
+
+    first, both, whole = write("first", 6), write("grown", 6, 12), write("whole", 12)
+    assert both == whole
+    assert all(longer.startswith(shorter) and longer != shorter for shorter, longer in zip(first, whole))
+
+
+def test_prompts_that_differ_in_case_and_white_space_alone_are_kept_once(model, saved, tmp_path, monkeypatch):
+    said = iter(["Name three rivers.", "name  three rivers. ", "Name three lakes.", "Name three rivers."])
+
+    def write(writer, lines, progress):
+        for place in range(len(writer.prompts)):
+            lines.give(place, {"prompt": next(said)})
+
+    monkeypatch.setattr("headstart.commands.self_distillation._Writer.run", write)
+    settings = DistillSettings(tmp_path / "prompts.jsonl", tmp_path / "out.jsonl")
+    assert write_self_prompts(model, saved, settings, 4) == 2
+    assert [line["prompt"] for line in lines_of(settings.prompts)] == ["Name three rivers.", "Name three lakes."]
+
+
+def test_a_template_without_a_special_token_after_a_question_is_refused(model, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", lambda: BARE)
+    settings = DistillSettings(tmp_path / "prompts.jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(UsageError, match="no special token after a user's message"):
+        write_self_prompts(model, saved, settings, 4)
+
+
+@pytest.mark.parametrize("more", [[], ["--prompts", "a.txt", "--self-prompts", "3"], ["--self-prompts", "-1"]])
+def test_the_command_takes_one_source_of_prompts(saved, tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(
+        "sys.argv", ["headstart", "distill-data", str(saved), "--out", str(tmp_path / "o.jsonl"), *more]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "either --prompts FILE or --self-prompts N" in capsys.readouterr().err
