@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from headstart.commands.dry_run import DryRunSettings
 from headstart.commands.evaluate import ACCEPTANCE_FILE, acceptance_of
+from headstart.commands.own_answers import ANSWERS_FILE, OwnAnswers
 from headstart.console import Progress, format_table, print_result
 from headstart.errors import UsageError
 from headstart.fileio import write_text
@@ -37,13 +38,14 @@ class AdaptSettings:
     model: Positional[Path]
     """A model directory, such as RUN/model or an ordinary Hugging Face model, a GGUF file, or OWNER/NAME on the hub. It
     is only read."""
-    data: tuple[str, ...]
-    """Text like the text that the model will generate: files, folders, globs or hf:NAME, as for `headstart prepare`,
-    also conversations with "messages" as `headstart distill-data` writes them; or folders that `prepare` wrote, encoded
-    with the model's tokenizer."""
     run_dir: Path
     """The run folder: checkpoints/, metrics.jsonl, and the result, model/ (or heads/, see --heads-only). The same
     command resumes a run that was stopped."""
+    data: tuple[str, ...] = ()
+    """Text like the text that the model will generate: files, folders, globs or hf:NAME, as for `headstart prepare`,
+    also conversations with "messages" as `headstart distill-data` writes them; or folders that `prepare` wrote, encoded
+    with the model's tokenizer."""
+    own_answers: Annotated[OwnAnswers, arg(name="")] = field(default_factory=OwnAnswers)
     heads: int = 4
     """Heads in all, including the model's own next-token head."""
     head_kind: str = "transformer"
@@ -249,8 +251,7 @@ def _data(settings: AdaptSettings) -> DataConfig:
     from headstart.formats.registry import load_model_tokenizer
     from headstart.training.config import DataConfig
 
-    if not settings.data:
-        raise UsageError("name what to train on: --data FILE, FOLDER ... or folders that headstart prepare wrote")
+    settings.own_answers.check(settings.data)
     prepared = [Path(name) for name in settings.data if (Path(name) / MANIFEST).is_file()]
     if prepared and len(prepared) < len(settings.data):
         raise UsageError(
@@ -267,7 +268,7 @@ def _data(settings: AdaptSettings) -> DataConfig:
             "folders that headstart prepare wrote"
         )
     return DataConfig(
-        sources=settings.data,
+        sources=settings.data or (str(settings.run_dir / ANSWERS_FILE),),
         tokenizer=str(settings.model),
         validation_fraction=settings.validation_fraction,
         allow_changed=allow,
@@ -284,13 +285,15 @@ def _conversations(settings: AdaptSettings) -> bool:
     from headstart.training.config import load_config
     from headstart.training.run_folder import RunFolder
 
+    if settings.own_answers.asked:
+        return settings.own_answers.chat(settings.model)
     started = RunFolder(settings.run_dir).config
     if started.is_file():
         return load_config(started).data.conversations
     if (prompts := file_of_prompts(settings.data)) is not None:
         raise UsageError(
-            f"{prompts}: holds prompts without answers; let the model write those, headstart distill-data "
-            f"{settings.model} --prompts {prompts} --out OUT.jsonl (with --chat for a chat model), and take OUT.jsonl"
+            f"{prompts}: holds prompts without answers; let the model answer them first, with --prompts {prompts} in "
+            "place of --data"
         )
     return hold_conversations(settings.data)
 
@@ -303,6 +306,8 @@ def adapt(settings: AdaptSettings) -> dict[str, Any]:
     from headstart.training.loop import train
 
     config = run_config(settings)
+    if settings.own_answers.asked:
+        settings.own_answers.write(settings.model, settings.run_dir, settings.seed, settings.threads)
     path = train(config)
     found: dict[str, Any] = {"model": str(path), "heads": config.model.heads, "head_kind": config.model.head_kind}
     if config.adapt is not None and config.adapt.heads_only:

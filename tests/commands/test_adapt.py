@@ -17,6 +17,7 @@ from headstart.cli import run_command
 from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, format_adapted, run_config
 from headstart.commands.convert import convert
 from headstart.commands.dry_run import DryRunSettings
+from headstart.commands.own_answers import OwnAnswers
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
@@ -395,15 +396,20 @@ def test_heads_alone_need_the_model_as_it_is(more: dict[str, Any], message: str,
         run_config(settings(heads_only=True, **more))
 
 
-def test_prompts_without_answers_are_refused_with_the_command_that_answers_them(
-    settings: Any, model: Path, tmp_path: Path
-) -> None:
+def test_the_model_answers_prompts_before_its_heads_are_trained(settings: Any, model: Path, tmp_path: Path) -> None:
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"the cat number {i}"}) + "\n" for i in range(8)))
-    with pytest.raises(UsageError, match=r"prompts\.jsonl: holds prompts .*headstart distill-data .* --out OUT\.jsonl"):
+    with pytest.raises(UsageError, match=r"prompts\.jsonl: holds prompts without answers.* with --prompts .*prompts"):
         run_config(settings(data=(str(prompts),)))
-    run_command(
-        ["distill-data", str(model), "--prompts", str(prompts), "--out", str(answers), "--max-new-tokens", "30"]
-    )
-    found = adapt(settings(data=(str(answers),), steps=2, length=16, head_kind="medusa"))
-    assert found["heads"] == 3
+    own = OwnAnswers(prompts, answer_tokens=30)
+    asked = settings(data=(), steps=2, length=16, head_kind="medusa", own_answers=own)
+    with pytest.raises(UsageError, match="name what to train on"):
+        adapt(replace(asked, data=("a.txt",)))
+    estimate_adapt_run(asked)
+    assert not asked.run_dir.exists()
+    assert adapt(asked)["heads"] == 3
+    command = ["distill-data", str(model), "--prompts", str(prompts), "--out", str(answers), "--max-new-tokens", "30"]
+    run_command([*command, "--temperature", "0.7", "--seed", str(asked.seed)])
+    assert (asked.run_dir / "answers.jsonl").read_bytes() == answers.read_bytes()
+    adapt(replace(asked, steps=4))  # resumes, and answers nothing again
+    assert (asked.run_dir / "answers.jsonl").read_bytes() == answers.read_bytes()
