@@ -57,7 +57,8 @@ def small(command: list[str]) -> list[str]:
         return [*command, *FEWER[command[1]]]
     if command[1] == "adapt":
         at = command.index("--steps")
-        return [*command[: at + 1], "3", *command[at + 2 :]]
+        short = ["--length", "32"] if "--prompts" in command else []
+        return [*command[: at + 1], "3", *command[at + 2 :], *short]
     if command[1] == "train" and "--dry-run" not in command:
         extra = list(SMALL[command[2]])
         if "--steps" in command:

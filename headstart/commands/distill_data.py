@@ -29,7 +29,7 @@ class DistillDataSettings:
     """.jsonl with "prompt", "text" or "messages" in each line, or plain text with a prompt a line. In a conversation
     each question is answered in turn; answers in the file are ignored."""
     self_prompts: int = 0
-    """Without --prompts: number of prompts that the model writes itself, as messages of a user (arXiv 2406.08464).
+    """Number of prompts that the model writes itself, as messages of a user (arXiv 2406.08464), without --prompts.
     Those that differ are kept in OUT.prompts.jsonl and answered."""
     self_prompt_temperature: float = 1.0
     """Temperature of the prompts that the model writes."""

@@ -18,7 +18,7 @@ class OwnAnswers:
     """Prompts as for `headstart distill-data`, in place of --data. The model's answers are kept in
     RUN/answers.jsonl."""
     self_prompts: int = 0
-    """In place of --data: number of prompts that the model writes itself, and then answers."""
+    """Number of prompts that the model writes itself and then answers, in place of --data."""
     answer_tokens: int = 256
     """The largest number of tokens per answer to --prompts or --self-prompts."""
     answer_temperature: float = 0.7
