@@ -27,7 +27,8 @@ from headstart.decoding.settings import GenerationSettings, Penalties, Request, 
 from headstart.errors import UsageError
 from headstart.formats.bundled import boxed_model
 from headstart.formats.hub import local_path
-from headstart.formats.registry import load_model, load_model_tokenizer
+from headstart.formats.registry import load_model_and_tokenizer
+from headstart.hardware import release_freed_memory
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -287,7 +288,9 @@ def load(
     path = boxed_model() if path is None else local_path(path)
     heads = None if heads is None else local_path(heads)
     blocks = dtype is None and quantize is None and multiplies_blocks(device)
-    model = load_model(path, dtype=dtype, device=device, heads=heads, blocks=blocks)
+    model, tokenizer = load_model_and_tokenizer(path, dtype, device, heads, blocks)
     if dtype is None:
         model = model.to(decoding_dtype(model, quantize))
-    return LanguageModel(model, load_model_tokenizer(path), heads or path, quantize)
+    loaded = LanguageModel(model, tokenizer, heads or path, quantize)
+    release_freed_memory()
+    return loaded

@@ -199,6 +199,12 @@ def huge_pages(x: Tensor) -> Tensor:
     return x
 
 
+def release_freed_memory() -> None:
+    """Return freed memory to the system; glibc keeps tens of megabytes of it after loading a model."""
+    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
     """Return a tensor of zeros, in huge pages if the system has them.
 

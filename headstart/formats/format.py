@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -110,6 +111,10 @@ class Format(ABC):
     @abstractmethod
     def detect(self, path: Path) -> bool:
         """Return whether `path` holds a model in this format."""
+
+    def opened(self, path: Path) -> AbstractContextManager[object]:
+        """Return a context in which several reads of the model at `path` share what they all need."""
+        return nullcontext()
 
     def files(self, path: Path) -> list[Path]:
         """Return the files of the model at `path`: all in its directory."""

@@ -7,6 +7,7 @@ llama.cpp decodes with head 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from headstart.formats.gguf_config import (
     gguf_sources,
     read_gguf_config,
 )
-from headstart.formats.gguf_file import GgufFile
+from headstart.formats.gguf_file import GgufFile, open_gguf
 from headstart.formats.gguf_header import MAGIC, import_gguf
 from headstart.formats.gguf_tokenizer import tokenizer_from_metadata
 from headstart.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
@@ -55,7 +56,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype | None = None, device: str | 
         UsageError: a file that cannot be read, an architecture or values that headstart does not compute, tensors that
             are missing or at odds with the metadata.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     config = read_gguf_config(file)
     sources = gguf_sources(config)
     check_tensors(file, config, sources)
@@ -95,7 +96,7 @@ def load_gguf_blocks(path: str | Path, model: Transformer | None = None) -> Tran
 
     Matrices with a part of another type than those of `READERS` are dequantized.
     """
-    file = GgufFile(path)
+    file = open_gguf(path)
     config = read_gguf_config(file)
     sources = gguf_sources(config)
     check_tensors(file, config, sources)
@@ -288,13 +289,17 @@ class Gguf(Format):
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
 
+    def opened(self, path: Path) -> AbstractContextManager[object]:
+        """Keep the file open, so that its header is read once."""
+        return nullcontext(open_gguf(path))
+
     def files(self, path: Path) -> list[Path]:
         """Return the file, or all files of a split model."""
-        return GgufFile(path).paths
+        return open_gguf(path).paths
 
     def details(self, path: Path) -> dict[str, Any]:
         """Return the architecture, the types of tensors with their numbers and bytes, and if there is a template."""
-        file, types = GgufFile(path), dict[str, dict[str, int]]()
+        file, types = open_gguf(path), dict[str, dict[str, int]]()
         for name in file.names:
             counts = types.setdefault(file.type(name).name, {"tensors": 0, "bytes": 0})
             counts["tensors"] += 1
@@ -329,7 +334,7 @@ class Gguf(Format):
 
     def read_config(self, path: Path) -> ModelConfig:
         """Return what the metadata says. Raises UsageError if the tensors contradict it."""
-        file = GgufFile(path)
+        file = open_gguf(path)
         config = read_gguf_config(file)
         check_tensors(file, config, gguf_sources(config))
         return config
@@ -337,11 +342,11 @@ class Gguf(Format):
     def read_dtype(self, path: Path) -> torch.dtype:
         """Return the dtype of the embedding, float32 if it is quantized."""
         self.read_config(path)
-        return stored_dtype(GgufFile(path))
+        return stored_dtype(open_gguf(path))
 
     def read_tokenizer(self, path: Path) -> Tokenizer | None:
         """Return the tokenizer of the metadata, if there is one."""
-        file = GgufFile(path)
+        file = open_gguf(path)
         tokenizer = tokenizer_from_metadata(file.metadata, str(path))
         if tokenizer is not None:
             check_vocabulary(tokenizer, read_gguf_config(file).vocab_size, f"load {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -97,6 +98,22 @@ class GgufFile:
             if not piece.flags.writeable:  # a view of the file, which torch does not take
                 piece = piece.copy()
             flat[begin * block : (begin + step) * block].copy_(torch.from_numpy(piece))
+
+
+_open: WeakValueDictionary[tuple[Path, tuple[int, ...]], GgufFile] = WeakValueDictionary()
+
+
+def open_gguf(path: str | Path) -> GgufFile:
+    """Return the model in a GGUF file; one that is still open, if the file has not changed. Errors are `GgufFile`'s."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return GgufFile(path)  # which reports what is wrong
+    key = Path(path), (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    found = _open.get(key)
+    if found is None:
+        found = _open[key] = GgufFile(path)
+    return found
 
 
 def _part_paths(path: Path) -> list[Path]:

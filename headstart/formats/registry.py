@@ -88,6 +88,19 @@ def load_model(
     return model if dtype is None else model.to(dtype)
 
 
+def load_model_and_tokenizer(
+    named: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    heads: str | Path | None = None,
+    blocks: bool = False,
+) -> tuple[Transformer, Tokenizer | None]:
+    """Return what `load_model` and `load_model_tokenizer` return; what both read is read once."""
+    path = local_path(named)
+    with format_at(path).opened(path):
+        return load_model(path, dtype, device, heads, blocks), load_model_tokenizer(path)
+
+
 def load_config(named: str | Path, heads: str | Path | None = None) -> ModelConfig:
     """Return the configuration of a model that `load_model` loads. Raises UsageError like it."""
     path = local_path(named)

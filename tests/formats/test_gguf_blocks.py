@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from torch import Tensor
 
 import headstart
 from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.cpu import weights as layout
 from headstart.decoding.kernels.pack import multiplies_blocks, pack
 from headstart.errors import UsageError
+from headstart.formats import gguf_file
 from headstart.formats.gguf import load_gguf, load_gguf_blocks
 from headstart.formats.gguf_blocks import READERS, StoredBlocks, block_weight_from_gguf
 from headstart.formats.gguf_file import GgufFile
@@ -130,3 +133,31 @@ def test_blocks_that_are_not_finite_are_refused(tmp_path, name: str, value: str)
     for settings in ({}, {"dtype": "float32"}):
         with pytest.raises(UsageError, match="holds NaN or infinite values"):
             headstart.load(path, **settings)
+
+
+def test_several_threads_pack_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "_PIECE", 1)  # pieces of 16 rows
+    blocks = tuple(
+        block_weight_from_gguf(random_blocks(rows, 96, kind), kind) for rows, kind in ((50, "Q5_1"), (64, "Q8_0"))
+    )
+    before, packed = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            packed.append(layout.pack_blocks(blocks))
+            assert torch.get_num_threads() == threads
+        monkeypatch.setattr(layout, "_PIECE", 1 << 18)
+        packed.append(layout.pack_blocks(blocks))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(packed[0], packed[1]) and torch.equal(packed[0], packed[2])
+
+
+def test_loading_reads_the_header_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = write_quantized(tmp_path / "m.gguf", "llama", random_model(CONFIGS["llama"])), []
+    original = gguf_file.read_header
+    monkeypatch.setattr(gguf_file, "read_header", lambda part: read.append(part) or original(part))
+    headstart.load(path)
+    assert read == [path]
+    write_quantized(path, "llama", random_model(replace(CONFIGS["llama"], layers=4)))
+    assert headstart.load(path).config.layers == 4  # nothing is kept

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from headstart.decoding.kernels.blocks import GROUP, Blocks, BlockWeight
+from headstart.decoding.kernels.blocks import GROUP, BlockRows, Blocks, BlockWeight
 from headstart.hardware import huge_pages
 
 COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
@@ -16,6 +19,8 @@ COLUMNS = {torch.bfloat16: 32, torch.float32: 16}
 _CHUNK, _LINE = 64 << 20, 64
 _PIECE = 1 << 18
 """The weights that are laid out at a time: what is computed on the way stays in cache."""
+
+Piece = TypeVar("Piece")
 
 _lock = threading.Lock()
 _chunk, _used = torch.empty(0, dtype=torch.uint8), 0
@@ -58,12 +63,39 @@ def pack_blocks(blocks: Blocks) -> Tensor:
         sizes.append(-(-whole.shape[0] // 16) * groups * record)
     packed = _room(begin + sum(sizes))
     packed[: len(header)] = torch.frombuffer(header, dtype=torch.uint8)
-    for whole, room in zip(blocks, packed[begin:].split(sizes)):
-        for first in range(0, whole.shape[0], rows):
-            records = _records(whole.rows(slice(first, first + rows))).flatten()
-            room[: len(records)] = records
-            room = room[len(records) :]
+    pieces = [
+        (whole, slice(first, first + rows), room[first * (len(room) // -(-whole.shape[0] // 16) // 16) :])
+        for whole, room in zip(blocks, packed[begin:].split(sizes))
+        for first in range(0, whole.shape[0], rows)
+    ]
+
+    def fill(piece: tuple[BlockRows, slice, Tensor]) -> None:
+        whole, which, room = piece
+        records = _records(whole.rows(which)).flatten()
+        room[: len(records)] = records
+
+    _run_on_threads(fill, pieces)
     return packed
+
+
+def _run_on_threads(work: Callable[[Piece], None], pieces: Sequence[Piece]) -> None:
+    """Do some work for each piece, on as many threads as torch uses.
+
+    Each operator of a piece takes one thread: several would wait for each other after every operator, for long where
+    another program keeps a core busy.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if min(threads, len(pieces)) < 2:
+            for piece in pieces:
+                work(piece)
+            return
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(work, pieces):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _records(part: BlockWeight) -> Tensor:
