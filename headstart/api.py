@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headstart.arguments import whole_number
+from headstart.console import say
 from headstart.data.prompts import Prompt, encode_prompt, split_prompts, turn_ends
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint
@@ -23,8 +24,10 @@ from headstart.decoding.kernels.pack import decoding_dtype, multiplies_blocks, p
 from headstart.decoding.policy.calibration import Tuning, read_tuning
 from headstart.decoding.policy.online import Observations, OnlineCalibration
 from headstart.decoding.policy.policy import DraftPolicy
+from headstart.decoding.quantization_loss import QuantizationLoss, pack_and_measure
 from headstart.decoding.settings import GenerationSettings, Penalties, Request, Sampling
 from headstart.errors import UsageError
+from headstart.fileio import regular
 from headstart.formats.bundled import boxed_model
 from headstart.formats.hub import local_path
 from headstart.formats.registry import load_model_and_tokenizer
@@ -82,10 +85,21 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         directory: Path | None = None,
         quantize: Quantize | None = None,
+        measure_loss: bool | str = False,
     ) -> None:
-        """Put `model` into decoding form; `directory` holds what `headstart tune` measured of it, if anything did."""
+        """Put `model` into decoding form; `directory` holds what `headstart tune` measured of it, if anything did.
+
+        For `quantize` and `measure_loss` see `load`.
+        """
         self.config: ModelConfig = model.config
-        self.transformer = pack(model, quantize=quantize)
+        self.quantization_loss: QuantizationLoss | None = None
+        """Bits per token before and after quantizing, if they are measured."""
+        if quantize and measure_loss and tokenizer is not None:
+            text = measure_loss if isinstance(measure_loss, str) else None
+            packed, self.quantization_loss = pack_and_measure(model, quantize, tokenizer, text)
+        else:
+            packed = pack(model, quantize=quantize)
+        self.transformer = packed
         """The model itself, in decoding form."""
         self._tokenizer = tokenizer
         self._directory = directory
@@ -262,6 +276,7 @@ def load(
     device: str = "cpu",
     quantize: Quantize | None = None,
     heads: str | Path | None = None,
+    measure_loss: bool | str = False,
 ) -> LanguageModel:
     """Load a model for decoding.
 
@@ -276,6 +291,9 @@ def load(
             float32; for CPUs. The model is then a different one, close to the original (docs/decoding.md).
         heads: a directory of draft heads for this model, or its name on the hub (docs/heads.md); what `headstart tune`
             measures is kept in it.
+        measure_loss: whether to measure the bits per token before and after quantizing, for
+            `LanguageModel.quantization_loss`: on a short text of this package, or on the text given. A model without
+            a tokenizer is not measured.
 
     Raises UsageError for a directory that is missing, foreign, truncated or of an unsupported kind, for `quantize` with
     another dtype or device, and for heads of another model.
@@ -291,6 +309,35 @@ def load(
     model, tokenizer = load_model_and_tokenizer(path, dtype, device, heads, blocks)
     if dtype is None:
         model = model.to(decoding_dtype(model, quantize))
-    loaded = LanguageModel(model, tokenizer, heads or path, quantize)
+    loaded = LanguageModel(model, tokenizer, heads or path, quantize, measure_loss)
     release_freed_memory()
+    return loaded
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return regular(file).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"--loss-text {file}: {error.strerror}; name a text file that you may read") from error
+
+
+def load_and_report(
+    path: str | Path | None,
+    dtype: str | None,
+    device: str,
+    quantize: Quantize | None,
+    heads: str | Path | None = None,
+    loss_text: Path | None = None,
+) -> LanguageModel:
+    """Load a model as `load` does, for a command: the loss of quantizing is measured and reported in a line.
+
+    `loss_text` is a file to measure it on (None: a short text of this package).
+    """
+    if quantize is None and loss_text is not None:
+        raise UsageError("--loss-text is for --quantize; give both, or neither")
+    measured = quantize is not None if loss_text is None else _text_of(loss_text)
+    loaded = load(path, dtype, device, quantize, heads, measured)
+    if quantize:
+        loss = loaded.quantization_loss
+        say(f"{quantize}: the model has no tokenizer, so the loss is not measured" if loss is None else str(loss))
     return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -77,6 +78,8 @@ class GenerateSettings:
     """dtype of the weights (None: as stored; float32 on a CPU without instructions for bfloat16)."""
     quantize: Literal["q4", "q8"] | None = None
     """q4 or q8: weights in blocks of 4 or 8 bits, on CPUs; faster and smaller, but not quite the same model."""
+    loss_text: Path | None = None
+    """With --quantize: a text on which to measure the loss in bits per token (None: a short one)."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
@@ -91,14 +94,13 @@ class GenerateSettings:
 
 def run(settings: GenerateSettings) -> None:
     """Generate, and print the text or the JSON."""
-    import headstart
+    from headstart.api import load_and_report
     from headstart.formats.bundled import model_path
 
     use_threads(settings.threads)
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
-    loaded = headstart.load(
-        model_path(settings.model), settings.dtype, settings.device, settings.quantize, settings.heads_from
-    )
+    path, heads = model_path(settings.model), settings.heads_from
+    loaded = load_and_report(path, settings.dtype, settings.device, settings.quantize, heads, settings.loss_text)
     if settings.system is not None and not settings.chat:
         raise UsageError("--system is for conversations; give --chat too")
     before = [] if settings.system is None else [{"role": "system", "content": settings.system}]

@@ -64,6 +64,8 @@ class TuneSettings:
     """bfloat16 or float32 (None: the dtype that `headstart generate` uses)."""
     quantize: Literal["q4", "q8"] | None = None
     """q4 or q8: tune the model as `headstart generate --quantize q4` decodes it; other costs in the file stay."""
+    loss_text: Path | None = None
+    """With --quantize: a text on which to measure the loss in bits per token (None: a short one)."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
@@ -82,7 +84,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     """Measure acceptance and costs, write `tuning.json`, and return the measurements."""
     import torch
 
-    import headstart
+    from headstart.api import load_and_report
     from headstart.decoding.drafters.tree import DraftTree, grow
     from headstart.decoding.kernels.backend import backend_of
     from headstart.decoding.policy.calibration import Tuning, write_tuning
@@ -94,7 +96,9 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     path = model_path(settings.model)
     _check(settings)
     heads = None if settings.heads_from is None else local_path(settings.heads_from)
-    language_model = headstart.load(path, settings.dtype, settings.device, settings.quantize, heads)
+    language_model = load_and_report(
+        path, settings.dtype, settings.device, settings.quantize, heads, settings.loss_text
+    )
     model = language_model.transformer
     if model.config.heads == 1:
         raise UsageError(f"{path}: has one head, so there are no drafts to tune")

@@ -39,7 +39,9 @@ MOST_GRACE = 5
 
 def make_service(directory: Path, settings: ServeSettings) -> Service:
     """Load the model, and start the thread of its engine. Raises UsageError for settings that do not fit the model."""
-    model = api.load(directory, settings.dtype, settings.device, settings.quantize, settings.heads_from)
+    model = api.load_and_report(
+        directory, settings.dtype, settings.device, settings.quantize, settings.heads_from, settings.loss_text
+    )
     most = model.config.context
     if settings.context is not None and settings.context > most:
         raise UsageError(f"--context is {settings.context}; this model's is {most}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from headstart.errors import UsageError
@@ -57,6 +58,8 @@ class ServeSettings:
     """Dtype of the weights (default: as stored; float32 on a CPU without instructions for bfloat16)."""
     quantize: Literal["q4", "q8"] | None = None
     """q4 or q8: weights in blocks of 4 or 8 bits, on CPUs; faster, smaller, not quite the same model."""
+    loss_text: Path | None = None
+    """With --quantize: a text on which to measure the loss in bits per token (default: a short one)."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
