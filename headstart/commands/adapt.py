@@ -118,6 +118,13 @@ class AdaptSettings:
     """Fraction of the documents held out (of text; prepared folders have their own)."""
     validation_every: int = 100
     """Steps between validations."""
+    sample_documents: int = 8
+    """Number of held-out documents that every validation continues, greedily and with all heads, to measure tokens per
+    pass (0: none)."""
+    sample_tokens: int = 64
+    """Tokens of each continuation."""
+    patience: int = 0
+    """Validations in a row without more tokens per pass after which training ends (0: never)."""
     checkpoints_every: int = 200
     """Steps between checkpoints."""
     allow_changed_data: bool = False
@@ -191,9 +198,12 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         ),
         head_weights=head_weights(settings),
         loss=LossConfig(heads=settings.loss, share=settings.loss_share),
-        validation=ValidationConfig(every=settings.validation_every),
+        validation=ValidationConfig(every=settings.validation_every, patience=settings.patience),
         checkpoints=CheckpointConfig(every=settings.checkpoints_every),
-        watch=WatchConfig(sample_tokens=0),
+        watch=WatchConfig(
+            sample_tokens=settings.sample_tokens if settings.sample_documents else 0,
+            sample_documents=settings.sample_documents,
+        ),
         adapt=_adapt_config(settings),
     )
 

@@ -49,6 +49,10 @@ class Position:
     """The `OptimizerConfig.extension` of the present extension."""
     seconds: float = 0.0
     """Seconds of training, those of earlier starts included; 0 in checkpoints that do not record them."""
+    best_tokens_per_pass: float = 0.0
+    """Most tokens per pass of a sample so far."""
+    samples_since_best: int = 0
+    """Samples since then, none of which had more."""
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,12 @@ def _position(values: dict[str, Any]) -> Position:
     position = Position(**values)
     history = LossHistory(**position.history)
     counts = [position.step, position.tokens, position.skipped, position.skipped_in_a_row, history.count]
-    counts += [position.planned, position.extended, *position.data.values()]
+    counts += [position.planned, position.extended, position.samples_since_best, *position.data.values()]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError("a count of its position is no whole number")
-    numbers = (history.mean, history.variance, position.lr, position.seconds)
+    numbers = (history.mean, history.variance, position.lr, position.seconds, position.best_tokens_per_pass)
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers):
-        raise ValueError("the mean loss, the learning rate or the duration is no number")
+        raise ValueError("the mean loss, the learning rate, the duration or the tokens per pass is no number")
     names = sorted(position.data)
     if names not in ([], ["epoch", "row"], ["row", *(n for n in names if re.fullmatch(r"source\d+", n))]):
         raise ValueError(f"no position in the data is called {', '.join(names)}")

@@ -95,9 +95,11 @@ class ValidationConfig:
     """Steps between validations; the last step always has one (0: only that one)."""
     rows: int = 64
     """Rows scored, spread over the validation split (of each source, if several are mixed)."""
+    patience: int = 0
+    """Validations in a row without more tokens per pass of the sample after which the run ends (0: never)."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "validation.", every=AT_LEAST_0, rows=AT_LEAST_1)
+        check_fields(self, "validation.", every=AT_LEAST_0, rows=AT_LEAST_1, patience=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,10 @@ class RunConfig:
         check_fields(self, "", steps=AT_LEAST_1, threads=AT_LEAST_1, seed=AT_LEAST_0, minutes=FINITE_POSITIVE)
         if self.minutes is not None and self.adapt is not None:
             raise UsageError("minutes is for new models; heads on an existing model train for a number of steps")
+        if self.validation.patience and not self.watch.sample_tokens:
+            raise UsageError(
+                "validation.patience waits for tokens per pass of the sample; set watch.sample_tokens above 0"
+            )
         self.head_weights.check(self.model.heads)
         for method in self.methods:
             method.check(adapted=self.adapt is not None, sampled=self.head_weights.sampled, ahead=self.model.ahead)

@@ -30,7 +30,7 @@ from headstart.training.schedule import begin_extension, is_finished, time_spent
 from headstart.training.spikes import LossHistory
 from headstart.training.step import Callback, Learner, StepResult, take_steps
 from headstart.training.trackers import check_packages
-from headstart.training.validation import decode_sample, long_enough, prompt_tokens, validate_sources
+from headstart.training.validation import decode_sample, long_enough, sample_prompts, validate_sources
 
 STEPS_WITHOUT_TARGET = 100
 """First steps without any target after which a run ends."""
@@ -132,7 +132,7 @@ class Run(Callback):
         self.threads = ThreadControl(torch.get_num_threads() if free else 1, torch.set_num_threads)
         self._began = clock() - self.position.seconds
         self.tokenizer = self.subject.tokenizer(self.sources[0].train.tokenizer())
-        prompt_tokens(self.tokenizer, config)
+        self.prompts = sample_prompts(self.sources, self.tokenizer, config)
         self.report = RunReport(config, folder, processes, self.position)
         self.report.say_start(self.sources, self.stream.rows_of)
 
@@ -175,12 +175,12 @@ class Run(Callback):
         self.report.say_end(position, position.step - first, self._clock() - self._began - before)
 
     def advance(self, steps: int, *callbacks: Callback) -> None:
-        """Take the next `steps` steps, fewer if the run's time is over before."""
+        """Take the next `steps` steps, fewer if the run is over before."""
         first = self.position.step
 
         def left() -> Iterator[int]:
             for step in range(first, first + steps):
-                if time_spent(self.position, self.config) == 1.0:
+                if is_finished(self.position, self.config):
                     return
                 yield step
 
@@ -253,9 +253,13 @@ class Run(Callback):
         ):
             whole = self.subject.whole()
             if whole is not None:
-                sample = decode_sample(whole, self.tokenizer, self.config)
+                sample = decode_sample(whole, self.tokenizer, self.prompts, self.config)
         self.subject.sums.free()
         self.report.validation(self.position, scores, sample)
+        found = self.processes.on_main(lambda: 0.0 if sample is None else float(sample["tokens_per_pass"]))
+        best, since = self.position.best_tokens_per_pass, self.position.samples_since_best
+        self.position.best_tokens_per_pass = max(found, best)
+        self.position.samples_since_best = 0 if found > best or not found else since + 1
 
     def save(self) -> None:
         """Start a checkpoint of this step; it is written while training continues."""
@@ -289,9 +293,9 @@ class _Watch(Callback):
             self.bar.advance(1, **shown)
         else:
             self.bar.update(min(int(run.position.seconds), round(60 * config.minutes)), None, step=done, **shown)
-        last = is_finished(run.position, config)
-        if last or _due(done, config.validation.every):
+        if is_finished(run.position, config) or _due(done, config.validation.every):
             run.validate()
+        last = is_finished(run.position, config)
         self.due = self.due or _due(done, config.checkpoints.every)
         # A run must not resume from weights with which steps fail, so the first step that is applied is saved.
         if not last and not result.skipped and (result.stop or self.due):
@@ -308,7 +312,8 @@ def steps_of_finished(config: RunConfig, folder: RunFolder) -> int:
     done = max(checkpoints.all_steps(folder.checkpoints), default=0)
     if not folder.result.exists():
         return 0
-    newest = checkpoints.latest(folder.path) if config.minutes is not None else None
+    early = config.minutes is not None or config.validation.patience > 0
+    newest = checkpoints.latest(folder.path) if early else None
     over = done >= config.steps or (newest is not None and is_finished(read_state(newest).position, config))
     return done if over else 0
 

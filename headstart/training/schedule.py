@@ -55,8 +55,10 @@ def time_spent(position: Position, config: RunConfig) -> float | None:
 
 
 def is_finished(position: Position, config: RunConfig) -> bool:
-    """Say whether a run is over: all its steps are done, or its time."""
-    return position.step >= config.steps or time_spent(position, config) == 1.0
+    """Say whether a run is over: all its steps are done, or its time, or its drafts have stopped to improve."""
+    patience = config.validation.patience
+    still = patience > 0 and position.samples_since_best >= patience
+    return position.step >= config.steps or time_spent(position, config) == 1.0 or still
 
 
 def extended_rate(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -33,9 +33,12 @@ class WatchConfig:
     """Tokens of the sample, decoded with all heads at every validation (0: no sample)."""
     sample_prompt: str = ""
     """Prompt of the sample (empty: the start of a document)."""
+    sample_documents: int = 0
+    """Number of held-out documents that the sample continues, in place of the prompt: conversations from their first
+    answer, text from a quarter of its length (0: the prompt)."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "watch.", sample_tokens=AT_LEAST_0)
+        check_fields(self, "watch.", sample_tokens=AT_LEAST_0, sample_documents=AT_LEAST_0)
         if len(set(self.trackers)) < len(self.trackers):
             raise UsageError(f"watch.trackers {list(self.trackers)} names one twice; name each once")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer, prompt_ids
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
+from headstart.decoding.generation import Stats
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
@@ -135,8 +137,44 @@ def _shared_out(batches: Iterable[Batch], processes: Processes) -> Iterator[Batc
             yield replace(group[0], targets=torch.full_like(group[0].targets, IGNORE))
 
 
-def prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
-    """Return `watch.sample_prompt` as token ids. Raise UsageError if it fills the context: call it at the start."""
+Prompts = list[tuple[int, ...]]
+
+
+def sample_prompts(sources: Sequence[Source], tokenizer: Tokenizer, config: RunConfig) -> Prompts:
+    """Return the prompts of the sample as token ids: beginnings of held-out documents, or `watch.sample_prompt`.
+
+    Documents are spread over the validation splits. Raises UsageError for a prompt that fills the context: call it at
+    the start.
+    """
+    wanted, splits = config.watch.sample_documents, [each.validation for each in sources if each.validation is not None]
+    room = config.model.context - config.watch.sample_tokens
+    prompts: Prompts = []
+    for place, split in enumerate(splits):
+        share = (wanted - len(prompts)) // (len(splits) - place)
+        found = (_beginning(split, index) for index in _spread(len(split.documents)))
+        prompts += islice((prompt for prompt in found if 0 < len(prompt) < room), share)
+    return prompts or [_prompt_tokens(tokenizer, config)]
+
+
+def _spread(count: int) -> Iterator[int]:
+    """Yield 0 .. count - 1 once each, such that the first few lie far apart."""
+    stride = max(1, round(count * 0.618))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    yield from (index * stride % count for index in range(count))
+
+
+def _beginning(split: TokenShards, index: int) -> tuple[int, ...]:
+    """Return a document up to its first target in a conversation, or a quarter of it."""
+    document = split.document(index)
+    length = len(document) // 4
+    if split.targets is not None:
+        begin = int(split.documents[index])
+        length = int(np.argmax(split.targets[begin : begin + len(document)]))
+    return tuple(document[:length].tolist())
+
+
+def _prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
     prompt = tuple(prompt_ids(tokenizer, config.watch.sample_prompt)) or (tokenizer.end_id,)
     if len(prompt) >= config.model.context:
         raise UsageError(
@@ -145,14 +183,17 @@ def prompt_tokens(tokenizer: Tokenizer, config: RunConfig) -> tuple[int, ...]:
     return prompt
 
 
-def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -> dict[str, Any]:
+def decode_sample(model: Transformer, tokenizer: Tokenizer, prompts: Prompts, config: RunConfig) -> dict[str, Any]:
     """Decode `watch.sample_tokens` tokens greedily with all heads, in the dtype of training, on the device of `model`.
+
+    Each of the `prompts` is continued.
 
     `model` must be whole (not sharded). It is only read: a second module over the same numbers decodes, so weights,
     gradients, mode and the random state stay as they are. In float32 on a GPU the module shares the memory of the
     weights; elsewhere it takes one copy of them in the dtype of decoding.
 
-    Returns text, tokens, passes, tokens_per_pass and acceptance (of heads 2..n), the key `sample` of metrics.jsonl.
+    Returns the first text, and over all outputs tokens, passes, tokens_per_pass and acceptance (of heads 2..n): the key
+    `sample` of metrics.jsonl.
     """
     dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
     with torch.device("meta"):
@@ -160,15 +201,15 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, config: RunConfig) -
     decoding = {name: w for name, w in model.state_dict().items() if name not in TRAINING_ALONE}
     weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in decoding.items()}
     twin.load_state_dict(weights, assign=True)
-    prompt = prompt_tokens(tokenizer, config)
     # Compiled kernels and fixed shapes do not pay for so few tokens.
     packed = pack(twin, compiled=False)
-    context = min(config.model.context, len(prompt) + config.watch.sample_tokens)
-    engine = Engine(packed, EngineConfig(context=context, exact=False), tokenizer=tokenizer)
-    generation = generate_all(engine, [Request(prompt, config.watch.sample_tokens)])[0]
-    stats = generation.stats
+    new_tokens = config.watch.sample_tokens
+    context = min(config.model.context, max(map(len, prompts)) + new_tokens)
+    engine = Engine(packed, EngineConfig(len(prompts), context, exact=False), tokenizer=tokenizer)
+    outputs = generate_all(engine, [Request(prompt, new_tokens) for prompt in prompts])
+    stats = Stats.summed([output.stats for output in outputs])
     return {
-        "text": generation.text,
+        "text": outputs[0].text,
         "tokens": stats.tokens,
         "passes": stats.passes,
         "tokens_per_pass": stats.tokens_per_pass,

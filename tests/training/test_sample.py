@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from chats import chat_tokenizer
 
+from headstart.data.mixture import MixturePart, open_sources
+from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.prepare.units import Selection
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, generate_all
 from headstart.decoding.kernels.pack import pack
@@ -14,10 +20,10 @@ from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.training.config import RunConfig
+from headstart.training.config import RunConfig, ValidationConfig
 from headstart.training.loop import train
 from headstart.training.trackers import WatchConfig
-from headstart.training.validation import decode_sample, describe_sample, prompt_tokens
+from headstart.training.validation import decode_sample, describe_sample, sample_prompts
 
 
 def made(config: RunConfig) -> Transformer:
@@ -44,7 +50,7 @@ def test_the_model_is_only_read(tiny, tied) -> None:
     model.unembedding.weights[0].grad = gradient = torch.ones_like(model.unembedding.weights[0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules, random = list(model.modules()), torch.get_rng_state()
-    sample = decode_sample(model, ByteTokenizer(), config)
+    sample = decode_sample(model, ByteTokenizer(), [tuple(b"the cat")], config)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert all(a is b for a, b in zip(modules, model.modules()))
@@ -59,7 +65,7 @@ def test_the_model_is_only_read(tiny, tied) -> None:
 
 def test_bf16_training_decodes_in_bf16(tiny) -> None:
     config = tiny(dtype="bfloat16", watch=WatchConfig(sample_tokens=8))
-    sample = decode_sample(made(config), ByteTokenizer(), config)
+    sample = decode_sample(made(config), ByteTokenizer(), [(104,)], config)
     assert 1 <= sample["tokens"] <= 8 and 1 <= sample["tokens_per_pass"] <= 2
 
 
@@ -68,11 +74,54 @@ def test_a_prompt_that_fills_the_context_is_told_before_the_first_step(tiny) -> 
     with pytest.raises(UsageError, match=r"sample_prompt has 24 tokens, model.context is 24; shorten"):
         train(config)
     assert not (config.run_dir / "metrics.jsonl").exists()
-    assert len(prompt_tokens(ByteTokenizer(), replace(config, watch=WatchConfig(sample_prompt="x" * 23)))) == 23
+    shorter = replace(config, watch=WatchConfig(sample_prompt="x" * 23))
+    assert sample_prompts([], ByteTokenizer(), shorter) == [tuple(b"x" * 23)]
 
 
 def test_without_a_prompt_it_begins_a_document(tiny) -> None:
-    assert prompt_tokens(ByteTokenizer(), tiny(watch=WatchConfig())) == (ByteTokenizer().end_id,)
+    assert sample_prompts([], ByteTokenizer(), tiny(watch=WatchConfig())) == [(ByteTokenizer().end_id,)]
+
+
+def test_it_continues_held_out_documents(tiny, shards, tmp_path) -> None:
+    config = tiny(watch=WatchConfig(sample_tokens=4, sample_documents=3))
+    config = replace(config, model=replace(config.model, context=200))
+    split = TokenShards.open(shards, "validation")
+    documents = [split.document(index).tolist() for index in range(len(split.documents))]
+    quarters = {tuple(document[: len(document) // 4]) for document in documents}
+    prompts = sample_prompts(open_sources([MixturePart(shards)]), ByteTokenizer(), config)
+    assert len(set(prompts)) == 3 and set(prompts) < quarters
+    # Documents without room for the sample are left out.
+    shortest = min(map(len, quarters))
+    short = replace(config, model=replace(config.model, context=shortest + 4))
+    assert sample_prompts(open_sources([MixturePart(shards)]), ByteTokenizer(), short) == [(ByteTokenizer().end_id,)]
+    said = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "me"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(
+        "".join(json.dumps({"messages": [said[0], {**said[1], "content": f"me {i}"}]}) + "\n" for i in range(40))
+    )
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer")
+    chosen = Preparation(selection=Selection(conversations=True), validation_fraction=0.5)
+    prepare([str(chats)], tmp_path / "chats", tokenizer, chosen)
+    prompts = sample_prompts(open_sources([MixturePart(tmp_path / "chats")]), tokenizer, config)
+    assert prompts == 3 * [tuple(tokenizer.encode("<|im_start|>user\nwho?<|im_end|>\n<|im_start|>assistant\n"))]
+
+
+def test_a_run_ends_when_its_drafts_stop_to_improve(tiny, metrics, monkeypatch, capsys) -> None:
+    measured = iter([1.2, 1.5, 1.4, 1.5, 1.6, 1.3, 1.2, 1.1])
+    monkeypatch.setattr(
+        "headstart.training.loop.decode_sample", lambda *_: {"text": "", "tokens_per_pass": next(measured)}
+    )
+    config = tiny(steps=20, watch=WatchConfig(sample_tokens=4), validation=ValidationConfig(2, 8, patience=2))
+    result = train(config)
+    assert max(line["step"] for line in metrics(config.run_dir)) == 8 and (result / "config.json").is_file()
+    train(config)
+    assert "already trained for 8 steps" in capsys.readouterr().err
+    # With more patience it resumes where it stopped, and a gain starts the count anew.
+    train(replace(config, validation=ValidationConfig(2, 8, patience=3)))
+    steps = [line["step"] for line in metrics(config.run_dir) if "sample" in line]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16]
+    with pytest.raises(UsageError, match=r"validation\.patience waits .* set watch\.sample_tokens above 0"):
+        tiny(validation=ValidationConfig(2, 8, patience=1))
 
 
 def test_the_line_about_it_is_one_line() -> None:
