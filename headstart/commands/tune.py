@@ -65,7 +65,7 @@ class TuneSettings:
     quantize: Literal["q4", "q8"] | None = None
     """q4 or q8: tune the model as `headstart generate --quantize q4` decodes it; other costs in the file stay."""
     loss_text: Path | None = None
-    """With --quantize: a text on which to measure the loss in bits per token (None: a short one)."""
+    """A text on which to measure the loss in bits per token (with --quantize; None: a short one)."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None

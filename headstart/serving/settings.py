@@ -59,7 +59,7 @@ class ServeSettings:
     quantize: Literal["q4", "q8"] | None = None
     """q4 or q8: weights in blocks of 4 or 8 bits, on CPUs; faster, smaller, not quite the same model."""
     loss_text: Path | None = None
-    """With --quantize: a text on which to measure the loss in bits per token (default: a short one)."""
+    """A text on which to measure the loss in bits per token (with --quantize; default: a short one)."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     threads: int | None = None
