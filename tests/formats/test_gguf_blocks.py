@@ -13,6 +13,7 @@ from torch import Tensor
 import headstart
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.kernels.cpu import weights as layout
+from headstart.decoding.kernels.cpu_backend import CompiledLinear
 from headstart.decoding.kernels.pack import multiplies_blocks, pack
 from headstart.errors import UsageError
 from headstart.formats import gguf_file
@@ -119,6 +120,22 @@ def test_drafts_of_heads_on_blocks_change_no_output(kind: str, wiring: str, tmp_
     assert backend_of(loaded.transformer).form == ("blocks" if multiplies_blocks("cpu") else None)
     plain, drafted = (loaded.generate([1, 2, 3], 30, heads=heads, temperature=1.0).tokens for heads in (1, 3))
     assert plain == drafted and len(plain) == 30
+    if multiplies_blocks("cpu"):  # nothing that a pass multiplies with is wider than blocks
+        assert {each.packed.dtype for each in loaded.transformer.modules() if isinstance(each, CompiledLinear)} == {
+            torch.uint8
+        }
+
+
+def test_a_matrix_of_head_1_that_is_no_block_keeps_its_values(tmp_path) -> None:
+    """Rounding it would change the output: heads 2..n alone take blocks of 8 bits."""
+    model = random_model(with_heads_of(CONFIGS["qwen2"], "transformer", "parallel", heads=3, extra_layers=2, layers=5))
+    save_heads(model, tmp_path / "heads")
+    path = write_quantized(tmp_path / "m.gguf", "qwen2", model, keep=("output", "blk.4.ffn_down"))
+    loaded = headstart.load(path, heads=tmp_path / "heads").transformer
+    if multiplies_blocks("cpu"):
+        assert loaded.unembedding.first.packed.dtype != torch.uint8 != loaded.heads[0].block.mlp.down.packed.dtype
+    tokens = torch.randint(0, 64, (1, 9))
+    assert torch.equal(loaded(tokens), headstart.load(path).transformer(tokens))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

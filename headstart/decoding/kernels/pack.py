@@ -108,7 +108,7 @@ def pack(
     """Turn `model` into its decoding form in place, on the first backend that supports it.
 
     The model computes the same function of any shape, but can no longer be trained or saved. `backend_of` returns its
-    backend. Matrices that `put_blocks` replaced stay in blocks.
+    backend. Matrices that `put_blocks` replaced stay in blocks; heads 2..n of such a model are put in blocks of 8 bits.
 
     Args:
         model: the model, whose weights are packed one after another.
@@ -131,7 +131,14 @@ def pack(
     form = quantize or (None if isinstance(model.trunk.embedding.weight, Tensor) else "blocks")
     backend = next(kind for kind in backends if kind.supports(model))(model, rows or model.config.heads, form)
     _pack_vocabulary(model, backend, quantize)
-    replace_children(model, nn.Linear, lambda linear: backend.linear(in_blocks(linear.weight, quantize), linear.bias))
+    # Drafts change no output, so heads 2..n on blocks of a file take blocks too: they are read as fast.
+    others: list[nn.Module] = list(model.heads)[1:] if form == "blocks" else []
+    drafting = {module for head in others for module in head.modules()}
+
+    def linear(map_: nn.Linear) -> nn.Module:
+        return backend.linear(in_blocks(map_.weight, "q8" if map_ in drafting else quantize), map_.bias)
+
+    replace_children(model, nn.Linear, linear)
     replace_children(model, RMSNorm, backend.norm)
     backend.replace_blocks(model)
     model.backend = backend  # type: ignore[assignment]
@@ -139,13 +146,17 @@ def pack(
 
 
 def _pack_vocabulary(model: Transformer, backend: Backend, quantize: Quantize | None) -> None:
-    """Pack embedding and unembedding, with 8 bits if quantized; blocks that both use are stored once."""
-    bits: Quantize | None = "q8" if quantize else None
+    """Pack embedding and unembedding, with 8 bits if quantized; blocks that both use are stored once.
+
+    On blocks of a file, what only heads 2..n use takes 8 bits.
+    """
+    config, stored = model.config, cast(Weight, model.trunk.embedding.weight)
+    first = model.unembedding.weights[0]
 
     def linear(weight: Weight, bias: Tensor | None) -> nn.Module:
-        return backend.linear(in_blocks(weight, bits), bias)
+        narrow = quantize or (backend.form == "blocks" and weight is not first)
+        return backend.linear(in_blocks(weight, "q8" if narrow else None), bias)
 
-    config, stored = model.config, cast(Weight, model.trunk.embedding.weight)
     unembedding = PackedUnembedding(model.unembedding, config.vocab_size, linear)
     model.unembedding = unembedding  # type: ignore[assignment]
     if quantize or not isinstance(stored, Tensor):
