@@ -76,6 +76,8 @@ class FilePrompt:
     place: str
     text: str = ""
     conversation: Conversation | None = None
+    category: str = ""
+    """The kind of task that the line names, if it does."""
 
 
 def read_prompt_file(file: Path) -> list[FilePrompt]:
@@ -101,10 +103,12 @@ def _parse(line: str, place: str) -> FilePrompt:
     if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
         raise UsageError(f"{place}: holds half of a surrogate pair, which is not text; correct that line")
     fields = record.keys() if isinstance(record, dict) else ()
+    category = record["category"] if "category" in fields and isinstance(record["category"], str) else ""
     for field in (MESSAGES, SHAREGPT):
         if field in fields and record[field] is not None:
-            return FilePrompt(place, conversation=parse_conversation(record[field], record.get("tools"), place))
+            conversation = parse_conversation(record[field], record.get("tools"), place)
+            return FilePrompt(place, conversation=conversation, category=category)
     for field in ("prompt", "text"):
         if field in fields and isinstance(record[field], str) and record[field]:
-            return FilePrompt(place, record[field])
+            return FilePrompt(place, record[field], category=category)
     raise UsageError(f'{place}: no JSON object with "prompt", "text" or "messages"; correct that line')

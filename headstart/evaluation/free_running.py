@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from headstart.decoding.engine import Engine
-from headstart.decoding.generation import Stats
 from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.sampling import position_noise
 from headstart.decoding.settings import Request, Sampling
+from headstart.evaluation.speculation import GRAM, Pair, count_repeated, decode_all, summarize
 from headstart.model.transformer import Transformer
 
 
@@ -23,7 +23,7 @@ class FreeRunning:
         tokens: tokens of all outputs.
         passes: passes that they took.
         tokens_per_pass: 1 + accepted drafts, the mean over passes.
-        acceptance: entry k-2 is the share of passes that accepted the draft of head k.
+        acceptance: entry k-2 is the share of the passes fed a draft of head k that accepted it.
         repeated_8_grams: share of 8-grams that occurred in the same output before.
     """
 
@@ -46,33 +46,29 @@ def run_freely(
 
     An output ends where the model ends it or at a token of `ends[i]`, so drafts beyond its end do not count.
     """
-    generations = [
-        engine.submit(Request(tuple(prompt), new_tokens, Sampling(temperature, seed=i), ends=own))
+    requests = [
+        Request(tuple(prompt), new_tokens, Sampling(temperature, seed=i), ends=own)
         for i, (prompt, own) in enumerate(zip(prompts, ends or [frozenset[int]()] * len(prompts)))
     ]
-    while engine.busy:
-        progress(sum(generation.finished for generation, _ in engine.step()))
-    stats = Stats.summed([generation.stats for generation in generations])
+    found = summarize([Pair([answer]) for answer in decode_all(engine, requests, progress)])
+    shares = [row["unconditional"] for row in found["acceptance_by_position"]]
     return FreeRunning(
-        tokens=stats.tokens,
-        passes=stats.passes,
-        tokens_per_pass=stats.tokens_per_pass,
-        acceptance=stats.acceptance,
-        repeated_8_grams=repeated([generation.tokens for generation in generations]),
+        tokens=found["tokens"],
+        passes=found["passes"],
+        tokens_per_pass=found["tokens_per_pass"]["value"],
+        acceptance=shares + [0.0] * (engine.model.config.drafting_heads - 1 - len(shares)),
+        repeated_8_grams=found["repeated_8_grams"],
     )
 
 
-def repeated(outputs: Sequence[Sequence[int]], size: int = 8) -> float:
+def repeated(outputs: Sequence[Sequence[int]], size: int = GRAM) -> float:
     """Return the share of `size`-grams that occurred in the same output before.
 
     A loop is easy to draft: with many repetitions, tokens per pass say little about a model.
     """
-    seen = again = 0
-    for output in outputs:
-        grams = [tuple(output[i : i + size]) for i in range(len(output) - size + 1)]
-        seen += len(grams)
-        again += len(grams) - len(set(grams))
-    return again / seen if seen else 0.0
+    counts = [count_repeated(output, size) for output in outputs]
+    seen = sum(all_of_it for _, all_of_it in counts)
+    return sum(again for again, _ in counts) / seen if seen else 0.0
 
 
 @torch.no_grad()

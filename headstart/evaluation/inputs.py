@@ -148,7 +148,7 @@ def fitting_prompts(
                 skipped += 1
                 continue
             cut += 1
-            ids = ids[:longest] if long == "start" else ids[: longest - longest // 2] + ids[len(ids) - longest // 2 :]
+            ids = ids[:longest] if long == "start" else cut_middle(ids, longest)
         if ids:
             found.append(ids)
             ends.append(turn_ends(tokenizer, each.conversation and each.conversation.messages))
@@ -160,6 +160,11 @@ def fitting_prompts(
     if not found:
         raise UsageError(f"{file}: holds no prompt; write one per line")
     return FilePrompts(found, skipped, cut, ends)
+
+
+def cut_middle(ids: tuple[int, ...], longest: int) -> tuple[int, ...]:
+    """Return the beginning and the end of token ids, `longest` in all."""
+    return ids[: longest - longest // 2] + ids[len(ids) - longest // 2 :]
 
 
 def prompt_limit(tokens: int | None, long: LongPrompts | None, new: int, context: int) -> tuple[int, LongPrompts]:

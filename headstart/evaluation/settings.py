@@ -40,6 +40,29 @@ class CodeSettings:
 
 
 @dataclass(frozen=True)
+class SuiteSettings:
+    """The tasks spec-bench, mt-bench, gsm8k, humaneval-prompts, mbpp-prompts and prompts: speculative decoding."""
+
+    file: Path | None = None
+    """The suite's file (None: in the folder that the environment variable HEADSTART_SUITES names, or fetched). For one
+    task."""
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    """Temperatures to decode at."""
+    acceptance: str = "match"
+    """Rule that accepts drafts, as of `headstart generate`: match, rejection, block, lossy-..."""
+    heads: int | None = None
+    """Heads in every pass, head 1 included (None: as many as pay, by the policy; it is on)."""
+    lookup: int = 0
+    """The largest number of drafts per pass that are looked up in the sequence itself."""
+    tree: str | None = None
+    """Draft trees, as of `headstart generate`: the number of drafts, or nodes such as 0,1,0.0."""
+    plain: bool = True
+    """Decode each prompt plainly too, for the speed-up and to compare the outputs."""
+    raw: bool = False
+    """Continue questions as text, without the chat template: for models without one."""
+
+
+@dataclass(frozen=True)
 class LmEvalSettings:
     """Tasks named lm-eval:NAME, such as lm-eval:arc_easy (docs/evaluation.md)."""
 

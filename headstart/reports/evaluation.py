@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from headstart.console import format_table
-from headstart.reports import html
-
-Part = str | tuple[list[str], list[list[str]]]
-"""A line of text, or a table: its columns, its rows."""
+from headstart.reports import html, suites
+from headstart.reports.suites import Heading, Part
 
 
 def format_evaluation(found: dict[str, Any]) -> str:
     """Format the result of `evaluate` as tables for a terminal."""
     parts = [part if isinstance(part, str) else format_table(*part) for part in _parts(found)]
-    return "\n\n".join([found["model"] + (f", {found['quantize']}" if "quantize" in found else ""), *parts])
+    return "\n\n".join([_subject(found), *parts])
 
 
-def page_of(found: dict[str, Any]) -> str:
-    """Return the same tables as one HTML page."""
-    quantized = f" in {html.escaped(found['quantize'])}" if "quantize" in found else ""
-    title = f"Evaluation of {html.escaped(found['model'])}{quantized}"
+def markdown_of(found: dict[str, Any], pictures: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the same tables in Markdown, with the pictures of suites, given as {task: file}."""
+    lines = [f"# Evaluation of {_subject(found)}"]
+    for part in _parts(found):
+        if isinstance(part, Heading):
+            lines.append(f"## {part}")
+            if part in pictures:
+                lines.append(f"![Tokens per pass and speed-up by category]({pictures[part]})")
+        elif isinstance(part, str):
+            lines.append(part)
+        else:
+            cells = [part[0], ["---"] * len(part[0]), *part[1]]
+            lines.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells))
+    return "\n\n".join(lines)
+
+
+def page_of(found: dict[str, Any], figures: bool = False) -> str:
+    """Return the same tables as one HTML page, with `figures` of the suites (they need matplotlib)."""
+    title = f"Evaluation of {html.escaped(_subject(found))}"
     body = f"<h1>{title}</h1>"
     for part in _parts(found):
-        if isinstance(part, str):
+        if isinstance(part, Heading):
+            body += f"<h2>{html.escaped(part)}</h2>"
+            if figures and part in found.get("suites", {}):
+                body += suites.draw_figure(part, found["suites"][part])
+        elif isinstance(part, str):
             body += f"<p>{html.escaped(part)}</p>"
         else:
             columns, rows = ([[html.escaped(cell) for cell in row] for row in rows] for rows in ([part[0]], part[1]))
             body += html.table("", columns[0], rows)
     return html.document(title, body)
+
+
+def _subject(found: dict[str, Any]) -> str:
+    return found["model"] + (f", {found['quantize']}" if "quantize" in found else "")
 
 
 def _parts(found: dict[str, Any]) -> list[Part]:
@@ -56,6 +78,8 @@ def _parts(found: dict[str, Any]) -> list[Part]:
         columns += [f"head {k}" for k in range(2, found["heads_of_model"] + 1)]
         parts.append((columns, [_row(name, way) for name, way in ways.items()]))
         parts.append("A loop is easily drafted: if many 8-grams repeat, tokens per pass flatter the model.")
+    if "suites" in found:
+        parts += suites.parts(found)
     if "lm_eval" in found:
         parts += _lm_eval_parts(found["lm_eval"])
     for task, code in found.get("code", {}).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from html import escape
 from typing import Any
@@ -25,6 +25,8 @@ DARK = ("#f7e425", "#fdc328", "#fca338", "#f48849", "#e76f5a", "#d8576b", "#c641
 COLOURS.update({f"h{k}": pair for k, pair in enumerate(zip(LIGHT, DARK), start=1)})
 # Matplotlib knows no CSS variables: it draws in a stand-in colour, which `figure` replaces by the variable.
 STAND_IN = {name: f"#0101{i:02x}" for i, name in enumerate(COLOURS)}
+PRINTED = {name: light for name, (light, _) in COLOURS.items()}
+"""Colours of a picture outside a page."""
 POINTS = 400
 """Most points drawn of a curve: all of them would be megabytes and look the same."""
 
@@ -53,11 +55,14 @@ def need_matplotlib(what: str) -> None:
         import matplotlib  # noqa: F401
 
 
-def figure_style() -> AbstractContextManager[None]:
-    """Return a context with the settings of matplotlib in which axes are made and drawn."""
+def figure_style(colours: Mapping[str, str] = STAND_IN) -> AbstractContextManager[None]:
+    """Return a context with the settings of matplotlib in which axes are made and drawn.
+
+    `colours` are those of the page, or for a picture `PRINTED`.
+    """
     import matplotlib
 
-    ink, muted, line = (STAND_IN[name] for name in ("ink", "muted", "line"))
+    ink, muted, line = (colours[name] for name in ("ink", "muted", "line"))
     style: Any = {
         "font.size": 11, "text.color": ink, "axes.labelcolor": ink, "xtick.color": muted, "ytick.color": muted,
         "axes.edgecolor": muted, "grid.color": line, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -63,6 +64,39 @@ def test_all_of_it(directory, tmp_path, monkeypatch, capsys) -> None:
     assert "bits per byte" in page and "repeated 8-grams" in page and "heads 2..k right" in page
     shown = format_inspection(inspect(directory))
     assert "free-running, greedy" in shown and f"{greedy['tokens_per_pass']:.3f}" in shown
+
+
+def test_a_suite_writes_tables_figures_and_records(directory, tmp_path, monkeypatch, capsys) -> None:
+    rows = [{"question_id": i, "category": c, "turns": ["a?"] * n} for i, (c, n) in enumerate((("math", 2), ("qa", 1)))]
+    (tmp_path / "spec_bench").mkdir()
+    (tmp_path / "spec_bench" / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("HEADSTART_SUITES", str(tmp_path))
+    out = tmp_path / "out"
+    suite = ("--tasks", "spec-bench", "--suite.raw", "--max-new-tokens", 8, "--limit", 2, "--out", out)
+    run(monkeypatch, directory, *suite, "--json")
+    found = json.loads(capsys.readouterr().out)
+    overall = found["suites"]["spec-bench"]["temperatures"]["1"]["parts"][0]
+    assert overall["equal"] == overall["answers"] == 3
+    metrics = overall["speculative_decoding"]  # the names of vLLM
+    assert {"draft_acceptance_rate", "num_accepted_draft_tokens", "num_draft_tokens", "num_spec_tokens"} <= set(metrics)
+    assert {"mean_acceptance_length", "acceptance_histogram", "num_spec_steps"} <= set(metrics)
+    run(monkeypatch, directory, *suite)  # made again from the records
+    shown = capsys.readouterr().out
+    for words in (
+        "3 of 3 outputs equal",
+        "mt-bench",
+        "· math",
+        "overall",
+        "speed-up",
+        "[1] 2.31 / 1.71x",
+        "up to 3 (by",
+    ):
+        assert words in shown
+    page = (out / "results.md").read_text()
+    assert "| category | prompts | tokens per pass |" in page and "## spec-bench" in page
+    if find_spec("matplotlib"):
+        assert "(spec-bench.png)" in page and (out / "spec-bench.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / "results.html").read_text()
 
 
 def test_text_of_conversations_counts_answers_alone(tmp_path) -> None:
@@ -161,17 +195,35 @@ def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
     [
         ((), "name what to evaluate on"),
         (("--text", "gone"), "no such file or folder"),
-        (("--text", "text", "--tasks", "speed"), "no task 'speed'; take heads, acceptance, humaneval"),
+        (
+            ("--text", "text", "--tasks", "speed"),
+            "no task 'speed'; take heads, acceptance, spec-bench, .*humaneval-prompts, .*humaneval",
+        ),
         (("--text", "text", "--batch", 0), "--batch is 0"),
         (("--text", "text", "--quantize", "q4", "--record"), "leave --quantize out"),
         (("--text", "text", "--prompt-tokens", 900), "900 .* more than the model's context 64; ask for fewer"),
         (("--text", "text", "--prompt-tokens", 40, "--new-tokens", 25), "40 .* 25: more than the model's context 64"),
         (("--text", "text", "--length", 65), "between 2 and the model's context 64"),
         (("--tasks", "acceptance", "--prompts", "gone.txt"), "cannot be read"),
+        (("--tasks", "spec-bench", "--limit", -1), r"--prompt-count \(--limit\) is -1"),
+        (("--tasks", "spec-bench", "--max-new-tokens", 0), r"--new-tokens \(--max-new-tokens\) is 0"),
+        (("--tasks", "spec-bench", "--suite.temperatures", -1), "temperature is -1"),
+        (("--tasks", "spec-bench", "--suite.temperatures", 1, 1), "one or more different numbers"),
+        (("--tasks", "spec-bench", "--suite.acceptance", "luck"), "there is no acceptance 'luck'"),
+        (("--tasks", "spec-bench", "--suite.heads", 4), "heads is 4; this model has 3"),
+        (("--tasks", "spec-bench", "--suite.file", "gone.jsonl"), "gone.jsonl: cannot be read"),
+        (("--tasks", "spec-bench", "--suite.file", "q.jsonl"), "has no chat template.*--suite.raw"),
+        (("--tasks", "spec-bench", "gsm8k", "--suite.file", "q.jsonl"), "--suite.file is for one task"),
+        (("--tasks", "spec-bench", "--long-prompts", "start"), "--long-prompts start would cut off what a suite asks"),
+        (("--tasks", "acceptance", "--url", "http://x/v1"), "the task acceptance needs the model itself"),
+        (("--tasks", "gsm8k", "--url", "http://127.0.0.1:1/v1"), "http://127.0.0.1:1/v1: does not answer"),
+        (("--tasks", "gsm8k", "--url", "http://127.0.0.1:1/v1", "--record"), "--url names none; leave it out"),
     ],
 )
 def test_wrong_use_is_one_line_and_2(directory, tmp_path, monkeypatch, capsys, arguments, words) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "category": "qa", "turns": ["why?"]}\n')
+    monkeypatch.setenv("HEADSTART_SUITES", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, directory, *arguments)
     assert end.value.code == 2

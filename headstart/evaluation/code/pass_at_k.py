@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from headstart.errors import UsageError
-
-RESAMPLES = 1000
-"""Number of resamples for an interval."""
+from headstart.evaluation.intervals import Estimate, resample
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -26,22 +21,10 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over problems, with a 90 % interval from resampled problems, as in the paper's figures."""
-
-    value: float
-    low: float
-    high: float
-
-
 def estimate(counts: Sequence[tuple[int, int]], k: int, seed: int = 0) -> Estimate:
     """Estimate pass@k over problems, each given as (samples, right ones)."""
-    values = np.array([pass_at_k(samples, right, k) for samples, right in counts])
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    low, high = np.quantile(means, (0.05, 0.95))
-    return Estimate(float(values.mean()), float(low), float(high))
+    values = [(pass_at_k(samples, right, k), 1.0) for samples, right in counts]
+    return resample(values, lambda total, problems: total / problems, seed)
 
 
 def oracle(by_temperature: Mapping[float, Sequence[tuple[int, int]]], k: int) -> tuple[float, Estimate]:

@@ -85,22 +85,26 @@ def _close(a: str, b: str) -> bool:
 
 
 def load_problems(
-    task: str, source: str | None = None, limit: int | None = None, rewarded: bool = False
+    task: str,
+    source: str | None = None,
+    limit: int | None = None,
+    rewarded: bool = False,
+    option: str = "--code.source",
 ) -> list[CodeProblem]:
     """Load the problems of a task of HUB, at most the first `limit`.
 
     `source` is a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's). `rewarded`: prompts of codecontests ask for a
     correct program, with the annotation of `prepare --rewards`. Raises UsageError for a source that cannot be read or
-    reached, and for a problem without the fields it needs, by its place.
+    reached, and for a problem without the fields it needs, by its place; `option` names the source for users.
     """
     with any_number_of_digits():
-        return _load(task, source, limit, rewarded)
+        return _load(task, source, limit, rewarded, option)
 
 
-def _load(task: str, source: str | None, limit: int | None, rewarded: bool) -> list[CodeProblem]:
+def _load(task: str, source: str | None, limit: int | None, rewarded: bool, option: str) -> list[CodeProblem]:
     if task not in HUB:
         raise UsageError(f"there is no set of problems {task!r}; take one of {', '.join(HUB)}")
-    name, rows = _rows(task, source)
+    name, rows = _rows(task, source, option)
     problems: list[CodeProblem] = []
     untested = 0
     for number, row in enumerate(rows, start=1):
@@ -121,7 +125,7 @@ def _load(task: str, source: str | None, limit: int | None, rewarded: bool) -> l
     if untested:
         say(f"{name}: {untested} problems without a test are left out, because every program would pass them")
     if not problems:
-        raise UsageError(f"{name}: holds no problem of {task}; name its file with --code.source")
+        raise UsageError(f"{name}: holds no problem of {task}; name its file with {option}")
     names = [problem.name for problem in problems]
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
@@ -129,14 +133,14 @@ def _load(task: str, source: str | None, limit: int | None, rewarded: bool) -> l
     return problems
 
 
-def _rows(task: str, source: str | None) -> tuple[str, Iterator[Row]]:
+def _rows(task: str, source: str | None, option: str) -> tuple[str, Iterator[Row]]:
     if source is not None and not source.startswith("hf:"):
         return source, _lines(Path(source))
     name, config = (source, None) if source is not None else HUB[task]
     try:
         return name, iter(load_rows(name, "test", config))
     except UsageError as error:
-        raise UsageError(f"{error}; or give the problems as a file: --code.source {task}.jsonl") from error
+        raise UsageError(f"{error}; or give the problems as a file: {option} {task}.jsonl") from error
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from headstart.errors import UsageError
 from headstart.evaluation.code.pass_at_k import estimate, oracle
 from headstart.evaluation.code.problems import CodeProblem, load_problems
 from headstart.evaluation.code.sandbox import Program, Sandbox
+from headstart.evaluation.records import owned, whole_lines
 from headstart.evaluation.settings import CodeSettings
-from headstart.fileio import appending, claimed, write_text
+from headstart.fileio import appending
 
 
 @dataclass
@@ -47,7 +47,7 @@ def run_code(
     problems = load_problems(task, settings.source, settings.problems, settings.rewarded)
     state = _Task(model, settings, batch, out / task, problems)
     cut = _encode(state, task)
-    with _own(state.folder, _identity(task, settings, model_name)):
+    with owned(state.folder, _identity(task, settings, model_name)):
         found: dict[str, Any] = {"problems": len(problems), "cut_prompts": cut, "new_tokens": settings.new_tokens}
         counts: dict[float, list[tuple[int, int]]] = {}
         found["temperatures"] = {}
@@ -117,7 +117,7 @@ def _encode(state: _Task, task: str) -> int:
 def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str, int], str], dict[str, Any]]:
     """Return every sample at this temperature, by problem and number, and the cost of decoding them."""
     file, sittings = (state.folder / f"{name}-{temperature:g}.jsonl" for name in ("samples", "sittings"))
-    samples = {(line["problem"], line["sample"]): line for line in _lines(file)}
+    samples = {(line["problem"], line["sample"]): line for line in whole_lines(file)}
     keys = [(p.name, i) for p in state.problems for i in range(_samples(state.settings, temperature))]
     missing = [key for key in keys if key not in samples]
     if len(missing) < len(keys):
@@ -150,7 +150,7 @@ def _write(state: _Task, task: str, temperature: float) -> tuple[dict[tuple[str,
             sitting |= {"plain_seconds": plain, "plain_differs": differ}
         with appending(sittings) as lines:
             lines.write(json.dumps(sitting) + "\n")
-    return {key: samples[key]["completion"] for key in keys}, _speed(_lines(sittings))
+    return {key: samples[key]["completion"] for key in keys}, _speed(whole_lines(sittings))
 
 
 def _speed(sittings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _judge(
 ) -> dict[tuple[str, int], str]:
     """Return for each sample "passed" or the reason why not. Equal programs are run once."""
     file = state.folder / f"verdicts-{temperature:g}.jsonl"
-    statuses = {(line["problem"], line["sample"]): line["status"] for line in _lines(file)}
+    statuses = {(line["problem"], line["sample"]): line["status"] for line in whole_lines(file)}
     missing = [key for key in samples if key not in statuses]
     by_name = {problem.name: problem for problem in state.problems}
     equal: dict[tuple[str, str], list[tuple[str, int]]] = {}
@@ -246,35 +246,3 @@ def _identity(task: str, settings: CodeSettings, model_name: str) -> dict[str, A
     kept = {name: getattr(settings, name) for name in ("source", "top_p", "new_tokens", "cut_prompts")}
     # `rewarded` is named only if it is on, so that samples of earlier versions are still accepted.
     return {"task": task, "model": model_name, **kept, **({"rewarded": True} if settings.rewarded else {})}
-
-
-@contextmanager
-def _own(folder: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Own the folder within the block. Raise UsageError if another run does, or it holds other samples."""
-    taken = f"{folder}: another run is writing there; wait for it, or name another --out"
-    with claimed(folder / ".lock", taken, "name another --out"):
-        file = folder / "settings.json"
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            for name, value in identity.items():
-                if before.get(name) != value:
-                    raise UsageError(
-                        f"{folder}: holds samples with {name} {before.get(name)!r}, not {value!r}; name another --out"
-                    )
-        else:
-            write_text(file, json.dumps(identity, indent=2) + "\n")
-        yield
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """Return the lines of an earlier run, and remove a last line that a kill cut short."""
-    if not file.is_file():
-        return []
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        write_text(file, whole.decode("utf-8"))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UsageError(f"{file}: is damaged ({error}); remove it to decode its samples again") from error
