@@ -58,6 +58,9 @@ class AdaptSettings:
     """sequential: use one module for all heads; medusa: the heads share the unembedding."""
     replace_heads: bool = False
     """Replace the heads that the model has beyond the first."""
+    draft_vocab: int | None = None
+    """Number of tokens that the new heads predict, the most frequent in the data, such as 8192 (None: all). Training
+    and drafting cost less; the text stays the same."""
     heads_only: bool = False
     """Write RUN/heads, the heads without their model (docs/heads.md), in place of RUN/model. Heads of a GGUF file are
     always written so."""
@@ -175,6 +178,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         settings.wiring,
         shared=settings.shared,
         replace_heads=settings.replace_heads,
+        draft_vocab=settings.draft_vocab,
     )
     joint = settings.mode == "joint"
     lr = (5e-5 if joint else 1e-3) if settings.lr is None else settings.lr

@@ -70,7 +70,7 @@ def _introduction(directory: Path, name: str, config: ModelConfig, base_model: s
     origin = (
         "" if base_model is None else f" Its heads were added to [{base_model}](https://huggingface.co/{base_model})."
     )
-    kinds = f"{config.head_kind} heads, wired {config.wiring}" if n > 1 else "one head"
+    kinds = _kinds(config) if n > 1 else "one head"
     further = "a token" if n == 2 else f"up to {n - 1} tokens"
     drafts = (
         f"Head k predicts the k-th token behind a position: one pass proposes {further} behind the next "
@@ -104,6 +104,11 @@ def _introduction(directory: Path, name: str, config: ModelConfig, base_model: s
     )
 
 
+def _kinds(config: ModelConfig) -> str:
+    drafted = "" if config.draft_vocab is None else f", over the {config.draft_vocab:,} most frequent tokens"
+    return f"{config.head_kind} heads, wired {config.wiring}{drafted}"
+
+
 def _introduce_heads(name: str, heads: StoredHeads, base_model: str | None) -> str:
     config, counts = heads.model, heads.model.parameters()
     added = counts["total"] - counts["next_token_path"]
@@ -112,7 +117,7 @@ def _introduce_heads(name: str, heads: StoredHeads, base_model: str | None) -> s
         base = f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model
     rows = [
         ("parameters", f"{added:,}, in addition to {counts['next_token_path']:,} of the model"),
-        ("heads", f"2 to {config.heads}: {config.head_kind} heads, wired {config.wiring}"),
+        ("heads", f"2 to {config.heads}: {_kinds(config)}"),
         ("model", f"{family_of(config).model_type}, {config.next_token_layers} blocks, {config.dim} wide"),
         ("SHA-256 of the model's tensors", f"`{heads.identity.sha256}`"),
     ]

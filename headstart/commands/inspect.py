@@ -188,7 +188,8 @@ def _format_directory(found: dict[str, Any]) -> str:
             for name, count in found["kv_bytes_per_token"].items()
         ),
         "",
-        f"{found['heads']} {found['head_kind']} {'head' if found['heads'] == 1 else 'heads'}, {found['wiring']}:",
+        f"{found['heads']} {found['head_kind']} {'head' if found['heads'] == 1 else 'heads'}, {found['wiring']}"
+        f"{_drafted(found)}:",
         found["tree"],
         "",
         format_table(["parameters", ""], [[part, f"{found['parameters'][part]:,}"] for part in PARTS]),
@@ -234,6 +235,11 @@ def _sizes(found: dict[str, Any]) -> str:
         f"{unit} {sizes['hidden_dim']}, vocabulary {sizes['vocab_size']:,}{' (tied)' if sizes['tied'] else ''}, "
         f"context {sizes['context']:,}"
     )
+
+
+def _drafted(found: dict[str, Any]) -> str:
+    size = found["sizes"]["draft_vocab"]
+    return "" if size is None else f", heads 2 and up over a draft vocabulary of {size:,} tokens"
 
 
 def _blocks(number: int) -> str:

@@ -85,7 +85,8 @@ def _draft(verified: Verified) -> None:
     """Draft the next windows with heads 2..K, and keep what verification and the policy need of the drafts."""
     state, plan, slots = verified.state, verified.plan, verified.plan.slots
     config, windows = verified.model.config, state.windows
-    logits, drafts = head_drafter(config).draft(verified)
+    proposal = head_drafter(config).draft(verified)
+    logits = proposal.logits_SKC
     state.constraints.keep(logits, slots)
     q_SKV = None
     if not state.sampling.plain_rules(slots):
@@ -93,7 +94,9 @@ def _draft(verified: Verified) -> None:
         windows.q_SKV[slots, : plan.heads - 1] = q_SKV
     if plan.confident:
         expected = None if q_SKV is None else expected_confidence(q_SKV, config.ahead > 0)
-        windows.confidence_SK[slots, : plan.heads - 1] = confidence_to_feed(state, logits, drafts, expected, slots)
+        windows.confidence_SK[slots, : plan.heads - 1] = confidence_to_feed(
+            state, logits, proposal.chosen_SK, expected, slots
+        )
 
 
 def confidence_to_feed(

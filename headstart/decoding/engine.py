@@ -113,10 +113,10 @@ class Engine:
             raise UsageError("drafts are looked up for chains only; take a draft tree or lookup, not both")
         if tree is None and policy is not None and not self._host_rows:
             tree = policy.best_tree(config.slots)
-        if tree is not None and (tree.depth >= drafting or tree.ranks > model.vocab_size):
+        if tree is not None and (tree.depth >= drafting or tree.ranks > model.drafted_tokens):
             raise UsageError(
                 f"the draft tree has depth {tree.depth} and {tree.ranks} ranks; {drafting} heads draft "
-                f"{drafting - 1} tokens ahead, of {model.vocab_size}: take a smaller one"
+                f"{drafting - 1} tokens ahead, of {model.drafted_tokens}: take a smaller one"
             )
         if tree is not None and not tree.is_chain and model.ahead:
             raise UsageError(

@@ -24,7 +24,8 @@ class HeadScores:
     Attributes:
         tokens: the number of tokens that head 1 predicted.
         bytes: the UTF-8 bytes of the predicted text.
-        bits_per_byte: entry k-1 is that of head k: its mean bits per token, times the mean tokens per byte.
+        bits_per_byte: entry k-1 is that of head k: its mean bits per token, times the mean tokens per byte; of a head
+            with a draft vocabulary, those of the tokens in it.
         top1: entry k-1 is the share of positions at which head k's most probable token is the right one.
         prefix: entry k-2 is the share of positions at which heads 2..k are all right. Decoding would accept this share
             of the drafts of head k if the model wrote these documents (teacher forcing). Positions without k tokens
@@ -98,6 +99,7 @@ class _Sums:
         n = model.config.heads
         self.counts_n = np.zeros(n)
         self._nats_n, self._hits_n, self._prefixes_n = np.zeros(n), np.zeros(n), np.zeros(n)
+        self._with_nats_n = np.zeros(n)
         self._passes, self._committed = [0] * n, [0] * n
 
     def add(
@@ -121,7 +123,9 @@ class _Sums:
         for start, first, stop in _windows(len(tokens), length):
             nats_Tn, top_Tn = _read(self._model, tokens, start, stop)
             new, known = slice(first - start, stop - start), known_Tn[first:stop]
-            self._nats_n += np.where(known, nats_Tn[new], 0.0).sum(0)
+            finite = known & np.isfinite(nats_Tn[new])  # not outside a draft vocabulary
+            self._nats_n += np.where(finite, nats_Tn[new], 0.0).sum(0)
+            self._with_nats_n += finite.sum(0)
             right_Tn[first:stop] = (top_Tn[new] == tokens[np.minimum(aims_Tn[first:stop], last)]) & known
             progress(stop - first)
         self._hits_n += right_Tn.sum(0)
@@ -143,7 +147,7 @@ class _Sums:
         return HeadScores(
             tokens=int(counts[0]),
             bytes=size,
-            bits_per_byte=[_ratio(a, b) * per_byte for a, b in zip(self._nats_n.tolist(), counts)],
+            bits_per_byte=[_ratio(a, b) * per_byte for a, b in zip(self._nats_n.tolist(), self._with_nats_n.tolist())],
             top1=[_ratio(a, b) for a, b in zip(self._hits_n.tolist(), counts)],
             prefix=[_ratio(a, b) for a, b in zip(self._prefixes_n.tolist()[1:], counts[1:])],
             tokens_per_pass=[_ratio(a, b) for a, b in zip(self._committed, self._passes)],

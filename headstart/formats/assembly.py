@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headstart.errors import UsageError
 from headstart.formats.tensor_names import MODEL_FILE, Part, stored_parts
 from headstart.model.config import ModelConfig
+from headstart.model.draft_vocabulary import check_draft_tokens
 from headstart.model.transformer import TRAINING_ALONE, Transformer
 
 LLAMA = (
@@ -36,6 +37,8 @@ def assemble(
                 f"{part.name}: has shape {list(tensor.shape)}, not {list(part.shape)} as its configuration says; "
                 "use the configuration that was saved with it"
             )
+        if part.dtype not in (None, tensor.dtype):
+            raise UsageError(f"{part.name}: is {tensor.dtype}, not {part.dtype}; copy the model again")
         target.copy_(tensor)
 
     return assemble_in_place(config, fill, dtype, device)
@@ -62,13 +65,16 @@ def assemble_in_place(
             state[name] = given
             continue
         rows = [part.shape[0] for part in parts]
-        parameter = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=dtype, device=device)
+        kind = parts[0].dtype or dtype
+        parameter = torch.empty((sum(rows), *parts[0].shape[1:]), dtype=kind, device=device)
         for target, part in zip(parameter.split(rows), parts):
             fill(part, target)
             check_finite(part.name, target)
-        state[name] = nn.Parameter(parameter)
+        state[name] = parameter if parts[0].dtype else nn.Parameter(parameter)
     if config.tied:
         state["unembedding.weights.0"] = state["trunk.embedding.weight"]
+    if "unembedding.d2t" in state:
+        check_draft_tokens(state["unembedding.d2t"], config.vocab_size, "d2t")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -114,7 +120,7 @@ def stored_tensors(model: Transformer, dtype: torch.dtype | None) -> dict[str, d
     state = model.state_dict()
     files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
     for name, pieces in stored_parts(model.config).items():
-        parameter = state[name].to("cpu", dtype).contiguous()
+        parameter = state[name].to("cpu", pieces[0].dtype or dtype).contiguous()
         for part, tensor in zip(pieces, parameter.split([part.shape[0] for part in pieces])):
             files.setdefault(part.file, {})[part.name] = tensor
     return files
@@ -144,8 +150,18 @@ def inexpressible(config: ModelConfig, expressible: Iterable[str]) -> list[str]:
     return found
 
 
+def refuse_draft_vocabulary(config: ModelConfig, place: str) -> None:
+    """Raise UsageError if heads have a draft vocabulary, for a `place` that has none."""
+    if config.draft_vocab is not None:
+        raise UsageError(
+            f"this model's heads have a draft vocabulary of {config.draft_vocab:,} tokens, and {place} knows none; "
+            "take headstart or heads"
+        )
+
+
 def refuse_other_blocks(config: ModelConfig, place: str) -> None:
-    """Raise UsageError if the blocks are not a plain Llama's, for a `place` that holds no others."""
-    others = [f"family {config.family}" if name == "family" else name for name in inexpressible(config, LLAMA)]
+    """Raise UsageError if trunk and head 1 have other blocks than a plain Llama, for a `place` that holds no others."""
+    names = inexpressible(config, (*LLAMA, "draft_vocab"))
+    others = [f"family {config.family}" if name == "family" else name for name in names]
     if others:
         raise UsageError(f"{place} holds plain Llama blocks, and this model has {', '.join(others)}; take headstart")

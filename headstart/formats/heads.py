@@ -118,7 +118,7 @@ class StoredHeads:
         parts = [part for pieces in stored_parts(self.model).values() for part in pieces if part.file == HEADS_FILE]
         file = self.directory / HEADS_FILE
         stored = TensorFiles([file])
-        stored.check({part.name: part.shape for part in parts}, file, config=HEADS_CONFIG)
+        stored.check(parts, file, config=HEADS_CONFIG)
         return stored
 
     def compare_base(self, model: Transformer, named: Path, *, all_values: bool = False) -> Copy:

@@ -14,7 +14,7 @@ from typing import Any
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import LLAMA, inexpressible
+from headstart.formats.assembly import LLAMA, inexpressible, refuse_draft_vocabulary
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.families import family_of
 from headstart.formats.format import (
@@ -52,6 +52,7 @@ def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | Non
         raise UsageError(
             "linear heads wired anticausally: head 1 is no plain decoder, which hf-code builds on; take headstart"
         )
+    refuse_draft_vocabulary(model.config, "the code of hf-code")
     family, others = family_of(model.config).model_type, inexpressible(model.config, EXPRESSIBLE)
     if family not in FAMILIES or others:
         raise UsageError(

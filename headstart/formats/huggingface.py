@@ -88,24 +88,24 @@ def read_model(directory: Path, dtype: torch.dtype | None = None, device: str | 
     damaged, or at odds with config.json.
     """
     config = read_config(directory)
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {MODEL_FILE: {}}
+    parts: dict[str, list[Part]] = {MODEL_FILE: []}
     for pieces in stored_parts(config).values():
         for part in pieces:
-            shapes.setdefault(part.file, {})[part.name] = part.shape
+            parts.setdefault(part.file, []).append(part)
 
     model_tensors = TensorFiles(model_files(directory, MODEL_FILE))
     # Old Llama files hold rotary tables, which can be computed; a tied unembedding may be stored needlessly.
     ignored = [name for name in model_tensors.names() if re.fullmatch(r"model\.layers\.\d+\..*inv_freq", name)]
-    model_tensors.check(shapes[MODEL_FILE], directory / MODEL_FILE, [*ignored, *([UNEMBEDDING] if config.tied else [])])
+    model_tensors.check(parts[MODEL_FILE], directory / MODEL_FILE, [*ignored, *([UNEMBEDDING] if config.tied else [])])
     stored = {MODEL_FILE: model_tensors}
-    if HEADS_FILE in shapes:
+    if HEADS_FILE in parts:
         if not (directory / HEADS_FILE).is_file():
             raise UsageError(
                 f"{directory / HEADS_FILE}: is missing, though {CONFIG_FILE} speaks of {config.heads} heads; copy it "
                 'from where the model was saved, or remove the key "headstart" to load head 1 alone'
             )
         stored[HEADS_FILE] = TensorFiles([directory / HEADS_FILE])
-        stored[HEADS_FILE].check(shapes[HEADS_FILE], directory / HEADS_FILE)
+        stored[HEADS_FILE].check(parts[HEADS_FILE], directory / HEADS_FILE)
     _check_tied(model_tensors, config.tied)
 
     dtype = model_tensors.dtype(EMBEDDING) if dtype is None else dtype

@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import assemble, stored_tensors
+from headstart.formats.assembly import assemble, refuse_draft_vocabulary, stored_tensors
 from headstart.formats.config_json import CONFIG_FILE, read_config
 from headstart.formats.format import Check, compare_all_heads
 from headstart.formats.huggingface import DirectoryFormat, save_model
@@ -54,6 +54,7 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
             f"this model's heads predict {list(config.offset_of_heads)} ahead; Medusa's layouts know no gaps, "
             "take headstart"
         )
+    refuse_draft_vocabulary(config, "Medusa's layout")
     files = stored_tensors(model, None)
     plain = replace(config, heads=1, shared=True)
     base = assemble(plain, lambda part: files[part.file][part.name], files[MODEL_FILE][EMBEDDING].dtype)

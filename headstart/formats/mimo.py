@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import LLAMA, assemble, inexpressible, stored_tensors
+from headstart.formats.assembly import LLAMA, assemble, inexpressible, refuse_draft_vocabulary, stored_tensors
 from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.format import Check, compare_logits, random_text
@@ -129,6 +129,7 @@ def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
             f"this model has {kind}; MiMo's layout holds sequential heads alone (model.head_kind: sequential), and "
             "headstart and hf-code all kinds"
         )
+    refuse_draft_vocabulary(config, "MiMo's layout")
     reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias"))
     if config.dim_per_head * config.attention_heads != config.dim:
         reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")

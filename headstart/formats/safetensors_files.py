@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from headstart.errors import UsageError, first_line
 from headstart.fileio import read_json, regular
+from headstart.formats.tensor_names import Part
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+IDS = {"I64": torch.int64}
+"""Dtypes of tensors that hold token ids."""
 PIECE_BYTES = 2**24
 """Bytes that are read at once of a tensor that is converted, or copied to another device."""
 
@@ -50,16 +53,18 @@ class TensorFiles:
         """Return the shape of a tensor."""
         return tuple(self._where[name][1].get_slice(name).get_shape())
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the stored dtype. Raises UsageError for one that headstart does not compute with."""
+    def dtype(self, name: str, ids: bool = False) -> torch.dtype:
+        """Return the stored dtype. Raises UsageError for one that weights do not have, or `ids`, which are int64."""
         path, handle = self._where[name]
         stored = handle.get_slice(name).get_dtype()
-        if stored not in DTYPES:
+        if ids and stored not in IDS:
+            raise UsageError(f"{path}: {name} is stored as {stored}, and token ids are I64; copy the heads again")
+        if not ids and stored not in DTYPES:
             raise UsageError(
                 f"{path}: {name} is stored as {stored}, which headstart does not compute with; "
                 f"take the unquantised model ({', '.join(DTYPES)})"
             )
-        return DTYPES[stored]
+        return IDS[stored] if ids else DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """Return the tensor, backed by the mapped file: copy it before the file may change."""
@@ -70,7 +75,7 @@ class TensorFiles:
 
         The mapping is not used: its pages would count as this process's memory while the file is open.
         """
-        dtype, path = self.dtype(name), self._where[name][0]
+        dtype, path = self.dtype(name, target.dtype == torch.int64), self._where[name][0]
         flat = target.view(-1)
         straight = flat.device.type == "cpu" and flat.dtype == dtype
         size = max(1, flat.numel() if straight else PIECE_BYTES // dtype.itemsize)
@@ -84,32 +89,32 @@ class TensorFiles:
 
     def check(
         self,
-        expected: dict[str, tuple[int, ...]],
+        expected: Sequence[Part],
         path: Path,
         ignored: Iterable[str] = (),
         config: str = "config.json",
     ) -> None:
-        """Raise UsageError unless exactly the `expected` names and shapes of the file `config` are present.
+        """Raise UsageError unless exactly the tensors that the file `config` promises, the `expected`, are present.
 
         `path` names missing ones.
         """
-        missing = [name for name in expected if name not in self._where]
+        names = [part.name for part in expected]
+        missing = [name for name in names if name not in self._where]
         if missing:
             raise UsageError(f"{path}: lacks {_some(missing)}, which {config} promises; copy the model directory again")
-        unexpected = set(self._where) - set(expected) - set(ignored)
+        unexpected = sorted(set(self._where) - set(names) - set(ignored))
         if unexpected:
-            names = sorted(unexpected)
             raise UsageError(
-                f"{self.path(names[0])}: holds {_some(names)}, of which {config} says nothing; "
+                f"{self.path(unexpected[0])}: holds {_some(unexpected)}, of which {config} says nothing; "
                 f"use the {config} that was saved with it"
             )
-        for name, shape in expected.items():
-            if self.shape(name) != shape:
+        for part in expected:
+            if self.shape(part.name) != part.shape:
                 raise UsageError(
-                    f"{self.path(name)}: {name} has shape {list(self.shape(name))}, not {list(shape)} as {config} "
-                    f"says; use the {config} that was saved with it"
+                    f"{self.path(part.name)}: {part.name} has shape {list(self.shape(part.name))}, not "
+                    f"{list(part.shape)} as {config} says; use the {config} that was saved with it"
                 )
-            self.dtype(name)
+            self.dtype(part.name, part.dtype is not None)
 
 
 def model_files(directory: Path, name: str) -> list[Path]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from headstart.model.config import ModelConfig
 
 MODEL_FILE = "model.safetensors"
@@ -37,6 +39,8 @@ class Part:
     name: str
     """Name of the tensor in that file."""
     shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    """Dtype of the tensor in every file (None: that of the weights)."""
 
 
 def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
@@ -58,6 +62,8 @@ def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
                 parts |= _block_parts(config, ours, MODEL_FILE, f"model.layers.{layer + path.index(k)}")
             else:
                 parts |= _block_parts(config, ours, HEADS_FILE, theirs)
+    if config.draft_vocab is not None:
+        parts["unembedding.d2t"] = [Part(HEADS_FILE, "d2t", (config.draft_vocab,), torch.int64)]
     parts["unembedding.norm.weight"] = [Part(MODEL_FILE, "model.norm.weight", (D,))]
     if not config.tied:
         parts["unembedding.weights.0"] = [Part(MODEL_FILE, "lm_head.weight", (V, D))]

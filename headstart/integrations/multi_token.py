@@ -82,7 +82,7 @@ def multi_token_step(
         model.config.vocab_size,
     )
     counts = count_targets(inputs.targets) if counts is None else counts
-    return walk_step(model, objective.mask(inputs, offsets), counts, objective)
+    return walk_step(model, objective.mask(inputs, model), counts, objective)
 
 
 def check_model(model: torch.nn.Module) -> None:

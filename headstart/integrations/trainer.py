@@ -135,8 +135,8 @@ class MultiTokenTrainer(Trainer):
         )
         counts = _per_head(num_items_in_batch, count_targets(rows.targets))
         with self.accelerator.autocast():
-            offsets, objective = self.transformer.config.offset_of_heads, self.objective
-            seen = walk_step(self.transformer, objective.mask(rows, offsets), counts, objective)
+            rows = self.objective.mask(rows, self.transformer)
+            seen = walk_step(self.transformer, rows, counts, self.objective)
         self._totals += torch.stack([seen.sums, seen.counts]).to(self._totals)
         return self._weighted(seen.sums / counts.clamp_min(1))
 

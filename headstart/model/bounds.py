@@ -18,6 +18,7 @@ LARGEST = 1e15
 SIZES = {
     **{"layers": MOST_LAYERS, "heads": MOST_HEADS, "vocab_size": 10**8, "dim": 10**7, "hidden_dim": 10**8},
     **{"attention_heads": 10**5, "kv_heads": 10**5, "head_dim": 10**6, "context": 10**9, "window": 10**9},
+    "draft_vocab": 10**8,
 }
 """The largest value of each whole number; the smallest is 1."""
 LISTS = {"window_layers": MOST_LAYERS, "nope_layers": MOST_LAYERS, "offsets": SIZES["context"]}

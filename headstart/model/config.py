@@ -23,6 +23,7 @@ WRITTEN = (
 WRITTEN_IF_SET = (
     *("family", "rope_scaling", "qkv_bias", "qk_norm", "norm_placement", "norm_offset", "activation"),
     *("scaled_embedding", "query_scalar", "window", "window_layers", "local_rope_theta", "nope_layers", "offsets"),
+    "draft_vocab",
 )
 """The fields that follow in a stored configuration if they differ from their defaults. A new field belongs here: files
 written before it, and their digests, stay the same."""
@@ -89,6 +90,7 @@ class ModelConfig(Shape):
         layers = self.next_token_layers
         return replace(
             self, layers=layers, heads=1, shared=True, wiring="parallel", extra_layers=0, offsets=None,
+            draft_vocab=None,
             # A head needs a trunk below it. If there is one layer, it is the trunk, and head 1 reads it as it is.
             head_kind="transformer" if layers > 1 else "linear",
         )  # fmt: skip
@@ -143,6 +145,7 @@ class ModelConfig(Shape):
         """
         heads = sum(map(self.kind.multiplied_weights, range(1, self.heads + 1)))
         blocks = self.trunk_layers + self.head_blocks
-        weights = blocks * self.block_weights + heads + self.heads * self.vocab_size * self.dim
+        logits = self.vocab_size + (self.heads - 1) * self.drafted_tokens
+        weights = blocks * self.block_weights + heads + logits * self.dim
         seen = sum(min(length, self.window_of(layer) or length) for layer in self.block_layers)
         return 6 * weights + 12 * self.attention_dim * seen

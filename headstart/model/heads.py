@@ -169,7 +169,7 @@ class HeadKind(ABC):
         """
         if self.is_plain(k):
             return {}
-        V, D, own = self.shape.vocab_size, self.shape.dim, self.own_unembeddings
+        V, D, own = self.shape.drafted_tokens, self.shape.dim, self.own_unembeddings
         unembedding = {f"unembedding.weights.{k - 1}": (f"heads.{k}.lm_head.weight", (V, D))} if own else {}
         return {**unembedding, **self._tensors(k)}
 

@@ -130,6 +130,8 @@ class Shape:
 
     offsets: tuple[int, ...] | None = None
     """Distance that each head predicts ahead, head 1's first: ascending from 1, such as [1, 2, 4] (None: 1 to n)."""
+    draft_vocab: int | None = None
+    """Tokens that heads 2..n predict, those of the map `d2t` among the heads' tensors (None: the whole vocabulary)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -153,6 +155,12 @@ class Shape:
                 "change one of them"
             )
         check_choice("model.wiring", self.wiring, get_args(Wiring))
+        if self.draft_vocab is not None and self.draft_vocab > self.vocab_size:
+            raise UsageError(
+                f"model.draft_vocab is {self.draft_vocab}, and the vocabulary has {self.vocab_size} tokens; take fewer"
+            )
+        if self.draft_vocab is not None and self.heads == 1:
+            raise UsageError("model.draft_vocab is for heads 2 and up, and the model has one head; leave it out")
         self._check_offsets()
 
     def _check_offsets(self) -> None:
@@ -171,6 +179,11 @@ class Shape:
     def drafting_heads(self) -> int:
         """Number of heads before the first gap in the offsets; a head behind a gap cannot draft."""
         return sum(offset == k for k, offset in enumerate(self.offset_of_heads, start=1))
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Number of tokens that heads 2..n predict."""
+        return self.vocab_size if self.draft_vocab is None else self.draft_vocab
 
     @property
     def key_value_heads(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headstart.model.attention import DocumentAttention, causal_attention
 from headstart.model.config import ModelConfig
+from headstart.model.draft_vocabulary import widen
 from headstart.model.layers import Attend, Block, RMSNorm
 from headstart.model.rotary import model_tables
 
@@ -72,27 +73,36 @@ class Unembedding(nn.Module):
         first = (
             nn.Parameter(torch.empty(config.vocab_size, config.dim)) if tied_to is None else cast(nn.Parameter, tied_to)
         )
-        others = [nn.Parameter(torch.empty(config.vocab_size, config.dim)) for _ in range(copies - 1)]
+        others = [nn.Parameter(torch.empty(config.drafted_tokens, config.dim)) for _ in range(copies - 1)]
         self.weights = nn.ParameterList([first, *others])
+        self.vocab_size = config.vocab_size
+        self.d2t: Tensor | None
+        """The draft vocabulary, (Vd,) int64 (None: heads 2..n predict all tokens)."""
+        self.register_buffer("d2t", None if config.draft_vocab is None else torch.arange(config.draft_vocab))
         # A further matrix (V, D) while a run trains with token order prediction; in here, where sharding gathers.
         self.order: nn.Parameter | None
         self.register_parameter("order", None)
 
     def weight(self, k: int) -> Tensor:
-        """Return the matrix (V, D) of head k."""
-        return self.weights[k - 1 if len(self.weights) > 1 else 0]
+        """Return the matrix of head k: (V, D), or with a draft vocabulary (Vd, D) for k > 1."""
+        if len(self.weights) > 1:
+            return self.weights[k - 1]
+        return self.weights[0] if k == 1 or self.d2t is None else self.weights[0][self.d2t]
 
-    def forward(self, z: Tensor, k: int = 1, using: Callable[[Tensor, Tensor], Tensor] = F.linear) -> Tensor:
-        """Return the logits (..., V) of a latent (..., D) of head k.
+    def forward(self, z: Tensor, k: int = 1, using: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        """Return the logits (..., V) of a latent (..., D) of head k; those outside its draft vocabulary are -inf.
 
         `using(normed latent, weight)` replaces the plain product: the objective passes its chunked cross-entropy, which
         never holds all logits, and gets its scalar back. So the weight is only ever touched inside this module's
-        forward, which sharding hooks on to.
+        forward, which sharding hooks on to. Its rows are draft ids where head k has a draft vocabulary.
         """
         x = self.norm(z)
         if self.residuals is not None and k > 1:
             x = self.residuals(x, k)
-        return using(x, self.weight(k))
+        if using is not None:
+            return using(x, self.weight(k))
+        logits = F.linear(x, self.weight(k))
+        return logits if k == 1 or self.d2t is None else widen(logits, self.d2t, self.vocab_size, -math.inf)
 
 
 class Transformer(nn.Module):
@@ -120,8 +130,9 @@ class Transformer(nn.Module):
     def copy_first_values(self) -> None:
         """Copy head 1's unembedding to those of heads whose own unembeddings begin like it."""
         if self.config.kind.copies_unembedding:
-            for weight in list(self.unembedding.weights)[1:]:
-                weight.copy_(self.unembedding.weights[0])
+            (first, *others), d2t = self.unembedding.weights, self.unembedding.d2t
+            for weight in others:
+                weight.copy_(first if d2t is None else first[d2t])
 
     @torch.no_grad()
     def first_value_(self, name: str, tensor: Tensor, generator: torch.Generator | None = None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from headstart.data.batches import IGNORE, Batch
 from headstart.errors import UsageError
 from headstart.model.attention import DocumentAttention, RegisterAttention, causal_attention
+from headstart.model.draft_vocabulary import draft_ids
 from headstart.model.layers import Attend
 from headstart.model.transformer import Transformer, compute_dtype
 
@@ -54,6 +55,15 @@ class Teacher:
         rotary = model.rotary(positions, compute_dtype(model.trunk.embedding.weight))
         z_BTD = cast(Tensor, model.trunk(inputs.tokens[:, : inputs.length], rotary, lambda layer: attend))
         return Teacher.of_latents(model, z_BTD, rotary, attend)
+
+    def among(self, d2t: Tensor | None) -> Teacher:
+        """Return the distribution given that the token is in a draft vocabulary (None: all tokens).
+
+        The softmax over some rows of the unembedding is the distribution restricted to them and normalised. A head
+        that predicts those tokens alone can reach it. Positions whose target lies outside have no loss, so on average
+        a position counts by the probability that the vocabulary has there.
+        """
+        return self if d2t is None else Teacher(self.x, self.weight[d2t])
 
     def ahead(self, offset: int, length: int) -> Teacher:
         """Return the teacher of a head that predicts `offset` tokens ahead: head 1, `offset - 1` positions later.
@@ -145,6 +155,14 @@ class StepInputs:
 def count_targets(targets_BTn: Tensor) -> Tensor:
     """Count the valid targets of each head: (B, T, n) int64 -> (n,) int64."""
     return (targets_BTn != IGNORE).sum((0, 1))
+
+
+def draft_targets(inputs: StepInputs, d2t: Tensor | None) -> StepInputs:
+    """Give the targets of heads 2..n as draft ids, `IGNORE` for tokens outside the draft vocabulary (None: all)."""
+    if d2t is None:
+        return inputs
+    first, others = inputs.targets[..., :1], inputs.targets[..., 1:]
+    return replace(inputs, targets=torch.cat([first, draft_ids(others, d2t, IGNORE)], -1))
 
 
 def mask_untaught(inputs: StepInputs, offsets: Sequence[int]) -> StepInputs:

@@ -8,9 +8,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from headstart.model.transformer import Transformer
 from headstart.objective.backends import LossConfig
 from headstart.objective.cross_entropy import LOGITS_BYTES
-from headstart.objective.inputs import StepInputs, mask_untaught
+from headstart.objective.inputs import StepInputs, draft_targets, mask_untaught
 
 
 class AuxiliaryLoss(Protocol):
@@ -50,6 +51,10 @@ class Objective:
         """Return the n weights."""
         return [1.0] * heads if self.weights is None else list(self.weights)
 
-    def mask(self, inputs: StepInputs, offsets: Sequence[int]) -> StepInputs:
-        """Leave only the targets that this objective can learn. Call it once, before targets are counted."""
-        return mask_untaught(inputs, offsets) if self.distills else inputs
+    def mask(self, inputs: StepInputs, model: Transformer) -> StepInputs:
+        """Leave only the targets that this objective can learn, those of heads 2..n as draft ids.
+
+        Call it once, before targets are counted.
+        """
+        inputs = draft_targets(inputs, model.unembedding.d2t)
+        return mask_untaught(inputs, model.config.offset_of_heads) if self.distills else inputs

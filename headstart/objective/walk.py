@@ -12,7 +12,7 @@ from torch import Tensor
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.cross_entropy import CrossEntropy, Scores, linear_scores
 from headstart.objective.distillation import linear_distillation
-from headstart.objective.inputs import StepInputs, Teacher, count_targets
+from headstart.objective.inputs import StepInputs, Teacher, count_targets, draft_targets
 from headstart.objective.objective import AuxiliaryLoss, Objective
 
 
@@ -58,7 +58,8 @@ def walk_step(
     Args:
         model: the model; parameters that need no gradient are left alone, and no graph is made below the lowest that
             needs one.
-        inputs: the rows. If heads learn from head 1, with the targets that `Objective.mask` leaves.
+        inputs: the rows, with the targets that `Objective.mask` leaves, which matter if heads learn from head 1 or have
+            a draft vocabulary.
         counts_n: (n,) valid targets of each head in the *whole* optimizer step: with accumulation or several processes
             the sum over all of them, so that 1 x 4 micro-batches equal 4 x 1 whatever they hold.
         objective: weights and losses (None: cross-entropy, all weights 1).
@@ -93,7 +94,8 @@ class _Walk:
             z_BTD, embeddings = self.run_trunk()
             self.ahead = _Ahead(embeddings, self.inputs.length)
             if self.objective.distills and any(self.weights[1:]):
-                self.teacher = Teacher.of_latents(self.model, z_BTD.detach(), self.rotary, self.attend)
+                teacher = Teacher.of_latents(self.model, z_BTD.detach(), self.rotary, self.attend)
+                self.teacher = teacher.among(self.model.unembedding.d2t)
             leaf = z_BTD.detach()
             # A frozen trunk, under heads that are trained alone, has no graph.
             gradient = _sum_gradients(leaf, (self.visit(k, leaf, z_BTD.requires_grad) for k in self.needed(0)))
@@ -205,9 +207,11 @@ def _sum_gradients(leaf: Tensor, others: Iterator[Tensor | None]) -> Tensor | No
 def score_step(model: Transformer, inputs: StepInputs, auxiliaries: tuple[AuxiliaryLoss, ...] = ()) -> list[Scores]:
     """Return loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's.
 
-    The `auxiliaries` are computed too; their values are theirs to keep.
+    The targets are token ids; those outside a head's draft vocabulary count for nothing. The `auxiliaries` are computed
+    too; their values are theirs to keep.
     """
     inputs.check(model)
+    inputs = draft_targets(inputs, model.unembedding.d2t)
     latents, scores, T = inputs.latents(model), list[Scores](), inputs.length
 
     def score(k: int, x: Tensor, weight_VD: Tensor) -> None:

@@ -175,6 +175,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "", steps=AT_LEAST_1, threads=AT_LEAST_1, seed=AT_LEAST_0, minutes=FINITE_POSITIVE)
+        if self.model.draft_vocab is not None and self.adapt is None:
+            raise UsageError(
+                "model.draft_vocab is for heads on an existing model (headstart adapt --draft-vocab); leave it out"
+            )
         if self.minutes is not None and self.adapt is not None:
             raise UsageError("minutes is for new models; heads on an existing model train for a number of steps")
         if self.validation.patience and not self.watch.sample_tokens:

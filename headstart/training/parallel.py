@@ -261,7 +261,7 @@ def whole_model(model: Transformer, dtype: torch.dtype, keep: bool) -> Transform
 
     All processes call it together.
     """
-    parameters: dict[str, nn.Parameter] = {}
+    parameters: dict[str, Tensor] = {name: buffer.cpu() for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
         value = whole(parameter.detach())
         if keep and name not in TRAINING_ALONE:

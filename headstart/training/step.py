@@ -119,7 +119,7 @@ class Learner:
         """Update the model once, at learning rate `lr`, unless the step is not finite or a spike."""
         config, processes, model = self.config, self.processes, self.model
         objective = Objective(weights, config.loss)
-        micro_batches = [objective.mask(inputs, model.config.offset_of_heads) for inputs in micro_batches]
+        micro_batches = [objective.mask(inputs, model) for inputs in micro_batches]
         # Counted over all micro-batches and processes before the first backward, so that 1 x 4 rows weigh every target
         # as 4 x 1 rows do.
         counts = processes.sum(torch.stack([count_targets(inputs.targets) for inputs in micro_batches]).sum(0))

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from headstart.console import say
 from headstart.data.batches import IGNORE, Batch, evaluation_batches
@@ -86,10 +85,11 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
     """Return validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK.
 
     Auxiliary losses are validation/loss/NAME. Sums and counts are added over all rows and processes and divided once.
-    A head or loss without targets is left out. A model that is trained without its own answers is scored without them.
+    A head or loss without targets is left out. Targets outside a draft vocabulary have no loss, and are no hits. A
+    model that is trained without its own answers is scored without them.
     """
     n = config.model.heads
-    totals = torch.zeros(3, n, dtype=torch.float64, device=processes.device)  # loss, hits, targets
+    totals = torch.zeros(4, n, dtype=torch.float64, device=processes.device)  # loss, hits, those with a loss, targets
     found = evaluation_batches(
         shards,
         rows=config.batch.rows,
@@ -103,13 +103,14 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
     for inputs in micro_batches:
         with autocast(config, processes.device):
             scores = score_step(model, inputs, auxiliaries.losses)
-        totals += torch.stack([torch.stack([s.loss.double(), s.correct, s.count]) for s in scores], dim=1)
+        sums = [torch.stack([s.loss.double(), s.correct, s.count]) for s in scores]
+        totals += torch.cat([torch.stack(sums, dim=1), count_targets(inputs.targets)[None]])
     record: dict[str, float] = {}
-    for k, (loss, correct, count) in enumerate(processes.sum(totals).T.tolist(), start=1):
+    for k, (loss, correct, count, targets) in enumerate(processes.sum(totals).T.tolist(), start=1):
         if count:
             record[f"validation/loss/head{k}"] = loss / count
             record[f"validation/bits_per_byte/head{k}"] = loss / count / math.log(2) / shards.bytes_per_token
-            record[f"validation/top1/head{k}"] = correct / count
+            record[f"validation/top1/head{k}"] = correct / targets
     more = {f"validation/loss/{method}": loss for method, loss in auxiliaries.means().items()}
     return record | {name: loss for name, loss in more.items() if math.isfinite(loss)}
 
@@ -199,8 +200,8 @@ def decode_sample(model: Transformer, tokenizer: Tokenizer, prompts: Prompts, co
     with torch.device("meta"):
         twin = Transformer(model.config)
     decoding = {name: w for name, w in model.state_dict().items() if name not in TRAINING_ALONE}
-    weights = {name: nn.Parameter(w.detach().to(dtype), requires_grad=False) for name, w in decoding.items()}
-    twin.load_state_dict(weights, assign=True)
+    twin.load_state_dict(decoding, assign=True)
+    twin = twin.to(dtype)
     # Compiled kernels and fixed shapes do not pay for so few tokens.
     packed = pack(twin, compiled=False)
     new_tokens = config.watch.sample_tokens

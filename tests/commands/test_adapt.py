@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from headstart.commands.convert import convert
 from headstart.commands.dry_run import DryRunSettings
 from headstart.commands.own_answers import OwnAnswers
 from headstart.data.prepare.pipeline import Preparation, prepare
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
 from headstart.formats.heads import StoredHeads
@@ -27,6 +29,7 @@ from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Trunk
 from headstart.training import loop
+from headstart.training.adapt.draft_vocabulary import most_frequent
 from headstart.training.adapt.run import flops_per_token
 from headstart.training.config import (
     BatchConfig,
@@ -247,6 +250,64 @@ def test_heads_that_learn_from_the_model_agree_with_it_more(settings: Any) -> No
     first, last = ([line for line in lines(taught.run_dir) if "lr" in line][i]["loss/head2"] for i in (0, -1))
     assert last < first - 0.2
     assert first != lines(plain.run_dir)[0]["loss/head2"]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "replicated", "sequential"])
+def test_heads_with_a_draft_vocabulary(
+    kind: str, settings: Any, shards: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The most frequent tokens of the data; a run that resumes has those of its checkpoint."""
+    asked = settings(head_kind=kind, draft_vocab=12, steps=4, loss="kl")
+    adapt(asked)
+    tokens = TokenShards.open(shards, "train").tokens[:]
+    counts = np.bincount(tokens, minlength=256)
+    chosen = sorted(sorted(range(256), key=lambda token: (-counts[token], token))[:12])
+    covered = counts[chosen].sum() / len(tokens)
+    assert f"a draft vocabulary of 12 tokens covers {covered:.1%}" in capsys.readouterr().err
+    made = load_model(asked.run_dir / "model")
+    assert made.unembedding.d2t.tolist() == chosen and made.config.draft_vocab == 12
+    found = adapt(replace(asked, steps=40))
+    again = load_model(asked.run_dir / "model")
+    assert again.unembedding.d2t.tolist() == chosen
+    logits = again(TOKENS, heads=3)[:, :50]
+    assert torch.equal(logits[:, :, 0], load_model(model)(TOKENS)[:, :50])
+    assert bool((logits[:, :, 1:].isfinite().sum(-1) == 12).all())
+    first, last = ([line for line in lines(asked.run_dir) if "lr" in line][i]["loss/head2"] for i in (0, -1))
+    assert last < first and len(found["acceptance"]) == 2
+    with pytest.raises(UsageError, match=r"holds a run with model\.draft_vocab 12, not 13"):
+        adapt(replace(asked, draft_vocab=13))
+
+
+def test_equally_frequent_tokens_are_taken_by_their_id(shards: Path) -> None:
+    split = TokenShards.open(shards, "train")
+    tokens = np.array([5, 5, 9, 9, 2, 2, 7, 1, 1, 1, 0, 8], dtype=np.uint8)
+    every = replace(split, tokens=tokens, targets=None)
+    assert most_frequent([every], 12, 3) == (Tokens([1, 2, 5]), pytest.approx(7 / 12))
+    # Where some tokens are only read, those to be predicted come first.
+    is_target = np.array([0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0], dtype=bool)
+    some = replace(split, tokens=tokens, targets=is_target)  # type: ignore[arg-type]
+    assert most_frequent([some], 12, 3) == (Tokens([0, 1, 9]), pytest.approx(4 / 5))
+    assert most_frequent([some], 12, 5) == (Tokens([0, 1, 2, 7, 9]), 1.0)
+    assert most_frequent([every, every], 12, 12) == (Tokens(range(12)), 1.0)
+
+
+class Tokens(list[int]):
+    """Token ids that are equal to a tensor of them."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, torch.Tensor) and other.tolist() == list(self)
+
+
+def test_a_draft_vocabulary_must_fit(settings: Any, tmp_path: Path) -> None:
+    for size, message in ((257, "draft_vocab is 257, and the vocabulary has 256 tokens"), (0, "must be at least 1")):
+        asked = settings(f"run{size}", draft_vocab=size)
+        arguments = ["adapt", asked.model, "--data", *asked.data, "--run-dir", asked.run_dir, "--draft-vocab", size]
+        with pytest.raises(UsageError, match=message):
+            run_command([str(argument) for argument in arguments])
+    with pytest.raises(UsageError, match=r"model\.draft_vocab is for heads on an existing model"):
+        RunConfig(steps=1, model=ModelConfig(heads=2, layers=3, draft_vocab=9), data=DataConfig(path=tmp_path))
+    with pytest.raises(UsageError, match="the model has one head"):
+        ModelConfig(draft_vocab=9)
 
 
 def test_the_run_is_written_down_and_read_back(settings: Any) -> None:

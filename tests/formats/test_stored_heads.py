@@ -78,6 +78,59 @@ def test_heads_on_their_base_are_the_model_again(
     assert torch.allclose(saved, found, rtol=0, atol=0, equal_nan=True)
 
 
+def with_draft_vocabulary(base: ModelConfig, kind: str, wiring: str = "parallel") -> Transformer:
+    """A model whose heads draft from 9 of the 256 tokens."""
+    model = random_model(with_heads_of(base, kind, wiring, heads=3, draft_vocab=9), scale=0.1)
+    model.unembedding.d2t.copy_(torch.tensor([0, 3, 7, 32, 97, 101, 116, 200, 255]))
+    return model
+
+
+@each_value({"kind,wiring": WIRINGS, "base": BASES})
+@torch.no_grad()
+def test_a_draft_vocabulary_travels_with_the_heads(kind: str, wiring: str, base: ModelConfig, tmp_path: Path) -> None:
+    model = with_draft_vocabulary(base, kind, wiring)
+    full, plain, heads = write(model, tmp_path)
+    stored = load_file(heads / HEADS_FILE)
+    assert (
+        stored["d2t"].dtype == torch.int64
+        and json.loads((heads / HEADS_CONFIG).read_text())["model"]["draft_vocab"] == 9
+    )
+    own = model.config.kind.own_unembeddings
+    assert all(256 not in tensor.shape[:1] for tensor in stored.values())
+    assert not own or stored["heads.2.lm_head.weight"].shape == (9, 32)
+    for again in (load_model(full), load_model(plain, heads=heads)):
+        assert again.config == model.config and again.unembedding.d2t.dtype == torch.int64
+        mine, theirs = model.state_dict(), again.state_dict()
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(load_model(plain, dtype, heads=heads).unembedding.d2t, model.unembedding.d2t)
+    found = convert(full, tmp_path / "split", "heads")
+    assert found["checks"][0]["differences"] == [0, 0, 0]
+    convert(plain, tmp_path / "merged", heads=tmp_path / "split")
+    for file in (MODEL_FILE, HEADS_FILE, "config.json"):
+        assert (tmp_path / "merged" / file).read_bytes() == (full / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "place"),
+    [
+        ("medusa", "medusa", "Medusa's layout knows none"),
+        ("sequential", "mimo", "MiMo's layout knows none"),
+        ("medusa", "hf-code", "the code of hf-code knows none"),
+        ("transformer", "meta", "cannot express draft_vocab"),
+    ],
+)
+def test_formats_without_draft_vocabularies_refuse_them(
+    kind: str, form: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wiring = "causal" if kind == "sequential" else "parallel"
+    save_model(with_draft_vocabulary(LLAMA, kind, wiring), tmp_path / "full", ByteTokenizer())
+    status = run("convert", str(tmp_path / "full"), str(tmp_path / "out"), "--to", form)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and len(said) == 1 and place in said[0], said
+    assert not (tmp_path / "out").exists()
+
+
 @each_value({"kind,wiring": WIRINGS, "base": BASES, "dtype": DTYPES})
 def test_the_command_takes_a_model_apart_and_puts_it_together(
     kind: str, wiring: str, base: ModelConfig, dtype: torch.dtype, tmp_path: Path
@@ -304,6 +357,13 @@ def with_nan(heads: Path) -> None:
     save_file(tensors, heads / HEADS_FILE)
 
 
+def with_map(heads: Path, d2t: torch.Tensor, **fields: object) -> None:
+    """Turn heads into some with a draft vocabulary, which `fields` of the configuration may contradict."""
+    content = json.loads((heads / HEADS_CONFIG).read_text())
+    change(heads, model=content["model"] | {"draft_vocab": 3} | fields)
+    save_file(load_file(heads / HEADS_FILE) | {"d2t": d2t}, heads / HEADS_FILE)
+
+
 def of_other_kind(heads: Path) -> None:
     content = json.loads((heads / HEADS_CONFIG).read_text())
     change(heads, model=content["model"] | {"head_kind": "tall"})
@@ -329,6 +389,17 @@ def with_other_identity(heads: Path) -> None:
         (lambda heads: (heads / HEADS_FILE).unlink(), "heads.safetensors: is missing"),
         (without_a_tensor, "lacks heads.3.residual.bias, which heads.json promises"),
         (with_nan, "heads.safetensors: heads.3.residual.bias: holds NaN"),
+        (lambda heads: with_map(heads, torch.tensor([0, 2, 256])), "d2t: holds token 256, and the vocabulary has 256"),
+        (lambda heads: with_map(heads, torch.tensor([-1, 2, 5])), "d2t: holds token -1"),
+        (lambda heads: with_map(heads, torch.tensor([0, 5, 5])), "d2t: its token ids do not ascend"),
+        (lambda heads: with_map(heads, torch.tensor([0, 5, 4])), "d2t: its token ids do not ascend"),
+        (lambda heads: with_map(heads, torch.tensor([0, 5])), "d2t has shape [2], not [3]"),
+        (lambda heads: with_map(heads, torch.tensor([0.0, 5.0, 6.0])), "d2t is stored as F32, and token ids are I64"),
+        (
+            lambda heads: with_map(heads, torch.tensor([0]), draft_vocab=257),
+            "draft_vocab is 257, and the vocabulary has",
+        ),
+        (lambda heads: with_map(heads, torch.tensor([0]), draft_vocab=0), "draft_vocab is 0; it must be at least 1"),
         (lambda heads: shorten(heads / IDENTITY_FILE), "identity.safetensors: is damaged or cut short"),
         (lambda heads: (heads / IDENTITY_FILE).unlink(), "identity.safetensors: is missing"),
         (lambda heads: save_file({}, heads / IDENTITY_FILE), "identity.safetensors: is damaged"),
@@ -435,3 +506,14 @@ def test_heads_on_a_gguf_file(tmp_path: Path) -> None:
     convert(tmp_path / "model.gguf", tmp_path / "merged", heads=heads, tokenizer="bytes")
     for file in (MODEL_FILE, HEADS_FILE, "config.json"):
         assert (tmp_path / "merged" / file).read_bytes() == (full / file).read_bytes(), file
+
+
+def test_heads_with_a_draft_vocabulary_on_a_gguf_file(tmp_path: Path) -> None:
+    """The file is written without the heads, and read with them."""
+    pytest.importorskip("gguf", reason="reads GGUF files; install headstart[gguf]")
+    full, _, heads = write(with_draft_vocabulary(LLAMA, "medusa"), tmp_path)
+    convert(full, tmp_path / "model.gguf", "gguf")
+    model = headstart.load(tmp_path / "model.gguf", heads=heads)
+    expected = headstart.load(full).generate(list(b"def f("), 16, heads=3)
+    found = model.generate(list(b"def f("), 16, heads=3)
+    assert found.tokens == expected.tokens and found.stats.passes == expected.stats.passes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from headstart.data.batches import IGNORE
 from headstart.errors import UsageError
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
-from headstart.objective.backends import LossConfig
+from headstart.objective.backends import HeadLoss, LossConfig
 from headstart.objective.distillation import Divergence, linear_distillation
 from headstart.objective.inputs import StepInputs, Teacher, count_targets, mask_untaught
 from headstart.objective.objective import Objective
-from headstart.objective.walk import walk_step
+from headstart.objective.walk import score_step, walk_step
 from headstart.training.adapt.new_heads import freeze, new_parameters
 from tests.models import random_model
 
@@ -121,6 +122,56 @@ def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -
     walk_step(model, StepInputs(tokens, targets, teacher=original), counts, objective)
     assert_equal(gradients(model), theirs)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "medusa-own", "replicated"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl", "total-variation"])
+def test_heads_with_a_draft_vocabulary_learn_its_tokens(kind: str, loss: HeadLoss) -> None:
+    """The walk against joint autograd over the logits of those tokens, position by position.
+
+    Targets outside have no loss, and the teacher is restricted to the tokens and normalised.
+    """
+    shape = KINDS.get(kind) or replace(SHAPE, head_kind=kind.removesuffix("-own"), shared="-own" not in kind)
+    model = random_model(replace(shape, draft_vocab=11), dtype=torch.float64)
+    model.unembedding.d2t.copy_(d2t := torch.tensor([0, 2, 3, 5, 8, 13, 14, 21, 30, 34, 36]))
+    tokens, targets = batch(model)
+    targets[:, ::2] = torch.where(targets[:, ::2] == IGNORE, IGNORE, d2t[targets[:, ::2] % len(d2t)])
+    objective = Objective(WEIGHTS, LossConfig(heads=loss, share=0.6), budget=1)
+    inputs = objective.mask(StepInputs(tokens, targets), model)
+    counts = count_targets(inputs.targets)
+    latents = model.latents(tokens, [1, 2, 3])
+    logits = torch.stack([model.unembedding(latents[k][:, :T], k) for k in (1, 2, 3)], dim=2)
+    assert bool(logits[:, :, 1:].isinf().any())
+    total, sums, counted, hits = torch.zeros((), dtype=torch.float64), [0.0] * 3, [0] * 3, [0] * 3
+    share = 0.0 if loss == "cross-entropy" else 0.6
+    for b, t, i in product(range(2), range(T), range(3)):
+        target = int(targets[b, t, i])
+        ids = d2t.tolist() if i else list(range(V))
+        if target not in ids or (loss != "cross-entropy" and t + i >= T):
+            continue
+        counted[i] += 1
+        log_q = logits[b, t, i, ids].log_softmax(-1)
+        cross_entropy = -log_q[ids.index(target)]
+        sums[i] += cross_entropy.item()
+        hits[i] += ids[int(log_q.argmax())] == target
+        if i == 0 or not share:
+            total = total + WEIGHTS[i] / int(counts[i]) * cross_entropy
+            continue
+        p = logits[b, t + i, 0].detach().softmax(-1)[ids]
+        p = p / p.sum()
+        kl, distance = (p * (p.log() - log_q)).sum(), 1 - torch.minimum(p, log_q.exp()).sum()
+        mixed = share * (kl if loss == "kl" else distance) + (1 - share) * cross_entropy
+        total = total + WEIGHTS[i] / int(counts[i]) * mixed
+    assert counts.tolist() == counted and 0 < counted[1] < int((targets[..., 1] != IGNORE).sum())
+    total.backward()
+    theirs = gradients(model)
+    seen = walk_step(model, inputs, counts, objective)
+    assert_equal(gradients(model), theirs)
+    assert torch.allclose(seen.sums, torch.tensor(sums, dtype=torch.float64)) and seen.correct.tolist() == hits
+    if loss == "cross-entropy":  # scores are given token ids
+        scores = score_step(model, StepInputs(tokens, targets))
+        assert torch.allclose(torch.stack([score.loss for score in scores]), seen.sums)
+        assert [int(score.count) for score in scores] == counted and [int(score.correct) for score in scores] == hits
 
 
 def test_the_last_positions_have_no_teacher() -> None:

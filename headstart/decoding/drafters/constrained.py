@@ -175,12 +175,16 @@ def draw_masked(
 ) -> tuple[list[int], list[float]]:
     """Return the best `count` drafts of `head` under a mask, as a pass would choose them, and their probabilities.
 
+    They are fewer where the mask leaves fewer tokens of the head's draft vocabulary.
     Where a rule weighs drafts, their distribution is kept as that of the drafts after `row`, and no probabilities are
     returned: those without the mask stay. `at` is the position of the window's root, and the drafts' offset from it.
     """
     sampling, V = state.sampling, state.windows.vocab_size
     logits = state.constraints.kept(slots.start, head)
     logits = logits.masked_fill(torch.from_numpy(forbidden_V).to(logits.device), float("-inf"))[None, None]
+    count = min(count, int((logits > float("-inf")).sum()))
+    if not count:
+        return [], []
     noise: Tensor | None = None
     if sampling.any_sampled(slots):
         root_S, offset_R = torch.tensor(at, device=logits.device)[:, None]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 from torch import Tensor
 
+from headstart.decoding.drafters.candidates import Candidates, Proposal
 from headstart.decoding.drafters.tree import TreeRows
 from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
+from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.latents import Latents
 from headstart.decoding.state import DecodingState, PassPlan
 from headstart.decoding.verify import Verdict
@@ -33,6 +35,11 @@ class Verified:
     noise_SKV: Tensor | None
     """(S, K-1, V): noise that each draft is drawn with; None where all slots are greedy."""
 
+    @property
+    def candidates(self) -> Candidates:
+        """The tokens that the heads draft from."""
+        return Candidates(cast(PackedUnembedding, self.model.unembedding).d2t, self.state, self.plan.slots)
+
 
 @dataclass
 class PromptPiece:
@@ -54,8 +61,8 @@ class PromptPiece:
 class HeadDrafter(Protocol):
     """Drafts with heads, on the device, from what a pass computed."""
 
-    def draft(self, verified: Verified) -> tuple[Tensor, Tensor]:
-        """Write the drafts of heads 2..K into the windows; return logits (S, K-1, V) and best drafts (S, K-1)."""
+    def draft(self, verified: Verified) -> Proposal:
+        """Write the drafts of heads 2..K into the windows, and return the best ones with their logits."""
 
     def read(self, state: DecodingState, latents: Latents, piece: PromptPiece) -> None:
         """Fill the caches of heads 1..K over a piece of a prompt whose trunk latents are there."""

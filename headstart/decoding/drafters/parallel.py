@@ -7,6 +7,7 @@ from typing import cast
 from torch import Tensor
 
 from headstart.decoding.cache import gather_row
+from headstart.decoding.drafters.candidates import Proposal
 from headstart.decoding.drafters.interface import PromptPiece, Verified
 from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.latents import Latents
@@ -16,18 +17,18 @@ from headstart.decoding.state import DecodingState
 class ParallelHeads:
     """Drafts independent candidates of each head, for chains and trees; a `HeadDrafter`."""
 
-    def draft(self, verified: Verified) -> tuple[Tensor, Tensor]:
-        """Write the drafts of heads 2..K into the windows; return logits (S, K-1, V) and best drafts (S, K-1)."""
-        state, plan = verified.state, verified.plan
-        logits = state.penalties.apply(_logits(verified), None, plan.slots)
+    def draft(self, verified: Verified) -> Proposal:
+        """Write the drafts of heads 2..K into the windows, and return the best ones with their logits."""
+        state, plan, candidates = verified.state, verified.plan, verified.candidates
+        logits = state.penalties.apply(candidates.logits(_logits(verified)), None, plan.slots)
         if plan.draft_tree is None:
-            drafts = state.sampling.choose(logits, verified.noise_SKV, plan.slots)
-            state.windows.put(plan.slots, drafts)
-            return logits, drafts
+            chosen = state.sampling.choose(logits, verified.noise_SKV, plan.slots)
+            state.windows.put(plan.slots, candidates.tokens(chosen))
+            return Proposal(logits, chosen)
         tree = plan.draft_tree
-        candidates = state.sampling.best(logits, verified.noise_SKV, plan.slots, tree.tree.ranks)  # (S, K-1, C)
-        state.windows.put_tree(plan.slots, candidates, tree)
-        return logits, candidates[..., 0]
+        best = state.sampling.best(logits, verified.noise_SKV, plan.slots, tree.tree.ranks)  # (S, K-1, ranks)
+        state.windows.put_tree(plan.slots, candidates.tokens(best), tree)
+        return Proposal(logits, best[..., 0])
 
     def read(self, state: DecodingState, latents: Latents, piece: PromptPiece) -> None:
         """Fill the caches of heads with blocks of their own; others have none."""
@@ -42,7 +43,7 @@ class ParallelHeads:
 
 
 def _logits(verified: Verified) -> Tensor:
-    """Return the logits (S, K-1, V) of heads 2..K at the last accepted row of each slot."""
+    """Return the logits of heads 2..K at the last accepted row of each slot, over their draft vocabulary."""
     model, latents, row_S, heads = verified.model, verified.latents, verified.verdict.row_S, verified.plan.heads
     unembedding = cast(PackedUnembedding, model.unembedding)
     if model.config.kind.in_unembedding:  # all of them read the trunk's latent

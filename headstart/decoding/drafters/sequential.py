@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from headstart.decoding.cache import CachedAttention, gather_row
+from headstart.decoding.drafters.candidates import Candidates, Proposal
 from headstart.decoding.drafters.interface import PromptPiece, Verified
 from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.latents import Latents
@@ -33,29 +34,32 @@ from headstart.model.transformer import Transformer
 class SequentialHeads:
     """Drafts one chain, each head after the one before; a `HeadDrafter`."""
 
-    def draft(self, verified: Verified) -> tuple[Tensor, Tensor]:
-        """Write the drafts of heads 2..K into the windows; return logits (S, K-1, V) and drafts (S, K-1)."""
+    def draft(self, verified: Verified) -> Proposal:
+        """Write the drafts of heads 2..K into the windows, and return them with their logits."""
         state, plan, verdict = verified.state, verified.plan, verified.verdict
         accepted_S, tokens_SW = verdict.accepted_S, verdict.tokens_SD
         unembedding = cast(PackedUnembedding, verified.model.unembedding)
         run = _Run(verified.model, state, plan.slots, verified.length_S, plan.span)
         follow_SN = torch.cat([tokens_SW, tokens_SW.new_zeros(len(tokens_SW), plan.heads - 2)], 1)
         inputs = verified.latents.of[0]
+        candidates = verified.candidates
         logits: list[Tensor] = []
+        chosen: list[Tensor] = []
         drafts: list[Tensor] = []
         for k in range(2, plan.heads + 1):
             row_S = accepted_S + (k - 2)
             asked_S = row_S if plan.deferred and k == plan.heads else None
             latents = run.head(k, inputs, follow_SN[:, : inputs.shape[1]], asked_S)
             latent = latents if latents.shape[1] == 1 else gather_row(latents, row_S, 1)
-            penalised, draft = _choose(verified, unembedding(latent, k), drafts)
+            penalised, choice = _choose(verified, candidates, unembedding.draft(latent, k), drafts)
             logits.append(penalised)
-            drafts.append(draft)
+            chosen.append(choice)
+            drafts.append(candidates.tokens(choice))
             if k < plan.heads:
-                follow_SN.scatter_(1, row_S[:, None] + 1, draft)
+                follow_SN.scatter_(1, row_S[:, None] + 1, drafts[-1])
                 inputs = run.carry(k, latents, accepted_S)
-        state.windows.put(plan.slots, chain := torch.cat(drafts, 1))
-        return torch.cat(logits, 1), chain
+        state.windows.put(plan.slots, torch.cat(drafts, 1))
+        return Proposal(torch.cat(logits, 1), torch.cat(chosen, 1))
 
     def read(self, state: DecodingState, latents: Latents, piece: PromptPiece) -> None:
         """Fill the caches of heads 2..K, given the trunk's latents and the token after each position."""
@@ -72,14 +76,15 @@ class SequentialHeads:
                 inputs = run.carry(k, computed, last_S)[:, :-1]
 
 
-def _choose(verified: Verified, logits_S1V: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the penalised logits (S, 1, V) of the next draft and the draft (S, 1), given the drafts before it."""
+def _choose(verified: Verified, candidates: Candidates, drafted: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the penalised logits (S, 1, C) of the next draft and its choice (S, 1), given the drafts before it."""
     state, slots, i = verified.state, verified.plan.slots, len(before)
+    logits_S1C = candidates.logits(drafted)
     if state.penalties.any(slots):  # each draft counts for those after it
-        every = logits_S1V.expand(-1, i + 1, -1)
-        logits_S1V = state.penalties.apply(every, torch.cat(before, 1) if i else None, slots)[:, -1:]
+        every = logits_S1C.expand(-1, i + 1, -1)
+        logits_S1C = state.penalties.apply(every, torch.cat(before, 1) if i else None, slots)[:, -1:]
     noise = None if verified.noise_SKV is None else verified.noise_SKV[:, i : i + 1]
-    return logits_S1V, state.sampling.choose(logits_S1V, noise, slots)
+    return logits_S1C, state.sampling.choose(logits_S1C, noise, slots)
 
 
 @dataclass

@@ -94,6 +94,18 @@ def shape_of(weight: Weight) -> torch.Size:
     return torch.Size((sum(part.shape[0] for part in weight), weight[0].shape[1]))
 
 
+def rows_of(weight: Weight, rows: Tensor) -> Weight:
+    """Return some rows of a matrix, named in ascending order, in the form that the matrix has."""
+    if isinstance(weight, Tensor):
+        return weight[rows]
+    found, first = [], 0
+    for part in weight:
+        here = rows[(rows >= first) & (rows < first + part.shape[0])] - first
+        found += [part.rows(here)] if len(here) else []
+        first += part.shape[0]
+    return tuple(found)
+
+
 def put_blocks(model: nn.Module, blocks: Mapping[str, Blocks]) -> None:
     """Put blocks in the place of parameters, by their names. Only `pack` can do something with the model."""
     for name, weight in blocks.items():

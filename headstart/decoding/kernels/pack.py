@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import Backend, replace_children
-from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, in_blocks
+from headstart.decoding.kernels.blocks import BlockEmbedding, Quantize, Weight, in_blocks, rows_of
 from headstart.decoding.kernels.cpu_backend import CompiledBackend
 from headstart.decoding.kernels.cuda_backend import CudaBackend
 from headstart.decoding.kernels.torch_backend import TorchBackend
 from headstart.errors import UsageError
 from headstart.hardware import dtype_on
+from headstart.model.draft_vocabulary import widen
 from headstart.model.heads import Residuals
 from headstart.model.layers import RMSNorm
 from headstart.model.transformer import Transformer, Unembedding
@@ -45,9 +47,12 @@ class PackedResiduals(nn.Module):
 
 
 class PackedUnembedding(nn.Module):
-    """Compute `Unembedding` with packed matrices; replicated heads 2..n read the same latent and share one product."""
+    """Compute `Unembedding` with packed matrices; replicated heads 2..n read the same latent and share one product.
 
-    def __init__(self, unembedding: Unembedding, vocab_size: int, linear: MakeLinear) -> None:
+    With a draft vocabulary, heads that share the unembedding have a packed copy of its rows.
+    """
+
+    def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
         super().__init__()
         self.norm: nn.Module = unembedding.norm
         weights: list[Weight] = list(unembedding.weights)
@@ -55,37 +60,51 @@ class PackedUnembedding(nn.Module):
         self.first = linear(weights[0], None)
         residuals = unembedding.residuals
         self.residuals = None if residuals is None else PackedResiduals(residuals, linear)
+        self.vocab_size = unembedding.vocab_size
+        self.d2t: Tensor | None
+        self.register_buffer("d2t", unembedding.d2t)
+        """The draft vocabulary of heads 2..n (None: all tokens)."""
         self.others: nn.Module = self.first
+        if self.copies == 1 and self.d2t is not None:
+            self.others = linear(rows_of(weights[0], self.d2t), None)
         if self.copies > 1:
             others = [cast(Tensor, w).detach() for w in weights[1:]]
             apart = residuals is not None
             self.others = nn.ModuleList(linear(w, None) for w in others) if apart else linear(torch.cat(others), None)
-        self.vocab_size = vocab_size
+        self.drafted = self.vocab_size if self.d2t is None else len(self.d2t)
 
     def forward(self, z: Tensor, k: int = 1) -> Tensor:
-        """Return the logits (..., V) of head k for its latent (..., D)."""
-        x = self.norm(z)
+        """Return the logits (..., V) of head k for its latent (..., D), as `Unembedding` does."""
         if k == 1:
-            return self.first(x)
+            return self.first(self.norm(z))
+        logits = self.draft(z, k)
+        return logits if self.d2t is None else widen(logits, self.d2t, self.vocab_size, -math.inf)
+
+    def draft(self, z: Tensor, k: int) -> Tensor:
+        """Return the logits of head k > 1 for its latent (..., D): (..., V), or (..., Vd) over its draft vocabulary."""
+        x = self.norm(z)
         if self.residuals is not None:
             x = self.residuals(x)[..., k - 2, :]
         if self.copies == 1:
-            return self.first(x)
+            return self.others(x)
         if isinstance(self.others, nn.ModuleList):
             return self.others[k - 2](x)
-        return self.others(x).unflatten(-1, (-1, self.vocab_size))[..., k - 2, :]
+        return self.others(x).unflatten(-1, (-1, self.drafted))[..., k - 2, :]
 
     def drafts(self, latents: list[Tensor]) -> Tensor:
-        """Return the logits (S, K-1, V) of heads 2..K for their latents (S, 1, D); a shared matrix is one product."""
+        """Return the logits (S, K-1, V) of heads 2..K for their latents (S, 1, D); a shared matrix is one product.
+
+        With a draft vocabulary they are (S, K-1, Vd).
+        """
         if self.residuals is not None:  # all heads read the trunk's latent
             x_SKD = self.residuals(self.norm(latents[0]))[:, 0, : len(latents)]
             if isinstance(self.others, nn.ModuleList):
                 return torch.cat([head(x_SKD[:, i : i + 1]) for i, head in enumerate(self.others[: len(latents)])], 1)
-            return self.first(x_SKD)
+            return self.others(x_SKD)
         if self.copies == 1:
-            return self.first(self.norm(torch.cat(latents, dim=1)))
+            return self.others(self.norm(torch.cat(latents, dim=1)))
         # All replicated heads read the same latent.
-        logits = self.others(self.norm(latents[0])).unflatten(-1, (-1, self.vocab_size))  # (S, 1, n-1, V)
+        logits = self.others(self.norm(latents[0])).unflatten(-1, (-1, self.drafted))  # (S, 1, n-1, V)
         return logits[:, 0, : len(latents)]
 
 
@@ -157,7 +176,7 @@ def _pack_vocabulary(model: Transformer, backend: Backend, quantize: Quantize | 
         narrow = quantize or (backend.form == "blocks" and weight is not first)
         return backend.linear(in_blocks(weight, "q8" if narrow else None), bias)
 
-    unembedding = PackedUnembedding(model.unembedding, config.vocab_size, linear)
+    unembedding = PackedUnembedding(model.unembedding, linear)
     model.unembedding = unembedding  # type: ignore[assignment]
     if quantize or not isinstance(stored, Tensor):
         factor = config.dim**0.5 if config.scaled_embedding else 1

@@ -110,10 +110,8 @@ class Lora:
             )
         with torch.device("meta"):
             copy = Transformer(model.config)
-        copy.load_state_dict(
-            {name: nn.Parameter(value, requires_grad=False) for name, value in state.items()}, assign=True
-        )
-        return copy
+        copy.load_state_dict(state, assign=True)
+        return copy.requires_grad_(False)
 
     def save(self, model: Transformer, directory: Path, base: str) -> None:
         """Write a peft adapter for the model at `base`: adapter_config.json and adapter_model.safetensors."""

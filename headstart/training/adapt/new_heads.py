@@ -26,6 +26,7 @@ def config_with_heads(
     *,
     shared: bool = True,
     replace_heads: bool = False,
+    draft_vocab: int | None = None,
 ) -> ModelConfig:
     """Return the shape of a model of shape `config` with `heads` heads of `kind` in place of its own heads 2..n.
 
@@ -40,6 +41,7 @@ def config_with_heads(
         wiring: None: causal for sequential heads, parallel for all others.
         shared: whether sequential heads share one module, and medusa heads the unembedding.
         replace_heads: whether heads 2 and up of the existing model may be replaced.
+        draft_vocab: number of tokens that the new heads predict (None: all).
 
     Raises:
         UsageError: for heads that exist already, and for anticausal wiring, in which head 1 would read another head.
@@ -73,19 +75,20 @@ def config_with_heads(
         shared=shared,
         layers=layers,
         extra_layers=heads - 1 if of_kind.takes_layers else 0,
+        draft_vocab=draft_vocab,
     )
 
 
 @torch.no_grad()
-def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transformer:
-    """Return `model` in the shape `config` that `config_with_heads` returned for it.
+def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tensor | None = None) -> Transformer:
+    """Return `model` in the shape `config` that `config_with_heads` returned for it, with the draft vocabulary `d2t`.
 
     Weights of the path to head 1 are shared with `model`, in its dtype; those of new heads are float32 and their own.
     The first values of new heads:
       transformer   a copy of the last block, which is head 1 (Medusa's authors and others copy layers; the paper trains
                     from scratch). Wired in parallel they equal head 1 exactly.
       linear        the identity: exactly head 1.
-      replicated    a copy of the unembedding: exactly head 1.
+      replicated    a copy of the unembedding, of its rows of the draft vocabulary: exactly head 1.
       medusa        W and b of the residual zero, own unembeddings copies (arXiv 2401.10774): exactly head 1.
       stern         output maps zero, the hidden layer random: exactly head 1.
       sequential    a copy of the last block behind a join that passes the normed latent and leaves the token's
@@ -103,6 +106,10 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
     named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
     own_blocks = {k: f"{names[0]}." for k, names in named.items() if names is not None}
 
+    if config.draft_vocab is not None:
+        assert d2t is not None and len(d2t) == config.draft_vocab
+        state["unembedding.d2t"] = d2t
+
     def own(value: Tensor) -> Tensor:
         return value.detach().to(torch.float32, copy=True)
 
@@ -114,7 +121,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0) -> Transf
             value = last[name.removeprefix(own_blocks[found])]
             value = value if found == 1 else own(value)
         elif parts[0] == "unembedding" and parts[1] == "weights" and parts[2] != "0":
-            value = own(old["unembedding.weights.0"] if "unembedding.weights.0" in old else old[EMBEDDING])
+            first = old.get("unembedding.weights.0", old[EMBEDDING])
+            value = own(first if d2t is None else first[d2t])
         elif name in old and not name.startswith(("heads.", "unembedding.residuals.")):
             value = old[name]
         else:

@@ -28,6 +28,7 @@ from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, Teacher
 from headstart.training import checkpoints
 from headstart.training.adapt.config import AdaptConfig
+from headstart.training.adapt.draft_vocabulary import most_frequent
 from headstart.training.adapt.hidden_states import HiddenStates
 from headstart.training.adapt.lora import Lora
 from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
@@ -68,7 +69,8 @@ class ExistingModel:
         self.stored_dtype = old.trunk.embedding.weight.dtype
         """Dtype of the existing model's files."""
         check_frozen_dtype(config, self.stored_dtype)
-        model = with_heads(old.to(getattr(torch, adapt.frozen_dtype)), config.model, config.seed)
+        d2t = _draft_vocabulary(config.model, sources)
+        model = with_heads(old.to(getattr(torch, adapt.frozen_dtype)), config.model, config.seed, d2t)
         del old
         self.model = model.to(processes.device)
         self.heads = new_parameters(self.model)
@@ -175,6 +177,15 @@ class ExistingModel:
         return states
 
 
+def _draft_vocabulary(model: ModelConfig, sources: Sequence[Source]) -> Tensor | None:
+    """Return the draft vocabulary of new heads, if they have one, and report its share of the training data."""
+    if (size := model.draft_vocab) is None:
+        return None
+    d2t, covered = most_frequent([source.train for source in sources], model.vocab_size, size)
+    say(f"a draft vocabulary of {size:,} tokens covers {covered:.1%} of those to be predicted")
+    return d2t
+
+
 def trained_parameters(model: Transformer, adapt: AdaptConfig, seed: int) -> tuple[set[str], Lora | None]:
     """Return the names of the parameters that a run trains in its last stage, and LoRA's products, if it has them.
 
@@ -210,7 +221,13 @@ def check_shape(old: ModelConfig, config: RunConfig) -> None:
     model, adapt = config.model, config.adapt
     assert adapt is not None
     expected = config_with_heads(
-        old, model.heads, model.head_kind, model.wiring, shared=model.shared, replace_heads=adapt.replace_heads
+        old,
+        model.heads,
+        model.head_kind,
+        model.wiring,
+        shared=model.shared,
+        replace_heads=adapt.replace_heads,
+        draft_vocab=model.draft_vocab,
     )
     if expected != model:
         raise UsageError(
@@ -288,5 +305,6 @@ def flops_per_token(config: RunConfig) -> int:
         return whole
     unembedding = model.vocab_size * model.dim
     without_heads = model.next_token_decoder.flops_per_token(config.length)
-    heads = whole - without_heads - (0 if model.kind.own_unembeddings else 2 * unembedding * (model.heads - 1))
+    frozen = 0 if model.kind.own_unembeddings else 2 * model.drafted_tokens * model.dim * (model.heads - 1)
+    heads = whole - without_heads - frozen
     return (without_heads - 6 * unembedding) // 3 + heads
