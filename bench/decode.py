@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import processes, streams
-from bench.peers.contest import PEERS, Contest, PeerName, Subject
+from bench.peers.contest import GGUF_BARS, PEERS, Contest, PeerName, Subject
 from bench.report import NONE, Bar, BenchSettings, Findings, count, run_parts
 from bench.streams import Stream, Synthetic, acceptance_table, p50_p95, share_right
 from headstart.console import say
@@ -35,12 +35,15 @@ from headstart.errors import UsageError
 from headstart.evaluation.free_running import repeated
 from headstart.evaluation.inputs import load_prompts
 from headstart.formats.bundled import boxed_model
+from headstart.formats.gguf_file import GgufFile
+from headstart.formats.heads import save_heads
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_config, load_model
 from headstart.hardware import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.model.presets import PRESETS
 from headstart.model.transformer import Transformer
+from headstart.training.adapt.new_heads import config_with_heads, with_heads
 
 Part = Literal["model", "sweep", "peers"]
 Size = Literal["12M", "105M", "235M", "1.3B", "6.7B"]
@@ -106,7 +109,7 @@ class Settings(BenchSettings):
 
     parts: tuple[Part, ...] = ("model", "sweep", "peers")
     """model: a trained model by the number of heads; sweep: random weights whose drafts are right at the rate of the
-    paper's models; peers: transformers, llama.cpp and vLLM with the same weights."""
+    paper's models; peers: other programs with the same weights."""
     model: Path | None = None
     """Directory or GGUF file of the parts model and peers (None: the model in the box; for peers random weights)."""
     sizes: tuple[Size, ...] = ("12M", "105M")
@@ -140,6 +143,10 @@ class Settings(BenchSettings):
     """Length of a prompt."""
     new_tokens: int = 128
     """Tokens generated after it."""
+    synthetic_heads: int = 4
+    """Heads that a GGUF file has in the part peers, head 1 included; a copy of its last block each (1: none)."""
+    tokens_per_pass: float = 2.5
+    """Rate at which their drafts are made right."""
     prompts: Path | None = None
     """Prompts of a trained model: a line each, or .jsonl with "prompt" or "text" (None: those in its directory, or
     pieces of held-out documents of its run; for a GGUF file random tokens)."""
@@ -157,7 +164,7 @@ class Settings(BenchSettings):
         for name in ("batches", "temperatures"):
             if not getattr(self, name):
                 raise UsageError(f"--{name} is empty; name one value or more")
-        for name in ("repetitions", "threads", "prompt_tokens", "new_tokens", "prompt_count"):
+        for name in ("repetitions", "threads", "prompt_tokens", "new_tokens", "prompt_count", "synthetic_heads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if "peers" in self.parts and self.device != "cpu":
@@ -361,7 +368,7 @@ def peers(settings: Settings) -> Findings:
         if settings.model is None:
             subjects = [random_subject(size, settings, Path(name)) for size in settings.sizes]
         else:
-            subjects = [Subject(settings.model.name, settings.model, settings.load_prompts(settings.model), None)]
+            subjects = [trained_subject(settings.model, settings, Path(name))]
         for subject in subjects:
             for batch in settings.batches:
                 say(f"peers: {subject.label}, batch {batch}")
@@ -377,6 +384,21 @@ def random_subject(size: str, settings: Settings, folder: Path) -> Subject:
     save_model(random_model(config, settings.dtype, "cpu"), folder / size)
     prompts = random_prompts(config.vocab_size, max(settings.batches), settings.prompt_tokens)
     return Subject(size, folder / size, prompts, kind.tokens_per_pass)
+
+
+def trained_subject(model: Path, settings: Settings, folder: Path) -> Subject:
+    """Return a trained model with its prompts, a GGUF file with heads that `synthetic_heads` asks for."""
+    subject = Subject(model.name, model, settings.load_prompts(model), None)
+    if not model.is_file():
+        return subject
+    file, config = GgufFile(model), load_config(model)
+    bits = 8 * sum(map(file.stored_bytes, file.names)) / config.parameters()["total"]
+    subject = replace(subject, bars={"llama-cpp": GGUF_BARS["4 bits" if bits < 7 else "8 bits"]} if bits < 9 else {})
+    if settings.synthetic_heads == 1:
+        return subject
+    base = load_model(model)
+    save_heads(with_heads(base, config_with_heads(config, settings.synthetic_heads)), folder / "heads")
+    return replace(subject, heads=folder / "heads", tokens_per_pass=settings.tokens_per_pass)
 
 
 def random_prompts(vocab_size: int, number: int, length: int) -> list[list[int]]:

@@ -21,12 +21,21 @@ from bench.streams import p50_p95
 from headstart.console import say
 from headstart.errors import UsageError
 from headstart.formats.gguf import save_gguf
+from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_model
 
-PeerName = Literal["transformers", "llama-cpp", "vllm"]
-PEERS: tuple[PeerName, ...] = ("transformers", "llama-cpp", "vllm")
+PeerName = Literal["transformers", "llama-cpp", "vllm", "openvino", "onnxruntime"]
+PEERS: tuple[PeerName, ...] = ("transformers", "llama-cpp", "vllm", "openvino", "onnxruntime")
+READ_GGUF = ("llama-cpp", "openvino")
+"""The peers that read a GGUF file themselves."""
 OURS = "headstart"
-PACKAGES = {"transformers": "transformers", "llama-cpp": "llama_cpp", "vllm": "vllm"}
+PACKAGES = {
+    "transformers": "transformers",
+    "llama-cpp": "llama_cpp",
+    "vllm": "vllm",
+    "openvino": "openvino_genai",
+    "onnxruntime": "onnxruntime_genai",
+}
 """Package of each peer, as it is imported. Its class is `Peer` in the file with_NAME.py."""
 ANSWER_SECONDS = 900.0
 """Seconds that an answer of a peer may take: it loads its model in the first one."""
@@ -38,6 +47,8 @@ PLAIN_BARS: dict[str, dict[str, float]] = {
 """Least speed of our plain decoding over a peer's default, one stream, greedy."""
 HEADS_BARS: dict[str, dict[str, float]] = {"llama-cpp": {"105M": 2.0, "235M": 2.0}}
 """Least speed of our four heads over a peer's default, at the synthetic acceptance."""
+GGUF_BARS: dict[str, tuple[float, float | None]] = {"4 bits": (1.7, 3.0), "8 bits": (1.3, None)}
+"""Least speed of our plain decoding and of our four heads over llama.cpp with the same file, by its bits a weight."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Subject:
     prompts: list[list[int]]
     tokens_per_pass: float | None
     """Synthetic acceptance of all heads; None: that of the model."""
+    heads: Path | None = None
+    """Directory of heads for the model, on our side."""
+    bars: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
+    """Least speed of our plain decoding and of our heads over a peer's default, for a model without a size."""
 
 
 @dataclass
@@ -133,10 +148,9 @@ class Contest:
                 found.note(f"{where}: {each.name}: {each.failure}")
         for mine in (each for each in done if each.peer == OURS and each.variant != "K = 1"):
             for other in (each for each in done if each.peer != OURS):
-                bars = PLAIN_BARS if mine.variant == PLAIN else HEADS_BARS
+                value = _least_speed(subject, other.peer, plain=mine.variant == PLAIN)
                 judged = batch == 1 and other.variant in ("greedy", "greedy, compiled")
-                value = bars.get(other.peer, {}).get(subject.label) if judged else None
-                bar = None if value is None else Bar(">=", value)
+                bar = Bar(">=", value) if judged and value is not None else None
                 found.ratio(f"{where}: {mine.name} / {other.name}", mine.rates, other.rates, bar)
                 if mine.variant == PLAIN:
                     what = f"{where}: reading prompts, {OURS} / {other.name}"
@@ -152,6 +166,7 @@ class Contest:
         groups = [[prompt[: min(map(len, group))] for prompt in group] for group in groups]
         case = {
             "model": str(subject.model),
+            "heads": None if subject.heads is None else str(subject.heads),
             "gguf": str(subject.model if subject.model.is_file() else self.folder / f"{subject.label}.gguf"),
             "rows": batch,
             "prompt_tokens": max(len(group[0]) for group in groups),
@@ -187,8 +202,8 @@ class Contest:
             ProcessError: the peer is not installed, does not read the model, or failed.
         """
         ours = name == OURS
-        if not ours and name != "llama-cpp" and Path(case["model"]).is_file():
-            raise ProcessError("takes model directories here, no GGUF file")
+        if not ours and name not in READ_GGUF and Path(case["model"]).is_file():
+            case = case | {"model": str(self.directory_of(Path(case["model"])))}
         python = sys.executable if ours else find_python(name, self.pythons)
         if name == "llama-cpp" and not Path(case["gguf"]).exists():
             save_gguf(load_model(case["model"]), Path(case["gguf"]), None, getattr(torch, self.dtype))
@@ -201,16 +216,30 @@ class Contest:
         self.versions[name] = about["version"]
         return process, about["variants"]
 
+    def directory_of(self, file: Path) -> Path:
+        """Return the model of a GGUF file as a directory, dequantized."""
+        directory = self.folder / f"{file.stem}-directory"
+        if not directory.exists():
+            save_model(load_model(file, getattr(torch, self.dtype)), directory)
+        return directory
+
     def note(self) -> str:
         """Return the sentences that explain the comparison."""
         return (
             f"{'; '.join(self.versions.values())}. The same weights, prompts and threads for all, greedy, "
             f"{self.new_tokens} new tokens, each peer in a process of its own, variants taking turns. The first pass, "
-            "which reads the prompts, is timed apart. Random weights have four heads, whose drafts are made right at "
-            "the rate that the paper's have in code (synthetic acceptance); their output is no text, so it does not "
-            "judge prompt lookup. llama.cpp reads the same GGUF file, or one of the same type as the weights, through "
-            "its C functions."
+            "which reads the prompts, is timed apart. Drafts are made right at a given rate (synthetic acceptance): "
+            "those of four heads of random weights at the rate that the paper's have in code, those of a GGUF file, "
+            "whose heads are copies of its last block, at --tokens-per-pass. Random weights and random prompts give no "
+            "text, so they do not judge prompt lookup. llama.cpp reads the same GGUF file, or one of the same type as "
+            "the weights, through its C functions; peers without a reader of GGUF take its weights dequantized."
         )
+
+
+def _least_speed(subject: Subject, peer: str, plain: bool) -> float | None:
+    if peer in subject.bars:
+        return subject.bars[peer][0 if plain else 1]
+    return (PLAIN_BARS if plain else HEADS_BARS).get(peer, {}).get(subject.label)
 
 
 def find_python(name: str, pythons: Mapping[str, str]) -> str:

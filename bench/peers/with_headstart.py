@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ class Peer:
         self.version = f"headstart {headstart.__version__}, torch {torch.__version__}"
         # A GGUF file is decoded in its own types, a directory in the dtype of all.
         dtype = None if Path(case["model"]).is_file() or case["quantize"] else case["dtype"]
-        self.model = headstart.load(case["model"], dtype=dtype, quantize=case["quantize"]).transformer
+        heads = case.get("heads")
+        self.model = headstart.load(case["model"], dtype=dtype, quantize=case["quantize"], heads=heads).transformer
         self.new_tokens = case["new_tokens"]
         self.variants: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
             PLAIN: partial(self.decode, heads=1, exact=False),
@@ -45,8 +47,9 @@ class Peer:
         """Decode the prompts as one batch; `share`: see `Synthetic`."""
         requests = [Request(tuple(prompt), self.new_tokens, heads=heads) for prompt in prompts]
         synthetic = None if share is None else Synthetic(self.plain_outputs(requests), share)
+        began = time.perf_counter()  # without the plain outputs, which right drafts need
         stream = streams.decode(self.model, requests, exact=exact, synthetic=synthetic)
-        return {"stamps": stream.stamps, "tokens": stream.tokens}
+        return {"stamps": stream.stamps, "tokens": stream.tokens, "prompt_seconds": stream.stamps[0][0] - began}
 
     def plain_outputs(self, requests: list[Request]) -> list[list[int]]:
         """Return what `streams.plain_outputs` does, decoded once."""

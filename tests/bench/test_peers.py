@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import decode
 from bench.decode import SIZES, Settings
 from bench.peers import contest
 from bench.processes import JsonProcess, ProcessError
 from headstart.errors import UsageError
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
+from tests.models import random_model
 
 TINY = ModelConfig(vocab_size=300, dim=32, layers=5, attention_heads=2, context=128)
 CASE = {
@@ -129,3 +133,50 @@ def test_too_few_prompts_are_refused(model_directory, tmp_path):
     (tmp_path / "prompts.txt").write_text("abc\n")
     with pytest.raises(UsageError, match="1 prompts are too few for a batch of 2"):
         measured(model=model_directory, prompts=tmp_path / "prompts.txt", batches=(2,), peers=())
+
+
+def test_a_gguf_file_gets_heads_whose_drafts_are_right_at_a_rate(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    from headstart.formats.gguf import save_gguf
+
+    path = tmp_path / "m.gguf"
+    save_gguf(random_model(replace(TINY, heads=1)), path)
+    rows, _ = measured(model=path, peers=(), new_tokens=60, tokens_per_pass=3.0)
+    details = rows["m.gguf, batch 1: headstart, K = 4, synthetic acceptance"]["details"]
+    assert 2 < details["tokens_per_pass"] < 4 and details["first_tokens_like_our_plain"] == 60
+    rows, _ = measured(model=path, peers=(), synthetic_heads=1)
+    assert not any("K = 4" in what for what in rows)
+
+
+def test_bars_of_a_gguf_file_are_those_of_its_bits(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    from tests.gguf_models import CONFIGS, gguf_metadata, gguf_tensors, write_gguf
+
+    path, settings = tmp_path / "m.gguf", Settings(synthetic_heads=1)
+    kinds = {"Q8_0": "8 bits", "Q4_0": "4 bits"}
+    for kind, bits in kinds.items():
+        tensors = gguf_tensors("llama", random_model(CONFIGS["llama"]))
+        stored = {
+            name: gguf.quants.quantize(value, gguf.GGMLQuantizationType[kind]) if value.ndim == 2 else value
+            for name, value in tensors.items()
+        }
+        write_gguf(
+            path,
+            "llama",
+            gguf_metadata("llama", CONFIGS["llama"]),
+            stored,
+            {name: kind for name in stored if stored[name].ndim == 2},
+        )
+        subject = decode.trained_subject(path, settings, tmp_path)
+        assert subject.bars == {"llama-cpp": contest.GGUF_BARS[bits]}
+
+
+def test_a_peer_without_a_reader_of_gguf_takes_the_same_weights_as_a_directory(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    from headstart.formats.gguf import save_gguf
+
+    path = tmp_path / "m.gguf"
+    save_gguf(random_model(replace(TINY, heads=1)), path)
+    match = contest.Contest((), {}, 1, "float32", None, 8, 1, False, tmp_path)
+    tokens = torch.arange(9)[None]
+    assert torch.equal(load_model(match.directory_of(path))(tokens), load_model(path)(tokens))
