@@ -24,7 +24,7 @@ from headstart.decoding.policy.timing import ratios
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.inputs import read_prompts
-from headstart.formats.bundled import model_path
+from headstart.formats.bundled import find_model
 
 HTTP_BAR, SPECULATION_BAR, EFFICIENCY_BAR = Bar("<=", 1.05), Bar(">=", 0.97), Bar(">=", 0.85)
 """Bars of the engine's rate over the server's, of speculation over plain decoding, and of that over the tokens per pass
@@ -84,7 +84,7 @@ def load(settings: Settings) -> Findings:
         servers: dict[str, tuple[str, dict[str, Any]]] = {}
         if settings.model is not None or not settings.url:
             torch.set_num_threads(settings.threads)
-            directory = model_path(settings.model)
+            directory, _ = find_model(settings.model)
             model, file = api.load(directory), directory / "prompts.jsonl"
             if file.is_file():
                 prompts = Prompts([model.tokenizer.decode(ids) for ids in read_prompts(file, model.tokenizer)])

@@ -28,7 +28,7 @@ from headstart.decoding.quantization_loss import QuantizationLoss, pack_and_meas
 from headstart.decoding.settings import GenerationSettings, Penalties, Request, Sampling
 from headstart.errors import UsageError
 from headstart.fileio import regular
-from headstart.formats.bundled import boxed_model
+from headstart.formats.bundled import find_model
 from headstart.formats.hub import local_path
 from headstart.formats.registry import load_model_and_tokenizer
 from headstart.hardware import release_freed_memory
@@ -303,7 +303,7 @@ def load(
             raise UsageError(f"dtype {dtype!r} is unknown; take one of {', '.join(_DTYPES)}")
         dtype = _DTYPES[dtype]
     quantize = parse_quantize(quantize)
-    path = boxed_model() if path is None else local_path(path)
+    path, heads = find_model(path, heads, report=False)
     heads = None if heads is None else local_path(heads)
     blocks = dtype is None and quantize is None and multiplies_blocks(device)
     model, tokenizer = load_model_and_tokenizer(path, dtype, device, heads, blocks)

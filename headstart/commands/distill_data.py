@@ -73,13 +73,13 @@ def run(settings: DistillDataSettings) -> None:
     import headstart
     from headstart.commands.self_distillation import DistillSettings, distill, write_self_prompts
     from headstart.decoding.settings import GenerationSettings
-    from headstart.formats.bundled import model_path
+    from headstart.formats.bundled import find_model
 
     if (settings.prompts is None) == (settings.self_prompts <= 0):
         raise UsageError("give either --prompts FILE or --self-prompts N, N at least 1")
     use_threads(settings.threads)
-    directory = model_path(settings.model)
-    loaded = headstart.load(directory, settings.dtype, settings.device, heads=settings.heads_from)
+    directory, heads = find_model(settings.model, settings.heads_from)
+    loaded = headstart.load(directory, settings.dtype, settings.device, heads=heads)
     distillation = DistillSettings(
         settings.prompts or settings.out.with_suffix(".prompts.jsonl"),
         settings.out,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -96,14 +96,15 @@ class EvaluateSettings:
 
 def run(settings: EvaluateSettings) -> None:
     """Evaluate, write the results that the settings name, and print them."""
-    from headstart.formats.bundled import model_path
+    from headstart.formats.bundled import find_model
     from headstart.formats.hub import local_path
 
     use_threads(settings.threads)
     if settings.url is not None:
         found = evaluate_server(settings.url, settings)
     else:
-        path = model_path(settings.model)
+        path, heads = find_model(settings.model, settings.heads_from)
+        settings = replace(settings, heads_from=heads)
         if settings.record and path.is_file():
             raise UsageError(f"{path}: --record puts a file into a model directory, and this is a file; leave it out")
         found = evaluate(path, settings)

@@ -95,11 +95,11 @@ class GenerateSettings:
 def run(settings: GenerateSettings) -> None:
     """Generate, and print the text or the JSON."""
     from headstart.api import load_and_report
-    from headstart.formats.bundled import model_path
+    from headstart.formats.bundled import find_model
 
     use_threads(settings.threads)
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
-    path, heads = model_path(settings.model), settings.heads_from
+    path, heads = find_model(settings.model, settings.heads_from)
     loaded = load_and_report(path, settings.dtype, settings.device, settings.quantize, heads, settings.loss_text)
     if settings.system is not None and not settings.chat:
         raise UsageError("--system is for conversations; give --chat too")

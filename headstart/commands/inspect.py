@@ -32,9 +32,10 @@ class InspectSettings:
 
 def run(settings: InspectSettings) -> None:
     """Print what the model holds."""
-    from headstart.formats.bundled import model_path
+    from headstart.formats.bundled import find_model
 
-    found = inspect(model_path(None) if settings.model is None else settings.model, settings.heads_from)
+    path, heads = find_model(settings.model, settings.heads_from)
+    found = inspect(path, heads)
     print_result(found, settings.json, format_inspection)
 
 

@@ -23,7 +23,7 @@ class ServeCommandSettings:
 
 def run(settings: ServeCommandSettings) -> None:
     """Serve until SIGTERM or Ctrl-C."""
-    from headstart.formats.bundled import model_path
+    from headstart.formats.bundled import find_model
 
     with needs_extra("serving", "serve"):
         from headstart.serving.server import serve
@@ -32,4 +32,5 @@ def run(settings: ServeCommandSettings) -> None:
     keys = settings.server.api_key or tuple(key for part in listed.split(",") if (key := part.strip()))
     if listed and not keys:
         raise UsageError("HEADSTART_API_KEY holds no key; set it to keys separated by commas, or unset it")
-    serve(model_path(settings.model), replace(settings.server, api_key=keys))
+    path, heads = find_model(settings.model, settings.server.heads_from)
+    serve(path, replace(settings.server, api_key=keys, heads_from=heads))

@@ -90,12 +90,12 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     from headstart.decoding.policy.calibration import Tuning, write_tuning
     from headstart.decoding.policy.timing import pass_costs
     from headstart.evaluation.inputs import find_prompts, prompt_limit, sizes
-    from headstart.formats.bundled import model_path
+    from headstart.formats.bundled import find_model
     from headstart.formats.hub import local_path
 
-    path = model_path(settings.model)
+    path, named = find_model(settings.model, settings.heads_from)
     _check(settings)
-    heads = None if settings.heads_from is None else local_path(settings.heads_from)
+    heads = None if named is None else local_path(named)
     language_model = load_and_report(
         path, settings.dtype, settings.device, settings.quantize, heads, settings.loss_text
     )

