@@ -1,9 +1,10 @@
-"""Models on the Hugging Face hub, by their names OWNER/NAME."""
+"""Models by their names: paths, and OWNER/NAME on the Hugging Face hub; directories that hold GGUF files alone."""
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from headstart.data.tokenizers import HUB_ID
@@ -30,6 +31,10 @@ FILES = (
 """Files that are fetched: no pickles, no weights in other formats, no code."""
 
 
+OTHER_WEIGHTS = ("*.safetensors", "*.pth", "*.bin", "heads.json")
+"""Files that make a directory more than a place of GGUF files."""
+PART = re.compile(r"-\d{5}-of-")
+"""What the name of a file of a split GGUF model holds."""
 SUFFIX = ".gguf"
 """End of the names of GGUF files; no model on the hub is looked for under such a name."""
 
@@ -37,14 +42,43 @@ SUFFIX = ".gguf"
 def local_path(named: str | Path) -> Path:
     """Return the path named; if it does not exist, the weights of a packaged model, or a copy of a model on the hub.
 
-    The copy is fetched, or found in the hub's cache. Raises UsageError if the hub has none, or the package is missing.
+    The copy is fetched, or found in the hub's cache. A directory or a repository that holds weights in a GGUF file
+    alone stands for that file; if it holds several, OWNER/NAME:PART names one on the hub by a part of its name.
+
+    Raises:
+        UsageError: the hub has no such model, the package is missing, or the GGUF file to take is not clear.
     """
     if (model := packaged(named)) is not None:
         return model.path(str(named))
     path = Path(named)
-    if path.exists() or path.suffix == SUFFIX or not re.fullmatch(HUB_ID, str(named)):
+    if path.exists():
+        return _file_within(path) if path.is_dir() else path
+    repository, _, part = str(named).partition(":")
+    if not re.fullmatch(HUB_ID, repository) or (path.suffix == SUFFIX and not part):
         return path
-    return fetch_directory(str(named))
+    return fetch(repository, part)
+
+
+def _file_within(directory: Path) -> Path:
+    """Return the GGUF file that a directory holds in place of other weights, or the directory."""
+    found = sorted(file.name for file in directory.glob(f"*{SUFFIX}"))
+    if not found or _has_other_weights(directory):
+        return directory
+    return directory / _only(found, str(directory), f"{directory}/NAME")
+
+
+def _has_other_weights(directory: Path) -> bool:
+    return any(next(directory.glob(pattern), None) is not None for pattern in OTHER_WEIGHTS)
+
+
+def _only(names: Sequence[str], place: str, how: str) -> str:
+    """Return the only GGUF file of a list of names, the first part of a split one. Raises UsageError for any other."""
+    whole = [name for name in names if not PART.search(name) or "-00001-of-" in name]
+    if len(whole) == 1:
+        return whole[0]
+    some = ", ".join(whole[:8]) + (f" and {len(whole) - 8} more" if len(whole) > 8 else "")
+    found = f"holds {len(whole)} GGUF files, {some}" if whole else "is in the name of no GGUF file"
+    raise UsageError(f"{place}: {found}; name one, as {how}")
 
 
 def name_of(path: Path) -> str:
@@ -59,15 +93,44 @@ def name_of(path: Path) -> str:
 
 
 @functools.cache
-def fetch_directory(repository: str) -> Path:
-    """Return a copy of a model on the hub, fetched once in a process. Raises UsageError if there is none."""
+def fetch(repository: str, part: str = "") -> Path:
+    """Return a copy of a model on the hub, fetched once in a process: its directory, or its GGUF file.
+
+    A GGUF file is taken if the repository has no other weights, or if `part` of its name is given.
+
+    Raises:
+        UsageError: there is no such model, or the GGUF file to take is not clear.
+    """
     with needs_extra(f"{repository}: no such directory, and asking the hub", "hf"):
         from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(FILES)))
+        copy = Path(snapshot_download(repository, allow_patterns=list(FILES)))
+        if not part and _has_other_weights(copy):
+            return copy
+        names = [name for name in _gguf_names(repository, copy) if part.lower() in name.lower()]
+        if not names and not part:
+            return copy
+        file = _only(names, f"{repository}:{part}" if part else repository, f"{repository}:PART, by a part of its name")
+        pattern = PART.sub("-*-of-", file)
+        return Path(snapshot_download(repository, allow_patterns=[pattern])) / file
+    except UsageError:
+        raise
     except Exception as error:  # of the hub, of the network, of the disk: many kinds
         reason = first_line(error)
         raise UsageError(
             f"{repository}: no such directory here, and the hub gives no such model ({reason}); check the name and the "
             "network, or name a directory that holds a model's config.json"
         ) from error
+
+
+def _gguf_names(repository: str, copy: Path) -> list[str]:
+    """Return the names of the GGUF files of a repository; without network those of its copy."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        listed = list_repo_files(repository)
+    except Exception:
+        listed = [file.name for file in copy.glob(f"*{SUFFIX}")]
+        if not listed:
+            raise
+    return sorted(name for name in listed if name.endswith(SUFFIX) and "/" not in name)

@@ -43,7 +43,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    hub.fetch_directory.cache_clear()
+    hub.fetch.cache_clear()
     model = headstart.load("someone/model")
     assert len(model.generate("def f", max_new_tokens=3).tokens) <= 3
     assert inspect("someone/model")["heads"] == 2
@@ -54,7 +54,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     # What lies here goes first.
     (tmp_path / "someone").mkdir()
     saved.rename(tmp_path / "someone/model")
-    hub.fetch_directory.cache_clear()
+    hub.fetch.cache_clear()
     assert load_model("someone/model").config == CONFIG and len(asked) == 1
 
     def offline(repository: str, allow_patterns: list[str]) -> str:
@@ -66,7 +66,7 @@ def test_a_name_of_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "\n" not in str(caught.value)
     for word in ("someone/else", "no such directory", "no network", "config.json"):
         assert word in str(caught.value)
-    hub.fetch_directory.cache_clear()
+    hub.fetch.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -108,3 +108,46 @@ def test_text_for_a_model_without_tokenizer(saved: Path) -> None:
     assert len(model.generate([1, 2, 3], max_new_tokens=2).tokens) == 2
     with pytest.raises(UsageError, match=r"this model has no tokenizer; give prompts as lists of token ids"):
         model.generate("text")
+
+
+def test_a_directory_or_repository_of_gguf_files_stands_for_the_only_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "README.md").touch()
+    assert hub.local_path(folder) == folder
+    (folder / "m-Q4_0.gguf").touch()
+    assert hub.local_path(folder) == folder / "m-Q4_0.gguf"
+    for number in (1, 2):
+        (folder / f"m-Q8_0-0000{number}-of-00002.gguf").touch()
+    wrong = r"files: holds 2 GGUF files, m-Q4_0.gguf, m-Q8_0-00001-of-00002.gguf; name one, as .*files/NAME$"
+    with pytest.raises(UsageError, match=wrong):
+        hub.local_path(folder)
+    (saved / "m.gguf").touch()
+    assert hub.local_path(saved) == saved  # which has weights of its own
+
+    fetched: list[str] = []
+
+    def snapshot(repository: str, allow_patterns: list[str]) -> str:
+        fetched[:] = allow_patterns
+        return str(folder)
+
+    listed = [file.name for file in folder.iterdir()]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: [*listed, "other/x.gguf"])
+    hub.fetch.cache_clear()
+    assert hub.local_path("someone/m:q4_0") == folder / "m-Q4_0.gguf" and fetched == ["m-Q4_0.gguf"]
+    assert hub.local_path("someone/m:Q8") == folder / "m-Q8_0-00001-of-00002.gguf"
+    assert fetched == ["m-Q8_0-*-of-00002.gguf"]
+    for name, wrong in (
+        ("someone/m", "name one, as someone/m:PART"),
+        ("someone/m:Q5", "someone/m:Q5: is in the name of no"),
+    ):
+        with pytest.raises(UsageError, match=wrong) as caught:
+            hub.local_path(name)
+        assert "\n" not in str(caught.value)
+    listed = ["only.gguf", "config.json"]
+    hub.fetch.cache_clear()
+    assert hub.local_path("someone/m") == folder / "only.gguf" and fetched == ["only.gguf"]
+    hub.fetch.cache_clear()
