@@ -15,11 +15,14 @@ import torch
 from headstart import hardware
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.kernels import cpu
-from headstart.decoding.kernels.pack import decoding_dtype, pack
+from headstart.decoding.kernels.backend import backend_of
+from headstart.decoding.kernels.pack import decoding_dtype, multiplies_blocks, pack
 from headstart.decoding.kernels.torch_backend import PackedLinear, can_pack
+from headstart.decoding.memory import format_bytes, weight_bytes
 from headstart.decoding.policy import timing
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
+from headstart.formats.gguf_file import GgufFile
 from headstart.formats.heads import StoredHeads
 from headstart.formats.hub import local_path
 from headstart.formats.huggingface import load_peer
@@ -83,7 +86,9 @@ def diagnose(
     if torch.cuda.is_available():
         findings.append(_check_gpu(sizes))
     if model_path is not None and config is not None:
-        findings += _check_model(Path(model_path), config, heads)
+        speeds = next(each for each in reversed(findings) if "gb_per_second" in each.values).values["gb_per_second"]
+        speed = max(speeds.values()) if isinstance(speeds, dict) else speeds
+        findings += _check_model(local_path(model_path), config, heads, speed)
     worst = max((f.status for f in findings), key=("ok", "warn", "fail").index)
     return {
         "machine": described,
@@ -237,19 +242,35 @@ def _check_gpu(sizes: Sizes) -> Finding:
     return Finding("gpu", "ok" if supported else "warn", sentence, {"name": name, "gb_per_second": speed})
 
 
-def _check_model(path: Path, config: ModelConfig, heads: str | Path | None) -> list[Finding]:
+def _check_model(path: Path, config: ModelConfig, heads: str | Path | None, speed: float) -> list[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_model_tokenizer(path)
     prompts = _make_prompts(tokenizer, config)
     findings = [compare_with_transformers(path, config, prompts[0])]
-    loaded = load_model(path, device=device, heads=heads)
+    blocks = multiplies_blocks(device) and path.is_file()
     if heads is not None:
-        findings.append(_check_base(loaded, path, heads))
+        findings.append(_check_base(load_model(path, heads=heads), path, heads))
+    loaded = load_model(path, device=device, heads=heads, blocks=blocks)
     model = pack(loaded.to(decoding_dtype(loaded)))
+    findings.append(_check_weights(model, path, speed))
     tokens = _count_affordable_tokens(model, prompts)
     for temperature in (0.0, 0.8):
         findings.append(_check_speculation(model, prompts, tokens, temperature))
     return findings
+
+
+def _check_weights(model: Transformer, path: Path, speed: float) -> Finding:
+    """Report the form and the bytes of the weights, and the passes that reading them at `speed` GB/s allows."""
+    size, form = weight_bytes(model), backend_of(model).form
+    stored = "blocks, as the file stores them" if form == "blocks" else str(model.dtype).removeprefix("torch.")
+    sentence = (
+        f"{format_bytes(size)} in {stored}; reading them all allows at most {1e9 * speed / size:,.0f} passes a second."
+    )
+    dequantized = path.is_file() and form is None and GgufFile(path).quantized
+    if dequantized:
+        sentence += " They are dequantized: there are no kernels for blocks here, or the embedding has no blocks."
+    values = {"bytes": size, "form": form or str(model.dtype).removeprefix("torch.")}
+    return Finding("weights", "warn" if dequantized else "ok", sentence, values)
 
 
 def _check_base(model: Transformer, path: Path, heads: str | Path) -> Finding:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from headstart.decoding.cache import cache_dtype
+from headstart.decoding.kernels.blocks import BlockWeight
 from headstart.errors import UsageError
 from headstart.hardware import free_memory
 from headstart.model.config import ModelConfig
@@ -36,7 +39,7 @@ class DecodingMemory:
     noise."""
 
     def __str__(self) -> str:
-        return f"{_gib(self.total)}, {_gib(self.caches)} of it keys and values"
+        return f"{format_bytes(self.total)}, {format_bytes(self.caches)} of it keys and values"
 
     @property
     def total(self) -> int:
@@ -75,6 +78,20 @@ def decoding_memory(
     )
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of the weights of a model in decoding form; weights in several places count once."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        values = [*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values()]
+        for value in itertools.chain.from_iterable(v if isinstance(v, tuple) else (v,) for v in values):
+            parts = (value.codes_NK, value.scales_NG, value.minimums_NG) if isinstance(value, BlockWeight) else (value,)
+            for part in parts:
+                if isinstance(part, Tensor):
+                    place = id(part) if part.is_mkldnn else part.data_ptr()
+                    found[place] = part.numel() * part.element_size()
+    return sum(found.values())
+
+
 def check_memory(plan: Callable[[int, int], DecodingMemory], slots: int, context: int, device: torch.device) -> None:
     """Raise UsageError if `plan(slots, context)` exceeds the free memory of `device`; name the largest that fit."""
     free = free_memory(device)
@@ -85,8 +102,8 @@ def check_memory(plan: Callable[[int, int], DecodingMemory], slots: int, context
     fixes = [f"{most} {'slot' if most == 1 else 'slots'}" if most else "", f"a context of {longest}" if longest else ""]
     fix = "take at most " + ", or ".join(filter(None, fixes)) if any(fixes) else "free memory, or take a smaller model"
     raise UsageError(
-        f"{slots} {'slot' if slots == 1 else 'slots'} with a context of {context} need {_gib(needed.total)} "
-        f"({_gib(needed.caches)} of keys and values); {device} has {_gib(free)} free: {fix}"
+        f"{slots} {'slot' if slots == 1 else 'slots'} with a context of {context} need {format_bytes(needed.total)} "
+        f"({format_bytes(needed.caches)} of keys and values); {device} has {format_bytes(free)} free: {fix}"
     )
 
 
@@ -110,5 +127,6 @@ def _largest(fits: Callable[[int], bool], below: int) -> int:
     return low
 
 
-def _gib(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Return a number of bytes in MiB or GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

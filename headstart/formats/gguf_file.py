@@ -62,6 +62,11 @@ class GgufFile:
         """The names of all tensors, in the order of the files."""
         return list(self._where)
 
+    @property
+    def quantized(self) -> bool:
+        """True if some tensor is stored in a quantized type."""
+        return any(tensor.kind.name not in ("F32", "F16", "BF16") for _, tensor in self._where.values())
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor in torch's order, as (rows, columns)."""
         return self._where[name][1].shape

@@ -34,7 +34,7 @@ FILES = (
 OTHER_WEIGHTS = ("*.safetensors", "*.pth", "*.bin", "heads.json")
 """Files that make a directory more than a place of GGUF files."""
 PART = re.compile(r"-\d{5}-of-")
-"""What the name of a file of a split GGUF model holds."""
+"""The number in the name of each file of a split GGUF model."""
 SUFFIX = ".gguf"
 """End of the names of GGUF files; no model on the hub is looked for under such a name."""
 

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from headstart import api, hardware
 from headstart.console import say
 from headstart.decoding.engine import Engine
-from headstart.decoding.memory import DecodingMemory, decoding_memory, fitting_context
+from headstart.decoding.memory import DecodingMemory, decoding_memory, fitting_context, format_bytes, weight_bytes
 from headstart.decoding.scheduler import CHUNK
 from headstart.errors import UsageError
 from headstart.serving.connection import Connections, connection_limits
@@ -56,7 +56,11 @@ def make_service(directory: Path, settings: ServeSettings) -> Service:
         engine = model.engine(settings.slots, settings.context, settings.exact, settings.lookup)
         whole = "" if engine.context == most else f" (the model has {most:,})"
         slots = f"{settings.slots} slots of {engine.context:,} tokens{whole}"
-        say(f"memory: up to {engine.memory}, for {slots}, taken as sequences grow; --slots and --context change it")
+        weights = format_bytes(weight_bytes(model.transformer))
+        say(
+            f"memory: {weights} of weights, and up to {engine.memory}, for {slots}, taken as sequences grow; --slots "
+            "and --context change it"
+        )
         return engine
 
     name = settings.name or (directory.resolve().stem if directory.is_file() else directory.resolve().name)

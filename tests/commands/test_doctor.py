@@ -9,15 +9,17 @@ from headstart import hardware
 from headstart.commands import doctor_checks
 from headstart.commands.doctor import format_diagnosis
 from headstart.commands.doctor_checks import Sizes, diagnose
+from headstart.decoding.kernels.pack import multiplies_blocks
 from headstart.decoding.policy.timing import Decoded
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
+from tests.models import random_model
 
 SMALL = Sizes(product=64, stream_mebibytes=1, decoder=ModelConfig(dim=32, layers=2, attention_heads=2), passes=2)
 MACHINE = ["processor", "kernels", "matrix products", "windows", "threads", "bandwidth"]
-MODEL = ["transformers", "speculation, greedy", "speculation, temperature 0.8"]
+MODEL = ["transformers", "weights", "speculation, greedy", "speculation, temperature 0.8"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def test_the_machine_alone():
 def test_a_model_decodes_with_all_heads_as_with_one(model_directory):
     diagnosis = diagnose(model_directory, sizes=SMALL)
     assert [f["name"] for f in diagnosis["findings"] if f["name"] != "gpu"] == MACHINE + MODEL
-    for name in MODEL[1:]:
+    for name in MODEL[2:]:
         finding = of(diagnosis, name)
         assert finding["status"] == "ok" and finding["values"]["identical"] is True
         assert len(finding["values"]["acceptance"]) == 3 and finding["values"]["tokens_per_pass"] >= 1
@@ -105,3 +107,18 @@ def test_large_models_are_compared_on_a_few_tokens_and_not_where_memory_is_short
     monkeypatch.setattr(hardware, "available_memory", lambda: 1000)
     finding = doctor_checks.compare_with_transformers(model_directory, config, (1, 2, 3))
     assert finding.status == "warn" and "are free" in finding.sentence and not finding.values["compared"]
+
+
+def test_blocks_of_a_gguf_file_are_decoded_as_they_are(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    from tests.formats.test_gguf_blocks import write_quantized
+    from tests.gguf_models import CONFIGS
+
+    path = write_quantized(tmp_path / "m.gguf", "llama", random_model(CONFIGS["llama"]))
+    finding = of(diagnose(path, sizes=SMALL), "weights")
+    if multiplies_blocks("cpu"):
+        assert finding["status"] == "ok" and "in blocks, as the file stores them" in finding["sentence"]
+        assert finding["values"]["form"] == "blocks" and 0.9 < finding["values"]["bytes"] / path.stat().st_size < 1.3
+    dense = write_quantized(tmp_path / "n.gguf", "llama", random_model(CONFIGS["llama"]), keep=("token_embd",))
+    finding = of(diagnose(dense, sizes=SMALL), "weights")
+    assert finding["status"] == "warn" and "dequantized" in finding["sentence"]
