@@ -14,7 +14,8 @@ from bench import processes
 from bench.report import Bar, BenchSettings, Findings, count, run_parts
 from headstart import hardware
 from headstart.decoding.kernels.blocks import Quantize
-from headstart.decoding.kernels.pack import pack
+from headstart.decoding.kernels.pack import multiplies_blocks, pack
+from headstart.decoding.memory import weight_bytes
 from headstart.decoding.policy.timing import DTYPES, PASSES_OF_A_BLOCK, Pass, interleave, random_model, timed
 from headstart.errors import UsageError
 from headstart.formats.registry import load_config, load_model
@@ -26,6 +27,12 @@ BANDWIDTH_BARS = {0: Bar(">=", 0.65), 100_000_000: Bar(">=", 0.75), 1_000_000_00
 """Bars by the least number of parameters: a small model does not wait for its weights alone."""
 WINDOW_BAR = Bar("<=", 1.3)
 """Bar of a pass over eight rows, over one row."""
+
+BLOCKS: Literal["blocks"] = "blocks"
+"""The type of the weights of a GGUF file that stay as they are stored."""
+BLOCKS_BANDWIDTH_BAR = Bar(">=", 0.7)
+BLOCKS_ROWS_BARS = {"4": Bar("<=", 1.3), "8": Bar("<=", 1.7)}
+"""Bars of passes over several rows, over one row, with weights in blocks."""
 
 Part = Literal["bandwidth", "rows"]
 
@@ -42,8 +49,8 @@ class Settings(BenchSettings):
     """Model with random weights."""
     threads: tuple[int, ...] = (1, 2)
     """CPU threads, each number in a process of its own."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the weights (auto: the faster one here)."""
+    dtype: Literal["auto", "bfloat16", "float32", "blocks"] = "auto"
+    """Type of the weights (auto: the faster one here; blocks, as they are stored, for a GGUF file)."""
     quantize: tuple[Quantize, ...] = ("q4", "q8")
     """Quantized weights that the part rows times in addition."""
     device: str = "cpu"
@@ -74,8 +81,13 @@ def run(settings: Settings) -> dict[str, Any]:
     """Run the chosen parts and return their results, see `report.result`."""
     if not settings.threads or 1 not in settings.rows or settings.passes < 1:
         raise UsageError("--threads is empty, --rows lacks 1, or --passes is below 1; give such numbers")
+    file = settings.model is not None and settings.model.is_file()
+    if settings.dtype == BLOCKS and not (file and multiplies_blocks(settings.device)):
+        raise UsageError("--dtype blocks is for a GGUF file on a CPU with compiled kernels; take another dtype")
+    if file and settings.dtype == "auto" and multiplies_blocks(settings.device):
+        settings = replace(settings, dtype=BLOCKS)
     settings = replace(settings, dtype=hardware.dtype_on(settings.device, settings.dtype))
-    if settings.device != "cpu":
+    if settings.device != "cpu" or settings.dtype == BLOCKS:
         settings = replace(settings, quantize=())
     parts = {"bandwidth": bandwidth, "rows": rows}
     return run_parts("passes", settings, {name: part for name, part in parts.items() if name in settings.parts})
@@ -94,10 +106,20 @@ def pass_bytes(config: ModelConfig, span: int, weight_bytes: int, cache_bytes: i
     return (weights + config.dim) * weight_bytes + cache * cache_bytes
 
 
+def packed_pass_bytes(model: Transformer, span: int, cache_bytes: int) -> int:
+    """Return the same for a model in blocks with one head, by the bytes of its packed weights."""
+    config = model.config
+    unread = 0 if config.tied else weight_bytes(model.trunk.embedding)
+    cache = 2 * config.next_token_layers * config.key_value_heads * config.dim_per_head * span
+    return weight_bytes(model) - unread + cache * cache_bytes
+
+
 def model_of(case: Mapping[str, Any], dtype: str) -> Transformer:
-    """Return the trained model of a case, or random weights."""
+    """Return the trained model of a case, or random weights. With the type "blocks", a GGUF file is as it is stored."""
     if case["model"] is None:
         return random_model(ModelConfig(**case["config"]), dtype, case["device"])
+    if dtype == BLOCKS:
+        return load_model(case["model"], device=case["device"], blocks=True)
     return load_model(case["model"], dtype=DTYPES[dtype], device=case["device"])
 
 
@@ -113,6 +135,7 @@ def bandwidth(settings: Settings) -> Findings:
         found.measure(f"bytes of a pass / its time / stream read, {label}", shares[label])
     best = max(shares, key=lambda label: statistics.median(shares[label]))
     bar = BANDWIDTH_BARS[max(least for least in BANDWIDTH_BARS if config.parameters()["total"] >= least)]
+    bar = BLOCKS_BANDWIDTH_BAR if settings.dtype == BLOCKS else bar
     found.measure(f"the same at the best setting ({best})", shares[best], bar=bar)
     found.note(
         f"a plain pass reads {size:,} bytes: the weights on head 1's path with the unembedding, and the keys and "
@@ -131,10 +154,14 @@ def bandwidth_case(case: dict[str, Any]) -> dict[str, Any]:
     before = hardware.stream_bandwidth(threads, device=case["device"], mebibytes=size)
     seconds = interleave({"plain": timed(plain)}, case["passes"], warmup=5)["plain"]
     stream = max(before, hardware.stream_bandwidth(threads, device=case["device"], mebibytes=size))
-    weight, cached = (x.element_size() for x in (model.trunk.embedding.weight, plain.state.cache.keys))
+    if case["dtype"] == BLOCKS:
+        read = packed_pass_bytes(model, plain.plan.span, plain.state.cache.keys.element_size())
+    else:
+        weight, cached = (x.element_size() for x in (model.trunk.embedding.weight, plain.state.cache.keys))
+        read = pass_bytes(model.config, plain.plan.span, weight, cached)
     return {
         "seconds": seconds,
-        "bytes": pass_bytes(model.config, plain.plan.span, weight, cached),
+        "bytes": read,
         "stream_gb_per_second": stream,
     }
 
@@ -150,8 +177,8 @@ def rows(settings: Settings) -> Findings:
                 if kind != dtype:
                     found.ratio(f"{what} / {dtype}", values, answer[dtype][width], block=PASSES_OF_A_BLOCK)
                 if width != "1":
-                    bar = WINDOW_BAR if width == "8" and kind == dtype else None
-                    found.ratio(f"{what} / 1 row", values, seconds["1"], bar, PASSES_OF_A_BLOCK)
+                    bars = BLOCKS_ROWS_BARS if kind == BLOCKS else {"8": WINDOW_BAR} if kind == dtype else {}
+                    found.ratio(f"{what} / 1 row", values, seconds["1"], bars.get(width), PASSES_OF_A_BLOCK)
     weights = settings.model or f"{settings.size.layers} layers of {settings.size.dim}, random weights"
     found.note(
         f"passes of head 1 without drafts at {settings.cached} cached positions, each after a pass of the same kind, "

@@ -24,8 +24,8 @@ from headstart.formats.gguf import save_gguf
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_model
 
-PeerName = Literal["transformers", "llama-cpp", "vllm", "openvino", "onnxruntime"]
-PEERS: tuple[PeerName, ...] = ("transformers", "llama-cpp", "vllm", "openvino", "onnxruntime")
+PeerName = Literal["transformers", "llama-cpp", "vllm", "openvino"]
+PEERS: tuple[PeerName, ...] = ("transformers", "llama-cpp", "vllm", "openvino")
 READ_GGUF = ("llama-cpp", "openvino")
 """The peers that read a GGUF file themselves."""
 OURS = "headstart"
@@ -34,7 +34,6 @@ PACKAGES = {
     "llama-cpp": "llama_cpp",
     "vllm": "vllm",
     "openvino": "openvino_genai",
-    "onnxruntime": "onnxruntime_genai",
 }
 """Package of each peer, as it is imported. Its class is `Peer` in the file with_NAME.py."""
 ANSWER_SECONDS = 900.0

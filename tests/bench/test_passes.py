@@ -10,7 +10,7 @@ import pytest
 from bench import passes
 from bench.passes import Settings, pass_bytes
 from headstart.decoding.kernels.cpu_backend import CompiledLinear
-from headstart.decoding.kernels.pack import PackedUnembedding, pack
+from headstart.decoding.kernels.pack import PackedUnembedding, multiplies_blocks, pack
 from headstart.decoding.kernels.torch_backend import PackedLinear
 from headstart.decoding.policy.timing import Pass, decode, first_difference, random_model
 from headstart.decoding.settings import Request
@@ -116,3 +116,24 @@ def test_first_difference():
     assert first_difference([[1, 2], [3]], [[1, 2], [3]]) is None
     assert first_difference([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == (1, 1)
     assert first_difference([[1, 2]], [[1]]) == (0, 1)
+
+
+@pytest.mark.skipif(not multiplies_blocks("cpu"), reason="no compiled kernels here")
+def test_a_gguf_file_is_timed_in_its_blocks(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    from tests.formats.test_gguf_blocks import write_quantized
+    from tests.gguf_models import CONFIGS
+
+    config = CONFIGS["llama"]
+    path = write_quantized(tmp_path / "m.gguf", "llama", random_model(config, "float32", "cpu"))
+    model = pack(load_model(path, blocks=True))
+    read = passes.packed_pass_bytes(model, span=64, cache_bytes=4)
+    matrices = sum(each.packed.nbytes for each in model.modules() if isinstance(each, CompiledLinear))
+    matrices -= model.trunk.embedding.linear.packed.nbytes  # untied: a row of it is looked up
+    vectors = 4 * (2 * config.layers + 1) * config.dim
+    assert read == matrices + vectors + 4 * 2 * config.layers * config.key_value_heads * config.dim_per_head * 64
+    found = passes.run(Settings(model=path, threads=(1,), passes=6, cached=16, rows=(1, 4, 8), stream_mebibytes=1))
+    bars = {row["what"]: row["bar"] for row in found["measurements"] if row["bar"]}
+    assert {what.split(",")[0] for what in bars if "row" in what} == {"blocks"} and len(bars) == 3
+    with pytest.raises(UsageError, match="--dtype blocks is for a GGUF file"):
+        passes.run(Settings(dtype="blocks"))
