@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.clients import Answer, model_at, send, served
+from bench.clients import send, served
 from bench.report import RESULTS, Bar, BenchSettings, Findings, count, run_parts
 from bench.streams import p50_p95
 from headstart import api
@@ -24,6 +24,7 @@ from headstart.decoding.policy.timing import ratios
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.evaluation.inputs import read_prompts
+from headstart.evaluation.server_client import Stream, model_at
 from headstart.formats.bundled import find_model
 
 HTTP_BAR, SPECULATION_BAR, EFFICIENCY_BAR = Bar("<=", 1.05), Bar(">=", 0.97), Bar(">=", 0.85)
@@ -96,7 +97,7 @@ def load(settings: Settings) -> Findings:
             servers[url] = url.rstrip("/"), {"model": model_at(url.rstrip("/"))}
         for clients in settings.clients:
             engine = None if model is None else model.engine(slots=clients)
-            answers: dict[str, list[list[Answer]]] = {name: [] for name in servers}
+            answers: dict[str, list[list[Stream]]] = {name: [] for name in servers}
             rates: dict[str, list[float]] = {name: [] for name in ([] if model is None else [ENGINE]) + [*servers]}
             for repetition in range(-1, settings.repetitions):
                 chosen = prompts.take(max(clients, LEAST_STREAMS))
@@ -124,7 +125,7 @@ def bodies(prompts: Sequence[str], new_tokens: int, **fields: Any) -> list[dict[
     return [{"prompt": prompt, **common, **fields} for prompt in prompts]
 
 
-def rate(answers: Sequence[Answer]) -> float:
+def rate(answers: Sequence[Stream]) -> float:
     """Return the tokens per second of all streams together, from the first request to the last piece."""
     return sum(answer.tokens for answer in answers) / (max(a.end for a in answers) - min(a.sent for a in answers))
 
@@ -137,7 +138,7 @@ def _engine_rate(model: api.LanguageModel, engine: Engine, chosen: Sequence[str]
 
 
 def _report(
-    found: Findings, clients: int, answers: dict[str, list[list[Answer]]], rates: dict[str, list[float]]
+    found: Findings, clients: int, answers: dict[str, list[list[Stream]]], rates: dict[str, list[float]]
 ) -> None:
     """Add the rates of every server, with the delays, and our ratios."""
     where = count(clients, "client")

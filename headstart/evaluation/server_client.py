@@ -39,10 +39,24 @@ class Stream:
     end: float = 0.0
 
     @property
-    def pieces(self) -> list[tuple[float, str]]:
-        """Arrival and text of the events that hold text."""
-        said = ["".join(_text(choice) for choice in event.get("choices") or ()) for event in self.events]
-        return [(at, text) for at, text in zip(self.times, said) if text]
+    def text(self) -> str:
+        """The answer."""
+        return "".join(map(_text, self.events))
+
+    @property
+    def pieces(self) -> list[float]:
+        """Arrival of the events that hold text."""
+        return [at for at, event in zip(self.times, self.events) if _text(event)]
+
+    @property
+    def usage(self) -> Mapping[str, Any]:
+        """Usage at the end of the stream; empty if the server sends none."""
+        return self.last("usage")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the server reports, or else the number of pieces."""
+        return int(self.usage.get("completion_tokens") or len(self.pieces))
 
     def last(self, name: str) -> Mapping[str, Any]:
         """Return the last object of this name in an event; empty if there is none."""
@@ -56,9 +70,12 @@ class Stream:
         return next((str(reason) for reason in reversed(reasons) if reason), "")
 
 
-def _text(choice: Mapping[str, Any]) -> str:
-    delta = choice.get("delta") or {}
-    return str(choice.get("text") or "") + str(delta.get("reasoning_content") or "") + str(delta.get("content") or "")
+def _text(event: Mapping[str, Any]) -> str:
+    parts = []
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or {}
+        parts += [choice.get("text"), delta.get("reasoning_content"), delta.get("content")]
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def open_stream(url: str, path: str, body: Mapping[str, Any], timeout: float = 600.0) -> Stream:
@@ -122,19 +139,17 @@ def model_at(url: str) -> str:
 
 def answer_of(stream: Stream) -> Answer:
     """Return the answer of a stream, with the drafts that the server reports."""
-    usage, pieces = stream.last("usage"), stream.pieces
-    text = "".join(piece for _, piece in pieces)
-    tokens = int(usage.get("completion_tokens") or len(pieces))
-    first = pieces[0][0] if pieces else stream.end
+    usage, pieces, tokens = stream.usage, stream.pieces, stream.tokens
+    first = pieces[0] if pieces else stream.end
     # The first token comes with the prompt; it is charged the mean time of the others.
     scale = tokens / (tokens - 1) if tokens > 1 else 1.0
     answer = Answer(
-        text=text,
+        text=stream.text,
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
         tokens=tokens,
         seconds=(stream.end - first) * scale,
         prompt_seconds=first - stream.sent,
-        repeated=count_repeated(text.split()),
+        repeated=count_repeated(stream.text.split()),
         finish_reason=stream.finish_reason,
     )
     vllm, own, timings = (

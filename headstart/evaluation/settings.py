@@ -58,6 +58,9 @@ class SuiteSettings:
     """Draft trees, as of `headstart generate`: the number of drafts, or nodes such as 0,1,0.0."""
     plain: bool = True
     """Decode each prompt plainly too, for the speed-up and to compare the outputs."""
+    against: Path | None = None
+    """Folder that another run of the same suite wrote (its --out): the report compares the speeds prompt by prompt, as
+    with a server that --url named there."""
     raw: bool = False
     """Continue questions as text, without the chat template: for models without one."""
 

@@ -144,6 +144,8 @@ class Pair:
     plain: Sequence[Answer] = ()
     equal: int = 0
     """Answers with the tokens of the plain ones."""
+    other: Sequence[Answer] = ()
+    """Answers to the same prompt in another run."""
 
 
 def summarize(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -172,22 +174,26 @@ def summarize(pairs: Sequence[Pair]) -> dict[str, Any]:
         found["acceptance_by_place"] = by_place(of_known)
     compared = [pair for pair in pairs if pair.plain]
     if compared:
-        found["speedup"] = asdict(_speedup(compared))
-        found["speedup_with_prompt"] = asdict(_speedup(compared, prompt=True))
+        found["speedup"] = asdict(_speedup([(p.plain, p.drafted) for p in compared]))
+        found["speedup_with_prompt"] = asdict(_speedup([(p.plain, p.drafted) for p in compared], prompt=True))
         found["plain_tokens_per_second"] = sum(a.tokens for p in compared for a in p.plain) / sum(
             a.seconds for p in compared for a in p.plain
         )
         found["equal"] = sum(pair.equal for pair in compared)
         found["compared"] = sum(len(pair.plain) for pair in compared)
+    others = [(pair.other, pair.drafted) for pair in pairs if pair.other]
+    if others:
+        found["speedup_over_other"] = asdict(_speedup(others))
+        found["speedup_over_other_with_prompt"] = asdict(_speedup(others, prompt=True))
     return found
 
 
-def _speedup(pairs: Sequence[Pair], prompt: bool = False) -> Estimate:
-    """Estimate the time of a token in plain decoding over that with drafts."""
+def _speedup(pairs: Sequence[tuple[Sequence[Answer], Sequence[Answer]]], prompt: bool = False) -> Estimate:
+    """Estimate the time of a token in the first answers over that in the second, each pair of one prompt."""
     rows = [
         [
             total
-            for answers in (pair.plain, pair.drafted)
+            for answers in pair
             for total in (
                 sum(a.seconds + (a.prompt_seconds if prompt else 0.0) for a in answers),
                 sum(a.tokens for a in answers),

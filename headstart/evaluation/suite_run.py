@@ -193,8 +193,9 @@ def run_suite(
     questions = suite.questions(settings.file)
     order = spread(questions)[:limit]
     subject.check([questions[number] for number in order])
-    kept = {name: value for name, value in asdict(settings).items() if name != "temperatures"}
+    kept = {name: value for name, value in asdict(settings).items() if name not in ("temperatures", "against")}
     kept["file"] = None if settings.file is None else str(settings.file)
+    other = {} if settings.against is None else _other_run(suite, settings.against)
     known: dict[tuple[str, str], dict[str, Any]] = {}
     with ExitStack() as stack:
         keep: Callable[[str], Any] = len
@@ -223,7 +224,8 @@ def run_suite(
         "questions": len(order),
         "of": len(questions),
         "settings": {**subject.identity, **kept},
-        "temperatures": {t: _summaries(suite, records) for t, records in chosen.items()},
+        "temperatures": {t: _summaries(suite, records, other) for t, records in chosen.items()},
+        "against": None if settings.against is None else str(settings.against),
         "published": published(suite.name),
     }
 
@@ -264,7 +266,20 @@ def _ask(
     return record | {"turns": turns}
 
 
-def _summaries(suite: Suite, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _other_run(suite: Suite, folder: Path) -> dict[tuple[str, str], Sequence[Mapping[str, Any]]]:
+    """Return the turns of the records of another run, by question and temperature."""
+    file = folder / suite.name / RECORDS
+    found = {(line["question"], line["temperature"]): line["turns"] for line in whole_lines(file)}
+    if not found:
+        raise UsageError(f"{file}: holds no records; name the --out of a run of {suite.name} with --suite.against")
+    return found
+
+
+def _summaries(
+    suite: Suite,
+    records: Sequence[Mapping[str, Any]],
+    other: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
     """Return the summaries of all records, of each group of several categories and of each category."""
     found: dict[str, Any] = {
         "skipped_prompts": sum(record.get("skipped", 0) for record in records),
@@ -275,7 +290,10 @@ def _summaries(suite: Suite, records: Sequence[Mapping[str, Any]]) -> dict[str, 
     for record in records:
         if not record["turns"]:
             continue
-        category, pair = record["category"], _pair(record["turns"])
+        category, pair = (
+            record["category"],
+            _pair(record["turns"], other.get((record["question"], record["temperature"]), ())),
+        )
         group = suite.groups.get(category)
         for name, of in (("overall", None), (group, None), (category, group)):
             if name is not None:
@@ -291,9 +309,10 @@ def _summaries(suite: Suite, records: Sequence[Mapping[str, Any]]) -> dict[str, 
     }
 
 
-def _pair(turns: Sequence[Mapping[str, Any]]) -> Pair:
+def _pair(turns: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> Pair:
     return Pair(
         [Answer(**turn["drafted"]) for turn in turns],
         [Answer(**turn["plain"]) for turn in turns if "plain" in turn],
         sum(turn.get("equal", False) for turn in turns),
+        [Answer(**turn["drafted"]) for turn in other] if len(other) == len(turns) else (),
     )

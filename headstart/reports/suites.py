@@ -26,11 +26,15 @@ def parts(found: dict[str, Any]) -> list[Part]:
     for task, suite in found["suites"].items():
         shown += [Heading(task), _how(suite, found.get("heads_of_model"))]
         for temperature, way in suite["temperatures"].items():
-            shown += [f"Temperature {temperature}: {_outcome(way)}", _categories(way, suite["published"])]
+            shown += [
+                f"Temperature {temperature}: {_outcome(way, suite['against'])}",
+                _categories(way, suite["published"]),
+            ]
         shown += _details(suite["temperatures"])
         if suite["published"]:
             shown += ["Published results, by their authors, on other models and machines:", _published(suite)]
-    shown.append(f"Machine: {found['machine_line']}; threads: {found['machine']['threads']}")
+    machine = "Machine" if "heads_of_model" in found else "Machine of the client"
+    shown.append(f"{machine}: {found['machine_line']}; threads: {found['machine']['threads']}")
     return shown
 
 
@@ -52,9 +56,11 @@ def _how(suite: dict[str, Any], heads: int | None) -> str:
     )
 
 
-def _outcome(way: dict[str, Any]) -> str:
+def _outcome(way: dict[str, Any], against: str | None) -> str:
     overall = _overall(way)
     said = f"{overall['answers']} answers, {overall['tokens']:,} tokens"
+    if "speedup_over_other" in overall:
+        said += f"; compared with {against}, with reading {_interval(overall['speedup_over_other_with_prompt'])}"
     if "equal" in overall:
         said += f"; {overall['equal']} of {overall['compared']} outputs equal those of plain decoding"
     if way["skipped_prompts"]:
@@ -86,6 +92,8 @@ def _categories(way: dict[str, Any], published: Sequence[dict[str, Any]]) -> tup
         "tokens per pass": lambda part: _interval(part.get("tokens_per_pass")),
         "speed-up": lambda part: _interval(part.get("speedup")),
         "with reading": lambda part: _interval(part.get("speedup_with_prompt"), bare=True),
+        "over other run": lambda part: _interval(part.get("speedup_over_other")),
+        "to first token": lambda part: "" if "speedup" in part else f"{part['prompt_seconds'] / part['answers']:.2f} s",
         "tokens/s": lambda part: f"{part['tokens_per_second']:.1f}",
         "plain": lambda part: f"{part['plain_tokens_per_second']:.1f}" if "plain_tokens_per_second" in part else "",
         "repeated 8-grams": lambda part: f"{part['repeated_8_grams']:.1%}",
@@ -221,7 +229,9 @@ def _draw(task: str, suite: dict[str, Any], colours: Mapping[str, str]) -> Any:
         panel.axhspan(-0.5, 0.5, color=colours["line"], alpha=0.35, linewidth=0)
         panel.set_ylim(-0.5, len(rows) - 0.5)
     panels[0].set_yticks(range(len(rows)), [_label(row).replace("· ", "") for row in rows])
-    panels[0].tick_params(axis="y", labelcolor=colours["ink"])
+    for row, label in zip(rows, panels[0].get_yticklabels()):
+        label.set_color(colours["muted" if row["group"] else "ink"])
+        label.set_size(10 if row["group"] else 11)
     figure.suptitle(f"{task}, {suite['questions']} questions", fontsize=12, x=0.01, ha="left")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(ways))
     return figure

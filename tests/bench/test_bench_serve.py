@@ -11,9 +11,10 @@ from typing import ClassVar
 import pytest
 
 from bench import serve
-from bench.clients import model_at, send
+from bench.clients import send
 from bench.serve import Settings
 from headstart.errors import UsageError
+from headstart.evaluation.server_client import model_at
 
 
 class Fake(BaseHTTPRequestHandler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,27 @@ def test_a_model_without_template_continues_text(file, tmp_path) -> None:
     answer = first["turns"][0]["plain"]["text"]
     read = [turn["plain"]["prompt_tokens"] for turn in first["turns"]]
     assert read == [len(b"hello?\n\n"), len(f"hello?\n\n{answer}\n\nand more?\n\n".encode())]
+
+
+def test_two_runs_are_compared_prompt_by_prompt(model, file, tmp_path) -> None:
+    settings = replace(SETTINGS, file=file, temperatures=(0.0,))
+    run(model, settings, tmp_path / "slow")
+    lines = records(tmp_path / "slow")
+    for record in lines:
+        for turn in record["turns"]:
+            turn["drafted"]["seconds"] *= 3
+    lines = lines[:-1]  # an unfinished run: the questions that both have answered count
+    (tmp_path / "slow" / "spec-bench" / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copytree(tmp_path / "slow", tmp_path / "fast")
+    for record in lines:
+        for turn in record["turns"]:
+            turn["drafted"]["seconds"] /= 3
+    (tmp_path / "fast" / "spec-bench" / RECORDS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = run(model, replace(settings, against=tmp_path / "slow"), tmp_path / "fast")
+    over = found["temperatures"]["0"]["parts"][0]["speedup_over_other"]
+    assert (over["value"], over["low"], over["high"]) == pytest.approx((3, 3, 3))
+    with pytest.raises(UsageError, match="holds no records; name the --out of a run of spec-bench"):
+        run(model, replace(settings, against=tmp_path / "none"), None)
 
 
 def test_something_must_draft(model) -> None:
