@@ -184,12 +184,12 @@ def _check(settings: EvaluateSettings, tasks: tuple[str, ...]) -> None:
     programs, suites = ([task for task in settings.tasks if task in kind] for kind in (HUB, SUITES))
     if programs and settings.out is None:
         raise UsageError(f"the task {programs[0]} keeps what the model writes; name a folder for it with --out")
-    for option, file, named in (
-        ("code.source", settings.code.source, programs),
-        ("suite.file", settings.suite.file, suites),
+    for option, kind, file, named in (
+        ("code.source", "problems", settings.code.source, programs),
+        ("suite.file", "prompts", settings.suite.file, suites),
     ):
         if len(named) > 1 and file is not None:
-            raise UsageError(f"--{option} is for one task, not for {' and '.join(named)}; run them apart")
+            raise UsageError(f"--{option} is for one set of {kind}, not for {' and '.join(named)}; run them apart")
     for name in ("prompt_count", "prompt_tokens", "new_tokens", "batch"):
         value = getattr(settings, name)
         if value is not None and value < 1:

@@ -213,7 +213,7 @@ def test_sizes_nobody_gave_fit_the_context(directory, tmp_path) -> None:
         (("--tasks", "spec-bench", "--suite.heads", 4), "heads is 4; this model has 3"),
         (("--tasks", "spec-bench", "--suite.file", "gone.jsonl"), "gone.jsonl: cannot be read"),
         (("--tasks", "spec-bench", "--suite.file", "q.jsonl"), "has no chat template.*--suite.raw"),
-        (("--tasks", "spec-bench", "gsm8k", "--suite.file", "q.jsonl"), "--suite.file is for one task"),
+        (("--tasks", "spec-bench", "gsm8k", "--suite.file", "q.jsonl"), "--suite.file is for one set of prompts"),
         (("--tasks", "spec-bench", "--long-prompts", "start"), "--long-prompts start would cut off what a suite asks"),
         (("--tasks", "acceptance", "--url", "http://x/v1"), "the task acceptance needs the model itself"),
         (("--tasks", "gsm8k", "--url", "http://127.0.0.1:1/v1"), "http://127.0.0.1:1/v1: does not answer"),
