@@ -109,7 +109,7 @@ def test_parts_of_a_matrix_have_forms_of_their_own(compiled: None) -> None:
 
 @pytest.mark.parametrize("quantize", ["q4", "q8"])
 def test_bits_depend_neither_on_rows_nor_on_threads(quantize: Quantize, compiled: None) -> None:
-    """A prompt's rows go in several panels, and outputs in tasks of 64."""
+    """A prompt's rows go in several panels, and outputs in tasks of 32."""
     linear, x = CompiledLinear((quantize_blocks(random(300, 1024), quantize),), None), random(300, 1024, seed=1)
     torch.set_num_threads(2)
     got = linear(x)

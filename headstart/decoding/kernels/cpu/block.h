@@ -28,8 +28,53 @@ static void rotate(real *x, const real *cosine, const real *sine, long rows, lon
     }
 }
 
-static void add(real *y, const real *x, long count) {
-    for (long i = 0; i < count; i++) y[i] = from_float(to_float(y[i]) + to_float(x[i]));
+// What the parts of a block between its products read and write: rows of x and of the buffers of `block`.
+typedef struct {
+    const Block *b;
+    const real *x, *cosine, *sine;
+    real *normed, *qkv, *change, *gates, *inner, *y;
+    const long *row;
+    long W, Q;
+} BlockRows;
+
+static void norm_part(void *argument, long from, long to) {
+    const BlockRows *a = argument;
+    const long D = a->b->dim;
+    rms_norm(a->x + from * D, a->b->attention_norm, a->normed + from * D, to - from, D, a->b->eps);
+}
+
+static void rotate_part(void *argument, long from, long to) {
+    const BlockRows *a = argument;
+    const long H = a->b->heads, G = a->b->kv_heads, E = a->b->width, wide = (H + 2 * G) * E;
+    rotate(a->qkv + from * wide, a->cosine + from * E, a->sine + from * E, to - from, H + G, E, wide);
+}
+
+static inline void add(real *y, const real *x, const real *change, long count) {
+    for (long i = 0; i < count; i++) y[i] = from_float(to_float(x[i]) + to_float(change[i]));
+}
+
+// Return the row of x that row `to` of the result continues.
+static inline long row_of(const BlockRows *a, long to) {
+    return a->row ? to / a->Q * a->W + a->row[to / a->Q] : to;
+}
+
+static void add_norm_part(void *argument, long from, long to) {
+    const BlockRows *a = argument;
+    const long D = a->b->dim;
+    for (long r = from; r < to; r++) add(a->y + r * D, a->x + row_of(a, r) * D, a->change + r * D, D);
+    rms_norm(a->y + from * D, a->b->mlp_norm, a->normed + from * D, to - from, D, a->b->eps);
+}
+
+static void gate_part(void *argument, long from, long to) {
+    const BlockRows *a = argument;
+    const long F = a->b->hidden;
+    silu_times(a->gates + 2 * from * F, a->inner + from * F, to - from, F);
+}
+
+static void add_part(void *argument, long from, long to) {
+    const BlockRows *a = argument;
+    const long D = a->b->dim;
+    add(a->y + from * D, a->y + from * D, a->change + from * D, (to - from) * D);
 }
 
 // Compute a block: x (S, W, dim) -> y (S, Q, dim), for all W rows, or for the one row of each slot that row (S,) names. Keys and
@@ -37,32 +82,31 @@ static void add(real *y, const real *x, long count) {
 void block(const Block *b, const real *x, const real *cosine, const real *sine, real *y, float *keys, float *values,
            const long *at, const long *row, const Tree *tree, long S, long W, long capacity, int threads) {
     const long D = b->dim, H = b->heads, G = b->kv_heads, E = b->width, F = b->hidden, HE = H * E;
-    const long wide = (H + 2 * G) * E, Q = row ? 1 : W, asked = S * Q;
-    real *normed = malloc(sizeof(real) * (S * W * (D + wide) + asked * (2 * HE + D + 3 * F)));
-    real *qkv = normed + S * W * D, *q = qkv + S * W * wide, *mixed = q + asked * HE, *change = mixed + asked * HE;
+    const long wide = (H + 2 * G) * E, Q = row ? 1 : W, rows = S * W, asked = S * Q;
+    const int all = rows < 32 ? 1 : threads, some = asked < 32 ? 1 : threads;  // few rows are done before a second thread starts
+    real *normed = malloc(sizeof(real) * (rows * (D + wide) + asked * (2 * HE + D + 3 * F)));
+    real *qkv = normed + rows * D, *q = qkv + rows * wide, *mixed = q + asked * HE, *change = mixed + asked * HE;
     real *gates = change + asked * D, *inner = gates + asked * 2 * F;
+    BlockRows a = {b, x, cosine, sine, normed, qkv, change, gates, inner, y, row, W, Q};
 
-    rms_norm(x, b->attention_norm, normed, S * W, D, b->eps);
-    linear(normed, b->qkv, b->qkv_bias, qkv, S * W, wide, D, threads, b->stored[0]);
-    rotate(qkv, cosine, sine, S * W, H + G, E, wide);
-    for (long s = 0; s < S; s++) {
-        for (long i = 0; i < Q; i++) {
-            const long from = s * W + (row ? row[s] : i), to = s * Q + i;
-            memcpy(q + to * HE, qkv + from * wide, sizeof(real) * HE);
-            memcpy(y + to * D, x + from * D, sizeof(real) * D);
-        }
+    parallel(norm_part, &a, rows, all);
+    linear(normed, b->qkv, b->qkv_bias, qkv, rows, wide, D, threads, b->stored[0]);
+    parallel(rotate_part, &a, rows, all);
+    long q_stride[3] = {W * wide, E, wide};
+    const long kv_stride[3] = {W * wide, E, wide};
+    if (row) {
+        for (long s = 0; s < S; s++) memcpy(q + s * HE, qkv + row_of(&a, s) * wide, sizeof(real) * HE);
+        q_stride[0] = q_stride[2] = HE;
     }
-    const long q_stride[3] = {Q * HE, E, HE}, kv_stride[3] = {W * wide, E, wide};
-    attend(q, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, row, tree, S, H, G, W, E,
-           capacity, threads);
+    attend(row ? q : qkv, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, row, tree, S, H, G,
+           W, E, capacity, threads);
     linear(mixed, b->out, b->out_bias, change, asked, D, HE, threads, b->stored[1]);
-    add(y, change, asked * D);
 
-    rms_norm(y, b->mlp_norm, normed, asked, D, b->eps);
+    parallel(add_norm_part, &a, asked, some);
     linear(normed, b->gate_up, NULL, gates, asked, 2 * F, D, threads, b->stored[2]);
-    silu_times(gates, inner, asked, F);
+    parallel(gate_part, &a, asked, some);
     linear(inner, b->down, NULL, change, asked, D, F, threads, b->stored[3]);
-    add(y, change, asked * D);
+    parallel(add_part, &a, asked, some);
     free(normed);
 }
 

@@ -6,7 +6,10 @@
 // row's bits depend on that row and the weights alone.
 
 #define GROUP 32
-#define MOST_ROWS 8  // rows of a tile
+// Compute v here: gcc would compute many values before it uses them, and keep them on the stack.
+#define PIN(v) __asm__ volatile("" : "+x"(v))
+#define QUAD 4       // rows of a tile: their sums of 16 outputs take 8 registers
+#define PANEL 32     // rows of a panel: a record is unpacked once for all of them
 
 // Some outputs of a linear map: the parts of a fused map can have different forms. Weights are packed as [ceil(outputs / 16)]
 // [groups of 32 inputs] records. A record has codes, scales and minimums of 16 outputs:
@@ -26,7 +29,7 @@ typedef struct {
     Segment segment[];
 } BlockHeader;
 
-// Quantized rows, in tiles of M <= MOST_ROWS rows: of each tile the codes [group][8][M][4], the values of one step [group][M], and
+// Quantized rows, in tiles of M <= QUAD rows: of each tile the codes [group][8][M][4], the values of one step [group][M], and
 // the sums of codes [group][3][M], of the group and of its halves.
 typedef struct {
     int8_t *codes;
@@ -69,107 +72,192 @@ static inline __attribute__((always_inline)) __m256 load_scales(const uint8_t *a
     return wide ? _mm256_loadu_ps((const float *)at) : _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 }
 
-// Add a group's products to y[m], for 8 outputs. scale: where their scales are; minimum: their minimums, or NULL.
-static inline __attribute__((always_inline)) void add_products(const int M, const int BITS, const __m256i *whole, const uint8_t *scale,
-                                                               const uint8_t *minimum, long wide, const float *step,
-                                                               const float *sum, __m256 *y) {
-    const __m256 unit = load_scales(scale, wide);
-    if (minimum) {
-        const __m256 least = load_scales(minimum, wide);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            const __m256 rest = _mm256_mul_ps(_mm256_broadcast_ss(sum + m), least);
-            const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole[m]), unit, rest);
-            y[m] = _mm256_fmadd_ps(value, _mm256_broadcast_ss(step + m), y[m]);
-        }
-    } else {
-        const __m256 added = _mm256_set1_ps(BITS == 8 ? 0 : 1 << (BITS - 1));
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            __m256 value = _mm256_cvtepi32_ps(whole[m]);
-            if (BITS < 8) value = _mm256_fnmadd_ps(_mm256_broadcast_ss(sum + m), added, value);  // exact
-            y[m] = _mm256_fmadd_ps(_mm256_mul_ps(value, unit), _mm256_broadcast_ss(step + m), y[m]);
-        }
-    }
+// A record as `add_record` reads it. What a panel of rows shares is unpacked before; NULL: unpack it when it is read.
+typedef struct {
+    const uint8_t *w;
+    const __m256i (*codes)[2];             // [8][half], by `unpack`
+    const __m256 (*unit)[2], (*least)[2];  // scales and minimums [part][half]
+} Record;
+
+// Return the scales (0) or minimums (1) of 8 outputs and a part of the group.
+static inline __attribute__((always_inline)) __m256 scales_of(const int BITS, const int PARTS, const uint8_t *w, const Segment *s,
+                                                              const int minimums, const int part, const int half) {
+    const int place = 8 * (2 * (PARTS * minimums + part) + half);
+    return load_scales(w + 64 * BITS + place * (s->wide ? 4 : 2), s->wide);
 }
 
-// Add the products of a record to y[half][m]. q, step, sum: those of M rows and this group.
-static inline __attribute__((always_inline)) void add_record(const int M, const int BITS, const int PARTS, const uint8_t *w,
-                                                             const Segment *s, const int8_t *q, const float *step,
-                                                             const float *sum, __m256 y[2][MOST_ROWS]) {
-    const long bytes = s->wide ? 4 : 2;
-    const uint8_t *scales = w + 64 * BITS, *minimums = scales + PARTS * 16 * bytes;
-#pragma GCC unroll 1  // both halves in one stretch of code take twice as long to compile, and run no faster
-    for (int half = 0; half < 2; half++) {
+// Add a group's products of 8 outputs to y. least: their minimums, or NULL.
+static inline __attribute__((always_inline)) void add_products(const int BITS, __m256i whole, __m256 unit, const __m256 *least,
+                                                               const float *step, const float *sum, __m256 *y) {
+    __m256 value = _mm256_cvtepi32_ps(whole);
+    if (least) value = _mm256_fmadd_ps(value, unit, _mm256_mul_ps(_mm256_broadcast_ss(sum), *least));
+    else {
+        if (BITS < 8) value = _mm256_fnmadd_ps(_mm256_broadcast_ss(sum), _mm256_set1_ps(1 << (BITS - 1)), value);  // exact
+        value = _mm256_mul_ps(value, unit);
+    }
+    *y = _mm256_fmadd_ps(value, _mm256_broadcast_ss(step), *y);
+}
+
+// Add the products of one half of a record (HALVES 1) or of both (2, `half` 0) to y[m][half]. q, step, sum: those of M rows and
+// this group.
+static inline __attribute__((always_inline)) void add_record(const int M, const int BITS, const int PARTS, const int HALVES,
+                                                             const Segment *s, Record r, const int half, const int8_t *q,
+                                                             const float *step, const float *sum, __m256 (*y)[2]) {
 #pragma GCC unroll 2
-        for (int part = 0; part < PARTS; part++) {
-            __asm__("" : "+r"(q), "+r"(step), "+r"(sum));  // load again what the stack would hold else
-            __m256i chain[MOST_ROWS], whole[MOST_ROWS];
+    for (int part = 0; part < PARTS; part++) {
+        __m256i chain[QUAD][2], whole[QUAD][2];
 #pragma GCC unroll 8
-            for (int i = 0; i < 8 / PARTS; i++) {
-                __m256i codes = unpack(BITS, w, half, i + 4 * part);
-                KEEP(codes);
-                const __m256i size = BITS == 8 ? _mm256_abs_epi8(codes) : codes;
-                const int begins = i % CHAIN(BITS) == 0, ends = (i + 1) % CHAIN(BITS) == 0;
-#pragma GCC unroll 8
-                for (int m = 0; m < M; m++) {
-                    int32_t four;
-                    memcpy(&four, q + ((i + 4 * part) * M + m) * 4, 4);
-                    __m256i x = _mm256_set1_epi32(four);
-                    if (BITS == 8) x = _mm256_sign_epi8(x, codes);
-                    chain[m] = dot(begins ? _mm256_setzero_si256() : chain[m], size, x);
-                    KEEP(chain[m]);  // gcc would compute many products before it adds them, and keep them on the stack
-                    if (ends) whole[m] = i < CHAIN(BITS) ? total(chain[m]) : _mm256_add_epi32(whole[m], total(chain[m]));
+        for (int i = 4 * part; i < 4 * part + 8 / PARTS; i++) {
+            const int at = i - 4 * part, begins = at % CHAIN(BITS) == 0, ends = (at + 1) % CHAIN(BITS) == 0;
+            // gcc would load before the loop what the stack then holds.
+            if (r.codes) __asm__ volatile("" : "+r"(q), "+r"(r.codes));
+            else __asm__ volatile("" : "+r"(q), "+r"(r.w));
+            __m256i codes[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < HALVES; h++) {
+                codes[h] = r.codes ? r.codes[i][half + h] : unpack(BITS, r.w, half + h, i);
+                PIN(codes[h]);
+            }
+#pragma GCC unroll 4
+            for (int m = 0; m < M; m++) {
+                int32_t four;
+                memcpy(&four, q + (i * M + m) * 4, 4);
+                __m256i x = _mm256_set1_epi32(four);
+                PIN(x);
+#pragma GCC unroll 2
+                for (int h = 0; h < HALVES; h++) {
+                    const __m256i size = BITS == 8 ? _mm256_abs_epi8(codes[h]) : codes[h];
+                    const __m256i signed_x = BITS == 8 ? _mm256_sign_epi8(x, codes[h]) : x;
+                    chain[m][h] = dot(begins ? _mm256_setzero_si256() : chain[m][h], size, signed_x);
+                    PIN(chain[m][h]);
+                    if (ends) {
+                        const __m256i sums = total(chain[m][h]);
+                        whole[m][h] = at < CHAIN(BITS) ? sums : _mm256_add_epi32(whole[m][h], sums);
+                    }
                 }
             }
-            const long at = (16 * part + 8 * half) * bytes;
-            const float *sums = PARTS == 2 ? sum + (1 + part) * M : sum;
-            add_products(M, BITS, whole, scales + at, s->minimums ? minimums + at : NULL, s->wide, step, sums, y[half]);
+        }
+        const float *sums = PARTS == 2 ? sum + (1 + part) * M : sum;
+        __m256 unit[2], least[2];
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; h++)
+            unit[h] = r.unit ? r.unit[part][half + h] : scales_of(BITS, PARTS, r.w, s, 0, part, half + h);
+        if (s->minimums) {
+#pragma GCC unroll 2
+            for (int h = 0; h < HALVES; h++)
+                least[h] = r.least ? r.least[part][half + h] : scales_of(BITS, PARTS, r.w, s, 1, part, half + h);
+#pragma GCC unroll 8
+            for (int i = 0; i < HALVES * M; i++) {
+                const int m = i / HALVES, h = i % HALVES;
+                add_products(BITS, whole[m][h], unit[h], least + h, step + m, sums + m, y[m] + half + h);
+            }
+        } else {
+#pragma GCC unroll 8
+            for (int i = 0; i < HALVES * M; i++) {
+                const int m = i / HALVES, h = i % HALVES;
+                add_products(BITS, whole[m][h], unit[h], NULL, step + m, sums + m, y[m] + half + h);
+            }
         }
     }
 }
 
 #define AHEAD 2048  // bytes: reading so far ahead keeps the memory busy during arithmetic (docs/lab-notes/blocks-avx2.md)
 
-// Compute y[m][0 .. count) for M rows of activations and 16 outputs. w: their records.
-static inline __attribute__((always_inline)) void block_tile(const int M, const int BITS, const int PARTS, const uint8_t *w,
-                                                             const Segment *s, Activations a, const float *bias, float *y, long N,
+// Always inlined: gcc takes a function that only prefetches for one without effect, and removes calls of it.
+static inline __attribute__((always_inline)) void fetch_record(const uint8_t *w, const Segment *s) {
+    for (long line = 0; line < s->record; line += 64) _mm_prefetch((const char *)w + AHEAD + line, _MM_HINT_T0);
+}
+
+// Write the sums of M rows and 16 outputs, the first `count` of them.
+static inline __attribute__((always_inline)) void store_sums(long M, __m256 (*sums)[2], const float *bias, float *y, long N,
                                                              long count) {
-    __m256 sums[2][MOST_ROWS];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sums[0][m] = sums[1][m] = _mm256_setzero_ps();
-    for (long g = 0; g < a.groups; g++, w += s->record) {
-        for (long line = 0; line < s->record; line += 64) _mm_prefetch((const char *)w + AHEAD + line, _MM_HINT_T0);
-        add_record(M, BITS, PARTS, w, s, a.codes + g * GROUP * M, a.step + g * M, a.sum + g * 3 * M, sums);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-        float line[16];
-        _mm256_storeu_ps(line, sums[0][m]);
-        _mm256_storeu_ps(line + 8, sums[1][m]);
-        for (long i = 0; i < count; i++) y[m * N + i] = bias ? line[i] + bias[i] : line[i];
+    for (long m = 0; m < M; m++, y += N) {
+        float line[16], *to = count == 16 ? y : line;
+        _mm256_storeu_ps(to, sums[m][0]);
+        _mm256_storeu_ps(to + 8, sums[m][1]);
+        if (to == line) memcpy(y, line, sizeof(float) * count);
+        for (long i = 0; bias && i < count; i++) y[i] += bias[i];
     }
 }
 
-typedef void BlockTile(const uint8_t *w, const Segment *s, Activations a, const float *bias, float *y, long N, long count);
-#define BLOCK_TILE(M, BITS, PARTS)                                                                                             \
-    static __attribute__((noinline)) void tile_##M##_q##BITS##_##PARTS(const uint8_t *w, const Segment *s, Activations a,      \
-                                                                       const float *bias, float *y, long N, long count) {      \
-        block_tile(M, BITS, PARTS, w, s, a, bias, y, N, count);                                                                \
+// Compute y[m][0 .. count) for M rows and 16 outputs. w: their records. HALVES: how many are computed side by side; memory, which
+// bounds few rows, is read faster one after the other.
+static inline __attribute__((always_inline)) void block_tile(const int M, const int HALVES, const int BITS, const int PARTS,
+                                                             const uint8_t *w, const Segment *s, Activations a,
+                                                             const float *bias, float *y, long N, long count) {
+    __m256 sums[QUAD][2];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm256_setzero_ps();
+    for (long g = 0; g < a.groups; g++, w += s->record) {
+        fetch_record(w, s);
+        const Record r = {w, NULL, NULL, NULL};
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half += HALVES)
+            add_record(M, BITS, PARTS, HALVES, s, r, half, a.codes + g * GROUP * M, a.step + g * M, a.sum + g * 3 * M, sums);
     }
-#define BLOCK_TILES(BITS, PARTS)                                                                                               \
-    BLOCK_TILE(1, BITS, PARTS) BLOCK_TILE(2, BITS, PARTS) BLOCK_TILE(3, BITS, PARTS) BLOCK_TILE(4, BITS, PARTS)                \
-    BLOCK_TILE(6, BITS, PARTS) BLOCK_TILE(8, BITS, PARTS)                                                                      \
-    static BlockTile *const tiles_q##BITS##_##PARTS[] = {                                                                      \
-        NULL, tile_1_q##BITS##_##PARTS, tile_2_q##BITS##_##PARTS, tile_3_q##BITS##_##PARTS, tile_4_q##BITS##_##PARTS,          \
-        NULL, tile_6_q##BITS##_##PARTS, NULL, tile_8_q##BITS##_##PARTS};
-BLOCK_TILES(4, 1)
-BLOCK_TILES(5, 1)
-BLOCK_TILES(8, 1)
-BLOCK_TILES(8, 2)
+    store_sums(M, sums, bias, y, N, count);
+}
 
-static BlockTile *const *tiles_of(const Segment *s) {
-    return s->bits == 4 ? tiles_q4_1 : s->bits == 5 ? tiles_q5_1 : s->group == GROUP ? tiles_q8_1 : tiles_q8_2;
+// Compute y[m][0 .. count) for a panel of rows and 16 outputs. w: their records, each unpacked once for all rows.
+static inline __attribute__((always_inline)) void block_panel(const int BITS, const int PARTS, const uint8_t *w, const Segment *s,
+                                                              Activations a, long rows, const float *bias, float *y, long N,
+                                                              long count) {
+    __m256 sums[PANEL][2];
+    memset(sums, 0, sizeof(__m256) * 2 * rows);
+    for (long g = 0; g < a.groups; g++, w += s->record) {
+        fetch_record(w, s);
+        __m256i codes[8][2];
+        __m256 unit[PARTS][2], least[PARTS][2];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) codes[i / 2][i % 2] = unpack(BITS, w, i % 2, i / 2);
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * PARTS; i++) {
+            unit[i / 2][i % 2] = scales_of(BITS, PARTS, w, s, 0, i / 2, i % 2);
+            least[i / 2][i % 2] = s->minimums ? scales_of(BITS, PARTS, w, s, 1, i / 2, i % 2) : _mm256_setzero_ps();
+        }
+        const Record r = {w, codes, unit, least};
+        const long left = rows % QUAD;
+#define ADD(M, row)                                                                                                         \
+    add_record(M, BITS, PARTS, 2, s, r, 0, a.codes + ((row) * a.groups + g * (M)) * GROUP, a.step + (row) * a.groups + g * (M), \
+               a.sum + 3 * ((row) * a.groups + g * (M)), sums + (row))
+        for (long m = 0; m < rows - left; m += QUAD) ADD(QUAD, m);
+        if (left == 1) ADD(1, rows - 1);
+        if (left == 2) ADD(2, rows - 2);
+        if (left == 3) ADD(3, rows - 3);
+#undef ADD
+    }
+    store_sums(rows, sums, bias, y, N, count);
+}
+
+typedef void BlockPanel(const uint8_t *w, const Segment *s, Activations a, long rows, const float *bias, float *y, long N,
+                        long count);
+// Each is a function: if several are inlined into one, gcc keeps sums on the stack.
+#define BLOCK_FUNCTION(NAME, BODY)                                                                                          \
+    static __attribute__((noinline)) void NAME(const uint8_t *w, const Segment *s, Activations a, long rows,                \
+                                               const float *bias, float *y, long N, long count) {                           \
+        BODY;                                                                                                               \
+    }
+#define BLOCK_TILE(M, BITS, PARTS)                                                                                          \
+    BLOCK_FUNCTION(tile_##M##_q##BITS##_##PARTS, (void)rows;                                                                \
+                   block_tile(M, M < 3 ? 1 : 2, BITS, PARTS, w, s, a, bias, y, N, count))
+#define BLOCK_PANEL(BITS, PARTS)                                                                                            \
+    BLOCK_FUNCTION(panel_q##BITS##_##PARTS, block_panel(BITS, PARTS, w, s, a, rows, bias, y, N, count))
+#define BLOCK_FUNCTIONS(BITS, PARTS)                                                                                        \
+    BLOCK_TILE(1, BITS, PARTS) BLOCK_TILE(2, BITS, PARTS) BLOCK_TILE(3, BITS, PARTS) BLOCK_TILE(4, BITS, PARTS)             \
+    BLOCK_PANEL(BITS, PARTS)                                                                                                \
+    static BlockPanel *const panels_q##BITS##_##PARTS[] = {panel_q##BITS##_##PARTS, tile_1_q##BITS##_##PARTS,               \
+                                                           tile_2_q##BITS##_##PARTS, tile_3_q##BITS##_##PARTS,              \
+                                                           tile_4_q##BITS##_##PARTS};
+BLOCK_FUNCTIONS(4, 1)
+BLOCK_FUNCTIONS(5, 1)
+BLOCK_FUNCTIONS(8, 1)
+BLOCK_FUNCTIONS(8, 2)
+
+// Return the function for a panel of some rows.
+static BlockPanel *panel_of(const Segment *s, long rows) {
+    BlockPanel *const *panels =
+        s->bits == 4 ? panels_q4_1 : s->bits == 5 ? panels_q5_1 : s->group == GROUP ? panels_q8_1 : panels_q8_2;
+    return panels[rows <= QUAD ? rows : 0];
 }
 
 // Quantize row m of a tile of M rows, K inputs, into a.
@@ -216,43 +304,37 @@ typedef struct {
     const float *x, *bias;
     const BlockHeader *w;
     float *y;
-    long rows, N, K, tiles, panel;
+    long rows, N, K, cached;
     Activations a;
 } BlockProduct;
-
-// Return the first row of a tile: tiles have 8 rows, and then 1, 2, 3, 4 or 6, for which there are functions.
-static inline long first_row(const BlockProduct *p, long tile) {
-    if (tile <= p->rows / MOST_ROWS) return tile * MOST_ROWS;
-    return tile == p->tiles ? p->rows : p->rows - 1;  // 5 and 7 rows are 4 or 6, and 1
-}
 
 static void quantize_tiles(void *argument, long from, long to) {
     const BlockProduct *p = argument;
     for (long tile = from; tile < to; tile++) {
-        const long first = first_row(p, tile), M = first_row(p, tile + 1) - first;
+        const long first = tile * QUAD, M = p->rows - first < QUAD ? p->rows - first : QUAD;
         for (long m = 0; m < M; m++) quantize_row(p->x + (first + m) * p->K, p->K, M, m, tile_at(p->a, first));
     }
 }
 
-#define COLUMNS 64  // outputs of a task
+#define COLUMNS 32  // outputs of a task
 
-// Compute the outputs of a task. Rows go in panels whose codes stay in cache.
+// Compute the outputs of a task. The codes of `cached` rows stay in cache.
 static void multiply_columns(const BlockProduct *p, long task) {
     const Segment *s = p->w->segment;
     long column = 0;
     for (; task >= (s->outputs + COLUMNS - 1) / COLUMNS; s++) task -= (s->outputs + COLUMNS - 1) / COLUMNS, column += s->outputs;
     const long begin = task * COLUMNS, end = begin + COLUMNS < s->outputs ? begin + COLUMNS : s->outputs;
     const uint8_t *w = (const uint8_t *)p->w + s->from;
-    BlockTile *const *tiles = tiles_of(s);
-    for (long panel = 0; panel < p->tiles; panel += p->panel) {
-        const long last = panel + p->panel < p->tiles ? panel + p->panel : p->tiles;
+    const long most = p->rows > 2 * QUAD ? PANEL : QUAD;  // two tiles unpack faster than they store and load
+    for (long from = 0; from < p->rows; from += p->cached) {
+        const long to = from + p->cached < p->rows ? from + p->cached : p->rows;
         for (long n = begin; n < end; n += 16) {
             const uint8_t *records = w + n / 16 * p->a.groups * s->record;
             const float *bias = p->bias ? p->bias + column + n : NULL;
-            for (long tile = panel; tile < last; tile++) {
-                const long first = first_row(p, tile), M = first_row(p, tile + 1) - first;
+            for (long first = from; first < to; first += most) {
+                const long rows = to - first < most ? to - first : most;
                 float *y = p->y + first * p->N + column + n;
-                tiles[M](records, s, tile_at(p->a, first), bias, y, p->N, end - n < 16 ? end - n : 16);
+                panel_of(s, rows)(records, s, tile_at(p->a, first), rows, bias, y, p->N, end - n < 16 ? end - n : 16);
             }
         }
     }
@@ -263,17 +345,17 @@ static void multiply_tasks(void *argument, long from, long to) {
 }
 
 // Compute y (rows, N) = x (rows, K) W^T + bias. w: packed as described above.
-static void product_blocks(const float *x, const BlockHeader *w, const float *bias, float *y, long rows, long N, long K, int threads) {
-    const long groups = (K + GROUP - 1) / GROUP, left = rows % MOST_ROWS;
-    const long tiles = rows / MOST_ROWS + (left > 0) + (left == 5 || left == 7);
-    const long panel = (256 << 10) / (MOST_ROWS * GROUP * groups);
+static void product_blocks(const float *x, const BlockHeader *w, const float *bias, float *y, long rows, long N, long K,
+                           int threads) {
+    const long groups = (K + GROUP - 1) / GROUP, tiles = (rows + QUAD - 1) / QUAD;
+    const long cached = (256 << 10) / (PANEL * GROUP * groups) * PANEL;
     float *step = malloc(rows * groups * (GROUP + 4 * sizeof(float)));
     const Activations a = {(int8_t *)(step + 4 * rows * groups), step, step + rows * groups, groups};
-    BlockProduct p = {x, bias, w, y, rows, N, K, tiles, panel ? panel : 1, a};
+    BlockProduct p = {x, bias, w, y, rows, N, K, cached ? cached : PANEL, a};
     long tasks = 0;
     for (int i = 0; i < w->segments; i++) tasks += (w->segment[i].outputs + COLUMNS - 1) / COLUMNS;
     if (N * K * rows < 1 << 19) threads = 1;  // done before a second thread starts
-    parallel(quantize_tiles, &p, tiles, tiles > 3 ? threads : 1);
+    parallel(quantize_tiles, &p, tiles, tiles > 7 ? threads : 1);
     parallel(multiply_tasks, &p, tasks, threads);
     free(step);
 }
