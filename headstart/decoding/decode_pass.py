@@ -16,6 +16,7 @@ from headstart.decoding.cache import CachedAttention
 from headstart.decoding.drafters.interface import PromptPiece, Verified
 from headstart.decoding.drafters.registry import head_drafter
 from headstart.decoding.latents import Latents
+from headstart.decoding.sampling import Noise
 from headstart.decoding.state import DecodingState, PassPlan
 from headstart.decoding.verify import Evidence, Verdict, verify
 from headstart.model.transformer import Transformer
@@ -38,11 +39,11 @@ def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tup
     logits = state.constraints.apply(logits, slots)
     noise = fed_noise = None
     if state.sampling.any_sampled(slots):
-        # One hash makes the noise of all positions that this pass decides or drafts: both share it.
+        # The noise of all positions that this pass decides or drafts: both share it.
         reach = plan.rows if tree is None else tree.tree.depth + 1
         decided = length[:, None] + torch.arange(1, reach + plan.heads, device=length.device)
-        noise = state.sampling.noise(decided, logits.shape[-1], slots)
-        fed_noise = noise[:, : plan.rows] if tree is None else noise[:, tree.depth_R]
+        noise = state.sampling.noise(decided, slots)
+        fed_noise = noise.rows(slice(plan.rows) if tree is None else tree.depth_R)
     tokens = state.sampling.choose(logits, fed_noise, slots)
     verdict = verify(state, Evidence(slots, tokens, logits, fed_noise, length, plan.heads, tree))
     if tree is not None and state.logits_SRV is not None and plan.keep_logits:
@@ -69,16 +70,15 @@ def _feed(model: Transformer, state: DecodingState, plan: PassPlan, length_S: Te
     return Latents(model, window, rotary, attention)
 
 
-def _draft_noise(state: DecodingState, plan: PassPlan, verdict: Verdict, noise_SRV: Tensor | None) -> Tensor | None:
-    """Return the noise (S, K-1, V) of the drafts to make, given that of all positions from the old root on."""
-    if noise_SRV is None:
+def _draft_noise(state: DecodingState, plan: PassPlan, verdict: Verdict, noise_SR: Noise | None) -> Noise | None:
+    """Return the noise (S, K-1) of the drafts to make, given that of all positions from the old root on."""
+    if noise_SR is None:
         return None
-    offset = torch.arange(1, plan.heads, device=noise_SRV.device)
+    offset = torch.arange(1, plan.heads, device=state.length_S.device)
     if state.sampling.plain_rules(plan.slots):
-        ahead = verdict.accepted_S[:, None] + offset
-        return noise_SRV.gather(1, ahead[..., None].expand(-1, -1, noise_SRV.shape[-1]))
+        return noise_SR.gather(verdict.accepted_S[:, None] + offset)
     # The lengths have advanced: each is the position of the next root.
-    return state.sampling.draft_noise(state.length_S[plan.slots], offset, noise_SRV.shape[-1], plan.slots)
+    return state.sampling.draft_noise(state.length_S[plan.slots], offset, plan.slots)
 
 
 def _draft(verified: Verified) -> None:

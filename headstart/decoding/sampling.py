@@ -14,6 +14,7 @@ only move forward, so no window uses a draw of another one.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,6 +78,28 @@ def _reference_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tenso
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
+@dataclass(frozen=True)
+class Noise:
+    """The noise of some positions (S, R), hashed where it is read: a choice reads that of few tokens."""
+
+    seed_SR: Tensor
+    """(S, R) int64."""
+    position_SR: Tensor
+    """(S, R) int64: positions, or the keys of windows (`window_key`)."""
+
+    def rows(self, which: slice | Tensor) -> Noise:
+        """Return the noise of the same rows of each slot."""
+        return Noise(self.seed_SR[:, which], self.position_SR[:, which])
+
+    def gather(self, row_SQ: Tensor) -> Noise:
+        """Return the noise of Q rows of each slot, its own."""
+        return Noise(self.seed_SR.gather(1, row_SQ), self.position_SR.gather(1, row_SQ))
+
+    def values(self, vocab_size: int) -> Tensor:
+        """Return the noise (S, R, V) of all tokens."""
+        return position_noise(self.seed_SR, self.position_SR, vocab_size)
+
+
 class SamplingRows:
     """The settings of all slots as tensors (S,), and on the host which transforms any of them needs."""
 
@@ -115,6 +138,7 @@ class SamplingRows:
     def clear(self, slot: int) -> None:
         """Make `slot` greedy, so that it costs the other slots no noise and no transforms."""
         self._keep(slot, Sampling(), Rule())
+        self.temperature[slot] = 0
 
     def _keep(self, slot: int, sampling: Sampling, rule: Rule) -> None:
         self._of[slot], self.rules[slot] = sampling, rule
@@ -137,17 +161,17 @@ class SamplingRows:
         top_k = max((s.top_k for s in settings), default=0)
         return self.any_sampled(slots), top_k, top_p, any(s.min_p for s in settings)
 
-    def noise(self, positions_SR: Tensor, vocab_size: int, slots: slice) -> Tensor:
-        """Return the noise (S, R, V) of these positions."""
-        return position_noise(self.seed[slots, None].expand_as(positions_SR), positions_SR, vocab_size)
+    def noise(self, positions_SR: Tensor, slots: slice) -> Noise:
+        """Return the noise of these positions."""
+        return Noise(self.seed[slots, None].expand_as(positions_SR), positions_SR)
 
-    def draft_noise(self, root_S: Tensor, offset_R: Tensor, vocab_size: int, slots: slice) -> Tensor:
-        """Return the noise (S, R, V) of drafts at some offsets from the roots at positions `root_S`.
+    def draft_noise(self, root_S: Tensor, offset_R: Tensor, slots: slice) -> Noise:
+        """Return the noise of drafts at some offsets from the roots at positions `root_S`.
 
         It belongs to the window where the slot's rule weighs drafts, else to the draft's position, as in verification.
         """
         at_SR = torch.where(self.weighs[slots, None], window_key(root_S, offset_R), root_S[:, None] + offset_R)
-        return position_noise(self.draft_seed[slots, None].expand_as(at_SR), at_SR, vocab_size)
+        return Noise(self.draft_seed[slots, None].expand_as(at_SR), at_SR)
 
     def uniform(self, root_S: Tensor, offset_R: Tensor, slots: slice) -> Tensor:
         """Return draws (S, R) in [0, 1) for windows with roots at positions `root_S`, independent of all noise.
@@ -165,38 +189,27 @@ class SamplingRows:
         """Return the distributions (S, R, V) that tokens are drawn from; greedy slots have temperature 1 here."""
         return self._transformed(logits_SRV.float(), slots).softmax(-1)
 
-    def choose(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice) -> Tensor:
+    def choose(self, logits_SRV: Tensor, noise_SR: Noise | None, slots: slice) -> Tensor:
         """Return tokens (S, R) int64 for logits (S, R, V), with the noise of the positions that they will have."""
-        # Torch finds the largest of 32,000 in 20 us in fp32 and in 113 us in bf16; widening changes no comparison.
-        logits_SRV = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
-        settings = self._of[slots]
-        truncated = noise_SRV is not None and any(s.top_k or s.top_p < 1 or s.min_p for s in settings)
-        compiled = None if truncated else _compiled_for(logits_SRV)
-        if compiled is not None:
-            logits_SRV = logits_SRV.contiguous()
-            (S, R), V = logits_SRV.shape[:2], logits_SRV.shape[2]
-            tokens, temperature = torch.empty((S, R), dtype=torch.int64), cpu.address(self.temperature, slots.start)
-            noise = None if noise_SRV is None else noise_SRV.contiguous()
-            scratch = None if noise is None else torch.empty(V)
-            pointers = [None if x is None else x.data_ptr() for x in (noise, tokens, scratch)]
-            compiled.choose(logits_SRV.data_ptr(), temperature, *pointers, S * R, R, V)
-            return tokens
-        greedy = logits_SRV.argmax(-1)
-        if noise_SRV is None:
-            return greedy
-        x = self._transformed(logits_SRV, slots)
-        return torch.where(self.temperature[slots, None] > 0, (x + noise_SRV).argmax(-1), greedy)
+        return self.best(logits_SRV, noise_SR, slots, 1)[..., 0]
 
-    def best(self, logits_SRV: Tensor, noise_SRV: Tensor | None, slots: slice, count: int) -> Tensor:
+    def best(self, logits_SRV: Tensor, noise_SR: Noise | None, slots: slice, count: int) -> Tensor:
         """Return the best tokens (S, R, count): that of `choose`, then what it would choose without those before.
 
         In sampled slots these are draws without replacement.
         """
-        scores = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
-        if noise_SRV is not None:
-            sampled = self.temperature[slots, None, None] > 0
-            scores = torch.where(sampled, self._transformed(scores, slots) + noise_SRV, scores)
-        return scores.topk(count, dim=-1).indices
+        # Torch finds the largest of 32,000 in 20 us in fp32 and in 113 us in bf16; widening changes no comparison.
+        logits_SRV = logits_SRV.float() if logits_SRV.dtype in (torch.bfloat16, torch.float16) else logits_SRV
+        compiled = _compiled_for(logits_SRV)
+        truncated = any(s.top_k or s.top_p < 1 or s.min_p for s in self._of[slots])
+        if noise_SR is not None and (truncated or compiled is None):
+            sampled_S = self.temperature[slots] > 0
+            x_SRV = torch.where(sampled_S[:, None, None], self._transformed(logits_SRV, slots), logits_SRV)
+            return draw(x_SRV, noise_SR, sampled_S, count)
+        if compiled is not None:
+            temperature = cpu.address(self.temperature, slots.start)
+            return _compiled_best(compiled, logits_SRV, temperature, noise_SR, count)
+        return _best_scores(logits_SRV, count)
 
     def _transformed(self, logits_SRV: Tensor, slots: slice) -> Tensor:
         settings = self._of[slots]
@@ -223,13 +236,44 @@ class SamplingRows:
             (S, R), V = tokens_SR.shape, logits_SRV.shape[2]
             confidence = torch.empty(S, R)
             pointers = (cpu.address(self.temperature, slots.start), tokens_SR.data_ptr(), confidence.data_ptr())
-            compiled.confidence(logits_SRV.data_ptr(), *pointers, S * R, R, V)
+            compiled.confidence(logits_SRV.data_ptr(), *pointers, S * R, R, V, torch.get_num_threads())
             return confidence
         temperature = self.temperature[slots, None, None]
         x = logits_SRV.float()
         # Relative to the largest, as in `_transformed`.
         x = (x - x.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
         return (x.gather(-1, tokens_SR[..., None])[..., 0] - x.logsumexp(-1)).exp()
+
+
+def draw(x_SRV: Tensor, noise_SR: Noise, sampled_S: Tensor | None = None, count: int = 1) -> Tensor:
+    """Return the best tokens (S, R, count): of x + noise, where the largest x is 0, or in slots not sampled of x."""
+    S, _, V = x_SRV.shape
+    if (compiled := _compiled_for(x_SRV)) is not None:
+        # At temperature 1 relative to 0, which changes no bit.
+        temperature_S = torch.ones(S) if sampled_S is None else sampled_S.float()
+        return _compiled_best(compiled, x_SRV, temperature_S.data_ptr(), noise_SR, count)
+    scores = x_SRV + noise_SR.values(V)
+    if sampled_S is not None:
+        scores = torch.where(sampled_S[:, None, None], scores, x_SRV)
+    return _best_scores(scores, count)
+
+
+def _best_scores(scores_SRV: Tensor, count: int) -> Tensor:
+    return scores_SRV.argmax(-1, keepdim=True) if count == 1 else scores_SRV.topk(count, dim=-1).indices
+
+
+def _compiled_best(
+    compiled: ctypes.CDLL, logits_SRV: Tensor, temperature: int, noise_SR: Noise | None, count: int
+) -> Tensor:
+    """Return the best tokens (S, R, count), given the address of the slots' temperatures."""
+    logits_SRV = logits_SRV.contiguous()
+    S, R, V = logits_SRV.shape
+    tokens = torch.empty((S, R, count), dtype=torch.int64)
+    keys = () if noise_SR is None else (noise_SR.seed_SR.contiguous(), noise_SR.position_SR.contiguous())
+    pointers = [x.data_ptr() for x in keys] if keys else [None, None]
+    sizes = (S * R, R, V, count, torch.get_num_threads())
+    compiled.choose(logits_SRV.data_ptr(), temperature, *pointers, tokens.data_ptr(), *sizes)
+    return tokens
 
 
 def _compiled_for(logits: Tensor) -> ctypes.CDLL | None:

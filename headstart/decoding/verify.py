@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart.decoding.cache import gather_row
 from headstart.decoding.drafters.tree import TreeRows
 from headstart.decoding.kernels import cpu
+from headstart.decoding.sampling import Noise, draw
 from headstart.decoding.settings import Rule
 from headstart.decoding.state import DecodingState
 
@@ -34,8 +34,8 @@ class Evidence:
     """(S, R) int64: the token of plain decoding after each row."""
     logits_SRV: Tensor
     """(S, R, V): head 1's logits, after penalties and constraints."""
-    noise_SRV: Tensor | None
-    """(S, >= R, V): noise of the position after each row; None where all slots are greedy."""
+    noise_SR: Noise | None
+    """(S, R): noise of the position after each row; None where all slots are greedy."""
     length_S: Tensor
     """(S,) int64: positions cached before the pass."""
     heads: int
@@ -123,12 +123,12 @@ def weigh_chain(state: DecodingState, evidence: Evidence) -> Verdict:
     number = torch.arange(1, G + 1, device=kept.device)
     accepted = (kept & (number <= fed_S[:, None])).long().cumprod(1).sum(1)
     last = tokens_SR.gather(1, accepted[:, None])[:, 0]
-    if evidence.noise_SRV is not None:
+    if evidence.noise_SR is not None:
         q_SGV = state.windows.q_SKV[slots, :G]
         uniform = sampling.uniform(evidence.length_S, number, slots)
         weighed_accepted, after_SV = weighed(p_SRV, q_SGV, drafts_SG, fed_S, sampling.block[slots], uniform)
         weighs = sampling.weighs[slots]
-        last = torch.where(weighs, _drawn(after_SV, evidence.noise_SRV, weighed_accepted), last)
+        last = torch.where(weighs, _drawn(after_SV, evidence.noise_SR, weighed_accepted), last)
         accepted = torch.where(weighs, weighed_accepted, accepted)
     committed = _committed(torch.cat([drafts_SG, tokens_SR[:, :1]], 1), accepted, last)
     state.advance(slots, evidence.length_S + accepted + 1, last, evidence.heads)
@@ -141,7 +141,7 @@ def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verd
     window = state.windows.tokens_SW[slots, : tree.rows].clone()  # matching overwrites them
     drafted = state.windows.drafted_S[slots].clone()
     matched = match_tree(state, evidence, tree)
-    if evidence.noise_SRV is None:
+    if evidence.noise_SR is None:
         return matched
     D, C = tree.tree.depth, tree.tree.ranks
     # One draw for each depth and rank of a slot: at most one family of siblings of a depth is judged.
@@ -152,7 +152,7 @@ def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verd
         by_row = torch.tensor(state.constraints.has[slots], device=length.device)
     p_SRV, q_SQV = sampling.probabilities(evidence.logits_SRV, slots), state.windows.q_SKV[slots]
     row, after_SV = recursive_rejection(p_SRV, q_SQV, tree, window, drafted, uniform, by_row)
-    accepted, last = tree.depth_R[row], _drawn(after_SV, evidence.noise_SRV, row)
+    accepted, last = tree.depth_R[row], _drawn(after_SV, evidence.noise_SR, row)
     drafts = window.gather(1, tree.path_RD[row][:, 1:])
     tokens = _committed(torch.cat([drafts, last[:, None]], 1), accepted, last)
     weighs = sampling.weighs[slots]
@@ -163,9 +163,10 @@ def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verd
     return Verdict(tokens, accepted, row)
 
 
-def _drawn(after_SV: Tensor, noise_SRV: Tensor, row_S: Tensor) -> Tensor:
+def _drawn(after_SV: Tensor, noise_SR: Noise, row_S: Tensor) -> Tensor:
     """Draw the token after row `row_S` from `after_SV`, with that position's noise, which nothing has used yet."""
-    return (after_SV.log() + gather_row(noise_SRV, row_S, 1)[:, 0]).argmax(-1)
+    x_SV = after_SV.log()
+    return draw((x_SV - x_SV.amax(-1, keepdim=True))[:, None], noise_SR.gather(row_S[:, None]))[:, 0, 0]
 
 
 def _committed(drafts_SD: Tensor, accepted_S: Tensor, last_S: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def test_wrong_ways_do_not_follow_the_law(monkeypatch: pytest.MonkeyPatch) -> No
     def without_its_distribution(state, slots, head, at, forbidden, count, row):
         logits = state.constraints.kept(slots.start, head)
         logits = logits.masked_fill(torch.from_numpy(forbidden), float("-inf"))[None, None]
-        noise = state.sampling.draft_noise(*torch.tensor(at)[:, None], state.vocab_size, slots)
+        noise = state.sampling.draft_noise(*torch.tensor(at)[:, None], slots)
         return [int(state.sampling.choose(logits, noise, slots))], []
 
     with monkeypatch.context() as patch:

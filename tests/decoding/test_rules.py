@@ -147,7 +147,9 @@ def test_drafts_that_are_weighed_have_noise_of_their_own() -> None:
     rows.set(1, Sampling(1.0, seed=4), Rule("rejection"))
     root, offset = torch.zeros(2, dtype=torch.int64), torch.arange(2000)
     positions = offset.expand(2, -1)
-    target, drafts = rows.noise(positions, 8, slice(0, 2)), rows.draft_noise(root, offset, 8, slice(0, 2))
+    target, drafts = (
+        noise.values(8) for noise in (rows.noise(positions, slice(0, 2)), rows.draft_noise(root, offset, slice(0, 2)))
+    )
     assert torch.equal(target[0], target[1]) and torch.equal(target[0], drafts[0])
     uniform = rows.uniform(root, offset, slice(0, 2))[1]
     assert uniform.min() >= 0 and uniform.max() < 1 and uniform.mean() == pytest.approx(0.5, abs=0.03)

@@ -12,7 +12,7 @@ from headstart.errors import UsageError
 def choose(logits: torch.Tensor, sampling: Sampling, positions: torch.Tensor) -> torch.Tensor:
     rows = SamplingRows(1, "cpu")
     rows.set(0, sampling)
-    noise = rows.noise(positions[None], logits.shape[-1], slice(0, 1))
+    noise = rows.noise(positions[None], slice(0, 1))
     return rows.choose(logits.expand(1, len(positions), -1), noise, slice(0, 1))[0]
 
 
@@ -85,7 +85,7 @@ def test_each_slot_keeps_its_own_settings() -> None:
     for slot, sampling in enumerate(every):
         together.set(slot, sampling)
     positions = torch.tensor([[5], [6], [7], [8]])
-    got = together.choose(logits, together.noise(positions, 30, slice(0, 4)), slice(0, 4))[:, 0].tolist()
+    got = together.choose(logits, together.noise(positions, slice(0, 4)), slice(0, 4))[:, 0].tolist()
     alone = [int(choose(logits[slot, 0], sampling, positions[slot])) for slot, sampling in enumerate(every)]
     assert got == alone
     assert got[0] == int(logits[0].argmax())
@@ -137,7 +137,7 @@ def test_compiled_choosing_is_torchs(reference, vocabulary: int) -> None:
         rows.set(slot, Sampling(temperature, seed=slot))
     logits = torch.randn(3, 5, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 3
     logits[:, 1] = logits[:, 1].round()  # ties: the first of equals
-    noise = rows.noise(torch.arange(15).view(3, 5), vocabulary, slice(0, 3))
+    noise = rows.noise(torch.arange(15).view(3, 5), slice(0, 3))
     for given in (noise, None):
         tokens = rows.choose(logits, given, slice(0, 3))
         assert torch.equal(tokens, reference(rows.choose, logits, given, slice(0, 3)))
@@ -147,4 +147,74 @@ def test_compiled_choosing_is_torchs(reference, vocabulary: int) -> None:
     # A part of the slots, whose rows are not laid out one after another.
     some = slice(1, 3)
     wide = torch.randn(2, 7, vocabulary)[:, 1:6]
-    assert torch.equal(rows.choose(wide, noise[1:, :5], some), reference(rows.choose, wide, noise[1:, :5], some))
+    some_noise = rows.noise(torch.arange(20).view(2, 10)[:, ::2], some)
+    assert torch.equal(rows.choose(wide, some_noise, some), reference(rows.choose, wide, some_noise, some))
+
+
+def slow_choice(logits_RV: torch.Tensor, temperature: float, noise_RV: torch.Tensor) -> torch.Tensor:
+    """Return the first of the tokens with the largest score of each row, whose noise is computed for all tokens."""
+    top = logits_RV.amax(-1, keepdim=True)
+    return ((logits_RV - top) / torch.tensor(temperature) + noise_RV).argmax(-1)
+
+
+def shapes_of_logits(vocabulary: int) -> torch.Tensor:
+    """Return logits (R, V): flat, noisy, as of a language model, peaked, with ties, masked, far apart, of one token."""
+    x = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    x *= torch.tensor([0, 0.1, 1, 3, 6, 3, 3, 1e4, 1])[:, None]
+    x[4, vocabulary // 2] = 60
+    x[5] = x[5].round()
+    x[6, torch.arange(vocabulary) % 7 > 0] = float("-inf")
+    x[8, 1:] = float("-inf")
+    return x
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 32, 97, 4096, 49_152])
+@pytest.mark.parametrize("temperature", [1e-30, 0.01, 0.3, 0.7, 1.0, 2.0, 50.0])
+def test_choosing_hashes_few_tokens_and_finds_the_best(vocabulary: int, temperature: float) -> None:
+    """Tokens whose noise would have to be too large are left out: the others are scored as in the definition."""
+    rows = SamplingRows(1, "cpu")
+    rows.set(0, Sampling(temperature, seed=7))
+    logits = shapes_of_logits(vocabulary)[None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        noise = rows.noise(torch.arange(9)[None] + 1000 * vocabulary, slice(0, 1))
+        given = logits.to(dtype)
+        tokens = rows.choose(given, noise, slice(0, 1))[0]
+        assert torch.equal(tokens, slow_choice(given[0].float(), temperature, noise.values(vocabulary)[0]))
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.02}, {"top_k": 40, "top_p": 0.5}])
+def test_choosing_among_kept_tokens_finds_the_best(settings: dict[str, float]) -> None:
+    rows = SamplingRows(1, "cpu")
+    rows.set(0, Sampling(0.8, seed=3, **settings))  # type: ignore[arg-type]
+    logits = shapes_of_logits(3000)[None]
+    noise = rows.noise(torch.arange(9)[None], slice(0, 1))
+    kept = rows.probabilities(logits, slice(0, 1)) > 0
+    want = ((logits - logits.amax(-1, keepdim=True)) / torch.tensor(0.8)).masked_fill(~kept, float("-inf"))
+    assert torch.equal(rows.choose(logits, noise, slice(0, 1)), (want + noise.values(3000)).argmax(-1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_best_are_the_largest_scores_in_order(reference, count: int) -> None:
+    rows = SamplingRows(3, "cpu")
+    for slot, temperature in enumerate((0.0, 0.7, 1.0)):
+        rows.set(slot, Sampling(temperature, seed=slot, top_k=10 * slot))
+    logits = torch.randn(3, 4, 2000, generator=torch.Generator().manual_seed(1)) * 4
+    for slots in (slice(0, 3), slice(0, 2), slice(0, 1)):  # with and without top-k, all greedy
+        noise = rows.noise(torch.arange(4).expand(slots.stop, 4) + 50, slots)
+        given = logits[slots]
+        found = rows.best(given, noise, slots, count)
+        assert torch.equal(found, reference(rows.best, given, noise, slots, count))
+        assert torch.equal(found[..., 0], rows.choose(given, noise, slots))
+        greedy = rows.best(given, None, slots, count)
+        assert torch.equal(greedy, given.topk(count, dim=-1).indices)
+
+
+def test_logits_without_a_largest_give_the_first_token(reference) -> None:
+    """Nothing else is allowed, or a product overflowed: a token of the vocabulary all the same."""
+    rows = SamplingRows(1, "cpu")
+    rows.set(0, Sampling(1.0, seed=7))
+    logits = torch.full((1, 2, 100), float("-inf"))
+    logits[0, 1, 40] = float("inf")
+    noise = rows.noise(torch.arange(2)[None], slice(0, 1))
+    for call in (lambda function, *arguments: function(*arguments), reference):
+        assert call(rows.choose, logits, noise, slice(0, 1))[0].tolist() == [0, 40]

@@ -25,7 +25,7 @@ from headstart.decoding.drafters.tree import DraftTree, TreeRows
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import pack
-from headstart.decoding.sampling import SamplingRows
+from headstart.decoding.sampling import Noise, SamplingRows
 from headstart.decoding.settings import Request, Rule, Sampling
 from headstart.decoding.verify import Evidence, verify
 from headstart.model.config import ModelConfig
@@ -111,7 +111,7 @@ class Windows:
             return
         tokens, chance, known = branch
         root, offset = torch.tensor([len(tokens)]), torch.tensor([len(drafts) + 1])
-        draw = tuple(self.one.draft_noise(root, offset, self.vocabulary, ONE).flatten().tolist())
+        draw = tuple(self.one.draft_noise(root, offset, ONE).values(self.vocabulary).flatten().tolist())
         for i, share, then in split(known, draw, self.candidates(self.draft_law(tokens, drafts))):
             yield from self.drafted((tokens, chance * share, then), (*drafts, self.lists[i]))
 
@@ -144,7 +144,7 @@ class Windows:
             else:
                 kept = paths[i][accepted[i]] if self.is_tree else paths[i][-1][: accepted[i]]
                 position = torch.tensor([[len(tokens) + len(kept) + 1]])
-                draw = tuple(self.one.noise(position, self.vocabulary, ONE).flatten().tolist())
+                draw = tuple(self.one.noise(position, ONE).values(self.vocabulary).flatten().tolist())
                 last = [float(x) for x in rest[i] / rest[i].sum()]
                 for token, share, then in split(known, draw, last):
                     results.append(((*tokens, *kept, token), chance * share, then))
@@ -181,7 +181,7 @@ class Windows:
             constraints=SimpleNamespace(any=lambda slots: False),
             advance=lambda *_: None,
         )
-        slots, tokens, noise = slice(0, S), torch.zeros_like(window), torch.zeros_like(logits)
+        slots, tokens, noise = slice(0, S), torch.zeros_like(window), Noise(*torch.zeros(2, *window.shape).long())
         with monkeypatch.context() as patch:
             patch.setattr(SamplingRows, "uniform", uniform)
             for name, notes in (("chain_probabilities", chain), ("block_probabilities", block), ("residual", rests)):

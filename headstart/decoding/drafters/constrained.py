@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from headstart.decoding.drafters.interface import HostDrafter, Turn
 from headstart.decoding.generation import Generation
+from headstart.decoding.sampling import Noise
 from headstart.decoding.state import DecodingState
 from headstart.decoding.window import FORCED, Origin, Window
 
@@ -179,16 +179,16 @@ def draw_masked(
     Where a rule weighs drafts, their distribution is kept as that of the drafts after `row`, and no probabilities are
     returned: those without the mask stay. `at` is the position of the window's root, and the drafts' offset from it.
     """
-    sampling, V = state.sampling, state.windows.vocab_size
+    sampling = state.sampling
     logits = state.constraints.kept(slots.start, head)
     logits = logits.masked_fill(torch.from_numpy(forbidden_V).to(logits.device), float("-inf"))[None, None]
     count = min(count, int((logits > float("-inf")).sum()))
     if not count:
         return [], []
-    noise: Tensor | None = None
+    noise: Noise | None = None
     if sampling.any_sampled(slots):
         root_S, offset_R = torch.tensor(at, device=logits.device)[:, None]
-        noise = sampling.draft_noise(root_S, offset_R, V, slots)
+        noise = sampling.draft_noise(root_S, offset_R, slots)
     if count == 1:
         tokens_SC = sampling.choose(logits, noise, slots)
     else:

@@ -14,6 +14,7 @@ from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.latents import Latents
+from headstart.decoding.sampling import Noise
 from headstart.decoding.state import DecodingState, PassPlan
 from headstart.decoding.verify import Verdict
 from headstart.decoding.window import Window
@@ -32,8 +33,8 @@ class Verified:
     verdict: Verdict
     length_S: Tensor
     """(S,) int64: positions cached before the pass."""
-    noise_SKV: Tensor | None
-    """(S, K-1, V): noise that each draft is drawn with; None where all slots are greedy."""
+    noise_SK: Noise | None
+    """(S, K-1): noise that each draft is drawn with; None where all slots are greedy."""
 
     @property
     def candidates(self) -> Candidates:

@@ -22,11 +22,11 @@ class ParallelHeads:
         state, plan, candidates = verified.state, verified.plan, verified.candidates
         logits = state.penalties.apply(candidates.logits(_logits(verified)), None, plan.slots)
         if plan.draft_tree is None:
-            chosen = state.sampling.choose(logits, verified.noise_SKV, plan.slots)
+            chosen = state.sampling.choose(logits, verified.noise_SK, plan.slots)
             state.windows.put(plan.slots, candidates.tokens(chosen))
             return Proposal(logits, chosen)
         tree = plan.draft_tree
-        best = state.sampling.best(logits, verified.noise_SKV, plan.slots, tree.tree.ranks)  # (S, K-1, ranks)
+        best = state.sampling.best(logits, verified.noise_SK, plan.slots, tree.tree.ranks)  # (S, K-1, ranks)
         state.windows.put_tree(plan.slots, candidates.tokens(best), tree)
         return Proposal(logits, best[..., 0])
 

@@ -83,7 +83,7 @@ def _choose(verified: Verified, candidates: Candidates, drafted: Tensor, before:
     if state.penalties.any(slots):  # each draft counts for those after it
         every = logits_S1C.expand(-1, i + 1, -1)
         logits_S1C = state.penalties.apply(every, torch.cat(before, 1) if i else None, slots)[:, -1:]
-    noise = None if verified.noise_SKV is None else verified.noise_SKV[:, i : i + 1]
+    noise = None if verified.noise_SK is None else verified.noise_SK.rows(slice(i, i + 1))
     return logits_S1C, state.sampling.choose(logits_S1C, noise, slots)
 
 

@@ -79,8 +79,8 @@ SIGNATURES = {
     },
     "choose.c": {
         "noise": "ppp ll i",
-        "choose": "ppppp lll",
-        "confidence": "pppp lll",
+        "choose": "ppppp llll i",
+        "confidence": "pppp lll i",
         "settle": "pppppp llll",
         "settle_tree": "ppppppppp llll",
     },
