@@ -31,7 +31,7 @@ def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tup
     slots, tree = plan.slots, plan.tree
     length = state.length_S[slots].clone()  # a slice is a view, and verification changes it
     latents = _feed(model, state, plan, length)
-    logits = model.unembedding(latents.head(1))  # (S, R, V)
+    logits = _logits(model, state, plan, latents.head(1))
     if plan.keep_logits:
         state.logits_SRV = logits
     if state.penalties.any(slots):
@@ -68,6 +68,15 @@ def _feed(model: Transformer, state: DecodingState, plan: PassPlan, length_S: Te
         rotary = state.rotary_at(length_S[:, None] + plan.tree.depth_R)
     attention = CachedAttention(state.cache, plan.slots, places, plan.span, plan.starts, plan.tree, plan.row_by_row)
     return Latents(model, window, rotary, attention)
+
+
+def _logits(model: Transformer, state: DecodingState, plan: PassPlan, z_SRD: Tensor) -> Tensor:
+    """Return head 1's logits (S, R, V); where rows are independent, those of slots without a request are 0."""
+    live = [i for i, start in enumerate(plan.starts or ()) if start >= 0]
+    if not state.cache.compiled or len(live) in (0, len(z_SRD)):
+        return model.unembedding(z_SRD)
+    logits_LRV = model.unembedding(z_SRD[live])
+    return logits_LRV.new_zeros(len(z_SRD), *logits_LRV.shape[1:]).index_copy_(0, torch.tensor(live), logits_LRV)
 
 
 def _draft_noise(state: DecodingState, plan: PassPlan, verdict: Verdict, noise_SR: Noise | None) -> Noise | None:

@@ -426,6 +426,24 @@ def test_a_pass_over_a_slot_without_a_request_leaves_what_it_holds(name: str, sh
         assert generation.tokens == alone(model, generation.request).tokens
 
 
+def test_slots_without_a_request_cost_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows of the live slots alone go through trunk and unembedding, and give what each gives alone."""
+    model = way("compiled")
+    every = [Request(TEXT[i : i + 20], 3 if i % 2 else 12, SAMPLED, heads=1 + i % 3) for i in range(5)]
+    fed: list[int] = []
+    product = type(model.unembedding).forward
+
+    def counted(self: Transformer, z: Tensor, *arguments: object) -> Tensor:
+        fed.append(len(z))
+        return product(self, z, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.unembedding), "forward", counted)
+        together = generate_all(Engine(model, EngineConfig(slots=5, prefix_reuse=False)), every)
+    assert fed[0] == 5 and fed[-1] <= 3  # slots 0, 2 and 4 are still decoded
+    assert [g.tokens for g in together] == [alone(model, request).tokens for request in every]
+
+
 def test_reads_are_bounded_by_the_longest_live_slot(model) -> None:
     spans: list[tuple[int, int]] = []
     engine = Engine(model, EngineConfig(slots=3))

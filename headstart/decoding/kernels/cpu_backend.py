@@ -177,6 +177,7 @@ class CompiledBlock(nn.Module):
             *whole.cache.addresses(attend.layer, whole.slots.start),
             whole.positions.data_ptr(),
             None if row_S is None else row_S.data_ptr(),
+            None,
             whole.compiled_tree,
             *(S, W, whole.cache.capacity),
             torch.get_num_threads(),

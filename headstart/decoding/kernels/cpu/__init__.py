@@ -67,7 +67,7 @@ ARGUMENTS = {
 _COMMON = {
     "rms_norm": "ppp ll f",
     "silu_times": "pp ll",
-    "attend": "ppppppppppp T llllll i",
+    "attend": "pppppppppppp T llllll i",
     "compact": "pp ll pp T llll",
 }
 SIGNATURES = {
@@ -75,7 +75,7 @@ SIGNATURES = {
     "fp32.c": _COMMON
     | {
         **{"linear": "pppp lll i i", "block_rows": "ppp ll"},
-        **{"block": "B pppppppp T lll i", "blocks": "A l pppppp l p T lll i"},
+        **{"block": "B ppppppppp T lll i", "blocks": "A l pppppp l p T lll i"},
     },
     "choose.c": {
         "noise": "ppp ll i",
@@ -216,6 +216,7 @@ def attend(
         values.data_ptr(),
         at_SW.data_ptr(),
         None if row_S is None else row_S.data_ptr(),
+        None,
         tree,
         *(S, H, G, W, E, values.shape[2]),
         torch.get_num_threads(),

@@ -7,10 +7,15 @@ typedef struct {
     const long *q_stride, *k_stride, *v_stride;
     real *y;
     float *keys, *values;
-    const long *at, *row;
+    const long *at, *row, *slot;
     const Tree *tree;
     long H, G, W, E, capacity;
 } Attention;
+
+// Return where the keys and the values of a pair of a slot and a group of heads begin in the cache.
+static inline long cached(const Attention *a, long pair) {
+    return ((a->slot ? a->slot[pair / a->G] : pair / a->G) * a->G + pair % a->G) * a->E * a->capacity;
+}
 
 // Write the new keys and values of pairs `from` to `to` - 1 of a slot and a group of heads into the cache.
 static void cache_part(void *argument, long from, long to) {
@@ -19,7 +24,7 @@ static void cache_part(void *argument, long from, long to) {
     for (long pair = from; pair < to; pair++) {
         const long s = pair / G, g = pair % G;
         if (at[s * W] < 0) continue;
-        float *kc = a->keys + pair * E * a->capacity, *vc = a->values + pair * a->capacity * E;
+        float *kc = a->keys + cached(a, pair), *vc = a->values + cached(a, pair);
         for (long w = 0; w < W; w++) {
             const real *kr = a->k + s * a->k_stride[0] + g * a->k_stride[1] + w * a->k_stride[2];
             const real *vr = a->v + s * a->v_stride[0] + g * a->v_stride[1] + w * a->v_stride[2];
@@ -45,7 +50,7 @@ static void attend_tile(const Attention *a, long pair, long first, int R, float 
     const long H = a->H, G = a->G, W = a->W, E = a->E, group = H / G, Q = a->row ? 1 : W, *at = a->at;
     const long s = pair / G, g = pair % G, start = at[s * W];
     const Tree *tree = a->tree;
-    const float scale = 1.0f / sqrtf((float)E), *kc = a->keys + pair * E * a->capacity, *vc = a->values + pair * a->capacity * E;
+    const float scale = 1.0f / sqrtf((float)E), *kc = a->keys + cached(a, pair), *vc = a->values + cached(a, pair);
     const long end = end_of(a, s);
     float rows_q[4 * E], rows_y[4 * E];
     long last[4], depth[4], seen = 0;  // the last position that one of the rows sees
@@ -94,11 +99,11 @@ static void attend_part(void *argument, long from, long to) {
 // q (S, H, Q, E), k and v (S, G, W, E): `real`, with the strides of the first three axes; E is dense. y (S, Q, H, E).
 // keys (S, G, capacity / 16, E, 16) and values (S, G, capacity, E): fp32. at (S, W): the positions.
 // E and capacity are multiples of 16, and every position is below capacity. A slot whose first position is negative takes no part:
-// nothing is written for it, and its y is 0.
+// nothing is written for it, and its y is 0. slot (S,): the slots of the cache that the S are (NULL: the first S).
 void attend(const real *q, const long *q_stride, const real *k, const long *k_stride, const real *v, const long *v_stride,
-            real *y, float *keys, float *values, const long *at, const long *row, const Tree *tree, long S, long H, long G, long W,
-            long E, long capacity, int threads) {
-    Attention a = {q, k, v, q_stride, k_stride, v_stride, y, keys, values, at, row, tree, H, G, W, E, capacity};
+            real *y, float *keys, float *values, const long *at, const long *row, const long *slot, const Tree *tree, long S,
+            long H, long G, long W, long E, long capacity, int threads) {
+    Attention a = {q, k, v, q_stride, k_stride, v_stride, y, keys, values, at, row, slot, tree, H, G, W, E, capacity};
     if (S * H * (row ? 1 : W) * at[W - 1] * E <= 1 << 17) threads = 1;  // done before a second thread starts
     parallel(cache_part, &a, S * G, W < 32 ? 1 : threads);
     parallel(attend_part, &a, S * G * attention_tiles(&a), threads);

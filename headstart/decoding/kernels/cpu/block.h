@@ -78,9 +78,9 @@ static void add_part(void *argument, long from, long to) {
 }
 
 // Compute a block: x (S, W, dim) -> y (S, Q, dim), for all W rows, or for the one row of each slot that row (S,) names. Keys and
-// values of all rows are cached in both cases. cosine, sine (S, W, E). keys, values, at, row, tree: as for `attend`.
+// values of all rows are cached in both cases. cosine, sine (S, W, E). keys, values, at, row, slot, tree: as for `attend`.
 void block(const Block *b, const real *x, const real *cosine, const real *sine, real *y, float *keys, float *values,
-           const long *at, const long *row, const Tree *tree, long S, long W, long capacity, int threads) {
+           const long *at, const long *row, const long *slot, const Tree *tree, long S, long W, long capacity, int threads) {
     const long D = b->dim, H = b->heads, G = b->kv_heads, E = b->width, F = b->hidden, HE = H * E;
     const long wide = (H + 2 * G) * E, Q = row ? 1 : W, rows = S * W, asked = S * Q;
     const int all = rows < 32 ? 1 : threads, some = asked < 32 ? 1 : threads;  // few rows are done before a second thread starts
@@ -98,8 +98,8 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
         for (long s = 0; s < S; s++) memcpy(q + s * HE, qkv + row_of(&a, s) * wide, sizeof(real) * HE);
         q_stride[0] = q_stride[2] = HE;
     }
-    attend(row ? q : qkv, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, row, tree, S, H, G,
-           W, E, capacity, threads);
+    attend(row ? q : qkv, q_stride, qkv + HE, kv_stride, qkv + HE + G * E, kv_stride, mixed, keys, values, at, row, slot, tree, S, H,
+           G, W, E, capacity, threads);
     linear(mixed, b->out, b->out_bias, change, asked, D, HE, threads, b->stored[1]);
 
     parallel(add_norm_part, &a, asked, some);
@@ -112,15 +112,48 @@ void block(const Block *b, const real *x, const real *cosine, const real *sine, 
 
 // Compute `count` blocks in turn on all rows: x (S, W, dim) -> y (S, W, dim). keys, values: the cache of the first block; the
 // cache of the next block starts `layer` floats later.
-void blocks(const Block *const *b, long count, const real *x, const real *cosine, const real *sine, real *y, float *keys,
-            float *values, long layer, const long *at, const Tree *tree, long S, long W, long capacity, int threads) {
-    const long size = S * W * b[0]->dim;
-    real *between = malloc(sizeof(real) * size);
+static void stack(const Block *const *b, long count, const real *x, const real *cosine, const real *sine, real *y, float *keys,
+                  float *values, long layer, const long *at, const long *slot, const Tree *tree, long S, long W, long capacity,
+                  int threads) {
+    real *between = malloc(sizeof(real) * S * W * b[0]->dim);
     // The last block writes y, for an even and for an odd number of blocks.
     for (long i = 0; i < count; i++) {
         real *to = (count - i) % 2 ? y : between;
-        block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, tree, S, W, capacity, threads);
+        block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, slot, tree, S, W, capacity, threads);
         x = to;
     }
     free(between);
+}
+
+// Copy `size` bytes of each of the `live` slots from their place among all slots to one after another, or back.
+static void move(void *dense, void *sparse, const long *slot, long live, long size, int back) {
+    for (long i = 0; i < live; i++) {
+        char *one = (char *)dense + i * size, *other = (char *)sparse + slot[i] * size;
+        memcpy(back ? other : one, back ? one : other, size);
+    }
+}
+
+// Compute `stack` for the slots that take part, whose first position is not negative; y of the others is 0.
+void blocks(const Block *const *b, long count, const real *x, const real *cosine, const real *sine, real *y, float *keys,
+            float *values, long layer, const long *at, const Tree *tree, long S, long W, long capacity, int threads) {
+    long live = 0, *slot = malloc(sizeof(long) * S * (1 + W));
+    for (long s = 0; s < S; s++)
+        if (at[s * W] >= 0) slot[live++] = s;
+    const long row = sizeof(real) * W, D = b[0]->dim, E = b[0]->width;
+    if (live == S) {
+        stack(b, count, x, cosine, sine, y, keys, values, layer, at, NULL, tree, S, W, capacity, threads);
+    } else {
+        memset(y, 0, row * D * S);
+        real *dense = malloc(row * live * (2 * D + 2 * E)), *result = dense + live * W * D;
+        real *cosines = result + live * W * D, *sines = cosines + live * W * E;
+        long *positions = slot + S;
+        move(dense, (void *)x, slot, live, row * D, 0);
+        move(cosines, (void *)cosine, slot, live, row * E, 0);
+        move(sines, (void *)sine, slot, live, row * E, 0);
+        move(positions, (void *)at, slot, live, sizeof(long) * W, 0);
+        if (live) stack(b, count, dense, cosines, sines, result, keys, values, layer, positions, slot, tree, live, W, capacity, threads);
+        move(result, y, slot, live, row * D, 1);
+        free(dense);
+    }
+    free(slot);
 }
