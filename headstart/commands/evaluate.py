@@ -55,8 +55,9 @@ class EvaluateSettings:
     """Files, folders, globs or hf:NAME, as for `headstart prepare`. Give text that the model was not trained on.
     The chat template writes conversations, of which only the answers count."""
     prompts: Path | None = None
-    """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line, for the task acceptance
-    (None: the prompts in the model directory, or pieces of the text). The chat template writes conversations."""
+    """.jsonl with "prompt", "text" or "messages" in each line, or text with a prompt a line, for the tasks acceptance
+    and prompts (None: for acceptance the prompts in the model directory, or pieces of the text). The chat template
+    writes conversations."""
     prompt_count: Annotated[int | None, arg(aliases=["--limit"])] = None
     """The largest number of prompts, in a suite spread over its categories (None: all of a suite, 200 for the task
     acceptance)."""
@@ -219,7 +220,16 @@ def _suites(tasks: Sequence[str], subject: Subject, settings: EvaluateSettings, 
         say("without --out an interrupted evaluation of prompts starts again")
     machine = hardware.describe()
     found = {
-        task: run_suite(SUITES[task], subject, settings.suite, settings.prompt_count, settings.out, same)
+        task: run_suite(
+            SUITES[task],
+            subject,
+            replace(settings.suite, file=settings.prompts)
+            if task == "prompts" and settings.prompts
+            else settings.suite,
+            settings.prompt_count,
+            settings.out,
+            same,
+        )
         for task in tasks
     }
     return {"suites": found, "machine": machine, "machine_line": hardware.summary(machine)}

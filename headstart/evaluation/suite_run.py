@@ -214,8 +214,8 @@ def run_suite(
                 question = questions[number]
                 if (question.name, t) in known:
                     continue
-                plain_first = (place + place // len(settings.temperatures)) % 2 == 0
-                record = _ask(subject, question, float(t), number, settings.raw, plain_first)
+                turn = sum(divmod(place, len(settings.temperatures)))
+                record = _ask(subject, question, float(t), number, settings.raw, plain_first=turn % 2 == 0)
                 keep(json.dumps(record) + "\n")
                 known[question.name, t] = record
                 bar.advance(1)

@@ -194,7 +194,7 @@ class FilePrompts(Suite):
     def read(self, file: Path | None) -> list[Question]:
         """Return the prompts of a file in the form of `read_prompt_file`."""
         if file is None:
-            raise UsageError("the task prompts needs a file; name it with --suite.file")
+            raise UsageError("the task prompts needs a file; name it with --prompts")
         found = []
         for number, prompt in enumerate(read_prompt_file(file), start=1):
             name, category = str(number), prompt.category or self.name

@@ -45,7 +45,8 @@ def _how(suite: dict[str, Any], heads: int | None) -> str:
     if heads is None:
         how = "drafts as the server makes them"
     else:
-        drafts = [] if heads == 1 else [f"{settings['heads'] or f'up to {heads} (by the policy)'} heads"]
+        fed = f"up to {heads} heads, by the policy" if settings["heads"] is None else f"{settings['heads']} heads"
+        drafts = [] if heads == 1 else [fed]
         drafts += [f"lookup of up to {settings['lookup']} drafts"] if settings["lookup"] else []
         drafts += [f"trees {settings['tree']}"] if settings["tree"] is not None else []
         how = f"{', '.join(drafts)}; {rule}"

@@ -89,7 +89,7 @@ def test_a_suite_writes_tables_figures_and_records(directory, tmp_path, monkeypa
         "overall",
         "speed-up",
         "[1] 2.31 / 1.71x",
-        "up to 3 (by",
+        "up to 3 heads, by",
     ):
         assert words in shown
     page = (out / "results.md").read_text()

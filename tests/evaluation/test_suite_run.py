@@ -103,10 +103,10 @@ def test_a_killed_run_resumes_and_equals_a_whole_one(model, file, tmp_path, monk
     run(model, settings, tmp_path / "whole")
     kept, ask = [], suite_run._ask
 
-    def killed(*arguments: Any) -> Any:
+    def killed(*arguments: Any, **named: Any) -> Any:
         if len(kept) == 3:
             raise KeyboardInterrupt
-        kept.append(ask(*arguments))
+        kept.append(ask(*arguments, **named))
         return kept[-1]
 
     monkeypatch.setattr(suite_run, "_ask", killed)
@@ -148,12 +148,33 @@ def test_long_prompts_are_left_out_or_cut_and_counted(model, file, tmp_path) -> 
         run(model, settings, None, new=128)
 
 
-def test_rejection_changes_sampled_tokens_and_feeds_back_the_plain_answer(model, file, tmp_path) -> None:
+def test_rejection_changes_sampled_tokens_and_feeds_back_the_plain_answer(model, file, tmp_path, monkeypatch) -> None:
+    asked: list[Prompt] = []
+    ask = ModelSubject.ask
+    monkeypatch.setattr(
+        ModelSubject, "ask", lambda self, prompt, *rest: (asked.append(prompt), ask(self, prompt, *rest))[1]
+    )
     settings = replace(SETTINGS, file=file, acceptance="rejection", temperatures=(1.0,))
     run(model, settings, tmp_path, new=24)
-    turns = [turn for record in records(tmp_path) for turn in record["turns"]]
-    assert any(not turn["equal"] for turn in turns)
-    assert all(turn["drafted"]["prompt_tokens"] == turn["plain"]["prompt_tokens"] for turn in turns)
+    answers = [record["turns"][0] for record in records(tmp_path) if len(record["turns"]) == 2]
+    assert any(turn["plain"]["text"] != turn["drafted"]["text"] and not turn["equal"] for turn in answers)
+    fed_back = [prompt.messages[1]["content"] for prompt in asked if len(prompt.messages) == 3]
+    assert fed_back == [turn["plain"]["text"] for turn in answers]
+
+
+def test_plain_and_drafted_decoding_take_turns_at_being_first(model, file, monkeypatch) -> None:
+    order: list[int] = []
+    decode = ModelSubject._decode
+    monkeypatch.setattr(
+        ModelSubject, "_decode", lambda self, kind, requests: (order.append(kind), decode(self, kind, requests))[1]
+    )
+    run(model, replace(SETTINGS, file=file), None, limit=3)
+    # Three questions, the first two with two turns, at two temperatures.
+    assert order[::2] == [0, 0, 1, 1, 1, 1, 0, 0, 0, 1]
+    assert all(sorted(order[i : i + 2]) == [0, 1] for i in range(0, len(order), 2))
+    order.clear()
+    run(model, replace(SETTINGS, file=file, temperatures=(0.0,)), None, limit=3)
+    assert order[::2] == [0, 0, 1, 1, 0]
 
 
 def test_without_plain_nothing_is_compared(model, file, tmp_path) -> None:

@@ -87,7 +87,7 @@ def test_files_that_are_no_suites(tmp_path, monkeypatch) -> None:
         SUITES["gsm8k"].questions(write(tmp_path / "g", [{"prompt": "a"}]))
     with pytest.raises(UsageError, match=r"holds no problem of mbpp; name its file with --suite.file"):
         SUITES["mbpp-prompts"].questions(write(tmp_path / "m", []))
-    with pytest.raises(UsageError, match=r"needs a file; name it with --suite.file"):
+    with pytest.raises(UsageError, match=r"needs a file; name it with --prompts"):
         SUITES["prompts"].questions(None)
     with pytest.raises(UsageError, match="cannot be read"):
         SUITES["spec-bench"].questions(tmp_path / "gone.jsonl")
