@@ -28,6 +28,10 @@ def chunk_rows(vocab_size: int, budget: int = LOGITS_BYTES, bytes_per_logit: int
     return max(16, budget // (bytes_per_logit * vocab_size))
 
 
+MOSTLY = 0.95
+"""Share of rows with targets above which no row is left out."""
+
+
 class CrossEntropy(NamedTuple):
     """The loss of one head. It is a tuple because the hooks of sharded modules look for tensors in tuples."""
 
@@ -132,6 +136,17 @@ def _differentiate_(
     return total, squares, correct
 
 
+def rows_with_targets(targets_N: Tensor) -> Tensor | None:
+    """Return the numbers of the rows that have a target, (M,) int64, on a CPU where many have none; else None.
+
+    There it pays to leave the others out. On a GPU the host would wait for their number.
+    """
+    if targets_N.device.type != "cpu" or not len(targets_N):
+        return None
+    kept = (targets_N != IGNORE).nonzero()[:, 0]
+    return kept if 0 < len(kept) < MOSTLY * len(targets_N) else None
+
+
 def linear_cross_entropy(
     x: Tensor, weight_VD: Tensor, targets: Tensor, *, z_loss: float = 0.0, budget: int = LOGITS_BYTES
 ) -> CrossEntropy:
@@ -153,6 +168,8 @@ def linear_cross_entropy(
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         flat, bytes_per_logit, targets_N = x.flatten(0, -2), 4 if x.is_cuda else dtype.itemsize, targets.flatten()
+        if (kept := rows_with_targets(targets_N)) is not None:
+            flat, targets_N = flat.index_select(0, kept), targets_N[kept]
         rows = chunk_rows(weight_VD.shape[0], budget, bytes_per_logit)
 
         def differentiate(logits_RV: Tensor, where: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,6 +196,8 @@ def linear_scores(x: Tensor, weight_VD: Tensor, targets: Tensor, *, budget: int 
     """Return cross-entropy and top-1 hits of `x @ weight.T` against `targets`, without gradients."""
     dtype, rows = compute_dtype(x), chunk_rows(weight_VD.shape[0], budget)
     x_ND, weight, targets_N = x.flatten(0, -2).to(dtype), weight_VD.to(dtype), targets.flatten()
+    if (kept := rows_with_targets(targets_N)) is not None:
+        x_ND, targets_N = x_ND.index_select(0, kept), targets_N[kept]
     wide = torch.promote_types(dtype, torch.float32)
     loss = x_ND.new_zeros((), dtype=wide)
     correct = targets_N.new_zeros(())

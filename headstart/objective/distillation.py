@@ -18,8 +18,8 @@ from torch import Tensor
 
 from headstart.data.batches import IGNORE
 from headstart.model.transformer import compute_dtype
-from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, LinearLoss, chunk_rows
-from headstart.objective.inputs import Teacher
+from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, LinearLoss, chunk_rows, rows_with_targets
+from headstart.objective.inputs import LikelyTokens, Teacher
 
 Divergence = Literal["kl", "total-variation"]
 
@@ -28,7 +28,7 @@ def linear_distillation(
     x: Tensor,
     weight_VD: Tensor,
     targets: Tensor,
-    teacher: Teacher,
+    teacher: Teacher | LikelyTokens,
     *,
     divergence: Divergence,
     share: float = 1.0,
@@ -43,12 +43,18 @@ def linear_distillation(
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         flat, targets_N = x.flatten(0, -2), targets.flatten()
-        teacher_ND, teacher_weight = teacher.x.detach().flatten(0, -2).to(dtype), teacher.weight.detach().to(dtype)
+        parts = [part.detach().flatten(0, -2) for part in teacher.by_row]
+        if (kept := rows_with_targets(targets_N)) is not None:
+            flat, targets_N = flat.index_select(0, kept), targets_N[kept]
+            parts = [part.index_select(0, kept) for part in parts]
         rows = chunk_rows(weight_VD.shape[0], budget // 2, 4 if x.is_cuda else dtype.itemsize)
 
         def differentiate(logits_RV: Tensor, where: slice, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-            p = (teacher_ND[where] @ teacher_weight.T).to(wide).log_softmax(-1)
-            return _differentiate_(logits_RV, p, targets_N[where], wide, divergence, share)
+            here, goal = [part[where] for part in parts], (targets_N[where], wide, divergence, share)
+            if isinstance(teacher, LikelyTokens):
+                return _differentiate_likely_(logits_RV, here[0], here[1].to(wide), *goal)
+            p = (here[0].to(dtype) @ teacher.weight.detach().to(dtype).T).to(wide).log_softmax(-1)
+            return _differentiate_(logits_RV, p, *goal)
 
         return CrossEntropy(*LinearLoss.apply(flat, weight_VD, dtype, rows, differentiate))
 
@@ -75,4 +81,41 @@ def _differentiate_(
         gradient.add_(q, alpha=1 - share)
         gradient.scatter_add_(1, index, torch.full_like(index, share - 1, dtype=wide))
     logits_RV.copy_(gradient.mul_(valid))
+    return share * (distance * valid).sum() + (1 - share) * total, total, correct
+
+
+def _differentiate_likely_(
+    logits_RV: Tensor,
+    ids_RL: Tensor,
+    p_RL: Tensor,
+    targets_R: Tensor,
+    wide: torch.dtype,
+    divergence: Divergence,
+    share: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `_differentiate_` does for a p that is 0 outside some tokens: only those are read of p and of log q."""
+    valid = (targets_R != IGNORE)[:, None]
+    index = targets_R.clamp_min(0)[:, None]
+    values = logits_RV.to(wide)
+    largest = values.amax(-1, keepdim=True)
+    picked, log_q_RL = values.gather(1, index) - largest, values.gather(1, ids_RL) - largest
+    correct = ((picked >= 0) & valid).sum()
+    values.sub_(largest).exp_()
+    denominator = values.sum(-1, keepdim=True)
+    log_q_RL -= denominator.log()
+    total = ((denominator.log() - picked) * valid).sum()
+    q_RL = log_q_RL.exp()
+    of_q = torch.ones_like(denominator)
+    if divergence == "kl":
+        distance, at_ids = (torch.xlogy(p_RL, p_RL) - p_RL * log_q_RL).sum(-1, keepdim=True), p_RL
+    else:
+        distance = 1 - torch.minimum(p_RL, q_RL).sum(-1, keepdim=True)
+        at_ids = q_RL * (q_RL < p_RL)
+        of_q = at_ids.sum(-1, keepdim=True)
+    values.mul_(valid * (share * of_q + 1 - share) / denominator)
+    values.scatter_add_(1, ids_RL, at_ids * valid * -share)
+    if share < 1:
+        values.scatter_add_(1, index, (share - 1) * valid.to(wide))
+    if values.dtype != logits_RV.dtype:
+        logits_RV.copy_(values)
     return share * (distance * valid).sum() + (1 - share) * total, total, correct

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headstart.data.batches import IGNORE, Batch
@@ -70,10 +71,44 @@ class Teacher:
 
         The last `offset - 1` of the `length` positions of a row have no teacher; their `x` is 0.
         """
-        x_BTD = self.x[:, :length]
-        moved = torch.zeros_like(x_BTD)
-        moved[:, : max(0, length - offset + 1)] = x_BTD[:, offset - 1 :]
-        return Teacher(moved, self.weight)
+        return Teacher(_moved(self.x[:, :length], offset), self.weight)
+
+    @property
+    def by_row(self) -> tuple[Tensor, ...]:
+        """The tensors that have an entry for each position."""
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class LikelyTokens:
+    """A teacher of whose distribution only the most probable tokens are known, normalised."""
+
+    ids: Tensor  # (B, T, L) int64, different ones: draft ids where heads have a draft vocabulary
+    p: Tensor  # (B, T, L)
+
+    @staticmethod
+    @torch.no_grad()
+    def of(teacher: Teacher, count: int) -> LikelyTokens:
+        """Return the `count` most probable tokens of a teacher."""
+        best = F.linear(teacher.x, teacher.weight.to(teacher.x.dtype)).float().topk(min(count, len(teacher.weight)), -1)
+        return LikelyTokens(best.indices, best.values.softmax(-1))
+
+    def ahead(self, offset: int, length: int) -> LikelyTokens:
+        """Return the teacher of a head that predicts `offset` tokens ahead, see `Teacher.ahead`."""
+        return LikelyTokens(_moved(self.ids[:, :length], offset), _moved(self.p[:, :length], offset))
+
+    @property
+    def by_row(self) -> tuple[Tensor, ...]:
+        """The tensors that have an entry for each position."""
+        return self.ids, self.p
+
+
+def _moved(values_BT: Tensor, offset: int) -> Tensor:
+    """Return the values (B, T, ...) of the position `offset - 1` later, 0 where there is none."""
+    length = values_BT.shape[1]
+    moved = torch.zeros_like(values_BT)
+    moved[:, : max(0, length - offset + 1)] = values_BT[:, offset - 1 :]
+    return moved
 
 
 @dataclass(frozen=True)
@@ -88,6 +123,7 @@ class StepInputs:
     registers: Registers | None = None  # not with sequential heads, nor with `z`
     z: Tensor | None = None  # (B, T, D), the output of a trunk that is not trained: the trunk does not run
     teacher: Teacher | None = None  # head 1 learns its distribution instead of the targets
+    likely: LikelyTokens | None = None  # of head 1, for heads that learn from it (None: head 1 runs)
 
     @property
     def length(self) -> int:
@@ -139,9 +175,14 @@ class StepInputs:
         attend = RegisterAttention(attend, self.length, self.registers.after, documents)
         return attend, torch.cat([positions.expand(len(self.tokens), -1), self.registers.positions], 1)
 
-    def latents(self, model: Transformer) -> dict[int, Tensor]:
-        """Return the latents of all heads, with autograd's ordinary graph: see `Transformer.latents`."""
-        ks = list(range(1, model.config.heads + 1))
+    def latents(self, model: Transformer, ks: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Return the latents of the heads `ks` (None: all), with autograd's ordinary graph: see `Transformer.latents`.
+
+        The trunk does not run if its output is given.
+        """
+        ks = list(range(1, model.config.heads + 1)) if ks is None else list(ks)
+        if self.z is not None:
+            return self._latents_on(self.z, model, ks)
         if self.registers is not None:
             return model.latents(self.read, ks, attention=self.attention())
         documents = self.documents if self.attention_within_documents else None
@@ -150,6 +191,20 @@ class StepInputs:
             behind = self.tokens.shape[1] - documents.shape[1]
             documents = torch.cat([documents, documents[:, -1:].expand(-1, behind)], 1)
         return model.latents(self.tokens, ks, documents)
+
+    def _latents_on(self, z_BTD: Tensor, model: Transformer, ks: list[int]) -> dict[int, Tensor]:
+        attend, positions = self.attention()
+        rotary = model.rotary(positions, compute_dtype(model.trunk.embedding.weight))
+        embeddings_BTD = model.trunk.embedding(self.tokens) if model.config.ahead else None
+        latents = {0: z_BTD}
+        for step in (step for k in ks for step in model.path(k)):
+            if step in latents:
+                continue
+            ahead: dict[str, Tensor] = {}
+            if embeddings_BTD is not None and step > 1:
+                ahead["ahead_BTD"] = embeddings_BTD[:, step - 1 : step - 1 + self.length]
+            latents[step] = model.head(step)(latents[model.config.parents[step - 1]], rotary, attend, **ahead)
+        return latents
 
 
 def count_targets(targets_BTn: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.cross_entropy import CrossEntropy, Scores, linear_scores
 from headstart.objective.distillation import linear_distillation
-from headstart.objective.inputs import StepInputs, Teacher, count_targets, draft_targets
+from headstart.objective.inputs import LikelyTokens, StepInputs, Teacher, count_targets, draft_targets
 from headstart.objective.objective import AuxiliaryLoss, Objective
 
 
@@ -86,14 +86,14 @@ class _Walk:
         self.cross_entropy = objective.loss.function(objective.budget)
         self.seen: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.ahead = _Ahead(None, 0)
-        self.teacher: Teacher | None = None
+        self.teacher: Teacher | LikelyTokens | None = inputs.likely if self.objective.distills else None
 
     def run(self) -> HeadLosses:
         """Run the trunk, visit the heads on it, and differentiate the trunk once."""
         if self.needed(0):
             z_BTD, embeddings = self.run_trunk()
             self.ahead = _Ahead(embeddings, self.inputs.length)
-            if self.objective.distills and any(self.weights[1:]):
+            if self.objective.distills and any(self.weights[1:]) and self.teacher is None:
                 teacher = Teacher.of_latents(self.model, z_BTD.detach(), self.rotary, self.attend)
                 self.teacher = teacher.among(self.model.unembedding.d2t)
             leaf = z_BTD.detach()
@@ -149,8 +149,8 @@ class _Walk:
         """Return the loss of head k over its targets."""
         targets, loss, budget = self.inputs.targets[..., k - 1], self.objective.loss, self.objective.budget
         if k == 1 and self.inputs.teacher is not None:
-            teacher = self.inputs.teacher
-            return linear_distillation(x_BTD, weight_VD, targets, teacher, divergence="kl", budget=budget)
+            original = self.inputs.teacher
+            return linear_distillation(x_BTD, weight_VD, targets, original, divergence="kl", budget=budget)
         if k == 1 or self.teacher is None or loss.heads == "cross-entropy":
             return self.cross_entropy(x_BTD, weight_VD, targets)
         teacher = self.teacher.ahead(self.model.config.offset_of_heads[k - 1], self.inputs.length)
@@ -204,22 +204,25 @@ def _sum_gradients(leaf: Tensor, others: Iterator[Tensor | None]) -> Tensor | No
 
 
 @torch.no_grad()
-def score_step(model: Transformer, inputs: StepInputs, auxiliaries: tuple[AuxiliaryLoss, ...] = ()) -> list[Scores]:
-    """Return loss, top-1 hits and counts of every head, without gradients: entry k-1 is head k's.
+def score_step(
+    model: Transformer, inputs: StepInputs, auxiliaries: tuple[AuxiliaryLoss, ...] = (), first: int = 1
+) -> list[Scores]:
+    """Return loss, top-1 hits and counts of the heads from head `first` on, without gradients, in order.
 
     The targets are token ids; those outside a head's draft vocabulary count for nothing. The `auxiliaries` are computed
     too; their values are theirs to keep.
     """
     inputs.check(model)
     inputs = draft_targets(inputs, model.unembedding.d2t)
-    latents, scores, T = inputs.latents(model), list[Scores](), inputs.length
+    ks, scores, T = range(first, model.config.heads + 1), list[Scores](), inputs.length
+    latents = inputs.latents(model, ks)
 
     def score(k: int, x: Tensor, weight_VD: Tensor) -> None:
         scores.append(linear_scores(x[:, :T], weight_VD, inputs.targets[..., k - 1]))
         for auxiliary in auxiliaries if k == 1 else ():
             auxiliary(inputs, x, weight_VD.detach())  # a weight that needs gradients would have them computed
 
-    for k in range(1, model.config.heads + 1):
+    for k in ks:
         latent = latents[k] if inputs.registers is not None else latents[k][:, :T]
         model.unembedding(latent, k, using=partial(score, k))
     return scores

@@ -246,7 +246,8 @@ class Run(Callback):
         """Score held-out documents and decode the sample, if the run has them."""
         scores: dict[str, float] = {}
         if self.validated:
-            scores = validate_sources(self.learner.model, self.validated, self.config, self.processes)
+            complete = self.subject.complete_held_out
+            scores = validate_sources(self.learner.model, self.validated, self.config, self.processes, complete)
         sample = None
         if self.config.watch.sample_tokens and (
             self.processes.count == 1 or self.config.model.parameters()["total"] <= SAMPLED_TOGETHER

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from headstart.console import say
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
@@ -40,6 +41,10 @@ class NewModel:
         """Freeze nothing."""
 
     def complete(self, inputs: StepInputs) -> StepInputs:
+        """Add nothing."""
+        return inputs
+
+    def complete_held_out(self, inputs: StepInputs, split: TokenShards) -> StepInputs:
         """Add nothing."""
         return inputs
 

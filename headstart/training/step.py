@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headstart.data.batches import Batch
+from headstart.data.shards import TokenShards
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, count_targets
 from headstart.objective.objective import Objective
@@ -66,6 +67,9 @@ class Subject(Protocol):
 
     def complete(self, inputs: StepInputs) -> StepInputs:
         """Add what the model knows about the rows: the trunk's output, or a teacher of head 1."""
+
+    def complete_held_out(self, inputs: StepInputs, split: TokenShards) -> StepInputs:
+        """Add what the model knows about rows of a validation split."""
 
 
 class Learner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -50,8 +50,16 @@ def long_enough(sources: Sequence[Source], config: RunConfig) -> list[Source]:
     return found
 
 
+Complete = Callable[[StepInputs, TokenShards], StepInputs]
+"""Adds to rows of a validation split what the trained model knows about them."""
+
+
 def validate_sources(
-    model: Transformer, sources: Sequence[Source], config: RunConfig, processes: Processes
+    model: Transformer,
+    sources: Sequence[Source],
+    config: RunConfig,
+    processes: Processes,
+    complete: Complete = lambda inputs, split: inputs,
 ) -> dict[str, float]:
     """Return the scores of `validate` for the mixture as a whole, and with several sources also validation/NAME/...
 
@@ -60,7 +68,7 @@ def validate_sources(
     per byte of the whole are all nats over all bytes of such rows.
     """
     scores = [
-        (source, source.validation.bytes_per_token, validate(model, source.validation, config, processes))
+        (source, source.validation.bytes_per_token, validate(model, source.validation, config, processes, complete))
         for source in sources
         if source.validation is not None
     ]
@@ -81,15 +89,24 @@ def validate_sources(
     return whole
 
 
-def validate(model: Transformer, shards: TokenShards, config: RunConfig, processes: Processes) -> dict[str, float]:
+def validate(
+    model: Transformer,
+    shards: TokenShards,
+    config: RunConfig,
+    processes: Processes,
+    complete: Complete = lambda inputs, split: inputs,
+) -> dict[str, float]:
     """Return validation/loss/headK (nats per token), validation/bits_per_byte/headK and validation/top1/headK.
 
     Auxiliary losses are validation/loss/NAME. Sums and counts are added over all rows and processes and divided once.
-    A head or loss without targets is left out. Targets outside a draft vocabulary have no loss, and are no hits. A
-    model that is trained without its own answers is scored without them.
+    A head or loss without targets is left out, and so is a head 1 that never changes. Targets outside a draft
+    vocabulary have no loss, and are no hits. A model that is trained without its own answers is scored without them.
     """
+    first = 2 if config.adapt is not None and config.adapt.mode == "heads" else 1
     n = config.model.heads
-    totals = torch.zeros(4, n, dtype=torch.float64, device=processes.device)  # loss, hits, those with a loss, targets
+    totals = torch.zeros(
+        4, n + 1 - first, dtype=torch.float64, device=processes.device
+    )  # loss, hits, those with a loss, targets
     found = evaluation_batches(
         shards,
         rows=config.batch.rows,
@@ -102,11 +119,11 @@ def validate(model: Transformer, shards: TokenShards, config: RunConfig, process
     auxiliaries = StepAuxiliaries(config.auxiliaries, model, micro_batches, next_tokens, processes)
     for inputs in micro_batches:
         with autocast(config, processes.device):
-            scores = score_step(model, inputs, auxiliaries.losses)
+            scores = score_step(model, complete(inputs, shards), auxiliaries.losses, first)
         sums = [torch.stack([s.loss.double(), s.correct, s.count]) for s in scores]
-        totals += torch.cat([torch.stack(sums, dim=1), count_targets(inputs.targets)[None]])
+        totals += torch.cat([torch.stack(sums, dim=1), count_targets(inputs.targets)[None, first - 1 :]])
     record: dict[str, float] = {}
-    for k, (loss, correct, count, targets) in enumerate(processes.sum(totals).T.tolist(), start=1):
+    for k, (loss, correct, count, targets) in enumerate(processes.sum(totals).T.tolist(), start=first):
         if count:
             record[f"validation/loss/head{k}"] = loss / count
             record[f"validation/bits_per_byte/head{k}"] = loss / count / math.log(2) / shards.bytes_per_token

@@ -16,7 +16,7 @@ from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.backends import HeadLoss, LossConfig
 from headstart.objective.distillation import Divergence, linear_distillation
-from headstart.objective.inputs import StepInputs, Teacher, count_targets, mask_untaught
+from headstart.objective.inputs import LikelyTokens, StepInputs, Teacher, count_targets, mask_untaught
 from headstart.objective.objective import Objective
 from headstart.objective.walk import score_step, walk_step
 from headstart.training.adapt.new_heads import freeze, new_parameters
@@ -92,6 +92,58 @@ def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float)
     valid = targets.flatten() != IGNORE
     assert torch.allclose(out.total, F.cross_entropy(q[valid], targets.flatten()[valid], reduction="sum"))
     assert int(out.correct) == int((q.argmax(-1) == targets.flatten())[valid].sum())
+
+
+@pytest.mark.parametrize("divergence", ["kl", "total-variation"])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_the_loss_against_likely_tokens_is_that_against_a_distribution_of_them(
+    divergence: Divergence, share: float, ignored: float
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, T, D, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = Teacher(torch.randn(2, T, D, generator=generator, dtype=torch.float64), weight.detach().flip(0))
+    targets = torch.randint(0, V, (2, T), generator=generator)
+    targets[torch.rand(2, T, generator=generator) < ignored] = IGNORE
+    logits = (teacher.x @ teacher.weight.T).flatten(0, 1)
+    best = logits.topk(6).indices
+    kept = torch.full_like(logits, -torch.inf).scatter(1, best, logits.gather(1, best))
+    valid = targets.flatten() != IGNORE
+    log_q, p = (x @ weight.T).flatten(0, 1).log_softmax(-1)[valid], kept.softmax(-1)[valid]
+    kl, distance = (torch.xlogy(p, p) - p * log_q).sum(), (1 - torch.minimum(p, log_q.exp()).sum(-1)).sum()
+    cross_entropy = F.nll_loss(log_q, targets.flatten()[valid], reduction="sum")
+    expected = share * (kl if divergence == "kl" else distance) + (1 - share) * cross_entropy
+    (3 * expected).backward()
+    theirs = x.grad, weight.grad
+    x.grad = weight.grad = None
+    likely = LikelyTokens.of(teacher, 6)
+    likely = LikelyTokens(likely.ids, likely.p.double())
+    out = linear_distillation(x, weight, targets, likely, divergence=divergence, share=share, budget=1)
+    (3 * out.loss).backward()
+    assert torch.allclose(out.loss, expected, rtol=1e-5) and torch.allclose(out.total, cross_entropy)
+    assert torch.allclose(x.grad, theirs[0], rtol=1e-5, atol=1e-6)  # the teacher's p is rounded to float32
+    assert torch.allclose(weight.grad, theirs[1], rtol=1e-5, atol=1e-6)
+    assert int(out.correct) == int((log_q.argmax(-1) == targets.flatten()[valid]).sum())
+
+
+@pytest.mark.parametrize("loss", ["kl", "total-variation"])
+def test_likely_tokens_teach_what_the_whole_distribution_teaches(loss: HeadLoss) -> None:
+    """All tokens are likely ones here."""
+    model = random_model(SHAPE, dtype=torch.float64)
+    tokens, targets = batch(model)
+    objective = Objective([0.0, 0.4, 0.7], LossConfig(heads=loss))
+    inputs = objective.mask(StepInputs(tokens, targets), model)
+    counts = count_targets(inputs.targets)
+    walk_step(model, inputs, counts, objective)
+    theirs = gradients(model)
+    attend, positions = inputs.attention()
+    z = model.latents(tokens, [])[0]
+    teacher = Teacher.of_latents(model, z, model.rotary(positions, torch.float64), attend)
+    p = (teacher.x @ teacher.weight.T).softmax(-1)
+    likely = LikelyTokens(torch.arange(V).expand_as(p), p)
+    walk_step(model, replace(inputs, likely=likely), counts, objective)
+    assert_equal(gradients(model), theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

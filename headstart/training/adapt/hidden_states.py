@@ -50,7 +50,7 @@ class HiddenStates:
         text = json.dumps(content, sort_keys=True)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self._content, self._rows, self._shape, self._dtype = content, list(rows), (length, dim), dtype
-        self._maps: list[np.ndarray] = []
+        self._maps: dict[int, np.ndarray] = {}
 
     @property
     def bytes(self) -> int:
@@ -110,9 +110,10 @@ class HiddenStates:
 
     def of(self, places_B2: Tensor) -> Tensor:
         """Return the latents (B, T, D) of the rows at `places_B2`, (source, row) each, on the CPU, in their dtype."""
-        if not self._maps:
-            self._maps = [self._open(source) for source in range(len(self._rows))]
-        found = np.stack([self._maps[source][row] for source, row in places_B2.tolist()])
+        places = places_B2.tolist()
+        for source in {source for source, _ in places} - self._maps.keys():
+            self._maps[source] = self._open(source)
+        found = np.stack([self._maps[source][row] for source, row in places])
         states = torch.from_numpy(found)
         return states.view(torch.bfloat16) if self._dtype == torch.bfloat16 else states
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from headstart.console import Progress, say
-from headstart.data.batches import BatchStream
-from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
+from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import TOKENIZER_FILE, PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json, sha256_of, write_text
@@ -29,15 +28,14 @@ from headstart.objective.inputs import StepInputs, Teacher
 from headstart.training import checkpoints
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.adapt.draft_vocabulary import most_frequent
-from headstart.training.adapt.hidden_states import HiddenStates
 from headstart.training.adapt.lora import Lora
 from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
+from headstart.training.adapt.stored_outputs import StoredOutputs
 from headstart.training.config import RunConfig
 from headstart.training.new_model import blocks_compiled
 from headstart.training.parallel import parallelize
 from headstart.training.processes import Processes
 from headstart.training.schedule import stage_of
-from headstart.training.step import autocast
 
 SOURCE_FILE = "source.json"
 """File in the run folder: digests of the existing model when the run began."""
@@ -81,7 +79,9 @@ class ExistingModel:
         if adapt.self_distilled and self.lora is None:
             self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
             self._original.requires_grad_(False)
-        self._states = self._store_states(sources, progress)
+        self._stored: StoredOutputs | None = None
+        if adapt.cache_states is not None:
+            self._stored = StoredOutputs(self.model, config, digests(adapt.model), sources, progress)
         torch.manual_seed(config.seed)
         compile = blocks_compiled(config, processes)
         self.sums = parallelize(self.model, None, config.parallel, compile=compile, dtype=config.dtype)
@@ -91,12 +91,9 @@ class ExistingModel:
         freeze(self.model, self.heads if stage_of(step, self._config, extended).heads_alone else self._trained)
 
     def complete(self, inputs: StepInputs) -> StepInputs:
-        """Add the stored output of the trunk, or the model as it was as the teacher of head 1."""
-        if self._states is not None:
-            assert inputs.places is not None
-            # The trunk's residual stream is in the dtype of its weights.
-            z_BTD = self._states.of(inputs.places).to(inputs.tokens.device, self.model.trunk.embedding.weight.dtype)
-            return replace(inputs, z=z_BTD)
+        """Add the stored outputs of the frozen model, or the model as it was as the teacher of head 1."""
+        if self._stored is not None:
+            return self._stored.add(inputs)
         if not self._adapt.self_distilled:
             return inputs
         if self.lora is not None:
@@ -104,6 +101,10 @@ class ExistingModel:
                 return replace(inputs, teacher=Teacher.of_tokens(self.model, inputs))
         assert self._original is not None
         return replace(inputs, teacher=Teacher.of_tokens(self._original, inputs))
+
+    def complete_held_out(self, inputs: StepInputs, split: TokenShards) -> StepInputs:
+        """Add the stored outputs of the frozen model to rows of a validation split."""
+        return inputs if self._stored is None else self._stored.add(inputs, split)
 
     def tokenizer(self, of_data: Tokenizer) -> Tokenizer:
         """Return the model's own tokenizer, or that of the data if it has none."""
@@ -126,55 +127,6 @@ class ExistingModel:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
         save_model(whole, directory, tokenizer, dtype=self.stored_dtype)
         keep_generation(self._adapt.model, directory)
-
-    def _store_states(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> HiddenStates | None:
-        """Store the missing hidden states of all rows of `sources`, if the run reads stored ones.
-
-        Raises UsageError if they would take too much room.
-        """
-        folder, config = self._adapt.cache_states, self._config
-        if folder is None:
-            return None
-        splits, device = [source.train for source in sources], self.model.trunk.embedding.weight.device
-        streams = [
-            BatchStream(split, rows=1, length=config.length, heads=config.model.offset_of_heads, seed=0, shuffle=False)
-            for split in splits
-        ]
-        rows = [stream.rows_of[0] for stream in streams]
-        origin = {
-            "model": digests(self._adapt.model),
-            "trunk_layers": config.model.trunk_layers,
-            "data": [sha256_of(split.directory / MANIFEST) for split in splits],
-            "products": config.dtype,
-            "weights": self._adapt.frozen_dtype,
-            "attention_within_documents": config.data.attention_within_documents,
-        }
-        dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
-        states = HiddenStates(folder, origin, rows, config.length, config.model.dim, dtype)
-        states.check_room(int(self._adapt.cache_gib * 2**30))
-        visits = config.steps * config.tokens_per_step / (sum(rows) * config.length)
-        say(
-            f"hidden states of {sum(rows):,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in "
-            f"{states.folder}; this run reads each {visits:.1f} times"
-            + ("" if visits > 1 else ", so storing them saves nothing")
-        )
-
-        @torch.no_grad()
-        def read(source: int, first: int, stop: int) -> Tensor:
-            stream = streams[source]
-            stream.load_state_dict({"epoch": 0, "row": first})
-            batches = [next(stream) for _ in range(stop - first)]
-            tokens = torch.cat([batch.tokens for batch in batches]).to(device)
-            documents = torch.cat([batch.documents for batch in batches]).to(device)
-            within = documents if config.data.attention_within_documents else None
-            with autocast(config, device):
-                return self.model.latents(tokens, [], within)[0]
-
-        missing = sum(rows) - sum(states.done())
-        if missing:
-            with progress("hidden states", missing, unit="rows") as bar:
-                states.fill(read, config.batch.rows, bar.advance)
-        return states
 
 
 def _draft_vocabulary(model: ModelConfig, sources: Sequence[Source]) -> Tensor | None:

@@ -1,0 +1,162 @@
+"""What a frozen model computes for every row, stored before the first step: heads that are trained alone read it.
+
+Stored are the output of the trunk, and for heads that learn from head 1 its most probable tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.console import Progress, say
+from headstart.data.batches import BatchStream
+from headstart.data.manifest import MANIFEST
+from headstart.data.mixture import Source
+from headstart.data.shards import TokenShards
+from headstart.errors import UsageError
+from headstart.fileio import sha256_of
+from headstart.model.transformer import Transformer, compute_dtype
+from headstart.objective.inputs import LikelyTokens, StepInputs, Teacher
+from headstart.training.adapt.hidden_states import HiddenStates
+from headstart.training.config import RunConfig
+from headstart.training.step import autocast
+
+LIKELY = 64
+"""Tokens that are stored of head 1's distribution. Together they have nearly all of its probability."""
+
+
+class StoredOutputs:
+    """The stored outputs for the rows of all sources, validation included."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: RunConfig,
+        digests: Mapping[str, str],
+        sources: Sequence[Source],
+        progress: Callable[..., Progress],
+    ) -> None:
+        """Compute what is missing.
+
+        Args:
+            model: the frozen model, with new heads.
+            config: the run.
+            digests: of the model's files.
+            sources: the data.
+            progress: makes progress bars.
+
+        Raises:
+            UsageError: the outputs would take too much room.
+        """
+        assert config.adapt is not None and config.adapt.cache_states is not None
+        self._model, self._config, self._progress = model, config, progress
+        self._splits = [source.train for source in sources]
+        self._splits += [source.validation for source in sources if source.validation is not None]
+        streams = [self._stream(split, needed=i < len(sources)) for i, split in enumerate(self._splits)]
+        rows = [0 if stream is None else stream.rows_of[0] for stream in streams]
+        origin: dict[str, Any] = {
+            "model": dict(digests),
+            "trunk_layers": config.model.trunk_layers,
+            "data": [[sha256_of(split.directory / MANIFEST), split.split] for split in self._splits],
+            "products": config.dtype,
+            "weights": config.adapt.frozen_dtype,
+            "attention_within_documents": config.data.attention_within_documents,
+        }
+
+        def read(compute: Callable[[StepInputs], Tensor]) -> Callable[[int, int, int], Tensor]:
+            def of_rows(source: int, first: int, stop: int) -> Tensor:
+                stream = streams[source]
+                assert stream is not None
+                return compute(self._inputs(stream, source, first, stop))
+
+            return of_rows
+
+        dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
+        folder, dim = config.adapt.cache_states, config.model.dim
+        self._states = HiddenStates(folder, origin, rows, config.length, dim, dtype)
+        self._say_size(sum(rows), sum(rows[: len(sources)]))
+        self._fill("hidden states", self._states, read(self._trunk_output), sum(rows))
+        self._likely: HiddenStates | None = None
+        if config.loss.heads != "cross-entropy":
+            d2t = model.unembedding.d2t
+            origin["likely"] = [LIKELY, None if d2t is None else hashlib.sha256(d2t.numpy().tobytes()).hexdigest()]
+            width = 2 * min(LIKELY, config.model.drafted_tokens)
+            self._likely = HiddenStates(folder, origin, rows, config.length, width, torch.float32)
+            self._fill("likely tokens", self._likely, read(self._likely_tokens), sum(rows))
+
+    def add(self, inputs: StepInputs, split: TokenShards | None = None) -> StepInputs:
+        """Add the stored outputs to rows of the training data, or of a validation split."""
+        assert inputs.places is not None
+        device, places = inputs.tokens.device, inputs.places
+        if split is not None:
+            places = places + torch.tensor([self._splits.index(split), 0])
+        # The trunk's residual stream is in the dtype of its weights.
+        z_BTD = self._states.of(places).to(device, self._model.trunk.embedding.weight.dtype)
+        likely = None
+        if self._likely is not None:
+            ids, p = self._likely.of(places).to(device).chunk(2, -1)
+            likely = LikelyTokens(ids.long(), p)
+        return replace(inputs, z=z_BTD, likely=likely)
+
+    def _stream(self, split: TokenShards, needed: bool) -> BatchStream | None:
+        """Return the rows of a split in order, or None if it is too short for one and not `needed`."""
+        config = self._config
+        try:
+            return BatchStream(
+                split, rows=1, length=config.length, heads=config.model.offset_of_heads, seed=0, shuffle=False
+            )
+        except UsageError:
+            if needed:
+                raise
+            return None
+
+    def _inputs(self, stream: BatchStream, source: int, first: int, stop: int) -> StepInputs:
+        """Return some rows of a split."""
+        stream.load_state_dict({"epoch": 0, "row": first})
+        batches = [next(stream) for _ in range(stop - first)]
+        return StepInputs(
+            torch.cat([batch.tokens for batch in batches]),
+            torch.cat([batch.targets for batch in batches]),
+            torch.cat([batch.documents for batch in batches]),
+            self._config.data.attention_within_documents,
+            torch.tensor([[source, row] for row in range(first, stop)]),
+        ).to(self._model.trunk.embedding.weight.device)
+
+    @torch.no_grad()
+    def _trunk_output(self, inputs: StepInputs) -> Tensor:
+        within = inputs.documents if inputs.attention_within_documents else None
+        with autocast(self._config, inputs.tokens.device):
+            return self._model.latents(inputs.tokens, [], within)[0]
+
+    @torch.no_grad()
+    def _likely_tokens(self, inputs: StepInputs) -> Tensor:
+        """Return the tokens and their probabilities as one tensor (B, T, 2 x LIKELY); float32 holds all ids."""
+        assert inputs.places is not None
+        model = self._model
+        z_BTD = self._states.of(inputs.places).to(inputs.tokens.device, model.trunk.embedding.weight.dtype)
+        with autocast(self._config, inputs.tokens.device):
+            attend, positions = inputs.attention()
+            rotary = model.rotary(positions, compute_dtype(model.trunk.embedding.weight))
+            teacher = Teacher.of_latents(model, z_BTD, rotary, attend).among(model.unembedding.d2t)
+        likely = LikelyTokens.of(teacher, LIKELY)
+        return torch.cat([likely.ids.float(), likely.p], -1)
+
+    def _fill(self, name: str, states: HiddenStates, read: Callable[[int, int, int], Tensor], rows: int) -> None:
+        assert self._config.adapt is not None
+        states.check_room(int(self._config.adapt.cache_gib * 2**30))
+        if missing := rows - sum(states.done()):
+            with self._progress(name, missing, unit="rows") as bar:
+                states.fill(read, self._config.batch.rows, bar.advance)
+
+    def _say_size(self, rows: int, of_training: int) -> None:
+        config, states = self._config, self._states
+        visits = config.steps * config.tokens_per_step / (of_training * config.length)
+        say(
+            f"hidden states of {rows:,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in {states.folder}; "
+            f"this run reads each {visits:.1f} times" + ("" if visits > 1 else ", so storing them saves nothing")
+        )
