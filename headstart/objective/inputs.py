@@ -104,7 +104,7 @@ class LikelyTokens:
 
 
 def _moved(values_BT: Tensor, offset: int) -> Tensor:
-    """Return the values (B, T, ...) of the position `offset - 1` later, 0 where there is none."""
+    """Return the values (B, T, ...) of the position `offset - 1` later, 0 if there is none."""
     length = values_BT.shape[1]
     moved = torch.zeros_like(values_BT)
     moved[:, : max(0, length - offset + 1)] = values_BT[:, offset - 1 :]
