@@ -1,4 +1,4 @@
-"""What a frozen model computes for every row, stored before the first step: heads that are trained alone read it.
+"""Outputs of a frozen model for every row, stored before the first step: heads that are trained alone read them.
 
 Stored are the output of the trunk, and for heads that learn from head 1 its most probable tokens.
 """
