@@ -13,6 +13,7 @@ from constrained import BYTES, CASES
 from laws import chi_square, small_models
 from shapes import HEADS, SHAPES, packed, trained
 
+from headstart.decoding.constraints import Constraint
 from headstart.decoding.drafters.tree import DraftTree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
@@ -140,6 +141,17 @@ def test_constraints_and_penalties_speak_of_all_tokens(shape: str, case: str) ->
         assert _run_bytes(narrow(shape), replace(request, heads=HEADS)) == plain
         if shape != "sequential":
             assert _run_bytes(narrow(shape), replace(request, heads=HEADS), tree=TREE) == plain
+
+
+def test_a_rule_that_weighs_drafts_gets_none_where_the_draft_vocabulary_has_no_allowed_token() -> None:
+    constraint = Constraint.regex("[dogis.]{20}")
+    for seed, tree in itertools.product(range(4), (None, TREE)):
+        sampling = Sampling(1.0, seed=seed)
+        request = Request(PROMPT, 20, sampling, acceptance=Rule("rejection"), constraint=constraint)
+        assert set(_run_bytes(narrow("medusa"), request, tree=tree)) <= set(b"dogis.")
+        state = Engine(narrow("medusa"), EngineConfig(tree=tree), tokenizer=BYTES)
+        generate_all(state, [request])
+        assert bool(state.state.windows.q_SKV.isfinite().all())
 
 
 def _run_bytes(model: Transformer, request: Request, **options: object) -> list[int]:
