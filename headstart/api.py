@@ -133,7 +133,7 @@ class LanguageModel:
         if tree is not None:
             draft_tree = parse_tree(tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean)
             tuning = None if tuning is None else replace(tuning, tree=None)
-        policy = self._untuned(tree) if tuning is None else DraftPolicy(tuning)
+        policy = self._untuned(tree, lookup) if tuning is None else DraftPolicy(tuning)
         return Engine(
             self.transformer,
             EngineConfig(
@@ -149,12 +149,13 @@ class LanguageModel:
             policy=policy,
         )
 
-    def _untuned(self, tree: int | str | None) -> DraftPolicy | None:
+    def _untuned(self, tree: int | str | None, lookup: int) -> DraftPolicy | None:
         """Return a policy that calibrates itself while decoding.
 
         None where the rows of a pass change last bits: the output would depend on timings.
         """
-        if tree is not None or self.config.heads == 1 or not backend_of(self.transformer).row_exact:
+        undrafted = self.config.heads == 1 and not lookup
+        if tree is not None or undrafted or not backend_of(self.transformer).row_exact:
             return None
         observations = self._observations.setdefault(torch.get_num_threads(), Observations(self.transformer))
         return DraftPolicy(OnlineCalibration(observations))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from shapes import HEADS, packed
+from shapes import HEADS, packed, trained
 
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
+from headstart.decoding.kernels.pack import pack
 from headstart.decoding.policy.calibration import EDGES, PRIOR
 from headstart.decoding.policy.online import AcceptanceCounts, Observations, OnlineCalibration, prior_acceptance
 from headstart.decoding.policy.policy import DraftPolicy
-from headstart.decoding.policy.timing import ASSUMED_ACCEPTANCE, quick_pass_costs
+from headstart.decoding.policy.timing import ASSUMED_ACCEPTANCE, LOOKUP_ROWS, quick_pass_costs
 from headstart.decoding.settings import Request, Sampling
+from headstart.formats.heads import next_token_model
 
 PROMPT = tuple(b"the cat then")
 
@@ -89,6 +93,17 @@ def test_drafting_follows_the_costs_and_changes_no_output(shape, slots) -> None:
     assert drafted["expensive"] == 0 < drafted["free"]
 
 
+@pytest.mark.parametrize(("row", "fed"), [(0.01, True), (2.0, False)])
+def test_lookup_of_a_model_with_one_head_follows_the_costs_too(row, fed) -> None:
+    model = pack(next_token_model(copy.deepcopy(trained("replicated")).double()))
+    policy = policy_of(observations(Costs(1.0, row), model))
+    engine = Engine(model, EngineConfig(exact=False, lookup=4), policy=policy)
+    request = Request(PROMPT * 3, 80)
+    found = generate_all(engine, [request])[0]
+    assert found.tokens == generate_all(Engine(model, EngineConfig(exact=False)), [request])[0].tokens
+    assert (found.stats.looked_up > 0) == fed
+
+
 def test_drafts_that_fail_make_it_pause() -> None:
     """Drafts that their heads are sure of and that are never accepted."""
     observed = observations(Costs(1.1, 0.2))
@@ -133,6 +148,11 @@ def test_engines_of_a_model_share_timed_costs() -> None:
     assert costs.asked == [1]
     first.plan(4, [[]])
     assert second.plan(4, [[0.9]] * 4) == (2, True) and costs.asked == [1, 4]
+
+
+def test_passes_of_a_model_with_one_head_are_timed_for_the_rows_of_lookup() -> None:
+    plain, rows = quick_pass_costs(pack(next_token_model(trained("replicated"))), 2, False)
+    assert plain > 0 and len(rows) == LOOKUP_ROWS and list(rows) == sorted(rows)
 
 
 def test_timed_costs_are_positive_and_ascending() -> None:

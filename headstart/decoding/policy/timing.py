@@ -37,6 +37,8 @@ QUICK_ROUNDS, QUICK_SECONDS = (3, 128), 0.03
 """The least and the most rounds of timing one kind of pass; between them it ends after this many seconds."""
 QUICK_TEMPERATURE = 0.8
 """The temperature of timed sampled passes. No other setting changes the cost of a pass as much as sampling does."""
+LOOKUP_ROWS = 9
+"""Most rows of passes that are timed for a model with one head, whose drafts come from prompt lookup."""
 PATIENCE = 1.25
 """Rows that cost this many times what they could bring end the timing of more rows; a smaller factor may be noise."""
 ENDLESS = 1 << 40
@@ -230,16 +232,20 @@ def quick_pass_costs(model: Transformer, slots: int, sampled: bool) -> tuple[flo
 
     Costs between the numbers of rows that are timed lie on the straight line. More rows than could pay are not timed
     and continue the last line. Return the milliseconds of a plain step of `slots` windows, and of drafting steps by
-    rows, 1 to n.
+    rows, 1 to n; for a model with one head, of passes of 1 to LOOKUP_ROWS rows, which prompt lookup fills.
     """
     n, context = model.config.heads, model.config.context
-    length = max(1, min(QUICK_LENGTH, context - n))
-    step = partial(Step, model, slots=slots, length=length, sampling=Sampling(QUICK_TEMPERATURE if sampled else 0.0))
-    plain = step(drafting=False)
+    length = max(1, min(QUICK_LENGTH, context - max(n, LOOKUP_ROWS)))
+    sampling = Sampling(QUICK_TEMPERATURE if sampled else 0.0)
+    make: Callable[..., Callable[[], object]] = partial(Step, model, slots=slots, length=length, sampling=sampling)
+    plain = make(drafting=False)
+    if n == 1:
+        n, make = LOOKUP_ROWS, partial(Pass, model, slots=slots, length=length)
+        plain = make(rows=1)
     plains: list[float] = []
     over: dict[int, float] = {}
     for rows in sorted({1, *(r for r in (2, 4, 8) if r < n), n}):
-        milliseconds, plain_milliseconds = _fastest(step(rows=rows), plain)
+        milliseconds, plain_milliseconds = _fastest(make(rows=rows), plain)
         plains.append(plain_milliseconds)
         over[rows] = milliseconds / plain_milliseconds
         if rows > 1 and over[rows] > PATIENCE * sum(ASSUMED_ACCEPTANCE**i for i in range(rows)):
@@ -256,7 +262,7 @@ def quick_pass_costs(model: Transformer, slots: int, sampled: bool) -> tuple[flo
     return base, tuple(itertools.accumulate(costs, max))
 
 
-def _fastest(drafting: Step, plain: Step) -> tuple[float, float]:
+def _fastest(drafting: Callable[[], object], plain: Callable[[], object]) -> tuple[float, float]:
     """Return the milliseconds of the fastest run of each, in turns: a disturbance only adds to a run."""
     variants = {"drafting": timed(drafting), "plain": timed(plain)}
     fastest = dict.fromkeys(variants, math.inf)
