@@ -121,7 +121,9 @@ class ExistingModel:
         A run of heads alone writes those without the model.
         """
         if self._adapt.heads_only:
-            save_heads(whole, directory, name_of(self._adapt.model), self.stored_dtype)
+            # A quantized base has no dtype that its heads could take over; two bytes are enough for drafts.
+            dtype = torch.bfloat16 if self._adapt.model.suffix == SUFFIX else self.stored_dtype
+            save_heads(whole, directory, name_of(self._adapt.model), dtype)
             return
         if self.lora is not None:
             self.lora.save(self.model, self._config.run_dir / "adapter", str(self._adapt.model))
