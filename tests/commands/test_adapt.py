@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from seeds import trained_seed
 
+import headstart
 from headstart.cli import run_command
 from headstart.commands.adapt import AdaptSettings, adapt, estimate_adapt_run, format_adapted, run_config
 from headstart.commands.convert import convert
@@ -22,6 +23,7 @@ from headstart.commands.own_answers import OwnAnswers
 from headstart.data.prepare.pipeline import Preparation, prepare
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import load_tokenizer
+from headstart.decoding.kernels.pack import multiplies_blocks
 from headstart.errors import UsageError
 from headstart.formats.heads import StoredHeads
 from headstart.formats.huggingface import save_model
@@ -31,6 +33,7 @@ from headstart.model.transformer import Trunk
 from headstart.training import loop
 from headstart.training.adapt.draft_vocabulary import most_frequent
 from headstart.training.adapt.run import flops_per_token
+from headstart.training.adapt.stored_outputs import StoredOutputs
 from headstart.training.config import (
     BatchConfig,
     CheckpointConfig,
@@ -461,6 +464,27 @@ def test_heads_of_a_gguf_file_are_written_alone(settings: Any, model: Path, tmp_
         assert attached.config.heads == 3 and torch.equal(attached(TOKENS), load_model(base)(TOKENS))
     with pytest.raises(UsageError, match=r"adapt.mode joint changes .*model.gguf too"):
         run_config(settings(model=file, mode="joint"))
+
+
+@pytest.mark.skipif(not multiplies_blocks("cpu"), reason="states are made by compiled kernels")
+def test_stored_states_of_a_gguf_file_are_those_of_decoding(
+    settings: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="reads GGUF files; install headstart[gguf]")
+    file, made = tmp_path / "model.gguf", []
+    convert(model, file, "gguf")
+    compute = StoredOutputs._trunk_output
+
+    def watched(self: StoredOutputs, inputs: Any) -> torch.Tensor:
+        made.append((inputs.tokens, compute(self, inputs)))
+        return made[-1][1]
+
+    monkeypatch.setattr(StoredOutputs, "_trunk_output", watched)
+    found = adapt(settings(model=file, head_kind="medusa", steps=2, cache_states="true"))
+    assert made and StoredHeads.read(Path(found["heads_from"])).model.heads == 3
+    decoding = headstart.load(file).transformer
+    for tokens, z_BTD in made:
+        assert torch.equal(z_BTD, decoding.latents(tokens, [])[0])
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from headstart.data.batches import BatchStream
 from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
+from headstart.decoding.kernels.pack import multiplies_blocks, pack
 from headstart.errors import UsageError
 from headstart.fileio import sha256_of
+from headstart.formats.hub import SUFFIX
+from headstart.formats.registry import load_model
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.inputs import LikelyTokens, StepInputs, Teacher
 from headstart.training.adapt.hidden_states import HiddenStates
@@ -59,12 +62,16 @@ class StoredOutputs:
         self._splits += [source.validation for source in sources if source.validation is not None]
         streams = [self._stream(split, needed=i < len(sources)) for i, split in enumerate(self._splits)]
         rows = [0 if stream is None else stream.rows_of[0] for stream in streams]
+        # From the blocks of a GGUF file states are made faster, and are those of decoding.
+        file = config.adapt.model
+        blocks = file.suffix == SUFFIX and not config.in_bfloat16 and not config.data.attention_within_documents
+        blocks = blocks and multiplies_blocks(str(model.device))
         origin: dict[str, Any] = {
             "model": dict(digests),
             "trunk_layers": config.model.trunk_layers,
             "data": [[sha256_of(split.directory / MANIFEST), split.split] for split in self._splits],
             "products": config.dtype,
-            "weights": config.adapt.frozen_dtype,
+            "weights": "blocks" if blocks else config.adapt.frozen_dtype,
             "attention_within_documents": config.data.attention_within_documents,
         }
 
@@ -80,7 +87,10 @@ class StoredOutputs:
         folder, dim = config.adapt.cache_states, config.model.dim
         self._states = HiddenStates(folder, origin, rows, config.length, dim, dtype)
         self._say_size(sum(rows), sum(rows[: len(sources)]))
-        self._fill("hidden states", self._states, read(self._trunk_output), sum(rows))
+        if sum(self._states.done()) < sum(rows):
+            self._reader = pack(load_model(file, torch.float32, blocks=True)) if blocks else model
+            self._fill("hidden states", self._states, read(self._trunk_output), sum(rows))
+            self._reader = model
         self._likely: HiddenStates | None = None
         if config.loss.heads != "cross-entropy":
             d2t = model.unembedding.d2t
@@ -131,7 +141,7 @@ class StoredOutputs:
     def _trunk_output(self, inputs: StepInputs) -> Tensor:
         within = inputs.documents if inputs.attention_within_documents else None
         with autocast(self._config, inputs.tokens.device):
-            return self._model.latents(inputs.tokens, [], within)[0]
+            return self._reader.latents(inputs.tokens, [], within)[0]
 
     @torch.no_grad()
     def _likely_tokens(self, inputs: StepInputs) -> Tensor:
