@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from bench import processes, streams
 from bench.peers.contest import GGUF_BARS, PEERS, Contest, PeerName, Subject
 from bench.report import NONE, Bar, BenchSettings, Findings, count, run_parts
@@ -145,6 +147,8 @@ class Settings(BenchSettings):
     """Tokens generated after it."""
     synthetic_heads: int = 4
     """Heads that a GGUF file has in the part peers, head 1 included; a copy of its last block each (1: none)."""
+    draft_vocab: int = 8192
+    """Tokens that they propose, as after `headstart adapt --draft-vocab` (0: the whole vocabulary)."""
     tokens_per_pass: float = 2.5
     """Rate at which their drafts are made right."""
     prompts: Path | None = None
@@ -396,8 +400,10 @@ def trained_subject(model: Path, settings: Settings, folder: Path) -> Subject:
     subject = replace(subject, bars={"llama-cpp": GGUF_BARS["4 bits" if bits < 7 else "8 bits"]} if bits < 9 else {})
     if settings.synthetic_heads == 1:
         return subject
-    base = load_model(model)
-    save_heads(with_heads(base, config_with_heads(config, settings.synthetic_heads)), folder / "heads")
+    size = min(settings.draft_vocab, config.vocab_size) or None
+    with_them = config_with_heads(config, settings.synthetic_heads, draft_vocab=size)
+    d2t = None if size is None else torch.arange(size)
+    save_heads(with_heads(load_model(model), with_them, d2t=d2t), folder / "heads")
     return replace(subject, heads=folder / "heads", tokens_per_pass=settings.tokens_per_pass)
 
 
