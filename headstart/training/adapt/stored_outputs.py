@@ -62,10 +62,7 @@ class StoredOutputs:
         self._splits += [source.validation for source in sources if source.validation is not None]
         streams = [self._stream(split, needed=i < len(sources)) for i, split in enumerate(self._splits)]
         rows = [0 if stream is None else stream.rows_of[0] for stream in streams]
-        # From the blocks of a GGUF file states are made faster, and are those of decoding.
-        file = config.adapt.model
-        blocks = file.suffix == SUFFIX and not config.in_bfloat16 and not config.data.attention_within_documents
-        blocks = blocks and multiplies_blocks(str(model.device))
+        blocks = _reads_blocks(config, str(model.device))
         origin: dict[str, Any] = {
             "model": dict(digests),
             "trunk_layers": config.model.trunk_layers,
@@ -88,7 +85,7 @@ class StoredOutputs:
         self._states = HiddenStates(folder, origin, rows, config.length, dim, dtype)
         self._say_size(sum(rows), sum(rows[: len(sources)]))
         if sum(self._states.done()) < sum(rows):
-            self._reader = pack(load_model(file, torch.float32, blocks=True)) if blocks else model
+            self._reader = pack(load_model(config.adapt.model, torch.float32, blocks=True)) if blocks else model
             self._fill("hidden states", self._states, read(self._trunk_output), sum(rows))
             self._reader = model
         self._likely: HiddenStates | None = None
@@ -170,3 +167,10 @@ class StoredOutputs:
             f"hidden states of {rows:,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in {states.folder}; "
             f"this run reads each {visits:.1f} times" + ("" if visits > 1 else ", so storing them saves nothing")
         )
+
+
+def _reads_blocks(config: RunConfig, device: str) -> bool:
+    """Say whether states come from the blocks of a GGUF file: made faster, and those of decoding."""
+    assert config.adapt is not None
+    plain = not config.in_bfloat16 and not config.data.attention_within_documents
+    return config.adapt.model.suffix == SUFFIX and plain and multiplies_blocks(device)
