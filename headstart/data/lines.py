@@ -73,14 +73,20 @@ def read_file_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def read_records(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects in a file of JSON lines. Raise UsageError, naming the line, for anything else."""
+    return (record for _, record in read_placed_records(file))
+
+
+def read_placed_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place, as messages name it, and the object of each line. Raise UsageError like `read_records`."""
     for number, line in read_file_lines(file):
+        place = f"{file}, line {number}"
         try:
             record = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{file}, line {number}: not JSON ({error}); correct the line or remove it") from error
+            raise UsageError(f"{place}: not JSON ({error}); correct the line or remove it") from error
         if not isinstance(record, dict):
-            raise UsageError(f"{file}, line {number}: not an object with fields; correct the line or remove it")
-        yield record
+            raise UsageError(f"{place}: not an object with fields; correct the line or remove it")
+        yield place, record
 
 
 def _raw_lines(content: BinaryIO, file: Path) -> Iterator[bytes]:

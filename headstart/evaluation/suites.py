@@ -16,7 +16,7 @@ from typing import Any
 
 from headstart.console import say
 from headstart.data.conversations import ASSISTANT
-from headstart.data.lines import parse_json, read_file_lines
+from headstart.data.lines import read_placed_records
 from headstart.data.prepare.hub import load_rows
 from headstart.data.prompts import SURROGATE, Message, read_prompt_file
 from headstart.errors import UsageError, first_line
@@ -246,14 +246,7 @@ def _user(content: str) -> Message:
 
 def _objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place and the object of each line. Raise UsageError, naming the line, for anything else."""
-    for number, line in read_file_lines(file):
-        place = f"{file}, line {number}"
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UsageError(f"{place}: not JSON ({error}); correct that line") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{place}: not an object with fields; correct that line")
+    for place, row in read_placed_records(file):
         if SURROGATE.search(json.dumps(row, ensure_ascii=False)):
             raise UsageError(f"{place}: holds half of a surrogate pair, which is not text; correct that line")
         yield place, row
