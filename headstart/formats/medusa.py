@@ -1,11 +1,13 @@
 """Medusa heads in the layouts of vLLM and TGI: a folder with the ordinary model, and one of heads for each engine.
 
     base/    trunk and head 1, an ordinary model directory
-    vllm/    config.json (model_type medusa), model.safetensors: blocks.{i}.layers.0.{weight,bias}, lm_heads.{i}.weight
+    vllm/    config.json (model_type medusa), model.safetensors: blocks.{i}.layers.0.{weight,bias}, lm_heads.{i}.weight,
+             token_map: the draft vocabulary, if there is one, whose rows alone lm_heads.0.weight then has
     tgi/     config.json, medusa_lm_head.safetensors: {i}.0.linear.{weight,bias}, {i}.1.weight
 
 Their head i is our head i + 2: x + SiLU(W x + b) with x behind the final norm, then an unembedding, the model's or the
-head's own. The authors' code (FasterDecoding) reads TGI's names too, if heads have unembeddings of their own.
+head's own. The authors' code (FasterDecoding) reads TGI's names too, if heads have unembeddings of their own. TGI knows
+no draft vocabulary: its heads propose any token.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import assemble, refuse_draft_vocabulary, stored_tensors
+from headstart.formats.assembly import assemble, stored_tensors
 from headstart.formats.config_json import CONFIG_FILE, read_config
 from headstart.formats.format import Check, compare_all_heads
 from headstart.formats.huggingface import DirectoryFormat, save_model
@@ -30,11 +32,14 @@ from headstart.formats.safetensors_files import TensorFiles, model_files
 from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING, Part
 from headstart.model.bounds import MOST_HEADS
 from headstart.model.config import ModelConfig
+from headstart.model.draft_vocabulary import check_draft_tokens
 from headstart.model.heads import MedusaHeads
 from headstart.model.transformer import Transformer
 
 BASE, VLLM, TGI = "base", "vllm", "tgi"
 TGI_FILE = "medusa_lm_head.safetensors"
+TOKEN_MAP = "token_map"
+"""vLLM's name of the map from draft ids to token ids."""
 
 
 def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> list[str]:
@@ -54,9 +59,13 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
             f"this model's heads predict {list(config.offset_of_heads)} ahead; Medusa's layouts know no gaps, "
             "take headstart"
         )
-    refuse_draft_vocabulary(config, "Medusa's layout")
+    if config.draft_vocab is not None and not config.shared:
+        raise UsageError(
+            f"this model's heads have a draft vocabulary of {config.draft_vocab:,} tokens and their own unembeddings, "
+            "and vLLM reads a draft vocabulary only with the model's unembedding (shared: true); take headstart"
+        )
     files = stored_tensors(model, None)
-    plain = replace(config, heads=1, shared=True)
+    plain = replace(config, heads=1, shared=True, draft_vocab=None)
     base = assemble(plain, lambda part: files[part.file][part.name], files[MODEL_FILE][EMBEDDING].dtype)
     save_model(base, directory / BASE, tokenizer)
     unembedding = files[MODEL_FILE][EMBEDDING if config.tied else UNEMBEDDING]
@@ -65,13 +74,19 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
 
     vllm = {f"blocks.{i}.layers.0.{part}": tensor for part in _PARTS for i, tensor in enumerate(maps[part])}
     vllm |= {f"lm_heads.{i}.weight": tensor for i, tensor in enumerate(own or [unembedding])}
+    if config.draft_vocab is not None:
+        vllm[TOKEN_MAP] = files[HEADS_FILE]["d2t"]
+        vllm["lm_heads.0.weight"] = unembedding[vllm[TOKEN_MAP]]
     tgi = {f"{i}.0.linear.{part}": tensor for part in _PARTS for i, tensor in enumerate(maps[part])}
     tgi |= {f"{i}.1.weight": tensor for i, tensor in enumerate(own)}
     _write(directory / VLLM, "model.safetensors", vllm, _vllm_config(config, str(unembedding.dtype)[6:]))
     # TGI takes a directory whose config names an architecture for an ordinary model.
     own_config = {"medusa_num_heads": config.heads - 1, "medusa_num_layers": 1, "base_model_name_or_path": f"../{BASE}"}
     _write(directory / TGI, TGI_FILE, tgi, own_config)
-    return [f'{TGI}/{CONFIG_FILE}: write the full path or hub id of {BASE}/ for "../{BASE}" before TGI reads it']
+    left = [f'{TGI}/{CONFIG_FILE}: write the full path or hub id of {BASE}/ for "../{BASE}" before TGI reads it']
+    if config.draft_vocab is not None:
+        left.append(f"draft vocabulary: not in {TGI}/, whose heads propose any token; the text is the same")
+    return left
 
 
 def load_medusa(
@@ -90,6 +105,8 @@ def load_medusa(
     def read(part: Part) -> Tensor:
         if part.file == MODEL_FILE:
             return base.read(part.name)
+        if part.name == "d2t":
+            return _draft_tokens(config, directory)
         _, k, kind, which = part.name.split(".")
         name = _unembedding(heads_of, int(k) - 2) if kind == "lm_head" else _map(heads_of, int(k) - 2, which)
         if name not in names:
@@ -98,6 +115,8 @@ def load_medusa(
 
     if heads_of == VLLM and config.shared:
         stated = base.read(EMBEDDING if config.tied else UNEMBEDDING)
+        if config.draft_vocab is not None:
+            stated = stated[_draft_tokens(config, directory)]
         if "lm_heads.0.weight" not in names or not torch.equal(heads.read("lm_heads.0.weight"), stated):
             raise UsageError(f"{file}: its unembedding is not that of {BASE}/; convert the model again")
     return assemble(config, read, base.dtype(EMBEDDING) if dtype is None else dtype, device)
@@ -112,6 +131,10 @@ def _read_heads(directory: Path, heads_of: str) -> tuple[ModelConfig, TensorFile
     """Return the configuration of the model with its heads, and the file of the heads."""
     plain = read_config(directory / BASE)
     settings = read_json(directory / heads_of / CONFIG_FILE)
+    file = directory / VLLM / CONFIG_FILE
+    drafted = read_json(file).get("truncated_vocab_size")
+    if drafted is not None and (type(drafted) is not int or not 1 <= drafted <= plain.vocab_size):
+        raise UsageError(f"{file}: truncated_vocab_size must be a number of the vocabulary's tokens; convert again")
     heads = TensorFiles([directory / heads_of / _WEIGHTS[heads_of]])
     count = settings.get("num_heads" if heads_of == VLLM else "medusa_num_heads")
     if type(count) is not int or not 1 <= count < MOST_HEADS or settings.get(_LAYERS[heads_of]) != 1:
@@ -120,7 +143,21 @@ def _read_heads(directory: Path, heads_of: str) -> tuple[ModelConfig, TensorFile
         shared = bool(settings.get("original_lm_head"))
     else:
         shared = _unembedding(TGI, 0) not in heads.names()
-    return replace(plain, heads=count + 1, head_kind="medusa", wiring="parallel", shared=shared), heads
+    config = replace(plain, heads=count + 1, head_kind="medusa", wiring="parallel", shared=shared, draft_vocab=drafted)
+    return config, heads
+
+
+def _draft_tokens(config: ModelConfig, directory: Path) -> Tensor:
+    """Return the token ids of the draft vocabulary. Raises UsageError if they are missing or not of this model."""
+    file = directory / VLLM / _WEIGHTS[VLLM]
+    heads = TensorFiles([file])
+    if TOKEN_MAP not in heads.names():
+        raise UsageError(f"{file}: lacks {TOKEN_MAP}; convert the model again")
+    d2t = heads.read(TOKEN_MAP)
+    if d2t.shape != (config.draft_vocab,) or d2t.dtype != torch.int64:
+        raise UsageError(f"{file}: {TOKEN_MAP} does not list {config.draft_vocab} token ids; convert the model again")
+    check_draft_tokens(d2t, config.vocab_size, f"{file}: {TOKEN_MAP}")
+    return d2t
 
 
 def _map(place: str, i: int, part: str) -> str:
@@ -146,6 +183,7 @@ def _vllm_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "num_hidden_layers": 1,
         "medusa_fc_bias": True,
         "original_lm_head": config.shared,
+        **({} if config.draft_vocab is None else {"truncated_vocab_size": config.draft_vocab}),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -76,6 +76,58 @@ def test_medusa(change: dict[str, object], tmp_path: Path) -> None:
         assert torch.equal(again(IDS, heads=n), expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_medusa_with_a_draft_vocabulary(tied: bool, tmp_path: Path) -> None:
+    model = lively(replace(MEDUSA, draft_vocab=9, tied=tied))
+    d2t = torch.tensor([0, 3, 7, 32, 97, 101, 116, 200, 255])
+    model.unembedding.d2t.copy_(d2t)
+    left = save_medusa(model, tmp_path, ByteTokenizer())
+    assert any("draft vocabulary: not in tgi/" in line for line in left)
+    assert json.loads((tmp_path / "vllm/config.json").read_text())["truncated_vocab_size"] == 9
+    vllm = load_file(tmp_path / "vllm/model.safetensors")
+    assert torch.equal(vllm["token_map"], d2t) and vllm["lm_heads.0.weight"].shape == (9, 32)
+    # vLLM: -inf for all tokens, then the logits of the rows of lm_heads.0 where token_map says.
+    expected = model(IDS, heads=3)
+    rotary = model.rotary(torch.arange(IDS.shape[1]), torch.float32)
+    x = model.unembedding.norm(model.trunk(IDS, rotary, length=IDS.shape[1])[0])
+    for i in range(2):
+        y = x + F.silu(F.linear(x, vllm[f"blocks.{i}.layers.0.weight"], vllm[f"blocks.{i}.layers.0.bias"]))
+        logits = torch.full((*IDS.shape, 256), float("-inf"))
+        logits[..., vllm["token_map"]] = F.linear(y, vllm["lm_heads.0.weight"])
+        assert torch.equal(logits.isfinite(), expected[:, :, i + 1].isfinite())
+        assert_close(logits[..., d2t], expected[:, :, i + 1][..., d2t])
+    for place in ("vllm", "tgi"):
+        again = load_medusa(tmp_path, heads_of=place)
+        assert again.config == model.config and torch.equal(again(IDS, heads=3), expected)
+    with pytest.raises(UsageError, match="only with the model's unembedding"):
+        save_medusa(lively(replace(MEDUSA, draft_vocab=9, shared=False)), tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if k != "token_map"}, "lacks token_map"),
+        (lambda t: t | {"token_map": t["token_map"][:-1]}, "does not list 9 token ids"),
+        (lambda t: t | {"token_map": t["token_map"] + 1}, "holds token 256"),
+        (lambda t: t | {"token_map": t["token_map"].flip(0)}, "do not ascend"),
+        (lambda t: t | {"lm_heads.0.weight": t["lm_heads.0.weight"].flip(0)}, "unembedding is not that of base"),
+    ],
+)
+def test_a_draft_vocabulary_that_does_not_fit_is_refused(change, message: str, tmp_path: Path) -> None:
+    model = lively(replace(MEDUSA, draft_vocab=9))
+    model.unembedding.d2t.copy_(torch.tensor([0, 3, 7, 32, 97, 101, 116, 200, 255]))
+    save_medusa(model, tmp_path)
+    file = tmp_path / "vllm/model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(UsageError, match=message):
+        load_medusa(tmp_path)
+    settings = json.loads((tmp_path / "vllm/config.json").read_text())
+    (tmp_path / "vllm/config.json").write_text(json.dumps(settings | {"truncated_vocab_size": 257}))
+    with pytest.raises(UsageError, match="truncated_vocab_size must be"):
+        load_medusa(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change", [{}, {"shared": False, "heads": 4, "attention_bias": True}, {"tied": True, "qkv_bias": True}]
 )

@@ -114,7 +114,6 @@ def test_a_draft_vocabulary_travels_with_the_heads(kind: str, wiring: str, base:
 @pytest.mark.parametrize(
     ("kind", "form", "place"),
     [
-        ("medusa", "medusa", "Medusa's layout knows none"),
         ("sequential", "mimo", "MiMo's layout knows none"),
         ("medusa", "hf-code", "the code of hf-code knows none"),
         ("transformer", "meta", "cannot express draft_vocab"),
