@@ -85,7 +85,8 @@ class Progress:
         progress.advance(1, loss="2.31")
 
     Use `total=None` if the total is not known yet; `update` may give it later. `start` is how much an earlier run did:
-    it counts for the bar, but not for the time left. Only one bar is on the screen: a second one prints lines.
+    it counts for the bar, but not for the time left. Without `total`, it is what is done when `update` first gives one.
+    Only one bar is on the screen: a second one prints lines.
     """
 
     def __init__(self, label: str, total: int | None = None, *, unit: str = "", start: int = 0) -> None:
@@ -124,7 +125,10 @@ class Progress:
     def update(self, done: int, total: int | None = None, /, **fields: object) -> None:
         """Set how much is done; this method can be passed as a callback, such as `prepare(progress=...)`."""
         self.done = done
-        self.total = self.total if total is None else total
+        if total is not None:
+            if self.total is None:
+                self._start, self._began = done, time.monotonic()
+            self.total = total
         self._fields.update(fields)
         if self._rich is not None:
             self._show()

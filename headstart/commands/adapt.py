@@ -97,6 +97,8 @@ class AdaptSettings:
     """Micro-batches of a step."""
     length: int | None = None
     """Tokens of a row (None: 512, or the model's context)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices inside the heads, with adamw for the rest."""
     lr: float | None = None
     """Peak learning rate (None: 1e-3 for the heads alone; in joint training 5e-5, and --head-lr-ratio times that for
     the heads)."""
@@ -194,6 +196,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         data=_data(settings),
         batch=BatchConfig(settings.rows, settings.accumulate, settings.length or min(LENGTH, model.context)),
         optimizer=OptimizerConfig(
+            kind=settings.optimizer,
             lr=lr,
             head_lr_ratio=settings.head_lr_ratio if joint else 1.0,
             warmup_steps=min(40, settings.steps // 10) if settings.warmup_steps is None else settings.warmup_steps,

@@ -292,6 +292,7 @@ class _Writer:
         engine = self._engine = self._model.engine(slots, context, self._settings.exact, prefill_budget=None)
         waiting = iter(todo)
         done, began, tokens = todo.start, time.monotonic(), 0
+        progress(done, len(self.prompts))  # what an earlier run wrote does not count for the time left
         while True:
             # Twice as many are submitted as are decoded: no slot is ever empty, and few finished answers wait to be
             # written in order.

@@ -99,6 +99,8 @@ class HeadKind(ABC):
     """True if the heads' own unembeddings begin training as copies of head 1's."""
     zero_at_first: ClassVar[tuple[str, ...]] = ()
     """Parts of names of parameters that begin training as zeros."""
+    as_wide_at_first: ClassVar[tuple[str, ...]] = ()
+    """Ends of names of norms whose outputs begin as large as the trunk's output, on a trained model."""
     narrow_at_first: ClassVar[tuple[str, ...]] = ()
     """Parts of names of maps into the residual stream, which begin training with small numbers."""
 
@@ -455,6 +457,7 @@ class SequentialHeads(HeadKind):
     first_block = 2
     reads_tokens = True
     can_be_unshared = True
+    as_wide_at_first = (".latent_norm.weight", ".token_norm.weight")
 
     @property
     def repeats_module(self) -> bool:

@@ -66,9 +66,20 @@ def test_update_has_the_shape_of_a_callback(capsys, monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with Progress("prepare", unit="bytes") as progress:
+        progress.update(0, 4000)
         now[0] = 11
         progress.update(1000, 4000)
     assert capsys.readouterr().err == "prepare: 1,000/4,000 bytes  33s left\n"
+
+
+def test_what_is_done_when_the_total_becomes_known_does_not_count_for_the_time_left(capsys, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with Progress("distill", unit="prompts") as progress:
+        progress.update(500, 1000)
+        now[0] = 10
+        progress.update(600, 1000)
+    assert capsys.readouterr().err == "distill: 600/1,000 prompts  40s left\n"
 
 
 def test_tables_set_numbers_to_the_right() -> None:

@@ -92,7 +92,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
       medusa        W and b of the residual zero, own unembeddings copies (arXiv 2401.10774): exactly head 1.
       stern         output maps zero, the hidden layer random: exactly head 1.
       sequential    a copy of the last block behind a join that passes the normed latent and leaves the token's
-                    embedding out; training adds it. DeepSeek-V3 (arXiv 2412.19437) and FastMTP (2509.18362)
+                    embedding out; training adds it. The norms give their outputs the size of the trunk's output,
+                    which the block was trained on. DeepSeek-V3 (arXiv 2412.19437) and FastMTP (2509.18362)
                     prescribe nothing: they train their modules from scratch.
     """
     blocks = [*model.trunk.blocks, *(model.head(k) for k in model.path(1) if isinstance(model.head(k), Block))]
@@ -101,6 +102,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     with torch.device("meta"):
         new = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
+    wide = config.kind.as_wide_at_first
+    size = size_of_latents(model) if wide else 1.0
     state: dict[str, Tensor] = {}
 
     named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
@@ -128,6 +131,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
         else:
             value = torch.empty(parameter.shape, device=old[EMBEDDING].device)
             new_value_(name, value, new, generator)
+            if name.endswith(wide):
+                value.fill_(size - config.norm_offset)
         state[name] = nn.Parameter(value.detach())
     if config.tied:
         state["unembedding.weights.0"] = state[EMBEDDING]
@@ -136,6 +141,15 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
 
 
 EMBEDDING = "trunk.embedding.weight"
+
+
+@torch.no_grad()
+def size_of_latents(model: Transformer) -> float:
+    """Return the root mean square of the trunk's output, as the median over random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_BT = torch.randint(model.config.vocab_size, (4, min(64, model.config.context)), generator=generator)
+    z_BTD = model.latents(tokens_BT.to(model.device), [])[0]
+    return float(z_BTD.float().square().mean(-1).sqrt().median())
 
 
 @torch.no_grad()

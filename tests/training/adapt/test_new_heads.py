@@ -77,6 +77,18 @@ def test_a_sequential_head_passes_the_latent_and_ignores_the_token() -> None:
     assert torch.equal(new(TOKENS, heads=2)[:, 5, 1], new(other, heads=2)[:, 5, 1])
 
 
+@pytest.mark.parametrize("norm_offset", [False, True])
+def test_the_block_of_a_sequential_head_reads_latents_as_large_as_those_of_the_trunk(norm_offset: bool) -> None:
+    """At any other size, the copied block's products would drown its input, or vanish in it."""
+    old = random_model(replace(PLAIN, norm_offset=norm_offset))
+    with torch.no_grad():
+        old.trunk.embedding.weight *= 30
+    z_BTD = old.latents(TOKENS, [])[0]
+    head = with_heads(old, config_with_heads(old.config, 2, "sequential")).heads[1]
+    joined = head.join(torch.cat([head.latent_norm(z_BTD), head.token_norm(z_BTD)], -1))
+    assert 0.7 < float((joined.norm() / z_BTD.norm()).detach()) < 1.4
+
+
 def test_heads_of_a_model_that_has_some_are_replaced_if_asked() -> None:
     """Also where head 1 lies behind others (anticausal): its path stays whole."""
     for wiring in ("parallel", "anticausal"):
