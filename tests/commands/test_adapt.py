@@ -221,6 +221,7 @@ def test_kept_hidden_states_train_the_same_heads(
     settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = settings("plain", loss="kl", head_kind="sequential", sample_tokens=0)
+    monkeypatch.setattr("headstart.training.adapt.new_heads.size_of_latents", lambda _: 1.0)  # it runs the trunk
     kept = replace(plain, run_dir=plain.run_dir.with_name("kept"), cache_states="true", validation_fraction=0.0)
     adapt(plain)
     ran: list[int] = []
@@ -467,9 +468,11 @@ def test_heads_of_a_gguf_file_are_written_alone(settings: Any, model: Path, tmp_
 
 
 @pytest.mark.skipif(not multiplies_blocks("cpu"), reason="states are made by compiled kernels")
-def test_stored_states_of_a_gguf_file_are_those_of_decoding(
-    settings: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
+def test_stored_states_of_a_gguf_file_are_those_of_decoding_with_the_heads(
+    kind: Any, settings: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last block is head 1 of an ordinary decoder and of transformer heads, and part of the trunk elsewhere."""
     pytest.importorskip("gguf", reason="reads GGUF files; install headstart[gguf]")
     file, made = tmp_path / "model.gguf", []
     convert(model, file, "gguf")
@@ -480,9 +483,9 @@ def test_stored_states_of_a_gguf_file_are_those_of_decoding(
         return made[-1][1]
 
     monkeypatch.setattr(StoredOutputs, "_trunk_output", watched)
-    found = adapt(settings(model=file, head_kind="medusa", steps=2, cache_states="true"))
+    found = adapt(settings(model=file, head_kind=kind, steps=2, cache_states="true"))
     assert made and StoredHeads.read(Path(found["heads_from"])).model.heads == 3
-    decoding = headstart.load(file).transformer
+    decoding = headstart.load(file, heads=found["heads_from"]).transformer
     for tokens, z_BTD in made:
         assert torch.equal(z_BTD, decoding.latents(tokens, [])[0])
 

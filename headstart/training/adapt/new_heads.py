@@ -102,8 +102,6 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     with torch.device("meta"):
         new = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
-    wide = config.kind.as_wide_at_first
-    size = size_of_latents(model) if wide else 1.0
     state: dict[str, Tensor] = {}
 
     named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
@@ -131,12 +129,15 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
         else:
             value = torch.empty(parameter.shape, device=old[EMBEDDING].device)
             new_value_(name, value, new, generator)
-            if name.endswith(wide):
-                value.fill_(size - config.norm_offset)
         state[name] = nn.Parameter(value.detach())
     if config.tied:
         state["unembedding.weights.0"] = state[EMBEDDING]
     new.load_state_dict(state, assign=True)
+    if wide := config.kind.as_wide_at_first:
+        size = size_of_latents(new)
+        for name, parameter in new.named_parameters():
+            if name.endswith(wide):
+                parameter.fill_(size - config.norm_offset)
     return new
 
 

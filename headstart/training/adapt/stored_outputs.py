@@ -68,7 +68,7 @@ class StoredOutputs:
             "trunk_layers": config.model.trunk_layers,
             "data": [[sha256_of(split.directory / MANIFEST), split.split] for split in self._splits],
             "products": config.dtype,
-            "weights": "blocks" if blocks else config.adapt.frozen_dtype,
+            "weights": "packed blocks" if blocks else config.adapt.frozen_dtype,
             "attention_within_documents": config.data.attention_within_documents,
         }
 
@@ -136,9 +136,11 @@ class StoredOutputs:
 
     @torch.no_grad()
     def _trunk_output(self, inputs: StepInputs) -> Tensor:
+        """Return what the heads read. A reader without the new heads may count the last block as its head 1."""
         within = inputs.documents if inputs.attention_within_documents else None
+        last = 0 if self._reader.config.trunk_layers == self._model.config.trunk_layers else 1
         with autocast(self._config, inputs.tokens.device):
-            return self._reader.latents(inputs.tokens, [], within)[0]
+            return self._reader.latents(inputs.tokens, [1] if last else [], within)[last]
 
     @torch.no_grad()
     def _likely_tokens(self, inputs: StepInputs) -> Tensor:
