@@ -18,22 +18,11 @@ from headstart.data.tokenizer_source import END_NAMES, BuiltTokenizer, check_tem
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError, shorten
 from headstart.formats.gguf_split import pre_tokenizer, split_named
-from headstart.formats.gguf_vocabulary import SPACE
+from headstart.formats.gguf_vocabulary import ENDS, SPACE
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
 AGAIN = "convert the model again with a current llama.cpp"
-ENDS = frozenset(
-    {
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
-        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
-        *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
-        # The end of code that fills a gap, and the borders between the files of a repository:
-        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
-        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    }
-)
-"""Names of tokens that end a generation wherever they exist, as in llama.cpp."""
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id", "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
 Merge = tuple[str, str]
 

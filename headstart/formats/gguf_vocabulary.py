@@ -7,11 +7,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headstart.data.byte_tokenizer import byte_alphabet
-from headstart.data.chat_template import load_chat_template
+from headstart.data.chat_template import ChatTemplate, load_chat_template
 from headstart.data.tokenizers import ByteTokenizer, PretrainedTokenizer, Tokenizer
 from headstart.errors import UsageError
 from headstart.formats.gguf_split import split_of
 
+ENDS = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
+        *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"),
+        *("<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
+        # The end of code that fills a gap, and the borders between the files of a repository:
+        *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
+        *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    }
+)
+"""Names of tokens that end a generation wherever they exist, as in llama.cpp."""
 SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -92,20 +103,29 @@ def add_vocabulary(writer: Any, found: Vocabulary, tokenizer: Tokenizer) -> None
         writer.add_token_scores(found.scores)
         writer.add_add_space_prefix(found.space_prefix)
     start = tokenizer.start_ids
-    writer.add_bos_token_id(start[0] if start else end)
+    template = load_chat_template(tokenizer)
+    writer.add_bos_token_id(start[0] if start else _named_start(found, template, end))
     writer.add_add_bos_token(bool(start))
     writer.add_eos_token_id(end)
     writer.add_add_eos_token(False)
     writer.add_pad_token_id(end)
-    further = sorted(tokenizer.end_ids - {end})
+    turn = frozenset[int]() if template is None else template.turn_ends(tokenizer)
+    # llama.cpp ends at the tokens of ENDS by itself. A place for one would make it what it is not: the end of a turn.
+    further = [i for i in (turn | tokenizer.end_ids) - {end} if found.tokens[i] not in ENDS]
+    further.sort(key=lambda i: (i not in turn, i))
     for add, token_id in zip((writer.add_eot_token_id, writer.add_eom_token_id), further):
         add(token_id)
     names = [found.tokens[i] for i in further[2:]]
     found.left += [f"end token {name}: the file has places for three" for name in names]
     found.left += [f"start token {found.tokens[i]}: llama.cpp puts one before a text" for i in start[1:]]
-    template = load_chat_template(tokenizer)
     if template is not None:
         writer.add_chat_template(template.source)
+
+
+def _named_start(found: Vocabulary, template: ChatTemplate | None, end: int) -> int:
+    """Return the token that chat templates call bos_token although no text begins with it; `end` if there is none."""
+    name = None if template is None else dict(template.tokens).get("bos_token")
+    return found.tokens.index(name) if name in found.tokens else end
 
 
 def _refusal(tokenizer: Tokenizer, why: str) -> UsageError:

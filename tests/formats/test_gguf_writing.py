@@ -258,6 +258,26 @@ def test_where_texts_begin_and_end(tmp_path, bpe):
         assert fields["tokenizer.chat_template"] == "{{ messages }}"
 
 
+def test_tokens_of_chats(tmp_path, bpe):
+    """A start token that templates alone write, the end of a turn, and ends that llama.cpp knows by their names."""
+    names = ["<|begin|>", "<|im_end|>", "<|turn|>", "<reponame>", "<|other|>"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": bpe.vocab_size + i, "content": text, **flags} for i, text in enumerate(names)]
+    changed(tmp_path, bpe.directory, added_tokens=[*bpe.definition()["added_tokens"], *added])
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": "<|begin|>"}))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|turn|>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = PretrainedTokenizer(tmp_path)
+    begin, im_end, turn, reponame, other = (tokenizer.encode(name)[0] for name in names)
+    tokenizer.end_ids = frozenset({tokenizer.end_id, im_end, reponame, other})
+    save_gguf(random_model(SIZES), tmp_path / "m.gguf", tokenizer)
+    fields, _ = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.bos_token_id"] == begin and fields["tokenizer.ggml.add_bos_token"] is False
+    places = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    assert places == [tokenizer.end_id, turn, other]
+
+
 def sentencepiece(folder, merges, **changes):
     letters = [f"<0x{byte:02X}>" for byte in range(256)] + ["\u2581", "a", "b", "c", "ab", "bc", "abc"]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
