@@ -1,4 +1,4 @@
-"""Measure what Headstart costs: `python -m bench loss|train|decode|passes|adapt|load|serve [settings]`."""
+"""Measure what Headstart costs: `python -m bench loss|train|decode|passes|adapt|load|serve|engines [settings]`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from headstart.command_line import parse_settings
 from headstart.console import print_json
 from headstart.errors import UsageError
 
-BENCHMARKS = ("loss", "train", "decode", "passes", "adapt", "load", "serve")
+BENCHMARKS = ("loss", "train", "decode", "passes", "adapt", "load", "serve", "engines")
 
 
 def bench(arguments: list[str]) -> None:
-    """Measure costs: headstart bench loss|train|decode|passes|adapt|load|serve [--out DIR] [--json] [settings]."""
+    """Measure costs, and prove exports: headstart bench NAME [--out DIR] [--json] [settings].
+
+    NAME is loss, train, decode, passes, adapt, load, serve or engines.
+    """
     json, arguments = "--json" in arguments, [argument for argument in arguments if argument != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(bench.__doc__)

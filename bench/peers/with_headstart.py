@@ -13,7 +13,8 @@ import torch
 import headstart
 from bench import streams
 from bench.streams import Synthetic, share_right
-from headstart.decoding.settings import Request
+from headstart.data.prompts import encode_prompt, turn_ends
+from headstart.decoding.settings import GenerationSettings, Request
 
 PLAIN = "plain (K = 1, exact=False)"
 
@@ -57,3 +58,24 @@ class Peer:
         if key not in self._outputs:
             self._outputs[key] = streams.plain_outputs(self.model, requests)
         return self._outputs[key]
+
+
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    """Answer the prompts of `bench engines` greedily, with a chain of as many drafts as heads, for each of `heads`.
+
+    The answers of a number of heads are those of an engine. "ends" are the tokens that end an answer.
+    """
+    torch.set_num_threads(case["threads"])
+    model = headstart.load(case["model"], dtype=case["dtype"], heads=case["heads_from"])
+    ends = frozenset(model.tokenizer.end_ids).union(*(turn_ends(model.tokenizer, each) for each in case["prompts"]))
+    outputs: dict[int, list[dict[str, Any]]] = {heads: [] for heads in case["heads"]}
+    for prompt in case["prompts"]:
+        ids = encode_prompt(model.tokenizer, prompt)
+        for heads, answers in outputs.items():
+            settings = GenerationSettings(max_new_tokens=case["new_tokens"], heads=heads)
+            stream = streams.decode(model.transformer, [settings.request(ids, ends=ends)])
+            stats, first = stream.stats, stream.stamps[0][1][0]
+            behind = stats.tokens + stats.ends - first
+            answers.append({"prompt": ids, "tokens": stream.tokens[0], "behind": behind, "passes": stats.passes - 1})
+    version = f"headstart {headstart.__version__}, torch {torch.__version__}"
+    return {"version": version, "outputs": outputs, "ends": sorted(ends)}

@@ -81,3 +81,33 @@ class Peer:
         status = llama_cpp.llama_decode(context, batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
+
+
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    """Answer the prompts of `bench engines` greedily, through the class that users of llama-cpp-python call."""
+    llm = llama_cpp.Llama(
+        case["model"],
+        n_ctx=case["context"],
+        n_threads=case["threads"],
+        n_threads_batch=case["threads"],
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
+    outputs = []
+    for prompt in case["prompts"]:
+        options = {"max_tokens": 1, "temperature": 0.0, "repeat_penalty": 1.0}
+        if isinstance(prompt, str):
+            read = llm.create_completion(prompt, **options)
+        else:
+            read = llm.create_chat_completion(prompt, **options)
+        ids = llm.input_ids[: read["usage"]["prompt_tokens"]].tolist()
+        tokens: list[int] = []
+        for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0):
+            tokens.append(token)
+            if len(tokens) == case["new_tokens"] or llama_cpp.llama_vocab_is_eog(vocabulary, token):
+                break
+        behind = len(tokens) - 1
+        outputs.append({"prompt": ids, "tokens": tokens, "behind": behind, "passes": behind})
+    return {"version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}", "outputs": outputs}

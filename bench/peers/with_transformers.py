@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, CompileConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -68,3 +68,35 @@ class Peer:
             **options,
         )
         return {"stamps": streamer.stamps, "tokens": tokens[:, ids.shape[1] :].tolist()}
+
+
+@torch.no_grad()
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    """Answer the prompts of `bench engines` greedily, with the directory's own code if `code` says so."""
+    torch.set_num_threads(case["threads"])
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(case["model"])
+    model = AutoModelForCausalLM.from_pretrained(
+        case["model"], dtype=getattr(torch, case["dtype"]), trust_remote_code=case["code"]
+    ).eval()
+    outputs = []
+    for prompt in case["prompts"]:
+        options: dict[str, Any] = {"return_tensors": "pt", "return_dict": True}
+        if isinstance(prompt, str):
+            read = tokenizer(prompt, return_tensors="pt")
+        else:
+            read = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+        ids = read["input_ids"]
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=case["new_tokens"],
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        tokens = found.sequences[0, ids.shape[1] :].tolist()
+        passes = found.passes if case["code"] else len(tokens) - 1  # behind that over the prompt
+        behind = len(tokens) - 1
+        outputs.append({"prompt": ids[0].tolist(), "tokens": tokens, "behind": behind, "passes": passes})
+    return {"version": f"transformers {transformers.__version__}, torch {torch.__version__}", "outputs": outputs}

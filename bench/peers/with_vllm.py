@@ -1,4 +1,4 @@
-"""vLLM on a CPU, through the steps of its engine."""
+"""vLLM on a CPU, through the steps of its engine: its speed, and answers to conversations with a drafter."""
 
 from __future__ import annotations
 
@@ -61,3 +61,34 @@ class Peer:
             if any(counts.values()):
                 stamps.append((now, list(counts.values())))
         return {"stamps": stamps, "tokens": list(tokens.values())}
+
+
+def answer(case: dict[str, Any]) -> dict[str, Any]:
+    """Answer the prompts of `bench engines` greedily, one after the other, see `bench/engines.py`."""
+    torch.set_num_threads(case["threads"])
+    llm = LLM(
+        case["model"],
+        dtype=case["dtype"],
+        max_model_len=case["context"],
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        trust_remote_code=case["code"],
+        speculative_config=case["speculative"],
+    )
+    torch.set_num_threads(case["threads"])  # it sets its own
+    one = SamplingParams(temperature=0, max_tokens=1)
+    outputs = []
+    for number, prompt in enumerate(case["prompts"]):
+        # The engine itself turns the prompt into ids, then decodes them step by step.
+        read = llm.generate(prompt, one, use_tqdm=False) if isinstance(prompt, str) else llm.chat(prompt, one)
+        ids, tokens, passes, first = list(read[0].prompt_token_ids), list[int](), 0, 0
+        parameters = SamplingParams(temperature=0, max_tokens=case["new_tokens"], detokenize=False)
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": ids}, parameters)
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                written = list(output.outputs[0].token_ids)
+                passes += len(written) > len(tokens)
+                tokens, first = written, first or len(written)
+        outputs.append({"prompt": ids, "tokens": tokens, "behind": len(tokens) - first, "passes": passes - 1})
+    return {"version": f"vllm {vllm.__version__}, torch {torch.__version__}", "outputs": outputs}
