@@ -118,7 +118,7 @@ PROOFS = (
         "", _mimo_drafts, partial(_has, "sequential"), _mimo,
     ),
 )  # fmt: skip
-"""What is proven, and where. A new export is a line here."""
+"""The exports that are proven, and their engines. A new export is a line here."""
 
 
 @dataclass(frozen=True)
