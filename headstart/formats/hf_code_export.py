@@ -14,7 +14,7 @@ from typing import Any
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import LLAMA, inexpressible, refuse_draft_vocabulary
+from headstart.formats.assembly import LLAMA, inexpressible
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.families import family_of
 from headstart.formats.format import (
@@ -36,7 +36,7 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 """The families whose blocks the code runs, with the prefix of their classes in transformers; the code has Llama."""
 RUN_KINDS = ("transformer", "linear", "replicated", "medusa", "stern", "sequential")
 """The kinds of heads that the code runs."""
-EXPRESSIBLE = (*LLAMA, "family", "rope_scaling", "qkv_bias", "qk_norm")
+EXPRESSIBLE = (*LLAMA, "family", "rope_scaling", "qkv_bias", "qk_norm", "draft_vocab")
 
 
 def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | None = None) -> None:
@@ -52,7 +52,6 @@ def save_hf_code(model: Transformer, directory: Path, tokenizer: Tokenizer | Non
         raise UsageError(
             "linear heads wired anticausally: head 1 is no plain decoder, which hf-code builds on; take headstart"
         )
-    refuse_draft_vocabulary(model.config, "the code of hf-code")
     family, others = family_of(model.config).model_type, inexpressible(model.config, EXPRESSIBLE)
     if family not in FAMILIES or others:
         raise UsageError(

@@ -115,7 +115,6 @@ def test_a_draft_vocabulary_travels_with_the_heads(kind: str, wiring: str, base:
     ("kind", "form", "place"),
     [
         ("sequential", "mimo", "MiMo's layout knows none"),
-        ("medusa", "hf-code", "the code of hf-code knows none"),
         ("transformer", "meta", "cannot express draft_vocab"),
     ],
 )

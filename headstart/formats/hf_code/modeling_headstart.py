@@ -100,7 +100,11 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         self.on_path = self.path(1) if kind == "transformer" else []
         """Heads that are layers of the ordinary model, in order of computation."""
         self.trunk_layers = config.num_hidden_layers - len(self.on_path)
+        self.draft_vocab: int | None = getattr(self.settings, "draft_vocab", None)
+        """Number of tokens that heads 2..n propose (None: all); their ids are `heads.d2t`."""
         self.heads = nn.ModuleDict(self._further_heads(config))
+        if self.draft_vocab is not None:
+            self.heads.register_buffer("d2t", torch.zeros(self.draft_vocab, dtype=torch.long))
         self.post_init()
 
     def _further_heads(self, config: Any) -> dict[str, nn.Module]:
@@ -126,7 +130,7 @@ class HeadstartForCausalLM(LlamaForCausalLM):
                 heads.setdefault("hidden", linear(width, D))
                 parts["output"] = linear(D, width)
             if kind == "replicated" or (kind == "medusa" and not shared):
-                parts["lm_head"] = linear(config.vocab_size, D)
+                parts["lm_head"] = linear(self.draft_vocab or config.vocab_size, D)
             if parts:
                 heads[str(k)] = nn.ModuleDict(parts)
         return heads
@@ -147,6 +151,8 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         heads = {name: tensor.contiguous().cpu() for name, tensor in state.items() if name.startswith("heads.")}
         plain = {name: tensor for name, tensor in state.items() if name not in heads}
         super().save_pretrained(directory, state_dict=plain, **options)
+        if "heads.d2t" in heads:
+            heads["d2t"] = heads.pop("heads.d2t")
         if heads:
             os.makedirs(os.path.join(directory, "heads"), exist_ok=True)
             save_file(heads, os.path.join(directory, HEADS_FILE), metadata={"format": "pt"})
@@ -209,7 +215,13 @@ class HeadstartForCausalLM(LlamaForCausalLM):
         if kind == "stern" and k > 1:
             x = x + self.heads[str(k)]["output"](F.relu(self.heads["hidden"](x)))
         own = k > 1 and (kind == "replicated" or (kind == "medusa" and not self.settings.shared))
-        return self.heads[str(k)]["lm_head"](x) if own else self.lm_head(x)
+        if k == 1 or self.draft_vocab is None:
+            return self.heads[str(k)]["lm_head"](x) if own else self.lm_head(x)
+        d2t = self.heads.d2t
+        logits = self.heads[str(k)]["lm_head"](x) if own else F.linear(x, self.lm_head.weight[d2t])
+        wide = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -torch.inf)
+        wide[..., d2t] = logits
+        return wide
 
     @torch.no_grad()
     def head_logits(self, input_ids: Tensor, heads: int | None = None) -> Tensor:
