@@ -14,8 +14,8 @@ from headstart.arguments import AT_LEAST_0, AT_LEAST_1, FINITE_POSITIVE, FRACTIO
 from headstart.command_line import parse_settings
 from headstart.data.mixture import MixturePart
 from headstart.data.shards import TokenShards
-from headstart.data.tokenizers import load_tokenizer
 from headstart.errors import UsageError
+from headstart.formats.registry import load_data_tokenizer
 from headstart.hardware import dtype_on
 from headstart.model.config import ModelConfig
 from headstart.objective.backends import LossConfig
@@ -316,7 +316,7 @@ def check_vocab_size(config: RunConfig, tokenizer_size: int, tokenizer: str) -> 
 
 def _vocab_size(data: DataConfig) -> int:
     if not data.prepared:
-        return load_tokenizer(data.tokenizer).vocab_size
+        return load_data_tokenizer(data.tokenizer).vocab_size
     return int(TokenShards.open(data.prepared[0].path, "train").manifest["vocab_size"])
 
 

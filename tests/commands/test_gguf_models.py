@@ -67,7 +67,8 @@ def test_adapt_trains_heads_on_a_file_and_convert_makes_a_directory(file, tmp_pa
     monkeypatch.setattr("headstart.training.metrics.peak_flops", lambda *_: (1e12, "assumed"))
     (tmp_path / "cats.txt").write_text(TEXT)
     adapt = ("adapt", file, "--data", tmp_path / "cats.txt", "--run-dir", tmp_path / "run", "--length", "32")
-    printed(capsys, *adapt, "--heads", "2", "--steps", "2", "--rows", "2")
+    printed(capsys, *adapt, "--heads", "2", "--steps", "1", "--rows", "2")
+    printed(capsys, *adapt, "--heads", "2", "--steps", "2", "--rows", "2")  # the run is resumed
     tokens = torch.tensor([list(b"the cat sat")])
     with torch.no_grad():
         plain, again = load_model(file)(tokens), load_model(file, heads=tmp_path / "run" / "heads")
