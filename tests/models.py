@@ -24,6 +24,7 @@ WIRINGS = [
     ("stern", "parallel"),
     ("sequential", "causal"),
     ("sequential-own", "causal"),
+    ("eagle3", "causal"),
 ]
 """(head kind, wiring) of every kind; "-own" is a kind whose heads do not share their weights."""
 every_wiring = pytest.mark.parametrize(("kind", "wiring"), WIRINGS)

@@ -105,7 +105,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     if model.config.drafting_heads < model.config.heads:
         raise UsageError(f"{path}: its offsets have gaps, which tuning does not cover; decode without tuning")
     if settings.tree_nodes and model.config.ahead:
-        raise UsageError(f"{path}: sequential heads draft one chain, not trees; leave --tree-nodes out")
+        raise UsageError(f"{path}: {model.config.head_kind} heads draft one chain, not trees; leave --tree-nodes out")
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context, most=128)
     limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
     given = find_prompts(path, settings.prompts, settings.data, settings.prompt_count, length, new, limit, heads)

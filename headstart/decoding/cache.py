@@ -44,7 +44,7 @@ class KVCache:
         """Allocate the buffers; `compiled` ones are laid out for `cpu.attend`, keys in blocks of 16 positions."""
         self.capacity = -(-capacity // 16) * 16 if compiled else capacity
         E = config.dim_per_head
-        first = (config.trunk_layers + config.head_blocks, slots, config.key_value_heads)
+        first = (config.cached_blocks, slots, config.key_value_heads)
         # Zeros, not empty: a masked NaN still poisons a row of attention. Slots that nobody uses take up no memory.
         self.values = untouched_zeros((*first, self.capacity, E), dtype, device)
         blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
@@ -52,7 +52,7 @@ class KVCache:
         self.compiled = compiled
         self._slot_bytes = self.values[0, 0].nbytes
         # (n-2, slots, D): latents of sequential heads 2..n-1 at the last position that is right.
-        self.carried = torch.zeros(max(0, config.ahead - 1), slots, config.dim, dtype=dtype, device=device)
+        self.carried = torch.zeros(config.carried, slots, config.dim, dtype=dtype, device=device)
 
     def keys_of(self, slot: int) -> Tensor:
         """Return the keys of a slot as (layers, kv_heads, capacity, E), whatever the layout."""

@@ -120,7 +120,7 @@ class Engine:
             )
         if tree is not None and not tree.is_chain and model.ahead:
             raise UsageError(
-                "sequential heads draft one chain, each from the draft before; decode without a draft tree"
+                f"{model.head_kind} heads draft one chain, each from the draft before; decode without a draft tree"
             )
         self.most_heads = drafting if tree is None else tree.depth + 1
         if tree is not None and tree.is_chain:

@@ -32,6 +32,7 @@ class Latents:
         parent, head = self.of[config.parents[k - 1]], self._heads[k - 1]
         select = None if row_S is None else (lambda x: gather_row(x, row_S, 1))
         if isinstance(head, PassHead):
+            parent = head(parent)
             self.of[k] = parent if select is None else select(parent)
             return
         layer = config.trunk_layers + k - 1

@@ -49,9 +49,7 @@ class DecodingMemory:
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Return the bytes of keys and values of one position in all blocks, those of heads included."""
-    return (
-        2 * (config.trunk_layers + config.head_blocks) * config.key_value_heads * config.dim_per_head * dtype.itemsize
-    )
+    return 2 * config.cached_blocks * config.key_value_heads * config.dim_per_head * dtype.itemsize
 
 
 def decoding_memory(
@@ -64,7 +62,7 @@ def decoding_memory(
     n, size = config.heads, dtype.itemsize
     kept = slots * (SLOT_BYTES + 8 * width + 4 * (n - 1)) + 2 * capacity * config.rotary_dim * size
     # Latents that sequential heads carry to the next pass.
-    kept += slots * max(0, config.ahead - 1) * config.dim * cache_dtype(dtype, device).itemsize
+    kept += slots * config.carried * config.dim * cache_dtype(dtype, device).itemsize
     # Logits of the window and of the drafts, widened where they are narrow, and noise for every position of both.
     logits = slots * (width + n - 1) * config.vocab_size * (size + (4 if size < 4 else 0) + 4)
     qkv = config.attention_dim + 2 * config.key_value_heads * config.dim_per_head

@@ -212,7 +212,8 @@ class Request:
         drafting, vocab_size = config.drafting_heads, config.vocab_size
         if config.ahead and self.constraint is not None and self.acceptance.kind == "block":
             # Each later q was computed after drafts that the constraint may have replaced: it would not be their law.
-            raise UsageError("acceptance block is not lossless for sequential heads with a constraint; take rejection")
+            kind = config.head_kind
+            raise UsageError(f"acceptance block is not lossless for {kind} heads with a constraint; take rejection")
         if self.heads is not None and not 1 <= self.heads <= drafting:
             gap = "" if drafting == config.heads else " before a gap in its offsets"
             raise UsageError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from headstart.model.config import ModelConfig
+from headstart.model.shape import Shape
 
 MODEL_FILE = "model.safetensors"
 HEADS_FILE = "heads/heads.safetensors"
@@ -61,7 +62,8 @@ def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
             if k in path:  # a layer of the ordinary decoder
                 parts |= _block_parts(config, ours, MODEL_FILE, f"model.layers.{layer + path.index(k)}")
             else:
-                parts |= _block_parts(config, ours, HEADS_FILE, theirs)
+                kind = config.kind
+                parts |= _block_parts(kind.block_shape, ours, HEADS_FILE, theirs, kind.block_inputs)
     if config.draft_vocab is not None:
         parts["unembedding.d2t"] = [Part(HEADS_FILE, "d2t", (config.draft_vocab,), torch.int64)]
     parts["unembedding.norm.weight"] = [Part(MODEL_FILE, "model.norm.weight", (D,))]
@@ -70,7 +72,11 @@ def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
     return parts
 
 
-def _block_parts(config: ModelConfig, ours: str, file: str, theirs: str) -> dict[str, list[Part]]:
+def _block_parts(
+    config: Shape, ours: str, file: str, theirs: str, inputs: int | None = None
+) -> dict[str, list[Part]]:
+    """Return the parts of a block whose attention reads `inputs` columns (None: dim)."""
+    inputs = inputs or config.dim
     D, Q, K, H = config.dim, config.attention_dim, config.key_value_heads * config.dim_per_head, config.hidden
 
     def part(name: str, *shape: int) -> Part:
@@ -81,9 +87,9 @@ def _block_parts(config: ModelConfig, ours: str, file: str, theirs: str) -> dict
     }
     parts |= {
         f"{ours}.attention.qkv.weight": [
-            part("self_attn.q_proj.weight", Q, D),
-            part("self_attn.k_proj.weight", K, D),
-            part("self_attn.v_proj.weight", K, D),
+            part("self_attn.q_proj.weight", Q, inputs),
+            part("self_attn.k_proj.weight", K, inputs),
+            part("self_attn.v_proj.weight", K, inputs),
         ],
         f"{ours}.attention.out.weight": [part("self_attn.o_proj.weight", D, Q)],
         f"{ours}.mlp.gate_up.weight": [part("mlp.gate_proj.weight", H, D), part("mlp.up_proj.weight", H, D)],

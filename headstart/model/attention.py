@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time (positions), H attention heads, K key/value head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def blocked_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
     B, H, T, E = q_BHTE.shape
     group = H // k_BKTE.shape[1]
     q, k, v = q_BHTE.reshape(-1, group, T, E), k_BKTE.reshape(-1, T, E), v_BKTE.reshape(-1, T, E)
-    return _Blocked.apply(q, k, v).view(B, H, T, E)
+    return _Blocked.apply(q, k, v)[0].view(B, H, T, E)
 
 
 class _Blocked(torch.autograd.Function):
@@ -76,10 +76,10 @@ class _Blocked(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the mixture (N, G, T, E)."""
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixture (N, G, T, E), and the logarithm of the sum of the scores' exponentials, (N, G, T)."""
         N, G, T, E = q.shape
-        y, probabilities = torch.empty_like(q), []
+        y, total, probabilities = torch.empty_like(q), q.new_empty(N, G, T), []
         hidden = torch.full((BLOCK, BLOCK), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
@@ -88,19 +88,21 @@ class _Blocked(torch.autograd.Function):
             scores.view(N, G, rows, end)[..., start:] += hidden[:rows, :rows]
             p = scores.softmax(-1)
             y[:, :, start:end] = torch.bmm(p, v[:, :end]).view(N, G, rows, E)
+            # The largest probability of a row is never rounded to 0, so its logarithm is finite.
+            total[:, :, start:end] = (scores.amax(-1) - p.amax(-1).log_()).view(N, G, rows)
             probabilities.append(p)
         ctx.save_for_backward(q, k, v, y, *probabilities)
-        return y
+        return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v."""
         q, k, v, y, *probabilities = ctx.saved_tensors
         N, G, T, E = q.shape
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         # What the softmax's backward takes from every score of a row.
-        mean = (dy * y).sum(-1, keepdim=True)
+        mean = (dy * y).sum(-1, keepdim=True) - dtotal[..., None]
         for p, start in zip(probabilities, range(0, T, BLOCK)):
             end = min(start + BLOCK, T)
             rows = G * (end - start)
@@ -155,3 +157,79 @@ class RegisterAttention:
         seen = self._seen_BRT if window is None else self._seen_BRT & (self._distance_BRT < window - 1)
         mask = torch.cat([seen, self._itself_BRR], -1)[:, None]
         return torch.cat([ordinary, _masked_attention(q_BHTE[:, :, T:], k_BKTE, v_BKTE, mask)], 2)
+
+
+class StepAttention:
+    """The attention of steps of one module over one set of keys and values (EAGLE-3, `eagle.py`), in whole rows.
+
+    Row t of step d stands at position t + d - 1. It sees what step 1 wrote up to position t, and behind that what steps
+    2 to d wrote in row t: its own drafts, as in decoding. Call it once for each step, in order.
+
+    Args:
+        ordinary: the attention of step 1, causal or that of documents.
+        detached: whether later steps read detached aliases of the keys and values, whose gradients `gradients` returns.
+    """
+
+    def __init__(self, ordinary: Callable[..., Tensor], detached: bool = False) -> None:
+        self._ordinary, self._detached = ordinary, detached
+        self._mask = ordinary.mask if isinstance(ordinary, DocumentAttention) else None
+        self._made: list[tuple[Tensor, Tensor]] = []
+        self._read: list[tuple[Tensor, Tensor]] = []
+        """Keys and values of each step, and what later steps read of them."""
+
+    def __call__(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        """Attend in the next step."""
+        own = [*self._read[1:], (k_BKTE, v_BKTE)]
+        if not self._made:
+            y = self._ordinary(q_BHTE, k_BKTE, v_BKTE)
+        else:
+            y = step_attention(q_BHTE, *self._read[0], own, self._mask)
+        self._made.append((k_BKTE, v_BKTE))
+        self._read.append((self._alias(k_BKTE), self._alias(v_BKTE)))
+        return y
+
+    def gradients(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Return what a step (from 0) wrote, with the gradients of the later steps, which have run backward."""
+        pairs = zip(self._made[step], self._read[step])
+        return [(made, read.grad) for made, read in pairs if self._detached and read.grad is not None]
+
+    def _alias(self, x: Tensor) -> Tensor:
+        return x.detach().requires_grad_(x.requires_grad) if self._detached else x
+
+
+def step_attention(
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, own: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None
+) -> Tensor:
+    """Attend from row t to the rows up to t of `k_BKTE`, and to row t of each pair of keys and values in `own`.
+
+    `mask` (B, 1, T, T) is True where a row sees a row of `k_BKTE` (None: all up to it).
+    """
+    B, H, T, E = q_BHTE.shape
+    K = k_BKTE.shape[1]
+    q, k, v = q_BHTE.reshape(B * K, H // K, T, E), k_BKTE.reshape(-1, T, E), v_BKTE.reshape(-1, T, E)
+    if mask is None and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+        y, total = _Blocked.apply(q, k, v)
+    else:
+        y, total = _summed_attention(q, k, v, mask, B)
+    # The softmax over two parts of the keys weighs the mixture of each by the sum of its exponentials.
+    keys, values = ([x.reshape(-1, 1, T, E) for x in part] for part in zip(*own))
+    scores = [(q * key).sum(-1) * E**-0.5 for key in keys]
+    weights = torch.stack([total.to(q.dtype), *scores], -1).softmax(-1)
+    y = y * weights[..., :1]
+    for i, value in enumerate(values, start=1):
+        y = y + value * weights[..., i : i + 1]
+    return y.view(B, H, T, E)
+
+
+def _summed_attention(
+    q_NGTE: Tensor, k_NTE: Tensor, v_NTE: Tensor, mask: Tensor | None, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Do what `_Blocked` does in plain products, where `mask` (rows, 1, T, T) is True (None: up to each row)."""
+    N, G, T, E = q_NGTE.shape
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q_NGTE.device).tril().expand(rows, 1, T, T)
+    scores = torch.bmm(q_NGTE.reshape(N, G * T, E) * E**-0.5, k_NTE.mT).view(rows, -1, T, T)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    total = scores.float().logsumexp(-1) if scores.dtype != torch.float64 else scores.logsumexp(-1)
+    y = torch.bmm(scores.softmax(-1).view(N, G * T, T), v_NTE)
+    return y.view(N, G, T, E), total.view(N, G, T)

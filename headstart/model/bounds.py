@@ -21,7 +21,10 @@ SIZES = {
     "draft_vocab": 10**8,
 }
 """The largest value of each whole number; the smallest is 1."""
-LISTS = {"window_layers": MOST_LAYERS, "nope_layers": MOST_LAYERS, "offsets": SIZES["context"]}
+LISTS = {
+    **{"window_layers": MOST_LAYERS, "nope_layers": MOST_LAYERS, "features": MOST_LAYERS},
+    "offsets": SIZES["context"],
+}
 """The largest entry of each list. No list has more entries than a model has layers."""
 BASES = ("rope_theta", "local_rope_theta")
 """Numbers of at least 1: with a smaller base, later pairs would turn faster."""

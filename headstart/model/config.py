@@ -23,7 +23,7 @@ WRITTEN = (
 WRITTEN_IF_SET = (
     *("family", "rope_scaling", "qkv_bias", "qk_norm", "norm_placement", "norm_offset", "activation"),
     *("scaled_embedding", "query_scalar", "window", "window_layers", "local_rope_theta", "nope_layers", "offsets"),
-    "draft_vocab",
+    *("draft_vocab", "features", "norm_output"),
 )
 """The fields that follow in a stored configuration if they differ from their defaults. A new field belongs here: files
 written before it, and their digests, stay the same."""
@@ -40,7 +40,8 @@ class ModelConfig(Shape):
     head_kind: HeadKindName = "transformer"
     """transformer: one block per head; linear: one matrix per head; replicated: one unembedding per head; medusa: a
     residual layer per head behind the final norm; stern: one feed-forward layer with an output per head there;
-    sequential: a block that also reads the token before the one to predict, DeepSeek-V3's (wiring: causal)."""
+    sequential: a block that also reads the token before the one to predict, DeepSeek-V3's (wiring: causal); eagle3: one
+    block that reads several layers of the trunk and then its own outputs (wiring: causal)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +59,11 @@ class ModelConfig(Shape):
         return HEAD_KINDS[self.head_kind](self)
 
     @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """The tree of heads: entry k-1 is the head that feeds head k, 0 for the trunk (paper section B)."""
+        return self.kind.parents
+
+    @cached_property
     def trunk_layers(self) -> int:
         """Blocks of the trunk."""
         return self.kind.trunk_layers
@@ -68,9 +74,29 @@ class ModelConfig(Shape):
         return self.heads - 1 if self.kind.reads_tokens else 0
 
     @cached_property
+    def handed_out(self) -> tuple[int, ...]:
+        """The layers whose inputs the trunk hands out in addition to its output, ascending."""
+        return tuple(layer for layer in self.kind.features if layer < self.trunk_layers)
+
+    @property
+    def state_dim(self) -> int:
+        """Width of what the trunk returns: the inputs that it hands out, then its output."""
+        return (len(self.handed_out) + 1) * self.dim
+
+    @cached_property
     def head_blocks(self) -> int:
-        """Blocks that heads run through, each with its own keys and values: those of the last heads, in order."""
+        """Blocks that heads run through, counted once for each head: those of the last heads, in order."""
         return sum(map(self.kind.has_block, range(1, self.heads + 1)))
+
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks with keys and values of their own: the trunk's, then those of heads."""
+        return self.trunk_layers + (min(1, self.head_blocks) if self.kind.one_cache else self.head_blocks)
+
+    @property
+    def carried(self) -> int:
+        """Latents of each slot that decoding carries from pass to pass."""
+        return 0 if self.kind.one_cache else max(0, self.ahead - 1)
 
     @cached_property
     def block_layers(self) -> tuple[int, ...]:
@@ -90,7 +116,7 @@ class ModelConfig(Shape):
         layers = self.next_token_layers
         return replace(
             self, layers=layers, heads=1, shared=True, wiring="parallel", extra_layers=0, offsets=None,
-            draft_vocab=None,
+            draft_vocab=None, features=None, norm_output=False,
             # A head needs a trunk below it. If there is one layer, it is the trunk, and head 1 reads it as it is.
             head_kind="transformer" if layers > 1 else "linear",
         )  # fmt: skip

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from headstart.errors import UsageError
 from headstart.model.attention import causal_attention
+from headstart.model.eagle import EagleHead, block_shape, default_features
 from headstart.model.layers import Attend, Block, RMSNorm
 from headstart.model.shape import Shape, Wiring
 
@@ -50,6 +52,18 @@ class PassHead(nn.Module):
     def forward(self, z_BTD: Tensor, *_: object) -> Tensor:
         """Return the latent."""
         return z_BTD
+
+
+class OutputHead(PassHead):
+    """Head 1 on a trunk that hands out inputs of layers: it reads the trunk's output, which comes last."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, z: Tensor, *_: object) -> Tensor:
+        """Return the trunk's output."""
+        return z[..., -self.dim :]
 
 
 class Residuals(nn.Module):
@@ -85,12 +99,17 @@ class HeadKind(ABC):
     """The wirings that the heads can have; the first is the default of new heads."""
     why_wiring: ClassVar[str] = ""
     """The reason for `wirings`, as the end of a sentence about the heads."""
+    reads_features: ClassVar[bool] = False
+    """True if heads read inputs of the trunk's layers."""
     takes_layers: ClassVar[bool] = False
     """True if heads count among the model's layers, and leave fewer to the trunk."""
     first_block: ClassVar[int | None] = None
     """The first head that runs through a transformer block; the heads behind it do too."""
     in_unembedding: ClassVar[bool] = False
     """True if heads 2..n are parts of the unembedding, and all read the trunk's latent as it is."""
+    one_cache: ClassVar[bool] = False
+    """True if heads 2..n are steps of one module with one set of keys and values: head k stands k - 2 positions after its
+    latent's, see `attention.StepAttention`."""
     reads_tokens: ClassVar[bool] = False
     """True if head k also reads token t+k-1. Drafts are then made one after the other, and otherwise all at once."""
     can_be_unshared: ClassVar[bool] = False
@@ -126,6 +145,9 @@ class HeadKind(ABC):
             raise UsageError(
                 f"model.extra_layers is for transformer heads; {shape.head_kind} heads take no trunk layer"
             )
+        for name in ("features", "norm_output"):
+            if getattr(shape, name) and not self.reads_features:
+                raise UsageError(f"model.{name} is for eagle3 heads, not {shape.head_kind}; leave it out")
 
     @property
     def trunk_layers(self) -> int:
@@ -139,9 +161,34 @@ class HeadKind(ABC):
         return True
 
     @property
+    def parents(self) -> tuple[int, ...]:
+        """The tree of heads, see `Shape.wired`."""
+        return self.shape.wired
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The layers whose inputs the heads read, ascending; the trunk's number of layers stands for its output."""
+        return ()
+
+    @property
+    def block_shape(self) -> Shape:
+        """The shape of the blocks that `block_names` names."""
+        return self.shape
+
+    @property
+    def block_inputs(self) -> int:
+        """Width of the input of their attention."""
+        return self.shape.dim
+
+    @property
+    def unembeddings(self) -> int:
+        """Matrices of the unembedding: head k has the k-th, or the last."""
+        return 1
+
+    @property
     def own_unembeddings(self) -> bool:
-        """True if each head has an unembedding of its own."""
-        return False
+        """True if heads 2..n do not use head 1's unembedding."""
+        return self.unembeddings > 1
 
     @property
     def repeats_module(self) -> bool:
@@ -171,13 +218,13 @@ class HeadKind(ABC):
         """
         if self.is_plain(k):
             return {}
-        V, D, own = self.shape.drafted_tokens, self.shape.dim, self.own_unembeddings
+        V, D, own = self.shape.drafted_tokens, self.shape.dim, 1 < k <= self.unembeddings
         unembedding = {f"unembedding.weights.{k - 1}": (f"heads.{k}.lm_head.weight", (V, D))} if own else {}
         return {**unembedding, **self._tensors(k)}
 
     def parameters(self, k: int) -> int:
         """Return the number of parameters that head k adds to the model."""
-        block = 0 if self.block_names(k) is None else self.shape.block_parameters
+        block = 0 if self.block_names(k) is None else self.block_shape.block_parameters + self._wider_weights()
         return block + sum(math.prod(shape) for _, shape in self.tensors(k).values())
 
     def multiplied_weights(self, k: int) -> int:
@@ -191,12 +238,27 @@ class HeadKind(ABC):
     def modules(self) -> nn.ModuleList:
         """Return the modules of the heads in order, head 1's first. Heads that share a module share the last."""
         ks = range(1, self.shape.heads + 1)
-        found = [PassHead() if self.is_plain(k) else self._module(k) for k in ks]
+        plain = OutputHead(self.shape.dim) if self.features else PassHead()
+        found = [plain if self.is_plain(k) else self._module(k) for k in ks]
         return nn.ModuleList(module for module in found if module is not None)
 
     def residuals(self) -> Residuals | None:
         """Return the module between the final norm and the unembedding: (normed latent, k) -> latent of head k."""
         return None
+
+    def draft_norm(self) -> nn.Module | None:
+        """Return the norm before the unembedding of heads 2..n; None: head 1's."""
+        return None
+
+    def copied(self, name: str, block: Mapping[str, Tensor], norm_D: Tensor) -> Tensor | None:
+        """Return the first value of a parameter of new heads on an existing model; None: it is no copy.
+
+        Args:
+            name: the parameter; in a block of head k without the name of the block.
+            block: the parameters of the last block before head 1's unembedding.
+            norm_D: the weight of the final norm.
+        """
+        return block.get(name)
 
     def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
         """Fill a parameter of new heads so that they begin as head 1, and return True; else return False."""
@@ -209,6 +271,12 @@ class HeadKind(ABC):
     def _tensors(self, k: int) -> Tensors:
         """Return the parameters of head k, which is not plain, outside of blocks and unembeddings."""
         return {}
+
+    def _wider_weights(self) -> int:
+        """Return the entries of a block's matrices for inputs that are wider than its stream."""
+        shape = self.block_shape
+        width = shape.attention_dim + 2 * shape.key_value_heads * shape.dim_per_head
+        return (self.block_inputs - shape.dim) * width
 
     def _map_weights(self) -> int:
         """Return the entries of the matrices of a head that is not plain, outside of block and unembedding."""
@@ -303,9 +371,9 @@ class ReplicatedHeads(HeadKind):
     in_unembedding = True
 
     @property
-    def own_unembeddings(self) -> bool:
-        """True if each head has an unembedding of its own: always."""
-        return True
+    def unembeddings(self) -> int:
+        """Matrices of the unembedding: one for each head."""
+        return self.shape.heads
 
 
 class MedusaResiduals(Residuals):
@@ -340,9 +408,9 @@ class MedusaHeads(HeadKind):
     zero_at_first = (".residuals.maps.",)
 
     @property
-    def own_unembeddings(self) -> bool:
-        """True if each head has an unembedding of its own."""
-        return not self.shape.shared
+    def unembeddings(self) -> int:
+        """Matrices of the unembedding: one, or one for each head."""
+        return 1 if self.shape.shared else self.shape.heads
 
     def kept_bytes(self, kept: KeptBytes) -> int:
         """Return the bytes of the input of SiLU, and of the sum."""
@@ -505,6 +573,132 @@ class SequentialHeads(HeadKind):
         return SequentialHead(self.shape, self.layer(k)) if self._adds_module(k) else None
 
 
+class Eagle3Heads(HeadKind):
+    """One block that reads states of the trunk, and in further steps its own outputs (EAGLE-3, `eagle.py`).
+
+    It has a final norm and an output matrix of its own. Head k is step k - 1.
+    """
+
+    description = "step of EAGLE's block"
+    wirings = ("causal",)
+    why_wiring = "read one another's outputs in turn"
+    reads_features = True
+    first_block = 2
+    one_cache = True
+    reads_tokens = True
+    copies_unembedding = True
+
+    def check(self) -> None:
+        """Raise UsageError for fields of the shape that do not go with these heads."""
+        super().check()
+        features, layers = self.features, self.trunk_layers
+        ascending = all(before < after for before, after in pairwise(features))
+        if self.shape.heads > 1 and not (features and ascending and features[-1] <= layers):
+            raise UsageError(
+                f"model.features is {list(features)}; it must ascend, up to {layers}, the trunk's output, such as "
+                f"{list(default_features(layers))}"
+            )
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """The tree of heads: heads 1 and 2 read the trunk, and each other one the head before."""
+        return (0, *(0 if k == 2 else k - 1 for k in range(2, self.shape.heads + 1)))
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """The layers whose inputs the heads read, ascending; the trunk's number of layers stands for its output."""
+        if self.shape.heads == 1:
+            return ()
+        return default_features(self.trunk_layers) if self.shape.features is None else self.shape.features
+
+    @property
+    def block_shape(self) -> Shape:
+        """The shape of the block: Llama's."""
+        return block_shape(self.shape)
+
+    @property
+    def block_inputs(self) -> int:
+        """Width of an embedding and a state."""
+        return 2 * self.shape.dim
+
+    @property
+    def unembeddings(self) -> int:
+        """Matrices of the unembedding: head 1's, and that of all steps."""
+        return min(2, self.shape.heads)
+
+    @property
+    def repeats_module(self) -> bool:
+        """True if several heads run through the module."""
+        return self.shape.heads > 2
+
+    def layer(self, k: int) -> int:
+        """Return the layer above the trunk."""
+        return self.trunk_layers
+
+    def block_names(self, k: int) -> tuple[str, str] | None:
+        """Return the names of the block, which head 2 adds."""
+        return ("heads.1.midlayer", "heads.shared.midlayer") if k == 2 else None
+
+    def multiplied_weights(self, k: int) -> int:
+        """Return the weights that a token is multiplied with outside of a block as wide as its stream."""
+        if k == 1:
+            return 0
+        joined = len(self.features) * self.shape.dim**2 if k == 2 and len(self.features) > 1 else 0
+        return joined + self._wider_weights()
+
+    def kept_bytes(self, kept: KeptBytes) -> int:
+        """Return the bytes of a block, a norm, and the normed inputs of its attention."""
+        return 0 if self.shape.heads == 1 else kept.block() + kept.norm() + 3 * kept.compute * self.shape.dim
+
+    def draft_norm(self) -> nn.Module | None:
+        """Return the final norm of the steps; outputs that the module norms need none."""
+        shape = self.shape
+        if shape.heads == 1:
+            return None
+        return nn.Identity() if shape.norm_output else RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset)
+
+    def copied(self, name: str, block: Mapping[str, Tensor], norm_D: Tensor) -> Tensor | None:
+        """Return a copy of the last block that ignores the embedding, and of the final norm."""
+        if name == self._norm_name:
+            return norm_D
+        if name == "attention.qkv.weight":
+            return torch.cat([torch.zeros_like(block[name]), block[name]], 1)
+        if name == "hidden_norm.weight":
+            return block.get("attention_norm.weight")
+        return None if name == "attention_norm.weight" else block.get(name)
+
+    def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
+        """Make the matrix that joins states pass the last one."""
+        if found := name.endswith(".fc.weight"):
+            tensor.zero_()
+            nn.init.eye_(tensor[:, -self.shape.dim :])
+        return found
+
+    def describe(self, k: int) -> str:
+        """Name the step, and what it reads."""
+        if k > 2:
+            return f"step {k - 1} of the same block, on the output of head {k - 1} and token t+{k - 1}"
+        inputs = [f"input of layer {f}" if f < self.trunk_layers else "the trunk's output" for f in self.features]
+        return f"block that reads {', '.join(inputs)} and token t+1; own output matrix"
+
+    @property
+    def _norm_name(self) -> str:
+        return "heads.1.norm.weight" if self.shape.norm_output else "unembedding.draft_norm.weight"
+
+    def _tensors(self, k: int) -> Tensors:
+        D, F = self.shape.dim, len(self.features)
+        if k > 2:
+            return {}
+        fc: Tensors = {"heads.1.fc.weight": ("heads.shared.fc.weight", (D, F * D))} if F > 1 else {}
+        hidden = {"heads.1.midlayer.hidden_norm.weight": ("heads.shared.midlayer.hidden_norm.weight", (D,))}
+        return {**fc, **hidden, self._norm_name: ("heads.shared.norm.weight", (D,))}
+
+    def _module(self, k: int) -> nn.Module | None:
+        if k > 2:
+            return None
+        return EagleHead(self.block_shape, self.trunk_layers, len(self.features), self.shape.norm_output)
+
+
 HEAD_KINDS: dict[str, type[HeadKind]] = {
     "transformer": TransformerHeads,
     "linear": LinearHeads,
@@ -512,4 +706,5 @@ HEAD_KINDS: dict[str, type[HeadKind]] = {
     "medusa": MedusaHeads,
     "stern": SternHeads,
     "sequential": SequentialHeads,
+    "eagle3": Eagle3Heads,
 }

@@ -42,10 +42,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Self-attention with rotary positions and grouped key/value heads; q, k and v come from one matrix.
 
-    It knows what differs between layers: whether its attention slides, and which rotary positions it has.
+    It knows what differs between layers: whether its attention slides, and which rotary positions it has. Its input is
+    `inputs` wide (None: dim).
     """
 
-    def __init__(self, shape: Shape, layer: int = 0) -> None:
+    def __init__(self, shape: Shape, layer: int = 0, inputs: int | None = None) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim_per_head = (
             shape.attention_heads,
@@ -53,7 +54,7 @@ class Attention(nn.Module):
             shape.dim_per_head,
         )
         width = (self.heads + 2 * self.kv_heads) * self.dim_per_head
-        self.qkv = nn.Linear(shape.dim, width, bias=shape.attention_bias or shape.qkv_bias)
+        self.qkv = nn.Linear(inputs or shape.dim, width, bias=shape.attention_bias or shape.qkv_bias)
         self.out = nn.Linear(shape.attention_dim, shape.dim, bias=shape.attention_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None

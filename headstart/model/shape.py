@@ -132,6 +132,11 @@ class Shape:
     """Distance that each head predicts ahead, head 1's first: ascending from 1, such as [1, 2, 4] (None: 1 to n)."""
     draft_vocab: int | None = None
     """Tokens that heads 2..n predict, those of the map `d2t` among the heads' tensors (None: the whole vocabulary)."""
+    features: tuple[int, ...] | None = None
+    """eagle3: the layers whose inputs the heads read, ascending; the number of layers means the trunk's output (None: 2,
+    layers / 2 and layers - 3)."""
+    norm_output: bool = False
+    """eagle3: the output of a step is normed before the next step reads it (EAGLE-3.1)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -235,9 +240,14 @@ class Shape:
         """Return how many positions the attention of a layer sees, its own included; None: all up to it."""
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
-    @cached_property
+    @property
     def parents(self) -> tuple[int, ...]:
         """The tree of heads: entry k-1 is the head that feeds head k, 0 for the trunk (paper section B)."""
+        return self.wired
+
+    @cached_property
+    def wired(self) -> tuple[int, ...]:
+        """The tree of heads that `wiring` names."""
         ks = range(1, self.heads + 1)
         if self.wiring == "causal":
             return tuple(k - 1 for k in ks)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.model.attention import DocumentAttention, causal_attention
+from headstart.model.attention import DocumentAttention, StepAttention, causal_attention
 from headstart.model.config import ModelConfig
 from headstart.model.draft_vocabulary import widen
 from headstart.model.layers import Attend, Block, RMSNorm
@@ -39,6 +39,7 @@ class Trunk(nn.Module):
         kind = ScaledEmbedding if config.scaled_embedding else nn.Embedding
         self.embedding = kind(config.vocab_size, config.dim, _weight=weight if weight.is_meta else None)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.trunk_layers))
+        self.handed_out = config.handed_out
 
     def forward(
         self,
@@ -49,13 +50,19 @@ class Trunk(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the latents z (B, T, D) of tokens (B, T) int64. `attend(layer)` gives the attention of that block.
 
+        If heads read inputs of layers (`handed_out`), these come before the latents: z is then (B, T, (F + 1) x D).
         With `length` return z of the first `length` tokens, and the embeddings (B, T, D) of all, which sequential heads
         read. The lookup is in here, so that the matrix is used once in a pass, which sharding requires.
         """
         embeddings_BTD = self.embedding(tokens_BT)
         z_BTD = embeddings_BTD[:, :length]
+        handed_out: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
+            if layer in self.handed_out:
+                handed_out.append(z_BTD)
             z_BTD = block(z_BTD, rotary, attend(layer))
+        if handed_out:
+            z_BTD = torch.cat([*handed_out, z_BTD], -1)
         return z_BTD if length is None else (z_BTD, embeddings_BTD)
 
 
@@ -68,8 +75,9 @@ class Unembedding(nn.Module):
     def __init__(self, config: ModelConfig, tied_to: Tensor | None = None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.dim, config.norm_eps, config.norm_offset)
-        copies = config.heads if config.kind.own_unembeddings else 1
+        copies = config.kind.unembeddings
         self.residuals = config.kind.residuals()
+        self.draft_norm = config.kind.draft_norm()
         first = (
             nn.Parameter(torch.empty(config.vocab_size, config.dim)) if tied_to is None else cast(nn.Parameter, tied_to)
         )
@@ -86,7 +94,7 @@ class Unembedding(nn.Module):
     def weight(self, k: int) -> Tensor:
         """Return the matrix of head k: (V, D), or with a draft vocabulary (Vd, D) for k > 1."""
         if len(self.weights) > 1:
-            return self.weights[k - 1]
+            return self.weights[min(k, len(self.weights)) - 1]
         return self.weights[0] if k == 1 or self.d2t is None else self.weights[0][self.d2t]
 
     def forward(self, z: Tensor, k: int = 1, using: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
@@ -96,7 +104,7 @@ class Unembedding(nn.Module):
         never holds all logits, and gets its scalar back. So the weight is only ever touched inside this module's
         forward, which sharding hooks on to. Its rows are draft ids where head k has a draft vocabulary.
         """
-        x = self.norm(z)
+        x = self.norm(z) if k == 1 or self.draft_norm is None else self.draft_norm(z)
         if self.residuals is not None and k > 1:
             x = self.residuals(x, k)
         if using is not None:
@@ -181,7 +189,7 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         attention: tuple[Attend, Tensor] | None = None,
     ) -> dict[int, Tensor]:
-        """Return the latents (B, T, D) of the heads `ks` and of the heads on their paths; entry 0 is the trunk's z.
+        """Return the latents (B, T, D) of the heads `ks` and of the heads on their paths; entry 0 is the trunk's output.
 
         Sequential head k reads the token k - 1 behind a position. Its latents are NaN in the last k - 1 positions,
         which lack that token: cut them off before the unembedding, not after it, if gradients are needed.
@@ -192,24 +200,23 @@ class Transformer(nn.Module):
         if attention is None:
             plain: Attend = causal_attention if documents_BT is None else DocumentAttention(documents_BT)
             attention = plain, torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        attend, positions = attention
-        rotary = self.rotary(positions, compute_dtype(cast(Tensor, self.unembedding.norm.weight)))
+        rows = HeadRows(self, *attention)
         T, reads_ahead = tokens_BT.shape[1], self.config.ahead > 0
-        z_BTD = self.trunk(tokens_BT, rotary, lambda layer: attend, T if reads_ahead else None)
+        z_BTD = self.trunk(tokens_BT, rows.rotary, lambda layer: rows.attend, T if reads_ahead else None)
         latents = {0: z_BTD[0] if reads_ahead else z_BTD}
         for k in ks:
             for step in self.path(k):
                 if step not in latents:
-                    parent, more = latents[self.config.parents[step - 1]], {}
+                    ahead = None
                     if reads_ahead and step > 1:
                         # No earlier position attends to the padding at the end.
-                        more["ahead_BTD"] = F.pad(z_BTD[1][:, step - 1 :], (0, 0, 0, min(step - 1, T)))
-                    latents[step] = self.head(step)(parent, rotary, attend, **more)
+                        ahead = F.pad(z_BTD[1][:, step - 1 :], (0, 0, 0, min(step - 1, T)))
+                    latents[step] = rows.run(step, latents[self.config.parents[step - 1]], ahead)
         if reads_ahead:
             for k in latents.keys() - {0, 1}:
-                rows = max(0, T - k + 1)
-                missing = torch.full_like(latents[k][:, rows:], math.nan)
-                latents[k] = torch.cat([latents[k][:, :rows], missing], 1)
+                known = max(0, T - k + 1)
+                missing = torch.full_like(latents[k][:, known:], math.nan)
+                latents[k] = torch.cat([latents[k][:, :known], missing], 1)
         return latents
 
     def forward(self, tokens_BT: Tensor, heads: int | None = None, documents_BT: Tensor | None = None) -> Tensor:
@@ -227,6 +234,39 @@ class Transformer(nn.Module):
         rows_of_heads = [max(0, T - k + 1) if self.config.ahead else T for k in ks]
         logits = [self.unembedding(latents[k][:, :rows], k) for k, rows in zip(ks, rows_of_heads)]
         return torch.stack([F.pad(row, (0, 0, 0, T - row.shape[1]), value=math.nan) for row in logits], dim=2)
+
+
+class HeadRows:
+    """The heads of a model over whole rows: their attention and rotary tables, in training and for `latents`.
+
+    Args:
+        model: the model.
+        attend: the attention of trunk and heads.
+        positions: rotary positions, (T,) or (B, T).
+        detached: whether heads read detached keys and values of other heads, see `StepAttention`.
+    """
+
+    def __init__(self, model: Transformer, attend: Attend, positions: Tensor, detached: bool = False) -> None:
+        self._model, self.attend, self._positions = model, attend, positions
+        self._dtype = compute_dtype(cast(Tensor, model.unembedding.norm.weight))
+        self.rotary = model.rotary(positions, self._dtype)
+        self._steps = StepAttention(attend, detached) if model.config.kind.one_cache else None
+
+    def run(self, k: int, parent_BTD: Tensor, ahead_BTD: Tensor | None = None) -> Tensor:
+        """Return the latent (B, T, D) of head k, given its parent's, and the embeddings that it reads, if any.
+
+        Heads that share one cache run once each, in order.
+        """
+        attend, rotary, more = self.attend, self.rotary, {} if ahead_BTD is None else {"ahead_BTD": ahead_BTD}
+        if self._steps is not None and k > 1:
+            attend = self._steps
+            if k > 2:
+                rotary = self._model.rotary(self._positions + (k - 2), self._dtype)
+        return cast(Tensor, self._model.head(k)(parent_BTD, rotary, attend, **more))
+
+    def gradients(self, k: int) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values of head k that other heads read detached, with the gradients of those heads."""
+        return [] if self._steps is None or k == 1 else self._steps.gradients(k - 2)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from headstart.errors import UsageError
 from headstart.model.attention import DocumentAttention, RegisterAttention, causal_attention
 from headstart.model.draft_vocabulary import draft_ids
 from headstart.model.layers import Attend
-from headstart.model.transformer import Transformer, compute_dtype
+from headstart.model.transformer import HeadRows, Transformer, compute_dtype
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class StepInputs:
     attention_within_documents: bool = True  # whether attention stops at the boundaries of `documents`
     places: Tensor | None = None  # (B, 2) on the CPU, source and row in it of each row, both from 0
     registers: Registers | None = None  # not with sequential heads, nor with `z`
-    z: Tensor | None = None  # (B, T, D), the output of a trunk that is not trained: the trunk does not run
+    z: Tensor | None = None  # the output of a trunk that is not trained: the trunk does not run
     teacher: Teacher | None = None  # head 1 learns its distribution instead of the targets
     likely: LikelyTokens | None = None  # of head 1, for heads that learn from it (None: head 1 runs)
 
@@ -175,6 +175,10 @@ class StepInputs:
         attend = RegisterAttention(attend, self.length, self.registers.after, documents)
         return attend, torch.cat([positions.expand(len(self.tokens), -1), self.registers.positions], 1)
 
+    def rows(self, model: Transformer, detached: bool = False) -> HeadRows:
+        """Return the heads of `model` over these rows; `detached`: see `HeadRows`."""
+        return HeadRows(model, *self.attention(), detached)
+
     def latents(self, model: Transformer, ks: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Return the latents of the heads `ks` (None: all), with autograd's ordinary graph: see `Transformer.latents`.
 
@@ -193,17 +197,16 @@ class StepInputs:
         return model.latents(self.tokens, ks, documents)
 
     def _latents_on(self, z_BTD: Tensor, model: Transformer, ks: list[int]) -> dict[int, Tensor]:
-        attend, positions = self.attention()
-        rotary = model.rotary(positions, compute_dtype(model.trunk.embedding.weight))
+        rows = self.rows(model)
         embeddings_BTD = model.trunk.embedding(self.tokens) if model.config.ahead else None
         latents = {0: z_BTD}
         for step in (step for k in ks for step in model.path(k)):
             if step in latents:
                 continue
-            ahead: dict[str, Tensor] = {}
+            ahead = None
             if embeddings_BTD is not None and step > 1:
-                ahead["ahead_BTD"] = embeddings_BTD[:, step - 1 : step - 1 + self.length]
-            latents[step] = model.head(step)(latents[model.config.parents[step - 1]], rotary, attend, **ahead)
+                ahead = embeddings_BTD[:, step - 1 : step - 1 + self.length]
+            latents[step] = rows.run(step, latents[model.config.parents[step - 1]], ahead)
         return latents
 
 

@@ -77,8 +77,7 @@ class _Walk:
         self.model, self.inputs, self.objective = model, inputs, objective
         self.weights = objective.weights_of(model.config.heads)
         dtype = compute_dtype(model.trunk.embedding.weight)
-        self.attend, positions = inputs.attention()
-        self.rotary = model.rotary(positions, dtype)
+        self.rows = inputs.rows(model, detached=True)
         # The scales have the dtype of the losses: in float32 they would leave seven digits of float64 gradients.
         # Dividing by at least 1 keeps the loss of a head without targets at 0.
         wide = torch.promote_types(dtype, torch.float32)
@@ -94,7 +93,7 @@ class _Walk:
             z_BTD, embeddings = self.run_trunk()
             self.ahead = _Ahead(embeddings, self.inputs.length)
             if self.objective.distills and any(self.weights[1:]) and self.teacher is None:
-                teacher = Teacher.of_latents(self.model, z_BTD.detach(), self.rotary, self.attend)
+                teacher = Teacher.of_latents(self.model, z_BTD.detach(), self.rows.rotary, self.rows.attend)
                 self.teacher = teacher.among(self.model.unembedding.d2t)
             leaf = z_BTD.detach()
             # A frozen trunk, under heads that are trained alone, has no graph.
@@ -109,12 +108,12 @@ class _Walk:
         return [k for k in self.model.config.children(parent) if self.weights[k - 1] or self.needed(k)]
 
     def run_trunk(self) -> tuple[Tensor, Tensor | None]:
-        """Return z (B, T, D), and for sequential heads the embeddings of all tokens."""
+        """Return the trunk's output, and for sequential heads the embeddings of all tokens."""
         model, inputs, reads_ahead = self.model, self.inputs, self.model.config.ahead > 0
         if inputs.z is not None:
             return inputs.z, model.trunk.embedding(inputs.tokens) if reads_ahead else None
         output = model.trunk(
-            inputs.read, self.rotary, lambda layer: self.attend, inputs.length if reads_ahead else None
+            inputs.read, self.rows.rotary, lambda layer: self.rows.attend, inputs.length if reads_ahead else None
         )
         return output if reads_ahead else (output, None)
 
@@ -125,7 +124,7 @@ class _Walk:
         """
         alias = parent.detach().requires_grad_(differentiate)
         ahead = self.ahead.alias(k)
-        latent = self.model.head(k)(alias, self.rotary, self.attend, **({} if ahead is None else {"ahead_BTD": ahead}))
+        latent = self.rows.run(k, alias, ahead)
         leaf = latent.detach().requires_grad_(latent.requires_grad)
         if self.weights[k - 1]:
             out: CrossEntropy = self.model.unembedding(leaf, k, using=partial(self.loss, k))
@@ -134,7 +133,8 @@ class _Walk:
             self.seen[k] = out.total, out.correct
         gradient = _sum_gradients(leaf, (self.visit(child, leaf, leaf.requires_grad) for child in self.needed(k)))
         if gradient is not None:
-            latent.backward(gradient)
+            outputs, gradients = zip((latent, gradient), *self.rows.gradients(k))
+            torch.autograd.backward(outputs, gradients)
         self.ahead.add(k, ahead)
         return alias.grad
 

@@ -34,6 +34,8 @@ SHAPES = {
     "stern": {"head_kind": "stern"},
     "sequential": {"head_kind": "sequential", "wiring": "causal"},
     "sequential-own": {"head_kind": "sequential", "wiring": "causal", "shared": False},
+    "eagle3": {"head_kind": "eagle3", "wiring": "causal", "features": (0, 2, 5)},
+    "eagle3-own": {"head_kind": "eagle3", "wiring": "causal", "features": (6,), "norm_output": True},
 }
 KINDS = [shape for shape in SHAPES if not shape.endswith("-own")]
 CORE = [
@@ -43,6 +45,7 @@ CORE = [
     "linear-anticausal",
     "replicated",
     "sequential",
+    "eagle3",
 ]
 """One of each way through decoding; medusa and stern heads go the way of replicated ones."""
 VOCABULARY = 128  # printable ASCII, so that the byte tokenizer makes text of it

@@ -1,4 +1,4 @@
-"""Sequential heads where a prompt comes in pieces: drafts are those of a prompt read at once."""
+"""Heads that draft one after another where a prompt comes in pieces: drafts are those of a prompt read at once."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from headstart.errors import UsageError
 TEXT = tuple(b"the cat then a dog that is end. then a dog the cat that is the cat end. the cat then a dog ")
 
 
+each_chain = pytest.mark.parametrize("shape", ["sequential", "eagle3"])
+
+
 @functools.cache
-def alone(prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    got = generate_all(
-        Engine(packed("sequential", torch.float64), EngineConfig(exact=False)), [Request(prompt, 40, heads=HEADS)]
-    )[0]
+def alone(shape: str, prompt: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    engine = Engine(packed(shape, torch.float64), EngineConfig(exact=False))
+    got = generate_all(engine, [Request(prompt, 40, heads=HEADS)])[0]
     return got.tokens, got.stats.accepted
 
 
@@ -37,7 +39,7 @@ def assert_caches_are_a_fresh_prompts(engine: Engine, generation: Generation, sl
     fresh = DecodingState.empty(model, 1, cache.capacity)
     fill(model, fresh, 0, committed[:-1], HEADS, root=committed[-1:])
     for layer in range(len(cache.values)):
-        right = length - max(0, layer - model.config.trunk_layers)
+        right = length - (max(0, layer - model.config.trunk_layers) if model.config.carried else 0)
         for got, want in (
             (cache.keys_of(slot), fresh.cache.keys_of(0)),
             (cache.values[:, slot], fresh.cache.values[:, 0]),
@@ -45,12 +47,13 @@ def assert_caches_are_a_fresh_prompts(engine: Engine, generation: Generation, sl
             assert torch.allclose(got[layer, :, :right], want[layer, :, :right], atol=1e-9), layer
 
 
+@each_chain
 @pytest.mark.parametrize("budget", [1, 2, 7])
 @pytest.mark.parametrize("exact", [True, False])
-def test_pieces_of_a_prompt_between_passes_of_others(budget: int, exact: bool) -> None:
+def test_pieces_of_a_prompt_between_passes_of_others(shape: str, budget: int, exact: bool) -> None:
     """The latents carried from piece to piece must outlast the passes over other slots, which, exact, run over this one
     too."""
-    engine = Engine(packed("sequential", torch.float64), EngineConfig(slots=2, exact=exact, prefill_budget=budget))
+    engine = Engine(packed(shape, torch.float64), EngineConfig(slots=2, exact=exact, prefill_budget=budget))
     other = engine.submit(Request(TEXT[:2], 200, heads=HEADS))
     while not other.tokens:
         engine.step()
@@ -61,14 +64,15 @@ def test_pieces_of_a_prompt_between_passes_of_others(budget: int, exact: bool) -
     assert_caches_are_a_fresh_prompts(engine, late, late.slot)
     while not late.finished:
         engine.step()
-    assert (late.tokens, late.stats.accepted) == alone(TEXT[5:60])
+    assert (late.tokens, late.stats.accepted) == alone(shape, TEXT[5:60])
 
 
+@each_chain
 @pytest.mark.parametrize("budget", [1, 3, None])
 @pytest.mark.parametrize("length", [40, 41, 60])
-def test_a_prompt_that_goes_on_from_what_a_slot_holds(budget: int | None, length: int) -> None:
+def test_a_prompt_that_goes_on_from_what_a_slot_holds(shape: str, budget: int | None, length: int) -> None:
     """The last positions that are found were computed over other tokens behind them, and are computed anew."""
-    engine = Engine(packed("sequential", torch.float64), EngineConfig(exact=False, prefill_budget=budget))
+    engine = Engine(packed(shape, torch.float64), EngineConfig(exact=False, prefill_budget=budget))
     first = engine.submit(Request((*TEXT[:40], *b"dog is a cat"), 20, heads=HEADS))
     second = engine.submit(Request(TEXT[:length], 40, heads=HEADS))
     while len(second.tokens) < 5:
@@ -77,16 +81,17 @@ def test_a_prompt_that_goes_on_from_what_a_slot_holds(budget: int | None, length
     for _ in engine.run():
         pass
     assert first.finished and 16 <= second.stats.prompt_tokens_reused <= 40 - (HEADS - 1)
-    assert (second.tokens, second.stats.accepted) == alone(TEXT[:length])
+    assert (second.tokens, second.stats.accepted) == alone(shape, TEXT[:length])
 
 
+@each_chain
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int) -> None:
+def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(shape: str, length: int) -> None:
     """Run with and without the compiled kernels, whose attention skips slots that begin before their sequence."""
     requests = [Request(TEXT[i : i + length], 16, heads=HEADS) for i in range(3)]
     accepted = []
     for compiled in (True, False):
-        model = packed("sequential", torch.float32, compiled)
+        model = packed(shape, torch.float32, compiled)
         together = generate_all(Engine(model, EngineConfig(slots=3)), requests)
         for request, got in zip(requests, together):
             plain = generate_all(Engine(model), [Request(request.prompt, 16, heads=1)])[0]
@@ -95,15 +100,17 @@ def test_a_batch_of_prompts_shorter_than_what_heads_read_ahead(length: int) -> N
     assert accepted[0] == accepted[1]
 
 
-def test_trees_are_refused() -> None:
-    with pytest.raises(UsageError, match="sequential heads draft one chain"):
-        Engine(packed("sequential", torch.float32), EngineConfig(tree=DraftTree.parse("0,1,0.0")))
+@each_chain
+def test_trees_are_refused(shape: str) -> None:
+    with pytest.raises(UsageError, match=f"{shape} heads draft one chain"):
+        Engine(packed(shape, torch.float32), EngineConfig(tree=DraftTree.parse("0,1,0.0")))
 
 
-def test_constraints_on_a_chain() -> None:
+@each_chain
+def test_constraints_on_a_chain(shape: str) -> None:
     pytest.importorskip("llguidance", reason="llguidance is not installed")
     model, words = (
-        packed("sequential", torch.float64),
+        packed(shape, torch.float64),
         Constraint.regex(r"((the|that|then) (cat|dog|[a-z]{1,5})[ .]){8}"),
     )
     for sampling in (Sampling(), Sampling(0.8, seed=3)):
@@ -113,5 +120,5 @@ def test_constraints_on_a_chain() -> None:
         )
         assert fast.tokens == plain.tokens and fast.stats.passes < plain.stats.passes
     block = Request(TEXT[:4], 50, Sampling(1.0), acceptance=Rule("block"), constraint=words)
-    with pytest.raises(UsageError, match="acceptance block is not lossless for sequential heads with a constraint"):
+    with pytest.raises(UsageError, match=f"acceptance block is not lossless for {shape} heads with a constraint"):
         Engine(model, tokenizer=ByteTokenizer()).submit(block)

@@ -197,7 +197,7 @@ requests = st.lists(
     requests=requests,
     slots=st.integers(1, 4),
     exact=st.booleans(),
-    shape=st.sampled_from(["transformer-parallel", "replicated", "transformer-causal", "sequential", "medusa-own"]),
+    shape=st.sampled_from(["transformer-parallel", "replicated", "transformer-causal", "sequential", "eagle3"]),
 )
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_any_batch_mix_gives_what_each_request_gives_alone(requests, slots, exact, shape) -> None:
@@ -224,7 +224,7 @@ def test_caches_after_rollbacks_equal_a_fresh_prefill(shape: str) -> None:
         mine, theirs = engine.state.cache, fresh.cache
         for layer in range(len(mine.values)):
             # Sequential heads have read drafts in their last positions, which the next pass writes anew.
-            right = length - (max(0, layer - model.config.trunk_layers) if model.config.ahead else 0)
+            right = length - (max(0, layer - model.config.trunk_layers) if model.config.carried else 0)
             for got, want in ((mine.keys_of(slot), theirs.keys_of(0)), (mine.values[:, slot], theirs.values[:, 0])):
                 assert torch.allclose(got[layer, :, :right], want[layer, :, :right], atol=1e-11), layer
         assert torch.allclose(mine.carried[:, slot], theirs.carried[:, 0], atol=1e-11)
@@ -247,7 +247,7 @@ def test_drafts_are_what_the_heads_say_at_the_last_accepted_row_with_the_noise_o
         assert window[1:] == drafts_of(reference, committed, seed=5 if temperature else None)
 
 
-@pytest.mark.parametrize("shape", ["medusa-own", "sequential-own"])
+@pytest.mark.parametrize("shape", ["medusa-own", "sequential-own", "eagle3-own"])
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 def test_heads_that_share_less_are_decoded_alike(shape: str, sampling: Sampling) -> None:
     reference = copy.deepcopy(trained(shape)).double()

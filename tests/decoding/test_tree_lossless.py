@@ -35,7 +35,7 @@ TREES = {
 }
 
 
-TREE_SHAPES = [name for name in SHAPES if not name.startswith("sequential") and not name.endswith("-own")]
+TREE_SHAPES = [name for name in SHAPES if not name.startswith(("sequential", "eagle")) and not name.endswith("-own")]
 
 
 @pytest.fixture(params=TREE_SHAPES)

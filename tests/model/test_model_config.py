@@ -39,7 +39,8 @@ def real_parameters(config: ModelConfig) -> dict[str, int]:
     own = {name: p.numel() for k, head in enumerate(model.heads, 1) for name, p in head.named_parameters(prefix=f"{k}")}
     unembedding = count(model.unembedding) - (config.vocab_size * config.dim if config.tied else 0)
     others = sum(weight.numel() for weight in list(model.unembedding.weights)[1:])
-    others += 0 if model.unembedding.residuals is None else count(model.unembedding.residuals)
+    for module in (model.unembedding.residuals, model.unembedding.draft_norm):
+        others += 0 if module is None else count(module)
     total = count(model)
     return {
         "embedding": count(model.trunk.embedding),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from headstart.decoding.cache import CachedAttention, gather_row
-from headstart.decoding.drafters.candidates import Candidates, Proposal
+from headstart.decoding.drafters.candidates import Proposal
 from headstart.decoding.drafters.interface import PromptPiece, Verified
 from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.latents import Latents
@@ -38,28 +38,19 @@ class SequentialHeads:
         """Write the drafts of heads 2..K into the windows, and return them with their logits."""
         state, plan, verdict = verified.state, verified.plan, verified.verdict
         accepted_S, tokens_SW = verdict.accepted_S, verdict.tokens_SD
-        unembedding = cast(PackedUnembedding, verified.model.unembedding)
         run = _Run(verified.model, state, plan.slots, verified.length_S, plan.span)
         follow_SN = torch.cat([tokens_SW, tokens_SW.new_zeros(len(tokens_SW), plan.heads - 2)], 1)
-        inputs = verified.latents.of[0]
-        candidates = verified.candidates
-        logits: list[Tensor] = []
-        chosen: list[Tensor] = []
-        drafts: list[Tensor] = []
+        inputs, chain = verified.latents.of[0], Chain(verified)
         for k in range(2, plan.heads + 1):
             row_S = accepted_S + (k - 2)
             asked_S = row_S if plan.deferred and k == plan.heads else None
             latents = run.head(k, inputs, follow_SN[:, : inputs.shape[1]], asked_S)
             latent = latents if latents.shape[1] == 1 else gather_row(latents, row_S, 1)
-            penalised, choice = _choose(verified, candidates, unembedding.draft(latent, k), drafts)
-            logits.append(penalised)
-            chosen.append(choice)
-            drafts.append(candidates.tokens(choice))
+            chain.add(k, latent)
             if k < plan.heads:
-                follow_SN.scatter_(1, row_S[:, None] + 1, drafts[-1])
+                follow_SN.scatter_(1, row_S[:, None] + 1, chain.last)
                 inputs = run.carry(k, latents, accepted_S)
-        state.windows.put(plan.slots, torch.cat(drafts, 1))
-        return Proposal(torch.cat(logits, 1), torch.cat(chosen, 1))
+        return chain.propose()
 
     def read(self, state: DecodingState, latents: Latents, piece: PromptPiece) -> None:
         """Fill the caches of heads 2..K, given the trunk's latents and the token after each position."""
@@ -76,15 +67,37 @@ class SequentialHeads:
                 inputs = run.carry(k, computed, last_S)[:, :-1]
 
 
-def _choose(verified: Verified, candidates: Candidates, drafted: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the penalised logits (S, 1, C) of the next draft and its choice (S, 1), given the drafts before it."""
-    state, slots, i = verified.state, verified.plan.slots, len(before)
-    logits_S1C = candidates.logits(drafted)
-    if state.penalties.any(slots):  # each draft counts for those after it
-        every = logits_S1C.expand(-1, i + 1, -1)
-        logits_S1C = state.penalties.apply(every, torch.cat(before, 1) if i else None, slots)[:, -1:]
-    noise = None if verified.noise_SK is None else verified.noise_SK.rows(slice(i, i + 1))
-    return logits_S1C, state.sampling.choose(logits_S1C, noise, slots)
+class Chain:
+    """The drafts of one pass, each chosen given those before it."""
+
+    def __init__(self, verified: Verified) -> None:
+        self._verified, self._candidates = verified, verified.candidates
+        self._logits: list[Tensor] = []
+        self._chosen: list[Tensor] = []
+        self._drafts: list[Tensor] = []
+
+    def add(self, k: int, latent_S1D: Tensor) -> None:
+        """Choose the draft of head k from its latent."""
+        verified, state, slots, i = self._verified, self._verified.state, self._verified.plan.slots, len(self._drafts)
+        unembedding = cast(PackedUnembedding, verified.model.unembedding)
+        logits_S1C = self._candidates.logits(unembedding.draft(latent_S1D, k))
+        if state.penalties.any(slots):  # each draft counts for those after it
+            every = logits_S1C.expand(-1, i + 1, -1)
+            logits_S1C = state.penalties.apply(every, torch.cat(self._drafts, 1) if i else None, slots)[:, -1:]
+        noise = None if verified.noise_SK is None else verified.noise_SK.rows(slice(i, i + 1))
+        self._logits.append(logits_S1C)
+        self._chosen.append(state.sampling.choose(logits_S1C, noise, slots))
+        self._drafts.append(self._candidates.tokens(self._chosen[-1]))
+
+    @property
+    def last(self) -> Tensor:
+        """The last draft, (S, 1) token ids."""
+        return self._drafts[-1]
+
+    def propose(self) -> Proposal:
+        """Write the drafts into the windows, and return them."""
+        self._verified.state.windows.put(self._verified.plan.slots, torch.cat(self._drafts, 1))
+        return Proposal(torch.cat(self._logits, 1), torch.cat(self._chosen, 1))
 
 
 @dataclass

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -190,12 +191,17 @@ class CompiledTrunk(nn.Module):
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
-        self.embedding, self.blocks = trunk.embedding, trunk.blocks
+        self.embedding, self.blocks, self.handed_out = trunk.embedding, trunk.blocks, trunk.handed_out
         # A tensor's rows without what nn.Embedding does around looking them up.
         blocks = isinstance(self.embedding, BlockEmbedding)
         self._embed = self.embedding if blocks else functools.partial(torch.embedding, self.embedding.weight)
         pointers = [ctypes.pointer(cast(CompiledBlock, block).weights) for block in self.blocks]
-        self._addresses = (ctypes.POINTER(cpu.Block) * len(pointers))(*pointers)
+        # Blocks without an input to hand out between them run in one call.
+        ends = [layer for layer in self.handed_out if layer] + [len(pointers)]
+        self._calls = [
+            (first, (ctypes.POINTER(cpu.Block) * (end - first))(*pointers[first:end]))
+            for first, end in pairwise([0, *ends])
+        ]
         self._call = cpu.loaded_kernels(torch.float32).blocks
 
     def forward(
@@ -208,15 +214,19 @@ class CompiledTrunk(nn.Module):
         """Return the output of the trunk, as `Trunk.forward` does."""
         if not isinstance(attend, CachedAttention) or not attend.cache.compiled:
             return Trunk.forward(cast(Trunk, self), tokens_BT, rotary, attend, length)
-        z_SWD = self._embed(tokens_BT)
-        y_SWD = torch.empty_like(z_SWD)
+        states = [self._embed(tokens_BT)]
         cache, cos, sin = attend.cache, rotary[0].contiguous(), rotary[1].contiguous()
-        self._call(
-            *(self._addresses, len(self._addresses)),
-            *(z_SWD.data_ptr(), cos.data_ptr(), sin.data_ptr(), y_SWD.data_ptr()),
-            *cache.addresses(0, attend.slots.start),
-            *(cache.keys.stride(0), attend.positions.data_ptr(), attend.compiled_tree),
-            *(*z_SWD.shape[:2], cache.capacity),
-            torch.get_num_threads(),
-        )
-        return y_SWD
+        for first, blocks in self._calls:
+            z_SWD, y_SWD = states[-1], torch.empty_like(states[-1])
+            self._call(
+                *(blocks, len(blocks)),
+                *(z_SWD.data_ptr(), cos.data_ptr(), sin.data_ptr(), y_SWD.data_ptr()),
+                *cache.addresses(first, attend.slots.start),
+                *(cache.keys.stride(0), attend.positions.data_ptr(), attend.compiled_tree),
+                *(*z_SWD.shape[:2], cache.capacity),
+                torch.get_num_threads(),
+            )
+            states.append(y_SWD)
+        if not self.handed_out:
+            return states[-1]
+        return torch.cat(states if 0 in self.handed_out else states[1:], -1)

@@ -55,6 +55,7 @@ class PackedUnembedding(nn.Module):
     def __init__(self, unembedding: Unembedding, linear: MakeLinear) -> None:
         super().__init__()
         self.norm: nn.Module = unembedding.norm
+        self.draft_norm = unembedding.draft_norm
         weights: list[Weight] = list(unembedding.weights)
         self.copies = len(weights)
         self.first = linear(weights[0], None)
@@ -82,10 +83,10 @@ class PackedUnembedding(nn.Module):
 
     def draft(self, z: Tensor, k: int) -> Tensor:
         """Return the logits of head k > 1 for its latent (..., D): (..., V), or (..., Vd) over its draft vocabulary."""
-        x = self.norm(z)
+        x = self.norm(z) if self.draft_norm is None else self.draft_norm(z)
         if self.residuals is not None:
             x = self.residuals(x)[..., k - 2, :]
-        if self.copies == 1:
+        if self.copies <= 2 and not isinstance(self.others, nn.ModuleList):  # one matrix
             return self.others(x)
         if isinstance(self.others, nn.ModuleList):
             return self.others[k - 2](x)

@@ -6,16 +6,22 @@ Head 1 stays the same, bit for bit: it computes the same products over the same 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from headstart.errors import UsageError
+from headstart.model.eagle import default_features
 from headstart.model.config import HeadKindName, ModelConfig
 from headstart.model.heads import HEAD_KINDS
 from headstart.model.layers import Block
 from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
+
+
+HEAD_FIELDS: dict[str, Any] = {"shared": True, "draft_vocab": None, "features": None, "norm_output": False}
+"""Fields that describe heads of some kinds, and their values where nothing is asked for."""
 
 
 def config_with_heads(
@@ -24,9 +30,8 @@ def config_with_heads(
     kind: HeadKindName = "transformer",
     wiring: Wiring | None = None,
     *,
-    shared: bool = True,
     replace_heads: bool = False,
-    draft_vocab: int | None = None,
+    **fields: Any,
 ) -> ModelConfig:
     """Return the shape of a model of shape `config` with `heads` heads of `kind` in place of its own heads 2..n.
 
@@ -38,10 +43,9 @@ def config_with_heads(
         config: the shape of the existing model.
         heads: number of heads, head 1 included.
         kind: kind of the new heads.
-        wiring: None: causal for sequential heads, parallel for all others.
-        shared: whether sequential heads share one module, and medusa heads the unembedding.
+        wiring: None: causal for sequential and eagle3 heads, parallel for all others.
         replace_heads: whether heads 2 and up of the existing model may be replaced.
-        draft_vocab: number of tokens that the new heads predict (None: all).
+        fields: further fields of the shape that describe heads: `HEAD_FIELDS`.
 
     Raises:
         UsageError: for heads that exist already, and for anticausal wiring, in which head 1 would read another head.
@@ -67,15 +71,17 @@ def config_with_heads(
             "the model has one layer, which transformer heads would leave no trunk; take another --head-kind, such as "
             "medusa"
         )
+    fields = {**HEAD_FIELDS, **fields}
+    if of_kind.reads_features and fields["features"] is None:
+        fields["features"] = default_features(layers)
     return replace(
         config,
         heads=heads,
         head_kind=kind,
         wiring=wiring,
-        shared=shared,
         layers=layers,
         extra_layers=heads - 1 if of_kind.takes_layers else 0,
-        draft_vocab=draft_vocab,
+        **fields,
     )
 
 
@@ -95,6 +101,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
                     embedding out; training adds it. The norms give their outputs the size of the trunk's output,
                     which the block was trained on. DeepSeek-V3 (arXiv 2412.19437) and FastMTP (2509.18362)
                     prescribe nothing: they train their modules from scratch.
+      eagle3        a copy of the last block that leaves the token's embedding out, of the final norm and of the
+                    unembedding, behind a matrix that passes the last state. EAGLE-3 trains from scratch.
     """
     blocks = [*model.trunk.blocks, *(model.head(k) for k in model.path(1) if isinstance(model.head(k), Block))]
     last = blocks[-1].state_dict()
@@ -106,6 +114,7 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
 
     named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
     own_blocks = {k: f"{names[0]}." for k, names in named.items() if names is not None}
+    head_1 = own_blocks.pop(1, None)
 
     if config.draft_vocab is not None:
         assert d2t is not None and len(d2t) == config.draft_vocab
@@ -114,18 +123,23 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     def own(value: Tensor) -> Tensor:
         return value.detach().to(torch.float32, copy=True)
 
+    def copied(name: str) -> Tensor | None:
+        block = next((block for block in own_blocks.values() if name.startswith(block)), "")
+        return config.kind.copied(name.removeprefix(block), last, old["unembedding.norm.weight"])
+
     for name, parameter in new.named_parameters():
         parts = name.split(".")
         if name.startswith("trunk.blocks."):
             value = blocks[int(parts[2])].state_dict()[".".join(parts[3:])]
-        elif (found := next((k for k, block in own_blocks.items() if name.startswith(block)), None)) is not None:
-            value = last[name.removeprefix(own_blocks[found])]
-            value = value if found == 1 else own(value)
+        elif head_1 is not None and name.startswith(head_1):
+            value = last[name.removeprefix(head_1)]
         elif parts[0] == "unembedding" and parts[1] == "weights" and parts[2] != "0":
             first = old.get("unembedding.weights.0", old[EMBEDDING])
             value = own(first if d2t is None else first[d2t])
-        elif name in old and not name.startswith(("heads.", "unembedding.residuals.")):
+        elif name in old and not name.startswith(OF_HEADS):
             value = old[name]
+        elif (copy := copied(name)) is not None:
+            value = own(copy)
         else:
             value = torch.empty(parameter.shape, device=old[EMBEDDING].device)
             new_value_(name, value, new, generator)
@@ -142,6 +156,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
 
 
 EMBEDDING = "trunk.embedding.weight"
+OF_HEADS = ("heads.", "unembedding.residuals.", "unembedding.draft_norm.")
+"""Beginnings of the names of parameters that heads may have for themselves."""
 
 
 @torch.no_grad()
@@ -163,9 +179,8 @@ def new_value_(name: str, tensor: Tensor, model: Transformer, generator: torch.G
 def new_parameters(model: Transformer) -> set[str]:
     """Names of the parameters that heads 2..n have for themselves: what is trained where all else is frozen."""
     names = dict(model.named_parameters())
-    of_heads = {name for name in names if name.startswith("unembedding.residuals.")}
-    of_heads |= {name for name in names if name.startswith("unembedding.weights.") and not name.endswith(".0")}
-    return of_heads | {name for name in names if name.startswith("heads.") and not name.startswith("heads.0.")}
+    of_heads = {name for name in names if name.startswith(OF_HEADS) and not name.startswith("heads.0.")}
+    return of_heads | {name for name in names if name.startswith("unembedding.weights.") and not name.endswith(".0")}
 
 
 def freeze(model: Transformer, names: set[str] | None = None) -> None:

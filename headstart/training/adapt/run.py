@@ -29,7 +29,7 @@ from headstart.training import checkpoints
 from headstart.training.adapt.config import AdaptConfig
 from headstart.training.adapt.draft_vocabulary import most_frequent
 from headstart.training.adapt.lora import Lora
-from headstart.training.adapt.new_heads import config_with_heads, freeze, new_parameters, with_heads
+from headstart.training.adapt.new_heads import HEAD_FIELDS, config_with_heads, freeze, new_parameters, with_heads
 from headstart.training.adapt.stored_outputs import StoredOutputs
 from headstart.training.config import RunConfig
 from headstart.training.new_model import blocks_compiled
@@ -179,9 +179,8 @@ def check_shape(old: ModelConfig, config: RunConfig) -> None:
         model.heads,
         model.head_kind,
         model.wiring,
-        shared=model.shared,
         replace_heads=adapt.replace_heads,
-        draft_vocab=model.draft_vocab,
+        **{name: getattr(model, name) for name in HEAD_FIELDS},
     )
     if expected != model:
         raise UsageError(

@@ -25,8 +25,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "stern": {"kind": "stern"},
     "sequential": {"kind": "sequential"},
     "sequential own": {"kind": "sequential", "shared": False},
+    "eagle3": {"kind": "eagle3"},
+    "eagle3.1": {"kind": "eagle3", "features": (3,), "norm_output": True},
 }
-BEGIN_AS_HEAD_1 = [kind for kind in KINDS if kind != "causal" and "sequential" not in kind]
+BEGIN_AS_HEAD_1 = [kind for kind in KINDS if kind != "causal" and kind[:5] not in ("seque", "eagle")]
 TOKENS = torch.arange(24).reshape(2, 12) % 47
 
 
