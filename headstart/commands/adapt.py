@@ -50,12 +50,18 @@ class AdaptSettings:
     """Heads in all, including the model's own next-token head."""
     head_kind: str = "transformer"
     """transformer: a block per head; linear, medusa, stern: smaller, nearly free to run; sequential: also reads the
-    tokens between; replicated: an unembedding per head."""
+    tokens between; eagle3: one block that reads three layers, the tokens between, and then its own outputs; replicated:
+    an unembedding per head."""
     wiring: Wiring | None = None
     """The latent that feeds head k: parallel (the trunk's) or causal (that of head k-1) (None: parallel; causal for
-    sequential)."""
+    sequential and eagle3)."""
     shared: bool = True
     """sequential: use one module for all heads; medusa: the heads share the unembedding."""
+    features: str | None = None
+    """eagle3: the layers whose inputs the heads read, such as 2,15,27, or last: only the trunk's output (None: 2, L/2
+    and L-3 of L layers)."""
+    norm_output: bool = False
+    """eagle3: norm what each step hands to the next (EAGLE-3.1)."""
     replace_heads: bool = False
     """Replace the heads that the model has beyond the first."""
     draft_vocab: int | None = None
@@ -173,14 +179,17 @@ def run_config(settings: AdaptSettings) -> RunConfig:
     if settings.head_kind not in HEAD_KINDS:
         raise UsageError(f"--head-kind is {settings.head_kind!r}; take one of {', '.join(HEAD_KINDS)}")
     settings = replace(settings, model=local_path(settings.model))
+    old = load_config(settings.model)
     model = config_with_heads(
-        load_config(settings.model),
+        old,
         settings.heads,
         settings.head_kind,
         settings.wiring,
         shared=settings.shared,
         replace_heads=settings.replace_heads,
         draft_vocab=settings.draft_vocab,
+        features=_features(settings.features, old.next_token_layers),
+        norm_output=settings.norm_output,
     )
     joint = settings.mode == "joint"
     lr = (5e-5 if joint else 1e-3) if settings.lr is None else settings.lr
@@ -213,6 +222,18 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         ),
         adapt=_adapt_config(settings),
     )
+
+
+def _features(asked: str | None, layers: int) -> tuple[int, ...] | None:
+    """Return the layers that --features names. Raises UsageError for anything else."""
+    if asked is None:
+        return None
+    if asked == "last":
+        return (layers,)
+    try:
+        return tuple(int(layer) for layer in asked.split(","))
+    except ValueError:
+        raise UsageError(f"--features is {asked!r}; give layers such as 2,15,27, or last") from None
 
 
 def _adapt_config(settings: AdaptSettings) -> AdaptConfig:

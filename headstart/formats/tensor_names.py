@@ -72,9 +72,7 @@ def stored_parts(config: ModelConfig) -> dict[str, list[Part]]:
     return parts
 
 
-def _block_parts(
-    config: Shape, ours: str, file: str, theirs: str, inputs: int | None = None
-) -> dict[str, list[Part]]:
+def _block_parts(config: Shape, ours: str, file: str, theirs: str, inputs: int | None = None) -> dict[str, list[Part]]:
     """Return the parts of a block whose attention reads `inputs` columns (None: dim)."""
     inputs = inputs or config.dim
     D, Q, K, H = config.dim, config.attention_dim, config.key_value_heads * config.dim_per_head, config.hidden

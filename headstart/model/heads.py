@@ -108,8 +108,8 @@ class HeadKind(ABC):
     in_unembedding: ClassVar[bool] = False
     """True if heads 2..n are parts of the unembedding, and all read the trunk's latent as it is."""
     one_cache: ClassVar[bool] = False
-    """True if heads 2..n are steps of one module with one set of keys and values: head k stands k - 2 positions after its
-    latent's, see `attention.StepAttention`."""
+    """True if heads 2..n are steps of one module with one set of keys and values, see `attention.StepAttention`: head k
+    stands k - 2 positions behind that of its row."""
     reads_tokens: ClassVar[bool] = False
     """True if head k also reads token t+k-1. Drafts are then made one after the other, and otherwise all at once."""
     can_be_unshared: ClassVar[bool] = False

@@ -133,8 +133,8 @@ class Shape:
     draft_vocab: int | None = None
     """Tokens that heads 2..n predict, those of the map `d2t` among the heads' tensors (None: the whole vocabulary)."""
     features: tuple[int, ...] | None = None
-    """eagle3: the layers whose inputs the heads read, ascending; the number of layers means the trunk's output (None: 2,
-    layers / 2 and layers - 3)."""
+    """eagle3: the layers whose inputs the heads read, ascending; the number of layers means the trunk's output (None:
+    2, layers / 2 and layers - 3)."""
     norm_output: bool = False
     """eagle3: the output of a step is normed before the next step reads it (EAGLE-3.1)."""
 

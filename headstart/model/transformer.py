@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         attention: tuple[Attend, Tensor] | None = None,
     ) -> dict[int, Tensor]:
-        """Return the latents (B, T, D) of the heads `ks` and of the heads on their paths; entry 0 is the trunk's output.
+        """Return the latents (B, T, D) of the heads `ks` and of those on their paths; entry 0 is the trunk's output.
 
         Sequential head k reads the token k - 1 behind a position. Its latents are NaN in the last k - 1 positions,
         which lack that token: cut them off before the unembedding, not after it, if gradients are needed.

@@ -116,7 +116,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential", "eagle3"])
 def test_heads_learn_and_the_model_stays_what_it_is(kind: str, settings: Any, model: Path) -> None:
     asked = settings(head_kind=kind, steps=40)
     found = adapt(asked)
@@ -217,10 +217,11 @@ def test_lora_trains_beside_the_weights(settings: Any, model: Path) -> None:
         adapt(settings("wrong", lora=4))
 
 
+@pytest.mark.parametrize("kind", ["sequential", "eagle3"])
 def test_kept_hidden_states_train_the_same_heads(
-    settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, settings: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = settings("plain", loss="kl", head_kind="sequential", sample_tokens=0)
+    plain = settings("plain", loss="kl", head_kind=kind, sample_tokens=0)
     monkeypatch.setattr("headstart.training.adapt.new_heads.size_of_latents", lambda _: 1.0)  # it runs the trunk
     kept = replace(plain, run_dir=plain.run_dir.with_name("kept"), cache_states="true", validation_fraction=0.0)
     adapt(plain)
@@ -246,7 +247,7 @@ def test_kept_hidden_states_train_the_same_heads(
         adapt(replace(kept, run_dir=kept.run_dir.with_name("small"), cache_gib=1e-6))
 
 
-@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential", "eagle3"])
 def test_held_out_rows_are_scored_alike_with_kept_states(kind: str, settings: Any) -> None:
     """Head 1, which never changes, is not scored."""
     plain = settings("plain", head_kind=kind, steps=2, draft_vocab=20)
@@ -261,6 +262,27 @@ def test_held_out_rows_are_scored_alike_with_kept_states(kind: str, settings: An
     assert "validation/loss/head1" not in mine
 
 
+@pytest.mark.parametrize(
+    ("options", "features", "normed"),
+    [
+        ({}, (0, 1, 2), False),
+        ({"features": "last", "norm_output": True}, (2,), True),
+        ({"features": "0,2"}, (0, 2), False),
+    ],
+)
+def test_the_layers_that_eagle3_heads_read(options: Any, features: Any, normed: bool, settings: Any) -> None:
+    """They are stored, and what is wrong with them is said."""
+    asked = settings(head_kind="eagle3", steps=2, **options)
+    adapt(asked)
+    config = load_model(asked.run_dir / "model").config
+    assert (config.features, config.norm_output) == (features, normed)
+    for wrong, message in (("x", "--features is 'x'; give layers"), ("3,2", "must ascend"), ("2,9", "up to 2")):
+        with pytest.raises(UsageError, match=message):
+            run_config(replace(asked, features=wrong))
+    with pytest.raises(UsageError, match=r"model\.features is for eagle3 heads, not medusa"):
+        run_config(replace(asked, head_kind="medusa", features="last"))
+
+
 def test_heads_that_learn_from_the_model_agree_with_it_more(settings: Any) -> None:
     """The losses reach the walk: a run with kl is another one, and still lowers the cross-entropy."""
     plain, taught = settings("plain", head_kind="medusa"), settings("kl", head_kind="medusa", loss="kl", steps=40)
@@ -271,7 +293,7 @@ def test_heads_that_learn_from_the_model_agree_with_it_more(settings: Any) -> No
     assert first != lines(plain.run_dir)[0]["loss/head2"]
 
 
-@pytest.mark.parametrize("kind", ["transformer", "medusa", "replicated", "sequential"])
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "replicated", "sequential", "eagle3"])
 def test_heads_with_a_draft_vocabulary(
     kind: str, settings: Any, shards: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -468,7 +490,7 @@ def test_heads_of_a_gguf_file_are_written_alone(settings: Any, model: Path, tmp_
 
 
 @pytest.mark.skipif(not multiplies_blocks("cpu"), reason="states are made by compiled kernels")
-@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential"])
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential", "eagle3"])
 def test_stored_states_of_a_gguf_file_are_those_of_decoding_with_the_heads(
     kind: Any, settings: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

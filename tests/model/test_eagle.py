@@ -177,7 +177,7 @@ def test_features() -> None:
     for features in ((), (3, 3), (4, 2), (2, 8)):
         with pytest.raises(UsageError, match=r"model\.features is .* it must ascend, up to 7"):
             replace(SMALL, features=features)
-    with pytest.raises(UsageError, match="model.features is for eagle3 heads, not medusa"):
+    with pytest.raises(UsageError, match=r"model\.features is for eagle3 heads, not medusa"):
         ModelConfig(heads=2, head_kind="medusa", features=(1,))
-    with pytest.raises(UsageError, match="model.norm_output is for eagle3 heads"):
+    with pytest.raises(UsageError, match=r"model\.norm_output is for eagle3 heads"):
         ModelConfig(heads=2, norm_output=True)

@@ -150,9 +150,9 @@ def test_heads_of_weight_zero_cost_nothing(kind: str, wiring: str, alone: int) -
     tokens, targets = batch(model)
     ran: list[int] = []
     asked: list[int] = []
+    # A shared module is that of head 2 and all after it; EAGLE's steps do not hang on head 1.
+    repeated, before = model.config.kind.repeats_module, 2 if kind == "eagle3" and alone == 3 else 1
     for k, head in enumerate(model.heads, start=1):
-        # A shared module is that of head 2 and all after it; EAGLE's steps do not hang on head 1.
-        repeated, before = model.config.kind.repeats_module, 2 if kind == "eagle3" and alone == 3 else 1
         head.register_forward_hook(lambda *_, k=k: ran.append(len(ran) + before if repeated else k))
     model.unembedding.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
     weights = [float(k == alone) for k in range(1, 5)]

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import UsageError
-from headstart.model.eagle import default_features
 from headstart.model.config import HeadKindName, ModelConfig
+from headstart.model.eagle import default_features
 from headstart.model.heads import HEAD_KINDS
 from headstart.model.layers import Block
 from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
-
 
 HEAD_FIELDS: dict[str, Any] = {"shared": True, "draft_vocab": None, "features": None, "norm_output": False}
 """Fields that describe heads of some kinds, and their values where nothing is asked for."""

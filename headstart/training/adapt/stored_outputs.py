@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from headstart.errors import UsageError
 from headstart.fileio import sha256_of
 from headstart.formats.hub import SUFFIX
 from headstart.formats.registry import load_model
+from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer, compute_dtype
 from headstart.objective.inputs import LikelyTokens, StepInputs, Teacher
 from headstart.training.adapt.hidden_states import HiddenStates
@@ -71,6 +73,8 @@ class StoredOutputs:
             "weights": "packed blocks" if blocks else config.adapt.frozen_dtype,
             "attention_within_documents": config.data.attention_within_documents,
         }
+        if config.model.handed_out:
+            origin["handed_out"] = list(config.model.handed_out)
 
         def read(compute: Callable[[StepInputs], Tensor]) -> Callable[[int, int, int], Tensor]:
             def of_rows(source: int, first: int, stop: int) -> Tensor:
@@ -81,11 +85,11 @@ class StoredOutputs:
             return of_rows
 
         dtype = torch.bfloat16 if config.in_bfloat16 else torch.float32
-        folder, dim = config.adapt.cache_states, config.model.dim
+        folder, dim = config.adapt.cache_states, config.model.state_dim
         self._states = HiddenStates(folder, origin, rows, config.length, dim, dtype)
         self._say_size(sum(rows), sum(rows[: len(sources)]))
         if sum(self._states.done()) < sum(rows):
-            self._reader = pack(load_model(config.adapt.model, torch.float32, blocks=True)) if blocks else model
+            self._reader = _block_reader(config.adapt.model, config.model) if blocks else model
             self._fill("hidden states", self._states, read(self._trunk_output), sum(rows))
             self._reader = model
         self._likely: HiddenStates | None = None
@@ -136,11 +140,10 @@ class StoredOutputs:
 
     @torch.no_grad()
     def _trunk_output(self, inputs: StepInputs) -> Tensor:
-        """Return what the heads read. A reader without the new heads may count the last block as its head 1."""
+        """Return what the heads read."""
         within = inputs.documents if inputs.attention_within_documents else None
-        last = 0 if self._reader.config.trunk_layers == self._model.config.trunk_layers else 1
         with autocast(self._config, inputs.tokens.device):
-            return self._reader.latents(inputs.tokens, [1] if last else [], within)[last]
+            return self._reader.latents(inputs.tokens, [], within)[0]
 
     @torch.no_grad()
     def _likely_tokens(self, inputs: StepInputs) -> Tensor:
@@ -169,6 +172,15 @@ class StoredOutputs:
             f"hidden states of {rows:,} rows in {config.dtype}, {states.bytes / 2**30:,.2f} GiB in {states.folder}; "
             f"this run reads each {visits:.1f} times" + ("" if visits > 1 else ", so storing them saves nothing")
         )
+
+
+def _block_reader(file: Path, config: ModelConfig) -> Transformer:
+    """Return a model in blocks whose trunk is that of `config`, the model with the new heads."""
+    reader = load_model(file, torch.float32, blocks=True)
+    if reader.config.trunk_layers < config.trunk_layers:  # it counts the last block as its head 1
+        reader.trunk.blocks.append(reader.head(1))
+    reader.trunk.handed_out = config.handed_out
+    return pack(reader)
 
 
 def _reads_blocks(config: RunConfig, device: str) -> bool:
