@@ -161,7 +161,7 @@ def refuse_draft_vocabulary(config: ModelConfig, place: str) -> None:
 
 def refuse_other_blocks(config: ModelConfig, place: str) -> None:
     """Raise UsageError if trunk and head 1 have other blocks than a plain Llama, for a `place` that holds no others."""
-    names = inexpressible(config, (*LLAMA, "draft_vocab"))
+    names = inexpressible(config, (*LLAMA, "draft_vocab", "features", "norm_output"))
     others = [f"family {config.family}" if name == "family" else name for name in names]
     if others:
         raise UsageError(f"{place} holds plain Llama blocks, and this model has {', '.join(others)}; take headstart")

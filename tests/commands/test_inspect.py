@@ -75,10 +75,14 @@ def test_the_tree_of_heads():
         ("stern", True, "output of a shared feed-forward layer behind the final norm"),
         ("sequential", True, "block, shared, that also reads token t+1"),
         ("sequential", False, "block that also reads token t+1"),
+        (
+            *("eagle3", True),
+            "block that reads input of layer 0, input of layer 1, the trunk's output and token t+1; own output matrix",
+        ),
     ],
 )
 def test_the_trees_of_heads_beside_a_plain_one(kind, shared, made_of):
-    wiring = "causal" if kind == "sequential" else "parallel"
+    wiring = "causal" if kind in ("sequential", "eagle3") else "parallel"
     tree = head_tree(ModelConfig(layers=2, heads=2, head_kind=kind, wiring=wiring, shared=shared)).splitlines()
     assert tree[1].endswith("─ head 1: token t+1, its parent's latent as it is")
     assert tree[2].endswith(f"└─ head 2: token t+2, {made_of}")

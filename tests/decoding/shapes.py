@@ -35,7 +35,7 @@ SHAPES = {
     "sequential": {"head_kind": "sequential", "wiring": "causal"},
     "sequential-own": {"head_kind": "sequential", "wiring": "causal", "shared": False},
     "eagle3": {"head_kind": "eagle3", "wiring": "causal", "features": (0, 2, 5)},
-    "eagle3-own": {"head_kind": "eagle3", "wiring": "causal", "features": (6,), "norm_output": True},
+    "eagle3-own": {"head_kind": "eagle3", "wiring": "causal", "features": (5,), "norm_output": True},
 }
 KINDS = [shape for shape in SHAPES if not shape.endswith("-own")]
 CORE = [

@@ -144,9 +144,10 @@ def test_the_command_takes_a_model_apart_and_puts_it_together(
         assert file.read_bytes() == (tmp_path / "merged" / file.relative_to(full)).read_bytes(), file
 
 
-@pytest.mark.parametrize("kind", ["transformer", "medusa", "stern", "sequential"])
+@pytest.mark.parametrize("kind", ["transformer", "medusa", "stern", "sequential", "eagle3"])
 def test_the_outputs_and_the_passes_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
-    model = random_model(with_heads_of(LLAMA, kind, "causal" if kind == "sequential" else "parallel", heads=3))
+    wiring = "causal" if kind in ("sequential", "eagle3") else "parallel"
+    model = random_model(with_heads_of(LLAMA, kind, wiring, heads=3))
     full, base, heads = write(model, tmp_path)
     whole, attached, plain = headstart.load(full), headstart.load(base, heads=heads), headstart.load(base)
     for temperature in (0.0, 0.8):

@@ -20,7 +20,7 @@ from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
 
 HEAD_FIELDS: dict[str, Any] = {"shared": True, "draft_vocab": None, "features": None, "norm_output": False}
-"""Fields that describe heads of some kinds, and their values where nothing is asked for."""
+"""Fields that describe heads of some kinds, and their defaults."""
 
 
 def config_with_heads(
@@ -110,17 +110,12 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
         new = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
-
     named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
     own_blocks = {k: f"{names[0]}." for k, names in named.items() if names is not None}
     head_1 = own_blocks.pop(1, None)
-
     if config.draft_vocab is not None:
         assert d2t is not None and len(d2t) == config.draft_vocab
         state["unembedding.d2t"] = d2t
-
-    def own(value: Tensor) -> Tensor:
-        return value.detach().to(torch.float32, copy=True)
 
     def copied(name: str) -> Tensor | None:
         block = next((block for block in own_blocks.values() if name.startswith(block)), "")
@@ -130,15 +125,15 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
         parts = name.split(".")
         if name.startswith("trunk.blocks."):
             value = blocks[int(parts[2])].state_dict()[".".join(parts[3:])]
-        elif head_1 is not None and name.startswith(head_1):
+        elif head_1 and name.startswith(head_1):
             value = last[name.removeprefix(head_1)]
         elif parts[0] == "unembedding" and parts[1] == "weights" and parts[2] != "0":
             first = old.get("unembedding.weights.0", old[EMBEDDING])
-            value = own(first if d2t is None else first[d2t])
+            value = _own(first if d2t is None else first[d2t])
         elif name in old and not name.startswith(OF_HEADS):
             value = old[name]
         elif (copy := copied(name)) is not None:
-            value = own(copy)
+            value = _own(copy)
         else:
             value = torch.empty(parameter.shape, device=old[EMBEDDING].device)
             new_value_(name, value, new, generator)
@@ -146,17 +141,26 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     if config.tied:
         state["unembedding.weights.0"] = state[EMBEDDING]
     new.load_state_dict(state, assign=True)
-    if wide := config.kind.as_wide_at_first:
-        size = size_of_latents(new)
-        for name, parameter in new.named_parameters():
-            if name.endswith(wide):
-                parameter.fill_(size - config.norm_offset)
+    _set_sizes_(new)
     return new
 
 
 EMBEDDING = "trunk.embedding.weight"
 OF_HEADS = ("heads.", "unembedding.residuals.", "unembedding.draft_norm.")
 """Beginnings of the names of parameters that heads may have for themselves."""
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.detach().to(torch.float32, copy=True)
+
+
+def _set_sizes_(model: Transformer) -> None:
+    """Fill the norms of new heads whose outputs begin as large as the trunk's output."""
+    if wide := model.config.kind.as_wide_at_first:
+        size = size_of_latents(model)
+        for name, parameter in model.named_parameters():
+            if name.endswith(wide):
+                parameter.fill_(size - model.config.norm_offset)
 
 
 @torch.no_grad()

@@ -72,9 +72,8 @@ class StoredOutputs:
             "products": config.dtype,
             "weights": "packed blocks" if blocks else config.adapt.frozen_dtype,
             "attention_within_documents": config.data.attention_within_documents,
+            **({"handed_out": list(config.model.handed_out)} if config.model.handed_out else {}),
         }
-        if config.model.handed_out:
-            origin["handed_out"] = list(config.model.handed_out)
 
         def read(compute: Callable[[StepInputs], Tensor]) -> Callable[[int, int, int], Tensor]:
             def of_rows(source: int, first: int, stop: int) -> Tensor:
