@@ -40,7 +40,7 @@ def graphed(shape: str, slots: int, tokenizer: Tokenizer | None = None, **settin
     return engine, recorder
 
 
-@pytest.mark.parametrize("shape", ["transformer-parallel", "transformer-causal", "replicated"])
+@pytest.mark.parametrize("shape", ["transformer-parallel", "transformer-causal", "replicated", "eagle3"])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5), Sampling(0.7, top_k=5, min_p=0.05, seed=1)])
 def test_graphs_change_no_output(shape: str, sampling: Sampling) -> None:
     requests = [Request(prompt, 40 + 7 * i, sampling) for i, prompt in enumerate(PROMPTS)]

@@ -238,7 +238,7 @@ def test_two_windows_have_the_targets_joint_distribution(kind: str, monkeypatch:
         assert error < 1e-6 if wrong == "position" and "rejection" in kind else error > 1e-3, wrong
 
 
-def fixed(heads: int = 4, **shape: str) -> tuple[Transformer, Transformer]:
+def fixed(heads: int = 4, **shape: Any) -> tuple[Transformer, Transformer]:
     """A model over three tokens whose weights come from a formula, in float64, and its decoding form."""
     config = ModelConfig(vocab_size=3, dim=16, layers=4, attention_heads=1, heads=heads, context=16, **shape)
     raw = Transformer(config).double()
@@ -290,6 +290,7 @@ def surprise(law: Tensor, model: Transformer, rule: str, tree: str = "") -> floa
 COUNT = 5000
 LINEAR = {"head_kind": "linear"}
 SEQUENTIAL = {"head_kind": "sequential", "wiring": "causal"}
+EAGLE: dict[str, Any] = {"head_kind": "eagle3", "wiring": "causal", "features": (0, 4)}
 TREE = "0,1,0.0,1.0,0.1"
 
 
@@ -300,11 +301,12 @@ TREE = "0,1,0.0,1.0,0.1"
         (LINEAR, "block", "", "position"),
         (SEQUENTIAL, "rejection", "", ""),
         (SEQUENTIAL, "block", "", "offset"),
+        (EAGLE, "rejection", "", ""),
         (LINEAR, "rejection", TREE, "offset"),
     ],
 )
 def test_sequences_follow_the_models_law(
-    shape: dict[str, str], rule: str, tree: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+    shape: dict[str, Any], rule: str, tree: str, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw, model = fixed(**shape)
     law = law_of(raw)

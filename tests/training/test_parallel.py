@@ -44,7 +44,7 @@ def test_gradients_and_losses_are_those_of_one_process(results, kind, wiring, ti
         "linear": HEADS if wiring == "anticausal" else HEADS - 1,
         "sequential-own": HEADS - 1,
     }
-    embedding, shared = 0 if tied else 1, kind == "sequential"
+    embedding, shared = 0 if tied else 1, kind in ("sequential", "eagle3")
     assert result["collectives"] == {
         # A block is gathered for the forward and for the backward, the unembedding once a step for all its losses, and
         # so is a module that heads share.
