@@ -345,6 +345,7 @@ def adapt(settings: AdaptSettings) -> dict[str, Any]:
 
     config = run_config(settings)
     if settings.own_answers.asked:
+        _check_run(config)  # before hours of answering
         settings.own_answers.write(settings.model, settings.run_dir, settings.seed, settings.threads)
     path = train(config)
     found: dict[str, Any] = {"model": str(path), "heads": config.model.heads, "head_kind": config.model.head_kind}
@@ -359,23 +360,30 @@ def estimate_adapt_run(settings: AdaptSettings) -> dict[str, Any]:
     Raises UsageError for settings and run folders that `adapt` refuses before it reads the text.
     """
     from headstart.data.mixture import open_sources
-    from headstart.training.adapt.run import SOURCE_FILE, check_unchanged, check_vocabulary
+    from headstart.training.adapt.run import check_vocabulary
+
+    config = run_config(settings)
+    _check_run(config)
+    found = settings.dry_run.estimate(config, str(settings.run_dir))
+    if config.data.prepared:
+        sources = open_sources(config.data.prepared)
+        check_vocabulary(sources, config.adapt.model if config.adapt else settings.model, config.model.vocab_size)
+    return found | {"cache_states_gib": settings.cache_gib if config.adapt and config.adapt.cache_states else None}
+
+
+def _check_run(config: RunConfig) -> None:
+    """Raise UsageError for packages, settings and run folders that a run refuses before it reads its data."""
+    from headstart.training.adapt.run import SOURCE_FILE, check_unchanged
     from headstart.training.loop import check_storable
     from headstart.training.run_folder import RunFolder
     from headstart.training.trackers import check_packages
 
-    config = run_config(settings)
     check_packages(config.watch)
     check_storable(config)
     folder = RunFolder(config.run_dir, config.result)
     folder.check(config)
     if folder.started and config.adapt and (folder.path / SOURCE_FILE).is_file():
         check_unchanged(config.adapt.model, folder.path)
-    found = settings.dry_run.estimate(config, str(settings.run_dir))
-    if config.data.prepared:
-        sources = open_sources(config.data.prepared)
-        check_vocabulary(sources, config.adapt.model if config.adapt else settings.model, config.model.vocab_size)
-    return found | {"cache_states_gib": settings.cache_gib if config.adapt and config.adapt.cache_states else None}
 
 
 def acceptance(config: RunConfig, path: Path) -> dict[str, Any]:

@@ -538,3 +538,7 @@ def test_the_model_answers_prompts_before_its_heads_are_trained(settings: Any, m
     assert (asked.run_dir / "answers.jsonl").read_bytes() == answers.read_bytes()
     adapt(replace(asked, steps=4))  # resumes, and answers nothing again
     assert (asked.run_dir / "answers.jsonl").read_bytes() == answers.read_bytes()
+    (asked.run_dir / "answers.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"holds a run with model.heads 3, not 2"):
+        adapt(replace(asked, heads=2))
+    assert not (asked.run_dir / "answers.jsonl").exists()  # it is told before anything is answered
