@@ -97,7 +97,7 @@ class _Sizes:
             elif part.startswith("weights gathered or cast"):
                 found[part] = self.cast
             elif part == "activations of the trunk" and self.trunk_frozen:
-                found[part] = FLOAT32 * shape.dim * self.tokens
+                found[part] = FLOAT32 * shape.state_dim * self.tokens
             elif part == "activations of the trunk" and "end of the trunk" not in name:
                 found[part] += 0 if self.layout.activation_checkpointing else self.added
             elif part in ("activations of the trunk", "activations computed again"):

@@ -160,7 +160,8 @@ class _Step:
         self.heads = [count_parameters(head.parameters()) for head in self.model.heads]
         self.on_path = _depth(self.shape)
         """Heads whose activations are alive together: 1 on the parallel tree."""
-        self.modules = self.on_path - (1 if self.shape.kind.reads_tokens else 0)
+        plain = self.shape.kind.reads_tokens and self.shape.parents[1:2] != (0,)
+        self.modules = self.on_path - plain
         """Number of these heads that are modules; head 1 of sequential heads is none."""
         self.kept = Kept(config, self.compute, self.residual, device)
 
@@ -305,7 +306,8 @@ class Kept:
     def trunk(self, layers: int, checkpointing: bool) -> int:
         """Return the bytes of the trunk."""
         output = self.residual * self.config.model.dim
-        return output + layers * (output if checkpointing else self.block())
+        handed_out = self.residual * (self.config.model.state_dim - self.config.model.dim)
+        return output + handed_out + layers * (output if checkpointing else self.block())
 
     def head(self) -> int:
         """Return the bytes of one head and its latent, without its parent's latent."""

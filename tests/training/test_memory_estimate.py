@@ -84,6 +84,9 @@ def measured(config: RunConfig, walk: Walk = walk_step) -> int:
         pytest.param(
             run(replace(BYTES, head_kind="sequential", wiring="causal"), rows=2), id="bytes, 8 sequential heads"
         ),
+        pytest.param(
+            run(replace(TOKENS, head_kind="eagle3", wiring="causal"), dtype="float32"), id="4 eagle3 heads, float32"
+        ),
         pytest.param(run(replace(WIDE, layers=4), rows=1), id="mostly weights"),
         pytest.param(run(MUON, rows=1, accumulate=2, optimizer=OptimizerConfig(kind="muon")), id="muon"),
         pytest.param(
