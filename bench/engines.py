@@ -65,6 +65,7 @@ class Proof:
         drafts: the numbers of drafts to try, those judged first, and the further ones (none: plain text alone).
         fits: whether the format holds a model with these heads.
         options: fields of the case for a path of the export and a number of drafts.
+        code: whether the engine loads the export with its code (trust_remote_code) also for plain text.
     """
 
     format: FormatName
@@ -74,6 +75,7 @@ class Proof:
     drafts: Callable[[ModelConfig], tuple[tuple[int, ...], tuple[int, ...]]] = lambda config: ((), ())
     fits: Callable[[ModelConfig], bool] = lambda config: config.heads == 1
     options: Callable[[Path, int], dict[str, Any]] = lambda path, drafts: {}
+    code: bool = False
 
 
 def _all_drafts(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -115,7 +117,7 @@ PROOFS = (
         "mimo", "vllm",
         "vllm serve OUT --trust-remote-code --speculative-config "
         '\'{"method": "mtp", "num_speculative_tokens": K}\'',
-        "", _mimo_drafts, partial(_has, "sequential"), _mimo,
+        "", _mimo_drafts, partial(_has, "sequential"), _mimo, code=True,
     ),
 )  # fmt: skip
 """The exports that are proven, and their engines. A new export is a line here."""
@@ -138,6 +140,8 @@ class Settings(BenchSettings):
     one)."""
     make_environments: Path | None = None
     """Folder in which environments of the engines without --engine-python are made with venv and pip, and kept."""
+    drafts: tuple[int, ...] = ()
+    """Numbers of drafts to try, of those that an export is tried with (none: all)."""
     prompts: Path | None = None
     """A line each, or .jsonl with "prompt", "text" or "messages" (None: twelve questions)."""
     prompt_count: int = 12
@@ -257,7 +261,8 @@ class Trial:
         converted = convert(self.model, path, proof.format, self.settings.dtype, heads=heads)
         directory, name = path / proof.folder if proof.folder else path, f"{proof.format}, {label}{proof.engine}"
         say(f"{name} ...")
-        plain = self.ask(proof.engine, self.case(directory), ours[1].ends)
+        case = self.case(directory) | {"code": proof.code}
+        plain = self.ask(proof.engine, case, ours[1].ends)
         total, judged_drafts = len(self.prompts), proof.drafts(config)
         details = {
             "prompts read like here": f"{plain.same_prompts(ours[1])} of {total}",
@@ -268,8 +273,9 @@ class Trial:
             same = plain.same_outputs(ours[1])
             self._judge_text(name, "plain text equals Headstart's", same, plain, ours[1], details)
         for drafts in (*judged_drafts[0], *judged_drafts[1]):
-            case = self.case(directory) | proof.options(path, drafts)
-            drafted = self.ask(proof.engine, case, ours[1].ends)
+            if self.settings.drafts and drafts not in self.settings.drafts:
+                continue
+            drafted = self.ask(proof.engine, case | proof.options(path, drafts), ours[1].ends)
             where = f"{name}, {count(drafts, 'draft')}"
             same = drafted.same_outputs(plain)
             more = {"plain text like Headstart's": f"{plain.same_outputs(ours[1])} of {total}", **details}

@@ -150,15 +150,6 @@ def inexpressible(config: ModelConfig, expressible: Iterable[str]) -> list[str]:
     return found
 
 
-def refuse_draft_vocabulary(config: ModelConfig, place: str) -> None:
-    """Raise UsageError if heads have a draft vocabulary, for a `place` that has none."""
-    if config.draft_vocab is not None:
-        raise UsageError(
-            f"this model's heads have a draft vocabulary of {config.draft_vocab:,} tokens, and {place} knows none; "
-            "take headstart or heads"
-        )
-
-
 def refuse_other_blocks(config: ModelConfig, place: str) -> None:
     """Raise UsageError if trunk and head 1 have other blocks than a plain Llama, for a `place` that holds no others."""
     names = inexpressible(config, (*LLAMA, "draft_vocab", "features", "norm_output"))

@@ -5,8 +5,8 @@ module of DeepSeek: `hidden_layernorm`, `token_layernorm`, `input_proj` over [hi
 `final_layernorm`, which is our final norm, shared with head 1. Both engines decode with one module; vLLM may run it
 again and again for further drafts, on its normed output, where ours reads the output as it is.
 
-Both zero the embedding that the module reads at position 0. Drafts therefore differ a little from ours; the text does
-not.
+Both zero the embedding that the module reads at position 0, and let the module propose any token: a draft vocabulary
+is not written. Drafts therefore differ a little from ours; the text does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
-from headstart.formats.assembly import LLAMA, assemble, inexpressible, refuse_draft_vocabulary, stored_tensors
+from headstart.formats.assembly import LLAMA, assemble, inexpressible, stored_tensors
 from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.format import Check, compare_logits, random_text
@@ -52,8 +52,8 @@ def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None =
     module = "heads.shared." if config.shared else "heads.2."
     tensors: dict[str, Tensor] = {}
     for name, tensor in files.items():
-        if name.endswith("o_proj.bias") or (name.startswith("heads.") and not name.startswith(module)):
-            continue  # zero, or of a further head
+        if name.endswith("o_proj.bias") or name == "d2t" or (name.startswith("heads.") and not name.startswith(module)):
+            continue  # zero, the draft vocabulary, or of a further head
         tensors[_mimo_name(name) if name.startswith("heads.") else name] = tensor
     for name, tensor in list(tensors.items()):
         bias = name.removesuffix("weight") + "bias"
@@ -129,8 +129,7 @@ def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
             f"this model has {kind}; MiMo's layout holds sequential heads alone (model.head_kind: sequential), and "
             "headstart and hf-code all kinds"
         )
-    refuse_draft_vocabulary(config, "MiMo's layout")
-    reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias"))
+    reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias", "draft_vocab"))
     if config.dim_per_head * config.attention_heads != config.dim:
         reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")
     if any(name.endswith("o_proj.bias") and bool(tensor.any()) for name, tensor in files.items()):
@@ -145,6 +144,11 @@ def _left_out(config: ModelConfig) -> list[str]:
         heads = "head 3" if config.heads == 3 else f"heads 3..{config.heads}"
         again = "; vLLM may run the module again for them, on its normed output" if config.shared else ""
         left.append(f"{heads}: left out, as the engines decode with one module{again}")
+    if config.draft_vocab is not None:
+        left.append(
+            f"draft vocabulary of {config.draft_vocab:,} tokens: left out, the module proposes any token, and fewer of "
+            "its drafts may be right; no text differs"
+        )
     if config.tied:
         left.append("tied unembedding: written as a matrix of its own, equal to the embedding")
     return left
@@ -225,13 +229,22 @@ class Mimo(DirectoryFormat):
     def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
         """Compare the logits of both heads, and count the drafts that stay the same in the engines."""
         again = load_mimo(path)
-        tokens_BT = random_text(model)
-        ours = again(tokens_BT, heads=2)[:, :-1, 1].argmax(-1)
+        tokens_BT, d2t = random_text(model), model.unembedding.d2t
+
+        @torch.no_grad()
+        def within_draft_vocabulary(tokens: Tensor) -> Tensor:
+            logits_BTKV = again(tokens, heads=2)
+            if d2t is not None:
+                outside_V = torch.ones(model.config.vocab_size, dtype=torch.bool).index_fill(0, d2t, False)
+                logits_BTKV[:, :-1, 1].masked_fill_(outside_V, -torch.inf)
+            return logits_BTKV
+
+        ours = within_draft_vocabulary(tokens_BT)[:, :-1, 1].argmax(-1)
         same = drafts_as_engines_compute(again, tokens_BT).argmax(-1) == ours
         share = f"head 2 proposes the same token at {int(same.sum())} of {same.numel()} positions"
         return [
-            compare_logits("headstart", model, lambda tokens: again(tokens, heads=2), 2),
-            Check("headstart, position 0 zeroed as the engines do", share),
+            compare_logits("headstart", model, within_draft_vocabulary, 2),
+            Check("headstart, drafts as the engines compute them", share),
         ]
 
     def read(self, path: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Transformer:

@@ -182,6 +182,26 @@ def test_mimo(change: dict[str, object], tmp_path: Path) -> None:
     assert again.config.heads == 2 and torch.equal(again(IDS, heads=2).nan_to_num(), expected.nan_to_num())
 
 
+def test_mimo_leaves_a_draft_vocabulary_out(tmp_path: Path) -> None:
+    model = lively(replace(MIMO, draft_vocab=9))
+    model.unembedding.d2t.copy_(torch.tensor([0, 3, 7, 32, 97, 101, 116, 200, 255]))
+    (tmp_path / "mimo").mkdir()
+    left = save_mimo(model, tmp_path / "mimo")
+    assert any(line.startswith("draft vocabulary of 9 tokens: left out") for line in left)
+    again = load_mimo(tmp_path / "mimo")
+    assert again.config.draft_vocab is None and again.config.heads == 2
+    with torch.no_grad():
+        mine, theirs = model(IDS, heads=2)[:, :-1, 1], again(IDS, heads=2)[:, :-1, 1]
+    assert_close(mine[mine.isfinite()], theirs[mine.isfinite()])
+    assert theirs.isfinite().all()
+    checks = Mimo().check(model, tmp_path / "mimo", None)
+    assert checks[0].passed and "proposes the same token at" in checks[1].found
+    with torch.no_grad():
+        model.heads[1].join.weight.mul_(2)
+    with pytest.raises(UsageError, match="logits differ"):
+        Mimo().check(model, tmp_path / "mimo", None)
+
+
 def test_what_the_layouts_cannot_express_is_refused(tmp_path: Path) -> None:
     for config in (TINY, replace(MEDUSA, heads=1), MIMO):
         with pytest.raises(UsageError, match="medusa heads alone"):

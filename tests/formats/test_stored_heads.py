@@ -114,7 +114,6 @@ def test_a_draft_vocabulary_travels_with_the_heads(kind: str, wiring: str, base:
 @pytest.mark.parametrize(
     ("kind", "form", "place"),
     [
-        ("sequential", "mimo", "MiMo's layout knows none"),
         ("transformer", "meta", "cannot express draft_vocab"),
     ],
 )
