@@ -541,4 +541,4 @@ def test_the_model_answers_prompts_before_its_heads_are_trained(settings: Any, m
     (asked.run_dir / "answers.jsonl").unlink()
     with pytest.raises(UsageError, match=r"holds a run with model.heads 3, not 2"):
         adapt(replace(asked, heads=2))
-    assert not (asked.run_dir / "answers.jsonl").exists()  # it is told before anything is answered
+    assert not (asked.run_dir / "answers.jsonl").exists()  # it is reported before anything is answered
