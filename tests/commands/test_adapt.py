@@ -247,6 +247,15 @@ def test_kept_hidden_states_train_the_same_heads(
         adapt(replace(kept, run_dir=kept.run_dir.with_name("small"), cache_gib=1e-6))
 
 
+def test_the_same_text_under_another_name_has_the_same_states(settings: Any, tmp_path: Path) -> None:
+    states = tmp_path / "states"
+    for name, animal in (("a", "cat"), ("b", "cat"), ("c", "dog")):
+        (tmp_path / f"{name}.txt").write_text(f"the {animal} sat\n" * 40)
+        asked = settings(name, data=(str(tmp_path / f"{name}.txt"),), steps=1, cache_states=str(states))
+        adapt(replace(asked, validation_fraction=0.0, sample_documents=0))
+    assert len(list(states.iterdir())) == 2
+
+
 @pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential", "eagle3"])
 def test_held_out_rows_are_scored_alike_with_kept_states(kind: str, settings: Any) -> None:
     """Head 1, which never changes, is not scored."""

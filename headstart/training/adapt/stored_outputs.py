@@ -16,12 +16,10 @@ from torch import Tensor
 
 from headstart.console import Progress, say
 from headstart.data.batches import BatchStream
-from headstart.data.manifest import MANIFEST
 from headstart.data.mixture import Source
 from headstart.data.shards import TokenShards
 from headstart.decoding.kernels.pack import multiplies_blocks, pack
 from headstart.errors import UsageError
-from headstart.fileio import sha256_of
 from headstart.formats.hub import SUFFIX
 from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
@@ -68,7 +66,7 @@ class StoredOutputs:
         origin: dict[str, Any] = {
             "model": dict(digests),
             "trunk_layers": config.model.trunk_layers,
-            "data": [[sha256_of(split.directory / MANIFEST), split.split] for split in self._splits],
+            "data": [_content(split) for split in self._splits],
             "products": config.dtype,
             "weights": "packed blocks" if blocks else config.adapt.frozen_dtype,
             "attention_within_documents": config.data.attention_within_documents,
@@ -180,6 +178,12 @@ def _block_reader(file: Path, config: ModelConfig) -> Transformer:
         reader.trunk.blocks.append(reader.head(1))
     reader.trunk.handed_out = config.handed_out
     return pack(reader)
+
+
+def _content(split: TokenShards) -> list[Any]:
+    """Return what the rows of a split hold, without the name that its text had: digests of tokens and documents."""
+    summary = split.manifest["splits"][split.split]
+    return [[shard["sha256"], shard.get("targets")] for shard in summary["shards"]] + [summary["starts"]["sha256"]]
 
 
 def _reads_blocks(config: RunConfig, device: str) -> bool:
