@@ -144,9 +144,21 @@ def test_drafting_that_loses_is_paused_longer_each_time() -> None:
         policy.observe(1, 1, rows, drafts, 1)  # nothing is ever accepted
     assert 0 < drafting < 600
     for _ in range(5_000):  # the text turns
-        rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3)])
+        rows, drafts = policy.plan(1, [policy.prefixes(False, [SURE] * 3 if drafts else [])])
         policy.observe(1, 1, rows, drafts, rows)
     assert drafts and rows == 4 and policy.rate > 2
+
+
+@pytest.mark.parametrize(("without", "least", "most"), [(1.35, 0.0, 0.1), (1.05, 0.9, 0.98)])
+def test_heads_pause_where_lookup_alone_is_faster(without: float, least: float, most: float) -> None:
+    """With heads a pass of five rows commits 2 tokens; without them a pass of one row commits `without`."""
+    policy = DraftPolicy(tuning(first=1.3, row=0.1))
+    drafted = 0
+    for _ in range(4000):
+        _, drafting = policy.plan(1, [[0.5]])
+        drafted += drafting
+        policy.observe(1, 1, 5 if drafting else 1, drafting, 2 if drafting else without)  # type: ignore[arg-type]
+    assert least < drafted / 4000 < most
 
 
 @pytest.mark.parametrize(("slots", "most"), [(1, 8), (4, 3), (16, 1)])

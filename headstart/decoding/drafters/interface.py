@@ -37,6 +37,15 @@ class Verified:
     """(S, K-1): noise that each draft is drawn with; None where all slots are greedy."""
 
     @property
+    def rows(self) -> int:
+        """Rows up to the last accepted one of any slot, which alone matter to drafts.
+
+        On a GPU all rows: the host would have to wait for the number.
+        """
+        accepted_S = self.verdict.accepted_S
+        return self.verdict.tokens_SD.shape[1] if accepted_S.is_cuda else int(accepted_S.max()) + 1
+
+    @property
     def candidates(self) -> Candidates:
         """The tokens that the heads draft from."""
         return Candidates(cast(PackedUnembedding, self.model.unembedding).d2t, self.state, self.plan.slots)

@@ -31,7 +31,8 @@ class DraftPolicy:
 
     The rate of tokens per cost is highest if every row is fed whose expected tokens are worth more than its cost at
     that very rate (Dinkelbach's rule). So the rate of recent passes is the price of a row. If it falls below the rate
-    of plain decoding, drafting pauses, for longer each time: see `_transition`.
+    of passes without heads, drafting pauses, for longer each time: see `_transition`. That rate is 1 unless prompt
+    lookup drafts too; then trials without heads measure it.
     """
 
     MEMORY = 0.97
@@ -42,6 +43,12 @@ class DraftPolicy:
     """Standard deviations by which drafts must fall short of the prediction for the rate to be judged earlier."""
     PAUSES = (64, 2048)
     """Plain passes of the first and of the longest pause."""
+    MEMORY_WITHOUT = 0.99
+    """Weight of a pass without heads in the rate of those passes, relative to the pass after it."""
+    TRIAL = 48
+    """Passes of a trial without heads, where prompt lookup drafts too."""
+    TRIALS_AFTER = (96, 4096)
+    """Passes with heads before the first trial, and the most between two."""
     DOUBT = 256
     """Plain passes before drafting is first tried if no fixed number of rows is expected to pay."""
     GAIN = 0.2
@@ -56,6 +63,10 @@ class DraftPolicy:
         self._doubted: set[tuple[int, bool]] = set()
         self._pause = 0
         self._next_pause = self.PAUSES[0]
+        self._without_tokens, self._without_cost = 8.0, 8.0
+        self._looked_up = False
+        """Whether prompt lookup is known to draft: a pass with heads had more rows than they fill."""
+        self._since_trial, self._next_trial, self._trial = 0, self.TRIALS_AFTER[0], False
         self._start()
 
     def _start(self) -> None:
@@ -97,6 +108,11 @@ class DraftPolicy:
         """Tokens per cost of recent passes, relative to plain decoding."""
         return self._tokens / self._cost
 
+    @property
+    def rate_without(self) -> float:
+        """Tokens per cost of passes without heads, at least that of plain decoding."""
+        return max(1.0, self._without_tokens / self._without_cost)
+
     def prefixes(self, sampled: bool, confidences: Sequence[float]) -> list[float]:
         """Return in entry j-1 the probability that the first j drafts of a window are all right."""
         return self.calibration.current.select(sampled)[0].prefixes(confidences)
@@ -131,6 +147,13 @@ class DraftPolicy:
                 self._tokens, self._cost = self._observed_tokens, self._observed_cost
             self._windows += live
             judged = surprised or self._windows >= self.PROBE
+            self._looked_up |= rows > len(costs.by_rows)
+            self._since_trial += 1
+        else:
+            # The cost of rows without that of the heads' drafts.
+            cost = cost_of_rows(costs.by_rows, rows) - (costs.by_rows[0] - 1)
+            self._without_tokens = self.MEMORY_WITHOUT * self._without_tokens + tokens / live
+            self._without_cost = self.MEMORY_WITHOUT * self._without_cost + cost
         self._transition(costs, sampled, drafted, judged)
 
     def learn(self, sampled: bool, confidences: Sequence[float], fed: int, accepted: int) -> None:
@@ -141,10 +164,11 @@ class DraftPolicy:
         """Make the transitions due before a pass (`drafted` is None) or after it, and return whether heads draft now.
 
         drafting -> paused: at a batch size where no fixed number of rows is expected to pay, when it is first met;
-            later, once the rate is judged to be below that of plain decoding. Each pause is twice as long as the one
-            before it, until drafting pays again.
-        paused -> drafting: after that many plain passes. Most of what was learned online fades then, because drafts
-            that nobody feeds teach nothing.
+            later, once the rate is judged to be below that of passes without heads. Each pause is twice as long as the
+            one before it, until drafting pays again. Where prompt lookup drafts too, a trial without heads pauses it
+            as well, more rarely each time.
+        paused -> drafting: after that many passes without heads. Most of what was learned online fades after a pause
+            for losses, because drafts that nobody feeds teach nothing.
         stopped: while the costs leave nothing to gain even for likely drafts. Measured costs do not change; those
             timed online may be noise, so there it is a pause.
         """
@@ -155,8 +179,12 @@ class DraftPolicy:
         if drafted is None:
             lost = stopped and self.calibration.online and not self._pause
         else:
-            lost = drafted and judged and self.rate < 1
-        if lost:
+            lost = drafted and judged and self.rate < self.rate_without
+        if not lost and judged and self._looked_up and self._since_trial >= self._next_trial:
+            self._since_trial, self._next_trial = 0, min(2 * self._next_trial, self.TRIALS_AFTER[1])
+            self._pause, self._trial = self.TRIAL, True
+            self._start()
+        elif lost:
             self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, self.PAUSES[1])
             self._start()
         elif judged:
@@ -164,7 +192,9 @@ class DraftPolicy:
         elif drafted is False and self._pause:
             self._pause -= 1
             if not self._pause:
-                self.calibration.fade(sampled)
+                if not self._trial:
+                    self.calibration.fade(sampled)
+                self._trial = False
         return not (self._pause or stopped)
 
     def _choose_rows(self, costs: Sequence[float], drafting: bool, prefixes: Sequence[Sequence[float]]) -> int:
