@@ -151,7 +151,7 @@ def test_drafting_that_loses_is_paused_longer_each_time() -> None:
 
 @pytest.mark.parametrize(("without", "least", "most"), [(1.35, 0.0, 0.1), (1.05, 0.9, 0.98)])
 def test_heads_pause_where_lookup_alone_is_faster(without: float, least: float, most: float) -> None:
-    """With heads a pass of five rows commits 2 tokens; without them a pass of one row commits `without`."""
+    """A pass of five rows with heads commits 2 tokens; one of one row without them commits `without`."""
     policy = DraftPolicy(tuning(first=1.3, row=0.1))
     drafted = 0
     for _ in range(4000):

@@ -40,10 +40,10 @@ class Verified:
     def rows(self) -> int:
         """Rows up to the last accepted one of any slot, which alone matter to drafts.
 
-        On a GPU all rows: the host would have to wait for the number.
+        On a device other than the CPU all rows: the host would have to wait for the number.
         """
         accepted_S = self.verdict.accepted_S
-        return self.verdict.tokens_SD.shape[1] if accepted_S.is_cuda else int(accepted_S.max()) + 1
+        return int(accepted_S.max()) + 1 if accepted_S.device.type == "cpu" else self.verdict.tokens_SD.shape[1]
 
     @property
     def candidates(self) -> Candidates:

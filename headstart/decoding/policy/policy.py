@@ -65,7 +65,7 @@ class DraftPolicy:
         self._next_pause = self.PAUSES[0]
         self._without_tokens, self._without_cost = 8.0, 8.0
         self._looked_up = False
-        """Whether prompt lookup is known to draft: a pass with heads had more rows than they fill."""
+        """True once a pass with heads had more rows than they fill, so that prompt lookup drafts too."""
         self._since_trial, self._next_trial, self._trial = 0, self.TRIALS_AFTER[0], False
         self._start()
 
@@ -150,7 +150,7 @@ class DraftPolicy:
             self._looked_up |= rows > len(costs.by_rows)
             self._since_trial += 1
         else:
-            # The cost of rows without that of the heads' drafts.
+            # Heads that do not draft cost nothing.
             cost = cost_of_rows(costs.by_rows, rows) - (costs.by_rows[0] - 1)
             self._without_tokens = self.MEMORY_WITHOUT * self._without_tokens + tokens / live
             self._without_cost = self.MEMORY_WITHOUT * self._without_cost + cost
