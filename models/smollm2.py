@@ -29,8 +29,8 @@ LEAST_CHARACTERS = 40
 
 def lines(path: Path) -> Iterator[Any]:
     """Yield the objects of a file of JSON lines."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)
+    with path.open(encoding="utf-8") as file:  # str.splitlines would also cut at separators within texts
+        yield from map(json.loads, file)
 
 
 def runs_of_words(text: str) -> set[str]:
@@ -73,8 +73,10 @@ def keep_answers(answers: Path, out: Path) -> None:
 
 def main() -> None:
     """Run the command."""
-    what, source, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    {"prompts": write_prompts, "answers": keep_answers}[what](source, out)
+    commands = {"prompts": write_prompts, "answers": keep_answers}
+    if len(sys.argv) != 4 or sys.argv[1] not in commands:
+        sys.exit("usage: python models/smollm2.py prompts DATA PROMPTS.jsonl, or answers ANSWERS.jsonl KEPT.jsonl")
+    commands[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
 
 
 if __name__ == "__main__":

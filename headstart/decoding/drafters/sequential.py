@@ -37,10 +37,11 @@ class SequentialHeads:
     def draft(self, verified: Verified) -> Proposal:
         """Write the drafts of heads 2..K into the windows, and return them with their logits."""
         state, plan, verdict = verified.state, verified.plan, verified.verdict
-        accepted_S, tokens_SW = verdict.accepted_S, verdict.tokens_SD[:, : verified.rows]
+        rows, accepted_S = verified.rows, verdict.accepted_S
+        tokens_SW = verdict.tokens_SD[:, :rows]
         run = _Run(verified.model, state, plan.slots, verified.length_S, plan.span)
         follow_SN = torch.cat([tokens_SW, tokens_SW.new_zeros(len(tokens_SW), plan.heads - 2)], 1)
-        inputs, chain = verified.latents.of[0][:, : verified.rows], Chain(verified)
+        inputs, chain = verified.latents.of[0][:, :rows], Chain(verified)
         for k in range(2, plan.heads + 1):
             row_S = accepted_S + (k - 2)
             asked_S = row_S if plan.deferred and k == plan.heads else None
