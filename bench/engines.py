@@ -95,7 +95,9 @@ def _mimo(path: Path, drafts: int) -> dict[str, Any]:
 
 
 def _mimo_drafts(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    # The engine runs one module again and again, on its normed output, where our heads read the output as it is.
+    # The engine runs one module again and again, on its normed output; heads without norm_output read it as it is.
+    if config.norm_output:
+        return _all_drafts(config)
     return (1,), (config.heads - 1,) if config.shared and config.heads > 2 else ()
 
 

@@ -61,7 +61,11 @@ class AdaptSettings:
     """eagle3: the layers whose inputs the heads read, such as 2,15,27, or last: only the trunk's output (None: 2, L/2
     and L-3 of L layers)."""
     norm_output: bool = False
-    """eagle3: norm what each step hands to the next (EAGLE-3.1)."""
+    """eagle3, sequential: norm what each step hands to the next (EAGLE-3.1, MiMo). Sequential heads then share one
+    cache, as engines run them."""
+    rollout: int | None = None
+    """eagle3, sequential with --norm-output: train this many steps, each on the outputs of the step before (None: all
+    of them; 1: teacher forcing, the first step alone, on the model's own states)."""
     replace_heads: bool = False
     """Replace the heads that the model has beyond the first."""
     draft_vocab: int | None = None
@@ -192,6 +196,15 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         norm_output=settings.norm_output,
     )
     joint = settings.mode == "joint"
+    if settings.rollout is not None:
+        if joint or not model.kind.one_cache:
+            raise UsageError(
+                "--rollout is for --mode heads with eagle3 heads, or sequential ones with --norm-output; leave it out"
+            )
+        if not 1 <= settings.rollout < settings.heads:
+            raise UsageError(
+                f"--rollout is {settings.rollout}; {settings.heads} heads have 1 to {settings.heads - 1} steps"
+            )
     lr = (5e-5 if joint else 1e-3) if settings.lr is None else settings.lr
     return RunConfig(
         steps=settings.steps,
@@ -270,11 +283,13 @@ def head_weights(settings: AdaptSettings) -> HeadWeights:
     In joint training they are multiplied by 0.2 relative to head 1, or by a sine ramp up to 0.01 if head 1 is
     self-distilled.
     """
+    others = settings.heads - 1
     if settings.mode == "heads":
         if settings.head_weight is not None:
             raise UsageError("--head-weight is for --mode joint: with the heads alone there is no other loss")
-        return HeadWeights(decay=settings.head_decay)
-    others = settings.heads - 1
+        trained = others if settings.rollout is None else settings.rollout
+        weights = None if trained == others else (1.0, *[1.0] * trained, *[0.0] * (others - trained))
+        return HeadWeights(initial=weights, decay=settings.head_decay)
     weight = (0.01 if settings.self_distilled else 0.2) if settings.head_weight is None else settings.head_weight
     weights = (1.0, *[weight] * others)
     if settings.self_distilled:

@@ -2,8 +2,9 @@
 
 Trunk and head 1 are a Qwen2: a Llama with biases on queries, keys and values. `model.mtp_layers.0` is head 2, the
 module of DeepSeek: `hidden_layernorm`, `token_layernorm`, `input_proj` over [hidden, embedding], a block, and
-`final_layernorm`, which is our final norm, shared with head 1. Both engines decode with one module; vLLM may run it
-again and again for further drafts, on its normed output, where ours reads the output as it is.
+`final_layernorm`, which is our final norm, shared with head 1, or with `norm_output` the module's own. Both engines
+decode with one module; vLLM may run it again and again for further drafts, on its normed output and over one cache, as
+heads with `norm_output` do. Heads without it read the output as it is, over a cache each.
 
 Both zero the embedding that the module reads at position 0, and let the module propose any token: a draft vocabulary
 is not written. Drafts therefore differ a little from ours; the text does not.
@@ -12,6 +13,7 @@ is not written. Drafts therefore differ a little from ours; the text does not.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,12 @@ from headstart.model.transformer import Transformer
 
 MODULE = "model.mtp_layers.0"
 CODE = "modeling_mimo.py"
-NAMES = {"latent_norm": "hidden_layernorm", "token_norm": "token_layernorm", "join": "input_proj"}
+NAMES = {
+    "latent_norm": "hidden_layernorm",
+    "token_norm": "token_layernorm",
+    "join": "input_proj",
+    "norm": "final_layernorm",
+}
 FINAL = f"{MODULE}.final_layernorm.weight"
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -59,7 +66,8 @@ def save_mimo(model: Transformer, directory: Path, tokenizer: Tokenizer | None =
         bias = name.removesuffix("weight") + "bias"
         if any(f".{rows}.weight" in name for rows in QKV) and bias not in tensors:
             tensors[bias] = tensor.new_zeros(tensor.shape[0])
-    tensors[FINAL] = tensors["model.norm.weight"].clone()
+    if FINAL not in tensors:
+        tensors[FINAL] = tensors["model.norm.weight"].clone()
     if config.tied:
         tensors[UNEMBEDDING] = tensors[EMBEDDING].clone()
     save_file(tensors, directory / MODEL_FILE, metadata={"format": "pt"})
@@ -81,7 +89,7 @@ def load_mimo(
     """Return the model in a directory of MiMo's layout with one module: two sequential heads.
 
     Parameters have `dtype` (None: that in which the embedding is stored). Raises UsageError for files that are missing
-    or damaged, or a module that is not one of ours.
+    or damaged.
     """
     directory = Path(directory)
     tensors = TensorFiles(model_files(directory, MODEL_FILE))
@@ -91,10 +99,7 @@ def load_mimo(
         if name not in names:
             raise UsageError(f"{directory}: lacks {name}; copy the model directory again")
     if not torch.equal(tensors.read(FINAL), tensors.read("model.norm.weight")):
-        raise UsageError(
-            f"{directory}: {FINAL} is not the model's final norm, which headstart's heads share; "
-            "this model cannot be read"
-        )
+        config = replace(config, norm_output=True)
 
     def read(part: Part) -> Tensor:
         name = _mimo_name(part.name) if part.name.startswith("heads.") else part.name
@@ -129,7 +134,7 @@ def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
             f"this model has {kind}; MiMo's layout holds sequential heads alone (model.head_kind: sequential), and "
             "headstart and hf-code all kinds"
         )
-    reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias", "draft_vocab"))
+    reasons = inexpressible(config, (*LLAMA, "family", "qkv_bias", "draft_vocab", "norm_output"))
     if config.dim_per_head * config.attention_heads != config.dim:
         reasons.append(f"head_dim {config.dim_per_head}, which is not dim / attention_heads")
     if any(name.endswith("o_proj.bias") and bool(tensor.any()) for name, tensor in files.items()):
@@ -140,9 +145,9 @@ def _refuse(config: ModelConfig, files: dict[str, Tensor]) -> None:
 
 def _left_out(config: ModelConfig) -> list[str]:
     left = ["position 0: vLLM and SGLang zero the embedding that the module reads there; drafts differ, no text does"]
-    if config.heads > 2:
+    if config.heads > 2 and not config.norm_output:
         heads = "head 3" if config.heads == 3 else f"heads 3..{config.heads}"
-        again = "; vLLM may run the module again for them, on its normed output" if config.shared else ""
+        again = "; vLLM may run the module again for them, which --norm-output trains for" if config.shared else ""
         left.append(f"{heads}: left out, as the engines decode with one module{again}")
     if config.draft_vocab is not None:
         left.append(

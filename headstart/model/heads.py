@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from abc import ABC
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -107,9 +108,8 @@ class HeadKind(ABC):
     """The first head that runs through a transformer block; the heads behind it do too."""
     in_unembedding: ClassVar[bool] = False
     """True if heads 2..n are parts of the unembedding, and all read the trunk's latent as it is."""
-    one_cache: ClassVar[bool] = False
-    """True if heads 2..n are steps of one module with one set of keys and values, see `attention.StepAttention`: head k
-    stands k - 2 positions behind that of its row."""
+    norms_outputs: ClassVar[bool] = False
+    """True if `norm_output` makes a difference."""
     reads_tokens: ClassVar[bool] = False
     """True if head k also reads token t+k-1. Drafts are then made one after the other, and otherwise all at once."""
     can_be_unshared: ClassVar[bool] = False
@@ -145,9 +145,12 @@ class HeadKind(ABC):
             raise UsageError(
                 f"model.extra_layers is for transformer heads; {shape.head_kind} heads take no trunk layer"
             )
-        for name in ("features", "norm_output"):
-            if getattr(shape, name) and not self.reads_features:
-                raise UsageError(f"model.{name} is for eagle3 heads, not {shape.head_kind}; leave it out")
+        if shape.features and not self.reads_features:
+            raise UsageError(f"model.features is for eagle3 heads, not {shape.head_kind}; leave it out")
+        if shape.norm_output and not self.norms_outputs:
+            raise UsageError(
+                f"model.norm_output is for eagle3 and sequential heads, not {shape.head_kind}; leave it out"
+            )
 
     @property
     def trunk_layers(self) -> int:
@@ -189,6 +192,14 @@ class HeadKind(ABC):
     def own_unembeddings(self) -> bool:
         """True if heads 2..n do not use head 1's unembedding."""
         return self.unembeddings > 1
+
+    @property
+    def one_cache(self) -> bool:
+        """True if heads 2..n are steps of one module with one set of keys and values, see `attention.StepAttention`.
+
+        Head k then stands k - 2 positions behind that of its row.
+        """
+        return False
 
     @property
     def repeats_module(self) -> bool:
@@ -492,15 +503,17 @@ class SequentialHead(nn.Module):
     """DeepSeek-V3's module (arXiv 2412.19437, section 2.2), a block that reads a latent and a token.
 
     The latent of head k-1 at t and the embedding of token t+k-1 are normed and joined by one matrix. The latent that
-    comes out goes to the next head, and to the unembedding, whose final norm all heads share.
+    comes out goes to the next head, and to the unembedding, whose final norm all heads share. With `norm_output` it has
+    gone through a norm of the module's own, and the unembedding norms it no more.
     """
 
-    def __init__(self, shape: Shape, layer: int) -> None:
+    def __init__(self, shape: Shape, layer: int, norm_output: bool) -> None:
         super().__init__()
         self.latent_norm = RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset)
         self.token_norm = RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset)
         self.join = nn.Linear(2 * shape.dim, shape.dim, bias=False)
         self.block = Block(shape, layer)
+        self.norm = RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset) if norm_output else None
 
     def forward(
         self,
@@ -513,11 +526,16 @@ class SequentialHead(nn.Module):
     ) -> Tensor:
         """Return the latent, like `Block`; `ahead_BTD` holds the embedding of token t+k-1 for each position t."""
         joined = self.join(torch.cat([self.latent_norm(z_BTD), self.token_norm(ahead_BTD)], -1))
-        return cast(Tensor, self.block(joined, rotary, attend, select))
+        z_BTD = self.block(joined, rotary, attend, select)
+        return z_BTD if self.norm is None else self.norm(z_BTD)
 
 
 class SequentialHeads(HeadKind):
-    """A block per head, or one for all heads, that also reads the token before the one to predict (DeepSeek-V3)."""
+    """A block per head, or one for all heads, that also reads the token before the one to predict (DeepSeek-V3).
+
+    Each head has keys and values of its own, at every position. With `norm_output` the heads are steps of one module
+    over one set of keys and values instead, as in EAGLE and as engines run MiMo's module again and again.
+    """
 
     description = "block that also reads the token before"
     wirings = ("causal",)
@@ -525,7 +543,27 @@ class SequentialHeads(HeadKind):
     first_block = 2
     reads_tokens = True
     can_be_unshared = True
+    norms_outputs = True
     as_wide_at_first = (".latent_norm.weight", ".token_norm.weight")
+
+    def check(self) -> None:
+        """Raise UsageError for fields of the shape that do not go with these heads."""
+        super().check()
+        if self.one_cache and not self.shape.shared:
+            raise UsageError(
+                "model.norm_output makes sequential heads steps of one module; leave it or model.shared false out"
+            )
+
+    @property
+    def one_cache(self) -> bool:
+        """True if the outputs of steps are normed."""
+        return self.shape.norm_output
+
+    @property
+    def block_shape(self) -> Shape:
+        """The shape of the blocks; steps over one cache see the whole context."""
+        slides = self.one_cache and self.shape.window is not None
+        return replace(self.shape, window_layers=()) if slides else self.shape
 
     @property
     def repeats_module(self) -> bool:
@@ -542,7 +580,16 @@ class SequentialHeads(HeadKind):
 
     def kept_bytes(self, kept: KeptBytes) -> int:
         """Return the bytes of a block, two norms, their joined outputs, and the product with the matrix."""
-        return 0 if self.shape.heads == 1 else kept.block() + 2 * kept.norm() + 3 * kept.compute * self.shape.dim
+        norms = 3 if self.one_cache else 2
+        return 0 if self.shape.heads == 1 else kept.block() + norms * kept.norm() + 3 * kept.compute * self.shape.dim
+
+    def draft_norm(self) -> nn.Module | None:
+        """Return the norm before the unembedding: head 1's, or none for outputs that the module norms."""
+        return nn.Identity() if self.one_cache and self.shape.heads > 1 else None
+
+    def copied(self, name: str, block: Mapping[str, Tensor], norm_D: Tensor) -> Tensor | None:
+        """Return a copy of the last block, and of the final norm for the module's own."""
+        return norm_D if name == "heads.1.norm.weight" else block.get(name)
 
     def begin_as_head_1(self, name: str, tensor: Tensor) -> bool:
         """Make a join pass the normed latent and ignore the token."""
@@ -552,6 +599,8 @@ class SequentialHeads(HeadKind):
 
     def describe(self, k: int) -> str:
         """Name the block and the token that it reads."""
+        if self.one_cache and k > 2:
+            return f"step {k - 1} of the same module, on the output of head {k - 1} and token t+{k - 1}"
         return f"block{', shared,' if self.shape.shared else ''} that also reads token t+{k - 1}"
 
     def _adds_module(self, k: int) -> bool:
@@ -563,6 +612,7 @@ class SequentialHeads(HeadKind):
     def _tensors(self, k: int) -> Tensors:
         D = self.shape.dim
         shapes = {"latent_norm.weight": (D,), "token_norm.weight": (D,), "join.weight": (D, 2 * D)}
+        shapes |= {"norm.weight": (D,)} if self.one_cache else {}
         named = {f"heads.{k - 1}.{name}": (f"{self._stored_name(k)}.{name}", shape) for name, shape in shapes.items()}
         return named if self._adds_module(k) else {}
 
@@ -570,7 +620,7 @@ class SequentialHeads(HeadKind):
         return 2 * self.shape.dim**2
 
     def _module(self, k: int) -> nn.Module | None:
-        return SequentialHead(self.shape, self.layer(k)) if self._adds_module(k) else None
+        return SequentialHead(self.block_shape, self.layer(k), self.one_cache) if self._adds_module(k) else None
 
 
 class Eagle3Heads(HeadKind):
@@ -584,8 +634,8 @@ class Eagle3Heads(HeadKind):
     why_wiring = "read one another's outputs in turn"
     reads_features = True
     first_block = 2
-    one_cache = True
     reads_tokens = True
+    norms_outputs = True
     copies_unembedding = True
 
     def check(self) -> None:
@@ -620,6 +670,11 @@ class Eagle3Heads(HeadKind):
     def block_inputs(self) -> int:
         """Width of an embedding and a state."""
         return 2 * self.shape.dim
+
+    @property
+    def one_cache(self) -> bool:
+        """True, because all steps share the block."""
+        return True
 
     @property
     def unembeddings(self) -> int:

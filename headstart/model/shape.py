@@ -136,7 +136,8 @@ class Shape:
     """eagle3: the layers whose inputs the heads read, ascending; the number of layers means the trunk's output (None:
     2, layers / 2 and layers - 3)."""
     norm_output: bool = False
-    """eagle3: the output of a step is normed before the next step reads it (EAGLE-3.1)."""
+    """eagle3, sequential: the output of a step is normed before the next step reads it (EAGLE-3.1, MiMo). Sequential
+    heads are then steps of one module over one set of keys and values."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")

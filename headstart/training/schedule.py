@@ -106,8 +106,9 @@ def weights_of(step: int, config: RunConfig, extended: int = 0, spent: float | N
     """Return the head weights of step `step` (from 0), by `Position.extended` and by `time_spent`."""
     stage, weights, n = stage_of(step, config, extended), config.head_weights, config.model.heads
     if stage.heads_alone:
-        # Head 1 is frozen: its loss would train nothing. All others have their full weight in this stage.
-        constant = HeadWeights(decay=weights.decay, sampled=weights.sampled)
+        # Head 1 is frozen: its loss would train nothing. Before joint training all others have their full weight.
+        joint = config.adapt is not None and config.adapt.mode == "joint"
+        constant = HeadWeights(decay=weights.decay, sampled=weights.sampled) if joint else weights
         now = [0.0, *constant.at(0, n)[1:]]
     else:
         ended = stage.begin and stage.begin == extended

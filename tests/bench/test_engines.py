@@ -156,6 +156,7 @@ def test_each_proof_fits_the_heads_of_its_format(medusa_directory):
     mimo = next(proof for proof in PROOFS if proof.fits(sequential) and proof.format == "mimo")
     assert mimo.drafts(sequential) == ((1,), (2,))
     assert mimo.drafts(replace(sequential, heads=2)) == ((1,), ())
+    assert mimo.drafts(replace(sequential, norm_output=True)) == ((2,), ())
 
 
 def test_an_environment_is_made_once(tmp_path, monkeypatch):

@@ -292,6 +292,18 @@ def test_the_layers_that_eagle3_heads_read(options: Any, features: Any, normed: 
         run_config(replace(asked, head_kind="medusa", features="last"))
 
 
+def test_the_rollout_trains_the_steps_that_are_asked_for(settings: Any) -> None:
+    """Teacher forcing gives the first step alone a loss; all steps are evaluated."""
+    forced = settings(head_kind="sequential", norm_output=True, heads=4, rollout=1, steps=2)
+    found = adapt(forced)
+    assert len(found["top1"]) == 4 and load_model(forced.run_dir / "model").config.norm_output
+    step = next(line for line in lines(forced.run_dir) if "lr" in line)
+    assert [k for k in range(1, 5) if step[f"loss/head{k}"] is not None] == [2]
+    for wrong, message in (({"rollout": 4}, "4 heads have 1 to 3 steps"), ({"norm_output": False}, "--rollout is for")):
+        with pytest.raises(UsageError, match=message):
+            run_config(replace(forced, **wrong))
+
+
 def test_heads_that_learn_from_the_model_agree_with_it_more(settings: Any) -> None:
     """The losses reach the walk: a run with kl is another one, and still lowers the cross-entropy."""
     plain, taught = settings("plain", head_kind="medusa"), settings("kl", head_kind="medusa", loss="kl", steps=40)

@@ -34,6 +34,7 @@ SHAPES = {
     "stern": {"head_kind": "stern"},
     "sequential": {"head_kind": "sequential", "wiring": "causal"},
     "sequential-own": {"head_kind": "sequential", "wiring": "causal", "shared": False},
+    "sequential-normed-own": {"head_kind": "sequential", "wiring": "causal", "norm_output": True},
     "eagle3": {"head_kind": "eagle3", "wiring": "causal", "features": (0, 2, 5)},
     "eagle3-own": {"head_kind": "eagle3", "wiring": "causal", "features": (5,), "norm_output": True},
 }

@@ -247,7 +247,7 @@ def test_drafts_are_what_the_heads_say_at_the_last_accepted_row_with_the_noise_o
         assert window[1:] == drafts_of(reference, committed, seed=5 if temperature else None)
 
 
-@pytest.mark.parametrize("shape", ["medusa-own", "sequential-own", "eagle3-own"])
+@pytest.mark.parametrize("shape", ["medusa-own", "sequential-own", "sequential-normed-own", "eagle3-own"])
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 def test_heads_that_share_less_are_decoded_alike(shape: str, sampling: Sampling) -> None:
     reference = copy.deepcopy(trained(shape)).double()

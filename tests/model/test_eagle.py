@@ -1,4 +1,4 @@
-"""EAGLE-3's steps against their definition, written out position by position."""
+"""Steps of one module over one cache, EAGLE-3's and MiMo's, against their definition, position by position."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "like Qwen2": {"qkv_bias": True},
     "like Mistral": {"window": 3},
     "like Gemma 3": GEMMA,
+    "sequential": {"head_kind": "sequential", "norm_output": True},
+    "sequential, like Mistral": {"head_kind": "sequential", "norm_output": True, "window": 3, "draft_vocab": 9},
 }
 
 
@@ -60,20 +62,33 @@ def states_of(model: Transformer, tokens_T: Tensor) -> list[Tensor]:
 def reference_logits(model: Transformer, tokens_T: Tensor, t: int) -> list[Tensor]:
     """Return the logits of heads 2.. at position t, each over the draft vocabulary, with plain full attention."""
     config, head = model.config, model.head(2)
-    block, E, D = head.midlayer, config.dim_per_head, config.dim
+    eagle, E, D = config.head_kind == "eagle3", config.dim_per_head, config.dim
+    block = head.midlayer if eagle else head.block
     H, K = config.attention_heads, config.key_value_heads
     states = states_of(model, tokens_T)
     features = default_features(config.layers) if config.features is None else config.features
 
+    def stream(g: Tensor, token: Tensor) -> Tensor:
+        """Return what the block adds to: g, or in MiMo g and the token, joined."""
+        if eagle:
+            return g
+        parts = rms(g, head.latent_norm), rms(model.trunk.embedding(token), head.token_norm)
+        return head.join.weight @ torch.cat(parts)
+
     def entry(g: Tensor, token: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value of one position."""
-        x = torch.cat([rms(model.trunk.embedding(token), block.attention_norm), rms(g, block.hidden_norm)])
+        if eagle:
+            x = torch.cat([rms(model.trunk.embedding(token), block.attention_norm), rms(g, block.hidden_norm)])
+        else:
+            x = rms(stream(g, token), block.attention_norm)
         qkv = (block.attention.qkv.weight @ x).view(H + 2 * K, E)
         cos, sin = (table[..., :E] for table in model.rotary(torch.tensor([position]), torch.float64))
         qk = rotate(qkv[None, None, : H + K], cos[None], sin[None])[0, 0]
         return qk[:H], qk[H:], qkv[H + K :]
 
     def joined(s: int) -> Tensor:
+        if not eagle:
+            return states[-1][s]
         g = torch.cat([states[layer][s] for layer in features])
         return g if head.fc is None else head.fc.weight @ g
 
@@ -90,13 +105,13 @@ def reference_logits(model: Transformer, tokens_T: Tensor, t: int) -> list[Tenso
             keys = torch.stack([key[h // (H // K)] for _, key, _ in entries])
             values = torch.stack([value[h // (H // K)] for *_, value in entries])
             mixed.append((keys @ query[h] / E**0.5).softmax(0) @ values)
-        g = g + block.attention.out.weight @ torch.cat(mixed)
+        g = stream(g, tokens_T[t + d]) + block.attention.out.weight @ torch.cat(mixed)
         gate, up = (block.mlp.gate_up.weight @ rms(g, block.mlp_norm)).chunk(2)
         g = g + block.mlp.down.weight @ (F.silu(gate) * up)
         if head.norm is not None:
             g = rms(g, head.norm)
         normed = g if head.norm is not None else rms(g, model.unembedding.draft_norm)
-        found.append(model.unembedding.weights[1] @ normed)
+        found.append(model.unembedding.weight(2) @ normed)
         assert normed.shape == (D,)
     return found
 
@@ -116,7 +131,7 @@ def test_each_step_attends_to_step_1_and_to_its_own_drafts(name: str) -> None:
         assert logits[: 10 - k + 1, k - 1].isnan().sum() == 0 and logits[10 - k + 1 :, k - 1].isnan().all()
 
 
-@pytest.mark.parametrize("name", ["plain", "normed", "last", "like Gemma 3"])
+@pytest.mark.parametrize("name", ["plain", "normed", "last", "like Gemma 3", "sequential"])
 @pytest.mark.parametrize("trained", ["all", "heads"])
 def test_gradients_are_those_of_the_definition(name: str, trained: str) -> None:
     model = random_model(replace(SMALL, **VARIANTS[name]), dtype=torch.float64)
@@ -139,7 +154,7 @@ def test_gradients_are_those_of_the_definition(name: str, trained: str) -> None:
     model.zero_grad()
     walk_step(model, StepInputs(tokens, targets), counts, Objective(weights))
     mine = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert mine.keys() >= expected.keys() and "heads.1.midlayer.attention.qkv.weight" in expected
+    assert mine.keys() >= expected.keys() and any("attention.qkv" in name for name in expected if "heads" in name)
     for name, gradient in mine.items():  # 0 above the last layer that a head reads
         bound = 1e-9 * expected[name].norm() if name in expected else 0
         assert (gradient - expected.get(name, 0)).norm() <= bound, name
@@ -179,5 +194,7 @@ def test_features() -> None:
             replace(SMALL, features=features)
     with pytest.raises(UsageError, match=r"model\.features is for eagle3 heads, not medusa"):
         ModelConfig(heads=2, head_kind="medusa", features=(1,))
-    with pytest.raises(UsageError, match=r"model\.norm_output is for eagle3 heads"):
+    with pytest.raises(UsageError, match=r"model\.norm_output is for eagle3 and sequential heads"):
         ModelConfig(heads=2, norm_output=True)
+    with pytest.raises(UsageError, match=r"model\.norm_output makes sequential heads steps of one module"):
+        ModelConfig(heads=3, head_kind="sequential", wiring="causal", shared=False, norm_output=True)

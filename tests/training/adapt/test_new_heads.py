@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "stern": {"kind": "stern"},
     "sequential": {"kind": "sequential"},
     "sequential own": {"kind": "sequential", "shared": False},
+    "sequential normed": {"kind": "sequential", "norm_output": True},
     "eagle3": {"kind": "eagle3"},
     "eagle3.1": {"kind": "eagle3", "features": (3,), "norm_output": True},
 }
