@@ -196,15 +196,6 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         norm_output=settings.norm_output,
     )
     joint = settings.mode == "joint"
-    if settings.rollout is not None:
-        if joint or not model.kind.one_cache:
-            raise UsageError(
-                "--rollout is for --mode heads with eagle3 heads, or sequential ones with --norm-output; leave it out"
-            )
-        if not 1 <= settings.rollout < settings.heads:
-            raise UsageError(
-                f"--rollout is {settings.rollout}; {settings.heads} heads have 1 to {settings.heads - 1} steps"
-            )
     lr = (5e-5 if joint else 1e-3) if settings.lr is None else settings.lr
     return RunConfig(
         steps=settings.steps,
@@ -225,7 +216,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
             weight_decay=settings.weight_decay,
             extension=settings.extension,
         ),
-        head_weights=head_weights(settings),
+        head_weights=head_weights(settings, model.kind.one_cache),
         loss=LossConfig(heads=settings.loss, share=settings.loss_share),
         validation=ValidationConfig(every=settings.validation_every, patience=settings.patience),
         checkpoints=CheckpointConfig(every=settings.checkpoints_every),
@@ -277,13 +268,19 @@ def _cache(settings: AdaptSettings) -> Path | None:
     return settings.run_dir / "states" if own else Path(settings.cache_states)
 
 
-def head_weights(settings: AdaptSettings) -> HeadWeights:
+def head_weights(settings: AdaptSettings, steps: bool = False) -> HeadWeights:
     """Return Medusa's weights (arXiv 2401.10774, section 2.2): decay^(k-1) for head k.
 
     In joint training they are multiplied by 0.2 relative to head 1, or by a sine ramp up to 0.01 if head 1 is
-    self-distilled.
+    self-distilled. `steps` says whether the heads are steps of one module, of which --rollout trains some.
     """
     others = settings.heads - 1
+    if settings.rollout is not None and (settings.mode == "joint" or not steps):
+        raise UsageError(
+            "--rollout is for --mode heads with eagle3 heads, or sequential ones with --norm-output; leave it out"
+        )
+    if settings.rollout is not None and not 1 <= settings.rollout <= others:
+        raise UsageError(f"--rollout is {settings.rollout}; {settings.heads} heads have 1 to {others} steps")
     if settings.mode == "heads":
         if settings.head_weight is not None:
             raise UsageError("--head-weight is for --mode joint: with the heads alone there is no other loss")
