@@ -89,11 +89,11 @@ class AdaptSettings:
     """Scale of the low-rank products: they are multiplied by alpha / rank."""
     lora_dropout: float = 0.05
     """Dropout of the inputs of the low-rank products in training."""
-    loss: Literal["cross-entropy", "kl", "total-variation"] = "cross-entropy"
+    loss: Literal["cross-entropy", "kl", "total-variation", "acceptance"] = "cross-entropy"
     """Loss of the heads: cross-entropy with the text; kl or total-variation, the distance to the model's own next-token
-    distribution, which judges their drafts."""
+    distribution, which judges their drafts; acceptance, -log of the rate at which it accepts them."""
     loss_share: float = 1.0
-    """Share of kl or total-variation in the loss of the heads; the rest is cross-entropy."""
+    """Share of kl, total-variation or acceptance in the loss of the heads; the rest is cross-entropy."""
     head_weight: float | None = None
     """joint: weight of the heads' losses relative to head 1 (None: 0.2; with --self-distilled 0.01, reached in a sine
     ramp, as in Medusa-2)."""

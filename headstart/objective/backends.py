@@ -23,7 +23,7 @@ from headstart.model.transformer import compute_dtype
 from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, linear_cross_entropy
 
 Backend = Literal["headstart", "torch", "liger", "cce"]
-HeadLoss = Literal["cross-entropy", "kl", "total-variation"]
+HeadLoss = Literal["cross-entropy", "kl", "total-variation", "acceptance"]
 Summed = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (N, D), weight (V, D) of one dtype, targets (N,)) -> cross-entropy summed over valid targets."""
 PACKAGES = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}
@@ -38,10 +38,10 @@ class LossConfig:
     backend: Backend = "headstart"
     """headstart, or torch, liger, cce: other implementations, which count no top-1 in training and have no z-loss."""
     heads: HeadLoss = "cross-entropy"
-    """Target of heads 2..n: cross-entropy, the text; kl or total-variation, the later distribution of the next-token
-    head, which accepts or rejects their drafts (no gradient goes into it)."""
+    """Target of heads 2..n: cross-entropy, the text; kl, total-variation or acceptance (-log of its rate), the later
+    distribution of the next-token head, which accepts or rejects their drafts (no gradient goes into it)."""
     share: float = 1.0
-    """Share of kl or total-variation in the loss of heads 2..n; the rest is cross-entropy."""
+    """Share of kl, total-variation or acceptance in the loss of heads 2..n; the rest is cross-entropy."""
 
     def __post_init__(self) -> None:
         check_fields(self, "loss.", z_loss=COEFFICIENT, share=SHARE)

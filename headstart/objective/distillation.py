@@ -7,6 +7,8 @@ position t+k-1, which reads all tokens between. The distribution p of head 1 is 
     total-variation  1 - sum_v min(p_v, q_v): the rate at which rejection sampling rejects a draft sampled from q
                      (Bebop, arXiv 2606.12370). Its gradient is small far from p: start from trained heads, or mix
                      cross-entropy in.
+    acceptance       -log sum_v min(p_v, q_v), the logarithm of that acceptance rate. Its gradient is that of total
+                     variation over the acceptance, so it is not small far from p.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from headstart.model.transformer import compute_dtype
 from headstart.objective.cross_entropy import LOGITS_BYTES, CrossEntropy, LinearLoss, chunk_rows, rows_with_targets
 from headstart.objective.inputs import LikelyTokens, Teacher
 
-Divergence = Literal["kl", "total-variation"]
+Divergence = Literal["kl", "total-variation", "acceptance"]
+TINY = 1e-30
+"""Least acceptance rate whose logarithm is taken."""
 
 
 def linear_distillation(
@@ -74,14 +78,22 @@ def _differentiate_(
         gradient = (q - p).mul_(share)
     else:
         below = q < p
-        distance = 1 - torch.minimum(p, q).sum(-1, keepdim=True)
+        distance, factor = _distance(torch.minimum(p, q).sum(-1, keepdim=True), divergence)
         # d/dq_v is -1 if q_v < p_v, else 0; the rest is the gradient of the softmax.
-        gradient = q * ((q * below).sum(-1, keepdim=True) - below.to(wide)).mul_(share)
+        gradient = q * ((q * below).sum(-1, keepdim=True) - below.to(wide)).mul_(share * factor)
     if share < 1:
         gradient.add_(q, alpha=1 - share)
         gradient.scatter_add_(1, index, torch.full_like(index, share - 1, dtype=wide))
     logits_RV.copy_(gradient.mul_(valid))
     return share * (distance * valid).sum() + (1 - share) * total, total, correct
+
+
+def _distance(acceptance_R1: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor | float]:
+    """Return the distance of distributions that overlap by `acceptance_R1`, and minus its derivative by the overlap."""
+    if divergence == "total-variation":
+        return 1 - acceptance_R1, 1.0
+    acceptance_R1 = acceptance_R1.clamp_min(TINY)
+    return -acceptance_R1.log(), 1 / acceptance_R1
 
 
 def _differentiate_likely_(
@@ -109,8 +121,8 @@ def _differentiate_likely_(
     if divergence == "kl":
         distance, at_ids = (torch.xlogy(p_RL, p_RL) - p_RL * log_q_RL).sum(-1, keepdim=True), p_RL
     else:
-        distance = 1 - torch.minimum(p_RL, q_RL).sum(-1, keepdim=True)
-        at_ids = q_RL * (q_RL < p_RL)
+        distance, factor = _distance(torch.minimum(p_RL, q_RL).sum(-1, keepdim=True), divergence)
+        at_ids = q_RL * (q_RL < p_RL) * factor
         of_q = at_ids.sum(-1, keepdim=True)
     values.mul_(valid * (share * of_q + 1 - share) / denominator)
     values.scatter_add_(1, ids_RL, at_ids * valid * -share)

@@ -33,14 +33,18 @@ KINDS = {
 WEIGHTS = [1.0, 0.4, 0.7]
 
 
+def distance_of(log_q: Tensor, p: Tensor, divergence: Divergence) -> Tensor:
+    if divergence == "kl":
+        return (torch.xlogy(p, p) - p * log_q).sum()
+    acceptance = torch.minimum(p, log_q.exp()).sum(-1)
+    return (1 - acceptance if divergence == "total-variation" else -acceptance.log()).sum()
+
+
 def plain_loss(q: Tensor, p: Tensor, targets: Tensor, divergence: Divergence, share: float) -> Tensor:
     """The slow reference: logits (N, V) of head and teacher, autograd does the rest."""
     valid = targets != IGNORE
     log_q, p = q.log_softmax(-1)[valid], p.softmax(-1)[valid].detach()
-    if divergence == "kl":
-        distance = F.kl_div(log_q, p, reduction="sum")
-    else:
-        distance = (1 - torch.minimum(p, log_q.exp()).sum(-1)).sum()
+    distance = distance_of(log_q, p, divergence)
     return share * distance + (1 - share) * F.nll_loss(log_q, targets[valid], reduction="sum")
 
 
@@ -68,7 +72,7 @@ def assert_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.allclose(mine[name], theirs[name], rtol=1e-10, atol=1e-13), name
 
 
-@pytest.mark.parametrize("divergence", ["kl", "total-variation"])
+@pytest.mark.parametrize("divergence", ["kl", "total-variation", "acceptance"])
 @pytest.mark.parametrize("share", [1.0, 0.4])
 def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -94,7 +98,7 @@ def test_the_chunked_loss_is_the_plain_one(divergence: Divergence, share: float)
     assert int(out.correct) == int((q.argmax(-1) == targets.flatten())[valid].sum())
 
 
-@pytest.mark.parametrize("divergence", ["kl", "total-variation"])
+@pytest.mark.parametrize("divergence", ["kl", "total-variation", "acceptance"])
 @pytest.mark.parametrize("share", [1.0, 0.4])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 def test_the_loss_against_likely_tokens_is_that_against_a_distribution_of_them(
@@ -111,9 +115,8 @@ def test_the_loss_against_likely_tokens_is_that_against_a_distribution_of_them(
     kept = torch.full_like(logits, -torch.inf).scatter(1, best, logits.gather(1, best))
     valid = targets.flatten() != IGNORE
     log_q, p = (x @ weight.T).flatten(0, 1).log_softmax(-1)[valid], kept.softmax(-1)[valid]
-    kl, distance = (torch.xlogy(p, p) - p * log_q).sum(), (1 - torch.minimum(p, log_q.exp()).sum(-1)).sum()
     cross_entropy = F.nll_loss(log_q, targets.flatten()[valid], reduction="sum")
-    expected = share * (kl if divergence == "kl" else distance) + (1 - share) * cross_entropy
+    expected = share * distance_of(log_q, p, divergence) + (1 - share) * cross_entropy
     (3 * expected).backward()
     theirs = x.grad, weight.grad
     x.grad = weight.grad = None
@@ -127,7 +130,7 @@ def test_the_loss_against_likely_tokens_is_that_against_a_distribution_of_them(
     assert int(out.correct) == int((log_q.argmax(-1) == targets.flatten()[valid]).sum())
 
 
-@pytest.mark.parametrize("loss", ["kl", "total-variation"])
+@pytest.mark.parametrize("loss", ["kl", "total-variation", "acceptance"])
 def test_likely_tokens_teach_what_the_whole_distribution_teaches(loss: HeadLoss) -> None:
     """All tokens are likely ones here."""
     model = random_model(SHAPE, dtype=torch.float64)
@@ -147,7 +150,7 @@ def test_likely_tokens_teach_what_the_whole_distribution_teaches(loss: HeadLoss)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("divergence", ["kl", "total-variation"])
+@pytest.mark.parametrize("divergence", ["kl", "total-variation", "acceptance"])
 def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -> None:
     """The walk against joint autograd over all logits; head 1 learns from another model."""
     model, teacher = (
@@ -177,7 +180,7 @@ def test_heads_learn_from_head_1_further_on(kind: str, divergence: Divergence) -
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "medusa-own", "replicated"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "kl", "total-variation"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl", "total-variation", "acceptance"])
 def test_heads_with_a_draft_vocabulary_learn_its_tokens(kind: str, loss: HeadLoss) -> None:
     """The walk against joint autograd over the logits of those tokens, position by position.
 
@@ -211,8 +214,7 @@ def test_heads_with_a_draft_vocabulary_learn_its_tokens(kind: str, loss: HeadLos
             continue
         p = logits[b, t + i, 0].detach().softmax(-1)[ids]
         p = p / p.sum()
-        kl, distance = (p * (p.log() - log_q)).sum(), 1 - torch.minimum(p, log_q.exp()).sum()
-        mixed = share * (kl if loss == "kl" else distance) + (1 - share) * cross_entropy
+        mixed = share * distance_of(log_q, p, loss) + (1 - share) * cross_entropy
         total = total + WEIGHTS[i] / int(counts[i]) * mixed
     assert counts.tolist() == counted and 0 < counted[1] < int((targets[..., 1] != IGNORE).sum())
     total.backward()
