@@ -13,7 +13,9 @@ from headstart.command_line import parse_settings
 from headstart.commands.dry_run import DryRunSettings
 from headstart.console import print_result
 from headstart.errors import UsageError
+from headstart.formats.registry import load_config as load_model_config
 from headstart.training.config import RunConfig, fit_vocabulary, gives_vocabulary, read_config
+from headstart.training.init_from import check_fits
 
 PROFILED_STEPS = 3
 """Steps that `--profile` records."""
@@ -46,8 +48,10 @@ class TrainSettings:
                 "train needs a configuration file: headstart train CONFIG.yaml (configs/smoke.yaml is one)"
             )
         path = Path(arguments[0])
-        settings = parse_settings(cls, arguments, f"headstart train {path}", cls(path, read_config(path)))
+        settings = parse_settings(cls, arguments, f"headstart train {path}", cls(path, read_config(path, arguments)))
         settings.dry_run.check()
+        if (named := settings.run.init_from) is not None:
+            check_fits(named, load_model_config(named), settings.run.model)
         given = gives_vocabulary(path, arguments)
         try:
             run = fit_vocabulary(settings.run, given)

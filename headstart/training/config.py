@@ -26,6 +26,7 @@ from headstart.training.auxiliary.base import Auxiliary, AuxiliarySettings
 from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig
+from headstart.training.init_from import fill_settings
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
 from headstart.training.profiling import ProfileConfig
@@ -141,6 +142,10 @@ class RunConfig:
     """Minutes of training, after which the run ends, with `steps` at the latest: the learning rate and the head weights
     follow the clock. Time between two starts of a run does not count. The weights then depend on the machine's speed
     (None: the steps alone decide)."""
+    init_from: Path | None = None
+    """Model whose weights the run starts from: a directory, a GGUF file, or OWNER/NAME on the hub. The run then takes
+    its sizes and its tokenizer. With model.heads below the model's, heads 2 and up are dropped; further heads begin
+    like head 1. Optimizer, schedule and data are new (None: weights from the seed)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Sizes, heads, wiring; in YAML also `preset: 100M` (Table S14), with changes."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -177,7 +182,8 @@ class RunConfig:
         check_fields(self, "", steps=AT_LEAST_1, threads=AT_LEAST_1, seed=AT_LEAST_0, minutes=FINITE_POSITIVE)
         if self.model.draft_vocab is not None and self.adapt is None:
             raise UsageError(
-                "model.draft_vocab is for heads on an existing model (headstart adapt --draft-vocab); leave it out"
+                "model.draft_vocab is for heads on an existing model (headstart adapt --draft-vocab); leave it out, or "
+                "drop such heads of the model to start from with --model.heads 1"
             )
         if self.minutes is not None and self.adapt is not None:
             raise UsageError("minutes is for new models; heads on an existing model train for a number of steps")
@@ -269,15 +275,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     and impossible values; an unknown flag ends the program with status 2, `--help` with 0.
     """
     path = Path(path)
-    config = read_config(path)
+    config = read_config(path, overrides)
     if overrides:
         config = parse_settings(RunConfig, overrides, f"headstart train {path}", config)
     return fit_vocabulary(config, gives_vocabulary(path, overrides))
 
 
-def read_config(path: Path) -> RunConfig:
-    """Read a YAML file; `model.vocab_size` is not yet that of the tokenizer (`fit_vocabulary`)."""
-    return load_settings(RunConfig, expand_preset(read_mapping(path), path), path)
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, which `overrides` are yet to be applied to.
+
+    `model.vocab_size` is not yet that of the tokenizer (`fit_vocabulary`).
+    """
+    return load_settings(RunConfig, expand_preset(fill_settings(read_mapping(path), overrides), path), path)
 
 
 def gives_vocabulary(path: Path, overrides: Sequence[str] = ()) -> bool:
@@ -288,7 +297,7 @@ def gives_vocabulary(path: Path, overrides: Sequence[str] = ()) -> bool:
 
 def fit_vocabulary(config: RunConfig, given: bool) -> RunConfig:
     """Set `model.vocab_size` to what the data needs, or check it if it is `given`."""
-    if not given:
+    if not given and config.init_from is None:
         size = _vocab_size(config.data) + len(config.own_tokens)
         return replace(config, model=replace(config.model, vocab_size=size))
     if not config.data.prepared:  # prepared shards are checked when they are opened
@@ -301,9 +310,12 @@ def check_vocab_size(config: RunConfig, tokenizer_size: int, tokenizer: str) -> 
     own = len(config.own_tokens)
     if config.model.vocab_size < tokenizer_size + own:
         more = f" and {own} for {' and '.join(config.own_tokens)}" if own else ""
+        fix = f"leave model.vocab_size out, or take {tokenizer_size + own}"
+        if config.init_from is not None:
+            fix = f"take data encoded with the tokenizer of {config.init_from}" + (", and a token of it" if own else "")
         raise UsageError(
             f"model.vocab_size {config.model.vocab_size} is smaller than the {tokenizer_size} of the tokenizer "
-            f"{tokenizer}{more}; leave model.vocab_size out, or take {tokenizer_size + own}"
+            f"{tokenizer}{more}; {fix}"
         )
     for method in config.methods:
         named = method.named_token
@@ -329,6 +341,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 FIXED = (
     "seed",
     "minutes",
+    "init_from",
     "model",
     "data.sources",
     "data.path",

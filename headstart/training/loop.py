@@ -15,10 +15,11 @@ from headstart.data.mixture import Source
 from headstart.errors import UsageError
 from headstart.formats.assembly import check_names
 from headstart.formats.families import family_of
+from headstart.formats.hub import local_path
 from headstart.model.transformer import Transformer
 from headstart.threads import ThreadControl
 from headstart.training import checkpoints
-from headstart.training.adapt.run import ExistingModel
+from headstart.training.adapt.run import ExistingModel, check_vocabulary
 from headstart.training.checkpoint_state import Position, read_state
 from headstart.training.config import RunConfig
 from headstart.training.interruption import Interrupted, Interruption, watching_signals
@@ -118,6 +119,9 @@ class Run(Callback):
             for source in self.sources:
                 auxiliary.check_data(source.train)
         self.validated = long_enough(self.sources, config)
+        if config.init_from is not None:
+            origin, size = local_path(config.init_from), config.model.vocab_size
+            processes.on_main(lambda: check_vocabulary(self.sources, origin, size))
         self.subject: NewModel | ExistingModel
         if config.adapt is None:
             self.subject = NewModel.build(config, processes)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from headstart.console import say
 from headstart.data.shards import TokenShards
 from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
+from headstart.formats.generation_config import keep_generation
+from headstart.formats.hub import local_path
 from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model_tokenizer
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs
+from headstart.training.checkpoints import all_steps
 from headstart.training.config import RunConfig
+from headstart.training.init_from import first_values
 from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
 from headstart.training.processes import Processes
 
@@ -31,11 +38,14 @@ class NewModel:
     model: Transformer
     sums: GradientSums
     processes: Processes
+    origin: Path | None = None
+    """The model whose weights it started from."""
 
     @staticmethod
     def build(config: RunConfig, processes: Processes) -> NewModel:
-        """Build the model with first weights from `config.seed`."""
-        return NewModel(*build_model(config, processes), processes)
+        """Build the model with first weights from `config.seed`, or from `config.init_from`."""
+        origin = None if config.init_from is None else local_path(config.init_from)
+        return NewModel(*build_model(config, processes), processes, origin)
 
     def begin_step(self, step: int, extended: int) -> None:
         """Freeze nothing."""
@@ -49,8 +59,8 @@ class NewModel:
         return inputs
 
     def tokenizer(self, of_data: Tokenizer) -> Tokenizer:
-        """Return the tokenizer of the model: that of its data."""
-        return of_data
+        """Return the tokenizer of the model that it started from, or that of its data."""
+        return (None if self.origin is None else load_model_tokenizer(self.origin)) or of_data
 
     def whole(self) -> Transformer | None:
         """Return the model itself, or with several processes a whole copy on the first one; all of them call it."""
@@ -59,12 +69,14 @@ class NewModel:
         return whole_model(self.model, torch.bfloat16, keep=self.processes.main)
 
     def save(self, whole: Transformer, directory: Path, tokenizer: Tokenizer) -> None:
-        """Write `whole` as a model directory, in bfloat16."""
+        """Write `whole` as a model directory, in bfloat16; stop tokens of the model that it started from stay."""
         save_model(whole, directory, tokenizer, dtype=torch.bfloat16)
+        if self.origin is not None:
+            keep_generation(self.origin, directory)
 
 
 def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, GradientSums]:
-    """Build a model with first weights from `config.seed`, spread over the processes.
+    """Build a model with first weights from `config.seed` or `config.init_from`, spread over the processes.
 
     The weights are the same for every device and number of processes.
     """
@@ -73,8 +85,24 @@ def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, G
     mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))
     compile = blocks_compiled(config, processes)
     sums = parallelize(model, mesh, config.parallel, compile=compile, dtype=config.dtype)
-    materialize(model, processes.device, config.seed)
+    materialize(model, processes.device, config.seed, given_values(config, processes))
     return model, sums
+
+
+def given_values(config: RunConfig, processes: Processes) -> Mapping[str, Tensor | None]:
+    """Return the weights of `config.init_from` by name, which only the first process holds; {} without such a model.
+
+    A run that has checkpoints needs none.
+    """
+    values: dict[str, Tensor] = {}
+
+    def read() -> list[str]:
+        if config.init_from is not None and not all_steps(config.run_dir / "checkpoints"):
+            values.update(first_values(config.init_from, config.model, config.seed))
+        return list(values)
+
+    names = processes.on_main(read)
+    return values or dict.fromkeys(names)
 
 
 def empty_model(config: RunConfig) -> Transformer:

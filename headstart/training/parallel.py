@@ -7,10 +7,11 @@ each backward for the end of all: with one root the first head's backward would 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 from weakref import WeakSet
 
@@ -227,10 +228,14 @@ class GradientSums:
             z_BTD.register_hook(lambda _: self._roots[-1].set_requires_gradient_sync(self._wanted))
 
 
-def materialize(model: Transformer, device: torch.device, seed: int) -> None:
+def materialize(
+    model: Transformer, device: torch.device, seed: int, given: Mapping[str, Tensor | None] = MappingProxyType({})
+) -> None:
     """Allocate a model on the meta device and give it its first weights.
 
-    They are the same for every device and number of processes. No process has more than one whole parameter at a time.
+    They are the same for every device and number of processes. No process has more than one whole parameter at a time,
+    except for those that are `given`: the first process has them all and sends each to the others, whose entries are
+    None.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -240,13 +245,18 @@ def materialize(model: Transformer, device: torch.device, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         value = torch.empty(parameter.shape)
-        model.first_value_(name, value, generator)
+        if name not in given:
+            model.first_value_(name, value, generator)
+        elif (own := given[name]) is not None:
+            value.copy_(own)
         if isinstance(parameter, DTensor):
-            # Every process has made the whole value and takes its share; nothing is sent.
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            # Where every process has made the whole value, it takes its share, and nothing is sent.
+            source = 0 if name in given else None
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=source)
         with torch.no_grad():
             parameter.copy_(value)
-    model.copy_first_values()
+    if not given:
+        model.copy_first_values()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import distributed
 
+from headstart.data.tokenizers import load_tokenizer
+from headstart.formats.huggingface import save_model
 from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig
@@ -29,6 +31,7 @@ from headstart.training.config import BatchConfig, CheckpointConfig, RunConfig, 
 from headstart.training.loop import train
 from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import ParallelConfig
+from tests.models import random_model
 
 KILLING = str(Path(__file__).with_name("killing.py"))
 # An attempt of two processes takes four seconds on a busy machine, and more are tried by hand: HEADSTART_KILLS=20.
@@ -122,6 +125,19 @@ def test_two_processes_train_what_one_trains(tiny, launch, metrics, weights, kin
     assert {"validation/loss/token_order", "validation/loss/registers"} < metrics(two.run_dir)[-1].keys()
     names = {path.name for path in (two.run_dir / "checkpoints" / "step-00000006").iterdir()}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "rng.pt", "state.json"} <= names
+
+
+def test_two_processes_start_from_a_trained_model(tiny, launch, metrics, weights, tmp_path) -> None:
+    """The first process alone reads it, and drops its third head."""
+    shape = replace(tiny().model, layers=4, heads=3, tied=True)
+    save_model(random_model(shape, scale=0.1), tmp_path / "model", load_tokenizer("bytes"))
+    changes = {"optimizer": SMOOTH, "init_from": tmp_path / "model", "model": replace(shape, layers=3, heads=2)}
+    one, two = tiny("one", **changes), tiny("two", **changes)
+    train(one)
+    answers = launch(two)
+    assert [status for status, _ in answers] == [0, 0], answers[0][1][-2000:]
+    assert "new: nothing; dropped: head 3" in answers[0][1] and answers[1][1] == ""
+    assert_close(one.run_dir, two.run_dir, metrics, weights)
 
 
 @pytest.mark.slow
