@@ -131,7 +131,9 @@ class LanguageModel:
         tuning = self._tuning()
         draft_tree = None
         if tree is not None:
-            draft_tree = parse_tree(tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean)
+            draft_tree = parse_tree(
+                tree, self.config.heads, () if tuning is None else tuning.greedy.rank_mean, self.config.kind.one_cache
+            )
             tuning = None if tuning is None else replace(tuning, tree=None)
         policy = self._untuned(tree, lookup) if tuning is None else DraftPolicy(tuning)
         return Engine(
@@ -191,8 +193,9 @@ class LanguageModel:
             lookup: most drafts of a pass to look up in the sequence itself, for models without drafting heads and
                 outputs that repeat long pieces. The output does not depend on it.
             tree: draft trees with several candidates of each head: their number of drafts, or their nodes as
-                "0,1,0.0" (see `DraftTree`); 0 for chains (None: the best shape that `headstart tune --tree-nodes`
-                measured). The output does not depend on it.
+                "0,1,0.0" (see `DraftTree`), or of heads that draft step by step the sizes of dynamic trees as "4x3:8"
+                (see `DynamicTree`); 0 for chains (None: the best shape that `headstart tune --tree-nodes` measured).
+                The output does not depend on it.
             fields: fields of `GenerationSettings` by name, which replace those of `settings`: temperature, top_k,
                 top_p, min_p, seed, heads, acceptance, penalties, constraint, logprobs, prompt_logprobs, stop,
                 stop_tokens, ignore_ends, keep_stop.

@@ -71,7 +71,8 @@ class GenerateSettings:
     """The largest number of drafts per pass that are looked up in the text itself."""
     tree: str | None = None
     """Use windows that are trees, with several candidates per head: the number of drafts, or nodes given as ranks such
-    as 0,1,0.0; 0: chains (None: what `headstart tune --tree-nodes` found best)."""
+    as 0,1,0.0, or for eagle3 heads the sizes of a dynamic tree such as 4x3:8; 0: chains (None: what `headstart tune
+    --tree-nodes` found best)."""
     exact: bool = True
     """Give bit-identical output for every number of heads; --no-exact is the fastest path, equal up to rounding."""
     dtype: Literal["bfloat16", "float32"] | None = None

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.drafters.tree import RowPaths
 from headstart.decoding.kernels import cpu
 from headstart.hardware import untouched_zeros
 from headstart.model.config import ModelConfig
@@ -90,15 +90,15 @@ class KVCache:
         """Return each buffer with the number of its rows that hold the first `count` positions."""
         return (self.keys, -(-count // 16) if self.compiled else count), (self.values, count)
 
-    def compact(self, slots: slice, start_S: Tensor, row_S: Tensor, tree: TreeRows) -> None:
+    def compact(self, slots: slice, start_S: Tensor, row_S: Tensor, tree: RowPaths) -> None:
         """Move the path to row `row_S` of a tree at `start_S` to consecutive positions, in every layer."""
         keys, values = self.keys[:, slots], self.values[:, slots]
         if self.compiled:
             cpu.compact(keys, values, start_S, row_S, tree.compiled)
             return
         slot = torch.arange(keys.shape[1], device=keys.device)[:, None]
-        source = start_S[:, None] + tree.path_RD[row_S][:, 1:]
-        target = start_S[:, None] + torch.arange(1, tree.path_RD.shape[1], device=keys.device)
+        source = start_S[:, None] + tree.path_to(row_S)[:, 1:]
+        target = start_S[:, None] + torch.arange(1, 1 + source.shape[1], device=keys.device)
         for buffer in (keys.transpose(2, 3), values.transpose(2, 3)):  # (layers, S, capacity, kv_heads, E)
             buffer[:, slot, target] = buffer[:, slot, source]
 
@@ -119,7 +119,7 @@ class CachedAttention:
             no sequence reaches, may change.
         span: number of cached positions to read; it exceeds every position.
         starts: the first column of `positions_SW` as Python numbers where the host knows it (saves indexed writes).
-        tree: the tree whose nodes the rows are; each row sees its path alone.
+        tree: the trees whose nodes the rows are; each row sees its path alone.
         row_by_row: whether torch's attention takes the rows of a tree one by one, each over its path as in a chain.
             That is slow, and a row's bits then do not depend on the tree. (With compiled kernels they never do.)
     """
@@ -131,7 +131,7 @@ class CachedAttention:
         positions_SW: Tensor,
         span: int,
         starts: list[int] | None = None,
-        tree: TreeRows | None = None,
+        tree: RowPaths | None = None,
         row_by_row: bool = False,
     ) -> None:
         self.cache, self.slots, self.positions, self.span, self.starts = cache, slots, positions_SW, span, starts
@@ -146,17 +146,15 @@ class CachedAttention:
         rows_SW = self.positions.clamp_min(0)  # a row that sees nothing would be NaN
         if self.tree is None:
             return (columns <= rows_SW[..., None])[:, None], rows_SW, columns[None]
-        # A row sees everything before the window, its path inside, nothing beyond.
-        tree = self.tree
-        inside = F.pad(F.pad(tree.sees_RR, (1, 0), value=True), (0, 1))
-        start_S1 = rows_SW[:, :1]
-        place = (columns - start_S1).clamp(-1, tree.rows)  # (S, span)
-        depths = start_S1 + tree.depth_R[place.clamp(0, tree.rows - 1)]
-        return (
-            inside[:, place + 1].transpose(0, 1)[:, None],
-            start_S1 + tree.depth_R,
-            torch.where(place < 0, columns, depths),
-        )
+        # A row sees everything before the tree, its path inside, nothing beyond.
+        tree, (S, W) = self.tree, rows_SW.shape
+        inside = F.pad(F.pad(tree.sees_SRT, (1, 0), value=True), (0, 1)).expand(S, -1, -1)
+        start_S1 = rows_SW[:, :1] - tree.first_row
+        place = (columns - start_S1).clamp(-1, tree.first_row + W)  # (S, span)
+        mask = inside.gather(2, (place + 1)[:, None].expand(-1, W, -1))[:, None]
+        # Only blocks that see the whole context run trees in several runs; the places of rows matter to others alone.
+        depths = start_S1 + tree.depth_SR.expand(S, -1).gather(1, (place - tree.first_row).clamp(0, W - 1))
+        return mask, start_S1 + tree.depth_SR, torch.where(place < 0, columns, depths)
 
     def _mask(self, window: int | None) -> Tensor:
         """Return the columns that each row sees, (S, 1, W, span): the last `window` positions of its path."""
@@ -198,17 +196,18 @@ class CachedAttention:
     ) -> Tensor:
         assert self.tree is not None
         slot, columns = torch.arange(keys.shape[0], device=keys.device), torch.arange(self.span, device=keys.device)
-        done: dict[int, Tensor] = {}
-        # Depth first: when a row is computed, its parents are in the cache, each at its depth.
-        for row in self.tree.depth_first:
-            at_S = self.positions[:, 0] + self.tree.depth_R[row]
-            keys.transpose(1, 2)[slot, at_S] = k_SKWE[:, :, row].to(keys.dtype)
-            values.transpose(1, 2)[slot, at_S] = v_SKWE[:, :, row].to(values.dtype)
-            last_S1 = at_S[:, None].clamp_min(0)
+        rows = []
+        for row in range(q_SHWE.shape[2]):
+            # The path of the row, each of its rows at its depth; beyond its own depth nothing is read.
+            path_SD = self.tree.path_SRD[:, row].expand(len(slot), -1)
+            at_SD = self.positions[:, :1] + torch.arange(path_SD.shape[1], device=keys.device)
+            for cache, new_SKWE in ((keys, k_SKWE), (values, v_SKWE)):
+                index = path_SD[:, None, :, None].expand(-1, new_SKWE.shape[1], -1, new_SKWE.shape[3])
+                cache.transpose(1, 2)[slot[:, None], at_SD] = new_SKWE.gather(2, index).transpose(1, 2).to(cache.dtype)
+            last_S1 = (self.positions[:, :1] + self.tree.depth_SR[:, row, None]).clamp_min(0)
             mask = (columns <= last_S1) & (columns > last_S1 - (window or self.span))
-            mask = mask[:, None, None]
-            done[row] = self._attend(q_SHWE[:, :, row : row + 1], keys, values, mask)
-        return torch.cat([done[row] for row in range(len(done))], dim=2)
+            rows.append(self._attend(q_SHWE[:, :, row : row + 1], keys, values, mask[:, None, None]))
+        return torch.cat(rows, dim=2)
 
 
 @dataclass

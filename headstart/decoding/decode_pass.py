@@ -15,6 +15,7 @@ from torch import Tensor
 from headstart.decoding.cache import CachedAttention
 from headstart.decoding.drafters.interface import PromptPiece, Verified
 from headstart.decoding.drafters.registry import head_drafter
+from headstart.decoding.drafters.tree import RowPaths
 from headstart.decoding.latents import Latents
 from headstart.decoding.sampling import Noise
 from headstart.decoding.state import DecodingState, PassPlan
@@ -28,9 +29,9 @@ def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tup
     `model` is in decoding form (`kernels.pack`). Return tokens (S, R) int64, for a tree (S, depth + 1), and accepted
     (S,) int64: the pass commits tokens[s, : accepted[s] + 1].
     """
-    slots, tree = plan.slots, plan.tree
+    slots, tree = plan.slots, state.windows.trees(plan.slots, plan.rows, plan.tree)
     length = state.length_S[slots].clone()  # a slice is a view, and verification changes it
-    latents = _feed(model, state, plan, length)
+    latents = _feed(model, state, plan, length, tree)
     logits = _logits(model, state, plan, latents.head(1))
     if plan.keep_logits:
         state.logits_SRV = logits
@@ -40,33 +41,35 @@ def decode_pass(model: Transformer, state: DecodingState, plan: PassPlan) -> tup
     noise = fed_noise = None
     if state.sampling.any_sampled(slots):
         # The noise of all positions that this pass decides or drafts: both share it.
-        reach = plan.rows if tree is None else tree.tree.depth + 1
+        reach = plan.rows if tree is None else tree.path_SRD.shape[2]
         decided = length[:, None] + torch.arange(1, reach + plan.heads, device=length.device)
         noise = state.sampling.noise(decided, slots)
-        fed_noise = noise.rows(slice(plan.rows) if tree is None else tree.depth_R)
+        fed_noise = (
+            noise.rows(slice(plan.rows)) if tree is None else noise.gather(tree.depth_SR.expand(len(length), -1))
+        )
     tokens = state.sampling.choose(logits, fed_noise, slots)
     verdict = verify(state, Evidence(slots, tokens, logits, fed_noise, length, plan.heads, tree))
     if tree is not None and state.logits_SRV is not None and plan.keep_logits:
-        path = tree.path_RD[verdict.row_S][..., None]
+        path = tree.path_to(verdict.row_S)[..., None]
         state.logits_SRV = state.logits_SRV.gather(1, path.expand(-1, -1, logits.shape[-1]))
     state.penalties.wrote(verdict.tokens_SD, verdict.accepted_S, slots)
+    noise = _draft_noise(state, plan, verdict, noise) if plan.heads > 1 else None
+    verified = Verified(model, state, plan, latents, verdict, length, noise, tree)
     if plan.heads > 1:
-        noise = _draft_noise(state, plan, verdict, noise)
-        _draft(Verified(model, state, plan, latents, verdict, length, noise))
-    if tree is not None:
-        state.cache.compact(slots, length, verdict.row_S, tree)
+        _draft(verified)
+    verified.compact()
     return verdict.tokens_SD, verdict.accepted_S
 
 
-def _feed(model: Transformer, state: DecodingState, plan: PassPlan, length_S: Tensor) -> Latents:
+def _feed(model: Transformer, state: DecodingState, plan: PassPlan, length_S: Tensor, tree: RowPaths | None) -> Latents:
     """Run the trunk over the windows, writing keys and values to the caches."""
     window = state.windows.tokens_SW[plan.slots, : plan.rows]
     places = state.positions(length_S, plan.rows, plan.starts)
-    if plan.tree is None:
+    if tree is None:
         rotary = state.rotary_at(places, plan.starts)
     else:
-        rotary = state.rotary_at(length_S[:, None] + plan.tree.depth_R)
-    attention = CachedAttention(state.cache, plan.slots, places, plan.span, plan.starts, plan.tree, plan.row_by_row)
+        rotary = state.rotary_at(length_S[:, None] + tree.depth_SR)
+    attention = CachedAttention(state.cache, plan.slots, places, plan.span, plan.starts, tree, plan.row_by_row)
     return Latents(model, window, rotary, attention)
 
 

@@ -16,7 +16,7 @@ from headstart.decoding.constraints import compiled
 from headstart.decoding.decode_pass import decode_pass
 from headstart.decoding.drafters.interface import Turn
 from headstart.decoding.drafters.registry import HOST_DRAFTERS
-from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.drafters.tree import Branches, DraftTree, DynamicTree, TreeRows
 from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.graphs import GraphedPass, cuda_capture
@@ -70,13 +70,15 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.context = config.context or model.config.context
         self._choose_shapes(policy)
-        self._rows = None if self.tree is None else TreeRows(self.tree, model.device)
+        self._rows = TreeRows(self.tree, model.device) if isinstance(self.tree, DraftTree) else self.tree
         self._branching = self.tree is not None
         """True while the windows hold trees."""
         check_memory(self._planned_memory, config.slots, self.context, model.device)
         self.memory = self._planned_memory(config.slots, self.context)
         self.state = DecodingState.empty(model, config.slots, self._capacity(self.context), self.width)
         self.state.length_S.fill_(self.state.parked)
+        if isinstance(self.tree, DynamicTree):
+            self.state.windows.hold_trees(self.tree)
         on_gpu = model.device.type == "cuda"
         if config.graphs and not on_gpu:
             raise UsageError("graphs are for CUDA devices; leave graphs out, or load the model with device='cuda'")
@@ -118,21 +120,32 @@ class Engine:
                 f"the draft tree has depth {tree.depth} and {tree.ranks} ranks; {drafting} heads draft "
                 f"{drafting - 1} tokens ahead, of {model.drafted_tokens}: take a smaller one"
             )
-        if tree is not None and not tree.is_chain and model.ahead:
-            raise UsageError(
-                f"{model.head_kind} heads draft one chain, each from the draft before; decode without a draft tree"
-            )
+        if tree is not None and not tree.is_chain:
+            self._check_tree(tree)
         self.most_heads = drafting if tree is None else tree.depth + 1
         if tree is not None and tree.is_chain:
             tree = None
         if tree is not None:
-            if policy is not None and not policy.use_tree(tree):
+            if policy is not None and not (isinstance(tree, DraftTree) and policy.use_tree(tree)):
                 policy = None
             if config.exact and backend.needs_fixed_shapes(config.slots * self.width, tree=True):
                 self.fixed_shapes, policy = True, None
-            self.width = max(self.width, tree.rows)
+            self.width = max(self.width, tree.rows, tree.drafted_rows if isinstance(tree, DynamicTree) else 0)
         self.tree, self.policy = tree, policy
         self.step_span = EXACT_SPAN if self.fixed_shapes else SPAN
+
+    def _check_tree(self, tree: DraftTree | DynamicTree) -> None:
+        """Raise UsageError unless the heads draft such trees: steps of one module dynamic ones, others static ones."""
+        model = self.model.config
+        if model.ahead and not model.kind.one_cache:
+            raise UsageError(
+                f"{model.head_kind} heads without norm_output draft one chain, each from a cache of its own; decode "
+                "without a draft tree"
+            )
+        if isinstance(tree, DynamicTree) != bool(model.ahead):
+            other = "take sizes such as 4x3:8" if model.ahead else "take a number of drafts, or nodes such as 0,1,0.0"
+            kind = "from the drafts before" if model.ahead else "at once"
+            raise UsageError(f"the draft tree {tree} is not for {model.head_kind} heads, which draft {kind}; {other}")
 
     def _capacity(self, context: int) -> int:
         # After the sequence come a window and what sequential heads keep there.
@@ -263,6 +276,7 @@ class Engine:
             logprobs=logprobs,
             confidences=windows.confidence_SK[plan.slots].tolist() if plan.confident else None,
             windows=windows.tokens_SW[plan.slots].tolist() if self._reads_windows else None,
+            depths=windows.depths(plan.slots, plan.draft_tree) if isinstance(plan.draft_tree, DynamicTree) else None,
         )
 
     def _take(self, slot: int, generation: Generation, plan: PassPlan, outcome: _Outcome) -> str:
@@ -270,7 +284,7 @@ class Engine:
         at = slot - plan.slots.start
         committed, window = outcome.committed[at], generation.window
         self.scheduler.advance(slot, committed, plan.heads)
-        fed, siblings = window.fed(plan.rows, None if plan.tree is None else plan.tree.tree)
+        fed, siblings = window.fed(plan.rows, plan.tree.tree if isinstance(plan.tree, TreeRows) else plan.tree)
         self._learn(generation, fed, len(committed) - 1)
         before = len(generation.tokens)
         text = generation.commit(committed, fed, siblings)
@@ -282,6 +296,9 @@ class Engine:
             self.state.heads_S[slot] = plan.heads
         drafters = list(self._drafting[: min(generation.heads, plan.heads) - 1])
         generation.window = window = Window(drafters)
+        if outcome.depths is not None:
+            depths = enumerate(outcome.depths[at])
+            window.depths = {row: depth for row, depth in depths if 0 < depth <= len(drafters)}
         if outcome.confidences is not None:
             window.confidences = outcome.confidences[at][: len(drafters)]
         if self.policy is not None:
@@ -306,7 +323,7 @@ class Engine:
         drafters = [drafter for drafter in self._drafters if drafter.takes(generation)]
         if generation.finished or not drafters:
             return
-        tree = self._rows if self._branching and generation.request.acceptance.verifies_trees else None
+        tree = self._branches(slot) if self._branching and generation.request.acceptance.verifies_trees else None
         # A request that will get a chain has no drafts while the others hold trees. One for plain decoding has none
         # either, unless a drafter on the host adds rows.
         plain = generation.request.heads == 1 and not self._host_rows
@@ -315,12 +332,22 @@ class Engine:
         for drafter in drafters:
             drafter.propose(turn)
 
+    def _branches(self, slot: int) -> Branches | None:
+        """Return the tree of the next window of a slot."""
+        return (
+            self._rows.branches if isinstance(self._rows, TreeRows) else self.state.windows.branches(slot, self._rows)
+        )
+
     def begin(self, slot: int, generation: Generation) -> None:
         """Start decoding: the prompt but its last token is in the caches, the last one is the root of a window."""
         self.scheduler.begin(slot, generation)
         for drafter in self._drafters:
             drafter.begin(slot, generation.request.prompt)
         self.state.begin(slot, generation.request, generation.heads)
+        if isinstance(self.tree, DynamicTree) and generation.request.acceptance.verifies_trees:
+            # The drafts of dynamic trees are no draws. To accept one with its probability under the target, and to draw
+            # from the others after the last one, is to draw a token and look for it, which is what matching does.
+            self.state.sampling.set(slot, generation.request.sampling)
         self._propose(slot, generation, [], [])
 
     def cancel(self, generation: Generation) -> None:
@@ -348,6 +375,8 @@ class _Outcome:
     """Log-probabilities as `log_probabilities` returns them, or ()."""
     confidences: list[list[float]] | None
     windows: list[list[int]] | None
+    depths: list[list[int]] | None
+    """Depths of the rows of dynamic trees."""
 
 
 def generate_all(engine: Engine, requests: Sequence[Request]) -> list[Generation]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headstart.arguments import whole_number
-from headstart.decoding.drafters.tree import DraftTree
+from headstart.decoding.drafters.tree import DraftTree, DynamicTree
 
 MOST_LOOKUP = 1024
 """Most drafts of a pass to look up; a window of more rows costs far more than they can bring."""
@@ -34,7 +34,7 @@ class EngineConfig:
     prefix_reuse: bool = True
     """True: a prompt reuses the keys and values of a sequence that begins like it, in any slot. The output does not
     depend on it."""
-    tree: DraftTree | None = None
+    tree: DraftTree | DynamicTree | None = None
     """Tree of the heads' drafts (None: the policy's tree, or chains). Requests whose acceptance rule cannot verify
     trees get chains, and so do requests decoded together with them."""
     graphs: bool | None = None

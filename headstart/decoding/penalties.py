@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.drafters.tree import RowPaths
 from headstart.decoding.settings import MOST_BIAS, Penalties
 
 
@@ -54,7 +54,7 @@ class PenaltyRows:
         """Return whether any of these slots has penalties."""
         return self._written is not None and any(not penalties.none for penalties in self._of[slots])
 
-    def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice, tree: TreeRows | None = None) -> Tensor:
+    def apply(self, logits_SRV: Tensor, drafts_SG: Tensor | None, slots: slice, tree: RowPaths | None = None) -> Tensor:
         """Return penalised logits (S, R, V).
 
         Row j comes after the first j drafts, in a tree after those of its path; without drafts all rows come after the
@@ -71,7 +71,7 @@ class PenaltyRows:
             if tree is None:
                 counts = counts + drafts.cumsum(1, dtype=torch.int32)
             else:
-                counts = counts + (tree.sees_RR.float() @ drafts.float()).int()
+                counts = counts + (tree.sees_SRT.float() @ drafts.float()).int()
         repetition, presence, frequency = self._numbers[:, slots].to(logits.dtype)
         seen = (counts > 0) | self._prompt[slots, None]
         penalised = torch.where(logits > 0, logits / repetition, logits * repetition)

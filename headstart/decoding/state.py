@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headstart.decoding.cache import KVCache, cache_dtype
 from headstart.decoding.constraints import ConstraintRows
-from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.drafters.tree import DynamicTree, TreeRows
 from headstart.decoding.kernels.backend import backend_of
 from headstart.decoding.penalties import PenaltyRows
 from headstart.decoding.sampling import SamplingRows
@@ -33,9 +33,9 @@ class PassPlan:
     """Number of cached positions that attention reads; more than every position of the pass."""
     starts: list[int] | None = None
     """Lengths of the slots as Python numbers, where the host knows them; negative in slots without a request."""
-    tree: TreeRows | None = None
+    tree: TreeRows | DynamicTree | None = None
     """Tree that the rows are nodes of (None: chains)."""
-    draft_tree: TreeRows | None = None
+    draft_tree: TreeRows | DynamicTree | None = None
     """Tree of the windows that are drafted (None: chains)."""
     deferred: bool = True
     """True: drafting heads run on the accepted row only, and their keys and values are made for all rows. False: they
@@ -112,6 +112,7 @@ class DecodingState:
         self.windows.tokens_SW[slot] = 0
         self.windows.tokens_SW[slot, 0] = prompt[-1]
         self.windows.drafted_S[slot] = 0
+        self.windows.clear_tree(slot)
         self.heads_S[slot] = heads
         self.sampling.set(slot, request.sampling, request.acceptance)
         self.penalties.set(slot, request.penalties, prompt)

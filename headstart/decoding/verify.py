@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.drafters.tree import RowPaths, TreeRows
 from headstart.decoding.kernels import cpu
 from headstart.decoding.sampling import Noise, draw
 from headstart.decoding.settings import Rule
@@ -40,8 +40,8 @@ class Evidence:
     """(S,) int64: positions cached before the pass."""
     heads: int
     """Most heads K of the slots; heads 2..K draft next."""
-    tree: TreeRows | None = None
-    """Tree that the rows are nodes of (None: chains)."""
+    tree: RowPaths | None = None
+    """Trees that the rows are nodes of (None: chains)."""
 
 
 @dataclass
@@ -58,9 +58,14 @@ class Verdict:
 
 def verify(state: DecodingState, evidence: Evidence) -> Verdict:
     """Accept drafts by the rules of the slots, and advance the slots: lengths, roots and numbers of drafts to come."""
-    if state.sampling.plain_rules(evidence.slots):
-        return match_chain(state, evidence) if evidence.tree is None else match_tree(state, evidence, evidence.tree)
-    return weigh_chain(state, evidence) if evidence.tree is None else weigh_tree(state, evidence, evidence.tree)
+    plain, tree = state.sampling.plain_rules(evidence.slots), evidence.tree
+    if tree is None:
+        return match_chain(state, evidence) if plain else weigh_chain(state, evidence)
+    return (
+        match_tree(state, evidence, tree)
+        if plain or not isinstance(tree, TreeRows)
+        else weigh_tree(state, evidence, tree)
+    )
 
 
 def match_chain(state: DecodingState, evidence: Evidence) -> Verdict:
@@ -86,25 +91,26 @@ def _addresses(state: DecodingState, first: int) -> list[int]:
     return [cpu.address(x, first) for x in tensors]
 
 
-def match_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verdict:
+def match_tree(state: DecodingState, evidence: Evidence, tree: RowPaths) -> Verdict:
     """Walk down each tree, from a row to the child that is plain decoding's token there."""
     slots, tokens_SR, heads = evidence.slots, evidence.tokens_SR, evidence.heads
     compiled = cpu.chooser() if tokens_SR.device.type == "cpu" else None
     if compiled is not None:
         tokens_SR = tokens_SR.contiguous()
         accepted, row = torch.empty_like(evidence.length_S), torch.empty_like(evidence.length_S)
-        results = [x.data_ptr() for x in (accepted, row, tree.parent_R, tree.depth_R)]
+        results = [x.data_ptr() for x in (accepted, row, tree.parent_SR, tree.depth_SR)]
         pointers = (tokens_SR.data_ptr(), *_addresses(state, slots.start), *results)
-        compiled.settle_tree(*pointers, *tokens_SR.shape, state.windows.tokens_SW.shape[1], heads - 1)
-        return Verdict(tokens_SR.gather(1, tree.path_RD[row]), accepted, row)
+        compiled.settle_tree(*pointers, *tokens_SR.shape, state.windows.tokens_SW.shape[1], heads - 1, tree.stride)
+        return Verdict(tokens_SR.gather(1, tree.path_to(row)), accepted, row)
     length, window, drafted = state.length_S[slots], state.windows.tokens_SW[slots], state.windows.drafted_S[slots]
-    drafts = tree.depth_R[1:] <= drafted[:, None]
+    drafts = tree.depth_SR[:, 1:] <= drafted[:, None]
     right = torch.ones_like(tokens_SR, dtype=torch.bool)
-    right[:, 1:] = (window[:, 1 : tree.rows] == tokens_SR[:, tree.parent_R[1:]]) & drafts
-    whole = (right[:, None] | ~tree.sees_RR).all(-1)  # (S, R): the row and all rows before it on its path
-    row = (whole * (tree.depth_R + 1)).argmax(1)
-    accepted = tree.depth_R[row]
-    tokens_SD = tokens_SR.gather(1, tree.path_RD[row])
+    before = tokens_SR.gather(1, tree.parent_SR[:, 1:].expand(len(drafts), -1))
+    right[:, 1:] = (window[:, 1 : tokens_SR.shape[1]] == before) & drafts
+    whole = (right[:, None] | ~tree.sees_SRT).all(-1)  # (S, R): the row and all rows before it on its path
+    row = (whole * (tree.depth_SR + 1)).argmax(1)
+    accepted = tree.depth_of(row)
+    tokens_SD = tokens_SR.gather(1, tree.path_to(row))
     state.advance(slots, length + accepted + 1, tokens_SR.gather(1, row[:, None])[:, 0], heads)
     return Verdict(tokens_SD, accepted, row)
 
@@ -152,8 +158,8 @@ def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verd
         by_row = torch.tensor(state.constraints.has[slots], device=length.device)
     p_SRV, q_SQV = sampling.probabilities(evidence.logits_SRV, slots), state.windows.q_SKV[slots]
     row, after_SV = recursive_rejection(p_SRV, q_SQV, tree, window, drafted, uniform, by_row)
-    accepted, last = tree.depth_R[row], _drawn(after_SV, evidence.noise_SR, row)
-    drafts = window.gather(1, tree.path_RD[row][:, 1:])
+    accepted, last = tree.depth_of(row), _drawn(after_SV, evidence.noise_SR, row)
+    drafts = window.gather(1, tree.path_to(row)[:, 1:])
     tokens = _committed(torch.cat([drafts, last[:, None]], 1), accepted, last)
     weighs = sampling.weighs[slots]
     row = torch.where(weighs, row, matched.row_S)

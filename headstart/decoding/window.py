@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from headstart.decoding.drafters.tree import DraftTree, TreeRows
+from headstart.decoding.drafters.tree import Branches, DraftTree, DynamicTree, RowPaths, TreeRows
 
 
 class Origin(int):
@@ -43,6 +43,34 @@ class Windows:
         """(S, n-1) fp32: the probability that its head gave each draft, or its expectation where a rule weighs
         drafts."""
         self._q_SKV: Tensor | None = None
+        self.depth_SW: Tensor | None = None
+        self.path_SWD: Tensor | None = None
+        """(S, W) and (S, W, D + 1) int64: the trees of the slots as in `RowPaths`, if each has its own."""
+
+    def hold_trees(self, tree: DynamicTree) -> None:
+        """Allocate a tree for each slot, at first of drafts that all follow the root."""
+        slots, width = self.tokens_SW.shape
+        self.depth_SW = torch.ones_like(self.tokens_SW)
+        self.path_SWD = self.depth_SW.new_zeros(slots, width, tree.depth + 1)
+        for slot in range(slots):
+            self.clear_tree(slot)
+
+    def clear_tree(self, slot: int) -> None:
+        """Make all drafts of a slot follow the root."""
+        if self.depth_SW is not None and self.path_SWD is not None:
+            self.depth_SW[slot] = 1
+            self.depth_SW[slot, 0] = 0
+            self.path_SWD[slot] = torch.arange(self.path_SWD.shape[1], device=self.path_SWD.device)[:, None]
+            self.path_SWD[slot, :, 0] = 0
+
+    def trees(self, slots: slice, rows: int, tree: TreeRows | DynamicTree | None) -> RowPaths | None:
+        """Return the trees that the first rows of windows are nodes of (None: chains)."""
+        if tree is None or isinstance(tree, TreeRows):
+            return tree
+        assert self.depth_SW is not None and self.path_SWD is not None
+        # Copies, because the pass drafts the next trees before the accepted paths are moved.
+        depth_SR, path_SRD = (x[slots, :rows].clone() for x in (self.depth_SW, self.path_SWD))
+        return RowPaths(depth_SR, path_SRD)
 
     @property
     def q_SKV(self) -> Tensor:
@@ -61,6 +89,29 @@ class Windows:
         flat = candidates_SKC.flatten(1)
         # Nodes of heads that do not draft get any token: `drafted_S` excludes them.
         self.tokens_SW[slots, 1 : tree.rows] = flat[:, tree.candidate_G.clamp_max(flat.shape[1] - 1)]
+
+    def depths(self, slots: slice, tree: DynamicTree) -> list[list[int]]:
+        """Return the depths of the rows of each slot's tree."""
+        assert self.depth_SW is not None
+        return self.depth_SW[slots, : tree.rows].tolist()
+
+    def branches(self, slot: int, tree: DynamicTree | None) -> Branches | None:
+        """Return the tree of a slot on the host (None: a chain)."""
+        if tree is None or self.depth_SW is None or self.path_SWD is None:
+            return None
+        one = slice(slot, slot + 1)
+        return Branches(
+            RowPaths(self.depth_SW[one, : tree.rows], self.path_SWD[one, : tree.rows]).parent_SR[0].tolist()
+        )
+
+    def put_trees(self, slots: slice, tokens_SN: Tensor, tree: RowPaths) -> None:
+        """Write the nodes of trees, one for each slot, whose root is row 0."""
+        assert self.depth_SW is not None and self.path_SWD is not None
+        rows, deep = tree.path_SRD.shape[1:]
+        self.tokens_SW[slots, 1:rows] = tokens_SN
+        self.depth_SW[slots, :rows] = tree.depth_SR
+        self.path_SWD[slots, :rows, :deep] = tree.path_SRD
+        self.path_SWD[slots, :rows, deep:] = tree.path_SRD[..., -1:]
 
     def replace(self, slot: int, own: int, drafts: list[int], certain: bool) -> None:
         """Put `drafts` after the first `own` drafts of a slot, in place of the others.
@@ -86,19 +137,20 @@ class Window:
     """Probabilities that all drafts up to row 1, 2, ... are right, in a tree the path to that row; empty where
     nothing estimates them."""
     depths: dict[int, int] | None = None
-    """Depths of the rows that hold drafts in a tree under a constraint; None elsewhere: all rows hold drafts."""
+    """Depths of the rows that hold drafts in a tree under a constraint or in a dynamic one; None elsewhere: all rows
+    hold drafts."""
     forced: set[tuple[int, ...]] = field(default_factory=set)
     """Paths of draft tokens whose last one was forced."""
     match: int = 0
     """Length of the match that the looked up drafts follow; 0 without them."""
 
-    def fed(self, rows: int, tree: DraftTree | None) -> tuple[int, int]:
+    def fed(self, rows: int, tree: DraftTree | DynamicTree | None) -> tuple[int, int]:
         """Return how many drafts or depths the first `rows` rows hold, and how many drafts in addition to one each."""
         if tree is None:
             return min(len(self.drafters), rows - 1), 0
-        if self.depths is None:
+        if self.depths is None and isinstance(tree, DraftTree):
             fed = min(len(self.drafters), tree.depth)
             return fed, tree.within(rows, fed) - fed
-        depths = [depth for row, depth in self.depths.items() if row < rows]
+        depths = [depth for row, depth in (self.depths or {}).items() if row < rows]
         fed = max(depths, default=0)
         return fed, len(depths) - fed

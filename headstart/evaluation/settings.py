@@ -55,7 +55,7 @@ class SuiteSettings:
     lookup: int = 0
     """The largest number of drafts per pass that are looked up in the sequence itself."""
     tree: str | None = None
-    """Draft trees, as of `headstart generate`: the number of drafts, or nodes such as 0,1,0.0."""
+    """Draft trees, as of `headstart generate`: the number of drafts, nodes such as 0,1,0.0, or sizes such as 4x3:8."""
     plain: bool = True
     """Decode each prompt plainly too, for the speed-up and to compare the outputs."""
     against: Path | None = None

@@ -119,7 +119,7 @@ def test_nodes_hold_what_may_come_after_their_paths_and_others_never_fit(kind: s
         assert window[0] == generation.tokens[-1] and drafted == len(generation.window.drafters)
         held = generation.window.depths or {}
         for row in range(1, TREE.rows):
-            way = [window[i] for i in rows.path_RD[row, 1 : int(rows.depth_R[row]) + 1].tolist()]
+            way = [window[i] for i in rows.path_SRD[0, row, 1 : int(rows.depth_SR[0, row]) + 1].tolist()]
             matcher = compiled(constraint, BYTES, 128)
             assert all(matcher.push(token) for token in generation.tokens)
             fits = all(matcher.push(token) for token in way)
@@ -127,7 +127,7 @@ def test_nodes_hold_what_may_come_after_their_paths_and_others_never_fit(kind: s
             if fits and not matcher.ended:
                 forbidden = engine.state.constraints.rows(0)[row]
                 assert (forbidden == ~matcher.allowed()).all()
-            siblings = [window[other] for other in rows.children[rows.parents[row]] if other in held]
+            siblings = [window[other] for other in rows.branches.children[rows.branches.parents[row]] if other in held]
             assert len(set(siblings)) == len(siblings)
             nodes, missing = nodes + (row in held), missing + (row not in held)
     assert nodes > 40 and missing > 10 and sum(generation.stats.accepted) > 0
@@ -220,7 +220,7 @@ def test_wrong_ways_do_not_follow_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def of_its_parent(self, logits, slots):
         before = self.forbidden_SWV.clone()
-        parents = TreeRows(SMALL, "cpu").parents
+        parents = TreeRows(SMALL, "cpu").branches.parents
         for row in range(1, min(logits.shape[1], SMALL.rows)):
             self.forbidden_SWV[:, row] = before[:, parents[row]]
         result = apply(self, logits, slots)

@@ -10,6 +10,7 @@ from shapes import CORE, HEADS, SHAPES
 
 from headstart.decoding.decode_pass import decode_pass, prefill
 from headstart.decoding.drafters.interface import PromptPiece
+from headstart.decoding.drafters.tree import DynamicTree
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Penalties, Rule, Sampling
 from headstart.decoding.state import DecodingState, PassPlan
@@ -48,14 +49,16 @@ def ready(shape: str) -> tuple[Transformer, DecodingState]:
         return model, DecodingState.empty(model, SLOTS, 64, HEADS + 2)
 
 
-def step(model: Transformer, state: DecodingState, monkeypatch: pytest.MonkeyPatch, **options) -> None:
+def step(
+    model: Transformer, state: DecodingState, monkeypatch: pytest.MonkeyPatch, width: int = HEADS, **options
+) -> None:
     def from_host(*args, **kwargs):
         raise AssertionError("a value made on the host would be copied to the device, which waits")
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "tensor", from_host)
         patched.setattr(torch, "as_tensor", from_host)
-        for rows, starts in ((HEADS, None), (HEADS + 2, [5, state.parked, 9]), (1, [3, 4, 5])):
+        for rows, starts in ((width, None), (width + 2, [5, state.parked, 9]), (1, [3, 4, 5])):
             decode_pass(model, state, PassPlan(slice(0, SLOTS), rows, HEADS, 32, starts, confident=True, **options))
 
 
@@ -74,6 +77,18 @@ def test_a_pass_reads_nothing(shape: str, name: str, monkeypatch: pytest.MonkeyP
         state.sampling.set(slot, SETTINGS[name])
     for deferred in (True, False):
         step(model, state, monkeypatch, deferred=deferred, keep_logits=not deferred)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("shape", ["eagle3", "sequential-normed-own"])
+def test_nor_does_a_tree_that_grows(shape: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tree = without_data(shape), DynamicTree(3, 3, 8)
+    with torch.device("meta"):
+        state = DecodingState.empty(model, SLOTS, 64, tree.rows)
+    state.windows.hold_trees(tree)
+    for slot in range(SLOTS):
+        state.sampling.set(slot, SETTINGS[name])
+    step(model, state, monkeypatch, width=tree.rows - 2, tree=tree, draft_tree=tree)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -51,10 +51,10 @@ def test_every_beginning_of_a_tree_is_a_tree_and_its_rows_know_one_another() -> 
         assert rows is whole.first(count) and rows.rows == count
         for i, path in enumerate(paths):
             depth = len(path)
-            assert rows.depth_R[i] == depth and paths[rows.parent_R[i]] == path[:-1]
-            assert [paths[j] for j in rows.path_RD[i, : depth + 1]] == [path[:j] for j in range(depth + 1)]
-            assert (rows.path_RD[i, depth:] == i).all()
-            assert [j for j in range(count) if rows.sees_RR[i, j]] == rows.path_RD[i, : depth + 1].tolist()
+            assert rows.depth_SR[0, i] == depth and paths[rows.parent_SR[0, i]] == path[:-1]
+            assert [paths[j] for j in rows.path_SRD[0, i, : depth + 1]] == [path[:j] for j in range(depth + 1)]
+            assert (rows.path_SRD[0, i, depth:] == i).all()
+            assert [j for j in range(count) if rows.sees_SRT[0, i, j]] == rows.path_SRD[0, i, : depth + 1].tolist()
             children = {(*path, r): j for r, j in enumerate(rows.children_RC[i].tolist()) if j}
             assert children == {p: j for j, p in enumerate(paths) if p and p[:-1] == path}
 

@@ -11,7 +11,7 @@ from shapes import CORE, HEADS, SHAPES, fill, packed, trained, untrained
 from torch import Tensor
 
 from headstart.decoding.cache import KVCache
-from headstart.decoding.drafters.tree import DraftTree, TreeRows, grow
+from headstart.decoding.drafters.tree import DraftTree, RowPaths, grow
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels import cpu
@@ -117,8 +117,9 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     paths: list[list[int]] = []
     original = KVCache.compact
 
-    def compact(self: KVCache, slots: slice, start_S: Tensor, row_S: Tensor, tree: TreeRows) -> None:
-        paths.extend(tree.path_RD[row, : tree.depth_R[row] + 1].tolist() for row in row_S)
+    def compact(self: KVCache, slots: slice, start_S: Tensor, row_S: Tensor, tree: RowPaths) -> None:
+        depths = tree.depth_of(row_S).tolist()
+        paths.extend(path[: depth + 1] for path, depth in zip(tree.path_to(row_S).tolist(), depths))
         original(self, slots, start_S, row_S, tree)
 
     monkeypatch.setattr(KVCache, "compact", compact)

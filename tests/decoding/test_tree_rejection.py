@@ -102,7 +102,7 @@ def error_of(
             draws,
             by_row,
         )
-    assert int(rows.depth_R[row].max()) == min(drafted, D)
+    assert int(rows.depth_SR[0, row].max()) == min(drafted, D)
     joint = dict.fromkeys(itertools.product(range(V), repeat=D + 1), 0.0)
     # Cases that came out alike are one.
     ends: dict[tuple[int, ...], float] = {}
@@ -150,7 +150,7 @@ def constrained(text: str, seed: int, monkeypatch: pytest.MonkeyPatch, masked: b
             chances.append(chance)
             laws.append(torch.stack([law.get(r, torch.zeros(V, dtype=torch.float64)) for r in range(row)]))
             return
-        children, path = rows.children[row], window[row]
+        children, path = rows.branches.children[row], window[row]
         if not children:
             draw(row + 1, window, law, chance)
             return

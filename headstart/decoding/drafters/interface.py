@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, cast
 from torch import Tensor
 
 from headstart.decoding.drafters.candidates import Candidates, Proposal
-from headstart.decoding.drafters.tree import TreeRows
+from headstart.decoding.drafters.tree import Branches, RowPaths
 from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import PackedUnembedding
@@ -35,6 +35,14 @@ class Verified:
     """(S,) int64: positions cached before the pass."""
     noise_SK: Noise | None
     """(S, K-1): noise that each draft is drawn with; None where all slots are greedy."""
+    tree: RowPaths | None = None
+    """Trees that the rows fed are nodes of (None: chains), until `compact`."""
+
+    def compact(self) -> None:
+        """Move the accepted path of trees to the positions that a chain has in the caches, if that is not done yet."""
+        if self.tree is not None:
+            self.state.cache.compact(self.plan.slots, self.length_S, self.verdict.row_S, self.tree)
+            self.tree = None
 
     @property
     def rows(self) -> int:
@@ -93,7 +101,7 @@ class Turn:
     """Tokens of its next window, where a drafter asks for them."""
     rows: int
     """Most rows of its next window."""
-    tree: TreeRows | None
+    tree: Branches | None
     """Tree of its next window (None: a chain)."""
 
 

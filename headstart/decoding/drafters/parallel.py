@@ -9,6 +9,7 @@ from torch import Tensor
 from headstart.decoding.cache import gather_row
 from headstart.decoding.drafters.candidates import Proposal
 from headstart.decoding.drafters.interface import PromptPiece, Verified
+from headstart.decoding.drafters.tree import TreeRows
 from headstart.decoding.kernels.pack import PackedUnembedding
 from headstart.decoding.latents import Latents
 from headstart.decoding.state import DecodingState
@@ -21,7 +22,7 @@ class ParallelHeads:
         """Write the drafts of heads 2..K into the windows, and return the best ones with their logits."""
         state, plan, candidates = verified.state, verified.plan, verified.candidates
         logits = state.penalties.apply(candidates.logits(_logits(verified)), None, plan.slots)
-        if plan.draft_tree is None:
+        if not isinstance(plan.draft_tree, TreeRows):
             chosen = state.sampling.choose(logits, verified.noise_SK, plan.slots)
             state.windows.put(plan.slots, candidates.tokens(chosen))
             return Proposal(logits, chosen)

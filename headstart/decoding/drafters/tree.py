@@ -1,9 +1,12 @@
 """Draft trees: several candidates of each head in one window, verified together (Medusa, 2401.10774, section 2.1.2).
 
-A node at depth j is a candidate of head j+1: its best, its second best, ... Heads 2..n are independent given the past,
-so the candidates of a depth are the same under every parent, and a tree is a set of paths of ranks: 0.1 is the second
-best of head 3 after the best of head 2. The acceptance rate of each rank is known before anything is drafted, so the
-tree is static.
+A node at depth j is a candidate of head j+1: its best, its second best, ... Parallel heads are independent given the
+past, so the candidates of a depth are the same under every parent, and a tree is a set of paths of ranks: 0.1 is the
+second best of head 3 after the best of head 2. The acceptance rate of each rank is known before anything is drafted, so
+the tree is static (`DraftTree`).
+
+Heads that are steps of one module read the drafts before, so each node has candidates of its own, and their confidences
+decide in every pass which nodes are worth a row (`DynamicTree`; EAGLE-2, 2406.16858).
 """
 
 from __future__ import annotations
@@ -156,22 +159,148 @@ def _check_size(nodes: int) -> None:
         raise UsageError(f"a draft tree of more than {MOST_NODES:,} nodes is too large; take fewer")
 
 
-def parse_tree(given: int | str, heads: int, ranks: Sequence[Sequence[float]] = ()) -> DraftTree | None:
-    """Return the tree that an argument names: a number of nodes (0: no tree), or nodes as for `DraftTree.parse`.
+def parse_tree(
+    given: int | str, heads: int, ranks: Sequence[Sequence[float]] = (), dynamic: bool = False
+) -> DraftTree | DynamicTree | None:
+    """Return the tree that an argument names.
 
-    `ranks` holds acceptance rates as for `grow`, if they were measured. Raises UsageError if there is no such tree for
-    a model of so many `heads`.
+    It is a number of nodes (0: no tree), the sizes of a dynamic tree as WIDTHxDEPTH:NODES, or nodes as for
+    `DraftTree.parse`. A number gives a static tree by the acceptance rates `ranks`, as for `grow`, if they were
+    measured, and where heads draft step by step (`dynamic`) a dynamic one. Raises UsageError if there is no such tree
+    for a model of so many `heads`.
     """
     if isinstance(given, str):
+        if sizes := re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6}):([0-9]{1,6})", given):
+            return DynamicTree(*map(int, sizes.groups()))
         if not re.fullmatch(r"-?[0-9]{1,12}", given):
             return DraftTree.parse(given)
         given = int(given)
     nodes = any_whole_number("tree", given)
-    return grow(ranks or [TYPICAL] * (heads - 1), nodes) if nodes else None
+    if not nodes:
+        return None
+    return DynamicTree.of_size(nodes, heads) if dynamic else grow(ranks or [TYPICAL] * (heads - 1), nodes)
 
 
-class TreeRows:
-    """The rows of a tree's window as tensors, made once and read by every pass: R rows, D its depth, C its ranks."""
+@dataclass(frozen=True)
+class DynamicTree:
+    """The sizes of trees that are grown anew for each window, from the confidences of the drafts (EAGLE-2)."""
+
+    width: int
+    """Candidates of each node, and nodes of each depth whose candidates are computed: those of the likeliest paths."""
+    depth: int
+    """Depth of the deepest nodes: heads 2..depth+1 draft."""
+    nodes: int
+    """Nodes of a window: of all candidates those of the likeliest paths."""
+
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.depth < 1:
+            raise UsageError(f"draft tree {self}: needs a width of 2 or more and a depth of 1 or more; 0 is for chains")
+        _check_size(self.candidates(self.depth))
+        if not self.depth <= self.nodes <= self.candidates(self.depth):
+            raise UsageError(
+                f"draft tree {self}: has {self.nodes} of {self.candidates(self.depth)} candidates as nodes; take "
+                f"{self.depth} to {self.candidates(self.depth)}"
+            )
+
+    @classmethod
+    def of_size(cls, nodes: int, heads: int) -> DynamicTree:
+        """Return the tree of a number of nodes for a model of so many `heads`."""
+        depth = max(1, min(heads - 1, nodes))
+        width = min(8, max(2, nodes // depth))
+        return cls(width, depth, nodes)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.depth}:{self.nodes}"
+
+    def candidates(self, depth: int) -> int:
+        """Return the number of candidates up to a depth."""
+        return self.width + (depth - 1) * self.width**2
+
+    @property
+    def rows(self) -> int:
+        """Rows of a window: the root and the nodes."""
+        return 1 + self.nodes
+
+    @property
+    def drafted_rows(self) -> int:
+        """Rows that the module computes to draft a window, after the first step."""
+        return (self.depth - 1) * self.width
+
+    @property
+    def ranks(self) -> int:
+        """Most candidates of a node."""
+        return self.width
+
+    @property
+    def is_chain(self) -> bool:
+        """False: each node has two candidates or more."""
+        return False
+
+    def rows_within(self, depth: int) -> int:
+        """Return the rows of a window whose drafts go down to this depth."""
+        return 1 + min(self.nodes, self.candidates(depth)) if depth else 1
+
+    def first(self, rows: int) -> DynamicTree:
+        """Return the tree of windows of the first `rows` rows: rows are sorted by worth, so any number will do."""
+        return self
+
+
+class Branches:
+    """The parents and the children of a tree's rows, on the host."""
+
+    def __init__(self, parents: Sequence[int]) -> None:
+        self.parents = parents
+        self.children: list[list[int]] = [[] for _ in parents]
+        for row in range(1, len(parents)):
+            self.children[parents[row]].append(row)
+
+
+class RowPaths:
+    """The places of rows in trees, as tensors: R rows of S trees, D their depth; S is 1 where all slots have one tree.
+
+    Where a tree is computed in several runs, `first` of its rows are in the caches, and R are those that follow.
+    """
+
+    def __init__(self, depth_SR: Tensor, path_SRD: Tensor, first: int = 0) -> None:
+        self.depth_SR, self.path_SRD, self.first_row = depth_SR, path_SRD, first
+        """depth_SR (S, R); path_SRD (S, R, D + 1): the row at each depth on the path to a row; beyond its own depth the
+        row itself."""
+
+    @functools.cached_property
+    def parent_SR(self) -> Tensor:
+        """(S, R): the row before each row on its path; the root's is itself."""
+        return self.path_SRD.gather(2, (self.depth_SR - 1).clamp_min(0)[..., None])[..., 0]
+
+    @functools.cached_property
+    def sees_SRT(self) -> Tensor:
+        """(S, R, T) bool: row i sees row j of all T rows if that is on its path."""
+        S, R = self.depth_SR.shape
+        empty = torch.zeros(S, R, self.first_row + R, dtype=torch.bool, device=self.depth_SR.device)
+        return empty.scatter_(2, self.path_SRD, True)
+
+    def path_to(self, row_S: Tensor) -> Tensor:
+        """Return the paths (S, D + 1) to one row of each slot."""
+        paths = self.path_SRD.expand(len(row_S), -1, -1)
+        return paths.gather(1, row_S[:, None, None].expand(-1, 1, paths.shape[2]))[:, 0]
+
+    def depth_of(self, row_S: Tensor) -> Tensor:
+        """Return the depth (S,) of one row of each slot."""
+        return self.depth_SR.expand(len(row_S), -1).gather(1, row_S[:, None])[:, 0]
+
+    @property
+    def stride(self) -> int:
+        """Rows of each slot where each has a tree of its own, else 0: the form that compiled kernels take."""
+        return self.depth_SR.shape[1] if len(self.depth_SR) > 1 else 0
+
+    @functools.cached_property
+    def compiled(self) -> cpu.Tree:
+        """The trees in the form that compiled kernels take."""
+        pointers = (self.depth_SR.data_ptr(), self.path_SRD.data_ptr())
+        return cpu.Tree(*pointers, self.path_SRD.shape[2], self.stride, self.first_row)
+
+
+class TreeRows(RowPaths):
+    """The rows of a static tree's window, made once and read by every pass: R rows, D its depth, C its ranks."""
 
     def __init__(self, tree: DraftTree, device: torch.device | str) -> None:
         self.tree, self.device = tree, device
@@ -183,22 +312,13 @@ class TreeRows:
         def tensor(values: object) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        self.depth_R = tensor([len(path) for path in nodes])
-        self.parent_R = tensor([row_of[path[:-1]] for path in nodes])
-        self.path_RD = tensor([[row_of[path[:j]] for j in range(D + 1)] for path in nodes])
-        """(R, D + 1): the row at each depth on the path to a row; beyond its own depth the row itself."""
+        depth_R = tensor([len(path) for path in nodes])
+        super().__init__(depth_R[None], tensor([[row_of[path[:j]] for j in range(D + 1)] for path in nodes])[None])
         self.children_RC = tensor([[row_of.get((*path, rank), 0) for rank in range(C)] for path in nodes])
         """(R, C): the row of the child of each rank; 0 without such a child."""
-        self.sees_RR = torch.zeros(R, R, dtype=torch.bool, device=device)
-        """(R, R) bool: row i sees row j if that is on its path."""
-        self.sees_RR[torch.arange(R, device=device)[:, None], self.path_RD] = True
         self.candidate_G = tensor([(len(path) - 1) * C + path[-1] for path in tree.paths])
         """(R - 1,): the index of a node's token among candidates (D, C)."""
-        self.parents = self.parent_R.tolist()
-        self.children: list[list[int]] = [[] for _ in range(R)]
-        for row in range(1, R):
-            self.children[self.parents[row]].append(row)
-        self.depth_first = sorted(range(R), key=lambda row: nodes[row])
+        self.branches = Branches([row_of[path[:-1]] for path in nodes])
         self._first: dict[int, TreeRows] = {R: self}
 
     @property
@@ -211,9 +331,3 @@ class TreeRows:
         if rows not in self._first:
             self._first[rows] = TreeRows(DraftTree(self.tree.paths[: rows - 1]), self.device)
         return self._first[rows]
-
-    @functools.cached_property
-    def compiled(self) -> cpu.Tree:
-        """The tree in the form that compiled kernels take."""
-        pointers = (self.depth_R.data_ptr(), self.path_RD.data_ptr())
-        return cpu.Tree(*pointers, self.path_RD.shape[1])

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from headstart.console import Progress
-from headstart.decoding.drafters.tree import DraftTree, TreeRows
+from headstart.decoding.drafters.tree import DraftTree, DynamicTree, TreeRows
 from headstart.decoding.engine import SPAN, Engine, EngineConfig
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.policy.calibration import AcceptanceTable, PassCosts, Tuning
@@ -155,7 +155,7 @@ class Pass:
         length: int = 128,
         deferred: bool = True,
         confident: bool = False,
-        tree: DraftTree | None = None,
+        tree: DraftTree | DynamicTree | None = None,
     ) -> None:
         self.model, self.length = model, length
         engine = Engine(model, EngineConfig(slots=slots, context=length + rows, exact=False, tree=tree))
@@ -165,7 +165,7 @@ class Pass:
         device = state.length_S.device
         state.windows.tokens_SW = torch.randint(model.config.vocab_size, (slots, width), device=device)
         state.heads_S[:] = heads
-        draft_tree = None if tree is None else TreeRows(tree, device)
+        draft_tree = TreeRows(tree, device) if isinstance(tree, DraftTree) else tree
         self.plan = PassPlan(
             slots=slice(0, slots),
             rows=rows,

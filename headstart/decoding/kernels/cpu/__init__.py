@@ -51,7 +51,10 @@ class Block(ctypes.Structure):
 class Tree(ctypes.Structure):
     """The rows of a window that is a tree, laid out as in tree.h."""
 
-    _fields_ = [("depth", ctypes.c_void_p), ("path", ctypes.c_void_p), ("deep", ctypes.c_long)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("depth", "path")),
+        *((name, ctypes.c_long) for name in ("deep", "stride", "first")),
+    ]
 
 
 ARGUMENTS = {
@@ -82,7 +85,7 @@ SIGNATURES = {
         "choose": "ppppp llll i",
         "confidence": "pppp lll i",
         "settle": "pppppp llll",
-        "settle_tree": "ppppppppp llll",
+        "settle_tree": "ppppppppp lllll",
     },
     "pool.c": {"parallel": "pp l i"},
 }

@@ -48,8 +48,9 @@ static inline long attention_tiles(const Attention *a) { return (a->H / a->G * (
 // Attend for the rows `first` to `first` + R - 1 of a pair, R <= 4. score: room for 4 rows of scores.
 static void attend_tile(const Attention *a, long pair, long first, int R, float *score) {
     const long H = a->H, G = a->G, W = a->W, E = a->E, group = H / G, Q = a->row ? 1 : W, *at = a->at;
-    const long s = pair / G, g = pair % G, start = at[s * W];
     const Tree *tree = a->tree;
+    const long s = pair / G, g = pair % G, start = at[s * W] - (tree ? tree->first : 0);
+    const long rows = tree ? (a->slot ? a->slot[s] : s) * tree->stride : 0;
     const float scale = 1.0f / sqrtf((float)E), *kc = a->keys + cached(a, pair), *vc = a->values + cached(a, pair);
     const long end = end_of(a, s);
     float rows_q[4 * E], rows_y[4 * E];
@@ -61,8 +62,8 @@ static void attend_tile(const Attention *a, long pair, long first, int R, float 
         for (long e = 0; e < E; e++) rows_q[r * E + e] = to_float(qr[e]) * scale;
         last[r] = tree ? end : at[s * W + w];
         seen = last[r] > seen ? last[r] : seen;
-        depth[r] = tree ? tree->depth[w] : 0;
-        path[r] = tree ? tree->path + w * tree->deep : NULL;
+        depth[r] = tree ? tree->depth[rows + w] : 0;
+        path[r] = tree ? tree->path + (rows + w) * tree->deep : NULL;
     }
     // The first row of a sequential head may lie at the end of the cache, where nothing reads it: it sees no further.
     const long span = ((seen < end ? seen : end) + 16) / 16 * 16;

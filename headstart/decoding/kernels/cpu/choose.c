@@ -240,11 +240,11 @@ void settle(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *l
 
 // Verify trees, otherwise like `settle`: row i is a draft at depth[i] after row parent[i] < i. It is right if its parent is right
 // and head 1 chose it there. drafted (S,): the number of depths that hold drafts. row (S,): the deepest right row; accepted (S,):
-// its depth.
+// its depth. stride: the rows of each slot in parent and depth, where each slot has its own tree; 0: one tree for all slots.
 void settle_tree(const int64_t *tokens, int64_t *window, int64_t *drafted, int64_t *length, const int64_t *heads,
                  int64_t *accepted, int64_t *row, const int64_t *parent, const int64_t *depth, long S, long R, long n,
-                 long drafting) {
-    for (long s = 0; s < S; s++) {
+                 long drafting, long stride) {
+    for (long s = 0; s < S; s++, parent += stride, depth += stride) {
         char right[R];
         long best = 0;
         right[0] = 1;

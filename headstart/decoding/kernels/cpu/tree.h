@@ -1,10 +1,13 @@
 // Windows whose rows are the nodes of a tree. Row i is cached at position start + i, but represents position start + depth[i] of
-// the sequence. It sees the positions before the window, the rows on its path and nothing else.
+// the sequence. It sees the positions before the window, the rows on its path and nothing else. A tree may be computed in several
+// windows: its first rows are then in the cache, and the arrays hold the rows that follow.
 
 typedef struct {
     const long *depth;  // (W,): 0 for row 0, the root
     const long *path;   // (W, deep): the rows from the root to each row, ascending; the row itself is at [depth]
     long deep;
+    long stride;  // rows of each slot in the arrays, where each slot has its own tree; 0: one tree for all slots
+    long first;   // number of the tree's rows before those in the arrays
 } Tree;
 
 // Move the scores of a row's path from the positions of its keys to the positions that they represent, and hide the rest. The
@@ -23,8 +26,8 @@ void compact(float *keys, float *values, long layers, long layer, const long *st
              long G, long E, long capacity) {
     for (long s = 0; s < S; s++) {
         if (start[s] < 0) continue;  // takes no part
-        const long *path = tree->path + node[s] * tree->deep;
-        for (long j = 1; j <= tree->depth[node[s]]; j++) {
+        const long row = s * tree->stride + node[s], *path = tree->path + row * tree->deep;
+        for (long j = 1; j <= tree->depth[row]; j++) {
             const long from = start[s] + path[j], to = start[s] + j;
             if (from == to) continue;
             for (long l = 0; l < layers; l++) {
