@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -17,7 +18,7 @@ from headstart.reports.evaluation import left_out
 
 if TYPE_CHECKING:
     from headstart.api import LanguageModel
-    from headstart.decoding.drafters.tree import DraftTree
+    from headstart.decoding.drafters.tree import DraftTree, DynamicTree
     from headstart.decoding.generation import Generation
     from headstart.decoding.policy.calibration import AcceptanceTable, Tuning
     from headstart.evaluation.inputs import FilePrompts
@@ -85,7 +86,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     import torch
 
     from headstart.api import load_and_report
-    from headstart.decoding.drafters.tree import DraftTree, grow
+    from headstart.decoding.drafters.tree import DynamicTree, grow, parse_tree
     from headstart.decoding.kernels.backend import backend_of
     from headstart.decoding.policy.calibration import Tuning, write_tuning
     from headstart.decoding.policy.timing import pass_costs
@@ -104,7 +105,8 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
         raise UsageError(f"{path}: has one head, so there are no drafts to tune")
     if model.config.drafting_heads < model.config.heads:
         raise UsageError(f"{path}: its offsets have gaps, which tuning does not cover; decode without tuning")
-    if settings.tree_nodes and model.config.ahead:
+    steps = model.config.kind.one_cache
+    if settings.tree_nodes and model.config.ahead and not steps:
         raise UsageError(f"{path}: {model.config.head_kind} heads draft one chain, not trees; leave --tree-nodes out")
     length, new = sizes(settings.prompt_tokens, settings.new_tokens, model.config.context, most=128)
     limit = prompt_limit(settings.prompt_tokens, settings.long_prompts, new, model.config.context)
@@ -114,10 +116,16 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     counts = {"prompts": len(prompts), "skipped_prompts": given.skipped, "cut_prompts": given.cut}
     if left_out(counts):
         say(f"{len(prompts)} prompts are used{left_out(counts)}")
-    ranks = RANKS if settings.tree_nodes else 0
+    ranks = RANKS if settings.tree_nodes and not steps else 0
     greedy, seen = measure_acceptance(language_model, given, new, 0.0, ranks)
     sampled, _ = measure_acceptance(language_model, given, new, settings.temperature, ranks)
-    largest = grow(greedy.rank_mean, settings.tree_nodes) if settings.tree_nodes else None
+    largest: DraftTree | DynamicTree | None = None
+    if settings.tree_nodes and steps:
+        largest = DynamicTree.of_size(settings.tree_nodes, model.config.heads)
+        greedy = greedy.with_rows(measure_rows(language_model, given, new, 0.0, largest))
+        sampled = sampled.with_rows(measure_rows(language_model, given, new, settings.temperature, largest))
+    elif settings.tree_nodes:
+        largest = grow(greedy.rank_mean, settings.tree_nodes)
     costs, sampled_costs = (
         pass_costs(
             model, tuple(sorted(set(settings.batches))), length + new // 2, settings.seconds, largest, temperature
@@ -127,7 +135,7 @@ def tune(settings: TuneSettings) -> dict[str, Any]:
     tuning = Tuning(greedy, sampled, costs, sampled_costs=sampled_costs)
     trees = [] if largest is None else _weigh_trees(tuning, largest, seen)
     if trees and _best(trees)["expected_speedup"] > TREE_MARGIN * _best(trees, chain=True)["expected_speedup"]:
-        tuning = replace(tuning, tree=DraftTree.parse(_best(trees)["tree"]))
+        tuning = replace(tuning, tree=parse_tree(_best(trees)["tree"], model.config.heads))
     more = {"date": date.today().isoformat(), "torch": torch.__version__, **counts, "temperature": settings.temperature}
     file = write_tuning(heads or path, model, tuning, more)
     say(f"tuning: {file}")
@@ -195,11 +203,49 @@ def measure_acceptance(
     return table.with_ranks(seen, ranks), [[rank for _, rank in heads] for heads in seen]
 
 
-def _weigh_trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> list[dict[str, Any]]:
+def measure_rows(
+    language_model: LanguageModel, given: FilePrompts, new_tokens: int, temperature: float, tree: DynamicTree
+) -> list[list[tuple[float, bool]]]:
+    """Generate after each prompt with dynamic trees.
+
+    Return for each pass the confidence of the path to each row, and whether the path is right.
+    """
+    from headstart.decoding.engine import Engine, EngineConfig
+    from headstart.decoding.settings import Request, Sampling
+
+    prompts, seen = given.prompts, list[list[tuple[float, bool]]]()
+    config = EngineConfig(exact=False, prefill_budget=None, tree=tree)
+    engine = Engine(language_model.transformer, config, tokenizer=language_model.tokenizer)
+    windows, slots = engine.state.windows, slice(0, 1)
+    with Progress("trees, sampled" if temperature else "trees, greedy", len(prompts), unit="prompts") as bar:
+        for seed, (prompt, ends) in enumerate(zip(prompts, given.ends or [frozenset[int]()] * len(prompts))):
+            one = engine.submit(Request(prompt, new_tokens, Sampling(temperature, seed=seed), ends=ends))
+            while engine.busy:
+                drafted, before = bool(one.window.drafters), len(one.tokens)
+                tokens, branches = windows.tokens_SW[0].tolist(), windows.branches(0, tree)
+                worths = windows.worths(slots, tree)[0]
+                assert branches is not None
+                engine.step()
+                row, right = 0, set[int]()
+                for token in one.tokens[before:]:
+                    row = next((child for child in branches.children[row] if tokens[child] == token), 0)
+                    if not row:
+                        break
+                    right.add(row)
+                if drafted:
+                    seen.append([(worth, i in right) for i, worth in enumerate(worths, start=1)])
+            bar.advance(1)
+    return seen
+
+
+def _weigh_trees(tuning: Tuning, largest: DraftTree | DynamicTree, seen: list[list[int]]) -> list[dict[str, Any]]:
     """Return the expected speed-up of chains and of the beginnings of the largest tree over plain decoding.
 
-    It holds for one greedy request at a time, and follows from the drafts that each would have kept of those in `seen`.
+    It holds for one greedy request at a time, and follows from the drafts that each would have kept of those in `seen`,
+    or in a dynamic tree of those that were measured.
     """
+    from itertools import accumulate
+
     from headstart.decoding.drafters.tree import DraftTree
 
     slots = tuning.costs.slots[0]
@@ -209,12 +255,16 @@ def _weigh_trees(tuning: Tuning, largest: DraftTree, seen: list[list[int]]) -> l
     found = []
     for tree, costs in ((chain, chain_costs), (largest, tree_costs)):
         tokens = 1.0
-        for rows, share in enumerate(tree.shares(seen), start=2):
+        if isinstance(tree, DraftTree) and isinstance(largest, DraftTree):
+            shares: Sequence[float] = tree.shares(seen)
+        else:
+            in_chain = tuple(accumulate(tuning.greedy.mean, lambda a, b: a * b))
+            shares = in_chain if tree is chain else tuning.greedy.kept(largest)
+        for rows, share in enumerate(shares, start=2):
             tokens += share
-            part = DraftTree(tree.paths[: rows - 1])
             found.append(
                 {
-                    "tree": str(part),
+                    "tree": str(tree.cut(rows - 1)),
                     "chain": tree is chain,
                     "nodes": rows - 1,
                     "tokens_per_pass": tokens,

@@ -126,7 +126,7 @@ class Engine:
         if tree is not None and tree.is_chain:
             tree = None
         if tree is not None:
-            if policy is not None and not (isinstance(tree, DraftTree) and policy.use_tree(tree)):
+            if policy is not None and not policy.use_tree(tree):
                 policy = None
             if config.exact and backend.needs_fixed_shapes(config.slots * self.width, tree=True):
                 self.fixed_shapes, policy = True, None
@@ -242,7 +242,7 @@ class Engine:
             heads=heads,
             span=min(_round_up(max(starts) + rows, self.step_span), state.cache.capacity),
             starts=starts,
-            tree=self._rows.first(rows) if self._rows is not None and self._branching and rows > 1 else None,
+            tree=self._tree_of(rows) if self._branching and rows > 1 else None,
             draft_tree=self._rows if all(g.request.acceptance.verifies_trees for g in generations) else None,
             deferred=self.config.deferred,
             confident=heads > 1 and (self.policy is not None or self.watch is not None),
@@ -250,6 +250,10 @@ class Engine:
             row_by_row=self.fixed_shapes,
         )
         return plan, alternatives
+
+    def _tree_of(self, rows: int) -> TreeRows | DynamicTree | None:
+        """Return the tree of the first rows of a window; those of a dynamic tree are sorted, so any number will do."""
+        return self._rows.first(rows) if isinstance(self._rows, TreeRows) else self._rows
 
     def _rows_and_heads(self, live: list[Generation], slots: int) -> tuple[int, int]:
         """Return the rows and heads of the next pass: as requests name them, as the policy chooses for the others."""
@@ -271,12 +275,17 @@ class Engine:
         logits = self.state.logits_SRV
         logprobs = log_probabilities(logits, tokens_SD, alternatives) if plan.keep_logits and logits is not None else ()
         windows = self.state.windows
+        dynamic = plan.draft_tree if isinstance(plan.draft_tree, DynamicTree) and plan.heads > 1 else None
+        confidences = None
+        if plan.confident:
+            known = windows.confidence_SK[plan.slots].tolist
+            confidences = known() if dynamic is None else windows.worths(plan.slots, dynamic)
         return _Outcome(
             committed=[row[: count + 1] for row, count in zip(tokens_SD.tolist(), accepted_S.tolist())],
             logprobs=logprobs,
-            confidences=windows.confidence_SK[plan.slots].tolist() if plan.confident else None,
+            confidences=confidences,
             windows=windows.tokens_SW[plan.slots].tolist() if self._reads_windows else None,
-            depths=windows.depths(plan.slots, plan.draft_tree) if isinstance(plan.draft_tree, DynamicTree) else None,
+            depths=None if dynamic is None else windows.depths(plan.slots, dynamic),
         )
 
     def _take(self, slot: int, generation: Generation, plan: PassPlan, outcome: _Outcome) -> str:
@@ -300,7 +309,9 @@ class Engine:
             depths = enumerate(outcome.depths[at])
             window.depths = {row: depth for row, depth in depths if 0 < depth <= len(drafters)}
         if outcome.confidences is not None:
-            window.confidences = outcome.confidences[at][: len(drafters)]
+            window.confidences = outcome.confidences[at]
+            if outcome.depths is None:
+                window.confidences = window.confidences[: len(drafters)]
         if self.policy is not None:
             chances = self.policy.chances if self._branching else self.policy.prefixes
             window.chances = chances(generation.sampled, window.confidences)

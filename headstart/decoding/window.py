@@ -46,12 +46,15 @@ class Windows:
         self.depth_SW: Tensor | None = None
         self.path_SWD: Tensor | None = None
         """(S, W) and (S, W, D + 1) int64: the trees of the slots as in `RowPaths`, if each has its own."""
+        self.worth_SW: Tensor | None = None
+        """(S, W) fp32: the confidences of the paths to their rows."""
 
     def hold_trees(self, tree: DynamicTree) -> None:
         """Allocate a tree for each slot, at first of drafts that all follow the root."""
         slots, width = self.tokens_SW.shape
         self.depth_SW = torch.ones_like(self.tokens_SW)
         self.path_SWD = self.depth_SW.new_zeros(slots, width, tree.depth + 1)
+        self.worth_SW = torch.zeros_like(self.tokens_SW, dtype=torch.float32)
         for slot in range(slots):
             self.clear_tree(slot)
 
@@ -104,11 +107,17 @@ class Windows:
             RowPaths(self.depth_SW[one, : tree.rows], self.path_SWD[one, : tree.rows]).parent_SR[0].tolist()
         )
 
-    def put_trees(self, slots: slice, tokens_SN: Tensor, tree: RowPaths) -> None:
+    def worths(self, slots: slice, tree: DynamicTree) -> list[list[float]]:
+        """Return the confidences of the paths to the rows of each slot's tree, without the root."""
+        assert self.worth_SW is not None
+        return self.worth_SW[slots, 1 : tree.rows].tolist()
+
+    def put_trees(self, slots: slice, tokens_SN: Tensor, worth_SN: Tensor, tree: RowPaths) -> None:
         """Write the nodes of trees, one for each slot, whose root is row 0."""
-        assert self.depth_SW is not None and self.path_SWD is not None
+        assert self.depth_SW is not None and self.path_SWD is not None and self.worth_SW is not None
         rows, deep = tree.path_SRD.shape[1:]
         self.tokens_SW[slots, 1:rows] = tokens_SN
+        self.worth_SW[slots, 1:rows] = worth_SN
         self.depth_SW[slots, :rows] = tree.depth_SR
         self.path_SWD[slots, :rows, :deep] = tree.path_SRD
         self.path_SWD[slots, :rows, deep:] = tree.path_SRD[..., -1:]
@@ -132,7 +141,8 @@ class Window:
     drafters: list[Origin] = field(default_factory=list)
     """Drafter of each draft of a chain, or of each depth of a tree."""
     confidences: list[float] = field(default_factory=list)
-    """Confidences of the drafts, in a tree of the best draft of each head; empty where nothing asks for them."""
+    """Confidences of the drafts, in a static tree of the best draft of each head, in a dynamic one of the paths to its
+    rows; empty where nothing asks for them."""
     chances: list[float] = field(default_factory=list)
     """Probabilities that all drafts up to row 1, 2, ... are right, in a tree the path to that row; empty where
     nothing estimates them."""

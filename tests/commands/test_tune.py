@@ -26,9 +26,10 @@ from headstart.model.transformer import Transformer
 SMALL = ("--prompt-tokens", 8, "--new-tokens", 24, "--batches", 2, 1, "--seconds", 0.01, "--threads", 1)
 
 
-def directory_of(path, heads: int):
+def directory_of(path, heads: int, **fields):
     torch.manual_seed(0)
-    config = ModelConfig(dim=32, layers=3, attention_heads=2, context=64, heads=heads, head_kind="replicated")
+    fields = {"head_kind": "replicated", **fields}
+    config = ModelConfig(dim=32, layers=3, attention_heads=2, context=64, heads=heads, **fields)
     save_model(Transformer(config), path, ByteTokenizer())
     (path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"def f{i}(x):"}) + "\n" for i in range(4)))
     return path
@@ -126,6 +127,47 @@ def test_tree_nodes_measures_trees(directory, capsys) -> None:
     file.write_text(json.dumps(content))
     with pytest.raises(UsageError, match="not of a model with 3 heads"):
         headstart.load(directory).engine()
+
+
+def test_tree_nodes_measures_trees_that_grow(tmp_path, capsys) -> None:
+    directory = directory_of(tmp_path / "steps", 3, head_kind="eagle3", wiring="causal")
+    tune(directory, *SMALL, "--tree-nodes", 5, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [tree["tree"] for tree in found["trees"]][2:] == ["2x1:1", "2x2:2", "2x2:3", "2x2:4", "2x2:5"]
+    file = directory / TUNING_FILE
+    content = json.loads(file.read_text())
+    for table in (content["acceptance"]["greedy"], content["acceptance"]["sampled"]):
+        assert len(table["row_mean"]) == 5 and all(0 <= share <= 1 for share in table["row_mean"])
+        assert table["by_worth"] == sorted(table["by_worth"]) or max(table["row_mean"]) > 0
+    entry = content["costs"][0]
+    entry.update(plain=[1.0, 1.0], drafting=[[0.1, 9.0, 9.0]] * 2, tree=[[0.1] * 4] * 2, draft_tree="2x2:5")
+    file.write_text(json.dumps(content))
+    model = headstart.load(directory)
+    engine = model.engine(exact=False)
+    assert str(engine.tree) == "2x2:5" and engine.policy.tree is engine.tree
+    assert (
+        model.engine(exact=False, tree="2x2:4").policy is not None and model.engine(exact=False, tree=6).policy is None
+    )
+    tree, plain = (model.generate("def f(", max_new_tokens=50, heads=heads, exact=False) for heads in (None, 1))
+    assert tree.tokens == plain.tokens and tree.stats.siblings > 0
+    for name, wrong in (("row_mean", [0.5] * 4), ("by_worth", [0.5])):
+        damaged = json.loads(file.read_text())
+        damaged["acceptance"]["greedy"][name] = wrong
+        file.write_text(json.dumps(damaged))
+        with pytest.raises(UsageError, match="not of a model with 3 heads"):
+            headstart.load(directory).engine()
+        file.write_text(json.dumps(content))
+
+
+def test_tables_of_rows_count_right_paths() -> None:
+    seen = [[(0.9, True), (0.3, False)]] * 30 + [[(0.9, False), (0.015, True)]] * 10
+    table = AcceptanceTable.uniform(0.5, 3).with_rows(seen)
+    assert table.row_mean == (0.75, 0.25)
+    shares = table.chances_by_worth([0.9, 0.3, 0.015, 0.001])
+    assert shares[0] == pytest.approx((30 + PRIOR * 0.925) / (40 + PRIOR)) and shares[1] == pytest.approx(
+        PRIOR * 0.35 / (30 + PRIOR)
+    )
+    assert shares[2] == pytest.approx((10 + PRIOR * 0.015) / (10 + PRIOR)) and shares[3] == pytest.approx(0.0025)
 
 
 def test_tables_of_ranks_count_observed_ranks() -> None:

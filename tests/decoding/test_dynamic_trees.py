@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from policies import RandomRows
 from shapes import HEADS, VOCABULARY, fill, packed, trained
 from test_tree_lossless import AXES, PROMPT, SETTINGS, noted
 
@@ -216,6 +217,28 @@ def test_quantized_trunks_are_decoded_alike(shape: str, quantize: str) -> None:
         request = Request(PROMPT, 40, sampling)
         got = generate_all(Engine(model, EngineConfig(tree=TREE)), [request])[0]
         assert got.tokens == plain_tokens(model, request) and got.stats.passes < 40
+
+
+@each_shape
+def test_output_does_not_depend_on_how_many_rows_are_fed(shape: str) -> None:
+    class Pruning(RandomRows):
+        def use_tree(self, tree: DynamicTree) -> bool:
+            self.tree = tree
+            return True
+
+        def chances(self, sampled, worths):
+            # Sorted by the confidence of their paths, so that the first rows are a tree.
+            assert worths == sorted(worths, reverse=True) and (not worths or 0 < worths[0] <= 1)
+            return [0.5] * len(worths)
+
+        def observe(self, *_):
+            pass
+
+    model, policy = packed(shape, torch.float32), Pruning(1)
+    requests = [Request(PROMPT, 50), Request(PROMPT[:5], 50, Sampling(1.0, seed=3)), Request(PROMPT, 30, heads=3)]
+    got = generate_all(Engine(model, EngineConfig(slots=3, tree=TREE), policy=policy), requests)
+    assert [g.tokens for g in got] == [plain_tokens(model, request) for request in requests]
+    assert len(policy.chosen) >= 3 and policy.tree is TREE
 
 
 @each_shape

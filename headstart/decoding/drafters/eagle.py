@@ -127,7 +127,8 @@ class _Growth:
             row_SR = parent_SR.gather(1, row_SR)
             path_SRD.scatter_(2, depth_SR.gather(1, row_SR)[..., None], row_SR[..., None])
         windows, slots = self.verified.state.windows, self.verified.plan.slots
-        windows.put_trees(slots, token_SN.gather(1, best_SG), RowPaths(depth_SR, path_SRD))
+        worth_SG = value_SN.gather(1, best_SG).exp()
+        windows.put_trees(slots, token_SN.gather(1, best_SG), worth_SG, RowPaths(depth_SR, path_SRD))
 
 
 def _rows(x_SMD: Tensor, row_SM: Tensor) -> Tensor:

@@ -94,6 +94,10 @@ class DraftTree:
         """True if each head has one candidate."""
         return self.ranks == 1
 
+    def cut(self, nodes: int) -> DraftTree:
+        """Return the tree of the first nodes."""
+        return DraftTree(self.paths[:nodes])
+
     def rows_within(self, depth: int) -> int:
         """Return the rows of the shortest window that holds every node of at most this depth."""
         return max((row for row, path in enumerate(self.paths, start=1) if len(path) <= depth), default=0) + 1
@@ -240,9 +244,9 @@ class DynamicTree:
         """Return the rows of a window whose drafts go down to this depth."""
         return 1 + min(self.nodes, self.candidates(depth)) if depth else 1
 
-    def first(self, rows: int) -> DynamicTree:
-        """Return the tree of windows of the first `rows` rows: rows are sorted by worth, so any number will do."""
-        return self
+    def cut(self, nodes: int) -> DynamicTree:
+        """Return the tree of so many nodes: those of the likeliest paths, which are the first rows."""
+        return DynamicTree(self.width, min(self.depth, nodes), nodes)
 
 
 class Branches:

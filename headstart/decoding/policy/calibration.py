@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from headstart import hardware
-from headstart.decoding.drafters.tree import MOST_NODES, DraftTree
+from headstart.decoding.drafters.tree import MOST_NODES, DraftTree, DynamicTree, parse_tree
 from headstart.decoding.kernels.backend import backend_of
 from headstart.errors import UsageError, shorten
 from headstart.fileio import read_json, write_text
@@ -25,6 +25,8 @@ from headstart.model.transformer import Transformer
 TUNING_FILE = "tuning.json"
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 """The confidences that separate one bin from the next."""
+WORTHS = (0.005, 0.01, 0.02, 0.05, *EDGES)
+"""The confidences of paths that separate one bin from the next."""
 PRIOR = 4.0
 """Observations that a bin starts with, at the mean of its head."""
 MOST_SLOTS = 10**6
@@ -44,6 +46,10 @@ class AcceptanceTable:
     candidates; empty if that was not measured."""
     rank_by_confidence: tuple[tuple[tuple[float, ...], ...], ...] = ()
     """[k-2][r][bin]: the same by the probability that head k gave its best candidate."""
+    row_mean: tuple[float, ...] = ()
+    """[r-1]: how often row r of a dynamic tree and its path are right; empty if that was not measured."""
+    by_worth: tuple[float, ...] = ()
+    """[bin]: the same by the confidence of the path, in bins between `WORTHS`."""
 
     @classmethod
     def from_passes(cls, observed: Sequence[tuple[Sequence[float], int]], heads: int) -> AcceptanceTable:
@@ -60,11 +66,17 @@ class AcceptanceTable:
         return cls(tuple(means), tuple(tables))
 
     @classmethod
-    def uniform(cls, share: float, heads: int, ranks: int = 0) -> AcceptanceTable:
+    def uniform(cls, share: float, heads: int, tree: DraftTree | DynamicTree | None = None) -> AcceptanceTable:
         """Return the table of drafts that are all right with probability `share`, whatever their confidence."""
         bins = (share,) * (len(EDGES) + 1)
-        by_rank = (((share,) * ranks,) * (heads - 1), ((bins,) * ranks,) * (heads - 1)) if ranks else ()
-        return cls((share,) * (heads - 1), (bins,) * (heads - 1), *by_rank)
+        table = cls((share,) * (heads - 1), (bins,) * (heads - 1))
+        if isinstance(tree, DynamicTree):
+            return replace(table, row_mean=(share,) * tree.nodes, by_worth=(share,) * (len(WORTHS) + 1))
+        if tree is None:
+            return table
+        ranks = tree.ranks
+        by_confidence = ((bins,) * ranks,) * (heads - 1)
+        return replace(table, rank_mean=((share,) * ranks,) * (heads - 1), rank_by_confidence=by_confidence)
 
     def with_ranks(self, observed: Sequence[Sequence[tuple[float, int]]], ranks: int) -> AcceptanceTable:
         """Return this table with the shares of the first `ranks` ranks added; a larger rank counts as not found.
@@ -79,6 +91,33 @@ class AcceptanceTable:
             means.append(mean)
             tables.append(table)
         return replace(self, rank_mean=tuple(means), rank_by_confidence=tuple(tables))
+
+    def with_rows(self, observed: Sequence[Sequence[tuple[float, bool]]]) -> AcceptanceTable:
+        """Return this table with the shares of right rows of dynamic trees added.
+
+        `observed` holds for each pass the confidence of the path to each row, and whether that path is right.
+        """
+        right, of = [0.0] * (len(WORTHS) + 1), [0.0] * (len(WORTHS) + 1)
+        for worth, kept in itertools.chain.from_iterable(observed):
+            at = bisect_right(WORTHS, worth)
+            right[at] += kept
+            of[at] += 1
+        middle = [(low + high) / 2 for low, high in itertools.pairwise((0.0, *WORTHS, 1.0))]
+        shares = tuple((r + PRIOR * prior) / (all_in + PRIOR) for r, all_in, prior in zip(right, of, middle))
+        means = tuple(sum(kept for _, kept in row) / len(row) for row in zip(*observed))
+        return replace(self, row_mean=means, by_worth=shares)
+
+    def covers(self, tree: DraftTree | DynamicTree) -> bool:
+        """Return whether the shares of such trees were measured."""
+        return len(self.row_mean) >= tree.nodes if isinstance(tree, DynamicTree) else bool(self.rank_mean)
+
+    def kept(self, tree: DraftTree | DynamicTree) -> Sequence[float]:
+        """Return for each row of a tree how often its path is right."""
+        return self.row_mean[: tree.nodes] if isinstance(tree, DynamicTree) else tree.chances(self.rank_mean)
+
+    def chances_by_worth(self, worths: Sequence[float]) -> list[float]:
+        """Return for each row of a dynamic tree the probability that its path is right."""
+        return [self.by_worth[bisect_right(WORTHS, worth)] for worth in worths]
 
     def prefixes(self, confidences: Sequence[float]) -> list[float]:
         """Return in entry j-1 the probability that the first j drafts are all right."""
@@ -202,7 +241,7 @@ class Tuning(Calibration):
     greedy: AcceptanceTable
     sampled: AcceptanceTable
     costs: PassCosts
-    tree: DraftTree | None = None
+    tree: DraftTree | DynamicTree | None = None
     """The best windows, if they are no chains."""
     sampled_costs: PassCosts | None = None
     """Costs of passes with a sampled request: they make noise for every row (None: the costs of greedy passes)."""
@@ -223,16 +262,16 @@ class Tuning(Calibration):
         tokens = 1 + sum(itertools.accumulate(table.mean[: rows - 1], lambda a, b: a * b))
         return tokens * plain / drafting[rows - 1]
 
-    def best_speedup(self, slots: int, tree: DraftTree | None = None, sampled: bool = False) -> float:
+    def best_speedup(self, slots: int, tree: DraftTree | DynamicTree | None = None, sampled: bool = False) -> float:
         """Return the highest expected speed-up of any fixed number of rows, of a chain or of `tree`."""
         table, costs = self.select(sampled)
         if tree is None:
             return max(self.expected_speedup(slots, rows, sampled) for rows in range(1, len(table.mean) + 2))
         plain, drafting = costs.at_tree(slots)
-        tokens = itertools.accumulate(tree.chances(table.rank_mean), initial=1.0)
+        tokens = itertools.accumulate(table.kept(tree), initial=1.0)
         return max(count * plain / cost_of_rows(drafting, rows) for rows, count in enumerate(tokens, start=1))
 
-    def tree_for(self, slots: int) -> DraftTree | None:
+    def tree_for(self, slots: int) -> DraftTree | DynamicTree | None:
         """Return `tree` if it is expected to beat chains at this batch size."""
         if self.tree is None or self.best_speedup(slots, self.tree) <= self.best_speedup(slots):
             return None
@@ -301,14 +340,14 @@ def parse_tuning(content: dict[str, Any], model: Transformer) -> Tuning | None:
     greedy, sampled = (parse_measured(AcceptanceTable, measured[kind]) for kind in ("greedy", "sampled"))
     costs, text = parse_measured(PassCosts, entry), entry.get("draft_tree")
     sampled_costs = None if entry.get("sampled") is None else parse_measured(PassCosts, entry["sampled"])
-    tree = None if text is None else DraftTree.parse(text)
     both, n = [costs, sampled_costs or costs], model.config.heads
+    tree = None if text is None else parse_tree(text, n)
     _check_numbers([greedy, sampled], both)
     if (
         list(measured.get("edges", EDGES)) != list(EDGES)
         or not all(_fits(table, n) for table in (greedy, sampled))
         or any(len(rows) != n for each in both for rows in each.drafting)
-        or (tree is not None and (tree.depth >= n or not greedy.rank_mean or not all(each.tree for each in both)))
+        or (tree is not None and (tree.depth >= n or not greedy.covers(tree) or not all(each.tree for each in both)))
     ):
         raise UsageError(f"the tuning is not of a model with {n} heads; {AGAIN}")
     return Tuning(greedy, sampled, costs, tree, sampled_costs)
@@ -340,6 +379,7 @@ def _fits(table: AcceptanceTable, heads: int) -> bool:
         {len(table.mean), len(table.by_confidence), len(table.rank_mean or table.mean)} == {heads - 1}
         and ranked
         and all(len(each) == len(EDGES) + 1 for each in bins)
+        and len(table.by_worth) == (len(WORTHS) + 1 if table.row_mean else 0)
     )
 
 
@@ -347,7 +387,9 @@ def _check_numbers(tables: Sequence[AcceptanceTable], costs: Sequence[PassCosts]
     """Raise UsageError for shares, milliseconds or sizes that no measurement gives."""
     for table in tables:
         ranks = [*table.rank_mean, *(rank for head in table.rank_by_confidence for rank in head)]
-        _check_all("a share of right drafts", [table.mean, *table.by_confidence, *ranks], 0, 1)
+        _check_all(
+            "a share of right drafts", [table.mean, *table.by_confidence, *ranks, table.row_mean, table.by_worth], 0, 1
+        )
     for each in costs:
         _check_all("a batch size", [each.slots], 1, MOST_SLOTS, whole=True)
         _check_all("the rows of a tree", [each.tree_rows], 2, MOST_NODES + 1, whole=True)

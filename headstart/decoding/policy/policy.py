@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headstart.decoding.drafters.tree import DraftTree
+from headstart.decoding.drafters.tree import DraftTree, DynamicTree
 from headstart.decoding.policy.calibration import Calibration, cost_of_rows
 
 
@@ -56,7 +56,7 @@ class DraftPolicy:
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
-        self.tree: DraftTree | None = None
+        self.tree: DraftTree | DynamicTree | None = None
         """The tree that windows are (None: chains)."""
         self._estimates = calibration.current
         self._costs: dict[tuple[int, bool], _Costs] = {}
@@ -89,14 +89,14 @@ class DraftPolicy:
                 self.calibration.measure(1 << power, sampled)
             self.calibration.measure(slots, sampled)
 
-    def best_tree(self, slots: int) -> DraftTree | None:
+    def best_tree(self, slots: int) -> DraftTree | DynamicTree | None:
         """Return the tree that is expected to beat chains at this batch size, if any."""
         return self.calibration.current.tree_for(slots)
 
-    def use_tree(self, tree: DraftTree) -> bool:
-        """Plan for windows that are this tree; return False, and change nothing, if no tree was measured."""
+    def use_tree(self, tree: DraftTree | DynamicTree) -> bool:
+        """Plan for windows that are this tree; return False, and change nothing, if no such tree was measured."""
         estimates = self.calibration.current
-        tables = estimates.greedy.rank_mean and estimates.sampled.rank_mean
+        tables = all(estimates.select(sampled)[0].covers(tree) for sampled in (False, True))
         if not tables or not all(estimates.select(sampled)[1].tree for sampled in (False, True)):
             return False
         self.tree = tree
@@ -119,8 +119,11 @@ class DraftPolicy:
 
     def chances(self, sampled: bool, confidences: Sequence[float]) -> list[float]:
         """Return for each node of the tree the probability that its path is right."""
+        table = self.calibration.current.select(sampled)[0]
+        if isinstance(self.tree, DynamicTree):
+            return table.chances_by_worth(confidences)
         assert self.tree is not None
-        return self.calibration.current.select(sampled)[0].chances(confidences, self.tree)
+        return table.chances(confidences, self.tree)
 
     def plan(self, slots: int, prefixes: Sequence[Sequence[float]], sampled: bool = False) -> tuple[int, bool]:
         """Return the rows of the next pass, and whether heads draft in it, for a pass that computes `slots` windows.

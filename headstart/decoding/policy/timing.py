@@ -86,8 +86,8 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float], block: in
 class FixedRows(DraftPolicy):
     """Feed the same number of rows in every pass, with all the work that a policy does to choose them."""
 
-    def __init__(self, rows: int, heads: int, tree: DraftTree | None) -> None:
-        table = AcceptanceTable.uniform(0.5, heads, 0 if tree is None else tree.ranks)
+    def __init__(self, rows: int, heads: int, tree: DraftTree | DynamicTree | None) -> None:
+        table = AcceptanceTable.uniform(0.5, heads, tree)
         trees = () if tree is None else ((tree.rows,), ((1.0,),))
         super().__init__(Tuning(table, table, PassCosts((1,), (1.0,), ((1.0,) * heads,), *trees)))
         self.rows = rows
@@ -115,7 +115,7 @@ class Step:
         slots: int = 1,
         length: int = 128,
         sampling: Sampling | None = None,
-        tree: DraftTree | None = None,
+        tree: DraftTree | DynamicTree | None = None,
     ) -> None:
         self.length = length
         policy = FixedRows(rows, model.config.heads, tree) if drafting else None
@@ -172,7 +172,7 @@ class Pass:
             heads=heads,
             span=-(-(length + rows) // SPAN) * SPAN,
             starts=[length] * slots,
-            tree=None if draft_tree is None else draft_tree.first(rows),
+            tree=draft_tree.first(rows) if isinstance(draft_tree, TreeRows) else draft_tree,
             draft_tree=draft_tree,
             deferred=deferred,
             confident=confident,
@@ -195,7 +195,7 @@ def pass_costs(
     batches: tuple[int, ...],
     length: int,
     seconds: float,
-    tree: DraftTree | None = None,
+    tree: DraftTree | DynamicTree | None = None,
     temperature: float = 0.0,
 ) -> PassCosts:
     """Time steps of an engine with care, for `headstart tune`.
