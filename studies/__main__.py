@@ -19,6 +19,7 @@ def study(arguments: list[str]) -> None:
     NAME --scale S   name of the study (see --list), and its budget (default: cpu)
     --out DIR        folder of the results (default: runs/studies/NAME-SCALE)
     --threads N      CPU threads
+    --jobs N         conditions that run at once, each in a process of its own (default: 1)
     --json           print the results as JSON
     --list           print the names and claims of all studies
     """
@@ -38,17 +39,18 @@ def study(arguments: list[str]) -> None:
         print(study.__doc__)
         return
     name, *rest = arguments
-    scale, out, threads = (_take_value(rest, flag) for flag in ("--scale", "--out", "--threads"))
+    scale, out, threads, jobs = (_take_value(rest, flag) for flag in ("--scale", "--out", "--threads", "--jobs"))
     chosen, scale = find_study(name), scale or "cpu"
     if scale not in SCALES:
         raise UsageError(f"--scale {scale!r} is unknown; take one of {', '.join(SCALES)}")
-    if threads is not None and not threads.isdigit():
-        raise UsageError(f"--threads is {threads!r}; it must be a number")
+    for flag, text in (("--threads", threads), ("--jobs", jobs)):
+        if text is not None and not text.isdigit():
+            raise UsageError(f"{flag} is {text!r}; it must be a number")
 
     default = chosen.scales[scale]
     settings = parse_settings(type(default), rest, f"headstart study {name} --scale {scale}", default)
     use_threads(None if threads is None else int(threads))
-    found = run_study(chosen, scale, settings, None if out is None else Path(out))
+    found = run_study(chosen, scale, settings, None if out is None else Path(out), int(jobs or 1))
     if json:
         print_json(found)
 

@@ -14,7 +14,7 @@ import torch
 
 from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, spread, values
 from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model
-from studies.verdicts import Contrast, judge
+from studies.verdicts import SEEDS, Contrast, judge
 
 LENGTH, INCONSEQUENTIAL, CHOICE = 24, 7, 15
 """Tokens of a sequence, and the places (from 0) of the token drawn without consequence, and of the one that decides all
@@ -43,6 +43,7 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
         "choice points count (n+1)/2 times more than in next-token training."
     )
     section = "sections 5.1 and L.3, figure 9"
+    cannot_show = "Whether the larger weight makes a model better: terms are counted, not their effect."
     published = "n(n+1)/2 terms against n"
     not_yet_run = ()
     scales: ClassVar[dict[Scale, Any]] = {
@@ -60,7 +61,7 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
     def cases(self, settings: ChoicePointsSettings) -> list[Case]:
         """Return the cases of all conditions and seeds."""
         exact = [Case({"by": "enumeration", "n": n}, 0) for n in settings.heads]
-        trained = [Case({"by": "training", "n": n}, seed) for n in settings.heads for seed in range(settings.seeds)]
+        trained = [Case({"by": "training", "n": n}, seed) for n in settings.heads for seed in settings.chosen_seeds]
         return exact + trained
 
     def run(self, settings: ChoicePointsSettings, case: Case, tell: Tell) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
                     found = values(results, lambda r, kind=kind: r.numbers[kind], by=by, n=n)  # type: ignore[misc]
                     cells.append(spread(found))
                     if by == "enumeration":
-                        found *= 2  # it has no randomness
+                        found *= SEEDS  # it has no randomness
                     contrasts.append(Contrast(f"{by}, n={n}", [allowed * count - abs(x - count) for x in found]))
                 rows.append([str(n), by, *cells, f"{counts['with consequences']:g} / {n}"])
         top = max(settings.heads)

@@ -14,7 +14,7 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.evaluation.heads import score_documents
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
-from studies.study import Result, StudySettings, Tell, values
+from studies.study import Control, Result, StudySettings, Tell, values
 from studies.training import TrainingSettings, in_memory, run_config, stream_of, train_model
 
 HELD_OUT = 20
@@ -81,13 +81,14 @@ def train_on_code(
     }
 
 
-def learned(settings: CodeSettings, results: Sequence[Result], head: int = 1, margin: float = 0.02) -> bool:
-    """Return whether some model's `head` is right more often than the most frequent byte, a blank."""
+def learned(settings: CodeSettings, results: Sequence[Result], head: int = 1, margin: float = 0.02) -> Control:
+    """Return the control that some model's `head` is right more often than the most frequent byte, a blank."""
     _, pieces = code_bytes(settings.train_bytes, settings.test_pieces, settings.piece)
     content = b"".join(pieces)
     share = max(content.count(byte) for byte in set(content)) / len(content)
     known = [result.numbers["top1"] for result in results if len(result.numbers["top1"]) >= head]
-    return max((top1[head - 1] for top1 in known), default=0.0) > share + margin
+    best = max((top1[head - 1] for top1 in known), default=0.0)
+    return Control(f"best accuracy of head {head} over that of the most frequent byte", best, share + margin)
 
 
 def next_byte(results: Sequence[Result], **conditions: object) -> list[float]:

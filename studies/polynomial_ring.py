@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from headstart.data.shards import TokenShards
-from studies.study import StudySettings
+from headstart.errors import UsageError
+from studies.study import Control, StudySettings
 from studies.training import TrainingSettings, in_memory
 
 Polynomial = tuple[int, ...]
@@ -82,14 +83,32 @@ class Ring:
         """Return the previous problem's end token, the expression, pauses, and the equality sign before the answer."""
         return [self.mark("end"), *tokens, *[self.mark("pause")] * pauses, self.mark("=")]
 
-    def documents(self, count: int, operations: int, pauses: int, seed: int, least: int = 1) -> list[list[int]]:
-        """Return problems with `least` to `operations` operations, with answers and end tokens."""
+    def documents(
+        self,
+        count: int,
+        operations: int,
+        pauses: int,
+        seed: int,
+        least: int = 1,
+        unless: Collection[tuple[int, ...]] = (),
+    ) -> list[list[int]]:
+        """Return problems with `least` to `operations` operations, with answers and end tokens.
+
+        Questions in `unless` are drawn anew. Raises UsageError if there are hardly any others.
+        """
         rng = np.random.default_rng([seed, 0])
-        sequences = []
-        for _ in range(count):
+        sequences: list[list[int]] = []
+        for _ in range(100 * count):
             tokens, value = self.problem(int(rng.integers(least, operations + 1)), rng)
-            sequences.append([*self.question(tokens, pauses)[1:], *value, self.mark("end")])
-        return sequences
+            question = self.question(tokens, pauses)[1:]
+            if tuple(question) not in unless:
+                sequences.append([*question, *value, self.mark("end")])
+            if len(sequences) == count:
+                return sequences
+        raise UsageError(
+            f"the ring F_{self.p}[X]/(X^{self.d}) has hardly a problem that is not in the tests; take fewer --tests, "
+            "or a larger --p or --d"
+        )
 
     def tests(self, count: int, operations: int, pauses: int) -> tuple[list[list[int]], list[Polynomial]]:
         """Questions with exactly `operations` operations, and their answers: always the same."""
@@ -129,6 +148,6 @@ class RingSettings(StudySettings):
         answers_from = [len(problem) - self.d - 1 for problem in problems]
         return in_memory(problems, answers_from if self.answers_only else None)
 
-    def is_learned(self, best: float, guessed: float) -> bool:
-        """Return whether an exact match is above that of the most frequent answer by three standard errors."""
-        return best > guessed + 3 * (guessed / self.tests) ** 0.5
+    def learned(self, what: str, best: float, guessed: float) -> Control:
+        """Return the control that an exact match is above that of the most frequent answer by three standard errors."""
+        return Control(f"{what} over the most frequent answer", best, guessed + 3 * (guessed / self.tests) ** 0.5)

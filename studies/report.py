@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,12 +37,17 @@ def results_of(
         "sentence": SMOKE + findings.sentence if smoke else findings.sentence,
         "table": {"headers": list(findings.headers), "rows": [list(row) for row in findings.rows]},
         "notes": list(findings.notes),
+        "controls": [{**asdict(control), "passed": control.passed} for control in findings.controls],
+        "cannot_show": study.cannot_show,
+        "compared_at": study.compared_at,
         "date": datetime.date.today().isoformat(),
         "machine": hardware.describe(),
         "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "seconds": round(sum(result.seconds for result in results), 1),
         "cases": [
-            {**result.case.conditions, "seed": result.case.seed, "seconds": round(result.seconds, 2)} | result.numbers
+            {**result.case.conditions, "arm": result.case.arm, "seed": result.case.seed}
+            | {"seconds": round(result.seconds, 2)}
+            | result.numbers
             for result in results
         ],
     }
@@ -70,13 +76,52 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
         "",
         "Medians over seeds, in brackets the range.",
         "",
+        *_controls(found["controls"]),
+        *_arms(found),
         *(f"- {note}" for note in found["notes"]),
+        f"- What this cannot show: {found['cannot_show']}",
         f"- Machine: {hardware.summary(found['machine'])}; {duration(found['seconds'])} in all, {found['date']}.",
         f"- Settings: {settings}.",
         f"- Run it again: `headstart study {found['study']} --scale {found['scale']}`, which also writes the raw data "
         "of every case, `results.json`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _controls(controls: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of the positive controls."""
+    lines = [
+        f"- {control['what']}: {control['value']:.3f}, above {control['needed']:.3f} needed: "
+        + ("passed" if control["passed"] else "**failed**")
+        for control in controls
+    ]
+    return ["Controls:", "", *lines, ""] if lines else []
+
+
+def _arms(found: dict[str, Any]) -> list[str]:
+    """Return a table of every condition: share of its steps that were clipped, and its processor time."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for case in found["cases"]:
+        arms.setdefault(case["arm"], []).append(case)
+    if not any("clipped" in case for case in found["cases"]):
+        return []
+
+    def median(cases: Sequence[dict[str, Any]], name: str, form: str) -> str:
+        known = [case[name] for case in cases if case.get(name) is not None]
+        return format(statistics.median(known), form) if known else ""
+
+    rows = [
+        [arm, median(cases, "clipped", ".0%"), median(cases, "processor_seconds", ",.0f")]
+        for arm, cases in arms.items()
+    ]
+    return [
+        f"Conditions are compared at equal {found['compared_at']}; the table has what they share and what not.",
+        "",
+        _row(["condition", "steps clipped", "processor seconds"]),
+        "| --- | --- | --- |",
+        *map(_row, rows),
+        "",
+    ]
 
 
 def index_row(found: dict[str, Any]) -> str:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from headstart.console import Progress, duration, say
 from headstart.errors import UsageError
 from headstart.reports.html import need_matplotlib
 from studies.folder import StudyFolder
 from studies.report import draw_figure, format_report, results_of, write_results
-from studies.study import Result, Scale, Study, StudySettings
+from studies.study import Case, Result, Scale, Study, StudySettings, Tell
 
 STUDIES = (
     "polynomial",
@@ -32,6 +38,8 @@ STUDIES = (
 )
 """Names of the studies in the order of the index; each is the file of that name."""
 STUDIES_FOLDER = Path("runs/studies")
+TUNING = 10
+"""Seeds below this are for tuning settings."""
 
 
 def find_study(name: str) -> Study[Any]:
@@ -42,21 +50,31 @@ def find_study(name: str) -> Study[Any]:
     return study
 
 
-def run_study(study: Study[Any], scale: Scale, settings: StudySettings, out: Path | None = None) -> dict[str, Any]:
+def run_study(
+    study: Study[Any], scale: Scale, settings: StudySettings, out: Path | None = None, jobs: int = 1
+) -> dict[str, Any]:
     """Run the cases that are missing in `out` (None: runs/studies/NAME-SCALE), and return the content of results.json.
 
-    Raises UsageError if the folder is in use, or holds another study or other settings.
+    `jobs` cases run at once, each in a process of its own if there are several. Raises UsageError if the folder is in
+    use, or holds another study or other settings, and for seeds that are for tuning.
     """
     need_matplotlib("a study's figure")
     if settings.seeds < 1:
         raise UsageError(f"seeds is {settings.seeds}; it must be at least 1")
+    if jobs < 1:
+        raise UsageError(f"--jobs is {jobs}; it must be at least 1")
+    if settings.first_seed < TUNING:
+        raise UsageError(
+            f"first_seed is {settings.first_seed}, and seeds below {TUNING} were used for tuning; a verdict needs "
+            f"others: take {TUNING} or more"
+        )
     folder = StudyFolder(STUDIES_FOLDER / f"{study.name}-{scale}" if out is None else out)
     with folder.claimed():
         folder.accept(study.name, scale, settings)
         say(f"{study.name} ({study.section}), scale {scale}: {study.claim}")
         if scale in study.not_yet_run:
             say(f"the scale {scale} of this study was never run: its settings were checked, its numbers are new")
-        results = _run_cases(study, settings, folder)
+        results = _run_cases(study, settings, folder, jobs)
         findings = study.findings(settings, results)
         draw_figure(study, settings, results, folder.figure)
         found = results_of(study, scale, settings, results, findings)
@@ -66,19 +84,44 @@ def run_study(study: Study[Any], scale: Scale, settings: StudySettings, out: Pat
     return found
 
 
-def _run_cases(study: Study[Any], settings: StudySettings, folder: StudyFolder) -> list[Result]:
+def _run_cases(study: Study[Any], settings: StudySettings, folder: StudyFolder, jobs: int) -> list[Result]:
     cases = study.cases(settings)
     results = {case.name: result for case in cases if (result := folder.find(case)) is not None}
     if results:
         say(f"{folder.path}: {len(results)} of {len(cases)} cases were finished before")
+    missing, took = [case for case in cases if case.name not in results], list[float]()
     with Progress(study.name, len(cases), unit="cases", start=len(results)) as bar:
-        for case in cases:
-            if case.name in results:
-                continue
-            bar.advance(0, case=case.name)
-            began = time.monotonic()
-            numbers = study.run(settings, case, partial(bar.advance, 0))
-            results[case.name] = folder.keep(Result(case, numbers, time.monotonic() - began))
+        for result in (
+            _in_turn(study, settings, missing, bar) if jobs == 1 else _at_once(study, settings, missing, jobs)
+        ):
+            results[result.case.name] = folder.keep(result)
+            took.append(result.seconds)
             bar.advance(1)
-            say(f"{case.name}: {duration(results[case.name].seconds)}")
+            left = statistics.fmean(took) * (len(missing) - len(took)) / jobs
+            remaining = f"; about {duration(left)} left for the study" if len(took) < len(missing) else ""
+            say(f"{result.case.name}: {duration(result.seconds)}{remaining}")
     return [results[case.name] for case in cases]
+
+
+def _in_turn(study: Study[Any], settings: StudySettings, cases: Sequence[Case], bar: Progress) -> Iterator[Result]:
+    for case in cases:
+        bar.advance(0, case=case.name)
+        yield _run_case(study, settings, case, partial(bar.advance, 0))
+
+
+def _at_once(study: Study[Any], settings: StudySettings, cases: Sequence[Case], jobs: int) -> Iterator[Result]:
+    """Yield the results of cases that run in `jobs` processes, which share the threads of this one."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    try:
+        for done in as_completed([pool.submit(_run_case, study, settings, case) for case in cases]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_case(study: Study[Any], settings: StudySettings, case: Case, tell: Tell = lambda **_: None) -> Result:
+    began, spent = time.monotonic(), time.process_time()
+    numbers = study.run(settings, case, tell)
+    spent = time.process_time() - spent
+    return Result(case, {"processor_seconds": round(spent, 2)} | numbers, time.monotonic() - began)

@@ -20,9 +20,31 @@ class StudySettings:
     """Settings of every study. Each study has a dataclass with more, and one value of it for each scale."""
 
     seeds: int = 1
-    """Seeds 0, 1, ... of every condition; a finished study can continue with more."""
+    """Number of seeds of every condition; a finished study can continue with more."""
+    first_seed: int = 10
+    """The seeds are this number and those that follow it. Those below 10 are for tuning, and judge nothing."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, ..."""
+
+    @property
+    def chosen_seeds(self) -> range:
+        """The seeds of every condition."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A positive control: a number that must be reached before a comparison says anything."""
+
+    what: str
+    value: float
+    needed: float
+    """The value must be above it."""
+
+    @property
+    def passed(self) -> bool:
+        """True if the control succeeded."""
+        return self.value > self.needed
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,11 @@ class Case:
 
     conditions: dict[str, str | int | float]
     seed: int
+
+    @property
+    def arm(self) -> str:
+        """Conditions in words, without the seed."""
+        return ", ".join(f"{name} {value}" for name, value in self.conditions.items())
 
     @property
     def name(self) -> str:
@@ -81,6 +108,8 @@ class Findings:
     ours: str
     """Our number to compare with the paper's, in a few words."""
     notes: Sequence[str] = field(default=())
+    controls: Sequence[Control] = field(default=())
+    """Positive controls; the verdict is "out of reach" if one failed."""
 
 
 Settings = TypeVar("Settings", bound=StudySettings)
@@ -96,6 +125,10 @@ class Study(ABC, Generic[Settings]):
     """The paper's section or table that makes the claim."""
     published: ClassVar[str]
     """The paper's own number in a few words, or that it gives none."""
+    cannot_show: ClassVar[str]
+    """One sentence: what the study cannot show, whatever its numbers."""
+    compared_at: ClassVar[str] = "tokens"
+    """Amount that all conditions have in common: "tokens", or "processor time"."""
     not_yet_run: ClassVar[tuple[Scale, ...]] = ("gpu", "paper")
     """Scales that were never run: only their settings were checked."""
     scales: ClassVar[dict[Scale, Any]]
@@ -118,9 +151,9 @@ class Study(ABC, Generic[Settings]):
         """Draw our numbers next to the paper's on a matplotlib figure."""
 
 
-def crossed(seeds: int, **conditions: Sequence[Any]) -> list[Case]:
+def crossed(seeds: Sequence[int], **conditions: Sequence[Any]) -> list[Case]:
     """Return every combination of conditions and seeds; the seed and then the last condition change fastest."""
     combinations: list[dict[str, Any]] = [{}]
     for name, choices in conditions.items():
         combinations = [{**before, name: choice} for before in combinations for choice in choices]
-    return [Case(combination, seed) for combination in combinations for seed in range(seeds)]
+    return [Case(combination, seed) for combination in combinations for seed in seeds]

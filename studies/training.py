@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import GradientSums
 from headstart.training.processes import joined
 from headstart.training.step import Callback, Learner, StepResult, take_steps
-from studies.study import Tell
+from studies.study import Case, Tell, crossed
 
 SIZES = {
     "0.06M": ModelConfig(dim=32, layers=5, attention_heads=2),
@@ -51,7 +52,14 @@ class TrainingSettings:
     lr: float = 1e-3
     warmup_steps: int = 20
     final_lr_ratio: float = 0.03
+    clip: float = 1.0
+    """Largest norm of the gradient for each head: n heads sum n losses, and are clipped at n times this (.inf: never).
+    """
     dtype: Literal["auto", "bfloat16", "float32"] = "float32"
+
+
+class StopTraining(Exception):
+    """Raised by a watcher of `train_model`: what was to be learned is learned."""
 
 
 @dataclass
@@ -72,6 +80,30 @@ def sized(size: str, **changes: object) -> ModelConfig:
     if size not in SIZES:
         raise UsageError(f"the size {size!r} is unknown; take one of {', '.join(SIZES)}")
     return replace(SIZES[size], **changes)  # type: ignore[arg-type]
+
+
+def at_depth(depth: str, size: str, n: int, **changes: object) -> ModelConfig:
+    """Return a model of a size with n heads, or a control of its depth.
+
+    matched: the paper's parameter matching, heads take their layers from the trunk. shallow: a next-token model with as
+    many blocks as the n-head model has on the path to head 1. +layers: n heads on top of a whole trunk.
+    """
+    whole = sized(size)
+    if depth == "shallow":
+        return replace(whole, layers=whole.layers - n + 1, **changes)  # type: ignore[arg-type]
+    extra = n - 1 if depth == "+layers" and whole.kind.takes_layers else 0
+    return replace(whole, heads=n, extra_layers=extra, **changes)  # type: ignore[arg-type]
+
+
+DEPTHS = ("matched", "shallow", "+layers")
+
+
+def with_depths(
+    seeds: Sequence[int], depths: Sequence[str], heads: Sequence[int], **others: Sequence[Any]
+) -> list[Case]:
+    """Return the cases of all conditions, with the controls of depth of every number of heads above 1."""
+    cases = crossed(seeds, **others, n=heads, depth=depths)
+    return [case for case in cases if case.conditions["n"] != 1 or case.conditions["depth"] == "matched"]
 
 
 def run_config(
@@ -95,6 +127,7 @@ def run_config(
             lr=settings.lr,
             warmup_steps=settings.warmup_steps,
             final_lr_ratio=settings.final_lr_ratio,
+            clip=settings.clip * model.heads,
         ),
         head_weights=head_weights or HeadWeights(),
     )
@@ -141,7 +174,7 @@ def train_model(
         batches: endless micro-batches; (B, T) tokens with their targets.
         tell: shows the step and the loss.
         model: the model to train (None: first weights from `config.seed`).
-        watch: called after each step with the number of steps done, and the model.
+        watch: called after each step with the number of steps done, and the model; StopTraining ends the training.
 
     Raises:
         UsageError: losses or gradients were not finite at the end.
@@ -162,14 +195,15 @@ def train_model(
                 if watch is not None:
                     watch(step + 1, trained)
 
-        take_steps(Learner(subject, config, processes), batches, range(config.steps), [Watch()])
+        with suppress(StopTraining):
+            take_steps(Learner(subject, config, processes), batches, range(config.steps), [Watch()])
     if results and not results[-1].finite:
         raise UsageError(f"step {config.steps}: {results[-1].skipped}; lower the learning rate (--training.lr)")
     curve = [result.losses for result in results]
     clipped = sum(result.gradient_norm > config.optimizer.clip for result in results)
-    tail = np.array(curve[-max(1, round(LAST * config.steps)) :])
+    tail = np.array(curve[-max(1, round(LAST * len(curve))) :])
     losses = [_mean(column) for column in tail.T]
-    return Trained(trained.eval(), losses, curve, clipped / config.steps)
+    return Trained(trained.eval(), losses, curve, clipped / max(1, len(curve)))
 
 
 def _mean(column: np.ndarray) -> float:

@@ -40,7 +40,7 @@ def of_bytes_flat(case: Case) -> Result:
 def by_kind(bits: dict[str, float]) -> Callable[[Case], Result]:
     return lambda case: scores(
         case, bits.get(str(case.conditions["kind"]), 2.5), [0.5, 0.2, 0.1],
-        [1.0] if case.conditions["kind"] == "next token alone" else [1.0, 1.5, 1.7, 1.8],
+        [1.0] if "next token" in str(case.conditions["kind"]) else [1.0, 1.5, 1.7, 1.8],
     )  # fmt: skip
 
 
@@ -75,12 +75,13 @@ AS_THE_PAPER = {"constant": 2.2, "forward": 2.1, "reverse": 2.0}
         ("scaling", by_size({"0.06M": -0.2, "0.25M": 0.3}), "null"),
         ("curriculum", by_schedule(AS_THE_PAPER, {"forward": 1.5, "reverse": 1.0}), "reproduced"),
         ("curriculum", by_schedule(AS_THE_PAPER, {"forward": 1.0, "reverse": 1.5}), "direction only"),
+        ("curriculum", by_schedule(AS_THE_PAPER | {"forward": 2.21}, {"forward": 1.5, "reverse": 1.0}), "null"),
         ("curriculum", by_schedule({"constant": 1.9, "forward": 2.1, "reverse": 2.0}, {}), "null"),
     ],
 )
 def test_findings(name: str, made_up: Callable[[Case], Result], verdict: str) -> None:
     study = find_study(name)
-    settings: Any = replace(study.scales["cpu"], seeds=2)
+    settings: Any = replace(study.scales["cpu"], seeds=3)
     results = [made_up(case) for case in study.cases(settings)]
     found = study.findings(settings, results)
     assert found.verdict == verdict and "too short" not in found.sentence

@@ -23,7 +23,7 @@ from studies.training import sized
     ],  # growth over n - 1, logits of a head
 )
 def test_findings_of_memory(walk: float, joint: float, verdict: str) -> None:
-    settings = replace(memory.STUDY.scales["cpu"], seeds=2, heads=(1, 2, 4))
+    settings = replace(memory.STUDY.scales["cpu"], seeds=3, heads=(1, 2, 4))
     logits = 4 * settings.vocab_size * settings.length / 2**20
     results = []
     for case in memory.STUDY.cases(settings):
@@ -34,7 +34,7 @@ def test_findings_of_memory(walk: float, joint: float, verdict: str) -> None:
 
 
 def test_a_joint_step_that_does_not_fit_is_left_out() -> None:
-    settings = replace(memory.STUDY.scales["cpu"], seeds=2, heads=(1, 2))
+    settings = replace(memory.STUDY.scales["cpu"], seeds=3, heads=(1, 2))
     results = [
         Result(case, {"mib": 500.0 if case.conditions["step"] == "walk" else None}, 1.0)
         for case in memory.STUDY.cases(settings)
@@ -56,7 +56,7 @@ def of_speed(case: Case, up: float, slower: float) -> Result:
     "up, slower, verdict", [(0.9, 1.05, "reproduced"), (0.9, 1.5, "direction only"), (-0.1, 1.5, "null")]
 )
 def test_findings_of_speed(up: float, slower: float, verdict: str) -> None:
-    settings = replace(speed.STUDY.scales["cpu"], seeds=2)
+    settings = replace(speed.STUDY.scales["cpu"], seeds=3)
     results = [of_speed(case, up, slower) for case in speed.STUDY.cases(settings)]
     assert speed.STUDY.findings(settings, results).verdict == verdict
 
@@ -71,7 +71,7 @@ def test_findings_of_speed(up: float, slower: float, verdict: str) -> None:
     ],
 )
 def test_findings_of_finetuning(exact: tuple[float, float, float], verdict: str) -> None:
-    settings = replace(finetune.STUDY.scales["cpu"], seeds=2)
+    settings = replace(finetune.STUDY.scales["cpu"], seeds=3)
     results = []
     for case in finetune.STUDY.cases(settings):
         numbers: dict[str, Any] = {"before": 0.1, "guessed": 0.1}

@@ -46,7 +46,8 @@ def test_names_of_tests_are_new_and_their_tokens_are_not() -> None:
     [
         ({1: 0.1, 2: 0.6}, {1: 0.8, 2: 0.8}, "reproduced"),
         ({1: 0.1, 2: 0.1}, {1: 0.8, 2: 0.7}, "direction only"),  # books help, and so does the smaller gap
-        ({1: 0.6, 2: 0.2}, {1: 0.2, 2: 0.2}, "null"),
+        ({1: 0.8, 2: 0.2}, {1: 0.6, 2: 0.2}, "null"),
+        ({1: 0.1, 2: 0.6}, {1: 0.4, 2: 0.4}, "out of reach"),  # the control fails: n=1 with books
         ({1: 0.02, 2: 0.04}, {1: 0.03, 2: 0.12}, "out of reach"),
     ],
 )

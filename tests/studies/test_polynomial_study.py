@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from headstart.errors import UsageError
 from studies.polynomial import STUDY, PolynomialSettings
 from studies.polynomial_ring import Ring
-from studies.study import Result
+from studies.study import Case, Result
 
 
 def value_of(tokens: list[int], ring: Ring) -> list[int]:
@@ -97,7 +98,8 @@ def test_training_problems_have_all_numbers_of_operations() -> None:
     "gain, wobble, base, verdict",
     [
         (0.2, 0.0, 0.5, "reproduced"),
-        (0.2, 0.45, 0.5, "direction only"),
+        (0.2, 0.2, 0.5, "direction only"),
+        (0.2, 0.45, 0.5, "null"),  # within two standard errors,
         (-0.2, 0.0, 0.5, "null"),
         (0.0, 0.0, 0.5, "null"),
         (0.2, 0.0, -0.2, "out of reach"),  # n = 2 guesses, n = 1 not even that
@@ -105,9 +107,9 @@ def test_training_problems_have_all_numbers_of_operations() -> None:
 )
 def test_findings(gain: float, wobble: float, base: float, verdict: str) -> None:
     settings = replace(STUDY.scales["gpu"], seeds=3, heads=(1, 2))
-    results = made_up(settings, lambda n, seed: [base + (n == 2) * (gain - wobble * (seed == 1))] * 10)
+    results = made_up(settings, lambda n, seed: [base + (n == 2) * (gain - wobble * (seed == 11))] * 10)
     found = STUDY.findings(settings, results)
-    assert found.verdict == verdict and len(found.rows) == 8
+    assert found.verdict == verdict and len(found.rows) == 16
     assert ("In domain no model" in found.sentence) == (verdict == "out of reach")
 
 
@@ -120,13 +122,27 @@ def test_a_part_of_the_claim_is_not_the_whole() -> None:
     assert "out of domain (10M" not in found.sentence
     settings = replace(settings, sizes=("10M",), pauses=(0,))
     found = STUDY.findings(settings, made_up(settings, lambda n, seed: [0.5 + 0.2 * (n == 2)] * 10))
-    assert found.verdict == "direction only" and "larger than what was tested" in found.sentence
+    assert found.verdict == "direction only" and "larger than what was shown" in found.sentence
+
+
+def heads_of(case: Case) -> int:
+    return 1 if case.conditions["depth"] == "shallow" else int(case.conditions["n"])
+
+
+def test_no_question_of_a_test_is_trained_on() -> None:
+    ring = Ring(3, 3)
+    asked = {tuple(question[1:]) for question in ring.tests(50, 1, 0)[0]}
+    documents = ring.documents(3000, 1, 0, seed=0, unless=asked)
+    assert len(documents) == 3000 and not asked & {tuple(each[:-4]) for each in documents}
+    assert asked & {tuple(each[:-4]) for each in ring.documents(3000, 1, 0, seed=0)}
+    small = Ring(2, 1)
+    everything = {tuple(each[:-2]) for each in small.documents(1000, 1, 0, seed=0)}
+    with pytest.raises(UsageError, match="hardly a problem that is not in the tests"):
+        small.documents(10, 1, 0, seed=1, unless=everything)
 
 
 def made_up(settings: PolynomialSettings, exact: Callable[[int, int], list[float]]) -> list[Result]:
     return [
-        Result(
-            case, {"exact": exact(int(case.conditions["n"]), case.seed), "guessed": [0.1] * 10, "losses": [1.0]}, 1.0
-        )
+        Result(case, {"exact": exact(heads_of(case), case.seed), "guessed": [0.1] * 10, "losses": [1.0]}, 1.0)
         for case in STUDY.cases(settings)
     ]
