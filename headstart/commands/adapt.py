@@ -68,6 +68,10 @@ class AdaptSettings:
     of them; 1: teacher forcing, the first step alone, on the model's own states)."""
     replace_heads: bool = False
     """Replace the heads that the model has beyond the first."""
+    take_layers: bool = False
+    """joint, transformer: the layers of the model before its last become heads 2 and up, in place of new layers (the
+    paper's "+0 layers"). The model keeps its size and must learn anew: take --heads-first 0. The paper's plain sum of
+    losses is --head-weight 1 --head-decay 1."""
     draft_vocab: int | None = None
     """Number of tokens that the new heads predict, the most frequent in the data, such as 8192 (None: all). Training
     and drafting cost less; the text stays the same."""
@@ -191,6 +195,7 @@ def run_config(settings: AdaptSettings) -> RunConfig:
         settings.wiring,
         shared=settings.shared,
         replace_heads=settings.replace_heads,
+        take_layers=settings.take_layers,
         draft_vocab=settings.draft_vocab,
         features=_features(settings.features, old.next_token_layers),
         norm_output=settings.norm_output,
@@ -253,6 +258,7 @@ def _adapt_config(settings: AdaptSettings) -> AdaptConfig:
         self_distilled=settings.self_distilled,
         lora=lora,
         replace_heads=settings.replace_heads,
+        take_layers=settings.take_layers,
         heads_only=settings.heads_only or settings.model.is_file(),
         frozen_dtype=settings.frozen_dtype,
         cache_states=_cache(settings),

@@ -29,7 +29,7 @@ from headstart.formats.heads import StoredHeads
 from headstart.formats.huggingface import save_model
 from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
-from headstart.model.transformer import Trunk
+from headstart.model.transformer import Transformer, Trunk
 from headstart.training import loop
 from headstart.training.adapt.draft_vocabulary import most_frequent
 from headstart.training.adapt.run import flops_per_token
@@ -178,6 +178,20 @@ def test_a_joint_run_trains_everything_after_the_heads(settings: Any, model: Pat
     added = [line for line in lines(asked.run_dir) if "lr" in line][8:]
     assert [line["loss/head1"] is None for line in added] == [False, False]
     assert [line["lr"] for line in added] == pytest.approx([steps[7]["lr"]] * 2)
+
+
+def test_heads_take_layers_of_the_model_and_all_losses_count_alike(settings: Any, tmp_path: Path) -> None:
+    """The arm "+0 layers" of the paper's Table S6."""
+    shape = ModelConfig(dim=32, layers=4, attention_heads=2, context=64)
+    save_model(Transformer(shape), tmp_path / "deep", load_tokenizer("bytes"))
+    more = {"mode": "joint", "head_kind": "transformer", "take_layers": True, "heads_first": 0.0}
+    asked = replace(settings("taken", **more, head_weight=1.0, head_decay=1.0), heads=2, model=tmp_path / "deep")
+    assert run_config(asked).head_weights.at(0, 2) == [1.0, 1.0]
+    adapt(asked)
+    result = load_model(asked.run_dir / "model").config
+    assert (result.layers, result.trunk_layers, result.heads) == (4, 2, 2)
+    with pytest.raises(UsageError, match=r"adapt\.take_layers is for adapt\.mode joint"):
+        adapt(replace(asked, mode="heads", head_weight=None, run_dir=tmp_path / "alone"))
 
 
 def test_self_distillation_keeps_the_model_nearer_to_what_it_was(settings: Any, model: Path) -> None:

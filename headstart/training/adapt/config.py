@@ -30,6 +30,8 @@ class AdaptConfig:
     """joint: train products of low rank added to the weights, which stay as they are (None: train the weights)."""
     replace_heads: bool = False
     """Replace the heads 2 and up that the model has; without it, such a model is an error."""
+    take_layers: bool = False
+    """joint: transformer heads 2..n are the trunk's last blocks in place of new ones (the paper's "+0 layers")."""
     heads_only: bool = False
     """heads: write RUN/heads, the heads without their model, in place of RUN/model."""
     frozen_dtype: FrozenDtype = "float32"
@@ -52,6 +54,10 @@ class AdaptConfig:
             raise UsageError(f"adapt.heads_first is {self.heads_first}; it must be at least 0 and below 1")
         if self.self_distilled and self.mode != "joint":
             raise UsageError("adapt.self_distilled is for adapt.mode joint: head 1 is not trained with the heads alone")
+        if self.take_layers and self.mode != "joint":
+            raise UsageError(
+                "adapt.take_layers is for adapt.mode joint: head 1 loses layers below it, and must be trained"
+            )
         if self.lora is not None and self.mode != "joint":
             raise UsageError("adapt.lora is for adapt.mode joint: with the heads alone nothing else is trained")
         if self.heads_only and self.replace_heads:

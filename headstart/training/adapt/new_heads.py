@@ -30,6 +30,7 @@ def config_with_heads(
     wiring: Wiring | None = None,
     *,
     replace_heads: bool = False,
+    take_layers: bool = False,
     **fields: Any,
 ) -> ModelConfig:
     """Return the shape of a model of shape `config` with `heads` heads of `kind` in place of its own heads 2..n.
@@ -44,6 +45,8 @@ def config_with_heads(
         kind: kind of the new heads.
         wiring: None: causal for sequential and eagle3 heads, parallel for all others.
         replace_heads: whether heads 2 and up of the existing model may be replaced.
+        take_layers: whether transformer heads are blocks of the model in place of new ones (the paper's "+0 layers"):
+            the trunk loses its last blocks to them.
         fields: further fields of the shape that describe heads: `HEAD_FIELDS`.
 
     Raises:
@@ -70,6 +73,8 @@ def config_with_heads(
             "the model has one layer, which transformer heads would leave no trunk; take another --head-kind, such as "
             "medusa"
         )
+    if take_layers:
+        _check_takes_layers(config, heads, kind)
     fields = {**HEAD_FIELDS, **fields}
     if of_kind.reads_features and fields["features"] is None:
         fields["features"] = default_features(layers)
@@ -79,9 +84,23 @@ def config_with_heads(
         head_kind=kind,
         wiring=wiring,
         layers=layers,
-        extra_layers=heads - 1 if of_kind.takes_layers else 0,
+        extra_layers=heads - 1 if of_kind.takes_layers and not take_layers else 0,
         **fields,
     )
+
+
+def _check_takes_layers(config: ModelConfig, heads: int, kind: str) -> None:
+    """Raise UsageError unless heads of `kind` can be the last blocks of a model of shape `config`."""
+    if not HEAD_KINDS[kind].takes_layers:
+        raise UsageError(f"take_layers is for transformer heads, not {kind}; leave it out")
+    if config.next_token_layers <= heads:
+        raise UsageError(
+            f"take_layers: {heads} heads leave no layer of {config.next_token_layers} to the trunk; take fewer heads"
+        )
+    if config.window_layers is not None or config.nope_layers:
+        raise UsageError(
+            "take_layers: the layers of the model differ, and a head stands in another's place; leave it out"
+        )
 
 
 @torch.no_grad()
@@ -91,7 +110,8 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     Weights of the path to head 1 are shared with `model`, in its dtype; those of new heads are float32 and their own.
     The first values of new heads:
       transformer   a copy of the last block, which is head 1 (Medusa's authors and others copy layers; the paper trains
-                    from scratch). Wired in parallel they equal head 1 exactly.
+                    from scratch). Wired in parallel they equal head 1 exactly. Heads that take the trunk's last blocks
+                    (`take_layers`) are those, in order; head 1 keeps its own and reads a shorter trunk.
       linear        the identity: exactly head 1.
       replicated    a copy of the unembedding, of its rows of the draft vocabulary: exactly head 1.
       medusa        W and b of the residual zero, own unembeddings copies (arXiv 2401.10774): exactly head 1.
@@ -113,13 +133,15 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
     own_blocks = {k: f"{names[0]}." for k, names in named.items() if names is not None}
     head_1 = own_blocks.pop(1, None)
+    taken = len(blocks) - config.trunk_layers > 1  # the blocks between trunk and head 1
+    source = {own: blocks[config.trunk_layers + k - 2 if taken else -1].state_dict() for k, own in own_blocks.items()}
     if config.draft_vocab is not None:
         assert d2t is not None and len(d2t) == config.draft_vocab
         state["unembedding.d2t"] = d2t
 
     def copied(name: str) -> Tensor | None:
         block = next((block for block in own_blocks.values() if name.startswith(block)), "")
-        return config.kind.copied(name.removeprefix(block), last, old["unembedding.norm.weight"])
+        return config.kind.copied(name.removeprefix(block), source.get(block, last), old["unembedding.norm.weight"])
 
     for name, parameter in new.named_parameters():
         parts = name.split(".")

@@ -180,6 +180,7 @@ def check_shape(old: ModelConfig, config: RunConfig) -> None:
         model.head_kind,
         model.wiring,
         replace_heads=adapt.replace_heads,
+        take_layers=adapt.take_layers,
         **{name: getattr(model, name) for name in HEAD_FIELDS},
     )
     if expected != model:

@@ -104,12 +104,29 @@ def test_heads_of_a_model_that_has_some_are_replaced_if_asked() -> None:
             assert torch.equal(with_heads(old, config)(TOKENS), before)
 
 
+def test_heads_take_the_last_layers_of_the_trunk() -> None:
+    """The paper's "+0 layers": nothing is added, head 1 keeps its block and heads 2 and up take those before it."""
+    old = random_model(replace(PLAIN, layers=6))
+    config = config_with_heads(old.config, 3, take_layers=True)
+    new = with_heads(old, config)
+    assert config.trunk_layers == 3 and config.parameters()["total"] == old.config.parameters()["total"]
+    blocks = [*old.trunk.blocks, old.heads[0]]
+    for block, theirs in zip([*new.trunk.blocks, new.heads[1], new.heads[2], new.heads[0]], blocks, strict=True):
+        assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in block.state_dict().items())
+    own = new_parameters(new)
+    theirs = {p.data_ptr() for p in old.parameters()}
+    assert all((p.data_ptr() not in theirs) == (name in own) for name, p in new.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "told"),
     [
         (PLAIN, {"heads": 1}, "--heads is 1"),
         (PLAIN, {"wiring": "anticausal"}, "would read the new heads and change"),
         (replace(PLAIN, layers=1, head_kind="linear"), {}, "one layer"),
+        (PLAIN, {"kind": "medusa", "take_layers": True}, "take_layers is for transformer heads, not medusa"),
+        (PLAIN, {"take_layers": True}, "4 heads leave no layer of 3 to the trunk"),
+        (replace(PLAIN, layers=6, nope_layers=(1,)), {"take_layers": True}, "the layers of the model differ"),
         (PLAIN, {"kind": "medusa", "wiring": "causal"}, "set model.wiring to parallel"),
         (PLAIN, {"kind": "stern", "shared": False}, "model.shared false"),
         (replace(PLAIN, heads=2, head_kind="linear", wiring="anticausal"), {"replace_heads": True}, "no plain decoder"),
