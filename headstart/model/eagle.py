@@ -49,10 +49,11 @@ class EagleBlock(nn.Module):
     def forward(
         self,
         g_BTD: Tensor,
-        ahead_BTD: Tensor,
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
         select: Callable[[Tensor], Tensor] | None,
+        *,
+        ahead_BTD: Tensor,
     ) -> Tensor:
         """Return the stream, those rows that `select` picks."""
         joined = torch.cat([self.attention_norm(ahead_BTD), self.hidden_norm(g_BTD)], -1)
@@ -95,5 +96,5 @@ class EagleHead(nn.Module):
         if z.shape[-1] != ahead_BTD.shape[-1]:
             z = z[..., : self.width]
             z = z if self.fc is None else self.fc(z)
-        z = self.midlayer(z, ahead_BTD, rotary, attend, select)
+        z = self.midlayer(z, rotary, attend, select, ahead_BTD=ahead_BTD)
         return z if self.norm is None else self.norm(z)

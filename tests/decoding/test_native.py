@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import HEADS, packed, trained
 
-from headstart.decoding.cache import CachedAttention, KVCache
+from headstart.decoding.cache import CachedAttention, KVCache, gather_row
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels import cpu
 from headstart.decoding.kernels.backend import backend_of
@@ -204,6 +205,31 @@ def test_a_block_in_one_call_is_the_block(
     for slot, start in enumerate(starts):
         asked = range(rows) if chosen is None else [chosen[slot]]
         assert torch.allclose(got[slot], want[slot, [start + i for i in asked]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [None, (2, 0, 3)])
+@torch.no_grad()
+def test_eagles_block_in_one_call_is_its_parts(chosen: tuple[int, ...] | None) -> None:
+    if cpu.kernels(torch.float32) is None:
+        pytest.skip("no compiled kernels for fp32 here: another processor, or no C compiler")
+    sizes = {"dim": 64, "attention_heads": 4, "kv_heads": 2, "layers": 2, "heads": 3, "vocab_size": 40}
+    plain, generator = Transformer(ModelConfig(**sizes, head_kind="eagle3", wiring="causal")), torch.Generator()
+    for parameter in plain.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator.manual_seed(parameter.numel())) / 6
+    model = pack(plain)
+    block = model.head(2).midlayer
+    assert isinstance(block, CompiledBlock)
+    positions = torch.tensor([[0], [17], [40]]) + torch.arange(4)
+    rotary, row_S = model.rotary(positions, torch.float32), None if chosen is None else torch.tensor(chosen)
+    g, ahead = torch.randn(2, 3, 4, 64, generator=generator)
+    results = []
+    for run in (block, block.block):
+        cache = KVCache(model.config, 3, 64, torch.float32, "cpu", compiled=True)
+        attend = CachedAttention(cache, slice(0, 3), positions, 64)(2, row_S)
+        select = None if row_S is None else partial(gather_row, row_S=row_S, dim=1)
+        results.append((run(g, rotary, attend, select, ahead_BTD=ahead), cache.keys, cache.values))
+    for one, parts in zip(*results):
+        assert torch.equal(one, parts) and bool(one.any())
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

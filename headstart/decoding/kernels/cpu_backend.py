@@ -18,6 +18,7 @@ from headstart.decoding.kernels.backend import Backend, replace_children
 from headstart.decoding.kernels.blocks import BlockEmbedding, Weight, shape_of
 from headstart.decoding.kernels.cpu.weights import pack_blocks, pack_weight
 from headstart.model.attention import causal_attention
+from headstart.model.eagle import EagleBlock
 from headstart.model.layers import Attend, Block, RMSNorm, SwiGLU
 from headstart.model.transformer import Transformer, Trunk
 
@@ -56,6 +57,8 @@ class CompiledBackend(Backend):
         dtype = model.dtype
         if model.config.activation == "silu":
             replace_children(model, SwiGLU, lambda mlp: CompiledSwiGLU(mlp, dtype))
+        if dtype == torch.float32:
+            replace_children(model, EagleBlock, CompiledBlock)
         if dtype == torch.float32 and model.config.llama_blocks:
             replace_children(model, Block, CompiledBlock)
             if not model.config.scaled_embedding:
@@ -133,23 +136,26 @@ class CompiledSwiGLU(nn.Module):
 
 
 class CompiledBlock(nn.Module):
-    """Compute `Block` in one call over a compiled cache; other attention runs the block itself.
+    """Compute `Block` or `EagleBlock` in one call over a compiled cache; other attention runs the block itself.
 
     Each of some twenty operators costs a small model more than its arithmetic.
     """
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block | EagleBlock) -> None:
         super().__init__()
         self.block = block
+        reads_tokens = isinstance(block, EagleBlock)
         attention, mlp = block.attention, block.mlp
         linears = [cast(CompiledLinear, x) for x in (attention.qkv, attention.out, mlp.gate_up, mlp.down)]
         biases = [None if x.bias is None else x.bias.data_ptr() for x in linears[:2]]
-        norms = [cast(CompiledNorm, x) for x in (block.attention_norm, block.mlp_norm)]
+        first = block.hidden_norm if isinstance(block, EagleBlock) else block.attention_norm
+        norms = [cast(CompiledNorm, x) for x in (first, block.mlp_norm, block.attention_norm)]
         self.weights = cpu.Block(
             *(x.packed.data_ptr() for x in linears),
             *biases,
-            *(x.weight.data_ptr() for x in norms),
-            *(linears[0].shape[1], attention.heads, attention.kv_heads, attention.dim_per_head, linears[3].shape[1]),
+            *(x.weight.data_ptr() for x in norms[: 2 + reads_tokens]),
+            *(() if reads_tokens else (None,)),
+            *(linears[1].shape[0], attention.heads, attention.kv_heads, attention.dim_per_head, linears[3].shape[1]),
             stored=(ctypes.c_int * 4)(*(cpu.STORED[x.packed.dtype] for x in linears)),
             eps=norms[0].eps,
         )
@@ -161,10 +167,14 @@ class CompiledBlock(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attend: Attend = causal_attention,
         select: Callable[[Tensor], Tensor] | None = None,
+        *,
+        ahead_BTD: Tensor | None = None,
     ) -> Tensor:
-        """Return the output of the block, as `Block.forward` does."""
+        """Return the output of the block, as `Block.forward` does; `EagleBlock` also reads embeddings."""
         if not isinstance(attend, CompiledAttention):
-            return cast(Tensor, self.block(x_BTD, rotary, attend, select))
+            more = {} if ahead_BTD is None else {"ahead_BTD": ahead_BTD}
+            return cast(Tensor, self.block(x_BTD, rotary, attend, select, **more))
+        ahead_SWD = None if ahead_BTD is None else ahead_BTD.contiguous()
         x_SWD, cos, sin = x_BTD.contiguous(), rotary[0].contiguous(), rotary[1].contiguous()
         S, W, D = x_SWD.shape
         row_S, whole = attend.row_S, attend.whole
@@ -172,6 +182,7 @@ class CompiledBlock(nn.Module):
         self._call(
             self.weights,
             x_SWD.data_ptr(),
+            None if ahead_SWD is None else ahead_SWD.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             y_SQD.data_ptr(),

@@ -41,7 +41,7 @@ class Block(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "attention_norm", "mlp_norm")),
+        *((name, ctypes.c_void_p) for name in ("qkv_bias", "out_bias", "attention_norm", "mlp_norm", "token_norm")),
         *((name, ctypes.c_long) for name in ("dim", "heads", "kv_heads", "width", "hidden")),
         ("stored", ctypes.c_int * 4),
         ("eps", ctypes.c_float),
@@ -78,7 +78,7 @@ SIGNATURES = {
     "fp32.c": _COMMON
     | {
         **{"linear": "pppp lll i i", "block_rows": "ppp ll"},
-        **{"block": "B ppppppppp T lll i", "blocks": "A l pppppp l p T lll i"},
+        **{"block": "B pppppppppp T lll i", "blocks": "A l pppppp l p T lll i"},
     },
     "choose.c": {
         "noise": "ppp ll i",

@@ -7,6 +7,7 @@ typedef struct {
     const void *qkv, *out, *gate_up, *down;  // packed for `linear`
     const float *qkv_bias, *out_bias;        // NULL: none
     const real *attention_norm, *mlp_norm;
+    const real *token_norm;  // of the embeddings that stand before x in the input of qkv, 2 x dim wide (EAGLE); NULL: none
     long dim, heads, kv_heads, width, hidden;
     int stored[4];  // the type of the packed weights of the four products
     float eps;
@@ -31,7 +32,7 @@ static void rotate(real *x, const real *cosine, const real *sine, long rows, lon
 // What the parts of a block between its products read and write: rows of x and of the buffers of `block`.
 typedef struct {
     const Block *b;
-    const real *x, *cosine, *sine;
+    const real *x, *ahead, *cosine, *sine;
     real *normed, *qkv, *change, *gates, *inner, *y;
     const long *row;
     long W, Q;
@@ -40,7 +41,14 @@ typedef struct {
 static void norm_part(void *argument, long from, long to) {
     const BlockRows *a = argument;
     const long D = a->b->dim;
-    rms_norm(a->x + from * D, a->b->attention_norm, a->normed + from * D, to - from, D, a->b->eps);
+    if (!a->ahead) {
+        rms_norm(a->x + from * D, a->b->attention_norm, a->normed + from * D, to - from, D, a->b->eps);
+        return;
+    }
+    for (long r = from; r < to; r++) {
+        rms_norm(a->ahead + r * D, a->b->token_norm, a->normed + 2 * r * D, 1, D, a->b->eps);
+        rms_norm(a->x + r * D, a->b->attention_norm, a->normed + (2 * r + 1) * D, 1, D, a->b->eps);
+    }
 }
 
 static void rotate_part(void *argument, long from, long to) {
@@ -78,19 +86,20 @@ static void add_part(void *argument, long from, long to) {
 }
 
 // Compute a block: x (S, W, dim) -> y (S, Q, dim), for all W rows, or for the one row of each slot that row (S,) names. Keys and
-// values of all rows are cached in both cases. cosine, sine (S, W, E). keys, values, at, row, slot, tree: as for `attend`.
-void block(const Block *b, const real *x, const real *cosine, const real *sine, real *y, float *keys, float *values,
+// values of all rows are cached in both cases. ahead (S, W, dim): the embeddings of a block with `token_norm`, else NULL.
+// cosine, sine (S, W, E). keys, values, at, row, slot, tree: as for `attend`.
+void block(const Block *b, const real *x, const real *ahead, const real *cosine, const real *sine, real *y, float *keys, float *values,
            const long *at, const long *row, const long *slot, const Tree *tree, long S, long W, long capacity, int threads) {
     const long D = b->dim, H = b->heads, G = b->kv_heads, E = b->width, F = b->hidden, HE = H * E;
-    const long wide = (H + 2 * G) * E, Q = row ? 1 : W, rows = S * W, asked = S * Q;
+    const long wide = (H + 2 * G) * E, Q = row ? 1 : W, rows = S * W, asked = S * Q, in = ahead ? 2 * D : D;
     const int all = rows < 32 ? 1 : threads, some = asked < 32 ? 1 : threads;  // few rows are done before a second thread starts
-    real *normed = malloc(sizeof(real) * (rows * (D + wide) + asked * (2 * HE + D + 3 * F)));
-    real *qkv = normed + rows * D, *q = qkv + rows * wide, *mixed = q + asked * HE, *change = mixed + asked * HE;
+    real *normed = malloc(sizeof(real) * (rows * (in + wide) + asked * (2 * HE + D + 3 * F)));
+    real *qkv = normed + rows * in, *q = qkv + rows * wide, *mixed = q + asked * HE, *change = mixed + asked * HE;
     real *gates = change + asked * D, *inner = gates + asked * 2 * F;
-    BlockRows a = {b, x, cosine, sine, normed, qkv, change, gates, inner, y, row, W, Q};
+    BlockRows a = {b, x, ahead, cosine, sine, normed, qkv, change, gates, inner, y, row, W, Q};
 
     parallel(norm_part, &a, rows, all);
-    linear(normed, b->qkv, b->qkv_bias, qkv, rows, wide, D, threads, b->stored[0]);
+    linear(normed, b->qkv, b->qkv_bias, qkv, rows, wide, in, threads, b->stored[0]);
     parallel(rotate_part, &a, rows, all);
     long q_stride[3] = {W * wide, E, wide};
     const long kv_stride[3] = {W * wide, E, wide};
@@ -119,7 +128,7 @@ static void stack(const Block *const *b, long count, const real *x, const real *
     // The last block writes y, for an even and for an odd number of blocks.
     for (long i = 0; i < count; i++) {
         real *to = (count - i) % 2 ? y : between;
-        block(b[i], x, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, slot, tree, S, W, capacity, threads);
+        block(b[i], x, NULL, cosine, sine, to, keys + i * layer, values + i * layer, at, NULL, slot, tree, S, W, capacity, threads);
         x = to;
     }
     free(between);
