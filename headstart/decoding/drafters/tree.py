@@ -69,7 +69,9 @@ class DraftTree:
             return cls(tuple(tuple(map(int, node.split("."))) for node in text.split(",")))
         except ValueError as error:
             shown = text if len(text) <= 60 else text[:57] + "..."
-            raise UsageError(f"draft tree {shown!r}: write its nodes as ranks, such as 0,1,0.0,0.1") from error
+            raise UsageError(
+                f"draft tree {shown!r}: write its nodes as ranks, such as 0,1,0.0,0.1, or sizes, such as 4x3:8"
+            ) from error
 
     def __str__(self) -> str:
         return ",".join(".".join(map(str, path)) for path in self.paths)
