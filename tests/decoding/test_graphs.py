@@ -9,6 +9,7 @@ from shapes import packed
 
 from headstart.data.tokenizers import ByteTokenizer, Tokenizer
 from headstart.decoding.constraints import Constraint
+from headstart.decoding.drafters.tree import DynamicTree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.graphs import MOST, GraphedPass, Replay
 from headstart.decoding.settings import Penalties, Request, Sampling
@@ -40,12 +41,18 @@ def graphed(shape: str, slots: int, tokenizer: Tokenizer | None = None, **settin
     return engine, recorder
 
 
-@pytest.mark.parametrize("shape", ["transformer-parallel", "transformer-causal", "replicated", "eagle3"])
+@pytest.mark.parametrize(
+    ("shape", "tree"),
+    [
+        *((shape, None) for shape in ("transformer-parallel", "transformer-causal", "replicated", "eagle3")),
+        ("eagle3", DynamicTree(3, 3, 8)),
+    ],
+)
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, seed=5), Sampling(0.7, top_k=5, min_p=0.05, seed=1)])
-def test_graphs_change_no_output(shape: str, sampling: Sampling) -> None:
+def test_graphs_change_no_output(shape: str, tree: DynamicTree | None, sampling: Sampling) -> None:
     requests = [Request(prompt, 40 + 7 * i, sampling) for i, prompt in enumerate(PROMPTS)]
     wanted = [g.tokens for g in generate_all(Engine(packed(shape, torch.float32), EngineConfig(slots=2)), requests)]
-    engine, recorder = graphed(shape, 2)
+    engine, recorder = graphed(shape, 2, tree=tree)
     assert [g.tokens for g in generate_all(engine, requests)] == wanted
     assert recorder.captured and recorder.replayed > 2 * recorder.captured
 
