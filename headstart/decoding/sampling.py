@@ -211,20 +211,21 @@ class SamplingRows:
             return _compiled_best(compiled, logits_SRV, temperature, noise_SR, count)
         return _best_scores(logits_SRV, count)
 
-    def candidates(self, logits_SRV: Tensor, noise_SR: Noise | None, slots: slice, count: int) -> tuple[Tensor, Tensor]:
-        """Return the best tokens (S, R, count), as `best` does, and the logarithms of their confidences.
+    def candidates(
+        self, logits_SRC: Tensor, noise_S1C: Tensor | None, slots: slice, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the best of C candidates (S, R, count), as `best` does, and the logarithms of their confidences.
 
-        A confidence is the softmax of what tokens are chosen by: in sampled slots of the scores with their noise. One
-        row of noise may stand for all rows.
+        A confidence is the softmax of what candidates are chosen by: in sampled slots of the scores with their noise,
+        which all rows share.
         """
-        x_SRV = self._transformed(logits_SRV.float(), slots)
-        if noise_SR is None:
-            tokens = self.best(logits_SRV, None, slots, count)
+        x_SRC = self._transformed(logits_SRC.float(), slots)
+        if noise_S1C is None:
+            best = self.best(logits_SRC, None, slots, count)
         else:
-            sampled_S11 = self.temperature[slots, None, None] > 0
-            x_SRV = torch.where(sampled_S11, x_SRV + noise_SR.values(x_SRV.shape[-1]), x_SRV)
-            tokens = x_SRV.topk(count, dim=-1).indices
-        return tokens, x_SRV.gather(-1, tokens) - x_SRV.logsumexp(-1, keepdim=True)
+            x_SRC = x_SRC + torch.where(self.temperature[slots, None, None] > 0, noise_S1C, 0)
+            best = x_SRC.topk(count, dim=-1).indices
+        return best, x_SRC.gather(-1, best) - x_SRC.logsumexp(-1, keepdim=True)
 
     def _transformed(self, logits_SRV: Tensor, slots: slice) -> Tensor:
         settings = self._of[slots]

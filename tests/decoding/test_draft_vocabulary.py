@@ -14,7 +14,7 @@ from laws import chi_square, small_models
 from shapes import HEADS, SHAPES, packed, trained
 
 from headstart.decoding.constraints import Constraint
-from headstart.decoding.drafters.tree import DraftTree
+from headstart.decoding.drafters.tree import DraftTree, DynamicTree
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.blocks import BlockWeight, quantize_blocks, rows_of
@@ -69,6 +69,24 @@ def test_logits_outside_the_draft_vocabulary_are_minus_infinity_and_the_others_s
             assert bool((drafted[:, outside] == -torch.inf).all())
             assert torch.allclose(drafted[:, TOKENS], expected[:, TOKENS], atol=1e-4)
             assert torch.allclose(mine[:, :, 0], theirs[:, :, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_trees_that_grow_from_a_draft_vocabulary(name: str) -> None:
+    model, request = narrow("eagle3", torch.float32), Request(PROMPT, 40, SETTINGS[name])
+    plain = run(packed("eagle3", torch.float32), replace(request, heads=1))
+    found = run(model, request, tree=DynamicTree(3, 3, 9))
+    assert found.tokens == plain.tokens and found.stats.passes < 40
+    reference, known = narrowed(trained("eagle3"), TOKENS), [*PROMPT, *plain.tokens[:8]]
+    with torch.no_grad():
+        scores = reference(torch.tensor([known]), heads=2)[0, -2, 1]
+    if name == "sampled":
+        scores = scores + position_noise(torch.tensor(11), torch.tensor(len(known)), len(scores))
+    engine = Engine(model, EngineConfig(tree=DynamicTree(3, 1, 3)))
+    generation = engine.submit(replace(request, prompt=tuple(known[:-1]), sampling=SETTINGS[name]))
+    engine.step()
+    if name != "truncated" and generation.tokens == known[-1:]:
+        assert engine.state.windows.tokens_SW[0, 1:4].tolist() == scores.topk(3).indices.tolist()
 
 
 @each_value({"shape": list(SHAPES), "name": list(SETTINGS)})

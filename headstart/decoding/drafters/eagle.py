@@ -65,7 +65,7 @@ class _Growth:
     """The growth of the trees of one pass, depth by depth: S slots, M nodes expanded at a depth, N candidates."""
 
     def __init__(self, verified: Verified, tree: DynamicTree) -> None:
-        self.verified, self.tree = verified, tree
+        self.verified, self.tree, self.candidates = verified, tree, verified.candidates
         self.tokens: list[Tensor] = []
         self.values: list[Tensor] = []
         self.parents: list[Tensor] = []
@@ -98,12 +98,14 @@ class _Growth:
         """Add the candidates of head k that follow the expanded nodes, given their latents, values and numbers."""
         verified, state, slots = self.verified, self.verified.state, self.verified.plan.slots
         unembedding = cast(PackedUnembedding, verified.model.unembedding)
-        logits_SMC = verified.candidates.logits(unembedding.draft(latent_SMD, k))
+        logits_SMC = self.candidates.logits(unembedding.draft(latent_SMD, k))
         logits_SMC = state.penalties.apply(logits_SMC, None, slots)  # those of the drafts on the path are left out
-        noise = None if verified.noise_SK is None else verified.noise_SK.rows(slice(k - 2, k - 1))
-        chosen, confidence = state.sampling.candidates(logits_SMC, noise, slots, self.tree.width)
+        noise_S1C = None
+        if verified.noise_SK is not None:
+            noise_S1C = self.candidates.noise(verified.noise_SK.rows(slice(k - 2, k - 1)))
+        chosen, confidence = state.sampling.candidates(logits_SMC, noise_S1C, slots, self.tree.width)
         value = value_SM[..., None] + confidence.clamp(LEAST, 0) - STEP
-        self.tokens.append(verified.candidates.tokens(chosen).flatten(1))
+        self.tokens.append(self.candidates.tokens(chosen).flatten(1))
         self.values.append(value.flatten(1))
         self.parents.append(number_SM.repeat_interleave(self.tree.width, 1))
         self._logits.append(logits_SMC[:, :1])

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, cast
 from torch import Tensor
 
 from headstart.decoding.drafters.candidates import Candidates, Proposal
-from headstart.decoding.drafters.tree import Branches, RowPaths
+from headstart.decoding.drafters.tree import Branches, DynamicTree, RowPaths
 from headstart.decoding.engine_config import EngineConfig
 from headstart.decoding.generation import Generation
 from headstart.decoding.kernels.pack import PackedUnembedding
@@ -56,7 +56,8 @@ class Verified:
     @property
     def candidates(self) -> Candidates:
         """The tokens that the heads draft from."""
-        return Candidates(cast(PackedUnembedding, self.model.unembedding).d2t, self.state, self.plan.slots)
+        d2t, tree = cast(PackedUnembedding, self.model.unembedding).d2t, isinstance(self.plan.draft_tree, DynamicTree)
+        return Candidates(d2t, self.state, self.plan.slots, tree)
 
 
 @dataclass
