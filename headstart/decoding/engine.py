@@ -355,7 +355,10 @@ class Engine:
         for drafter in self._drafters:
             drafter.begin(slot, generation.request.prompt)
         self.state.begin(slot, generation.request, generation.heads)
-        if isinstance(self.tree, DynamicTree) and generation.request.acceptance.verifies_trees:
+        rule = generation.request.acceptance
+        if self.tree is not None and not rule.lossless:
+            self.state.sampling.set(slot, generation.request.sampling, rule, tree=True)
+        elif isinstance(self.tree, DynamicTree) and rule.verifies_trees:
             # The drafts of dynamic trees are no draws. To accept one with its probability under the target, and to draw
             # from the others after the last one, is to draw a token and look for it, which is what matching does.
             self.state.sampling.set(slot, generation.request.sampling)

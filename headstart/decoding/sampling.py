@@ -14,7 +14,7 @@ only move forward, so no window uses a draw of another one.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,9 @@ class SamplingRows:
         # What every pass asks of `_of` and `rules`.
         self._sampled, self._matching = [False] * slots, [True] * slots
         self.temperature = torch.zeros(slots, device=device)
+        self.law_temperature = torch.zeros(slots, device=device)
+        """Temperature of the distributions that a rule weighs: `temperature`, or that of the request where tokens are
+        chosen greedily although it has one."""
         self.top_k = torch.zeros(slots, dtype=torch.int64, device=device)
         self.top_p = torch.ones(slots, device=device)
         self.min_p = torch.zeros(slots, device=device)
@@ -121,10 +124,16 @@ class SamplingRows:
         self.block = torch.zeros(slots, dtype=torch.bool, device=device)
         """True where the slot's rule is block verification."""
 
-    def set(self, slot: int, sampling: Sampling, rule: Rule | None = None) -> None:
-        """Set the sampling and the acceptance rule of `slot`."""
+    def set(self, slot: int, sampling: Sampling, rule: Rule | None = None, tree: bool = False) -> None:
+        """Set the sampling and the acceptance rule of `slot`, and whether its drafts are trees.
+
+        On trees `lossy-typical` is Medusa's: candidates and the token after the accepted ones are the best, no draws.
+        """
         rule = rule or Rule()
-        if sampling.temperature == 0 and rule.kind in ("rejection", "block", "lossy-typical"):
+        self.law_temperature[slot] = sampling.temperature
+        if tree and rule.kind == "lossy-typical" and sampling.temperature > 0:
+            sampling = replace(sampling, temperature=0.0)
+        elif sampling.temperature == 0 and rule.kind in ("rejection", "block", "lossy-typical"):
             rule = Rule()  # the same where one token has all the probability
         self._keep(slot, sampling, rule)
         self.weighs[slot], self.block[slot] = rule.weighs, rule.kind == "block"
@@ -187,7 +196,7 @@ class SamplingRows:
 
     def probabilities(self, logits_SRV: Tensor, slots: slice) -> Tensor:
         """Return the distributions (S, R, V) that tokens are drawn from; greedy slots have temperature 1 here."""
-        return self._transformed(logits_SRV.float(), slots).softmax(-1)
+        return self._transformed(logits_SRV.float(), slots, self.law_temperature).softmax(-1)
 
     def choose(self, logits_SRV: Tensor, noise_SR: Noise | None, slots: slice) -> Tensor:
         """Return tokens (S, R) int64 for logits (S, R, V), with the noise of the positions that they will have."""
@@ -227,9 +236,9 @@ class SamplingRows:
             best = x_SRC.topk(count, dim=-1).indices
         return best, x_SRC.gather(-1, best) - x_SRC.logsumexp(-1, keepdim=True)
 
-    def _transformed(self, logits_SRV: Tensor, slots: slice) -> Tensor:
+    def _transformed(self, logits_SRV: Tensor, slots: slice, of_slots: Tensor | None = None) -> Tensor:
         settings = self._of[slots]
-        temperature = self.temperature[slots, None, None]
+        temperature = (self.temperature if of_slots is None else of_slots)[slots, None, None]
         # Relative to the largest: however small the temperature, nothing overflows.
         x = (logits_SRV - logits_SRV.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
         if any(s.top_k for s in settings):

@@ -31,7 +31,7 @@ RULES: dict[str, tuple[float, ...]] = {
     "lossy-minimum": (2,),
 }
 """Kinds of acceptance rules, with the default numbers of each."""
-TREE_RULES = ("match", "rejection")
+TREE_RULES = tuple(kind for kind in RULES if kind != "block")
 """Kinds of acceptance rules that can verify draft trees."""
 MOST_RULE_NUMBER = 1e9
 """Largest number of an acceptance rule."""

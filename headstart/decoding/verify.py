@@ -12,6 +12,7 @@ by an earlier window (`sampling.window_key`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,11 +62,7 @@ def verify(state: DecodingState, evidence: Evidence) -> Verdict:
     plain, tree = state.sampling.plain_rules(evidence.slots), evidence.tree
     if tree is None:
         return match_chain(state, evidence) if plain else weigh_chain(state, evidence)
-    return (
-        match_tree(state, evidence, tree)
-        if plain or not isinstance(tree, TreeRows)
-        else weigh_tree(state, evidence, tree)
-    )
+    return match_tree(state, evidence, tree) if plain else weigh_tree(state, evidence, tree)
 
 
 def match_chain(state: DecodingState, evidence: Evidence) -> Verdict:
@@ -141,31 +138,35 @@ def weigh_chain(state: DecodingState, evidence: Evidence) -> Verdict:
     return Verdict(committed, accepted, accepted)
 
 
-def weigh_tree(state: DecodingState, evidence: Evidence, tree: TreeRows) -> Verdict:
-    """Judge the drafts of trees: recursive rejection in slots with the rule `rejection`, matching in the others."""
-    slots, sampling, length = evidence.slots, state.sampling, evidence.length_S
-    window = state.windows.tokens_SW[slots, : tree.rows].clone()  # matching overwrites them
-    drafted = state.windows.drafted_S[slots].clone()
+def weigh_tree(state: DecodingState, evidence: Evidence, tree: RowPaths) -> Verdict:
+    """Judge the drafts of trees, each slot by its own rule: recursive rejection, a lossy rule, or matching."""
+    slots, sampling, length, tokens_SR = evidence.slots, state.sampling, evidence.length_S, evidence.tokens_SR
+    window = state.windows.tokens_SW[slots, : tokens_SR.shape[1]].clone()  # matching overwrites them
+    drafted, rules = state.windows.drafted_S[slots].clone(), sampling.rules[slots]
     matched = match_tree(state, evidence, tree)
-    if evidence.noise_SR is None:
-        return matched
-    D, C = tree.tree.depth, tree.tree.ranks
-    # One draw for each depth and rank of a slot: at most one family of siblings of a depth is judged.
-    depth, rank = (torch.arange(count, device=length.device) for count in (D, C))
-    uniform = sampling.uniform(length, (depth[:, None] + 1 + (rank << 16)).flatten(), slots).view(-1, D, C)
-    by_row = None
-    if state.constraints.any(slots):
-        by_row = torch.tensor(state.constraints.has[slots], device=length.device)
-    p_SRV, q_SQV = sampling.probabilities(evidence.logits_SRV, slots), state.windows.q_SKV[slots]
-    row, after_SV = recursive_rejection(p_SRV, q_SQV, tree, window, drafted, uniform, by_row)
-    accepted, last = tree.depth_of(row), _drawn(after_SV, evidence.noise_SR, row)
+    p_SRV, row = sampling.probabilities(evidence.logits_SRV, slots), matched.row_S.clone()
+    for s, rule in enumerate(rules):
+        if not rule.lossless:
+            row[s] = lossy_row(rule, p_SRV[s], window[s], tokens_SR[s], drafted[s], tree, s)
+    last = tokens_SR.gather(1, row[:, None])[:, 0]
+    if isinstance(tree, TreeRows) and evidence.noise_SR is not None and any(rule.weighs for rule in rules):
+        D, C = tree.tree.depth, tree.tree.ranks
+        # One draw for each depth and rank of a slot: at most one family of siblings of a depth is judged.
+        depth, rank = (torch.arange(count, device=length.device) for count in (D, C))
+        uniform = sampling.uniform(length, (depth[:, None] + 1 + (rank << 16)).flatten(), slots).view(-1, D, C)
+        by_row = None
+        if state.constraints.any(slots):
+            by_row = torch.tensor(state.constraints.has[slots], device=length.device)
+        weighed_row, after_SV = recursive_rejection(
+            p_SRV, state.windows.q_SKV[slots], tree, window, drafted, uniform, by_row
+        )
+        weighs = sampling.weighs[slots]
+        row = torch.where(weighs, weighed_row, row)
+        last = torch.where(weighs, _drawn(after_SV, evidence.noise_SR, row), last)
+    accepted = tree.depth_of(row)
     drafts = window.gather(1, tree.path_to(row)[:, 1:])
     tokens = _committed(torch.cat([drafts, last[:, None]], 1), accepted, last)
-    weighs = sampling.weighs[slots]
-    row = torch.where(weighs, row, matched.row_S)
-    accepted = torch.where(weighs, accepted, matched.accepted_S)
-    tokens = torch.where(weighs[:, None], tokens, matched.tokens_SD)
-    state.advance(slots, length + accepted + 1, tokens.gather(1, accepted[:, None])[:, 0], evidence.heads)
+    state.advance(slots, length + accepted + 1, last, evidence.heads)
     return Verdict(tokens, accepted, row)
 
 
@@ -315,26 +316,27 @@ def recursive_rejection(
     return row, target
 
 
-Lossy = Callable[[tuple[float, ...], Tensor, Tensor, Tensor], Tensor]
-"""(numbers of the rule, p (G, V), drafts (G,), tokens of plain decoding (G,)) -> the drafts to accept, (G,) bool."""
+Lossy = Callable[[tuple[float, ...], Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(numbers of the rule, p (G, V), drafts (G,), tokens of plain decoding (G,), number of each draft in its window from 1
+(G,)) -> the drafts to accept, (G,) bool."""
 
 
-def _typical(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor) -> Tensor:
+def _typical(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor, number_G: Tensor) -> Tensor:
     epsilon, delta = numbers
     entropy = -(p_GV * p_GV.clamp_min(1e-30).log()).sum(-1)
     return _of_drafts(p_GV, drafts_G) > torch.minimum(torch.full_like(entropy, epsilon), delta * (-entropy).exp())
 
 
-def _top_k(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor) -> Tensor:
+def _top_k(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor, number_G: Tensor) -> Tensor:
     return (p_GV > _of_drafts(p_GV, drafts_G)[:, None]).sum(-1) < numbers[0]
 
 
-def _distance(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor) -> Tensor:
+def _distance(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor, number_G: Tensor) -> Tensor:
     return (drafts_G - p_GV.argmax(-1)).abs() <= numbers[0]
 
 
-def _minimum(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor) -> Tensor:
-    return (drafts_G == tokens_G) | (torch.arange(1, len(drafts_G) + 1, device=p_GV.device) < numbers[0])
+def _minimum(numbers: tuple[float, ...], p_GV: Tensor, drafts_G: Tensor, tokens_G: Tensor, number_G: Tensor) -> Tensor:
+    return (drafts_G == tokens_G) | (number_G < numbers[0])
 
 
 LOSSY: dict[str, Lossy] = {
@@ -349,7 +351,28 @@ LOSSY: dict[str, Lossy] = {
 def lossy(rule: Rule, p_RV: Tensor, drafts_G: Tensor, tokens_R: Tensor) -> Tensor:
     """Return the drafts (G,) of one slot that a lossy rule accepts, given p and the tokens of plain decoding by row."""
     G = len(drafts_G)
-    return LOSSY[rule.kind](rule.numbers, p_RV[:G], drafts_G, tokens_R[:G])
+    number_G = torch.arange(1, G + 1, device=p_RV.device)
+    return LOSSY[rule.kind](rule.numbers, p_RV[:G], drafts_G, tokens_R[:G], number_G)
+
+
+def lossy_row(
+    rule: Rule, p_RV: Tensor, window_R: Tensor, tokens_R: Tensor, drafted: Tensor, tree: RowPaths, slot: int
+) -> Tensor:
+    """Return the last row of a slot's tree that a lossy rule accepts: of the longest paths the likeliest, as in Medusa.
+
+    p and the tokens of plain decoding are those after each row; `drafted` depths hold drafts.
+    """
+    depth_R, parent_R, sees_RT = (x[slot if len(x) > 1 else 0] for x in (tree.depth_SR, tree.parent_SR, tree.sees_SRT))
+    before, drafts = parent_R[1:], window_R[1:]
+    kept = torch.ones_like(sees_RT[0])
+    kept[1:] = LOSSY[rule.kind](rule.numbers, p_RV[before], drafts, tokens_R[before], depth_R[1:])
+    kept[1:] &= depth_R[1:] <= drafted
+    whole = (kept | ~sees_RT).all(-1)
+    likelihood = torch.zeros_like(p_RV[:, 0])
+    likelihood[1:] = _of_drafts(p_RV[before], drafts).clamp_min(1e-30).log()
+    score = torch.where(sees_RT, likelihood, 0).sum(-1)
+    longest = whole & (depth_R == (whole * depth_R).max())
+    return score.masked_fill(~longest, -math.inf).argmax()
 
 
 def _of_drafts(p_GV: Tensor, drafts_G: Tensor) -> Tensor:
