@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -170,7 +171,9 @@ def run(settings: AdaptSettings) -> None:
 
         print_result(estimate_adapt_run(settings), settings.json, format_dry_run)
     else:
-        print_result(adapt(settings), settings.json, format_adapted)
+        found = adapt(settings)
+        if found:
+            print_result(found, settings.json, format_adapted)
 
 
 def run_config(settings: AdaptSettings) -> RunConfig:
@@ -357,15 +360,23 @@ def _conversations(settings: AdaptSettings) -> bool:
 def adapt(settings: AdaptSettings) -> dict[str, Any]:
     """Train, and return the path of the result and the acceptance of its drafts on held-out text.
 
+    Of several processes the first one measures, and the others return {}.
+
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved; UsageError for wrong settings or data.
     """
     from headstart.training.loop import train
 
     config = run_config(settings)
+    if settings.own_answers.asked and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "--prompts is for one process; let headstart distill-data answer them, and name its file as --data"
+        )
     if settings.own_answers.asked:
         _check_run(config)  # before hours of answering
         settings.own_answers.write(settings.model, settings.run_dir, settings.seed, settings.threads)
     path = train(config)
+    if int(os.environ.get("RANK", "0")):
+        return {}
     found: dict[str, Any] = {"model": str(path), "heads": config.model.heads, "head_kind": config.model.head_kind}
     if config.adapt is not None and config.adapt.heads_only:
         found |= {"model": str(config.adapt.model), "heads_from": str(path)}

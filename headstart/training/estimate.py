@@ -44,7 +44,7 @@ def estimate_run(
         raise UsageError(f"--mfu is {mfu}; it must be above 0 and at most 1")
     memory = None if device_memory is None else parse_bytes(device_memory)
     if config.adapt is not None:
-        check_processes(processes)
+        check_processes(config, processes)
     spread = layout(config, processes)
     on_cpu = config.device == "cpu" or not (torch.cuda.is_available() or memory or processes > 1)
     if memory is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,34 +76,31 @@ class NewModel:
             keep_generation(self.origin, directory)
 
 
-def build_model(config: RunConfig, processes: Processes) -> tuple[Transformer, GradientSums]:
-    """Build a model with first weights from `config.seed` or `config.init_from`, spread over the processes.
+def build_model(
+    config: RunConfig, processes: Processes, read: Callable[[], dict[str, Tensor]] | None = None
+) -> tuple[Transformer, GradientSums]:
+    """Build a model with first weights from `config.seed`, spread over the processes.
 
-    The weights are the same for every device and number of processes.
+    Weights that `read` returns, or those of `config.init_from`, take their place; the first process reads them. A run
+    that has checkpoints needs none. The weights are the same for every device and number of processes.
     """
     torch.manual_seed(config.seed)
     model = empty_model(config)
     mesh = processes.mesh(config.parallel.mesh_shape(processes.count, processes.per_node))
     compile = blocks_compiled(config, processes)
     sums = parallelize(model, mesh, config.parallel, compile=compile, dtype=config.dtype)
-    materialize(model, processes.device, config.seed, given_values(config, processes))
-    return model, sums
-
-
-def given_values(config: RunConfig, processes: Processes) -> Mapping[str, Tensor | None]:
-    """Return the weights of `config.init_from` by name, which only the first process holds; {} without such a model.
-
-    A run that has checkpoints needs none.
-    """
+    if read is None and (named := config.init_from) is not None:
+        read = partial(first_values, named, config.model, config.seed)
     values: dict[str, Tensor] = {}
 
-    def read() -> list[str]:
-        if config.init_from is not None and not all_steps(config.run_dir / "checkpoints"):
-            values.update(first_values(config.init_from, config.model, config.seed))
+    def names_read() -> list[str]:
+        if read is not None and not all_steps(config.run_dir / "checkpoints"):
+            values.update(read())
         return list(values)
 
-    names = processes.on_main(read)
-    return values or dict.fromkeys(names)
+    names = processes.on_main(names_read)
+    materialize(model, processes.device, config.seed, values or dict.fromkeys(names))
+    return model, sums
 
 
 def empty_model(config: RunConfig) -> Transformer:

@@ -422,8 +422,10 @@ def test_a_dry_run_counts_frozen_weights_and_leaves_nothing(
     assert one["hours"] == {"this CPU": one["flops_per_token"] * 8 * 8 * 32 / 3.6e9 / 3600}
     with pytest.raises(UsageError, match="needs dtype bfloat16"):
         estimate_adapt_run(settings(frozen_dtype="bfloat16"))
-    with pytest.raises(UsageError, match="one process"):
+    with pytest.raises(UsageError, match="take --mode joint --heads-first 0 without --lora, --self-distilled"):
         estimate_adapt_run(replace(alone, dry_run=DryRunSettings(processes=2)))
+    whole = replace(joint, heads_first=0.0, dry_run=DryRunSettings(processes=2))
+    assert estimate_adapt_run(whole)["processes"] == 2
     given = [str(alone.model), "--data", *alone.data, "--run-dir", str(alone.run_dir), "--head-kind", "medusa"]
     run_command(["adapt", *given, "--dry-run", "--device", "cpu", "--length", "32", "--json"])
     assert json.loads(capsys.readouterr().out)["heads"] == 4

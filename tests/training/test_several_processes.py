@@ -24,6 +24,7 @@ import distributed
 
 from headstart.data.tokenizers import load_tokenizer
 from headstart.formats.huggingface import save_model
+from headstart.model.config import ModelConfig
 from headstart.training.auxiliary.masked_inputs import MaskConfig
 from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig
@@ -37,6 +38,9 @@ KILLING = str(Path(__file__).with_name("killing.py"))
 # An attempt of two processes takes four seconds on a busy machine, and more are tried by hand: HEADSTART_KILLS=20.
 KILLS = int(os.environ.get("HEADSTART_KILLS", "5"))
 # With Adam's own epsilon a gradient that is rounding error alone becomes a whole step, and other sums other weights.
+TIED = ModelConfig(dim=16, layers=3, attention_heads=2, context=24, heads=2, tied=True)
+ADAPTED = """--heads 2 --take-layers --steps 4 --rows 4 --length 24 --dtype float32 --device cpu --lr 1e-2
+--warmup-steps 1 --sample-documents 0 --validation-every 2 --checkpoints-every 2"""
 SMOOTH = OptimizerConfig(lr=1e-2, warmup_steps=2, eps=1e-3)
 
 
@@ -138,6 +142,29 @@ def test_two_processes_start_from_a_trained_model(tiny, launch, metrics, weights
     assert [status for status, _ in answers] == [0, 0], answers[0][1][-2000:]
     assert "new: nothing; dropped: head 3" in answers[0][1] and answers[1][1] == ""
     assert_close(one.run_dir, two.run_dir, metrics, weights)
+
+
+def test_two_processes_adapt_what_one_adapts(shards: Path, tmp_path: Path, metrics: Any, forks: Forks) -> None:
+    """All weights of a trained model train from the first step, with heads that are the model's own last blocks."""
+    shape = replace(TIED, layers=4, heads=1)
+    save_model(random_model(shape, scale=0.1).bfloat16(), tmp_path / "model", load_tokenizer("bytes"))
+    given = ["adapt", str(tmp_path / "model"), "--data", str(shards), "--mode", "joint", "--heads-first", "0"]
+    given += ADAPTED.split()
+
+    def run(name: str, count: int) -> list[str]:
+        port, outputs = distributed.free_port(), [tmp_path / f"{name}-{rank}.txt" for rank in range(count)]
+        environments = [distributed.environment(rank, count, port) for rank in range(count)]
+        forks.start(outputs, tmp_path, environments, headstart=[*given, "--run-dir", str(tmp_path / name)])
+        said = [(status, output.read_text()) for status, output in zip(forks.finish(), outputs)]
+        assert [status for status, _ in said] == [0] * count, said[0][1][-3000:]
+        return [text for _, text in said]
+
+    run("one", 1)
+    said = run("two", 2)
+    assert "tokens per pass" in said[0] and said[1] == ""
+    first, second = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=1e-3), (one, other)
 
 
 @pytest.mark.slow

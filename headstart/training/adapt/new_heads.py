@@ -52,17 +52,7 @@ def config_with_heads(
     Raises:
         UsageError: for heads that exist already, and for anticausal wiring, in which head 1 would read another head.
     """
-    if heads < 2:
-        raise UsageError(f"--heads is {heads}; head 1 is there already, so ask for 2 or more")
-    if config.heads > 1 and not replace_heads:
-        raise UsageError(
-            f"the model has heads already ({config.heads} {config.head_kind}); --replace-heads puts new ones in the "
-            "place of heads 2 and up"
-        )
-    if not config.kind.plain_decoder:
-        raise UsageError(
-            "head 1 of the model is no plain decoder (linear heads wired anticausally); take another model"
-        )
+    _check_model(config, heads, replace_heads)
     of_kind = HEAD_KINDS[kind]
     wiring = of_kind.wirings[0] if wiring is None else wiring
     if wiring == "anticausal":
@@ -87,6 +77,21 @@ def config_with_heads(
         extra_layers=heads - 1 if of_kind.takes_layers and not take_layers else 0,
         **fields,
     )
+
+
+def _check_model(config: ModelConfig, heads: int, replace_heads: bool) -> None:
+    """Raise UsageError unless a model of shape `config` can get so many heads."""
+    if heads < 2:
+        raise UsageError(f"--heads is {heads}; head 1 is there already, so ask for 2 or more")
+    if config.heads > 1 and not replace_heads:
+        raise UsageError(
+            f"the model has heads already ({config.heads} {config.head_kind}); --replace-heads puts new ones in the "
+            "place of heads 2 and up"
+        )
+    if not config.kind.plain_decoder:
+        raise UsageError(
+            "head 1 of the model is no plain decoder (linear heads wired anticausally); take another model"
+        )
 
 
 def _check_takes_layers(config: ModelConfig, heads: int, kind: str) -> None:
@@ -125,13 +130,12 @@ def with_heads(model: Transformer, config: ModelConfig, seed: int = 0, d2t: Tens
     """
     blocks = [*model.trunk.blocks, *(model.head(k) for k in model.path(1) if isinstance(model.head(k), Block))]
     last = blocks[-1].state_dict()
-    old = dict(model.named_parameters())
+    old, state = dict(model.named_parameters()), dict[str, Tensor]()
     with torch.device("meta"):
         new = Transformer(config)
     generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-    named = {k: config.kind.block_names(k) for k in range(1, config.heads + 1)}
-    own_blocks = {k: f"{names[0]}." for k, names in named.items() if names is not None}
+    ks = range(1, config.heads + 1)
+    own_blocks = {k: f"{names[0]}." for k in ks if (names := config.kind.block_names(k)) is not None}
     head_1 = own_blocks.pop(1, None)
     taken = len(blocks) - config.trunk_layers > 1  # the blocks between trunk and head 1
     source = {own: blocks[config.trunk_layers + k - 2 if taken else -1].state_dict() for k, own in own_blocks.items()}

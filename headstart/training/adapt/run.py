@@ -21,7 +21,7 @@ from headstart.formats.generation_config import keep_generation
 from headstart.formats.heads import save_heads
 from headstart.formats.hub import SUFFIX, name_of
 from headstart.formats.huggingface import save_model
-from headstart.formats.registry import format_at, load_config, load_model, load_model_tokenizer
+from headstart.formats.registry import format_at, load_config, load_dtype, load_model, load_model_tokenizer
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs, Teacher
@@ -32,8 +32,8 @@ from headstart.training.adapt.lora import Lora
 from headstart.training.adapt.new_heads import HEAD_FIELDS, config_with_heads, freeze, new_parameters, with_heads
 from headstart.training.adapt.stored_outputs import StoredOutputs
 from headstart.training.config import RunConfig
-from headstart.training.new_model import blocks_compiled
-from headstart.training.parallel import parallelize
+from headstart.training.new_model import blocks_compiled, build_model
+from headstart.training.parallel import parallelize, whole_model
 from headstart.training.processes import Processes
 from headstart.training.schedule import stage_of
 
@@ -53,20 +53,42 @@ class ExistingModel:
     ) -> None:
         """Load the model and add the heads; store the trunk's hidden states if the run reads stored ones.
 
+        Several processes share the weights as for a new model; the first one reads the existing model.
+
         Raises UsageError if the model is missing, if `config.model` did not grow from it, if it has changed since the
-        run began, if `sources` use another tokenizer, and for several processes.
+        run began, if `sources` use another tokenizer, and for several processes if some weights are not trained.
         """
         assert config.adapt is not None
-        self._config, self._adapt = config, config.adapt
+        self._config, self._adapt, self._processes = config, config.adapt, processes
         adapt = config.adapt
-        check_vocabulary(sources, adapt.model, config.model.vocab_size)
-        check_processes(processes.count)
-        check_shape(load_config(adapt.model), config)
-        check_unchanged(adapt.model, config.run_dir)
-        old = load_model(adapt.model)
-        self.stored_dtype = old.trunk.embedding.weight.dtype
+
+        def check() -> None:
+            check_vocabulary(sources, adapt.model, config.model.vocab_size)
+            check_processes(config, processes.count)
+            check_shape(load_config(adapt.model), config)
+            check_unchanged(adapt.model, config.run_dir)
+
+        processes.on_main(check)
+        self.stored_dtype = load_dtype(adapt.model)
         """Dtype of the existing model's files."""
         check_frozen_dtype(config, self.stored_dtype)
+        self._original: Transformer | None = None
+        self._stored: StoredOutputs | None = None
+        self.lora: Lora | None = None
+        if processes.count > 1:
+
+            def read() -> dict[str, Tensor]:
+                return dict(with_heads(load_model(adapt.model), config.model, config.seed).state_dict())
+
+            self.model, self.sums = build_model(config, processes, read)
+            self.heads, self._trained = new_parameters(self.model), {name for name, _ in self.model.named_parameters()}
+        else:
+            self._build_alone(sources, progress)
+
+    def _build_alone(self, sources: Sequence[Source], progress: Callable[..., Progress]) -> None:
+        """Build the model of a run of one process, which may leave weights frozen."""
+        config, adapt, processes = self._config, self._adapt, self._processes
+        old = load_model(adapt.model)
         d2t = _draft_vocabulary(config.model, sources)
         model = with_heads(old.to(getattr(torch, adapt.frozen_dtype)), config.model, config.seed, d2t)
         del old
@@ -75,11 +97,9 @@ class ExistingModel:
         """Names of the parameters of the new heads."""
         self._trained, self.lora = trained_parameters(self.model, adapt, config.seed)
         freeze(self.model, self._trained)
-        self._original: Transformer | None = None
         if adapt.self_distilled and self.lora is None:
             self._original = load_model(adapt.model).to(device=processes.device, dtype=torch.float32)
             self._original.requires_grad_(False)
-        self._stored: StoredOutputs | None = None
         if adapt.cache_states is not None:
             self._stored = StoredOutputs(self.model, config, digests(adapt.model), sources, progress)
         torch.manual_seed(config.seed)
@@ -110,8 +130,13 @@ class ExistingModel:
         """Return the model's own tokenizer, or that of the data if it has none."""
         return load_model_tokenizer(self._adapt.model) or of_data
 
-    def whole(self) -> Transformer:
-        """Return the model without additions: LoRA's products are added to the weights."""
+    def whole(self) -> Transformer | None:
+        """Return the model without additions: LoRA's products are added to the weights.
+
+        With several processes it is a whole copy on the first one; all of them call it.
+        """
+        if self._processes.count > 1:
+            return whole_model(self.model, self.stored_dtype, keep=self._processes.main)
         return self.model if self.lora is None else self.lora.merged(self.model)
 
     def save(self, whole: Transformer, directory: Path, tokenizer: Tokenizer) -> None:
@@ -151,10 +176,16 @@ def trained_parameters(model: Transformer, adapt: AdaptConfig, seed: int) -> tup
     return (new_parameters(model) if adapt.mode == "heads" else {name for name, _ in model.named_parameters()}), None
 
 
-def check_processes(count: int) -> None:
-    """Raise UsageError for several processes."""
-    if count > 1:
-        raise UsageError("adapt runs on one process so far; start it without torchrun")
+def check_processes(config: RunConfig, count: int) -> None:
+    """Raise UsageError for several processes, unless the run trains all weights from the first step."""
+    adapt = config.adapt
+    assert adapt is not None
+    whole = adapt.mode == "joint" and adapt.heads_first == 0
+    if count > 1 and (not whole or adapt.lora or adapt.self_distilled or config.model.draft_vocab):
+        raise UsageError(
+            "adapt on several processes trains all weights from the first step: take --mode joint --heads-first 0 "
+            "without --lora, --self-distilled and --draft-vocab, or start it without torchrun"
+        )
 
 
 def check_frozen_dtype(config: RunConfig, stored: torch.dtype) -> None:
