@@ -26,12 +26,13 @@ from headstart.console import say
 from headstart.data.chat_template import load_chat_template
 from headstart.data.prompts import read_prompt_file
 from headstart.errors import UsageError
+from headstart.fileio import read_json
 from headstart.formats.bundled import boxed_model
 from headstart.formats.registry import load_config, load_model_tokenizer
 from headstart.model.config import ModelConfig
 
 EngineName = Literal["vllm", "transformers", "llama-cpp"]
-FormatName = Literal["headstart", "gguf", "hf-code", "medusa", "mimo"]
+FormatName = Literal["headstart", "gguf", "hf-code", "medusa", "mimo", "eagle3", "speculators"]
 ACCEPTANCE_BAR = Bar("<=", 5)
 """Largest difference of the mean acceptance lengths, in percent of ours."""
 ANSWER_SECONDS = 1800.0
@@ -66,6 +67,7 @@ class Proof:
         fits: whether the format holds a model with these heads.
         options: fields of the case for a path of the export and a number of drafts.
         code: whether the engine loads the export with its code (trust_remote_code) also for plain text.
+        alone: whether the export holds heads alone, and the engine loads the model itself.
     """
 
     format: FormatName
@@ -76,6 +78,7 @@ class Proof:
     fits: Callable[[ModelConfig], bool] = lambda config: config.heads == 1
     options: Callable[[Path, int], dict[str, Any]] = lambda path, drafts: {}
     code: bool = False
+    alone: bool = False
 
 
 def _all_drafts(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -101,6 +104,19 @@ def _mimo_drafts(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (1,), (config.heads - 1,) if config.shared and config.heads > 2 else ()
 
 
+def _eagle3(path: Path, drafts: int) -> dict[str, Any]:
+    return {"speculative": {"method": "eagle3", "model": str(path), "num_speculative_tokens": drafts}}
+
+
+def _speculators(path: Path, drafts: int) -> dict[str, Any]:
+    stored = read_json(path / "config.json")["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    return {"model": str(path), "speculative": None if drafts == stored else {"num_speculative_tokens": drafts}}
+
+
+def _eagle3_drafts(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(range(1, min(4, config.heads - 1) + 1)), ()
+
+
 PROOFS = (
     Proof("headstart", "transformers", 'AutoModelForCausalLM.from_pretrained("OUT")'),
     Proof("headstart", "vllm", "vllm serve OUT"),
@@ -121,6 +137,14 @@ PROOFS = (
         '\'{"method": "mtp", "num_speculative_tokens": K}\'',
         "", _mimo_drafts, partial(_has, "sequential"), _mimo, code=True,
     ),
+    Proof(
+        "eagle3", "vllm",
+        'vllm serve MODEL --speculative-config \'{"method": "eagle3", "model": "OUT", "num_speculative_tokens": K}\'',
+        "", _eagle3_drafts, partial(_has, "eagle3"), _eagle3, alone=True,
+    ),
+    Proof(
+        "speculators", "vllm", "vllm serve OUT", "", _eagle3_drafts, partial(_has, "eagle3"), _speculators, alone=True
+    ),
 )  # fmt: skip
 """The exports that are proven, and their engines. A new export is a line here."""
 
@@ -133,7 +157,7 @@ class Settings(BenchSettings):
     """Model directory or GGUF file (None: the model in the box)."""
     heads_from: tuple[str, ...] = ()
     """Directories of heads for the model, one after the other (none: the model's own heads)."""
-    formats: tuple[FormatName, ...] = ("headstart", "gguf", "hf-code", "medusa", "mimo")
+    formats: tuple[FormatName, ...] = ("headstart", "gguf", "hf-code", "medusa", "mimo", "eagle3", "speculators")
     """Exports to prove; those that do not hold the heads are left out."""
     engines: tuple[EngineName, ...] = ("vllm", "transformers", "llama-cpp")
     """Engines to run. A note reports one that is not installed, and how to get it."""
@@ -260,8 +284,13 @@ class Trial:
         """Export the model, run it in the engine plainly and with each number of drafts, and add the rows."""
         suffix = ".gguf" if proof.format == "gguf" else ""
         path = self.folder / f"{proof.format}-{len(list(self.folder.iterdir()))}{suffix}"
-        converted = convert(self.model, path, proof.format, self.settings.dtype, heads=heads)
-        directory, name = path / proof.folder if proof.folder else path, f"{proof.format}, {label}{proof.engine}"
+        model, directory = self.model, path / proof.folder if proof.folder else path
+        if proof.alone:
+            model = directory = self.folder / "model"
+            if not model.exists():
+                convert(self.model, model, "headstart", self.settings.dtype)
+        converted = convert(model, path, proof.format, self.settings.dtype, heads=heads)
+        name = f"{proof.format}, {label}{proof.engine}"
         say(f"{name} ...")
         case = self.case(directory) | {"code": proof.code}
         plain = self.ask(proof.engine, case, ours[1].ends)

@@ -29,9 +29,12 @@ class ConvertSettings:
     to: str = "headstart"
     """headstart (an ordinary Hugging Face model, with further heads in heads/), hf-code (the same, with code by which
     transformers alone decodes with all heads), meta (Meta's multi-token release), medusa (heads for vLLM and TGI), mimo
-    (sequential heads for vLLM and SGLang), gguf (head 1 for llama.cpp), heads (the others without it)."""
+    (sequential heads for vLLM and SGLang), eagle3 (EAGLE-3 heads for vLLM, SGLang and others, without the model),
+    speculators (the same in the form that `vllm serve` runs alone), gguf (head 1 for llama.cpp), heads (the others
+    without it)."""
     heads_from: str | None = None
-    """A directory of heads without their model, or its name on the hub; the result has them too."""
+    """A directory of heads without their model, or its name on the hub, ours or published ones (docs/heads.md); the
+    result has them too."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype to store the weights in (default: that of the source)."""
     tokenizer: str | None = None
@@ -87,6 +90,7 @@ def convert(
             left.append(f"weights: rounded from {str(stored).removeprefix('torch.')} to {dtype}")
     with replacing_file(path) if form.is_file else replacing_directory(path) as temporary:
         left += form.write(model, temporary, result_tokenizer)
+        form.name_base(temporary, str(Path(source).resolve() if Path(source).exists() else source))
         if form.whole and not form.is_file:
             _keep_generation(source, model, temporary / form.folder, always=tokenizer is None)
         checks = form.check(model, temporary, result_tokenizer)
@@ -95,10 +99,9 @@ def convert(
 
 def _compare_all_values(model: Transformer, source: str | Path, heads: str | Path) -> None:
     """Raise UsageError if any value of the source is another than when the heads were trained; loading samples some."""
-    from headstart.formats.heads import StoredHeads
-    from headstart.formats.hub import local_path
+    from headstart.formats.registry import read_heads
 
-    StoredHeads.read(local_path(heads)).compare_base(model, Path(source), all_values=True)
+    read_heads(heads).compare_base(model, Path(source), all_values=True)
 
 
 def _result_tokenizer(source: str | Path, named: str | None) -> Tokenizer | None:

@@ -26,7 +26,7 @@ from headstart.formats.gguf_file import GgufFile
 from headstart.formats.heads import StoredHeads
 from headstart.formats.hub import local_path
 from headstart.formats.huggingface import load_peer
-from headstart.formats.registry import load_config, load_model, load_model_tokenizer
+from headstart.formats.registry import load_config, load_model, load_model_tokenizer, read_heads
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 
@@ -275,11 +275,14 @@ def _check_weights(model: Transformer, path: Path, speed: float) -> Finding:
 
 def _check_base(model: Transformer, path: Path, heads: str | Path) -> Finding:
     """Compare all values of a model with those that its heads were trained on; loading compares samples."""
-    stored = StoredHeads.read(local_path(heads))
+    stored = read_heads(heads)
     try:
         copy = stored.compare_base(model, path, all_values=True)
     except UsageError as error:
         return Finding("base of the heads", "fail", f"{error}.", {"copy": None})
+    if copy is None or not isinstance(stored, StoredHeads):
+        sentence = "the model has the sizes that the heads need; published heads do not say more about it."
+        return Finding("base of the heads", "ok", sentence, {"copy": None})
     found = {
         "same": f"the model is the one that the heads were trained on (SHA-256 {stored.identity.sha256[:12]}...).",
         "rounded": "the model is the one that the heads were trained on, rounded differently.",

@@ -152,7 +152,7 @@ def inexpressible(config: ModelConfig, expressible: Iterable[str]) -> list[str]:
 
 def refuse_other_blocks(config: ModelConfig, place: str) -> None:
     """Raise UsageError if trunk and head 1 have other blocks than a plain Llama, for a `place` that holds no others."""
-    names = inexpressible(config, (*LLAMA, "draft_vocab", "features", "norm_output"))
+    names = inexpressible(config, (*LLAMA, "draft_vocab", "features", "norm_output", "draft_block"))
     others = [f"family {config.family}" if name == "family" else name for name in names]
     if others:
         raise UsageError(f"{place} holds plain Llama blocks, and this model has {', '.join(others)}; take headstart")

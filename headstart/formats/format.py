@@ -131,6 +131,9 @@ class Format(ABC):
         Raises UsageError for a model that the format cannot express.
         """
 
+    def name_base(self, path: Path, base: str) -> None:  # noqa: B027
+        """Write the path or name of the converted model where a result of heads alone has a place for it."""
+
     def check(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[Check]:
         """Read the result back and compare it with the model. Raises UsageError if it differs."""
         return [compare_all_heads(model, self.read(path))]

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -40,9 +41,62 @@ MAY_DIFFER = ("tie_word_embeddings",)
 """Fields in which a copy of the base may differ: some GGUF files hold a tied matrix twice, quantized differently."""
 
 
+class DetachedHeads(ABC):
+    """Heads in a directory without their model, in one of several layouts; tensors are read when they are attached."""
+
+    directory: Path
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, directory: Path) -> bool:
+        """Return whether a directory holds heads in this layout."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, directory: Path) -> DetachedHeads:
+        """Return the heads in a directory. Raises UsageError if they are damaged, or none that headstart computes."""
+
+    @abstractmethod
+    def config_on(self, base: ModelConfig, named: Path) -> ModelConfig:
+        """Return the configuration of the base `named` with the heads.
+
+        Raises UsageError for a model of other sizes, or with heads of its own.
+        """
+
+    @abstractmethod
+    def attach(self, base: Transformer, named: Path) -> Transformer:
+        """Return a model with the parameters of `base` and the heads, in the dtype of `base`.
+
+        Raises UsageError for another model, and for damaged files.
+        """
+
+    def compare_base(self, model: Transformer, named: Path, *, all_values: bool = False) -> Copy | None:
+        """Return the kind of copy that trunk and head 1 of a model are of the base; None: the layout does not say.
+
+        Args:
+            model: has the sizes of the base.
+            named: its path, for errors.
+            all_values: whether to compare all values if the samples are equal.
+
+        Raises:
+            UsageError: the model has other weights.
+        """
+        return None
+
+    def check_base(self, base: ModelConfig, named: Path) -> None:
+        """Raise UsageError unless a model has one head, which is a plain decoder."""
+        if base.heads > 1:
+            raise UsageError(
+                f"{named}: has {base.heads} heads already, and {self.directory} holds others; leave those out, or take "
+                "a model with one head"
+            )
+        if not base.kind.plain_decoder:
+            raise UsageError(f"{named}: head 1 is no plain decoder, and {self.directory} needs one; take another model")
+
+
 @dataclass(frozen=True)
-class StoredHeads:
-    """A directory of heads; their tensors are read when they are attached."""
+class StoredHeads(DetachedHeads):
+    """Heads in our own layout, which knows their base."""
 
     directory: Path
     model: ModelConfig
@@ -51,6 +105,11 @@ class StoredHeads:
     """Name of the base, if it is known: OWNER/NAME on the hub, or the name of a directory or a file."""
     identity: Identity
     """Identity of the base."""
+
+    @classmethod
+    def detect(cls, directory: Path) -> bool:
+        """Return whether there is a heads.json."""
+        return (directory / HEADS_CONFIG).is_file()
 
     @classmethod
     def read(cls, directory: Path) -> StoredHeads:
@@ -72,17 +131,8 @@ class StoredHeads:
         return cls(directory, model, base.get("name"), identity)
 
     def config_on(self, base: ModelConfig, named: Path) -> ModelConfig:
-        """Return the configuration of the base `named` with the heads.
-
-        Raises UsageError for a model of other sizes, or with heads of its own.
-        """
-        if base.heads > 1:
-            raise UsageError(
-                f"{named}: has {base.heads} heads already, and {self.directory} holds others; leave those out, or take "
-                "a model with one head"
-            )
-        if not base.kind.plain_decoder:
-            raise UsageError(f"{named}: head 1 is no plain decoder, and {self.directory} needs one; take another model")
+        """Return the configuration that the file has, for a base of its sizes."""
+        self.check_base(base, named)
         found = {name: pair for name, pair in differences(base, self.model).items() if name not in MAY_DIFFER}
         families = family_of(base).model_type, family_of(self.model).model_type
         if found and families[0] != families[1]:
@@ -93,11 +143,7 @@ class StoredHeads:
         return replace(self.model, tied=base.tied, context=base.context)
 
     def attach(self, base: Transformer, named: Path) -> Transformer:
-        """Return a model with the parameters of `base` and the heads, in the dtype of `base`.
-
-        A line reports a base that is a rounded or quantized copy. Raises UsageError for another model, and for damaged
-        files.
-        """
+        """Return the model; a line reports a base that is a rounded or quantized copy."""
         config = self.config_on(base.config, named)
         copy = self.compare_base(base, named)
         if copy != "same":
@@ -122,16 +168,7 @@ class StoredHeads:
         return stored
 
     def compare_base(self, model: Transformer, named: Path, *, all_values: bool = False) -> Copy:
-        """Return the kind of copy that trunk and head 1 of a model are of the base.
-
-        Args:
-            model: has the sizes of the base.
-            named: its path, for errors.
-            all_values: whether to compare all values if the samples are equal.
-
-        Raises:
-            UsageError: the model has other weights.
-        """
+        """Compare the samples of the base, or all values."""
         copy, others = self.identity.compare_samples(model)
         if copy == "same" and all_values:
             others = self.identity.changed(model)
@@ -230,7 +267,7 @@ class DraftHeads(Format):
 
     def detect(self, path: Path) -> bool:
         """Return whether the directory holds heads alone."""
-        return (path / HEADS_CONFIG).is_file()
+        return StoredHeads.detect(path)
 
     def write(self, model: Transformer, path: Path, tokenizer: Tokenizer | None) -> list[str]:
         """Write the heads, and the identity of the rest."""
@@ -258,7 +295,7 @@ class DraftHeads(Format):
         self._refuse(path)
 
     def _refuse(self, path: Path) -> NoReturn:
-        base = StoredHeads.read(path).base
+        base = StoredHeads.read(path).base if StoredHeads.detect(path) else None
         raise UsageError(
             f"{path}: holds heads without their model; name the model{'' if base is None else f' ({base})'} and give "
             f"--heads-from {path}"

@@ -29,6 +29,8 @@ FILES = (
     "tuning.json",
 )
 """Files that are fetched: no pickles, no weights in other formats, no code."""
+HEADS_FILES = (*FILES, "medusa_lm_head.safetensors", "medusa_lm_head.pt", "pytorch_model.bin")
+"""The same of heads, which are published as pickles too. They are read with weights_only."""
 
 
 OTHER_WEIGHTS = ("*.safetensors", "*.pth", "*.bin", "heads.json")
@@ -39,11 +41,12 @@ SUFFIX = ".gguf"
 """End of the names of GGUF files; no model on the hub is looked for under such a name."""
 
 
-def local_path(named: str | Path) -> Path:
+def local_path(named: str | Path, files: Sequence[str] = FILES) -> Path:
     """Return the path named; if it does not exist, the weights of a packaged model, or a copy of a model on the hub.
 
     The copy is fetched, or found in the hub's cache. A directory or a repository that holds weights in a GGUF file
     alone stands for that file; if it holds several, OWNER/NAME:PART names one on the hub by a part of its name.
+    `files` are the patterns of the names to fetch.
 
     Raises:
         UsageError: the hub has no such model, the package is missing, or the GGUF file to take is not clear.
@@ -56,7 +59,7 @@ def local_path(named: str | Path) -> Path:
     repository, _, part = str(named).partition(":")
     if not re.fullmatch(HUB_ID, repository) or (path.suffix == SUFFIX and not part):
         return path
-    return fetch(repository, part)
+    return fetch(repository, part, tuple(files))
 
 
 def _file_within(directory: Path) -> Path:
@@ -93,7 +96,7 @@ def name_of(path: Path) -> str:
 
 
 @functools.cache
-def fetch(repository: str, part: str = "") -> Path:
+def fetch(repository: str, part: str = "", files: tuple[str, ...] = FILES) -> Path:
     """Return a copy of a model on the hub, fetched once in a process: its directory, or its GGUF file.
 
     A GGUF file is taken if the repository has no other weights, or if `part` of its name is given.
@@ -104,7 +107,7 @@ def fetch(repository: str, part: str = "") -> Path:
     with needs_extra(f"{repository}: no such directory, and asking the hub", "hf"):
         from huggingface_hub import snapshot_download
     try:
-        copy = Path(snapshot_download(repository, allow_patterns=list(FILES)))
+        copy = Path(snapshot_download(repository, allow_patterns=list(files)))
         if not part and _has_other_weights(copy):
             return copy
         names = [name for name in _gguf_names(repository, copy) if part.lower() in name.lower()]

@@ -13,7 +13,7 @@ no draft vocabulary: its heads propose any token.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from headstart.data.tokenizers import Tokenizer
 from headstart.errors import UsageError
 from headstart.fileio import read_json
 from headstart.formats.assembly import assemble, stored_tensors
+from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE, read_config
 from headstart.formats.format import Check, compare_all_heads
-from headstart.formats.huggingface import DirectoryFormat, save_model
-from headstart.formats.safetensors_files import TensorFiles, model_files
-from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING, Part
+from headstart.formats.huggingface import DirectoryFormat, read_model, save_model
+from headstart.formats.published_heads import AGAIN, PublishedHeads, head_parts, is_copy, read_tensors
+from headstart.formats.tensor_names import EMBEDDING, HEADS_FILE, MODEL_FILE, UNEMBEDDING
 from headstart.model.bounds import MOST_HEADS
 from headstart.model.config import ModelConfig
 from headstart.model.draft_vocabulary import check_draft_tokens
@@ -89,6 +90,118 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
     return left
 
 
+@dataclass(frozen=True)
+class PublishedMedusa(PublishedHeads):
+    """Medusa heads of one layer as vLLM, TGI and the authors' code read them."""
+
+    count: int
+    """Heads, without the model's own."""
+    settings: Fields
+    """The content of config.json."""
+    draft_vocab: int | None = None
+    place: str = VLLM
+    """Whose names the tensors have."""
+
+    @classmethod
+    def detect(cls, directory: Path) -> bool:
+        """Return whether there is a file of the authors' name, or vLLM's model_type."""
+        if not (directory / CONFIG_FILE).is_file():
+            return False
+        files = any((directory / name).is_file() for name in WEIGHTS[TGI])
+        return files or read_json(directory / CONFIG_FILE).get("model_type") == "medusa"
+
+    @classmethod
+    def read(cls, directory: Path) -> PublishedMedusa:
+        """Return the heads in a directory; a pickle is read with weights_only."""
+        file = directory / CONFIG_FILE
+        settings = Fields(file, read_json(file), AGAIN)
+        place = TGI if any((directory / name).is_file() for name in WEIGHTS[TGI]) else VLLM
+        if settings.content.get("model_type") == "medusa":
+            place = VLLM
+        count = settings.content.get("num_heads" if place == VLLM else "medusa_num_heads")
+        if type(count) is not int or not 1 <= count < MOST_HEADS or settings.content.get(_LAYERS[place]) != 1:
+            raise UsageError(f"{file}: must speak of Medusa heads of one layer; {AGAIN}")
+        drafted = settings.content.get("truncated_vocab_size")
+        if drafted is not None and (type(drafted) is not int or drafted < 1):
+            raise UsageError(f"{file}: truncated_vocab_size must be a number of the vocabulary's tokens; {AGAIN}")
+        return cls(directory, read_tensors(directory, WEIGHTS[place]), count, settings, drafted, place)
+
+    @property
+    def shared(self) -> bool:
+        """True if the heads have the model's unembedding."""
+        if self.place == TGI:
+            return _unembedding(TGI, 0) not in self.tensors
+        return bool(self.settings.content.get("original_lm_head"))
+
+    def config_on(self, base: ModelConfig, named: Path) -> ModelConfig:
+        """Return the configuration of a base of the same sizes with the heads."""
+        self.check_base(base, named)
+        pairs = {"hidden_size": base.dim, "vocab_size": base.vocab_size}
+        for name, ours in pairs.items():
+            theirs = self.settings.content.get(name)
+            if theirs not in (None, ours):
+                raise UsageError(
+                    f"{self.directory}: its heads have {name} {theirs}, not {ours} as {named}; take the model that "
+                    "they were trained on"
+                )
+        drafted = None if self.draft_vocab == base.vocab_size else self.draft_vocab
+        if drafted is not None:
+            if drafted > base.vocab_size:
+                raise UsageError(
+                    f"{self.settings.file}: truncated_vocab_size must be a number of the vocabulary's tokens; {AGAIN}"
+                )
+            self._draft_tokens(base.vocab_size)
+        config = replace(
+            base, heads=self.count + 1, head_kind="medusa", wiring="parallel", layers=base.next_token_layers,
+            shared=self.shared, draft_vocab=drafted,
+        )  # fmt: skip
+        known = {self._name(part.name) for part in head_parts(config)}
+        self.refuse_others(known | {TOKEN_MAP, _unembedding(VLLM, 0)})
+        return config
+
+    def attach(self, base: Transformer, named: Path) -> Transformer:
+        """Return the model, whose unembedding must be that of vLLM's heads if they share it."""
+        config = self.config_on(base.config, named)
+        if self.place == VLLM and config.shared:
+            name, stated = _unembedding(VLLM, 0), base.unembedding.weight(1)
+            if config.draft_vocab is not None:
+                stated = stated[self._draft_tokens(config.vocab_size)]
+            if not is_copy(self.stored(name), stated):
+                raise UsageError(
+                    f"{self.directory}: {name}, the unembedding of its heads, is not that of {named}; take the model "
+                    "that they were trained on"
+                )
+        return super().attach(base, named)
+
+    def tensor(self, name: str, base: Transformer) -> Tensor:
+        """Return the tensor; heads without biases add none."""
+        if name == "d2t":
+            return self._draft_tokens(base.config.vocab_size)
+        stored = self._name(name)
+        if name.endswith(".bias") and not self.settings.content.get("medusa_fc_bias", True):
+            return torch.zeros(base.config.dim)
+        return self.stored(stored)
+
+    def _name(self, name: str) -> str:
+        """Return the layout's name of a tensor of our heads file."""
+        if name == "d2t":
+            return TOKEN_MAP
+        _, k, kind, which = name.split(".")
+        return _unembedding(self.place, int(k) - 2) if kind == "lm_head" else _map(self.place, int(k) - 2, which)
+
+    def _draft_tokens(self, vocab_size: int) -> Tensor:
+        """Return the token ids of the draft vocabulary. Raises UsageError if they are missing or not of the model."""
+        if TOKEN_MAP not in self.tensors:
+            raise UsageError(f"{self.directory}: lacks {TOKEN_MAP}; {AGAIN}")
+        d2t = self.tensors[TOKEN_MAP]
+        if d2t.shape != (self.draft_vocab,) or d2t.dtype != torch.int64:
+            raise UsageError(
+                f"{self.directory}: {TOKEN_MAP} does not list {self.draft_vocab} token ids in order; {AGAIN}"
+            )
+        check_draft_tokens(d2t, vocab_size, f"{self.directory}: {TOKEN_MAP}")
+        return d2t
+
+
 def load_medusa(
     directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", heads_of: str = VLLM
 ) -> Transformer:
@@ -98,66 +211,25 @@ def load_medusa(
     damaged, or at odds with one another.
     """
     directory = Path(directory)
-    config, heads = _read_heads(directory, heads_of)
-    file = directory / heads_of / _WEIGHTS[heads_of]
-    base, names = TensorFiles(model_files(directory / BASE, MODEL_FILE)), set(heads.names())
+    base = read_model(directory / BASE, dtype, device)
+    return _heads(directory, heads_of).attach(base, directory / BASE)
 
-    def read(part: Part) -> Tensor:
-        if part.file == MODEL_FILE:
-            return base.read(part.name)
-        if part.name == "d2t":
-            return _draft_tokens(config, directory)
-        _, k, kind, which = part.name.split(".")
-        name = _unembedding(heads_of, int(k) - 2) if kind == "lm_head" else _map(heads_of, int(k) - 2, which)
-        if name not in names:
-            raise UsageError(f"{file}: lacks {name}; convert the model again")
-        return heads.read(name)
 
-    if heads_of == VLLM and config.shared:
-        stated = base.read(EMBEDDING if config.tied else UNEMBEDDING)
-        if config.draft_vocab is not None:
-            stated = stated[_draft_tokens(config, directory)]
-        if "lm_heads.0.weight" not in names or not torch.equal(heads.read("lm_heads.0.weight"), stated):
-            raise UsageError(f"{file}: its unembedding is not that of {BASE}/; convert the model again")
-    return assemble(config, read, base.dtype(EMBEDDING) if dtype is None else dtype, device)
+def _heads(directory: Path, heads_of: str) -> PublishedMedusa:
+    """Return the heads of a folder; TGI's have the draft vocabulary of vLLM's, so that they are the same heads."""
+    vllm = PublishedMedusa.read(directory / VLLM)
+    if heads_of == VLLM:
+        return vllm
+    heads = PublishedMedusa.read(directory / TGI)
+    if vllm.draft_vocab is None:
+        return heads
+    token_map = {TOKEN_MAP: vllm.tensors[TOKEN_MAP]}
+    return replace(heads, tensors={**heads.tensors, **token_map}, draft_vocab=vllm.draft_vocab)
 
 
 _PARTS = ("weight", "bias")
 _LAYERS = {VLLM: "num_hidden_layers", TGI: "medusa_num_layers"}
-_WEIGHTS = {VLLM: "model.safetensors", TGI: TGI_FILE}
-
-
-def _read_heads(directory: Path, heads_of: str) -> tuple[ModelConfig, TensorFiles]:
-    """Return the configuration of the model with its heads, and the file of the heads."""
-    plain = read_config(directory / BASE)
-    settings = read_json(directory / heads_of / CONFIG_FILE)
-    file = directory / VLLM / CONFIG_FILE
-    drafted = read_json(file).get("truncated_vocab_size")
-    if drafted is not None and (type(drafted) is not int or not 1 <= drafted <= plain.vocab_size):
-        raise UsageError(f"{file}: truncated_vocab_size must be a number of the vocabulary's tokens; convert again")
-    heads = TensorFiles([directory / heads_of / _WEIGHTS[heads_of]])
-    count = settings.get("num_heads" if heads_of == VLLM else "medusa_num_heads")
-    if type(count) is not int or not 1 <= count < MOST_HEADS or settings.get(_LAYERS[heads_of]) != 1:
-        raise UsageError(f"{directory / heads_of}: {CONFIG_FILE} must speak of heads of one layer; convert it again")
-    if heads_of == VLLM:
-        shared = bool(settings.get("original_lm_head"))
-    else:
-        shared = _unembedding(TGI, 0) not in heads.names()
-    config = replace(plain, heads=count + 1, head_kind="medusa", wiring="parallel", shared=shared, draft_vocab=drafted)
-    return config, heads
-
-
-def _draft_tokens(config: ModelConfig, directory: Path) -> Tensor:
-    """Return the token ids of the draft vocabulary. Raises UsageError if they are missing or not of this model."""
-    file = directory / VLLM / _WEIGHTS[VLLM]
-    heads = TensorFiles([file])
-    if TOKEN_MAP not in heads.names():
-        raise UsageError(f"{file}: lacks {TOKEN_MAP}; convert the model again")
-    d2t = heads.read(TOKEN_MAP)
-    if d2t.shape != (config.draft_vocab,) or d2t.dtype != torch.int64:
-        raise UsageError(f"{file}: {TOKEN_MAP} does not list {config.draft_vocab} token ids; convert the model again")
-    check_draft_tokens(d2t, config.vocab_size, f"{file}: {TOKEN_MAP}")
-    return d2t
+WEIGHTS = {VLLM: (MODEL_FILE, "pytorch_model.bin"), TGI: (TGI_FILE, "medusa_lm_head.pt")}
 
 
 def _map(place: str, i: int, part: str) -> str:
@@ -221,4 +293,4 @@ class Medusa(DirectoryFormat):
 
     def read_config(self, path: Path) -> ModelConfig:
         """Return the configuration of the ordinary model with its heads."""
-        return _read_heads(path, VLLM)[0]
+        return _heads(path, VLLM).config_on(read_config(path / BASE), path / BASE)

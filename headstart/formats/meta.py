@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from headstart.data.tokenizers import Tokenizer
-from headstart.errors import UsageError, first_line
-from headstart.fileio import read_json, regular
+from headstart.errors import UsageError
+from headstart.fileio import read_json
 from headstart.formats.assembly import assemble, halved, inexpressible, interleaved, stored_tensors
 from headstart.formats.config_fields import Fields
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.huggingface import DirectoryFormat
+from headstart.formats.published_heads import read_pickle
 from headstart.formats.tensor_names import UNEMBEDDING, Part, stored_parts
 from headstart.model.config import ModelConfig
 from headstart.model.heads import TransformerHeads
@@ -204,31 +205,13 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         raise UsageError(f"{directory}: holds no {PATTERN}; name a directory of Meta's release")
     shares = []
     for file in files:
-        try:
-            # The file is mapped: nothing is read before it is copied.
-            content = torch.load(regular(file), map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises many kinds for a damaged pickle, KeyError and IndexError too
-            reason = first_line(error)
-            raise UsageError(f"{file}: is damaged, or holds more than tensors ({reason}); copy it again") from error
-        if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-            raise UsageError(f"{file}: holds no tensors by name; name a directory of Meta's release")
-        _check_stored(file, content)
-        shares.append(content)
+        shares.append(read_pickle(file))
     if len(shares) == 1:
         return dict(shares[0])
     if any(share.keys() != shares[0].keys() for share in shares):
         raise UsageError(f"{directory}: its {PATTERN} hold tensors of different names; copy the directory again")
     dim = next((t.shape[0] for name, t in shares[0].items() if name == "norm.weight"), 0)
     return {name: _joined(name, [share[name] for share in shares], dim) for name in shares[0]}
-
-
-def _check_stored(file: Path, content: dict[Any, Tensor]) -> None:
-    """Raise UsageError for a value that is not a vector or matrix of numbers, all in the file."""
-    for name, tensor in content.items():
-        plain = isinstance(name, str) and tensor.layout == torch.strided and tensor.ndim in (1, 2)
-        # An expanded tensor can have any size in a file of a few kB.
-        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise UsageError(f"{file}: {name} is no vector or matrix that the file holds in full; copy it again")
 
 
 def _joined(name: str, shares: list[Tensor], dim: int) -> Tensor:

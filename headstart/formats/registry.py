@@ -1,6 +1,7 @@
 """The file formats of models: one class each, in the registry `FORMATS`; `load_model` and its siblings read them all.
 
-A new format is a class in a file of its own and a line in `FORMATS`.
+A new format is a class in a file of its own and a line in `FORMATS`; a layout of heads without their model is a line in
+`HEADS`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import torch
 from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.formats.config_json import CONFIG_FILE
+from headstart.formats.eagle3 import Eagle3, EagleHeads
 from headstart.formats.format import Format
 from headstart.formats.gguf import Gguf
-from headstart.formats.heads import DraftHeads, StoredHeads
+from headstart.formats.heads import DetachedHeads, DraftHeads, StoredHeads
 from headstart.formats.hf_code_export import HfCode
-from headstart.formats.hub import SUFFIX, local_path
+from headstart.formats.hub import HEADS_FILES, SUFFIX, local_path
 from headstart.formats.huggingface import TOKENIZER_FILE, HuggingFace
-from headstart.formats.medusa import Medusa
+from headstart.formats.medusa import Medusa, PublishedMedusa
 from headstart.formats.meta import MetaRelease
 from headstart.formats.mimo import Mimo
 from headstart.model.config import ModelConfig
@@ -31,9 +33,13 @@ FORMATS: dict[str, Format] = {
     "meta": MetaRelease(),
     "medusa": Medusa(),
     "mimo": Mimo(),
+    "eagle3": Eagle3(),
+    "speculators": Eagle3(speculators=True),
     "gguf": Gguf(),
     "heads": DraftHeads(),
 }
+HEADS: tuple[type[DetachedHeads], ...] = (StoredHeads, EagleHeads, PublishedMedusa)
+"""The layouts of heads without their model, which --heads-from takes."""
 
 
 def format_named(name: str) -> Format:
@@ -51,7 +57,19 @@ def format_at(path: Path) -> Format:
     if path.suffix == SUFFIX and not path.is_dir():
         return FORMATS["gguf"]
     readers = (form for form in FORMATS.values() if form.readable)
-    return next((form for form in readers if form.detect(path)), FORMATS["headstart"])
+    found = next((form for form in readers if form.detect(path)), None)
+    if found is None:
+        found = FORMATS["heads" if any(layout.detect(path) for layout in HEADS) else "headstart"]
+    return found
+
+
+def read_heads(named: str | Path) -> DetachedHeads:
+    """Return the heads in a directory, or of the name OWNER/NAME on the hub, in any layout of `HEADS`.
+
+    Raises UsageError if there are none, or damaged ones.
+    """
+    directory = local_path(named, HEADS_FILES)
+    return next((layout for layout in HEADS if layout.detect(directory)), StoredHeads).read(directory)
 
 
 def load_model(
@@ -79,7 +97,7 @@ def load_model(
     if heads is None:
         stays = form.read_blocks(path) if blocks else None
         return form.read(path, dtype, device) if stays is None else stays
-    stored = StoredHeads.read(local_path(heads))
+    stored = read_heads(heads)
     stored.config_on(form.read_config(path), path)  # sizes are compared before tensors are read
     # The stored values are compared, not those of another dtype.
     model = stored.attach(form.read(path, None, device), path)
@@ -105,7 +123,7 @@ def load_config(named: str | Path, heads: str | Path | None = None) -> ModelConf
     """Return the configuration of a model that `load_model` loads. Raises UsageError like it."""
     path = local_path(named)
     config = format_at(path).read_config(path)
-    return config if heads is None else StoredHeads.read(local_path(heads)).config_on(config, path)
+    return config if heads is None else read_heads(heads).config_on(config, path)
 
 
 def load_dtype(named: str | Path) -> torch.dtype:

@@ -23,7 +23,7 @@ WRITTEN = (
 WRITTEN_IF_SET = (
     *("family", "rope_scaling", "qkv_bias", "qk_norm", "norm_placement", "norm_offset", "activation"),
     *("scaled_embedding", "query_scalar", "window", "window_layers", "local_rope_theta", "nope_layers", "offsets"),
-    *("draft_vocab", "features", "norm_output"),
+    *("draft_vocab", "features", "norm_output", "draft_block"),
 )
 """The fields that follow in a stored configuration if they differ from their defaults. A new field belongs here: files
 written before it, and their digests, stay the same."""
@@ -116,7 +116,7 @@ class ModelConfig(Shape):
         layers = self.next_token_layers
         return replace(
             self, layers=layers, heads=1, shared=True, wiring="parallel", extra_layers=0, offsets=None,
-            draft_vocab=None, features=None, norm_output=False,
+            draft_vocab=None, features=None, norm_output=False, draft_block=None,
             # A head needs a trunk below it. If there is one layer, it is the trunk, and head 1 reads it as it is.
             head_kind="transformer" if layers > 1 else "linear",
         )  # fmt: skip
@@ -135,7 +135,7 @@ class ModelConfig(Shape):
             plain == ("none", "pre", False, "silu")
             and self.score_dim == self.dim_per_head
             and not (self.nope_layers or self.windowed)
-            and self.local_rope_theta is None
+            and self.rotary_dim == self.dim_per_head
         )
 
     def to_dict(self) -> dict[str, Any]:

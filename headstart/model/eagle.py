@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ def default_features(layers: int) -> tuple[int, ...]:
 def block_shape(shape: Shape) -> Shape:
     """Return the shape of EAGLE's block on a model of any family: a Llama block that sees the whole context."""
     values = {field.name: getattr(shape, field.name) for field in fields(Shape)}
-    plain = {
+    plain: dict[str, Any] = {
         **{"heads": 1, "offsets": None, "draft_vocab": None, "features": None, "norm_output": False},
         **{"attention_bias": False, "qkv_bias": False, "qk_norm": "none", "norm_placement": "pre"},
         **{"activation": "silu", "query_scalar": None, "nope_layers": ()},
         "window_layers": None if shape.window is None else (),
     }
+    if shape.draft_block is not None and shape.draft_block.hidden_dim is not None:
+        plain["hidden_dim"] = shape.draft_block.hidden_dim
     return Shape(**{**values, **plain})
 
 
@@ -45,6 +48,7 @@ class EagleBlock(nn.Module):
         self.attention = Attention(shape, layer, inputs=2 * shape.dim)
         self.mlp_norm = RMSNorm(shape.dim, shape.norm_eps, shape.norm_offset)
         self.mlp = SwiGLU(shape)
+        self.normed_residual = shape.draft_block is not None and shape.draft_block.norm_before_residual
 
     def forward(
         self,
@@ -56,7 +60,9 @@ class EagleBlock(nn.Module):
         ahead_BTD: Tensor,
     ) -> Tensor:
         """Return the stream, those rows that `select` picks."""
-        joined = torch.cat([self.attention_norm(ahead_BTD), self.hidden_norm(g_BTD)], -1)
+        normed_BTD = self.hidden_norm(g_BTD)
+        joined = torch.cat([self.attention_norm(ahead_BTD), normed_BTD], -1)
+        g_BTD = normed_BTD if self.normed_residual else g_BTD
         attended = self.attention(joined, rotary, attend)
         g_BTD = (g_BTD if select is None else select(g_BTD)) + attended
         return g_BTD + self.mlp(self.mlp_norm(g_BTD))

@@ -145,8 +145,9 @@ class HeadKind(ABC):
             raise UsageError(
                 f"model.extra_layers is for transformer heads; {shape.head_kind} heads take no trunk layer"
             )
-        if shape.features and not self.reads_features:
-            raise UsageError(f"model.features is for eagle3 heads, not {shape.head_kind}; leave it out")
+        for name in ("features", "draft_block"):
+            if getattr(shape, name) and not self.reads_features:
+                raise UsageError(f"model.{name} is for eagle3 heads, not {shape.head_kind}; leave it out")
         if shape.norm_output and not self.norms_outputs:
             raise UsageError(
                 f"model.norm_output is for eagle3 and sequential heads, not {shape.head_kind}; leave it out"

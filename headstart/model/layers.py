@@ -66,9 +66,12 @@ class Attention(nn.Module):
         self._whole_norm = shape.qk_norm == "full"
         self.window = shape.window_of(layer)
         self.turned = layer not in shape.nope_layers
-        # The part of the tables that it reads; None: all of it, because there is one base.
-        local = self.dim_per_head if self.window is not None else 0
-        self._tables = None if shape.local_rope_theta is None else slice(local, local + self.dim_per_head)
+        # The part of the tables that it reads; None: all of it, because there is one base. EAGLE's block has its own.
+        begin = self.dim_per_head if shape.local_rope_theta is not None and self.window is not None else 0
+        if inputs is not None and shape.draft_rope is not None:
+            begin = shape.rotary_dim - self.dim_per_head
+        whole = shape.rotary_dim == self.dim_per_head
+        self._tables = None if whole else slice(begin, begin + self.dim_per_head)
         self._query_factor = (shape.dim_per_head / shape.score_dim) ** 0.5
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend = causal_attention) -> Tensor:

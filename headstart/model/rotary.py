@@ -35,13 +35,18 @@ def rotary_tables(
 def model_tables(shape: Shape, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the tables (..., 1, E) that the blocks of a model read.
 
-    If layers that slide have a base of their own, the tables are (..., 1, 2E), with those of these layers last.
+    If layers that slide have a base of their own, or EAGLE's block has one, the tables of these follow in the last
+    axis, in this order.
     """
-    tables = rotary_tables(positions, shape.dim_per_head, shape.rope_theta, dtype, shape.rope_scaling)
-    if shape.local_rope_theta is None:
-        return tables
-    local = rotary_tables(positions, shape.dim_per_head, shape.local_rope_theta, dtype)
-    return torch.cat([tables[0], local[0]], -1), torch.cat([tables[1], local[1]], -1)
+    bases = [(shape.rope_theta, shape.rope_scaling)]
+    bases += [] if shape.local_rope_theta is None else [(shape.local_rope_theta, None)]
+    if (own := shape.draft_rope) is not None and own.rope_theta is not None:
+        bases.append((own.rope_theta, own.rope_scaling))
+    tables = [rotary_tables(positions, shape.dim_per_head, theta, dtype, scaling) for theta, scaling in bases]
+    if len(tables) == 1:
+        return tables[0]
+    cos, sin = (torch.cat(parts, -1) for parts in zip(*tables))
+    return cos, sin
 
 
 def scaled(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:

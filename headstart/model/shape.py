@@ -59,6 +59,25 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class DraftBlock:
+    """Describe what the block of EAGLE-3 heads that others have trained has other than the model's blocks."""
+
+    hidden_dim: int | None = None
+    """Hidden width of its SwiGLU (None: the model's)."""
+    rope_theta: float | None = None
+    """Base of its rotary positions (None: they are the model's)."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of its own rotary positions."""
+    norm_before_residual: bool = False
+    """True if the normed state, not the state, is added to the output of attention."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "draft_block")
+        if self.rope_scaling is not None and self.rope_theta is None:
+            raise UsageError("draft_block.rope_scaling needs draft_block.rope_theta; give both")
+
+
+@dataclass(frozen=True)
 class Shape:
     """The fields of a model's configuration, and what follows from them whatever the kind of the heads."""
 
@@ -138,6 +157,8 @@ class Shape:
     norm_output: bool = False
     """eagle3, sequential: the output of a step is normed before the next step reads it (EAGLE-3.1, MiMo). Sequential
     heads are then steps of one module over one set of keys and values."""
+    draft_block: DraftBlock | None = None
+    """eagle3: what the block has other than the model's (None: nothing)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model")
@@ -217,9 +238,14 @@ class Shape:
         return self.dim_per_head if self.query_scalar is None else self.query_scalar
 
     @property
+    def draft_rope(self) -> DraftBlock | None:
+        """The rotary positions of EAGLE's block, if they are not the model's."""
+        return None if self.draft_block is None or self.draft_block.rope_theta is None else self.draft_block
+
+    @property
     def rotary_dim(self) -> int:
-        """Width of the tables of cosines and sines, which holds one base or two."""
-        return self.dim_per_head * (1 if self.local_rope_theta is None else 2)
+        """Width of the tables of cosines and sines: the model's, that of layers that slide, that of EAGLE's block."""
+        return self.dim_per_head * (1 + (self.local_rope_theta is not None) + (self.draft_rope is not None))
 
     @property
     def block_weights(self) -> int:

@@ -19,7 +19,9 @@ from headstart.model.layers import Block
 from headstart.model.shape import Wiring
 from headstart.model.transformer import Transformer
 
-HEAD_FIELDS: dict[str, Any] = {"shared": True, "draft_vocab": None, "features": None, "norm_output": False}
+HEAD_FIELDS: dict[str, Any] = {
+    **{"shared": True, "draft_vocab": None, "features": None, "norm_output": False, "draft_block": None}
+}
 """Fields that describe heads of some kinds, and their defaults."""
 
 
