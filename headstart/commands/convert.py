@@ -30,8 +30,8 @@ class ConvertSettings:
     """headstart (an ordinary Hugging Face model, with further heads in heads/), hf-code (the same, with code by which
     transformers alone decodes with all heads), meta (Meta's multi-token release), medusa (heads for vLLM and TGI), mimo
     (sequential heads for vLLM and SGLang), eagle3 (EAGLE-3 heads for vLLM, SGLang and others, without the model),
-    speculators (the same in the form that `vllm serve` runs alone), gguf (head 1 for llama.cpp), heads (the others
-    without it)."""
+    speculators (the same in the form that `vllm serve` runs alone), gguf (head 1 for llama.cpp), eagle3-gguf
+    (EAGLE-3 heads for llama.cpp), heads (the others without it)."""
     heads_from: str | None = None
     """A directory of heads without their model, or its name on the hub, ours or published ones (docs/heads.md); the
     result has them too."""

@@ -234,15 +234,7 @@ def save_eagle3(model: Transformer, directory: Path, speculators: bool) -> list[
 
     Raises UsageError for heads of another kind, or on a model whose norms or embeddings are not Llama's.
     """
-    config = model.config
-    if config.heads == 1 or not isinstance(config.kind, Eagle3Heads):
-        kind = "one head" if config.heads == 1 else f"{config.head_kind} heads"
-        raise UsageError(
-            f"this model has {kind}; EAGLE-3's layout holds eagle3 heads alone (adapt --head-kind eagle3), and "
-            "headstart all kinds"
-        )
-    _refuse_norms(config, "this model has", "EAGLE-3's layout; take headstart")
-    tensors = {_published(name): tensor for name, tensor in stored_tensors(model, None)[HEADS_FILE].items()}
+    config, tensors = model.config, published_tensors(model)
     if "d2t" in tensors:
         tokens = tensors["d2t"]
         tensors["d2t"] = tokens - torch.arange(len(tokens))
@@ -253,6 +245,22 @@ def save_eagle3(model: Transformer, directory: Path, speculators: bool) -> list[
     content = _speculators_config(config, dtype) if speculators else _plain_config(config, dtype)
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return _left_out(config, speculators)
+
+
+def published_tensors(model: Transformer) -> dict[str, Tensor]:
+    """Return the tensors of heads 2..n by their published names; `d2t` holds token ids.
+
+    Raises UsageError for heads of another kind, or on a model whose norms or embeddings are not Llama's.
+    """
+    config = model.config
+    if config.heads == 1 or not isinstance(config.kind, Eagle3Heads):
+        kind = "one head" if config.heads == 1 else f"{config.head_kind} heads"
+        raise UsageError(
+            f"this model has {kind}; EAGLE-3's layout holds eagle3 heads alone (adapt --head-kind eagle3), and "
+            "headstart all kinds"
+        )
+    _refuse_norms(config, "this model has", "EAGLE-3's layout; take headstart")
+    return {_published(name): tensor for name, tensor in stored_tensors(model, None)[HEADS_FILE].items()}
 
 
 def _published(name: str) -> str:
@@ -313,7 +321,8 @@ def _layer_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _normed_residual(config: ModelConfig) -> bool:
+def normed_residual(config: ModelConfig) -> bool:
+    """Return whether the block adds the normed state."""
     return config.draft_block is not None and config.draft_block.norm_before_residual
 
 
@@ -321,7 +330,7 @@ def _plain_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     features = config.kind.features
     content = _layer_config(config, dtype) | {
         "draft_vocab_size": config.drafted_tokens,
-        "norm_before_residual": _normed_residual(config),
+        "norm_before_residual": normed_residual(config),
     }
     if config.norm_output:
         content["norm_output"] = True
@@ -349,7 +358,7 @@ def _speculators_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "transformer_layer_config": layer,
         "draft_vocab_size": config.drafted_tokens,
         "target_hidden_size": config.dim,
-        "norm_before_residual": _normed_residual(config),
+        "norm_before_residual": normed_residual(config),
         "norm_before_fc": False,
         "fc_norm": False,
         "norm_output": config.norm_output,
@@ -375,7 +384,7 @@ def _left_out(config: ModelConfig, speculators: bool) -> list[str]:
             f"layers {', '.join(map(str, config.kind.features))}: vLLM reads them; SGLang counts layers otherwise, and "
             "other engines know the default layers alone"
         )
-    variants = {"norm_output": config.norm_output, "norm_before_residual": _normed_residual(config)}
+    variants = {"norm_output": config.norm_output, "norm_before_residual": normed_residual(config)}
     for name in [name for name, there in variants.items() if there]:
         left.append(f"{name}: vLLM computes it; SGLang's and llama.cpp's readers may not, and would draft worse")
     return left

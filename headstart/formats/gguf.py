@@ -6,7 +6,7 @@ llama.cpp decodes with head 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -171,18 +171,25 @@ def save_gguf(
             writer.add_tokenizer_model("no_vocab")
         else:
             add_vocabulary(writer, vocabulary, tokenizer)
-        for name, tensor in gguf_tensors(model):
-            stored = tensor.to(torch.float32 if tensor.dim() == 1 else dtype).contiguous()
-            # numpy has no bfloat16, so all tensors are passed as bytes.
-            kind = gguf.GGMLQuantizationType[DTYPES[stored.dtype]]
-            writer.add_tensor(name, stored.view(torch.uint8).numpy(), raw_dtype=kind)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+        write_file(writer, gguf_tensors(model), dtype)
     return [] if vocabulary is None else vocabulary.left
+
+
+def write_file(writer: Any, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Add tensors to a writer, matrices in `dtype`, vectors in fp32 and ids as they are, and write the file."""
+    kinds = import_gguf().GGMLQuantizationType
+    for name, tensor in tensors:
+        floating = tensor.is_floating_point()
+        stored = (tensor.to(torch.float32 if tensor.dim() == 1 else dtype) if floating else tensor).contiguous()
+        # numpy has no bfloat16, so all tensors are passed as bytes.
+        kind = kinds[DTYPES[stored.dtype] if floating else "I64"]
+        writer.add_tensor(name, stored.view(torch.uint8).numpy(), raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -86,6 +86,7 @@ def save_medusa(model: Transformer, directory: Path, tokenizer: Tokenizer | None
     _write(directory / TGI, TGI_FILE, tgi, own_config)
     left = [f'{TGI}/{CONFIG_FILE}: write the full path or hub id of {BASE}/ for "../{BASE}" before TGI reads it']
     if config.draft_vocab is not None:
+        left.append(f"{VLLM}/: vLLM 0.32.0 refuses to load {TOKEN_MAP}, its draft vocabulary; train heads without one")
         left.append(f"draft vocabulary: not in {TGI}/, whose heads propose any token; the text is the same")
     return left
 

@@ -15,6 +15,7 @@ from headstart.data.tokenizers import Tokenizer, load_tokenizer
 from headstart.errors import UsageError
 from headstart.formats.config_json import CONFIG_FILE
 from headstart.formats.eagle3 import Eagle3, EagleHeads
+from headstart.formats.eagle3_gguf import Eagle3Gguf
 from headstart.formats.format import Format
 from headstart.formats.gguf import Gguf
 from headstart.formats.heads import DetachedHeads, DraftHeads, StoredHeads
@@ -36,6 +37,7 @@ FORMATS: dict[str, Format] = {
     "eagle3": Eagle3(),
     "speculators": Eagle3(speculators=True),
     "gguf": Gguf(),
+    "eagle3-gguf": Eagle3Gguf(),
     "heads": DraftHeads(),
 }
 HEADS: tuple[type[DetachedHeads], ...] = (StoredHeads, EagleHeads, PublishedMedusa)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.commands.convert import convert
+from headstart.data.tokenizers import ByteTokenizer
 from headstart.decoding.engine import Engine, EngineConfig, generate_all
 from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
@@ -242,3 +243,31 @@ def test_published_medusa_heads(place: str, shared: bool, tmp_path: Path) -> Non
     change_config(folder, num_hidden_layers=2, medusa_num_layers=2)
     with pytest.raises(UsageError, match="heads of one layer"):
         load_model(tmp_path / "base", heads=folder)
+
+
+@pytest.mark.parametrize("variant", ["plain", "drafts"])
+def test_eagle_heads_for_llama_cpp(variant: str, tmp_path: Path) -> None:
+    """llama.cpp's names, absolute token ids, and rows of queries and keys in pairs of neighbours."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (headstart[gguf])")
+    model = random_model(replace(EAGLE, vocab_size=256, **VARIANTS[variant]))
+    if model.unembedding.d2t is not None:
+        model.unembedding.d2t.copy_(D2T)
+    save_model(model, tmp_path / "full", ByteTokenizer())
+    convert(tmp_path / "full", tmp_path / "head.gguf", "eagle3-gguf")
+    convert(tmp_path / "full", tmp_path / "head.gguf", "eagle3-gguf")  # replaces an earlier result
+    reader = gguf.GGUFReader(tmp_path / "head.gguf")
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    state = model.state_dict()
+    q, k, v = state["heads.1.midlayer.attention.qkv.weight"].split([32, 16, 16])
+    pairs = torch.arange(8).view(2, 4).T.flatten()
+    for name, rows in (("q", q), ("k", k)):
+        expected = rows.view(-1, 8, 64)[:, pairs].reshape(-1, 64)
+        assert torch.equal(found[f"blk.0.attn_{name}.weight"], expected)
+    assert torch.equal(found["blk.0.attn_v.weight"], v)
+    assert torch.equal(found["blk.0.attn_norm_2.weight"], state["heads.1.midlayer.hidden_norm.weight"])
+    assert torch.equal(found["output.weight"], state["unembedding.weights.1"])
+    assert ("d2t" in found) == (variant == "drafts") and torch.equal(found.get("d2t", D2T), D2T)
+    assert all(reader.fields[f"eagle3.{key}"].contents() == [2, 4, 5] for key in ("extract_layers", "target_layers"))
+    save_model(random_model(replace(EAGLE, vocab_size=256, norm_output=True)), tmp_path / "other", ByteTokenizer())
+    with pytest.raises(UsageError, match="have norm_output"):
+        convert(tmp_path / "other", tmp_path / "other.gguf", "eagle3-gguf")
