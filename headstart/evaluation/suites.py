@@ -28,6 +28,8 @@ FOLDER_VARIABLE = "HEADSTART_SUITES"
 SECONDS = 60.0
 """Longest wait for a file from the network."""
 GOLDEN = 0.6180339887498949
+MBPP_TEST = range(11, 511)
+"""Task ids of MBPP's test split. Files of all problems hold those of training, which models may be trained on."""
 
 
 @dataclass(frozen=True)
@@ -168,13 +170,17 @@ class GSM8K(Suite):
 class CodePrompts(Suite):
     """The prompts of a task of pass@k as questions, for how fast a model writes programs, not how good they are."""
 
-    def __init__(self, task: str, file: str) -> None:
-        self.task, self.file = task, file
+    def __init__(self, task: str, file: str, test: range | None = None) -> None:
+        self.task, self.file, self.test = task, file, test
         self.name = f"{task}-prompts"
 
     def read(self, file: Path | None) -> list[Question]:
-        """Return the prompts of the task's problems, each as a question for a program."""
+        """Return the prompts of the task's problems of the test split, each as a question for a program."""
         ask = "Write a solution to the following problem and make sure that it passes the tests:"
+        problems = load_problems(self.task, None if file is None else str(file), option="--suite.file")
+        asked = [problem for problem in problems if self.test is None or _number(problem.name) in self.test]
+        if len(asked) < len(problems):
+            say(f"{self.name}: {len(problems) - len(asked)} problems outside of the test split are left out")
         return [
             Question(
                 problem.name,
@@ -182,7 +188,7 @@ class CodePrompts(Suite):
                 ((_user(f"{ask}\n```python\n{problem.prompt.rstrip()}\n```"),),),
                 text=problem.prompt,
             )
-            for problem in load_problems(self.task, None if file is None else str(file), option="--suite.file")
+            for problem in asked
         ]
 
 
@@ -217,7 +223,7 @@ SUITES: dict[str, Suite] = {
         MTBench(),
         GSM8K(),
         CodePrompts("humaneval", "humaneval/HumanEval.jsonl.gz"),
-        CodePrompts("mbpp", "mbpp/mbpp.jsonl"),
+        CodePrompts("mbpp", "mbpp/mbpp.jsonl", MBPP_TEST),
         FilePrompts(),
     )
 }
@@ -238,6 +244,12 @@ def spread(questions: Sequence[Question]) -> list[int]:
         order = sorted(range(len(numbers)), key=lambda i: i * GOLDEN % 1)
         ranked += [(rank, turn, numbers[i]) for rank, i in enumerate(order)]
     return [number for _, _, number in sorted(ranked)]
+
+
+def _number(name: str) -> int:
+    """Return the number at the end of a problem's name, -1 without one."""
+    last = name.rpartition("/")[2]
+    return int(last) if last.isdecimal() else -1
 
 
 def _user(content: str) -> Message:

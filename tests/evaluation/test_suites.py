@@ -79,6 +79,18 @@ def test_other_files(tmp_path) -> None:
     assert tales.category == "tales"
 
 
+@pytest.mark.parametrize("name", ["{}", "MbppEval/{}"])  # the authors' form, and CodeT's
+def test_mbpp_asks_only_the_test_split(tmp_path, capsys, name) -> None:
+    ids = [n if name == "{}" else name.format(n) for n in (1, 10, 11, 510, 511, 974)]
+    file = write(tmp_path / "m.jsonl", [{"task_id": i, "text": f"{i}?", "test_list": ["assert f()"]} for i in ids])
+    found = SUITES["mbpp-prompts"].questions(file)
+    assert [q.name for q in found] == [f"mbpp/{ids[2]}", f"mbpp/{ids[3]}"]
+    assert "4 problems outside of the test split are left out" in capsys.readouterr().err
+    training = write(tmp_path / "t.jsonl", [{"task_id": 601, "text": "?", "test_list": ["assert f()"]}])
+    with pytest.raises(UsageError, match="holds no question of mbpp-prompts"):
+        SUITES["mbpp-prompts"].questions(training)
+
+
 def test_files_that_are_no_suites(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     with pytest.raises(UsageError, match="holds no question of mt-bench"):
@@ -128,7 +140,7 @@ def test_published_results_belong_to_suites_and_name_their_source() -> None:
 def test_real_files() -> None:
     sizes = {name: len(suite.questions(None)) for name, suite in SUITES.items() if suite.file}
     assert sizes["spec-bench"] == 480 and sizes["mt-bench"] == 80 and sizes["gsm8k"] == 1319
-    assert sizes["humaneval-prompts"] == 164
+    assert sizes["humaneval-prompts"] == 164 and sizes["mbpp-prompts"] == 500
     whole = SUITES["spec-bench"].questions(None)
     assert len({q.category for q in whole}) == 13
     assert len({SUITES["spec-bench"].groups.get(q.category, q.category) for q in whole}) == 6
