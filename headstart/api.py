@@ -61,6 +61,10 @@ class Output:
     """Log-probability of each token under the model, before penalties and temperature, if requested."""
     top_logprobs: list[list[tuple[int, float]]]
     """The most probable (token, log-probability) pairs at each token, best first, if requested."""
+    prompt_logprobs: list[float]
+    """Log-probability of each token of the prompt but the first, if requested."""
+    prompt_top_logprobs: list[list[tuple[int, float]]]
+    """The most probable pairs at each of these tokens, best first, if requested."""
 
     @classmethod
     def of(cls, generation: Generation) -> Output:
@@ -73,6 +77,8 @@ class Output:
             generation.stats,
             generation.logprobs,
             generation.top_logprobs,
+            generation.prompt_logprobs,
+            generation.prompt_top_logprobs,
         )
 
 

@@ -544,7 +544,7 @@ def test_stored_states_of_a_gguf_file_are_those_of_decoding_with_the_heads(
     monkeypatch.setattr(StoredOutputs, "_trunk_output", watched)
     found = adapt(settings(model=file, head_kind=kind, steps=2, cache_states="true"))
     assert made and StoredHeads.read(Path(found["heads_from"])).model.heads == 3
-    decoding = headstart.load(file, heads=found["heads_from"]).transformer
+    decoding = headstart.load(file, dtype="float32", heads=found["heads_from"]).transformer
     for tokens, z_BTD in made:
         assert torch.equal(z_BTD, decoding.latents(tokens, [])[0])
 
