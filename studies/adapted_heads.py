@@ -163,7 +163,7 @@ class AdaptedHeadsStudy(Study[AdaptedHeadsSettings]):
         ]
         kinds = ", ".join(f"{row[0]} {row[-1].split()[0]}" for row in rows if row[1] == settings.losses[0])
         ours = f"tokens per pass, greedy, n={settings.heads}: {kinds}; of losses {in_words(contrasts, '+.2f')}"
-        return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
+        return Findings(headers, rows, judge(contrasts), sentence, ours, notes, contrasts=contrasts)
 
     def draw(self, figure: Any, settings: AdaptedHeadsSettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""

@@ -102,7 +102,8 @@ class BytesStudy(Study[BytesSettings]):
         notes = [
             "The paper's gain of next-byte quality (pass@1 of 32.3 against 19.3 on MBPP at n=8) is out of reach of "
             "models this small.",
-            f"Replicated unembeddings over {settings.size}, as the paper's byte models; the same bytes for every n.",
+            f"Replicated unembeddings over {settings.size}, as the paper's byte models; the same bytes, and "
+            "as many blocks before head 1, for every n.",
         ]
         headers = ["n", "head 1, bits per byte", *(f"k={k}" for k in shown)]
         return Findings(
@@ -113,6 +114,7 @@ class BytesStudy(Study[BytesSettings]):
             f"{ours} ({settings.size})",
             notes,
             [known],
+            contrasts,
         )
 
     def _contrasts(self, settings: BytesSettings, results: Sequence[Result]) -> list[Contrast]:

@@ -111,7 +111,7 @@ class ChoicePointsStudy(Study[ChoicePointsSettings]):
         ]
         headers = ["n", "by", "terms, with consequences", "terms, without", "the paper"]
         ours = f"{with_:.2f} against {without:.2f} at n={top}"
-        return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
+        return Findings(headers, rows, judge(contrasts), sentence, ours, notes, contrasts=contrasts)
 
     def draw(self, figure: Any, settings: ChoicePointsSettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""

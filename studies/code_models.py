@@ -14,8 +14,9 @@ from headstart.data.tokenizers import ByteTokenizer
 from headstart.evaluation.heads import score_documents
 from headstart.model.config import ModelConfig
 from headstart.objective.head_weights import HeadWeights
-from studies.study import Control, Result, StudySettings, Tell, values
+from studies.study import Result, StudySettings, Tell, values
 from studies.training import TrainingSettings, in_memory, run_config, stream_of, train_model
+from studies.verdicts import Control
 
 HELD_OUT = 20
 """Number of files of which one is held out."""

@@ -94,7 +94,7 @@ class CurriculumStudy(Study[CurriculumSettings]):
         ours = "; ".join(f"{each.what} {each.median:+.3f}" for each in contrasts[::3])
         headers = ["schedule", "head 1, bits per byte", f"bytes per pass with {settings.heads} heads"]
         notes = ["Equal steps and parameters; a step with fewer heads is also a cheaper one, which is not counted."]
-        return Findings(headers, rows, judge(contrasts, controls=[known]), sentence, ours, notes, [known])
+        return Findings(headers, rows, judge(contrasts, controls=[known]), sentence, ours, notes, [known], contrasts)
 
     def draw(self, figure: Any, settings: CurriculumSettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""

@@ -10,11 +10,29 @@ from typing import Any, ClassVar
 from headstart.model.transformer import Transformer
 from headstart.training.adapt.new_heads import with_heads
 from studies.polynomial_ring import RingSettings
-from studies.study import Case, Findings, Result, Scale, Study, Tell, crossed, spread, values
-from studies.training import TrainingSettings, run_config, sized, stream_of, train_model, written_right
+from studies.study import Case, Findings, Result, Scale, Study, Tell, spread, values
+from studies.training import (
+    DEPTH_NOTE,
+    SHALLOW,
+    TrainingSettings,
+    at_depth,
+    run_config,
+    stream_of,
+    train_model,
+    with_depths,
+    written_right,
+)
 from studies.verdicts import contrast, in_words, judge
 
 HEADS = 4
+_SEVERAL = {"n": HEADS, "depth": "matched"}
+ARMS: dict[str, tuple[dict[str, Any], str]] = {
+    "n=1, then 1": ({"n": 1}, "then 1"),
+    "n=1 as shallow, then 1": ({"n": HEADS, "depth": "shallow"}, "then 1"),
+    f"n={HEADS}, then {HEADS}": (_SEVERAL, f"then {HEADS}"),
+    f"n={HEADS}, then 1": (_SEVERAL, "then 1"),
+}
+"""Conditions of each arm's case, and its number: pretrained and finetuned heads."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +85,14 @@ class FinetuneStudy(Study[FinetuneSettings]):
 
     def cases(self, settings: FinetuneSettings) -> list[Case]:
         """Return the cases of all conditions and seeds."""
-        return crossed(settings.chosen_seeds, pretrained=(1, HEADS))
+        return with_depths(settings.chosen_seeds, SHALLOW, (1, HEADS))
 
     def run(self, settings: FinetuneSettings, case: Case, tell: Tell) -> dict[str, Any]:
         """Pretrain, then finetune with all heads and, from the same weights, with head 1 alone."""
-        ring, n = settings.ring, int(case.conditions["pretrained"])
+        ring, depth = settings.ring, str(case.conditions["depth"])
         context = max(settings.training.length, settings.finetuning.length, ring.longest(settings.operations + 1, 0))
-        model = sized(settings.size, vocab_size=ring.vocab_size, heads=n, context=context)
+        model = at_depth(depth, settings.size, int(case.conditions["n"]), vocab_size=ring.vocab_size, context=context)
+        n = model.heads
         config = run_config(settings.training, model, case.seed, settings.device)
         problems = ring.documents(settings.problems, settings.operations, 0, case.seed)
         trained = train_model(config, stream_of(settings.shards(problems), config), tell)
@@ -102,15 +121,13 @@ class FinetuneStudy(Study[FinetuneSettings]):
     def findings(self, settings: FinetuneSettings, results: Sequence[Result]) -> Findings:
         """Judge the claim by the results."""
         arms = {
-            "n=1, then 1": values(results, lambda r: r.numbers["then 1"], pretrained=1),
-            f"n={HEADS}, then {HEADS}": values(results, lambda r: r.numbers[f"then {HEADS}"], pretrained=HEADS),
-            f"n={HEADS}, then 1": values(results, lambda r: r.numbers["then 1"], pretrained=HEADS),
+            name: values(results, lambda r, after=after: r.numbers[after], **where)  # type: ignore[misc]
+            for name, (where, after) in ARMS.items()
         }
-        one, four, stripped = arms.values()
-        before = {n: values(results, lambda r: r.numbers["before"], pretrained=n) for n in (1, HEADS)}
+        one, shallow, four, stripped = arms.values()
         rows = [
-            [name, spread(before[1 if name.startswith("n=1") else HEADS]), spread(found)]
-            for name, found in arms.items()
+            [name, spread(values(results, lambda r: r.numbers["before"], **where)), spread(arms[name])]
+            for name, (where, _) in ARMS.items()
         ]
         margin = 0.5 / settings.tests**0.5
         contrasts = [
@@ -118,10 +135,12 @@ class FinetuneStudy(Study[FinetuneSettings]):
             contrast(f"n={HEADS} then 1 over n=1", stripped, one, margin),
             contrast(f"n={HEADS} then 1 over then {HEADS}", stripped, four, margin),
         ]
+        deep = [contrast(f"n={HEADS} then 1 over n=1 as shallow", stripped, shallow, margin)]
         floor = results[0].numbers["guessed"]
         learned = settings.learned("exact match of the best arm", max(map(max, arms.values())), floor)
         sentence = (
-            f"Exact match on {settings.operations + 1} operations after finetuning on them: {in_words(contrasts)}."
+            f"Exact match on {settings.operations + 1} operations after finetuning on them: {in_words(contrasts)}. "
+            f"Control of depth: {in_words(deep)}."
         )
         if not learned.passed:
             sentence += f" No arm was above the most frequent answer ({floor:.3f}): too short a training to compare."
@@ -130,25 +149,25 @@ class FinetuneStudy(Study[FinetuneSettings]):
             f"Pretrained on m = 1..{settings.operations} in F_{settings.p}[X]/(X^{settings.d}), finetuned on "
             f"{settings.finetuning_problems:,} problems of m = {settings.operations + 1}; the most frequent answer is "
             f"right in {floor:.3f}.",
+            DEPTH_NOTE,
             "The paper's data, CodeContests' programs with their rewards: `headstart prepare --rewards`.",
         ]  # fmt: skip
         headers = ["pretrained, then finetuned with", "exact match before", "exact match after"]
-        return Findings(headers, rows, judge(contrasts, controls=[learned]), sentence, ours, notes, [learned])
+        verdict = judge(contrasts, controls=[learned], whole=all(each.leans for each in deep))
+        return Findings(headers, rows, verdict, sentence, ours, notes, [learned], contrasts)
 
     def draw(self, figure: Any, settings: FinetuneSettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""
         axes = figure.add_subplot()
-        arms = (("n = 1, then 1", 1, "then 1"), (f"n = {HEADS}, then {HEADS}", HEADS, f"then {HEADS}"),
-                (f"n = {HEADS}, then 1", HEADS, "then 1"))  # fmt: skip
-        for place, (_, n, key) in enumerate(arms):
-            before = values(results, lambda r: r.numbers["before"], pretrained=n)
-            after = values(results, lambda r, key=key: r.numbers[key], pretrained=n)  # type: ignore[misc]
+        for place, (where, key) in enumerate(ARMS.values()):
+            before = values(results, lambda r: r.numbers["before"], **where)
+            after = values(results, lambda r, key=key: r.numbers[key], **where)  # type: ignore[misc]
             axes.plot(
                 [place - 0.1] * len(before), before, "o", color="0.6", label=None if place else "before finetuning"
             )
             axes.plot([place + 0.1] * len(after), after, "o", color="C0", label=None if place else "after")
         axes.axhline(results[0].numbers["guessed"], color="0.5", linestyle="--", label="most frequent answer")
-        axes.set_xticks(range(len(arms)), [name for name, _, _ in arms])
+        axes.set_xticks(range(len(ARMS)), list(ARMS))
         axes.set(ylabel="exact match", ylim=(0, None))
         axes.set_title(
             "The paper's order (CodeContests, curves without numbers): n=1 < n=4 then 4 < n=4 then 1", fontsize=10

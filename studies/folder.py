@@ -1,9 +1,10 @@
-"""Keep the folder of a study: one file for each finished case, so that another start resumes."""
+"""Keep the folder of a study: a file for each finished case, a folder of checkpoints for each begun one."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -67,12 +68,17 @@ class StudyFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{file}: cannot be read ({error}); delete it and run the study again") from error
 
+    def trainings(self, case: Case) -> Path:
+        """Return the folder of the checkpoints of a case that is not finished."""
+        return self.cases / case.name
+
     def keep(self, result: Result) -> Result:
-        """Write a result in one step, and return it as `find` will read it."""
+        """Write a result in one step, and return it as `find` will read it. Its checkpoints are deleted."""
         case = result.case
         kept = {"conditions": case.conditions, "seed": case.seed, "numbers": _finite(result.numbers)}
         text = json.dumps({**kept, "seconds": round(result.seconds, 2)}, indent=2, allow_nan=False)
         write_text(self.cases / f"{case.name}.json", text + "\n")
+        shutil.rmtree(self.trainings(case), ignore_errors=True)
         return Result(case, json.loads(text)["numbers"], result.seconds)
 
 

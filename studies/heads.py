@@ -141,7 +141,7 @@ class HeadsStudy(Study[HeadsSettings]):
         ]  # fmt: skip
         parallel = next((each.median for each in contrasts if each.what.startswith("transformer, parallel")), 0.0)
         ours = f"head 1 {-parallel:+.3f} bits per byte with parallel heads; most bytes per pass: {best}"
-        return Findings(headers, rows, judge(judged, controls=[known]), sentence, ours, notes, [known])
+        return Findings(headers, rows, judge(judged, controls=[known]), sentence, ours, notes, [known], judged)
 
     def _improved_by_parallel(self, contrasts: Sequence[Any]) -> list[Any]:
         """Return the contrasts of the claim: parallel transformer heads gain, and more than every other kind."""

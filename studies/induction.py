@@ -11,9 +11,20 @@ import numpy as np
 
 from headstart.model.transformer import Transformer
 from studies.stories import Name, Stories
-from studies.study import Case, Control, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.training import TrainingSettings, in_memory, run_config, sized, stream_of, train_model, written_right
-from studies.verdicts import Contrast, contrast, in_words, judge
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, spread, values
+from studies.training import (
+    DEPTH_NOTE,
+    SHALLOW,
+    TrainingSettings,
+    at_depth,
+    in_memory,
+    run_config,
+    stream_of,
+    train_model,
+    with_depths,
+    written_right,
+)
+from studies.verdicts import Contrast, Control, contrast, in_words, judge
 
 FORMED = 0.1
 """Accuracy above guessing that some model must reach: else no model formed induction, and nothing is compared."""
@@ -29,6 +40,8 @@ class InductionSettings(StudySettings):
 
     sizes: tuple[str, ...] = ("1M", "3M", "10M", "30M", "100M", "300M", "1B")
     heads: tuple[int, ...] = (1, 2)
+    depths: tuple[str, ...] = SHALLOW
+    """Parameter matching, and its control of depth (`at_depth`)."""
     data: tuple[str, ...] = ("stories", "books")
     """stories alone, or books and stories 9:1 (appendix J)."""
     names: int = 120
@@ -81,14 +94,16 @@ class InductionStudy(Study[InductionSettings]):
 
     def cases(self, settings: InductionSettings) -> list[Case]:
         """Return the cases of all conditions and seeds."""
-        return crossed(settings.chosen_seeds, data=settings.data, size=settings.sizes, n=settings.heads)
+        return with_depths(
+            settings.chosen_seeds, settings.depths, settings.heads, data=settings.data, size=settings.sizes
+        )
 
     def run(self, settings: InductionSettings, case: Case, tell: Tell) -> dict[str, Any]:
         """Train and measure one case."""
         stories, training = Stories(settings.first, settings.second), settings.training
-        model = sized(
-            str(case.conditions["size"]), vocab_size=stories.vocab_size, heads=case.conditions["n"],
-            context=max(256, training.length),
+        model = at_depth(
+            str(case.conditions["depth"]), str(case.conditions["size"]), int(case.conditions["n"]),
+            vocab_size=stories.vocab_size, context=max(256, training.length),
         )  # fmt: skip
         config = run_config(training, model, case.seed, settings.device)
         rng = np.random.default_rng([case.seed, 0])
@@ -101,9 +116,8 @@ class InductionStudy(Study[InductionSettings]):
             weights = [1.0, 9.0]
         tests = _tests(stories, settings.tests, set(known))
         beginnings, rest = [tokens[:1] for tokens, _ in tests], [tokens[1:] for tokens, _ in tests]
-        found: list[float] = []
 
-        def watch(done: int, model: Transformer) -> None:
+        def watch(done: int, model: Transformer, found: list[float]) -> None:
             if done % settings.every == 0 or done == training.steps:
                 right = written_right(model.eval(), beginnings, rest)
                 scored = [story[at - 1] for story, (_, again) in zip(right, tests) for at in again]
@@ -112,6 +126,7 @@ class InductionStudy(Study[InductionSettings]):
                 tell(induction=f"{found[-1]:.3f}")
 
         trained = train_model(config, stream_of(sources, config, weights), tell, watch=watch)
+        found = trained.seen
         return {
             "best": max(found), "last": found[-1], "curve": found, "losses": trained.losses, "clipped": trained.clipped,
         }  # fmt: skip
@@ -121,26 +136,37 @@ class InductionStudy(Study[InductionSettings]):
         rows = []
         for data in settings.data:
             for size in settings.sizes:
-                for n in settings.heads:
-                    where = {"data": data, "size": size, "n": n}
+                conditions = with_depths([0], settings.depths, settings.heads)
+                for n, depth in (case.conditions.values() for case in conditions):
+                    where = {"data": data, "size": size, "n": n, "depth": depth}
                     cells = (values(results, lambda r, key=key: r.numbers[key], **where) for key in ("best", "last"))  # type: ignore[misc]
                     loss = values(results, lambda r: r.numbers["losses"][0], **where)
-                    rows.append([data, size, str(n), *map(spread, cells), spread(loss)])
+                    rows.append(
+                        [
+                            data,
+                            size,
+                            f"{n}" if depth == "matched" else f"1, as {depth} as n={n}",
+                            *map(spread, cells),
+                            spread(loss),
+                        ]
+                    )
         chance = 1 / settings.second
         best = max(result.numbers["best"] for result in results)
-        contrasts = self._contrasts(settings, results)
+        contrasts, deep = self._contrasts(settings, results), self._contrasts(settings, results, "shallow")
         controls = [Control("best accuracy of any model", best, chance + FORMED)]
         if "books" in settings.data:
             known = max(values(results, lambda r: r.numbers["best"], data="books", n=1))
             controls.append(Control("best accuracy of n=1 with books", known, IN_BOOKS))
         sentence = (
             "Accuracy on the second token of new names, at mentions after the first, best of all evaluations "
-            f"(guessing: {chance:.3f}): {in_words(contrasts)}."
+            f"(guessing: {chance:.3f}): {in_words(contrasts)}. "
+            f"Controls of depth: {in_words(deep)}."
         )
         if not controls[0].passed:
             sentence += " No model formed induction at all."
         ours = "; ".join(f"{each.what} {each.median:+.3f}" for each in contrasts if each.what.startswith("n=2"))
         notes = [
+            DEPTH_NOTE,
             "Stories and books are made from templates; the names of test stories occur in no training story, their "
             "tokens do, and in books the names may. In books people have other names each time, so that only induction "
             "predicts them.",
@@ -149,21 +175,30 @@ class InductionStudy(Study[InductionSettings]):
             f"(arXiv 2511.16893): {10**5.7 * (settings.training.rows * settings.training.length) ** 0.5:,.0f} here.",
         ]
         return Findings(
-            ["data", "size", "n", "best", "last", "loss of head 1"], rows, judge(contrasts, controls=controls),
-            sentence, ours, notes, controls,
+            ["data", "size", "n", "best", "last", "loss of head 1"], rows,
+            judge(contrasts, controls=controls, whole=all(each.leans for each in deep)),
+            sentence, ours, notes, controls, contrasts,
         )  # fmt: skip
 
-    def _contrasts(self, settings: InductionSettings, results: Sequence[Result]) -> list[Contrast]:
+    def _contrasts(
+        self, settings: InductionSettings, results: Sequence[Result], depth: str = "matched"
+    ) -> list[Contrast]:
+        """Return the contrasts of several heads over one head, of equal parameters or of equal depth ("shallow")."""
+        if depth not in settings.depths:
+            return []
+
         def best(data: str, size: str, n: int) -> list[float]:
-            return values(results, lambda r: r.numbers["best"], data=data, size=size, n=n)
+            where = {"n": last, "depth": depth} if n == 1 and depth != "matched" else {"n": n, "depth": "matched"}
+            return values(results, lambda r: r.numbers["best"], data=data, size=size, **where)
 
         last, margin = max(settings.heads), 0.02
+        one = "n=1" if depth == "matched" else f"n=1 as {depth}"
         found = []
         for size in settings.sizes:
             more, less = best("stories", size, last), best("stories", size, 1)
-            found.append(contrast(f"n={last} over n=1 on stories ({size})", more, less, margin))
+            found.append(contrast(f"n={last} over {one} on stories ({size})", more, less, margin))
             if "books" in settings.data:
-                found.append(contrast(f"books over stories at n=1 ({size})", best("books", size, 1), less, margin))
+                found.append(contrast(f"books over stories at {one} ({size})", best("books", size, 1), less, margin))
                 gap = [a - b for a, b in zip(more, less)]
                 with_books = [a - b for a, b in zip(best("books", size, last), best("books", size, 1))]
                 found.append(contrast(f"that gap on stories over the one with books ({size})", gap, with_books, margin))
@@ -174,7 +209,10 @@ class InductionStudy(Study[InductionSettings]):
         grid = figure.subplots(1, len(settings.data), squeeze=False, sharey=True)[0]
         for axes, data in zip(grid, settings.data):
             for i, n in enumerate(settings.heads):
-                found = [values(results, lambda r: r.numbers["best"], data=data, size=s, n=n) for s in settings.sizes]
+                found = [
+                    values(results, lambda r: r.numbers["best"], data=data, size=s, n=n, depth="matched")
+                    for s in settings.sizes
+                ]
                 axes.plot(settings.sizes, [statistics.median(x) for x in found], color=f"C{i}", label=f"n = {n}")
                 for size, accuracies in zip(settings.sizes, found):
                     axes.plot([size] * len(accuracies), accuracies, "o", color=f"C{i}", alpha=0.5, markersize=5)

@@ -105,7 +105,7 @@ class MemoryStudy(Study[MemorySettings]):
             f"One row of {settings.length} tokens, V = {settings.vocab_size:,}, d = {settings.dim}, {settings.layers} "
             "layers for every n.",
         ]
-        return Findings(headers, rows, judge(contrasts), sentence, ours, notes)
+        return Findings(headers, rows, judge(contrasts), sentence, ours, notes, contrasts=contrasts)
 
     def draw(self, figure: Any, settings: MemorySettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""

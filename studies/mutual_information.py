@@ -142,7 +142,7 @@ class MutualInformationStudy(Study[MutualInformationSettings]):
         if verdict != "reproduced":
             sentence = f"The largest error is {worst:.0e} nats, where {TOLERANCE:.0e} was allowed or more seeds needed."
         headers = ["distributions", "alphabet", "largest error, nats"]
-        return Findings(headers, rows, verdict, sentence, f"errors up to {worst:.0e} nats", notes)
+        return Findings(headers, rows, verdict, sentence, f"errors up to {worst:.0e} nats", notes, contrasts=contrasts)
 
     def draw(self, figure: Any, settings: MutualInformationSettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""

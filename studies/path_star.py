@@ -19,9 +19,9 @@ from headstart.training.auxiliary.registers import RegisterConfig
 from headstart.training.auxiliary.token_order import TokenOrderConfig
 from headstart.training.config import RunConfig
 from studies.star_graphs import StarGraphs
-from studies.study import Case, Control, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
 from studies.training import StopTraining, TrainingSettings, run_config, train_model, written_right
-from studies.verdicts import Contrast, contrast, in_words, judge
+from studies.verdicts import Contrast, Control, contrast, in_words, judge
 
 TEST_SEED = 1_000_000
 NEXT = "next token"
@@ -103,9 +103,8 @@ class PathStarStudy(Study[PathStarSettings]):
         method = str(case.conditions["method"])
         config = config_of(settings, graphs, method, case.seed)
         tests = graphs.draw(settings.tests, np.random.default_rng(TEST_SEED))
-        on_the_way: list[tuple[int, float]] = []
 
-        def watch(step: int, model: Transformer) -> None:
+        def watch(step: int, model: Transformer, on_the_way: list[tuple[int, float]]) -> None:
             if step % settings.watched == 0:
                 right = right_of(model.eval(), graphs, tests[:250], method)
                 model.train()
@@ -114,7 +113,7 @@ class PathStarStudy(Study[PathStarSettings]):
                     raise StopTraining
 
         trained = train_model(config, batches_of(graphs, config, method), tell, watch=watch)
-        right = right_of(trained.model, graphs, tests, method)
+        right, on_the_way = right_of(trained.model, graphs, tests, method), trained.seen
         return {
             "exact": float(right.all(1).mean()),
             "places": right.mean(0).tolist(),
@@ -153,7 +152,7 @@ class PathStarStudy(Study[PathStarSettings]):
             f"twice; at most {settings.training.steps} steps, fewer where {SOLVED:.0%} of 250 graphs are right at two "
             f"tests in a row. Models of equal depth from token to prediction; heads 2..n are {settings.head_kind}.",
         ]
-        return Findings(headers, rows, judge(contrasts, controls=controls), sentence, ours, notes, controls)
+        return Findings(headers, rows, judge(contrasts, controls=controls), sentence, ours, notes, controls, contrasts)
 
     def _controls(self, settings: PathStarSettings, results: Sequence[Result]) -> list[Control]:
         """Return the controls: the next token writes some path, and reversed paths, without a trap, are solved."""

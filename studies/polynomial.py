@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any, ClassVar
 
 from studies.polynomial_ring import RingSettings
-from studies.study import Case, Control, Findings, Result, Scale, Study, Tell, spread, values
+from studies.study import Case, Findings, Result, Scale, Study, Tell, spread, values
 from studies.training import (
     DEPTHS,
     TrainingSettings,
@@ -21,7 +21,7 @@ from studies.training import (
     with_depths,
     written_right,
 )
-from studies.verdicts import Contrast, contrast, in_words, judge
+from studies.verdicts import Contrast, Control, contrast, in_words, judge
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class PolynomialStudy(Study[PolynomialSettings]):
             if settings.answers_only
             else "Questions are part of the loss, and their coefficients are random: no head can predict those.",
         ]
-        return Findings(headers, rows, verdict, sentence, ours, notes, [controls["in"]])
+        return Findings(headers, rows, verdict, sentence, ours, notes, [controls["in"]], contrasts)
 
     def _contrasts(
         self, settings: PolynomialSettings, results: Sequence[Result], domains: dict[str, tuple[int, int]]

@@ -9,8 +9,9 @@ import numpy as np
 
 from headstart.data.shards import TokenShards
 from headstart.errors import UsageError
-from studies.study import Control, StudySettings
+from studies.study import StudySettings
 from studies.training import TrainingSettings, in_memory
+from studies.verdicts import Control
 
 Polynomial = tuple[int, ...]
 """Coefficients, the constant first."""

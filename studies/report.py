@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from headstart import hardware
-from headstart.console import duration, format_table
+from headstart.console import format_table
 from headstart.fileio import replacing_file, write_text
 from headstart.reports.html import COLOURS, SERIES, figure_style
 from studies.folder import StudyFolder
 from studies.study import Findings, Result, Scale, Study, StudySettings
 
 INK, MUTED, LINE = (COLOURS[name][0] for name in ("ink", "muted", "line"))
+PARTS = (
+    "Claim", "Verdict", "Setting", "Arms", "Seeds", "Margin", "Controls", "Clip rates", "Hours", "Command",
+    "Cannot show",
+)  # fmt: skip
+"""Parts of a report, each of which begins with its name in bold."""
 SMOKE = "A smoke run shows that the study runs, and says nothing about its claim. "
 
 
@@ -37,6 +42,10 @@ def results_of(
         "sentence": SMOKE + findings.sentence if smoke else findings.sentence,
         "table": {"headers": list(findings.headers), "rows": [list(row) for row in findings.rows]},
         "notes": list(findings.notes),
+        "contrasts": [
+            {"what": each.what, "median": each.median, "bar": each.bar, "seeds": each.seeds_in_words}
+            for each in findings.contrasts
+        ],
         "controls": [{**asdict(control), "passed": control.passed} for control in findings.controls],
         "cannot_show": study.cannot_show,
         "compared_at": study.compared_at,
@@ -59,6 +68,7 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
     if short:
         return f"\n{format_table(headers, rows)}\n\n{found['verdict']}: {found['sentence']}\n"
     settings = ", ".join(f"{name} {_setting(value)}" for name, value in found["settings"].items())
+    seeds = sorted({case["seed"] for case in found["cases"]})
     lines = [
         f"# Study {found['study']}, scale {found['scale']}",
         "",
@@ -76,52 +86,63 @@ def format_report(found: dict[str, Any], *, short: bool = False) -> str:
         "",
         "Medians over seeds, in brackets the range.",
         "",
-        *_controls(found["controls"]),
-        *_arms(found),
         *(f"- {note}" for note in found["notes"]),
-        f"- What this cannot show: {found['cannot_show']}",
-        f"- Machine: {hardware.summary(found['machine'])}; {duration(found['seconds'])} in all, {found['date']}.",
-        f"- Settings: {settings}.",
-        f"- Run it again: `headstart study {found['study']} --scale {found['scale']}`, which also writes the raw data "
+        f"- **Setting**: {settings}. Machine: {hardware.summary(found['machine'])}, {found['date']}.",
+        _arms(found),
+        f"- **Seeds**: {', '.join(map(str, seeds))}, chosen before the run; those below 10 are for tuning.",
+        *_margin(found["contrasts"]),
+        *_controls(found["controls"]),
+        _clip_rates(found["cases"]),
+        f"- **Hours**: {_hours(found)}",
+        f"- **Cannot show**: {found['cannot_show']}",
+        f"- **Command**: `headstart study {found['study']} --scale {found['scale']}`, which also writes the raw data "
         "of every case, `results.json`.",
     ]
     return "\n".join(lines) + "\n"
 
 
+def _by_arm(cases: Sequence[dict[str, Any]], number: str, form: str) -> str:
+    """Return the median over seeds of a number of every condition that has it, in words."""
+    arms: dict[str, list[float]] = {}
+    for case in cases:
+        if case.get(number) is not None:
+            arms.setdefault(case["arm"], []).append(case[number])
+    return "; ".join(f"{arm}: {statistics.median(found):{form}}" for arm, found in arms.items())
+
+
+def _arms(found: dict[str, Any]) -> str:
+    """Return the line of the conditions: the amount at which they are equal, and the processor time of each."""
+    seconds = _by_arm(found["cases"], "processor_seconds", ",.0f")
+    return f"- **Arms**, compared at equal {found['compared_at']}; seconds of processor time of each: {seconds}."
+
+
+def _margin(contrasts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of the judged differences, with the bar of each."""
+    rule = "two pooled standard errors over the seeds, or the noise of the measurement where that is more"
+    each = [f"  - {c['what']}: {c['median']:+.3g} (bar {c['bar']:.2g}; {c['seeds']})" for c in contrasts]
+    return [f"- **Margin**: {rule}. Differences, positive as the claim has them:", *each]
+
+
 def _controls(controls: Sequence[dict[str, Any]]) -> list[str]:
     """Return the lines of the positive controls."""
     lines = [
-        f"- {control['what']}: {control['value']:.3f}, above {control['needed']:.3f} needed: "
+        f"  - {control['what']}: {control['value']:.3f}, above {control['needed']:.3f} needed: "
         + ("passed" if control["passed"] else "**failed**")
         for control in controls
     ]
-    return ["Controls:", "", *lines, ""] if lines else []
+    return ["- **Controls**:" + ("" if lines else " none: no difference here needs a model that has learned."), *lines]
 
 
-def _arms(found: dict[str, Any]) -> list[str]:
-    """Return a table of every condition: share of its steps that were clipped, and its processor time."""
-    arms: dict[str, list[dict[str, Any]]] = {}
-    for case in found["cases"]:
-        arms.setdefault(case["arm"], []).append(case)
-    if not any("clipped" in case for case in found["cases"]):
-        return []
+def _clip_rates(cases: Sequence[dict[str, Any]]) -> str:
+    """Return the line of the share of steps whose gradient was clipped, of each condition that trains."""
+    rates = _by_arm(cases, "clipped", ".0%")
+    return f"- **Clip rates**: {rates or 'not counted, for no clipped training is compared'}."
 
-    def median(cases: Sequence[dict[str, Any]], name: str, form: str) -> str:
-        known = [case[name] for case in cases if case.get(name) is not None]
-        return format(statistics.median(known), form) if known else ""
 
-    rows = [
-        [arm, median(cases, "clipped", ".0%"), median(cases, "processor_seconds", ",.0f")]
-        for arm, cases in arms.items()
-    ]
-    return [
-        f"Conditions are compared at equal {found['compared_at']}; the table has what they share and what not.",
-        "",
-        _row(["condition", "steps clipped", "processor seconds"]),
-        "| --- | --- | --- |",
-        *map(_row, rows),
-        "",
-    ]
+def _hours(found: dict[str, Any]) -> str:
+    """Return the hours of the whole study: of the clock, and of processors."""
+    processors = sum(case.get("processor_seconds") or 0 for case in found["cases"])
+    return f"{found['seconds'] / 3600:.2g} of all cases one after the other, {processors / 3600:.2g} of processor time."
 
 
 def index_row(found: dict[str, Any]) -> str:

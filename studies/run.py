@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -19,6 +18,7 @@ from headstart.errors import UsageError
 from headstart.reports.html import need_matplotlib
 from studies.folder import StudyFolder
 from studies.report import draw_figure, format_report, results_of, write_results
+from studies.resume import Clock, trainings_kept_in
 from studies.study import Case, Result, Scale, Study, StudySettings, Tell
 
 STUDIES = (
@@ -92,7 +92,9 @@ def _run_cases(study: Study[Any], settings: StudySettings, folder: StudyFolder, 
     missing, took = [case for case in cases if case.name not in results], list[float]()
     with Progress(study.name, len(cases), unit="cases", start=len(results)) as bar:
         for result in (
-            _in_turn(study, settings, missing, bar) if jobs == 1 else _at_once(study, settings, missing, jobs)
+            _in_turn(study, settings, missing, folder, bar)
+            if jobs == 1
+            else _at_once(study, settings, missing, folder, jobs)
         ):
             results[result.case.name] = folder.keep(result)
             took.append(result.seconds)
@@ -103,25 +105,34 @@ def _run_cases(study: Study[Any], settings: StudySettings, folder: StudyFolder, 
     return [results[case.name] for case in cases]
 
 
-def _in_turn(study: Study[Any], settings: StudySettings, cases: Sequence[Case], bar: Progress) -> Iterator[Result]:
+def _in_turn(
+    study: Study[Any], settings: StudySettings, cases: Sequence[Case], folder: StudyFolder, bar: Progress
+) -> Iterator[Result]:
     for case in cases:
         bar.advance(0, case=case.name)
-        yield _run_case(study, settings, case, partial(bar.advance, 0))
+        yield _run_case(study, settings, case, folder.trainings(case), partial(bar.advance, 0))
 
 
-def _at_once(study: Study[Any], settings: StudySettings, cases: Sequence[Case], jobs: int) -> Iterator[Result]:
+def _at_once(
+    study: Study[Any], settings: StudySettings, cases: Sequence[Case], folder: StudyFolder, jobs: int
+) -> Iterator[Result]:
     """Yield the results of cases that run in `jobs` processes, which share the threads of this one."""
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
-        for done in as_completed([pool.submit(_run_case, study, settings, case) for case in cases]):
+        places = [(case, folder.trainings(case)) for case in cases]
+        for done in as_completed([pool.submit(_run_case, study, settings, *place) for place in places]):
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_case(study: Study[Any], settings: StudySettings, case: Case, tell: Tell = lambda **_: None) -> Result:
-    began, spent = time.monotonic(), time.process_time()
-    numbers = study.run(settings, case, tell)
-    spent = time.process_time() - spent
-    return Result(case, {"processor_seconds": round(spent, 2)} | numbers, time.monotonic() - began)
+def _run_case(
+    study: Study[Any], settings: StudySettings, case: Case, trainings: Path, tell: Tell = lambda **_: None
+) -> Result:
+    """Run a case, whose trainings are kept in the folder `trainings` until it is finished."""
+    began = Clock.now()
+    with trainings_kept_in(trainings) as kept:
+        numbers = study.run(settings, case, tell)
+    spent = kept.spent.plus(Clock.now().since(began))
+    return Result(case, {"processor_seconds": round(spent.processor, 2)} | numbers, spent.wall)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from studies.code_models import CodeSettings, learned, next_byte, train_on_code
-from studies.study import Case, Findings, Result, Scale, Study, Tell, crossed, spread
-from studies.training import TrainingSettings, sized
+from studies.study import Case, Findings, Result, Scale, Study, Tell, spread
+from studies.training import DEPTH_NOTE, SHALLOW, TrainingSettings, at_depth, with_depths
 from studies.verdicts import contrast, in_words, judge
 
 PAPER = {"0.3B": -0.8, "0.6B": -1.7, "1.3B": 0.6, "3B": 1.6, "6.7B": 2.1, "13B": 4.5}
@@ -22,6 +22,8 @@ class ScalingSettings(CodeSettings):
 
     sizes: tuple[str, ...] = tuple(PAPER)
     heads: tuple[int, ...] = (1, 2, 4)
+    depths: tuple[str, ...] = SHALLOW
+    """Parameter matching, and its control of depth (`at_depth`)."""
 
 
 class ScalingStudy(Study[ScalingSettings]):
@@ -55,27 +57,32 @@ class ScalingStudy(Study[ScalingSettings]):
 
     def cases(self, settings: ScalingSettings) -> list[Case]:
         """Return the cases of all conditions and seeds."""
-        return crossed(settings.chosen_seeds, size=settings.sizes, n=settings.heads)
+        return with_depths(settings.chosen_seeds, settings.depths, settings.heads, size=settings.sizes)
 
     def run(self, settings: ScalingSettings, case: Case, tell: Tell) -> dict[str, Any]:
         """Train and measure one case."""
-        model = sized(
-            str(case.conditions["size"]), vocab_size=256, heads=case.conditions["n"], context=settings.training.length
-        )
+        model = at_depth(
+            str(case.conditions["depth"]), str(case.conditions["size"]), int(case.conditions["n"]),
+            vocab_size=256, context=settings.training.length,
+        )  # fmt: skip
         return train_on_code(settings, model, case.seed, tell)
 
     def findings(self, settings: ScalingSettings, results: Sequence[Result]) -> Findings:
         """Judge the claim by the results."""
-        rows, contrasts = [], []
+        rows, contrasts, deep = [], [], []
         losses: dict[tuple[str, int], list[float]] = {}
         more = max(settings.heads)
         for size in settings.sizes:
             for n in settings.heads:
-                losses[size, n] = next_byte(results, size=size, n=n)
+                losses[size, n] = next_byte(results, size=size, n=n, depth="matched")
             for n in settings.heads:
                 worse = [a - b for a, b in zip(losses[size, n], losses[size, 1])]
                 relative = [100 * a / b for a, b in zip(worse, losses[size, 1])]
                 rows.append([size, str(n), spread(losses[size, n]), "" if n == 1 else spread(relative, "+.2f") + " %"])
+                for depth in settings.depths[1:] if n > 1 else ():
+                    alone = next_byte(results, size=size, n=n, depth=depth)
+                    rows.append([size, f"1, as {depth} as n={n}", spread(alone), ""])
+                    deep.append(contrast(f"n={n} over n=1 as {depth} at {size}", losses[size, n], alone))
         small, large = settings.sizes[0], settings.sizes[-1]
         contrasts.append(contrast(f"n={more} costs bits at {small}:", losses[small, more], losses[small, 1]))
         if small != large:
@@ -89,25 +96,30 @@ class ScalingStudy(Study[ScalingSettings]):
         ]
         ours = f"bits per byte of head 1, n={more} over n=1: " + ", ".join(f"{c:+.1f} % at {size}" for size, c in costs)
         sentence = (
-            f"{in_words(contrasts)}. That models of 1.3B and more gain is out of reach here; sizes this small lie on "
-            "the side of the paper's curve where heads cost."
+            f"{in_words(contrasts)}. Bits that n costs at equal depth: {in_words(deep)}. That models "
+            "of 1.3B and more gain is out of reach here; sizes this small lie on the side of the "
+            "paper's curve where heads cost."
         )
         known = learned(settings, results)
         if not known.passed:
             sentence += " No model did better than always saying the most frequent byte: too short a training."
         headers = ["size", "n", "head 1, bits per byte", "over n=1"]
-        notes = ["The same number of parameters and the same bytes for every n; held-out code of Python's own library."]
-        whole = "1.3B" in settings.sizes  # the smallest that gains in the paper
+        notes = [
+            "The same number of parameters and the same bytes for every n; held-out code of Python's own library.",
+            DEPTH_NOTE,
+        ]
+        # 1.3B is the smallest size that gains in the paper.
+        whole = "1.3B" in settings.sizes and all(each.leans for each in deep)
         verdict = judge(contrasts, controls=[known], whole=whole)
-        return Findings(headers, rows, verdict, sentence, ours, notes, [known])
+        return Findings(headers, rows, verdict, sentence, ours, notes, [known], contrasts)
 
     def draw(self, figure: Any, settings: ScalingSettings, results: Sequence[Result]) -> None:
         """Draw the results next to the paper's."""
         left, right = figure.subplots(1, 2)
-        one = {size: next_byte(results, size=size, n=1) for size in settings.sizes}
+        one = {size: next_byte(results, size=size, n=1, depth="matched") for size in settings.sizes}
         for i, n in enumerate(n for n in settings.heads if n > 1):
             found = [
-                [100 * (a / b - 1) for a, b in zip(next_byte(results, size=size, n=n), one[size])]
+                [100 * (a / b - 1) for a, b in zip(next_byte(results, size=size, n=n, depth="matched"), one[size])]
                 for size in settings.sizes
             ]
             left.plot(settings.sizes, [statistics.median(x) for x in found], color=f"C{i}", label=f"n = {n}")

@@ -148,7 +148,15 @@ class SpeedStudy(Study[SpeedSettings]):
             f"{settings.dtype}, {settings.threads} CPU thread, where it runs on a CPU.",
         ]  # fmt: skip
         headers = ["table", "", "speed-up, or step time over n=1", "tokens per pass", "the paper"]
-        return Findings(headers, rows, judge(contrasts), f"{in_words(contrasts, '+.2f')}.", "; ".join(ours), notes)
+        return Findings(
+            headers,
+            rows,
+            judge(contrasts),
+            f"{in_words(contrasts, '+.2f')}.",
+            "; ".join(ours),
+            notes,
+            contrasts=contrasts,
+        )
 
     def _of_decoding(self, table: str, numbers: list[dict[str, Any]]) -> tuple[list[list[str]], list[Contrast], str]:
         rows = []

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
+from studies.verdicts import Contrast, Control, Verdict
+
 Scale = Literal["smoke", "cpu", "gpu", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-Verdict = Literal["reproduced", "direction only", "null", "out of reach"]
 Tell = Callable[..., None]
 """Function that shows its keywords next to the progress of the study: `tell(step="20/60", loss="1.31")`."""
 
@@ -30,21 +31,6 @@ class StudySettings:
     def chosen_seeds(self) -> range:
         """The seeds of every condition."""
         return range(self.first_seed, self.first_seed + self.seeds)
-
-
-@dataclass(frozen=True)
-class Control:
-    """A positive control: a number that must be reached before a comparison says anything."""
-
-    what: str
-    value: float
-    needed: float
-    """The value must be above it."""
-
-    @property
-    def passed(self) -> bool:
-        """True if the control succeeded."""
-        return self.value > self.needed
 
 
 @dataclass(frozen=True)
@@ -110,6 +96,8 @@ class Findings:
     notes: Sequence[str] = field(default=())
     controls: Sequence[Control] = field(default=())
     """Positive controls; the verdict is "out of reach" if one failed."""
+    contrasts: Sequence[Contrast] = field(default=())
+    """Differences that were judged."""
 
 
 Settings = TypeVar("Settings", bound=StudySettings)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from headstart.training.optimizer import OptimizerConfig
 from headstart.training.parallel import GradientSums
 from headstart.training.processes import joined
 from headstart.training.step import Callback, Learner, StepResult, take_steps
+from studies.resume import next_training
 from studies.study import Case, Tell, crossed
 
 SIZES = {
@@ -73,6 +75,8 @@ class Trained:
     """Losses of each head at every step."""
     clipped: float = 0.0
     """Share of the steps whose gradient was clipped: the sum of more losses makes it larger."""
+    seen: list[Any] = field(default_factory=list)
+    """Plain data that the watcher collected."""
 
 
 def sized(size: str, **changes: object) -> ModelConfig:
@@ -96,6 +100,12 @@ def at_depth(depth: str, size: str, n: int, **changes: object) -> ModelConfig:
 
 
 DEPTHS = ("matched", "shallow", "+layers")
+SHALLOW = DEPTHS[:2]
+"""Parameter matching, and the control that every such comparison needs."""
+DEPTH_NOTE = (
+    "By the paper's parameter matching head 1 of n heads stands behind n - 1 blocks fewer than that of n = 1. The "
+    'control "shallow" is a next-token model with as many blocks as there are on the path to head 1 of n heads.'
+)
 
 
 def with_depths(
@@ -165,21 +175,22 @@ def train_model(
     tell: Tell,
     *,
     model: Transformer | None = None,
-    watch: Callable[[int, Transformer], None] | None = None,
+    watch: Callable[[int, Transformer, list[Any]], None] | None = None,
 ) -> Trained:
-    """Train until `config.steps`.
+    """Train until `config.steps`, from the checkpoint of the case if it has one (`studies.resume`).
 
     Args:
         config: the run.
         batches: endless micro-batches; (B, T) tokens with their targets.
         tell: shows the step and the loss.
         model: the model to train (None: first weights from `config.seed`).
-        watch: called after each step with the number of steps done, and the model; StopTraining ends the training.
+        watch: called after each step with the number of steps done, the model, and the list to which it adds plain
+            data; StopTraining ends the training.
 
     Raises:
         UsageError: losses or gradients were not finite at the end.
     """
-    results: list[StepResult] = []
+    state = next_training()
     with joined(config.device) as processes:
         config = config.on(processes.device.type)
         if model is None:
@@ -188,22 +199,29 @@ def train_model(
             subject = NewModel(model.to(processes.device), GradientSums(model, False), processes)
         trained = subject.model.train()
 
+        learner = Learner(subject, config, processes)
+        state.restore(learner)
+
         class Watch(Callback):
             def after_step(self, step: int, result: StepResult) -> None:
-                results.append(result)
+                state.results.append(result)
                 tell(step=f"{step + 1}/{config.steps}", loss=f"{result.losses[0]:.3f}")
                 if watch is not None:
-                    watch(step + 1, trained)
+                    watch(step + 1, trained, state.seen)
+                state.save_if_due(learner)
 
+        done = len(state.results)
+        batches = islice(batches, done * config.micro_batches(processes.count)[0], None)
         with suppress(StopTraining):
-            take_steps(Learner(subject, config, processes), batches, range(config.steps), [Watch()])
+            take_steps(learner, batches, range(done, config.steps), [Watch()])
+    results = state.results
     if results and not results[-1].finite:
         raise UsageError(f"step {config.steps}: {results[-1].skipped}; lower the learning rate (--training.lr)")
     curve = [result.losses for result in results]
     clipped = sum(result.gradient_norm > config.optimizer.clip for result in results)
     tail = np.array(curve[-max(1, round(LAST * len(curve))) :])
     losses = [_mean(column) for column in tail.T]
-    return Trained(trained.eval(), losses, curve, clipped / max(1, len(curve)))
+    return Trained(trained.eval(), losses, curve, clipped / max(1, len(curve)), state.seen)
 
 
 def _mean(column: np.ndarray) -> float:

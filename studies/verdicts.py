@@ -5,13 +5,29 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from studies.study import Control, Verdict
+Verdict = Literal["reproduced", "direction only", "null", "out of reach"]
 
 SEEDS = 3
 """Fewest seeds with which a difference holds."""
 ERRORS = 2.0
 """Pooled standard errors of the mean that a difference must exceed."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A positive control: a number that must be reached before a comparison says anything."""
+
+    what: str
+    value: float
+    needed: float
+    """The value must be above it."""
+
+    @property
+    def passed(self) -> bool:
+        """True if the control succeeded."""
+        return self.value > self.needed
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,10 @@ def by_kind(bits: dict[str, float]) -> Callable[[Case], Result]:
 
 def by_size(costs: dict[str, float]) -> Callable[[Case], Result]:
     return lambda case: scores(
-        case, 2 + (case.conditions["n"] != 1) * costs[str(case.conditions["size"])], [0.5, 0.2, 0.1], [1.0] * 4
+        case,
+        2 + (case.conditions["n"] != 1 and case.conditions["depth"] == "matched") * costs[str(case.conditions["size"])],
+        [0.5, 0.2, 0.1],
+        [1.0] * 4,
     )
 
 

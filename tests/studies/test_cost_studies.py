@@ -64,19 +64,21 @@ def test_findings_of_speed(up: float, slower: float, verdict: str) -> None:
 @pytest.mark.parametrize(
     "exact, verdict",
     [
-        ((0.5, 0.6, 0.7), "reproduced"),
-        ((0.5, 0.7, 0.6), "direction only"),
-        ((0.7, 0.6, 0.5), "null"),
-        ((0.1, 0.1, 0.12), "out of reach"),
+        ((0.5, 0.5, 0.6, 0.7), "reproduced"),
+        ((0.5, 0.7, 0.6, 0.7), "direction only"),  # a next-token model as shallow does as well
+        ((0.5, 0.5, 0.7, 0.6), "direction only"),
+        ((0.7, 0.7, 0.6, 0.5), "null"),
+        ((0.1, 0.1, 0.1, 0.12), "out of reach"),
     ],
 )
-def test_findings_of_finetuning(exact: tuple[float, float, float], verdict: str) -> None:
+def test_findings_of_finetuning(exact: tuple[float, float, float, float], verdict: str) -> None:
     settings = replace(finetune.STUDY.scales["cpu"], seeds=3)
     results = []
     for case in finetune.STUDY.cases(settings):
         numbers: dict[str, Any] = {"before": 0.1, "guessed": 0.1}
-        one = case.conditions["pretrained"] == 1
-        numbers |= {"then 1": exact[0]} if one else {"then 4": exact[1], "then 1": exact[2]}
+        n, depth = case.conditions.values()
+        several = {"then 4": exact[2], "then 1": exact[3]}
+        numbers |= several if (n, depth) == (4, "matched") else {"then 1": exact[depth == "shallow"]}
         results.append(Result(case, numbers, 1.0))
     found = finetune.STUDY.findings(settings, results)
     assert found.verdict == verdict and ("too short" in found.sentence) == (verdict == "out of reach")

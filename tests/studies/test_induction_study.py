@@ -45,17 +45,20 @@ def test_names_of_tests_are_new_and_their_tokens_are_not() -> None:
     "stories, books, verdict",
     [
         ({1: 0.1, 2: 0.6}, {1: 0.8, 2: 0.8}, "reproduced"),
+        ({1: 0.1, 2: 0.6, "shallow": 0.6}, {1: 0.8, 2: 0.8}, "direction only"),  # all of it is depth
         ({1: 0.1, 2: 0.1}, {1: 0.8, 2: 0.7}, "direction only"),  # books help, and so does the smaller gap
         ({1: 0.8, 2: 0.2}, {1: 0.6, 2: 0.2}, "null"),
         ({1: 0.1, 2: 0.6}, {1: 0.4, 2: 0.4}, "out of reach"),  # the control fails: n=1 with books
         ({1: 0.02, 2: 0.04}, {1: 0.03, 2: 0.12}, "out of reach"),
     ],
 )
-def test_findings(stories: dict[int, float], books: dict[int, float], verdict: str) -> None:
+def test_findings(stories: dict[int | str, float], books: dict[int | str, float], verdict: str) -> None:
     settings = replace(STUDY.scales["cpu"], sizes=("0.06M",))
     results = []
     for case in STUDY.cases(settings):
-        best = (stories if case.conditions["data"] == "stories" else books)[int(case.conditions["n"])]
+        found = stories if case.conditions["data"] == "stories" else books
+        shallow = case.conditions["depth"] == "shallow"
+        best = found.get("shallow", found[1]) if shallow else found[int(case.conditions["n"])]
         results.append(Result(case, {"best": best, "last": best, "losses": [1.0]}, 1.0))
     found = STUDY.findings(settings, results)
-    assert found.verdict == verdict and "n=2 over n=1 on stories" in found.sentence and len(found.rows) == 4
+    assert found.verdict == verdict and "n=2 over n=1 on stories" in found.sentence and len(found.rows) == 6

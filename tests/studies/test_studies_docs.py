@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from studies.report import PARTS
 from studies.run import STUDIES, find_study
 
 DOCS = Path(__file__).parents[2] / "docs" / "studies"
@@ -18,6 +19,8 @@ def test_report_and_index_state_the_claim_of_the_study(folder: Path) -> None:
     report, index = ((folder.parent / name).read_text(encoding="utf-8") for name in (folder / "report.md", "index.md"))
     assert study.claim in report and study.published in report
     assert f"[{study.name}]({study.name}/report.md)" in index and study.claim.replace("|", "\\|") in index
+    assert [part for part in PARTS if f"**{part}" not in report] == [] and study.cannot_show in report
+    assert f"`headstart study {study.name} --scale " in report and f"at equal {study.compared_at}" in report
     assert (folder / "figure.png").stat().st_size > 5000
 
 

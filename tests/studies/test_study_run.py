@@ -12,9 +12,10 @@ import pytest
 
 from headstart.errors import UsageError
 from studies.folder import StudyFolder
+from studies.report import PARTS
 from studies.run import run_study
-from studies.study import Case, Control, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
-from studies.verdicts import contrast, judge
+from studies.study import Case, Findings, Result, Scale, Study, StudySettings, Tell, crossed, spread, values
+from studies.verdicts import Control, contrast, judge
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class MadeUp(Study[MadeUpSettings]):
     def findings(self, settings: MadeUpSettings, results: Sequence[Result]) -> Findings:
         points = [values(results, lambda r: r.numbers["points"], n=n) for n in settings.heads]
         control = Control("points of two heads", max(points[1]), 1.0)
-        verdict = judge([contrast("2 over 1", points[1], points[0])], controls=[control])
+        contrasts = [contrast("2 over 1", points[1], points[0])]
+        verdict = judge(contrasts, controls=[control])
         rows = [[str(n), spread(p)] for n, p in zip(settings.heads, points)]
-        return Findings(["n", "points"], rows, verdict, "It is so.", "+1", controls=[control])
+        return Findings(["n", "points"], rows, verdict, "It is so.", "+1", controls=[control], contrasts=contrasts)
 
     def draw(self, figure: Any, settings: MadeUpSettings, results: Sequence[Result]) -> None:
         figure.add_subplot().plot([result.numbers["points"] for result in results])
@@ -72,8 +74,9 @@ def test_a_run_leaves_results_a_report_and_a_figure(tmp_path: Path) -> None:
     report = (tmp_path / "report.md").read_text()
     assert "| 2 | 2.100 (2.000 to 2.200) |" in report and "Verdict: reproduced" in report
     assert "- points of two heads: 2.200, above 1.000 needed: passed" in report
-    assert "| n 2 | 25% | 0 |" in report and "at equal tokens" in report
-    assert "What this cannot show: Anything else." in report
+    assert "  - 2 over 1: +1 (bar 0.16; every seed)" in report and "**Seeds**: 10, 11, 12," in report
+    assert "**Clip rates**: n 1: 25%; n 2: 25%." in report and "**Arms**, compared at equal tokens" in report
+    assert [part for part in PARTS if f"**{part}" not in report] == [] and "**Cannot show**: Anything else." in report
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

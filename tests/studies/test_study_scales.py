@@ -65,3 +65,7 @@ def test_every_case_reaches_its_training(name: str, scale: Scale, monkeypatch: p
         if scale == "paper" and name in TOKENS:
             assert config.tokens_per_step == TOKENS[name]
     assert len(reached) == len(cases)
+    if name != "curriculum":  # which compares schedules of one model
+        # A next-token model has as many blocks as each model with several heads has on the path to head 1.
+        depths = [(c.model.heads > 1, (c.model.dim, c.model.next_token_layers)) for c in reached]
+        assert {depth for several, depth in depths if several} <= {depth for several, depth in depths if not several}

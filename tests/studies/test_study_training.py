@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from headstart.decoding.kernels.pack import pack
 from headstart.decoding.settings import Request
 from headstart.errors import UsageError
 from headstart.model.transformer import Transformer
+from studies import resume
+from studies.resume import trainings_kept_in
 from studies.training import (
+    Trained,
     TrainingSettings,
     in_memory,
     run_config,
@@ -52,7 +57,7 @@ def test_training_learns_and_is_seeded() -> None:
     config = run_config(TINY, sized("0.06M", vocab_size=10, heads=2), seed=1)
     seen = []
     first, second = (
-        train_model(config, stream_of(shards, config), silent, watch=lambda done, model: seen.append(done))
+        train_model(config, stream_of(shards, config), silent, watch=lambda done, model, _: seen.append(done))
         for _ in range(2)
     )
     assert first.curve == second.curve and seen == [1, 2, 3, 4, 5, 6] * 2
@@ -89,3 +94,37 @@ def test_a_size_that_does_not_exist_is_refused() -> None:
         sized("2M")
     counts = {size: sized(size).parameters()["non_embedding"] for size in ("0.06M", "0.25M", "0.55M", "1M")}
     assert all(abs(count / 1e6 - float(size[:-1])) < 0.01 + 0.05 * count / 1e6 for size, count in counts.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_training_resumes_from_its_checkpoint(
+    optimizer: Literal["adamw", "muon"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "SAVE_EVERY", 0.0)
+    shards = in_memory([[1, 2, 3, 9], [4, 5, 9], [6, 7, 8, 2, 1, 9]] * 20)
+    config = run_config(replace(TINY, optimizer=optimizer, accumulate=2), sized("0.06M", vocab_size=10, heads=2), 1)
+    started: list[int] = []
+
+    def train(stop_at: int | None = None) -> Trained:
+        def watch(done: int, model: Transformer, seen: list[int]) -> None:
+            started.append(done)
+            seen.append(done)
+            if done == stop_at:
+                raise KeyboardInterrupt
+
+        return train_model(config, stream_of(shards, config), silent, watch=watch)
+
+    whole = train()
+    with pytest.raises(KeyboardInterrupt), trainings_kept_in(tmp_path):
+        train(stop_at=4)
+    started.clear()
+    with trainings_kept_in(tmp_path) as case:
+        again = train()
+        other = train(stop_at=None)  # the case's second training has a checkpoint of its own
+    assert started == [4, 5, 6, *range(1, 7)] and again.seen == [1, 2, 3, 4, 5, 6]
+    assert again.curve == whole.curve == other.curve and again.clipped == whole.clipped
+    assert all(map(torch.equal, again.model.parameters(), whole.model.parameters()))
+    assert case.spent.wall > 0 and case.states[1].spent.wall == 0
+    (tmp_path / "training-0.pt").write_bytes(b"PK")
+    with pytest.raises(UsageError, match=r"training-0.pt: is damaged; delete it"), trainings_kept_in(tmp_path):
+        train()
