@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain, dropwhile, islice
 
 from headstart.data.tokenizers import Tokenizer
@@ -25,20 +25,38 @@ class TextStream:
     With `keep_space` the space is kept at the beginning of a text too. A constraint needs this, because it has checked
     the bytes of the tokens, including the space.
 
+    Special tokens are left out of the text, except those of `shown`, which appear by their names.
+
     If a tokenizer falls back to single bytes (Llama 2, Gemma), a run of byte tokens waits until it ends: one bad byte
     turns the *whole* run into U+FFFD, so nothing of it is certain before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), keep_space: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        before: Sequence[int] = (),
+        keep_space: bool = False,
+        shown: Collection[int] = frozenset(),
+    ) -> None:
+        self._tokenizer, self._shown = tokenizer, frozenset(shown)
         self._skipped: frozenset[int] = getattr(tokenizer, "skipped", frozenset([tokenizer.end_id]))
-        token_bytes: Callable[[int], bytes] | None = getattr(tokenizer, "token_bytes", None)
+        self._assembly = self._begin(before, keep_space)
+
+    def _begin(self, before: Sequence[int], keep_space: bool) -> _Window | _Bytes:
+        token_bytes: Callable[[int], bytes] | None = getattr(self._tokenizer, "token_bytes", None)
         backwards = (token for token in reversed(before) if token not in self._skipped)
-        self._assembly = _Window(tokenizer, backwards, keep_space) if token_bytes is None else _Bytes(token_bytes)
+        return _Window(self._tokenizer, backwards, keep_space) if token_bytes is None else _Bytes(token_bytes)
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take the next tokens and return the text that they complete, "" if none."""
-        # A token that decoding drops must not end a run of bytes.
-        return self._assembly.push([token for token in tokens if token not in self._skipped])
+        pieces, kept = [], list[int]()
+        for token in tokens:
+            if token in self._shown:
+                pieces += [self._assembly.push(kept), self._assembly.finish(), self._tokenizer.piece(token) or ""]
+                self._assembly, kept = self._begin((), keep_space=True), []
+            elif token not in self._skipped:  # a token that decoding drops must not end a run of bytes
+                kept.append(token)
+        return "".join(pieces) + self._assembly.push(kept)
 
     def finish(self) -> str:
         """Return the rest of the text (an unfinished character as U+FFFD) and reset the stream."""

@@ -57,11 +57,14 @@ def _fallback_byte(tokenizer: Tokenizer, token: int) -> int | None:
 class TextOffsets:
     """Find where the tokens of a completion begin in its text, in characters; `start` is its first character's place.
 
-    All tokens of one character have the character's place. `prompt` and `keep_space` are as for `TextStream`.
+    All tokens of one character have the character's place. `stream` decodes the tokens of the completion; without it,
+    these follow `prompt`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], start: int = 0, keep_space: bool = False) -> None:
-        self._tokenizer, self._stream, self._next = tokenizer, TextStream(tokenizer, prompt, keep_space), start
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), start: int = 0, stream: TextStream | None = None
+    ) -> None:
+        self._tokenizer, self._stream, self._next = tokenizer, stream or TextStream(tokenizer, prompt), start
         self._run = b""
         """Bytes that `TextStream` holds back until their run ends."""
 

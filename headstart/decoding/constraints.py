@@ -50,7 +50,7 @@ class Constraint:
     """One of json_schema, regex, choice and lark."""
     text: str
     """The schema as JSON; the regular expression (Rust's syntax, no look-around; the whole output matches it); the
-    choices as a JSON list of strings; the grammar in llguidance's dialect of Lark."""
+    choices as a JSON list of strings; the grammar in llguidance's dialect of Lark, or in GBNF (llama.cpp's)."""
 
     def __post_init__(self) -> None:
         if self.kind not in NAMES:
@@ -105,7 +105,7 @@ class Constraint:
             pattern = json.loads(grammar)["grammars"][0]["lark_grammar"].removeprefix("start: ")
             return str(LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {pattern} & /{vocabulary.writable}/"))
         if self.kind == "lark":
-            return str(LLMatcher.grammar_from_lark(self.text))
+            return str(LLMatcher.grammar_from_lark(_from_gbnf(self.text) if "::=" in self.text else self.text))
         try:
             content = json.loads(self.text)
         except ValueError as error:
@@ -120,6 +120,16 @@ class Constraint:
         if not isinstance(content, dict):
             raise UsageError(f"JSON schema: it must be an object {{...}}, not {self.text[:40]}")
         return str(LLMatcher.grammar_from_json_schema(self.text, defaults=JSON_LAYOUT))
+
+
+def _from_gbnf(text: str) -> str:
+    """Return a grammar of llama.cpp's form, which has `::=`, in Lark. Raises UsageError."""
+    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(text))
+    except (GbnfToLarkError, ValueError, RecursionError, KeyError) as error:
+        raise UsageError(f"grammar in GBNF: {_gist(str(error))}; correct it, or write it in Lark") from error
 
 
 class Matcher:
@@ -176,6 +186,39 @@ class Matcher:
     def ended(self) -> bool:
         """True if the output must end here."""
         return self.may_end and bool(self._matcher.is_stopped())
+
+
+class MinimumLength:
+    """Forbid the tokens `ends` in the first `least` tokens of an output, in the interface of `Matcher`."""
+
+    ended = False
+
+    def __init__(self, least: int, vocab_size: int, ends: Collection[int]) -> None:
+        self._least, self._count = least, 0
+        self._ends = frozenset(ends)
+        self._any = np.ones(vocab_size, dtype=bool)
+        self._early = self._any.copy()
+        self._early[[end for end in ends if 0 <= end < vocab_size]] = False
+
+    @property
+    def may_end(self) -> bool:
+        """True if the output may end here."""
+        return self._count >= self._least
+
+    def allowed(self) -> np.ndarray:
+        """Return which tokens (V,) bool may come next."""
+        return self._any if self.may_end else self._early
+
+    def push(self, token: int) -> bool:
+        """Append `token`; return False where that is not allowed."""
+        if token in self._ends and not self.may_end:
+            return False
+        self._count += 1
+        return True
+
+    def back(self, count: int) -> None:
+        """Take back the last `count` tokens."""
+        self._count -= count
 
 
 _compiled: WeakKeyDictionary[Tokenizer, OrderedDict[tuple[Constraint, int], Matcher]] = WeakKeyDictionary()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headstart.console import say
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.constraints import compiled
+from headstart.decoding.constraints import Matcher, MinimumLength, compiled
 from headstart.decoding.decode_pass import decode_pass
 from headstart.decoding.drafters.interface import Turn
 from headstart.decoding.drafters.registry import HOST_DRAFTERS
@@ -167,12 +167,16 @@ class Engine:
             )
         request.check(config, self.context)
         ends = request.all_ends(self.tokenizer)
-        matcher = None if request.matcher is None else request.matcher.restarted(ends)
+        matcher: Matcher | MinimumLength | None = None if request.matcher is None else request.matcher.restarted(ends)
         if matcher is None and request.constraint is not None:
             matcher = compiled(request.constraint, self.tokenizer, config.vocab_size, ends)
+        if request.min_new_tokens:
+            matcher = MinimumLength(request.min_new_tokens, config.vocab_size, ends | request.stop_tokens)
         limit = min(request.max_new_tokens, self.context - len(request.prompt))
-        stopper = Stopper(limit, ends, request.stop, self.tokenizer, matcher, request.prompt)
+        stream = None if self.tokenizer is None else request.text_stream(self.tokenizer)
+        stopper = Stopper(limit, ends, request.stop, self.tokenizer, matcher, stream)
         stopper.stop_tokens, stopper.keep_stop = request.stop_tokens, request.keep_stop
+        stopper.least = request.min_new_tokens
         heads = config.drafting_heads if request.heads is None else request.heads
         return Generation(request, min(heads, self.most_heads), stopper)
 

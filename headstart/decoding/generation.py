@@ -6,10 +6,10 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
-from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.constraints import Matcher
+from headstart.decoding.constraints import Matcher, MinimumLength
 from headstart.decoding.settings import Request
 from headstart.decoding.stopping import Stopper
 from headstart.decoding.window import FORCED, Origin, Window
@@ -32,6 +32,8 @@ class Stats:
     """Passes with a draft of head k in the window, as entry k-2."""
     accepted: list[int] = field(default_factory=list)
     """Passes that accepted the draft of head k, as entry k-2."""
+    accepted_counts: list[int] = field(default_factory=list)
+    """Passes that accepted i drafts, of any drafter, as entry i."""
     looked_up: int = 0
     """Looked up drafts that were fed."""
     looked_up_accepted: int = 0
@@ -77,6 +79,7 @@ class Stats:
             ends=sum(part.ends for part in parts),
             drafted=[sum(column) for column in zip(*(part.drafted for part in parts))],
             accepted=[sum(column) for column in zip(*(part.accepted for part in parts))],
+            accepted_counts=[sum(column) for column in zip_longest(*(p.accepted_counts for p in parts), fillvalue=0)],
             looked_up=sum(part.looked_up for part in parts),
             looked_up_accepted=sum(part.looked_up_accepted for part in parts),
             siblings=sum(part.siblings for part in parts),
@@ -147,8 +150,8 @@ class Generation:
         return self.request.sampling.temperature > 0
 
     @property
-    def matcher(self) -> Matcher | None:
-        """The state of the request's constraint."""
+    def matcher(self) -> Matcher | MinimumLength | None:
+        """The state of the request's constraint, or of its minimum length."""
         return self._stopper.matcher
 
     @property
@@ -193,6 +196,9 @@ class Generation:
                 stats.looked_up_accepted += i < accepted
         stats.siblings += siblings
         stats.passes += 1
+        counts = stats.accepted_counts
+        counts += [0] * (accepted + 1 - len(counts))
+        counts[accepted] += 1
         released = self._stopper.push(tokens)
         self.origins += [*drafters[:accepted], HEAD_1][: len(self.tokens) - before]
         stats.tokens = len(self.tokens)
@@ -225,7 +231,7 @@ class OriginStream:
     def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
         self.generation = generation
         request = generation.request
-        self._stream = TextStream(tokenizer, request.prompt, keep_space=request.constraint is not None)
+        self._stream = request.text_stream(tokenizer)
         self._tokens = self._characters = 0
         self._waiting: list[tuple[str, int]] = []  # of tokens whose text may be part of a stop string
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from headstart.arguments import any_whole_number, number, token_ids, whole_number
+from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.constraints import Constraint, Matcher
 from headstart.decoding.stopping import stop_strings
@@ -201,7 +202,9 @@ class Request:
     """End tokens in addition to the tokenizer's `end_ids`, such as the end of a turn of a chat."""
     stop_tokens: frozenset[int] = frozenset()
     ignore_ends: bool = False
+    min_new_tokens: int = 0
     keep_stop: bool = False
+    shown: frozenset[int] = frozenset()
     cache_salt: str = ""
     """Salt of the cached keys and values: only requests with the same salt reuse each other's."""
     matcher: Matcher | None = field(default=None, compare=False, repr=False)
@@ -210,10 +213,10 @@ class Request:
     def check(self, config: ModelConfig, context: int) -> None:
         """Raise UsageError if a model, with so many positions for a request, cannot decode this one."""
         drafting, vocab_size = config.drafting_heads, config.vocab_size
-        if config.ahead and self.constraint is not None and self.acceptance.kind == "block":
-            # Each later q was computed after drafts that the constraint may have replaced: it would not be their law.
-            kind = config.head_kind
-            raise UsageError(f"acceptance block is not lossless for {kind} heads with a constraint; take rejection")
+        if config.ahead and self.masked and self.acceptance.kind == "block":
+            # Each later q was computed after drafts that the mask may have replaced: it would not be their law.
+            what = f"{config.head_kind} heads with a constraint or min_new_tokens"
+            raise UsageError(f"acceptance block is not lossless for {what}; take rejection")
         if self.heads is not None and not 1 <= self.heads <= drafting:
             gap = "" if drafting == config.heads else " before a gap in its offsets"
             raise UsageError(
@@ -238,6 +241,15 @@ class Request:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"the prompt holds token {token}; this model's vocabulary has {vocab_size} tokens")
 
+    @property
+    def masked(self) -> bool:
+        """True if some tokens are not allowed at some places of the output."""
+        return self.constraint is not None or self.matcher is not None or self.min_new_tokens > 0
+
+    def text_stream(self, tokenizer: Tokenizer) -> TextStream:
+        """Return a stream that decodes the output."""
+        return TextStream(tokenizer, self.prompt, keep_space=self.constraint is not None, shown=self.shown)
+
     def all_ends(self, tokenizer: Tokenizer | None) -> frozenset[int]:
         """Return the tokens that end the output and are not part of it."""
         if self.ignore_ends:
@@ -247,9 +259,9 @@ class Request:
     def __post_init__(self) -> None:
         """Convert NumPy numbers, arrays and tensors. Raises UsageError for values of another kind."""
         object.__setattr__(self, "prompt", token_ids(self.prompt))
-        for name in ("max_new_tokens", "heads", "logprobs"):
+        for name in ("max_new_tokens", "min_new_tokens", "heads", "logprobs"):
             value = getattr(self, name)
-            if value is not None or name == "max_new_tokens":
+            if value is not None or name.endswith("new_tokens"):
                 object.__setattr__(self, name, any_whole_number(name, value))
         object.__setattr__(self, "stop", stop_strings(self.stop))
         if self.constraint is not None and not isinstance(self.constraint, Constraint):
@@ -259,6 +271,9 @@ class Request:
         self.penalties.check_size()
         if self.ignore_ends and self.constraint is not None:
             raise UsageError("ignore_ends: a constraint ends the output where it is satisfied; take one of them")
+        if self.min_new_tokens < 0 or (self.min_new_tokens and self.constraint is not None):
+            why = "a constraint ends the output where it is satisfied" if self.min_new_tokens > 0 else "it is negative"
+            raise UsageError(f"min_new_tokens is {self.min_new_tokens}: {why}; take 0")
 
 
 @dataclass(frozen=True)
@@ -298,8 +313,13 @@ class GenerationSettings:
     """Tokens that end the output and are part of it."""
     ignore_ends: bool = False
     """True: end tokens are tokens like others. A constraint needs them, and does not allow this."""
+    min_new_tokens: int = 0
+    """Number of tokens before which no end token, stop token or stop string ends the output: the tokens are not
+    generated there, and the strings are not looked for."""
     keep_stop: bool = False
     """True: the stop string that ends the output is part of it."""
+    shown: frozenset[int] = frozenset()
+    """Special tokens that appear in the text by their names; it leaves out all others."""
 
     def __post_init__(self) -> None:
         for seed in self._seeds or ():
@@ -360,7 +380,9 @@ class GenerationSettings:
             ends=ends,
             stop_tokens=self.stop_tokens,
             ignore_ends=self.ignore_ends,
+            min_new_tokens=self.min_new_tokens,
             keep_stop=self.keep_stop,
+            shown=self.shown,
             cache_salt=cache_salt,
             matcher=matcher,
         )

@@ -116,7 +116,7 @@ class DecodingState:
         self.heads_S[slot] = heads
         self.sampling.set(slot, request.sampling, request.acceptance)
         self.penalties.set(slot, request.penalties, prompt)
-        self.constraints.set(slot, request.constraint is not None or request.matcher is not None)
+        self.constraints.set(slot, request.masked)
 
     def clear(self, slot: int) -> None:
         """Park a slot whose request has ended."""

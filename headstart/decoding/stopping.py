@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from headstart.data.detokenizer import TextStream
 from headstart.data.tokenizers import Tokenizer
-from headstart.decoding.constraints import Matcher
+from headstart.decoding.constraints import Matcher, MinimumLength
 from headstart.errors import UsageError
 
 FinishReason = Literal["end", "length", "stop", "cancelled", "stuck"]
@@ -31,8 +31,8 @@ class Stopper:
 
     It judges tokens one by one, so the end does not depend on how many a pass commits. Text that may be the beginning
     of a stop string is held back until that is decided; the stop string itself is released with `keep_stop` only.
-    Tokens of `ends` are not kept. The `matcher` of a constraint is advanced by the tokens kept; `prompt` holds the
-    tokens before the text.
+    Tokens of `ends` are not kept. The `matcher` of a constraint is advanced by the tokens kept. `stream` decodes the
+    tokens; without it the text begins with the first of them.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Stopper:
         ends: Collection[int] = (),
         stop: Sequence[str] = (),
         tokenizer: Tokenizer | None = None,
-        matcher: Matcher | None = None,
-        prompt: Sequence[int] = (),
+        matcher: Matcher | MinimumLength | None = None,
+        stream: TextStream | None = None,
     ) -> None:
         if stop and tokenizer is None:
             raise UsageError("stop strings need a tokenizer; this model directory has none, stop by tokens instead")
@@ -52,6 +52,8 @@ class Stopper:
         self.ends = frozenset(ends)
         self.stop = tuple(stop)
         self.keep_stop = False
+        self.least = 0
+        """Number of tokens before which no stop string is looked for."""
         self.stop_tokens: frozenset[int] = frozenset()
         """Tokens that end the generation and are kept."""
         self.matcher = matcher
@@ -61,7 +63,7 @@ class Stopper:
         self.text = ""
         """Released text so far."""
         self.finish_reason: FinishReason | None = None
-        self._stream = None if tokenizer is None else TextStream(tokenizer, prompt, keep_space=matcher is not None)
+        self._stream = stream or (None if tokenizer is None else TextStream(tokenizer, keep_space=matcher is not None))
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
@@ -94,6 +96,10 @@ class Stopper:
 
     def _release(self, text: str) -> str:
         self._held += text
+        if len(self.tokens) < self.least:
+            released, self._held = self._held, ""
+            self.text += released
+            return released
         found = [(at, len(s)) for s in self.stop if (at := self._held.find(s)) >= 0]
         if found:
             self.finish_reason = "stop"

@@ -39,8 +39,13 @@ class AnswerFormat:
         echo: Sequence[str] = (),
     ) -> None:
         self._chat, self._tokenizer, self._echo = isinstance(body, ChatRequest), tokenizer, echo
-        self._logprobs, self._origins = body.alternatives is not None, body.speculation.origins
-        self._choices, self._prompt_tokens = body.n or 1, prompt_tokens
+        self._logprobs, self._of_prompt = body.alternatives, body.prompt_logprobs
+        self._origins, self._special = body.speculation.origins, body.skip_special_tokens is False
+        self._choices, self._outputs, self._prompt_tokens = body.n or 1, body.outputs, prompt_tokens
+        options = body.stream_options
+        self._ends_with_usage = bool(options and options.include_usage)
+        self._always_usage = bool(options and options.continuous_usage_stats)
+        self._always_timings = body.timings_per_token
         self._echo_only = body.requested_tokens == 0  # the engine still generates one token
         name = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "seed": seed}
@@ -50,25 +55,48 @@ class AnswerFormat:
     def whole(self, jobs: Sequence[Job], pieces: dict[Job, Piece]) -> dict[str, Any]:
         """Return the answer to a request that does not stream."""
         choices = []
-        for job in jobs:
-            choice = self._choice(job, pieces[job])
+        for index, job in enumerate(self._best(jobs)):
+            choice = {**self._choice(job, pieces[job]), "index": index}
             if self._chat:
                 choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
+            elif self._of_prompt is not None:
+                choice["prompt_logprobs"] = self._format_prompt(job)
             choices.append(choice)
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self._usage(jobs)}
+        answer = {**self._head, "object": kind, "choices": choices, "usage": self._usage(jobs)}
+        if self._chat and self._of_prompt is not None:
+            answer["prompt_logprobs"] = self._format_prompt(jobs[0])
+        return {**answer, "timings": self._timings(jobs)}
 
-    def chunk(self, job: Job, piece: Piece) -> dict[str, Any]:
-        """Return the chunk of a stream for a piece of one choice."""
+    def chunk(self, jobs: Sequence[Job], job: Job, piece: Piece) -> bytes:
+        """Return the events of a stream for a piece of one of the `jobs`."""
         role = {} if job in self._begun else {"role": "assistant"}
         choice = self._choice(job, piece)
         if self._chat:
             choice["delta"] = {**role, "content": choice.pop("text")}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+        costs: dict[str, Any] = {"usage": self._usage(jobs)} if self._always_usage else {}
+        if self._always_timings:
+            costs["timings"] = self._timings(jobs)
+        return event({**self._head, "object": self._chunk_kind, "choices": [choice], **costs})
 
-    def usage_chunk(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """Return the last chunk of a stream, for requests with `include_usage`."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": self._usage(jobs)}
+    def end(self, jobs: Sequence[Job]) -> bytes:
+        """Return the events that end a stream."""
+        if not self._ends_with_usage:
+            return DONE
+        costs = {"usage": self._usage(jobs), "timings": self._timings(jobs)}
+        return event({**self._head, "object": self._chunk_kind, "choices": [], **costs}) + DONE
+
+    def _best(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the outputs of each prompt that are choices: those with the most probable tokens on average."""
+        if self._outputs == self._choices:
+            return list(jobs)
+
+        def mean(job: Job) -> float:
+            scores = job.generation.logprobs if job.generation is not None else []
+            return sum(scores) / max(1, len(scores))
+
+        groups = [jobs[i : i + self._outputs] for i in range(0, len(jobs), self._outputs)]
+        return [job for group in groups for job in sorted(group, key=mean, reverse=True)[: self._choices]]
 
     @property
     def _chunk_kind(self) -> str:
@@ -88,7 +116,7 @@ class AnswerFormat:
             choice |= {"finish_reason": FINISH_REASONS[reason], "finish_detail": reason}
         if self._tokenizer is None:
             choice["token_ids"] = generation.tokens[piece.start : piece.stop]
-        if self._logprobs:
+        if self._logprobs is not None:
             choice["logprobs"] = self._format_logprobs(job, generation, piece, bool(self._echo) and first)
         if self._origins:
             tokens = [{"text": part, "head": head} for part, head in piece.parts]
@@ -114,7 +142,8 @@ class AnswerFormat:
             "tokens": [self._name(token) for token, _, _ in of_tokens],
             "token_logprobs": [None if own is None else _finite(own) for _, own, _ in of_tokens],
             "top_logprobs": [
-                None if best is None else {self._name(t): _finite(lp) for t, lp in best} for _, _, best in of_tokens
+                None if best is None else {self._name(t): _finite(lp) for t, lp in best[: self._logprobs]}
+                for _, _, best in of_tokens
             ],
             "text_offset": self._places(job, generation.tokens[span], echoed),
         }
@@ -125,13 +154,32 @@ class AnswerFormat:
         if self._tokenizer is None:
             return [0] * (len(prompt) + len(tokens))
         if job not in self._offsets:
-            start, constrained = len(self._echo[job.index]) if self._echo else 0, job.request.constraint is not None
-            self._offsets[job] = TextOffsets(self._tokenizer, job.request.prompt, start, keep_space=constrained)
+            start, stream = len(self._echo[job.index]) if self._echo else 0, job.request.text_stream(self._tokenizer)
+            self._offsets[job] = TextOffsets(self._tokenizer, (), start, stream)
         before = TextOffsets(self._tokenizer, ())
         return [before.push(token) for token in prompt] + [self._offsets[job].push(token) for token in tokens]
 
+    def _format_prompt(self, job: Job) -> list[dict[str, Any] | None]:
+        """Return the log-probabilities of a prompt's tokens, as vLLM does: by token id, None for the first."""
+        generation, count = job.generation, self._of_prompt
+        assert generation is not None and count is not None
+        of_tokens: list[dict[str, Any] | None] = [None]
+        own, best = generation.prompt_logprobs, generation.prompt_top_logprobs
+        for token, logprob, others in zip(job.request.prompt[1:], own, best):
+            ranks = {other: rank for rank, (other, _) in enumerate(others, start=1)}
+            shown = {token: logprob, **dict(others[:count])}
+            of_tokens.append(
+                {
+                    str(each): {"logprob": _finite(score), "rank": ranks.get(each), "decoded_token": self._name(each)}
+                    for each, score in shown.items()
+                }
+            )
+        return of_tokens
+
     def _format_token(self, token: int, logprob: float) -> dict[str, Any]:
         content = b"" if self._tokenizer is None else piece_bytes(self._tokenizer, token)
+        if not content and self._special:
+            content = self._name(token).encode()
         of_text = list(content) if content else None  # None for a token that is not part of the text
         return {"token": self._name(token), "logprob": _finite(logprob), "bytes": of_text}
 
@@ -147,24 +195,53 @@ class AnswerFormat:
         of_jobs = [job.generation.stats if job.generation is not None else Stats() for job in jobs]
         stats = Stats.summed([job.generation.stats for job in jobs if job.generation is not None])
         reused = [each.prompt_tokens_reused for each in of_jobs]
-        cached = sum(min(reused[i : i + self._choices]) for i in range(0, len(jobs), self._choices))
+        cached = sum(min(reused[i : i + self._outputs]) for i in range(0, len(jobs), self._outputs))
         completion_tokens = 0 if self._echo_only else stats.tokens
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
-            "speculative": {
-                "drafted": sum(stats.drafted) + stats.looked_up,
-                "accepted": sum(stats.accepted) + stats.looked_up_accepted,
-                "passes": stats.passes,
-                "tokens_per_pass": round(stats.tokens_per_pass, 3),
-                "per_position": [
-                    {"head": k, "drafted": drafted, "accepted": accepted}
-                    for k, (drafted, accepted) in enumerate(zip(stats.drafted, stats.accepted), start=2)
-                ],
-            },
+            "completion_tokens_details": {"reasoning_tokens": 0},
+            "speculative": _speculative(stats),
         }
+
+    def _timings(self, jobs: Sequence[Job]) -> dict[str, Any]:
+        """Return the times of all choices, as llama.cpp does."""
+        stats = Stats.summed([job.generation.stats for job in jobs if job.generation is not None])
+        read = sum(len(job.request.prompt) for job in jobs if job.generation is not None) - stats.prompt_tokens_reused
+        timings: dict[str, Any] = {"cache_n": stats.prompt_tokens_reused}
+        seconds = stats.prefill_seconds, max(0.0, stats.seconds - stats.prefill_seconds)
+        for name, count, took in (("prompt", read, seconds[0]), ("predicted", stats.tokens, seconds[1])):
+            timings |= {f"{name}_n": count, f"{name}_ms": round(1000 * took, 3)}
+            timings[f"{name}_per_token_ms"] = round(1000 * took / count, 3) if count else 0.0
+            timings[f"{name}_per_second"] = round(count / took, 3) if took else 0.0
+        drafted, accepted = _drafts(stats)
+        return {**timings, "draft_n": drafted, "draft_n_accepted": accepted}
+
+
+def _drafts(stats: Stats) -> tuple[int, int]:
+    """Return the numbers of drafts of heads and lookup that were fed, and that were accepted."""
+    return sum(stats.drafted) + stats.looked_up, sum(stats.accepted) + stats.looked_up_accepted
+
+
+def _speculative(stats: Stats) -> dict[str, Any]:
+    """Return what speculation gained, with vLLM's names where it has one."""
+    drafted, accepted = _drafts(stats)
+    committed = sum(i * count for i, count in enumerate(stats.accepted_counts, start=1))
+    return {
+        "drafted": drafted,
+        "accepted": accepted,
+        "passes": stats.passes,
+        "tokens_per_pass": round(stats.tokens_per_pass, 3),
+        "mean_acceptance_length": round(committed / stats.passes, 3) if stats.passes else 0.0,
+        "draft_acceptance_rate": round(accepted / drafted, 3) if drafted else 0.0,
+        "acceptance_histogram": stats.accepted_counts,
+        "per_position": [
+            {"head": k, "drafted": drafted, "accepted": accepted}
+            for k, (drafted, accepted) in enumerate(zip(stats.drafted, stats.accepted), start=2)
+        ],
+    }
 
 
 def _finite(logprob: float) -> float:
@@ -186,14 +263,12 @@ class Answer:
                 done |= pieces
         return self._format.whole(self._jobs, done)
 
-    async def events(self, include_usage: bool) -> AsyncGenerator[bytes, None]:
-        """Yield the answer as it is generated, and the usage at the end if that is requested."""
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the answer as it is generated."""
         async with aclosing(self._pieces()) as arriving:
             async for pieces in arriving:
-                yield b"".join(event(self._format.chunk(job, piece)) for job, piece in pieces.items())
-        if include_usage:
-            yield event(self._format.usage_chunk(self._jobs))
-        yield DONE
+                yield b"".join(self._format.chunk(self._jobs, job, piece) for job, piece in pieces.items())
+        yield self._format.end(self._jobs)
 
     async def _pieces(self) -> AsyncGenerator[dict[Job, Piece], None]:
         """Yield pieces until all jobs are done; cancel the jobs that are left when this generator ends."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from headstart.serving.errors import ApiError
 from headstart.serving.fields import IGNORED, NEUTRAL
-from headstart.serving.schemas import RequestBody
+from headstart.serving.schemas import Open
 
 LARGE = 32768
 """Largest body in bytes that is read on the event loop."""
@@ -45,7 +45,7 @@ WORDS = (
 )
 """Phrases of pydantic's messages, and their replacements."""
 
-Body = TypeVar("Body", bound=RequestBody)
+Body = TypeVar("Body", bound=Open)
 Error = Mapping[str, Any]
 
 
@@ -72,7 +72,7 @@ def read_body(kind: type[Body], content: bytes, content_type: str, max_values: i
         raise validation_error(error.errors(include_url=False, include_input=False), body) from None
 
 
-def _check_counts(text: str, kind: type[RequestBody], max_values: int) -> None:
+def _check_counts(text: str, kind: type[Open], max_values: int) -> None:
     values, parts, quoted, carried = 1, 0, 0, ""
     for at in range(0, len(text), STEP):
         step = carried + text[at : at + STEP]
@@ -89,7 +89,7 @@ def _check_counts(text: str, kind: type[RequestBody], max_values: int) -> None:
             raise ApiError(400, f"{field}: {message}" if field else message, param=field)
 
 
-def _largest_field(text: str, kind: type[RequestBody]) -> str | None:
+def _largest_field(text: str, kind: type[Open]) -> str | None:
     """Return the field of a request that takes most of the text, without parsing its value."""
     names = "|".join((*kind.model_fields, *NEUTRAL, *IGNORED))
     places = [(each.start(), each[1]) for each in re.finditer(rf'"({names})"\s*:', text)]

@@ -12,7 +12,7 @@ IGNORED = frozenset(
         # The user, what is stored, and where the answer is computed.
         "user", "safety_identifier", "metadata", "store", "service_tier", "request_id", "priority",
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "guided_decoding_backend",
-        # Hints for speed, and fields without effect, as there are no tools and no special tokens in the text.
+        # Hints for speed, and fields without effect, as there are no tools.
         "prediction", "parallel_tool_calls", "spaces_between_special_tokens", "include_reasoning",
     )
 )  # fmt: skip
@@ -32,17 +32,13 @@ NEUTRAL: NeutralFields = {
     "guided_whitespace_pattern": ((), "the spaces between the parts of JSON cannot be chosen"),
     "length_penalty": ((1, 1.0), "beam search is not supported"),
     "logits_processors": (([],), "code in a request is not run"),
-    "min_tokens": ((0,), "a minimum length is not supported"),
     "modalities": ((["text"],), "only text is supported"),
     "moderation": ((), "moderation is not supported"),
-    "prompt_logprobs": ((), "set echo and logprobs in /v1/completions"),
     "reasoning_effort": (("none",), "not supported; use chat_template_kwargs if the chat template knows it"),
     "return_token_ids": ((False,), "token ids are not returned"),
     "return_tokens_as_token_ids": ((False,), "token ids are not returned"),
-    "skip_special_tokens": ((True,), "special tokens are never part of the text"),
     "tool_choice": (("none", "auto"), "calls of functions are not supported"),
     "tools": (([],), "calls of functions are not supported"),
-    "truncate_prompt_tokens": ((), "prompts are not truncated; shorten the prompt"),
     "use_beam_search": ((False,), "beam search is not supported"),
     "verbosity": (("medium",), "not supported"),
     "web_search_options": ((), "web search is not supported"),

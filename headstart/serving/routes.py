@@ -18,7 +18,7 @@ from headstart.data.chat_template import load_chat_template
 from headstart.serving.bodies import LARGE
 from headstart.serving.errors import ERROR_RESPONSES, ApiError, JsonResponse, internal_error, stopping
 from headstart.serving.guard import CLIENT
-from headstart.serving.schemas import ChatRequest, CompletionRequest, GenerationBody
+from headstart.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream
 from headstart.serving.waiting import GoneError, while_connected
@@ -63,6 +63,14 @@ def _generation_routes(service: Service) -> APIRouter:
     async def chat(body: ChatRequest) -> Any:
         """Answer a conversation with the model's chat template."""
 
+    @router.post("/tokenize", responses=ERROR_RESPONSES)
+    async def tokenize(body: TokenizeRequest) -> Any:
+        """Return the tokens of a text or of a conversation."""
+
+    @router.post("/detokenize", responses=ERROR_RESPONSES)
+    async def detokenize(body: DetokenizeRequest) -> Any:
+        """Return the text of tokens."""
+
     return router
 
 
@@ -84,7 +92,7 @@ def _body_reader(service: Service) -> type[APIRoute]:
     return BodyReader
 
 
-async def _answer(service: Service, kind: type[GenerationBody], request: Request) -> Response:
+async def _answer(service: Service, kind: type[Any], request: Request) -> Response:
     try:
         content = await request.body()
     except ClientDisconnect:
@@ -99,7 +107,10 @@ async def _answer(service: Service, kind: type[GenerationBody], request: Request
         body = await (reading if small else while_connected(reading, request.receive, seconds))
         if body.stream:
             return EventStream(service.events(body, client, deadline), seconds)
-        whole = service.whole(body, client, deadline)
+        if isinstance(body, TokenizeRequest | DetokenizeRequest):
+            whole = service.convert(body, client, deadline)
+        else:
+            whole = service.whole(body, client, deadline)
         return JsonResponse(await while_connected(whole, request.receive, seconds))
     except GoneError:
         return Response(status_code=499)
@@ -148,6 +159,11 @@ def _status_routes(service: Service) -> APIRouter:
         """Report whether the server accepts requests: 200, or 503 from the first signal on."""
         accepts = not service.draining and not service.worker.dead
         return JsonResponse({"status": "ready" if accepts else "draining"}, 200 if accepts else 503)
+
+    @router.get("/version")
+    async def version() -> Any:
+        """Return the version of Headstart."""
+        return JsonResponse({"version": __version__})
 
     @router.get("/metrics")
     async def metrics() -> Any:

@@ -91,7 +91,7 @@ class StreamOptions(Closed):
 
     include_usage: bool | None = Field(default=False, description="Send a last chunk with the usage.")
     include_obfuscation: bool | None = Field(default=None, description="Ignored: chunks are not padded.")
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = Field(default=False, description="Send the usage so far with each chunk.")
 
 
 class JsonSchema(Closed):
@@ -104,15 +104,18 @@ class JsonSchema(Closed):
 
 
 class ResponseFormat(Closed):
-    """Constrain the answer to JSON, as OpenAI's API does."""
+    """Constrain the answer to JSON, as OpenAI's API does, or to a grammar."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "grammar"]
     json_schema: JsonSchema | None = None
+    grammar: NonEmpty | None = Field(default=None, description="Grammar in llguidance's Lark, or in GBNF.")
 
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
             raise refusal("json_schema", "give the schema, as {'name': ..., 'schema': {...}}")
+        if (self.grammar is None) == (self.type == "grammar"):
+            raise refusal("grammar", "give the grammar with type 'grammar', and with no other type")
         return self
 
     @property
@@ -163,6 +166,17 @@ class RequestBody(Open):
         default=None, description="Tokens that end the output and are part of it."
     )
     ignore_eos: bool | None = Field(default=False, description="Treat the end token like others.")
+    min_tokens: int | None = Field(
+        default=0, ge=0, lt=2**31, description="Tokens before which nothing ends the output."
+    )
+    skip_special_tokens: bool | None = Field(default=True, description="False: the text shows special tokens.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        default=None, description="Keep this many last tokens of the prompt; -1: as many as fit."
+    )
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Number of most probable tokens to report for each token of the prompt."
+    )
+    timings_per_token: bool | None = Field(default=False, description="Send the times so far with each chunk.")
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="Seed of the sampling noise; random by default."
     )
@@ -199,11 +213,20 @@ class RequestBody(Open):
 
     @model_validator(mode="after")
     def _check_constraints(self) -> RequestBody:
+        if self.truncate_prompt_tokens == 0:
+            raise refusal("truncate_prompt_tokens", "0 leaves no prompt; give at least 1, or -1")
+        if self.prompt_logprobs is not None and self.stream:
+            raise refusal("prompt_logprobs", "a stream does not hold them; leave out one of them")
         given = [name for name, _, _ in self.constraints]
         if len(given) > 1:
             raise refusal(given[1], f"an answer has one constraint, and {given[0]} is another; leave one out")
-        if given and self.ignore_eos:
-            raise refusal("ignore_eos", f"{given[0]} ends the answer when it is satisfied; leave one out")
+        for name in ("ignore_eos", "min_tokens"):
+            if given and getattr(self, name):
+                raise refusal(name, f"{given[0]} ends the answer when it is satisfied; leave one out")
+        if self.requested_tokens is not None and (self.min_tokens or 0) > self.requested_tokens:
+            raise refusal(
+                "min_tokens", f"{self.min_tokens} is more than max_tokens, {self.requested_tokens}; ask for fewer"
+            )
         return self
 
     @property
@@ -212,6 +235,7 @@ class RequestBody(Open):
         structured, formatted = self.structured_outputs or StructuredOutputs(), self.response_format
         options: list[tuple[str, Callable[[Any], Constraint], Any]] = [
             ("response_format", Constraint.json_schema, None if formatted is None else formatted.schema_to_follow),
+            ("response_format", Constraint.lark, None if formatted is None else formatted.grammar),
             ("guided_json", Constraint.json_schema, self.guided_json),
             ("guided_regex", Constraint.regex, self.guided_regex),
             ("guided_choice", Constraint.choice, self.guided_choice),
@@ -234,6 +258,11 @@ class RequestBody(Open):
         """Return the requested number of tokens; None: the server's default."""
         return self.max_tokens
 
+    @property
+    def outputs(self) -> int:
+        """Return the number of outputs to generate for each prompt."""
+        return self.n or 1
+
 
 class CompletionRequest(RequestBody):
     """Continue a prompt (`/v1/completions`)."""
@@ -241,21 +270,31 @@ class CompletionRequest(RequestBody):
     prompt: str | TokenIds | Strings | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     echo: bool | None = Field(default=False, description="Include the prompt in the text and in logprobs.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="Outputs per prompt: the n most probable per token are returned.",
+    )
     suffix: str | None = None
     add_special_tokens: bool | None = Field(default=True, description="Put the start token before a prompt of text.")
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise refusal(
-                "best_of", "must equal n: choosing the best of several outputs is not supported; leave it out"
-            )
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise refusal("best_of", f"{self.best_of} outputs do not hold the n best, {self.n}; ask for more")
+        if self.outputs > (self.n or 1) and self.stream:
+            raise refusal("best_of", "the best outputs are known at the end only; leave out stream, or best_of")
         if self.suffix:
             raise refusal("suffix", "text before a suffix is not supported; leave it out")
         if self.max_tokens == 0 and not self.echo:
             raise refusal("max_tokens", "0 gives no text; give at least 1, or set echo")
         return self
+
+    @property
+    def outputs(self) -> int:
+        """Return the number of outputs to generate for each prompt."""
+        return self.best_of or self.n or 1
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -342,18 +381,39 @@ class Message(Open):
         return message
 
 
-class ChatRequest(RequestBody):
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class Conversation(Open):
+    """Hold the fields from which a chat template makes a text."""
+
+    messages: Messages
+    add_generation_prompt: bool | None = Field(default=None, description="False: no start of an answer.")
+    continue_final_message: bool | None = Field(default=None, description="Continue the last message.")
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Conversation:
+        taken = next((name for name in self.chat_template_kwargs or () if name in RESERVED), None)
+        if taken is not None:
+            raise refusal(f"chat_template_kwargs.{taken}", "other fields set this variable; leave it out")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refusal("continue_final_message", "it needs add_generation_prompt false, or left out")
+        if self.continue_final_message:
+            last = self.messages[-1]
+            if last.role != "assistant" or not last.text.strip():
+                raise refusal("continue_final_message", "the last message must be an assistant's, and not empty")
+        return self
+
+
+class ChatRequest(RequestBody, Conversation):
     """Answer a conversation (`/v1/chat/completions`)."""
 
     neutral = {**fields.NEUTRAL, **fields.NEUTRAL_IN_CHATS}
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    add_generation_prompt: bool | None = Field(default=None, description="False: no start of an answer.")
-    continue_final_message: bool | None = Field(default=None, description="Continue the last message.")
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -362,14 +422,6 @@ class ChatRequest(RequestBody):
                 raise refusal(name, "0 gives no text; give at least 1")
         if self.top_logprobs is not None and not self.logprobs:
             raise refusal("top_logprobs", "it needs logprobs, set to true")
-        taken = next((name for name in self.chat_template_kwargs or () if name in RESERVED), None)
-        if taken is not None:
-            raise refusal(f"chat_template_kwargs.{taken}", "other fields set this variable; leave it out")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise refusal("continue_final_message", "it needs add_generation_prompt false, or left out")
-        last = self.messages[-1]
-        if self.continue_final_message and not (last.role == "assistant" and last.text.strip()):
-            raise refusal("continue_final_message", "the last message must be an assistant's, and not empty")
         return self
 
     @property
@@ -381,6 +433,33 @@ class ChatRequest(RequestBody):
     def alternatives(self) -> int | None:
         """Return the number of most probable tokens to report for each token; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Conversation):
+    """Return the tokens of a text or of a conversation (`/tokenize`), as vLLM does."""
+
+    stream: ClassVar[bool] = False
+
+    model: str | None = Field(default=None, max_length=512)
+    prompt: str | None = None
+    messages: Messages | None = None  # type: ignore[assignment]
+    add_special_tokens: bool | None = Field(default=True, description="Put the start token before a text.")
+    return_token_strs: bool | None = Field(default=False, description="Return the text of each token too.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise refusal("prompt", "give either a prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Open):
+    """Return the text of tokens (`/detokenize`), as vLLM does."""
+
+    stream: ClassVar[bool] = False
+
+    model: str | None = Field(default=None, max_length=512)
+    tokens: Annotated[list[Token], Field(fail_fast=True)]
 
 
 GenerationBody = CompletionRequest | ChatRequest

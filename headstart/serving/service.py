@@ -11,6 +11,7 @@ from typing import Any
 
 from headstart.api import LanguageModel
 from headstart.data.chat_template import ChatTemplate, need_chat_template
+from headstart.data.pieces import piece_name
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.constraints import Matcher, compiled
 from headstart.errors import UsageError
@@ -19,9 +20,16 @@ from headstart.serving.bodies import LARGE, MAX_VALUES, Body, read_body
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job
 from headstart.serving.preparation import Preparation
-from headstart.serving.schemas import ChatRequest, CompletionRequest, GenerationBody
+from headstart.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    Conversation,
+    DetokenizeRequest,
+    GenerationBody,
+    TokenizeRequest,
+)
 from headstart.serving.settings import ServeSettings
-from headstart.serving.translation import constraint_of, generation_settings, output_tokens, render_chat
+from headstart.serving.translation import constraint_of, generation_settings, output_tokens, render_chat, truncate
 from headstart.serving.waiting import Deadline, Result
 from headstart.serving.worker import Worker
 
@@ -41,6 +49,8 @@ class Service:
         self.model, self.worker, self.name, self.settings = model, worker, name, settings
         self.tokenizer = model._tokenizer
         self.context = settings.context or model.config.context
+        end = frozenset[int]() if self.tokenizer is None else frozenset([self.tokenizer.end_id])
+        self._special: frozenset[int] = getattr(self.tokenizer, "skipped", end)
         self.draining = False
         """True from the first signal on: new requests are refused."""
         self._template: ChatTemplate | None = None
@@ -78,6 +88,32 @@ class Service:
             return reading()
         return await self._count(self._bodies.run(client, reading), deadline)
 
+    async def convert(
+        self, body: TokenizeRequest | DetokenizeRequest, client: str, deadline: Deadline
+    ) -> dict[str, Any]:
+        """Return the tokens of a text or conversation, or the text of tokens. Raises ApiError."""
+        self._check_model(body.model)
+        if isinstance(body, DetokenizeRequest):
+            work = partial(self._detokenize, body)
+        else:
+            work = partial(self._tokenize, body)
+        return await self._count(self._prompts.run(client, work), deadline)
+
+    def _tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        if body.prompt is None:
+            tokens = self._encode_chat(body)
+        else:
+            tokens = self._encode_text(body.prompt, body.add_special_tokens is False)
+        names = [piece_name(self.model.tokenizer, token) for token in tokens] if body.return_token_strs else None
+        return {"count": len(tokens), "max_model_len": self.context, "tokens": tokens, "token_strs": names}
+
+    def _detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        size = self.model.config.vocab_size
+        beyond = next((token for token in body.tokens if token >= size), None)
+        if beyond is not None:
+            raise ApiError(400, f"tokens: {beyond} is none of this model's {size} tokens; leave it out", param="tokens")
+        return {"prompt": self.model.tokenizer.decode(body.tokens)}
+
     async def whole(self, body: GenerationBody, client: str, deadline: Deadline) -> dict[str, Any]:
         """Return the answer to a request. Raises ApiError."""
         answer = await self._prepare(body, client, deadline)
@@ -86,8 +122,7 @@ class Service:
     async def events(self, body: GenerationBody, client: str, deadline: Deadline) -> AsyncGenerator[bytes, None]:
         """Yield the answer to a request as it is generated. Raises ApiError."""
         answer = await self._prepare(body, client, deadline)
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        async with aclosing(answer.events(include_usage)) as events:
+        async with aclosing(answer.events()) as events:
             async for each in events:
                 yield each
 
@@ -97,10 +132,8 @@ class Service:
         Raises ApiError for what the model or the server's limits do not allow, before anything is made whose size grows
         with the number of outputs.
         """
-        if body.model is not None and body.model != self.name:
-            message = f"there is no model {body.model[:80]!r}; this server has {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        n, bound = body.n or 1, self.worker.bound
+        self._check_model(body.model)
+        n, bound = body.outputs, self.worker.bound
         outputs = n * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
         if outputs > bound:
             message = f"the request asks for {outputs} outputs; this server takes {bound} at once"
@@ -111,6 +144,11 @@ class Service:
             return self._answer(body, client, prompts, matcher, deadline)
 
         return await self._count(prepare(), deadline)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self.name:
+            message = f"there is no model {name[:80]!r}; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def _count(self, work: Awaitable[Result], deadline: Deadline) -> Result:
         """Return what `work` returns, and count its request as one in preparation meanwhile. Raises ApiError."""
@@ -139,30 +177,35 @@ class Service:
 
     def _encode(self, body: GenerationBody) -> list[list[int]]:
         """Return the token ids of the prompts."""
-        if isinstance(body, CompletionRequest):
+        if isinstance(body, ChatRequest):
+            prompts = [self._encode_chat(body)]
+        else:
             bare = body.add_special_tokens is False
-            return [
-                prompt if not isinstance(prompt, str)
-                else self.model.tokenizer.encode(prompt) if bare
-                else prompt_ids(self.model.tokenizer, prompt)
-                for prompt in body.prompts
-            ]  # fmt: skip
+            prompts = [p if not isinstance(p, str) else self._encode_text(p, bare) for p in body.prompts]
+        return [truncate(body, prompt, self.context) for prompt in prompts]
+
+    def _encode_text(self, text: str, bare: bool) -> list[int]:
+        """Return the token ids of a text, with the start token unless it is `bare`."""
+        return self.model.tokenizer.encode(text) if bare else prompt_ids(self.model.tokenizer, text)
+
+    def _encode_chat(self, body: Conversation) -> list[int]:
+        """Return the token ids of a conversation."""
         if self._template is None:
             template = need_chat_template(self.model.tokenizer)
             self._turn_ends = template.turn_ends(self.model.tokenizer)
             self._template = template  # last: other threads check it alone
-        return [self.model.tokenizer.encode(render_chat(body, self._template))]
+        return self.model.tokenizer.encode(render_chat(body, self._template))
 
     def _answer(
         self, body: GenerationBody, client: str, prompts: list[list[int]], matcher: Matcher | None, deadline: Deadline
     ) -> Answer:
         """Return the answer whose jobs generate each choice of each prompt."""
-        settings = generation_settings(body, self.model.config.heads, self.settings.heads)
+        settings = generation_settings(body, self.model.config.heads, self.settings.heads, self._special)
         seed = secrets.randbits(32) if body.seed is None else body.seed
         # Clients with other keys cannot find out a client's prompts; without keys all clients share one space.
         salt = f"{client if self.settings.api_key else ''}\n{body.cache_salt or ''}"
         ends = self._turn_ends if isinstance(body, ChatRequest) else frozenset()
-        inbox, choices = Inbox(), body.n or 1
+        inbox, choices = Inbox(), body.outputs
         jobs: list[Job] = []
         for prompt in prompts:
             tokens = output_tokens(body, len(prompt), self.context, self.settings.max_tokens)
@@ -174,6 +217,8 @@ class Service:
         echo: list[str] = []
         if isinstance(body, CompletionRequest) and body.echo:
             decode = self.model.tokenizer.decode
-            echo = [p if isinstance(p, str) else decode(p) for p in body.prompts for _ in range(choices)]
+            whole = body.truncate_prompt_tokens is None
+            shown = [p if whole and isinstance(p, str) else decode(ids) for p, ids in zip(body.prompts, prompts)]
+            echo = [text for text in shown for _ in range(choices)]
         form = AnswerFormat(body, self.name, seed, self.tokenizer, sum(map(len, prompts)), echo)
         return Answer(self.worker, jobs, form, deadline)

@@ -9,13 +9,13 @@ from headstart.decoding.constraints import Constraint
 from headstart.decoding.settings import GenerationSettings, Penalties
 from headstart.errors import UsageError
 from headstart.serving.errors import ApiError
-from headstart.serving.schemas import ChatRequest, CompletionRequest, GenerationBody
+from headstart.serving.schemas import ChatRequest, CompletionRequest, Conversation, GenerationBody
 
 COMPLETION_TOKENS = 16
 """Tokens of a completion without `max_tokens`, as in OpenAI's API; a chat then continues to the end of the context."""
 
 
-def render_chat(body: ChatRequest, template: ChatTemplate) -> str:
+def render_chat(body: Conversation, template: ChatTemplate) -> str:
     """Return the text of the messages of a chat.
 
     Raises ApiError if the template leaves out calls of functions, and UsageError if it refuses the messages.
@@ -56,11 +56,24 @@ def constraint_of(body: GenerationBody) -> Constraint | None:
     return next((make(argument) for _, make, argument in body.constraints), None)
 
 
-def generation_settings(body: GenerationBody, all_heads: int, default_heads: int | None) -> GenerationSettings:
+def truncate(body: GenerationBody, prompt: list[int], context: int) -> list[int]:
+    """Return the last tokens of a prompt that a request keeps."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    return prompt[-(max(1, context - max(1, body.requested_tokens or 1)) if most < 0 else most) :]
+
+
+def generation_settings(
+    body: GenerationBody, all_heads: int, default_heads: int | None, special: frozenset[int]
+) -> GenerationSettings:
     """Return the settings of a request, without its number of tokens and the seeds of its choices.
 
-    `default_heads` decode if the request leaves it to the server's policy.
+    `default_heads` decode if the request leaves it to the server's policy; `special` are the special tokens.
     """
+    echoed = body.logprobs if isinstance(body, CompletionRequest) and body.echo else None
+    of_prompt = [count for count in (body.prompt_logprobs, echoed) if count is not None]
+    chosen = body.outputs > (body.n or 1)  # by log-probability
     speculative = body.speculation
     heads = speculative.heads or (all_heads if speculative.policy == "fixed" else default_heads)
     return GenerationSettings(
@@ -77,12 +90,14 @@ def generation_settings(body: GenerationBody, all_heads: int, default_heads: int
             tuple((int(token), value) for token, value in (body.logit_bias or {}).items()),
         ),
         constraint=constraint_of(body),
-        logprobs=body.alternatives,
-        prompt_logprobs=body.logprobs if isinstance(body, CompletionRequest) and body.echo else None,
+        logprobs=0 if chosen and body.alternatives is None else body.alternatives,
+        prompt_logprobs=max(of_prompt, default=None),
         stop=body.stop,
         stop_tokens=frozenset(body.stop_token_ids or ()),
         ignore_ends=bool(body.ignore_eos),
         keep_stop=bool(body.include_stop_str_in_output),
+        min_new_tokens=body.min_tokens or 0,
+        shown=special if body.skip_special_tokens is False else frozenset(),
     )
 
 

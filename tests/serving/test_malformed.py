@@ -62,7 +62,15 @@ def refused(server: Server, body: Any, status: int = 400, path: str = "/v1/compl
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"n": 0}, "n"),
-        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"response_format": {"type": "text", "grammar": "a"}}, "response_format"),
+        ({"guided_grammar": "root ::= ("}, None),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
         ({"stop": [""]}, "stop"),
@@ -150,10 +158,10 @@ def test_errors_name_the_field_as_sent_and_the_fix(
 CHANGING: dict[str, Any] = {
     "allowed_token_ids": [97], "audio": {"voice": "a"}, "bad_words": ["e"], "chat_template": "x", "documents": [{}],
     "early_stopping": True, "function_call": {"name": "f"}, "functions": [{}], "guided_whitespace_pattern": " ",
-    "length_penalty": 2.0, "logits_processors": ["x"], "min_tokens": 3, "modalities": ["text", "audio"],
-    "moderation": {"model": "x"}, "prompt_logprobs": 1, "reasoning_effort": "low", "return_token_ids": True,
-    "return_tokens_as_token_ids": True, "skip_special_tokens": False, "tool_choice": "required", "tools": [{}],
-    "truncate_prompt_tokens": 2, "use_beam_search": True, "verbosity": "low", "web_search_options": {},
+    "length_penalty": 2.0, "logits_processors": ["x"], "modalities": ["text", "audio"],
+    "moderation": {"model": "x"}, "reasoning_effort": "low", "return_token_ids": True,
+    "return_tokens_as_token_ids": True, "tool_choice": "required", "tools": [{}],
+    "use_beam_search": True, "verbosity": "low", "web_search_options": {},
 }  # fmt: skip
 """A value of each field of `NEUTRAL` that would change the answer."""
 

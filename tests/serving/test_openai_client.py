@@ -207,6 +207,10 @@ def test_an_echo_alone_has_no_completion_tokens(stream, client, model) -> None:
         ({"extra_body": {"structured_outputs": {"json": {"enum": [1, 2]}}}}, Constraint.json_schema({"enum": [1, 2]})),
         ({"extra_body": {"structured_outputs": {"regex": "[a-c]{3}"}}}, Constraint.regex("[a-c]{3}")),
         ({"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}}, Constraint.choice(["yes", "no"])),
+        (
+            {"extra_body": {"response_format": {"type": "grammar", "grammar": 'root ::= "a" [bc]'}}},
+            Constraint.lark('start: "a" /[bc]/'),
+        ),
         ({"extra_body": {"structured_outputs": {"grammar": 'start: "ab"'}}}, Constraint.lark('start: "ab"')),
     ],
 )  # fmt: skip

@@ -18,7 +18,17 @@ WRITING = ["/v1/completions", "/v1/chat/completions"]
 
 def test_the_document_lists_routes_and_errors(server: Server) -> None:
     paths = json.loads(HTTP.get(f"{server.url}/openapi.json").content)["paths"]
-    assert set(paths) == {*WRITING, "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"}
+    assert set(paths) == {
+        *WRITING,
+        "/tokenize",
+        "/detokenize",
+        "/version",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/health",
+        "/ready",
+        "/metrics",
+    }
     for path in WRITING:
         answers = paths[path]["post"]["responses"]
         assert "422" not in answers and {"200", "400", "401", "404", "413", "429", "500", "503", "504"} <= set(answers)
