@@ -527,9 +527,10 @@ def test_heads_of_a_gguf_file_are_written_alone(settings: Any, model: Path, tmp_
 
 
 @pytest.mark.skipif(not multiplies_blocks("cpu"), reason="states are made by compiled kernels")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["transformer", "medusa", "sequential", "eagle3"])
 def test_stored_states_of_a_gguf_file_are_those_of_decoding_with_the_heads(
-    kind: Any, settings: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: Any, dtype: str, settings: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last block is head 1 of an ordinary decoder and of transformer heads, and part of the trunk elsewhere."""
     pytest.importorskip("gguf", reason="reads GGUF files; install headstart[gguf]")
@@ -542,7 +543,7 @@ def test_stored_states_of_a_gguf_file_are_those_of_decoding_with_the_heads(
         return made[-1][1]
 
     monkeypatch.setattr(StoredOutputs, "_trunk_output", watched)
-    found = adapt(settings(model=file, head_kind=kind, steps=2, cache_states="true"))
+    found = adapt(settings(model=file, head_kind=kind, steps=2, cache_states="true", dtype=dtype))
     assert made and StoredHeads.read(Path(found["heads_from"])).model.heads == 3
     decoding = headstart.load(file, dtype="float32", heads=found["heads_from"]).transformer
     for tokens, z_BTD in made:

@@ -138,9 +138,11 @@ class StoredOutputs:
     @torch.no_grad()
     def _trunk_output(self, inputs: StepInputs) -> Tensor:
         """Return what the heads read."""
+        if self._reader is not self._model:
+            return self._reader.latents(inputs.tokens, [])[0]
         within = inputs.documents if inputs.attention_within_documents else None
         with autocast(self._config, inputs.tokens.device):
-            return self._reader.latents(inputs.tokens, [], within)[0]
+            return self._model.latents(inputs.tokens, [], within)[0]
 
     @torch.no_grad()
     def _likely_tokens(self, inputs: StepInputs) -> Tensor:
@@ -189,5 +191,5 @@ def _content(split: TokenShards) -> list[Any]:
 def _reads_blocks(config: RunConfig, device: str) -> bool:
     """Say whether states come from the blocks of a GGUF file: made faster, and those of decoding."""
     assert config.adapt is not None
-    plain = not config.in_bfloat16 and not config.data.attention_within_documents
-    return config.adapt.model.suffix == SUFFIX and plain and multiplies_blocks(device)
+    within = config.data.attention_within_documents
+    return config.adapt.model.suffix == SUFFIX and not within and multiplies_blocks(device)
