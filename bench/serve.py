@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -44,8 +45,8 @@ class Settings(BenchSettings):
     model: Path | None = None
     """Model directory or file that our server serves (None: the model in the box)."""
     url: tuple[str, ...] = ()
-    """Servers with OpenAI's API that run already, like http://127.0.0.1:8000/v1, measured alone without --model.
-    OPENAI_API_KEY is sent to them."""
+    """Servers with OpenAI's API that run already, like http://127.0.0.1:8000 (/v1 is added to an address without a
+    path), measured alone without --model. OPENAI_API_KEY is sent to them."""
     clients: tuple[int, ...] = (1, 4, 16)
     """Numbers of clients at once."""
     new_tokens: int = 200
@@ -94,7 +95,8 @@ def load(settings: Settings) -> Findings:
                 flags = ("--slots", str(max(settings.clients)))
                 servers[name] = stack.enter_context(served(directory, settings.threads, *flags)), dict(fields)
         for url in settings.url:
-            servers[url] = url.rstrip("/"), {"model": model_at(url.rstrip("/"))}
+            at = url.rstrip("/") + ("" if urlsplit(url).path.strip("/") else "/v1")
+            servers[url] = at, {"model": model_at(at)}
         for clients in settings.clients:
             engine = None if model is None else model.engine(slots=clients)
             answers: dict[str, list[list[Stream]]] = {name: [] for name in servers}

@@ -21,6 +21,8 @@ LINE_SECONDS = 10.0
 _bar: RichProgress | None = None
 """The bar on the screen, if there is one: lines must be printed above it."""
 _muted = False
+_writer: Callable[[str], None] | None = None
+"""What writes lines in place of stderr, if anything does."""
 
 
 def mute(muted: bool = True) -> None:
@@ -29,11 +31,19 @@ def mute(muted: bool = True) -> None:
     _muted = muted
 
 
+def write_lines_with(writer: Callable[[str], None] | None) -> None:
+    """Hand the lines of `say` to a log in place of stderr (None: to stderr)."""
+    global _writer
+    _writer = writer
+
+
 def say(text: str = "") -> None:
     """Print a line for the person watching."""
     if _muted:
         return
-    if _bar is not None:
+    if _writer is not None:
+        _writer(text)
+    elif _bar is not None:
         # rich must not break long lines in two: paths and commands are copied from them.
         _bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:

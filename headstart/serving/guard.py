@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 import secrets
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headstart.serving.errors import ApiError, internal_error, stopping
 from headstart.serving.waiting import Deadline
 
+LOG = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/ready")
 """Paths that need no key: the page asks for the key, and health checks have none."""
 CLIENT = "headstart.client"
@@ -45,7 +46,7 @@ class Guard:
     """Refuse requests without a key of `keys` (empty: none is required), and bodies that are too large or too slow.
 
     `on_response` is called with the path and the status of every response. `hosts` are the allowed names, see
-    `is_allowed_host`; None: any.
+    `is_allowed_host`; None: any. With `open_metrics`, /metrics needs no key.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Guard:
         max_body_bytes: int,
         on_response: Callable[[str, int], None],
         hosts: Sequence[str] | None = None,
+        open_metrics: bool = False,
     ) -> None:
         self.app, self.max_body_bytes, self.on_response, self._hosts = app, max_body_bytes, on_response, hosts
+        self._open = (*OPEN, "/metrics") if open_metrics else OPEN
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,7 +82,7 @@ class Guard:
         headers = dict(scope["headers"])
         try:
             self._check_hosts(scope)
-            if self._keys and scope["path"] not in OPEN:
+            if self._keys and scope["path"] not in self._open:
                 scope = {**scope, CLIENT: self._check_key(headers.get(b"authorization", b""))}
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.max_body_bytes:
@@ -95,7 +98,7 @@ class Guard:
         except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise  # the application has answered an Exception
         except BaseException:  # for example a panic of a library in Rust
-            traceback.print_exc()
+            LOG.exception("a request has failed")
             if not started:
                 await internal_error().response()(scope, receive, counted)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 from headstart.decoding.generation import Generation, OriginStream
 from headstart.decoding.settings import Request
@@ -37,6 +38,18 @@ class Piece:
             following.tokens_per_pass,
             following.finished,
         )
+
+
+@dataclass
+class Record:
+    """Collect what a request came to, for logs and traces."""
+
+    request_id: str
+    jobs: list[Job] = field(default_factory=list)
+
+
+RECORD: ContextVar[Record | None] = ContextVar("record", default=None)
+"""The record of the request that this task answers."""
 
 
 class Inbox:
@@ -82,6 +95,10 @@ class Job:
     ) -> None:
         self.request, self.client, self.index, self.inbox = request, client, index, inbox
         self.streams, self.wants_origins = streams, origins
+        record = RECORD.get()
+        self.request_id = record.request_id if record else ""
+        if record is not None:
+            record.jobs.append(self)
         self.arrived = time.perf_counter()
         self.last = self.arrived
         """Time of the end of its last pass, or of its arrival."""
@@ -93,6 +110,15 @@ class Job:
         self._sent, self._sent_at = 0, 0.0
         self._text = ""
         self._parts: list[tuple[str, int]] = []
+
+    def phases(self, now: float) -> dict[str, tuple[float, float]]:
+        """Return from when to when the job has waited, read its prompt and decoded, on the clock of `arrived`."""
+        if self.generation is None:
+            return {"queue": (self.arrived, now)}
+        stats = self.generation.stats
+        started = self.last - stats.seconds
+        read = started + stats.prefill_seconds
+        return {"queue": (self.arrived, started), "prompt": (started, read), "decode": (read, self.last)}
 
     def piece(self, text: str, now: float, interval: float) -> Piece | None:
         """Add the text that a pass released at `now`, and return the next piece, on the engine's thread.

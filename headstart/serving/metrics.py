@@ -20,7 +20,7 @@ class Metrics:
     def __init__(self, model: str) -> None:
         disable_created_metrics()  # a second number for each counter, which nobody reads
         self.registry = CollectorRegistry()
-        self._model = model
+        self.model = model
 
         def counter(name: str, text: str, *more: str) -> Counter:
             return Counter(name, text, ["model_name", *more], registry=self.registry)
@@ -50,9 +50,11 @@ class Metrics:
         self._tokens = total("headstart_tokens", "Tokens generated.")
         self._passes = total("headstart_passes", "Passes, summed over outputs.")
         self._failures = total("headstart_engine_failures", "Engines that failed and were replaced.")
-        self._waiting = gauge("headstart_queue_length", "Outputs that wait for a slot.")
-        self._live = gauge("headstart_live_slots", "Slots that decode.")
-        self._load = 0, 0
+        self._loads: dict[int, tuple[int, int]] = {}
+        loads = self._loads
+        waiting, live = lambda: sum(w for w, _ in list(loads.values())), lambda: sum(n for _, n in list(loads.values()))
+        gauge("headstart_queue_length", "Outputs that wait for a slot.").set_function(waiting)
+        gauge("headstart_live_slots", "Slots that decode.").set_function(live)
         self._first = histogram("headstart_time_to_first_token_seconds", "From arrival to the first tokens.")
         self._between = histogram(
             "headstart_time_between_tokens_seconds",
@@ -60,12 +62,12 @@ class Metrics:
         )
         self._per_pass = histogram("headstart_tokens_per_pass", "Average of each output that ended.", TOKENS_PER_PASS)
 
-    def set_load(self, waiting: int, live: int) -> None:
-        """Record how many jobs wait and how many decode; cheap if nothing has changed."""
-        if (waiting, live) != self._load:
-            self._load = waiting, live
-            self._waiting.set(waiting)
-            self._live.set(live)
+    def set_load(self, engine: object, waiting: int, live: int) -> None:
+        """Record how many jobs wait for an engine and how many it decodes.
+
+        While a model is replaced there are two engines, and the metrics hold the sum.
+        """
+        self._loads[id(engine)] = waiting, live
 
     def count_step(self, jobs: int, tokens: int) -> None:
         """Count a pass of the engine, which has given so many tokens to so many jobs."""
@@ -83,7 +85,7 @@ class Metrics:
 
     def count_end(self, job: Job, outcome: str) -> None:
         """Count a job that has ended: by its finish reason, or "cancelled", "deadline", "refused" or "failed"."""
-        self._outputs.labels(self._model, outcome).inc()
+        self._outputs.labels(self.model, outcome).inc()
         if job.generation is None:
             return
         stats = job.generation.stats
@@ -96,15 +98,15 @@ class Metrics:
             self._draft_tokens.inc(sum(stats.drafted))
             self._accepted.inc(sum(stats.accepted))
         for position, accepted in enumerate(stats.accepted):
-            self._accepted_at.labels(self._model, str(position)).inc(accepted)
+            self._accepted_at.labels(self.model, str(position)).inc(accepted)
         for source, count in (("lookup", stats.looked_up), ("forced", stats.forced)):
             if count:
-                self._other_drafts.labels(self._model, source).inc(count)
+                self._other_drafts.labels(self.model, source).inc(count)
 
     def count_response(self, path: str, status: int) -> None:
         """Count a response, if its endpoint generates; on the event loop."""
         if path in ENDPOINTS:
-            self._requests.labels(self._model, path, str(status)).inc()
+            self._requests.labels(self.model, path, str(status)).inc()
 
     def count_failure(self) -> None:
         """Count an engine that has failed."""

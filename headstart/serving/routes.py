@@ -168,6 +168,8 @@ def _status_routes(service: Service) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Any:
         """Return the metrics in Prometheus' text format."""
+        if service.settings.metrics == "off":
+            raise ApiError(404, "the metrics of this server are off; --metrics key turns them on")
         return Response(service.worker.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/", include_in_schema=False)

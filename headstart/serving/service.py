@@ -203,7 +203,8 @@ class Service:
         settings = generation_settings(body, self.model.config.heads, self.settings.heads, self._special)
         seed = secrets.randbits(32) if body.seed is None else body.seed
         # Clients with other keys cannot find out a client's prompts; without keys all clients share one space.
-        salt = f"{client if self.settings.api_key else ''}\n{body.cache_salt or ''}"
+        apart = self.settings.api_key and not self.settings.share_prefixes
+        salt = f"{client if apart else ''}\n{body.cache_salt or ''}"
         ends = self._turn_ends if isinstance(body, ChatRequest) else frozenset()
         inbox, choices = Inbox(), body.outputs
         jobs: list[Job] = []

@@ -86,6 +86,14 @@ class ServeSettings:
     """Most seconds that a request may take, waiting included."""
     drain_seconds: float = 30.0
     """Most seconds that running requests have to finish after SIGTERM."""
+    share_prefixes: bool = False
+    """Reuse the prompts of other keys' requests: faster, but a client can find out by timing what others have sent."""
+    metrics: Literal["key", "open", "off"] = "key"
+    """/metrics for clients with a key, if keys are set (key), for everyone (open), or for nobody (off)."""
+    log_format: Literal["text", "json"] = "text"
+    """text: lines for people, without requests. json: one object a line, requests with their ids and times included."""
+    traces: bool = False
+    """Send OpenTelemetry traces to where the variables OTEL_EXPORTER_OTLP_* say (the extra otel)."""
 
     @property
     def hosts(self) -> tuple[str, ...] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +22,7 @@ from headstart.serving.fair_queue import FairQueue
 from headstart.serving.jobs import Job, Piece, deliver
 from headstart.serving.metrics import Metrics
 
+LOG = logging.getLogger(__name__)
 STOP_SECONDS = 1.0
 """Most seconds to wait for the last step of an engine that stops."""
 WARM_UP_PROMPT = 8
@@ -133,7 +134,7 @@ class Worker:
 
     def _report_load(self) -> None:
         """Update the metrics of the queue and the slots; the lock is held."""
-        self.metrics.set_load(len(self._waiting), len(self._running))
+        self.metrics.set_load(self, len(self._waiting), len(self._running))
 
     @property
     def idle(self) -> bool:
@@ -167,7 +168,7 @@ class Worker:
                     engine = self._make_engine()
                     self._feed(engine)
         except BaseException:  # no known error reaches this; no client may wait for ever
-            traceback.print_exc()
+            LOG.exception("no engine could be made")
             self.dead = True
         with self._lock:
             left = self._left()
@@ -196,7 +197,8 @@ class Worker:
             engine.scheduler.admit()
             pieces = self._step(engine) if engine.busy else []
         except BaseException:  # a panic in Rust, such as a tokenizer's, is not an Exception
-            traceback.print_exc()
+            ids = sorted({job.request_id for job in self._running} - {""})
+            LOG.exception("the engine has failed; another one is made", extra={"fields": {"request_ids": ids}})
             broken = True
             self.failures += 1
             self.metrics.count_failure()
@@ -244,7 +246,7 @@ class Worker:
         except UsageError as error:
             return ApiError(400, str(error))
         except BaseException:  # a panic in Rust, such as a tokenizer's, is not an Exception
-            traceback.print_exc()
+            LOG.exception("a request could not start", extra={"fields": {"request_id": job.request_id}})
             return ApiError(500, INTERNAL)
         if job.wants_origins and self._tokenizer is not None:
             job.origin_stream = OriginStream(job.generation, self._tokenizer)

@@ -21,8 +21,10 @@ class Fake(BaseHTTPRequestHandler):
     """A server that says x."""
 
     seen: ClassVar[list[dict]] = []
+    paths: ClassVar[set[str]] = set()
 
     def do_GET(self):
+        self.paths.add(self.path)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b'{"data": [{"id": "fake"}]}')
@@ -30,6 +32,7 @@ class Fake(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.seen.append(asked)
+        self.paths.add(self.path)
         self.send_response(500 if asked["prompt"] == "fail" else 200)
         self.end_headers()
         for text in ["x"] * asked["max_tokens"] + [""]:
@@ -58,6 +61,12 @@ def test_another_server_is_measured_alone():
     assert len(Fake.seen) == (2 + 1) * 4 * 2  # two rounds and one of warm-up, of four streams, twice
     assert len({body["prompt"] for body in Fake.seen}) == len(Fake.seen)
     assert all(body["model"] == "fake" and body["max_tokens"] == 3 for body in Fake.seen)
+
+
+def test_a_url_without_a_path_is_that_of_its_api():
+    with fake_server() as url:
+        rows = serve.run(Settings(url=(url.removesuffix("/v1"),), clients=(1,), new_tokens=1, repetitions=1))
+    assert rows["measurements"][0]["median"] > 0 and Fake.paths == {"/v1/models", "/v1/completions"}
 
 
 def test_answers_come_in_order_with_the_time_of_every_piece():

@@ -63,6 +63,12 @@ def test_a_prompt_is_reused_within_its_key_and_salt_only(locked: Server) -> None
     assert asked(locked, prompt="x", cache_salt="")[0] == 400
 
 
+def test_keys_share_prompts_only_if_the_operator_says_so() -> None:
+    with running(ServeSettings(port=0, slots=1, api_key=("alpha", "beta"), share_prefixes=True)) as server:
+        assert cached(server, SECRET) == 0 and cached(server, SECRET, "beta") == len(SECRET) - 1
+        assert cached(server, SECRET, "beta", cache_salt="mine") == 0
+
+
 def test_no_salt_of_one_key_is_another_key(locked: Server) -> None:
     prompt = "# a prompt of the last of eleven keys\n"
     assert cached(locked, prompt, "key-10") == 0

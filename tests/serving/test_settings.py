@@ -68,7 +68,7 @@ def test_hosts_are_checked_without_keys(given: dict[str, Any], hosts: tuple[str,
 def test_keys_of_the_environment(variable: str, keys: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[ServeSettings] = []
     monkeypatch.setenv("HEADSTART_API_KEY", variable)
-    monkeypatch.setattr(server, "serve", lambda _, settings: found.append(settings))
+    monkeypatch.setattr(server, "serve", lambda _, settings, again: found.append(settings))
     run(ServeCommandSettings())
     run(ServeCommandSettings(server=ServeSettings(api_key=("c",))))
     assert [settings.api_key for settings in found] == [keys, ("c",)]
@@ -96,7 +96,7 @@ def test_an_address_in_use_is_refused_before_loading(monkeypatch: pytest.MonkeyP
         port = taken.getsockname()[1]
         monkeypatch.setattr(server, "make_service", lambda *_: pytest.fail("the error comes before a model is loaded"))
         with pytest.raises(UsageError, match=f"{port}: Address already in use; name another --port or --host"):
-            server.serve(boxed_model(), ServeSettings(port=port))
+            server.serve(boxed_model(), ServeSettings(port=port), pytest.fail)
 
 
 def test_the_memory_of_caches_is_reported_and_bounded(monkeypatch, capsys) -> None:
