@@ -22,7 +22,7 @@ _bar: RichProgress | None = None
 """The bar on the screen, if there is one: lines must be printed above it."""
 _muted = False
 _writer: Callable[[str], None] | None = None
-"""What writes lines in place of stderr, if anything does."""
+"""Function that gets the lines in place of stderr, if there is one."""
 
 
 def mute(muted: bool = True) -> None:

@@ -95,11 +95,11 @@ class Reloads:
         self._asked.set()
 
     async def run(self) -> None:
-        """Load the model each time that a load is asked for. One that fails changes nothing but the log."""
+        """Load the model after each request for it. A load that fails changes nothing but the log."""
         while True:
             await self._asked.wait()
             self._asked.clear()
-            await self._reload()  # a function of its own, so that no model is held while nothing is asked for
+            await self._reload()  # a function of its own, so that no model is held in between
 
     async def _reload(self) -> None:
         self.loading = True

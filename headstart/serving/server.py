@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -124,6 +123,7 @@ class Server(uvicorn.Server):
         self._traces = Traces() if settings.traces else None
         self._switch = Switch(guarded(make_app(service), service, self._traces))
         self._load = reload
+        self._early = False
         self.reloads: Reloads | None = None
         most, backlog = connection_limits(settings.max_connections)
         self.socket = _listen(settings.host, settings.port, backlog)
@@ -159,20 +159,27 @@ class Server(uvicorn.Server):
         if load is not None:
             self.reloads = Reloads(lambda: load(self.service.worker.metrics), self._swap, self._switch)
             task = asyncio.create_task(self.reloads.run())
-            if threading.current_thread() is threading.main_thread():
-                self._loop.add_signal_handler(signal.SIGHUP, self._hang_up, sys.stderr.isatty())
+            if self._early:
+                self.reloads.ask()
         await super().serve([self.socket] if sockets is None else sockets)
         if task is not None:
             task.cancel()
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
 
-    def _hang_up(self, had_terminal: bool) -> None:
-        """Load the model again, or stop if the signal says that the terminal was closed."""
-        if had_terminal and not sys.stderr.isatty():
-            self.drain()
-        elif self.reloads is not None and not self.service.draining:
-            self.reloads.ask()
+    def reload_after_signals(self) -> None:
+        """Load the model again after each SIGHUP, or stop if the signal says that the terminal was closed."""
+        had_terminal = sys.stderr.isatty()
+
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            if had_terminal and not sys.stderr.isatty():
+                self.drain()
+            elif self.reloads is None or self._loop is None:
+                self._early = True
+            elif not self.service.draining:
+                self._loop.call_soon_threadsafe(self.reloads.ask)
+
+        signal.signal(signal.SIGHUP, hang_up)
 
     def _swap(self, service: Service) -> Service:
         """Let a service answer new requests, and return the one before."""
@@ -235,6 +242,7 @@ def serve(directory: Path, settings: ServeSettings, locate: Callable[[], tuple[P
     _listen(settings.host, settings.port).close()  # an address in use is reported before the model is loaded
     service = make_service(directory, settings)
     server = Server(service, lambda metrics: make_service(*locate(), metrics))
+    server.reload_after_signals()
     say(f"{service.name}: listening on {server.url}; open it in a browser to try it, stop it with Ctrl-C")
     key = ' -H "Authorization: Bearer $HEADSTART_API_KEY"' if settings.api_key else ""
     body = '{"prompt": "def fibonacci(n):", "max_tokens": 64, "temperature": 0}'

@@ -141,7 +141,7 @@ def test_running_requests_finish_on_the_old_weights(
         until(lambda: not server.reloads.replaced)  # type: ignore[union-attr]
         monkeypatch.undo()
         until(lambda: old() is None)  # its memory is free
-        assert metric(server, "headstart_tokens_total") == 80  # the metrics go on
+        assert metric(server, "headstart_tokens_total") == 80  # the metrics continue
         assert metric(server, "headstart_live_slots") == 0
 
 
