@@ -94,6 +94,9 @@ class AdaptSettings:
     """Scale of the low-rank products: they are multiplied by alpha / rank."""
     lora_dropout: float = 0.05
     """Dropout of the inputs of the low-rank products in training."""
+    lora_head: bool = False
+    """--lora: also for the output matrix, as in Medusa-2. RUN/model then has one of its own where the embedding served
+    as output matrix."""
     loss: Literal["cross-entropy", "kl", "total-variation", "acceptance"] = "cross-entropy"
     """Loss of the heads: cross-entropy with the text; kl or total-variation, the distance to the model's own next-token
     distribution, which judges their drafts; acceptance, -log of the rate at which it accepts them."""
@@ -104,6 +107,9 @@ class AdaptSettings:
     ramp, as in Medusa-2)."""
     head_decay: float = 0.8
     """Factor from each head's weight to the next."""
+    sample_heads: bool = False
+    """Train one head in each step, drawn from all, with the weight of all (Stern et al.): steps cost less, and more of
+    them are needed."""
     steps: int = 1000
     """Optimiser steps."""
     rows: int = 8
@@ -253,7 +259,10 @@ def _adapt_config(settings: AdaptSettings) -> AdaptConfig:
     from headstart.training.adapt.config import AdaptConfig
     from headstart.training.adapt.lora import LoraConfig
 
-    lora = None if settings.lora is None else LoraConfig(settings.lora, settings.lora_alpha, settings.lora_dropout)
+    if settings.lora_head and settings.lora is None:
+        raise UsageError("--lora-head needs --lora RANK; give both, or leave it out")
+    options = (settings.lora_alpha, settings.lora_dropout, settings.lora_head)
+    lora = None if settings.lora is None else LoraConfig(settings.lora, *options)
     return AdaptConfig(
         model=settings.model,
         mode=settings.mode,
@@ -295,12 +304,13 @@ def head_weights(settings: AdaptSettings, steps: bool = False) -> HeadWeights:
             raise UsageError("--head-weight is for --mode joint: with the heads alone there is no other loss")
         trained = others if settings.rollout is None else settings.rollout
         weights = None if trained == others else (1.0, *[1.0] * trained, *[0.0] * (others - trained))
-        return HeadWeights(initial=weights, decay=settings.head_decay)
+        return HeadWeights(initial=weights, decay=settings.head_decay, sampled=settings.sample_heads)
     weight = (0.01 if settings.self_distilled else 0.2) if settings.head_weight is None else settings.head_weight
     weights = (1.0, *[weight] * others)
     if settings.self_distilled:
-        return HeadWeights(initial=(1.0, *[0.0] * others), final=weights, decay=settings.head_decay, shape="sine")
-    return HeadWeights(initial=weights, decay=settings.head_decay)
+        first = (1.0, *[0.0] * others)
+        return HeadWeights(first, weights, settings.head_decay, shape="sine", sampled=settings.sample_heads)
+    return HeadWeights(initial=weights, decay=settings.head_decay, sampled=settings.sample_heads)
 
 
 def _data(settings: AdaptSettings) -> DataConfig:

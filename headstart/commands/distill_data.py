@@ -48,6 +48,9 @@ class DistillDataSettings:
     """Keep the most probable tokens whose probabilities add up to this (1: all)."""
     min_p: float = 0.0
     """Keep tokens at least this probable relative to the most probable one (0: all)."""
+    beams: int = 1
+    """Continuations kept by a beam search for the most probable answer, as Stern et al. distill (1: sample). Slow: each
+    token runs the model over the whole text, and --temperature and the other options of sampling are not used."""
     seed: int = 0
     """Seed of the whole file; each answer gets a seed made of it and of the place of its prompt."""
     drop_unfinished: bool = False
@@ -77,6 +80,8 @@ def run(settings: DistillDataSettings) -> None:
 
     if (settings.prompts is None) == (settings.self_prompts <= 0):
         raise UsageError("give either --prompts FILE or --self-prompts N, N at least 1")
+    if settings.beams < 1 or (settings.beams > 1 and settings.prompts is None):
+        raise UsageError("--beams is 1 or more, and answers --prompts; the model's own prompts are sampled")
     use_threads(settings.threads)
     directory, heads = find_model(settings.model, settings.heads_from)
     loaded = headstart.load(directory, settings.dtype, settings.device, heads=heads)
@@ -86,6 +91,7 @@ def run(settings: DistillDataSettings) -> None:
         GenerationSettings.named_in(settings),
         chat=settings.chat or settings.prompts is None,
         drop_unfinished=settings.drop_unfinished,
+        beams=settings.beams,
         slots=settings.slots,
         exact=settings.exact,
         prompts_key=None if settings.prompts else f"own, temperature {settings.self_prompt_temperature}",

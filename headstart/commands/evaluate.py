@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from headstart.console import Progress, print_result, say
 from headstart.errors import UsageError
-from headstart.evaluation.settings import CodeSettings, LmEvalSettings, SuiteSettings
+from headstart.evaluation.settings import CodeSettings, LmEvalSettings, SuiteSettings, SummarySettings
 from headstart.fileio import write_text
 from headstart.hardware import use_threads
 from headstart.reports.evaluation import format_evaluation, markdown_of, page_of
@@ -50,7 +50,9 @@ class EvaluateSettings:
     humaneval-prompts, mbpp-prompts, prompts: tokens per pass and speed-up on named prompts, see --suite.file and the
     other --suite options; humaneval, mbpp, mbpp-sanitized,
     apps-introductory, codecontests: programs generated and run against tests, see --code.samples and the other --code
-    options; lm-eval:NAME: a task of EleutherAI's lm-eval, such as lm-eval:arc_easy."""
+    options; gsm8k-answers: pass@k of final answers, with the same options; cnn-dailymail, multi-news, orangesum,
+    pn-summary, samsum, thaisum, wikisummary, xsum: ROUGE of summaries, see the --summaries options; lm-eval:NAME: a
+    task of EleutherAI's lm-eval, such as lm-eval:arc_easy."""
     text: tuple[str, ...] = ()
     """Files, folders, globs or hf:NAME, as for `headstart prepare`. Give text that the model was not trained on.
     The chat template writes conversations, of which only the answers count."""
@@ -85,6 +87,7 @@ class EvaluateSettings:
     """CPU threads (None: torch's choice)."""
     suite: SuiteSettings = field(default_factory=SuiteSettings)
     code: CodeSettings = field(default_factory=CodeSettings)
+    summaries: SummarySettings = field(default_factory=SummarySettings)
     lm_eval: LmEvalSettings = field(default_factory=LmEvalSettings)
     out: Path | None = None
     """Folder for results.json, results.md and results.html, the figures of suites, and what an interrupted evaluation
@@ -126,11 +129,13 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
     from headstart.evaluation.code.run import run_code
     from headstart.evaluation.lm_eval_tasks import PREFIX, run_lm_eval
     from headstart.evaluation.suites import SUITES
+    from headstart.evaluation.summaries import SETS, run_summaries
 
-    _check(settings, (*TASKS, *SUITES, *HUB))
+    _check(settings, (*TASKS, *SUITES, *HUB, *SETS))
     programs = [task for task in settings.tasks if task in HUB]
     foreign = [task.removeprefix(PREFIX) for task in settings.tasks if task.startswith(PREFIX)]
     suites = [task for task in settings.tasks if task in SUITES]
+    summarized = [task for task in settings.tasks if task in SETS]
     named = {name: getattr(settings, name) for name in ("heads_from", "dtype", "quantize")}
     found: dict[str, Any] = {"model": str(path), **{name: value for name, value in named.items() if value}}
     if set(settings.tasks) & set(TASKS):
@@ -151,6 +156,13 @@ def evaluate(path: Path, settings: EvaluateSettings) -> dict[str, Any]:
         assert settings.out is not None
         found["code"] = {
             task: run_code(model, task, settings.code, settings.batch, settings.out, name) for task in programs
+        }
+    if summarized:
+        assert settings.out is not None
+        options = (settings.dtype, settings.device, settings.quantize, settings.heads_from)
+        asked = (settings.summaries, settings.batch, settings.out)
+        found["summaries"] = {
+            task: run_summaries(lambda each: load(each, *options), path, task, *asked) for task in summarized
         }
     return found
 
@@ -178,16 +190,19 @@ def _check(settings: EvaluateSettings, tasks: tuple[str, ...]) -> None:
     from headstart.evaluation.code.problems import HUB
     from headstart.evaluation.lm_eval_tasks import PREFIX
     from headstart.evaluation.suites import SUITES
+    from headstart.evaluation.summaries import SETS
 
     for task in settings.tasks:
         if task not in tasks and not task.startswith(PREFIX):
             raise UsageError(f"there is no task {task!r}; take {', '.join(tasks)} or {PREFIX}NAME")
-    programs, suites = ([task for task in settings.tasks if task in kind] for kind in (HUB, SUITES))
-    if programs and settings.out is None:
-        raise UsageError(f"the task {programs[0]} keeps what the model writes; name a folder for it with --out")
+    programs, suites, sets = ([task for task in settings.tasks if task in kind] for kind in (HUB, SUITES, SETS))
+    if (programs or sets) and settings.out is None:
+        named = (*programs, *sets)[0]
+        raise UsageError(f"the task {named} keeps what the model writes; name a folder for it with --out")
     for option, kind, file, named in (
         ("code.source", "problems", settings.code.source, programs),
         ("suite.file", "prompts", settings.suite.file, suites),
+        ("summaries.source", "documents", settings.summaries.source, sets),
     ):
         if len(named) > 1 and file is not None:
             raise UsageError(f"--{option} is for one set of {kind}, not for {' and '.join(named)}; run them apart")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from headstart.api import LanguageModel
 from headstart.commands.ordered_lines import OrderedLines, ordered_lines
@@ -29,6 +30,7 @@ from headstart.data.lines import read_records
 from headstart.data.prepare.duplicates import copies, digest_of, keys_of, near_copies
 from headstart.data.prompts import read_prompt_file
 from headstart.data.tokenizers import prompt_ids
+from headstart.decoding.beam_search import search_beams
 from headstart.decoding.generation import Generation, Stats
 from headstart.decoding.settings import GenerationSettings
 from headstart.errors import UsageError
@@ -60,6 +62,8 @@ class DistillSettings:
     """True: prompts that are text are messages of a user, which the chat template writes."""
     drop_unfinished: bool = False
     """True: answers cut off at `max_new_tokens` are left out."""
+    beams: int = 1
+    """Continuations kept by a beam search for the most probable answer (1: sample the answer)."""
     slots: int = 8
     """Number of answers decoded together; the output does not depend on it."""
     exact: bool = True
@@ -223,6 +227,7 @@ def _recorded_settings(model: LanguageModel, directory: Path, settings: DistillS
         "top_p": generation.top_p,
         "min_p": generation.min_p,
         "seed": generation.seed,
+        "beams": None if settings.beams == 1 else settings.beams,
         "drop_unfinished": settings.drop_unfinished,
         # None if files of earlier versions do not record it.
         "chat": settings.chat or None,
@@ -298,6 +303,8 @@ class _Writer:
             # written in order.
             while len(self._running) < 2 * slots and (place := next(waiting, None)) is not None:
                 self._submit(self._pending(place, 0, []))
+                if self._settings.beams > 1:
+                    progress(self._lines.next_place, len(self.prompts))
             if not engine.busy:
                 break
             for generation, _ in engine.step():
@@ -306,7 +313,7 @@ class _Writer:
                 _, pending = self._running.pop(id(generation))
                 self.stats.append(generation.stats)
                 tokens += len(generation.tokens)
-                self._take(pending, generation)
+                self._take(pending, generation.text, generation.finish_reason == "end")
             if self._lines.next_place != done:
                 done = self._lines.next_place
                 rate = tokens / max(time.monotonic() - began, 1e-9)
@@ -346,15 +353,33 @@ class _Writer:
                 self._finish(pending, pending.messages[: -len(question)], "context")
             return
         generation = self._settings.generation
+        if self._settings.beams > 1:
+            self._take(pending, *self._search(pending))
+            return
         digest = hashlib.sha256(f"{generation.seed}\0{pending.place}\0{pending.turn}".encode()).digest()
         seed = int.from_bytes(digest[:8], "big", signed=True)
         running = self._engine.submit(generation.request(pending.ids, seed=seed, ends=self._turn_ends))
         self._running[id(running)] = running, pending
 
-    def _take(self, pending: _Pending, generation: Generation) -> None:
+    def _search(self, pending: _Pending) -> tuple[str, bool]:
+        """Return the answer that a beam search finds by whole passes, without a cache, and whether it has an end."""
+        transformer, tokenizer = self._model.transformer, self._tokenizer
+
+        def logits_of(tokens_BT: Tensor) -> Tensor:
+            latent = transformer.latents(tokens_BT.to(transformer.device), [1])[1]
+            return transformer.unembedding(latent[:, -1])
+
+        new = min(self._settings.generation.max_new_tokens, self._engine.context - len(pending.ids))
+        ends = self._turn_ends | tokenizer.end_ids
+        tokens, finished = search_beams(logits_of, pending.ids, self._settings.beams, new, ends)
+        length = len(tokens) + finished
+        self.stats.append(Stats(tokens=len(tokens), ends=int(finished), passes=length))
+        before = tokenizer.decode(list(pending.ids))
+        return tokenizer.decode([*pending.ids, *tokens]).removeprefix(before), finished
+
+    def _take(self, pending: _Pending, answer: str, finished: bool) -> None:
         """Keep an answer, and submit the next question of its conversation."""
-        finished = generation.finish_reason == "end"
-        reason, answer = "end" if finished else "length", generation.text
+        reason = "end" if finished else "length"
         if not pending.prompt.questions:
             self._finish(pending, [], reason, answer)
             return

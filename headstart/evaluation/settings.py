@@ -11,7 +11,7 @@ PROMPTS_FILE = "prompts.jsonl"
 
 @dataclass(frozen=True)
 class CodeSettings:
-    """The tasks humaneval, mbpp, mbpp-sanitized, apps-introductory, codecontests."""
+    """The tasks humaneval, mbpp, mbpp-sanitized, apps-introductory, codecontests, gsm8k-answers."""
 
     source: str | None = None
     """A .jsonl or .jsonl.gz file with the problems, or hf:NAME (None: the task's data set on the hub). For one task."""
@@ -33,6 +33,10 @@ class CodeSettings:
     prompts. Without this option such a model is refused."""
     rewarded: bool = False
     """End prompts of codecontests with the line that precedes correct programs in training (`prepare --rewards`)."""
+    shots: int = 0
+    """gsm8k-answers: solved problems before each question, the first ones of the training split (the paper: 8)."""
+    examples: str | None = None
+    """gsm8k-answers: a .jsonl file with the problems of --code.shots, or hf:NAME (None: the hub's)."""
     compare_plain: bool = False
     """Generate the programs a second time with head 1 alone, to compare the times; the programs must be the same."""
     workers: int = 2
@@ -81,3 +85,24 @@ class LmEvalSettings:
     """Take only this many documents of each task, the first ones."""
     new_tokens: int | None = None
     """The largest number of tokens per answer, instead of the task's own."""
+
+
+@dataclass(frozen=True)
+class SummarySettings:
+    """The tasks cnn-dailymail, multi-news, orangesum, pn-summary, samsum, thaisum, wikisummary, xsum: summaries."""
+
+    source: Path | None = None
+    """A .jsonl file with the documents to summarize, in the fields of the set (None: its test split on the hub)."""
+    choose: bool = False
+    """MODEL is the folder of a run: take the checkpoint with the best ROUGE-L on the validation split, as the paper
+    does after every epoch."""
+    validation: Path | None = None
+    """A .jsonl file with the documents of the validation split (None: that on the hub)."""
+    documents: int | None = None
+    """Take only this many documents of each split, the first ones."""
+    new_tokens: int = 128
+    """The largest number of tokens per summary. A longer document loses its end; the report counts such documents."""
+    prompt: str = "{document}\n\nSummary:"
+    """Text around a document, as in the data that the model was finetuned on."""
+    stop: tuple[str, ...] = ("\n\n",)
+    """Strings that end a summary, in addition to the model's end token."""

@@ -87,15 +87,18 @@ class Unembedding(nn.Module):
         self.d2t: Tensor | None
         """The draft vocabulary, (Vd,) int64 (None: heads 2..n predict all tokens)."""
         self.register_buffer("d2t", None if config.draft_vocab is None else torch.arange(config.draft_vocab))
+        self.added: Callable[[Tensor], Tensor] | None = None
+        """Function of the first matrix whose result is used in its place (None: the matrix itself)."""
         # A further matrix (V, D) while a run trains with token order prediction; in here, where sharding gathers.
         self.order: nn.Parameter | None
         self.register_parameter("order", None)
 
     def weight(self, k: int) -> Tensor:
         """Return the matrix of head k: (V, D), or with a draft vocabulary (Vd, D) for k > 1."""
-        if len(self.weights) > 1:
+        if len(self.weights) > 1 and k > 1:
             return self.weights[min(k, len(self.weights)) - 1]
-        return self.weights[0] if k == 1 or self.d2t is None else self.weights[0][self.d2t]
+        first = self.weights[0] if self.added is None else self.added(self.weights[0])
+        return first if k == 1 or self.d2t is None else first[self.d2t]
 
     def forward(self, z: Tensor, k: int = 1, using: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Return the logits (..., V) of a latent (..., D) of head k; those outside its draft vocabulary are -inf.

@@ -84,6 +84,8 @@ def _parts(found: dict[str, Any]) -> list[Part]:
         parts += _lm_eval_parts(found["lm_eval"])
     for task, code in found.get("code", {}).items():
         parts += [_code_line(task, code), _code_table(code)]
+    for task, scored in found.get("summaries", {}).items():
+        parts += [_summaries_line(task, scored), _summaries_table(scored)]
     return parts
 
 
@@ -134,6 +136,26 @@ def _lm_eval_parts(found: dict[str, Any]) -> list[Part]:
     if "tokens_per_pass" in found:
         parts.append(f"{found['tokens']:,} tokens written, {found['tokens_per_pass']:.2f} a pass.")
     return parts
+
+
+def _summaries_line(task: str, found: dict[str, Any]) -> str:
+    line = f"{task}: {found['documents']:,} documents, at most {found['new_tokens']} tokens a summary"
+    if found["cut_documents"]:
+        line += f"; {found['cut_documents']:,} documents lost their end to the context"
+    if "step" in found:
+        scores = ", ".join(f"{score:.4f} at step {step}" for step, score in found["validation"].items())
+        line += f"; weights of step {found['step']}, by ROUGE-L on the validation split: {scores}"
+    return line
+
+
+def _summaries_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return ROUGE with 90 % intervals over documents."""
+    rows = [
+        [name.replace("rouge", "ROUGE-"), _interval(way["f1"]), f"{way['precision']:.1%}", f"{way['recall']:.1%}"]
+        for name, way in found.items()
+        if name.startswith("rouge")
+    ]
+    return ["metric", "F1", "precision", "recall"], rows
 
 
 def _code_line(task: str, code: dict[str, Any]) -> str:

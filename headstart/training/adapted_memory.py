@@ -85,7 +85,9 @@ class _Sizes:
         self.added = _of_lora(model.trunk, adapt.lora, 2 if self.half else FLOAT32, device) * self.tokens
         """Activations of LoRA's products."""
         self.frozen_unembedding = (
-            not model.unembedding.weights[0].requires_grad and not config.model.kind.own_unembeddings
+            not model.unembedding.weights[0].requires_grad
+            and not config.model.kind.own_unembeddings
+            and not (adapt.lora is not None and adapt.lora.head)
         )
 
     def moment(self, name: str, parts: dict[str, int]) -> dict[str, int]:

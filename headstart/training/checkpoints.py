@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from headstart.console import say
-from headstart.errors import UsageError
+from headstart.errors import UsageError, first_line
 from headstart.fileio import becoming_directory, sha256_of
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
@@ -127,6 +127,19 @@ def restore(path: Path, model: Transformer, optimizers: list[Optimizer], process
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise UsageError(f"{path}: a damaged or foreign checkpoint ({reason}); {GO_BACK}") from error
     return state.position
+
+
+def load_weights(path: Path, model: Transformer) -> None:
+    """Load the weights of a checkpoint into a whole model. Raise UsageError if it is damaged or not of this shape."""
+    state, tensors = read_state(path), {"model": get_model_state_dict(model)}
+    if state.model != digest(model.config):
+        raise UsageError(f"{path}: a checkpoint of another model shape than that of its run; take another run")
+    try:
+        with plain_dcp():
+            dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    except Exception as error:  # DCP, zip and pickle each have their own kinds of error for a damaged file
+        raise UsageError(f"{path}: cannot be read ({first_line(error)}); {GO_BACK}") from error
+    set_model_state_dict(model, tensors["model"])
 
 
 def _check_finite(path: Path, tensors: dict[str, Any], processes: Processes) -> None:

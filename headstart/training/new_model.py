@@ -17,11 +17,11 @@ from headstart.errors import UsageError
 from headstart.formats.generation_config import keep_generation
 from headstart.formats.hub import local_path
 from headstart.formats.huggingface import save_model
-from headstart.formats.registry import load_model_tokenizer
+from headstart.formats.registry import load_data_tokenizer, load_model_tokenizer
 from headstart.model.transformer import Transformer
 from headstart.objective.inputs import StepInputs
-from headstart.training.checkpoints import all_steps
-from headstart.training.config import RunConfig
+from headstart.training.checkpoints import all_steps, load_weights
+from headstart.training.config import RunConfig, load_config
 from headstart.training.init_from import first_values
 from headstart.training.parallel import GradientSums, materialize, parallelize, whole_model
 from headstart.training.processes import Processes
@@ -110,6 +110,24 @@ def empty_model(config: RunConfig) -> Transformer:
         for auxiliary in config.auxiliaries:
             auxiliary.add_parameters(model)
     return model
+
+
+def save_checkpoint(checkpoint: Path, directory: Path) -> None:
+    """Write the weights of a run's checkpoint as a model directory, with the tokenizer of the run's result.
+
+    Raises UsageError for a run of `headstart adapt`, whose checkpoints lack the weights of the model below the heads.
+    """
+    run = checkpoint.parent.parent
+    config = load_config(run / "config.yaml")
+    if config.adapt is not None:
+        raise UsageError(f"{run}: is a run of headstart adapt, whose checkpoints hold no whole model; take its model/")
+    model = Transformer(config.model)
+    for auxiliary in config.auxiliaries:
+        auxiliary.add_parameters(model)
+    load_weights(checkpoint, model)
+    result = run / config.result
+    save_model(model, directory, load_data_tokenizer(result), dtype=torch.bfloat16)
+    keep_generation(result, directory)
 
 
 def blocks_compiled(config: RunConfig, processes: Processes) -> bool:

@@ -229,6 +229,29 @@ def test_lora_trains_beside_the_weights(settings: Any, model: Path) -> None:
     assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     with pytest.raises(UsageError, match=r"adapt\.lora is for adapt\.mode joint"):
         adapt(settings("wrong", lora=4))
+    with pytest.raises(UsageError, match="--lora-head needs --lora RANK"):
+        adapt(settings("wrong", lora_head=True, mode="joint"))
+
+
+def test_lora_on_the_output_matrix_leaves_the_embedding(settings: Any, model: Path) -> None:
+    run = settings("head", mode="joint", lora=4, lora_head=True, heads_first=0.25, lr=3e-3, head_kind="medusa")
+    adapt(run)
+    before, after = (load_file(path / "model.safetensors") for path in (model, run.run_dir / "model"))
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    own = before.get("lm_head.weight", before["model.embed_tokens.weight"])
+    assert not torch.equal(own, after["lm_head.weight"])
+    adapter = load_file(run.run_dir / "adapter" / "adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.lm_head.lora_{which}.weight"] for which in "AB")
+    assert torch.allclose(after["lm_head.weight"].float(), own.float() + b @ a * (16 / 4), atol=1e-3)
+
+
+def test_one_head_is_trained_in_each_step(settings: Any) -> None:
+    """Every step reports the loss of one head; together they report all but head 1, which is frozen."""
+    run = settings("sampled", sample_heads=True, heads=4, steps=16)
+    adapt(run)
+    steps = [line for line in lines(run.run_dir) if "loss/head1" in line]
+    trained = [{k for k in range(1, 5) if line[f"loss/head{k}"] is not None} for line in steps]
+    assert trained and all(len(heads) == 1 for heads in trained) and set().union(*trained) == {2, 3, 4}
 
 
 @pytest.mark.parametrize("kind", ["sequential", "eagle3"])

@@ -1,4 +1,4 @@
-"""Load the problems of HumanEval, MBPP, APPS and CodeContests, from the hub or a file, as prompts and tests."""
+"""Load the problems of HumanEval, MBPP, APPS, CodeContests and GSM8K, from the hub or a file, as prompts and tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ HUB = {
     "mbpp-sanitized": ("hf:google-research-datasets/mbpp", "sanitized"),
     "apps-introductory": ("hf:codeparrot/apps", "introductory"),
     "codecontests": ("hf:deepmind/code_contests", None),
+    "gsm8k-answers": ("hf:openai/gsm8k", "main"),
 }
 """Data set and configuration of each task on the Hugging Face hub. The split is "test"."""
 
@@ -51,19 +53,44 @@ class CodeProblem:
     seconds: float = 3.0
     tested: bool = True
     """The problem has a test."""
+    answer: str = ""
+    """Number that a written solution must end with; then no program is run."""
 
     def programs(self, completion: str) -> list[Program]:
         """Return the programs to run; the completion is right if all of them pass and `agrees`."""
+        if self.answer:
+            return []
         source = self.head + completion + "\n"
         if not self.cases:
             return [Program(source, self.tests, seconds=self.seconds)]
         return [Program(source, stdin=given, seconds=self.seconds) for given, _ in self.cases]
+
+    def status(self, completion: str, verdicts: Sequence[Verdict]) -> str:
+        """Return "passed", or the reason why the completion is wrong, by the verdicts on its programs."""
+        if self.answer:
+            found = final_number(completion)
+            return "passed" if found == self.answer else "wrong answer" if found else "no answer"
+        status = next((verdict.status for verdict in verdicts if not verdict.passed), "passed")
+        return "wrong output" if status == "passed" and not self.agrees(verdicts) else status
 
     def agrees(self, verdicts: Sequence[Verdict]) -> bool:
         """Return whether all programs passed and wrote the expected output of their cases."""
         if not all(verdict.passed for verdict in verdicts):
             return False
         return all(_same(verdict.stdout, expected) for verdict, (_, expected) in zip(verdicts, self.cases))
+
+
+def final_number(solution: str) -> str:
+    """Return the number that a solution ends with: behind "####", else the last one; "" for none.
+
+    Numbers lose their commas and zeros after the point, so that equal ones are equal strings.
+    """
+    _, marked, behind = solution.partition("####")
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", behind if marked else solution)
+    if not numbers:
+        return ""
+    number = numbers[0 if marked else -1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
 
 
 def _same(written: str, expected_text: str) -> bool:
@@ -90,15 +117,37 @@ def load_problems(
     limit: int | None = None,
     rewarded: bool = False,
     option: str = "--code.source",
+    examples: str = "",
 ) -> list[CodeProblem]:
     """Load the problems of a task of HUB, at most the first `limit`.
 
     `source` is a .jsonl or .jsonl.gz file, or hf:NAME (None: the hub's). `rewarded`: prompts of codecontests ask for a
-    correct program, with the annotation of `prepare --rewards`. Raises UsageError for a source that cannot be read or
-    reached, and for a problem without the fields it needs, by its place; `option` names the source for users.
+    correct program, with the annotation of `prepare --rewards`. `examples` is text before every
+    prompt. Raises UsageError for a source that cannot be read or reached, and for a problem without the fields it
+    needs, by its place; `option` names the source for users.
     """
     with any_number_of_digits():
-        return _load(task, source, limit, rewarded, option)
+        problems = _load(task, source, limit, rewarded, option)
+    return [replace(problem, prompt=examples + problem.prompt) for problem in problems] if examples else problems
+
+
+def load_shots(task: str, source: str | None, count: int) -> str:
+    """Return the first `count` problems of the training split with their solutions, as text before a prompt.
+
+    Raises UsageError for a task other than gsm8k-answers, and like `load_problems`.
+    """
+    if not count:
+        return ""
+    if task != "gsm8k-answers":
+        raise UsageError(f"--code.shots are solved problems before those of gsm8k-answers; leave it out for {task}")
+    name, rows = _rows(task, source, "--code.examples", "train")
+    try:
+        solved = [f"{_question(row)} {row['answer']}\n\n" for row in islice(rows, count)]
+    except KeyError as error:
+        raise UsageError(f"{name}: a problem has no field {error}; name a file of solved problems") from error
+    if len(solved) < count:
+        raise UsageError(f"{name}: holds {len(solved)} problems, not {count}; take fewer --code.shots")
+    return "".join(solved)
 
 
 def _load(task: str, source: str | None, limit: int | None, rewarded: bool, option: str) -> list[CodeProblem]:
@@ -133,12 +182,12 @@ def _load(task: str, source: str | None, limit: int | None, rewarded: bool, opti
     return problems
 
 
-def _rows(task: str, source: str | None, option: str) -> tuple[str, Iterator[Row]]:
+def _rows(task: str, source: str | None, option: str, split: str = "test") -> tuple[str, Iterator[Row]]:
     if source is not None and not source.startswith("hf:"):
         return source, _lines(Path(source))
     name, config = (source, None) if source is not None else HUB[task]
     try:
-        return name, iter(load_rows(name, "test", config))
+        return name, iter(load_rows(name, split, config))
     except UsageError as error:
         raise UsageError(f"{error}; or give the problems as a file: {option} {task}.jsonl") from error
 
@@ -175,6 +224,8 @@ def _problem(task: str, row: Row, number: int, rewarded: bool) -> CodeProblem | 
         return _apps(row, number)
     if task == "codecontests":
         return _codecontests(row, number, rewarded)
+    if task == "gsm8k-answers":
+        return _gsm8k(row, number)
     # CodeT publishes MBPP in the form of HumanEval.
     return _humaneval(row) if task == "humaneval" or "entry_point" in row else _mbpp(row)
 
@@ -234,6 +285,18 @@ def _source(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {_source(each)}" for key, each in value.items()) + "}"
     return repr(value)
+
+
+def _gsm8k(row: Row, number: int) -> CodeProblem:
+    """Read a problem of GSM8K (Cobbe et al. 2021); the number behind #### is the answer."""
+    answer = final_number(str(row["answer"]))
+    if not answer:
+        raise ValueError("its answer has no number")
+    return CodeProblem(f"gsm8k/{number}", _question(row), ("\nQuestion:", "\n\n"), answer=answer)
+
+
+def _question(row: Row) -> str:
+    return f"Question: {row['question']}\nAnswer:"
 
 
 def _codecontests(row: Row, number: int, rewarded: bool = False) -> CodeProblem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from headstart.decoding.generation import Stats
 from headstart.decoding.settings import Request, Sampling
 from headstart.errors import UsageError
 from headstart.evaluation.code.pass_at_k import estimate, oracle
-from headstart.evaluation.code.problems import CodeProblem, load_problems
+from headstart.evaluation.code.problems import CodeProblem, load_problems, load_shots
 from headstart.evaluation.code.sandbox import Program, Sandbox
 from headstart.evaluation.records import owned, whole_lines
 from headstart.evaluation.settings import CodeSettings
@@ -44,14 +45,15 @@ def run_code(
     that holds samples of another model or other settings or that another run writes to.
     """
     _check(settings)
-    problems = load_problems(task, settings.source, settings.problems, settings.rewarded)
+    shots = load_shots(task, settings.examples, settings.shots)
+    problems = load_problems(task, settings.source, settings.problems, settings.rewarded, examples=shots)
     state = _Task(model, settings, batch, out / task, problems)
     cut = _encode(state, task)
     with owned(state.folder, _identity(task, settings, model_name)):
         found: dict[str, Any] = {"problems": len(problems), "cut_prompts": cut, "new_tokens": settings.new_tokens}
         counts: dict[float, list[tuple[int, int]]] = {}
         found["temperatures"] = {}
-        with Sandbox(settings.workers) as sandbox:
+        with nullcontext() if problems[0].answer else Sandbox(settings.workers) as sandbox:
             for temperature in settings.temperatures:
                 samples, speed = _write(state, task, temperature)
                 verdicts = _judge(state, sandbox, task, temperature, samples)
@@ -85,6 +87,8 @@ def _check(settings: CodeSettings) -> None:
         or len(set(settings.temperatures)) < len(settings.temperatures)
     ):
         raise UsageError("--code.temperatures must be one or more different numbers, 0 (greedy) or above")
+    if settings.shots < 0:
+        raise UsageError(f"--code.shots is {settings.shots}; it must be 0 or more")
     if not settings.k or min(settings.k) < 1:
         raise UsageError("--code.k must be one or more numbers, 1 or above")
 
@@ -196,7 +200,7 @@ def _generate(
 
 
 def _judge(
-    state: _Task, sandbox: Sandbox, task: str, temperature: float, samples: dict[tuple[str, int], str]
+    state: _Task, sandbox: Sandbox | None, task: str, temperature: float, samples: dict[tuple[str, int], str]
 ) -> dict[tuple[str, int], str]:
     """Return for each sample "passed" or the reason why not. Equal programs are run once."""
     file = state.folder / f"verdicts-{temperature:g}.jsonl"
@@ -214,12 +218,10 @@ def _judge(
                 more = by_name[name].programs(completion)
                 spans.append((len(programs), len(programs) + len(more)))
                 programs += more
-            verdicts = sandbox.run(programs)
+            verdicts = [] if sandbox is None else sandbox.run(programs)
             for (name, completion), (start, end) in zip(chunk, spans):
                 mine = verdicts[start:end]
-                status = next((v.status for v in mine if not v.passed), "passed")
-                if status == "passed" and not by_name[name].agrees(mine):
-                    status = "wrong output"
+                status = by_name[name].status(completion, mine)
                 for key in equal[name, completion]:
                     statuses[key] = status
                     line = {"problem": key[0], "sample": key[1], "status": status}
@@ -244,5 +246,6 @@ def _tally(statuses: Any) -> dict[str, int]:
 def _identity(task: str, settings: CodeSettings, model_name: str) -> dict[str, Any]:
     """Return the settings that samples depend on, which are the same for all samples of a folder."""
     kept = {name: getattr(settings, name) for name in ("source", "top_p", "new_tokens", "cut_prompts")}
-    # `rewarded` is named only if it is on, so that samples of earlier versions are still accepted.
-    return {"task": task, "model": model_name, **kept, **({"rewarded": True} if settings.rewarded else {})}
+    # The rest is named only if it is on, so that samples of earlier versions are still accepted.
+    more = {name: value for name in ("rewarded", "shots", "examples") if (value := getattr(settings, name))}
+    return {"task": task, "model": model_name, **kept, **more}

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ class LoraConfig:
     alpha: float = 16.0
     """Numerator of the factor alpha / rank of B A."""
     dropout: float = 0.05
-    """Dropout of the input of A, during training."""
+    """Dropout of the input of A, during training; not of the unembedding's."""
+    head: bool = False
+    """Add a product to the unembedding too, as Medusa-2 does. A tied embedding stays as it is, and is then untied."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -50,7 +52,7 @@ class LoraConfig:
 
 
 class Lora:
-    """Products B A on every matrix of the blocks between a token and head 1's logits, not on embedding or unembedding.
+    """Products B A on every matrix of the blocks between a token and head 1's logits; on the unembedding if asked for.
 
     Each linear map gets the parameters `lora_A` (parts x rank, in) and `lora_B` (out, rank), float32. B is zero at
     first, so that the model is what it was.
@@ -66,15 +68,37 @@ class Lora:
             if isinstance(module, nn.Linear) and parts.get(f"{name}.weight", [Part("", "", ())])[0].file == MODEL_FILE:
                 self.parts[name] = parts[f"{name}.weight"]
                 self._add(module, [part.shape[0] for part in self.parts[name]], generator)
+        if config.head:
+            self._add_to_unembedding(model, generator)
         self.names = {f"{name}.{which}" for name in self.parts for which in ("lora_A", "lora_B")}
         """Names of the parameters."""
 
+    def _make_parameters(self, module: nn.Module, weight: Tensor, parts: int, generator: torch.Generator) -> None:
+        """Give `module` the parameters of products for the `parts` of `weight` (out, in)."""
+        rank, (outputs, inputs) = self.config.rank, weight.shape
+        bound = 1 / math.sqrt(inputs)  # as peft's, and as a linear map's own first values
+        a = torch.empty(parts * rank, inputs).uniform_(-bound, bound, generator=generator)
+        module.lora_A = nn.Parameter(a.to(weight.device))
+        module.lora_B = nn.Parameter(torch.zeros(outputs, rank, device=weight.device))
+
+    def _add_to_unembedding(self, model: Transformer, generator: torch.Generator) -> None:
+        """Add a product to the matrix itself, which the loss reads in chunks."""
+        unembedding = model.unembedding
+        shape = (model.config.vocab_size, model.config.dim)
+        self.parts["unembedding"] = [Part(MODEL_FILE, "lm_head.weight", shape)]
+        self._make_parameters(unembedding, unembedding.weights[0], 1, generator)
+
+        def add(weight: Tensor) -> Tensor:
+            if not self._on:
+                return weight
+            A, B = unembedding.get_parameter("lora_A"), unembedding.get_parameter("lora_B")
+            return weight + B @ A * (self.config.alpha / self.config.rank)
+
+        unembedding.added = add
+
     def _add(self, module: nn.Linear, rows: list[int], generator: torch.Generator) -> None:
-        rank, device = self.config.rank, module.weight.device
-        bound = 1 / math.sqrt(module.in_features)  # as peft's, and as a linear map's own first values
-        a = torch.empty(len(rows) * rank, module.in_features).uniform_(-bound, bound, generator=generator)
-        module.lora_A = nn.Parameter(a.to(device))
-        module.lora_B = nn.Parameter(torch.zeros(module.out_features, rank, device=device))
+        rank = self.config.rank
+        self._make_parameters(module, module.weight, len(rows), generator)
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
             if not self._on:
@@ -98,18 +122,20 @@ class Lora:
 
     @torch.no_grad()
     def merged(self, model: Transformer) -> Transformer:
-        """Return a model without products whose matrices are W + alpha / rank B A, computed in float32."""
+        """Return a model without products whose matrices are W + alpha / rank B A, computed in float32.
+
+        It is not tied if the unembedding has a product.
+        """
         state = {name: value for name, value in model.state_dict().items() if name not in self.names}
         for name, parts in self.parts.items():
             a, b = (model.get_parameter(f"{name}.{which}").float() for which in ("lora_A", "lora_B"))
             rows = [part.shape[0] for part in parts]
             product = torch.cat([y @ x for x, y in zip(a.split(self.config.rank), b.split(rows))])
-            weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = (weight.float() + product * (self.config.alpha / self.config.rank)).to(
-                weight.dtype
-            )
+            key = "unembedding.weights.0" if name == "unembedding" else f"{name}.weight"
+            weight = state[key]
+            state[key] = (weight.float() + product * (self.config.alpha / self.config.rank)).to(weight.dtype)
         with torch.device("meta"):
-            copy = Transformer(model.config)
+            copy = Transformer(replace(model.config, tied=model.config.tied and not self.config.head))
         copy.load_state_dict(state, assign=True)
         return copy.requires_grad_(False)
 

@@ -15,7 +15,7 @@ from headstart import cli
 from headstart.data.tokenizers import ByteTokenizer
 from headstart.errors import UsageError
 from headstart.evaluation.code import seccomp
-from headstart.evaluation.code.problems import CodeProblem, load_problems
+from headstart.evaluation.code.problems import CodeProblem, final_number, load_problems, load_shots
 from headstart.evaluation.code.sandbox import Sandbox
 from headstart.formats.huggingface import save_model
 from headstart.model.config import ModelConfig
@@ -254,3 +254,56 @@ def test_what_it_refuses(directory, tmp_path, monkeypatch, capsys) -> None:
 
         assert take_lock(lock)
         refused("another run is writing there", *cut)
+
+
+GSM8K = [
+    {"question": f"{a} + {b}?", "answer": f"Add <<{a}+{b}={a + b}>>.\n#### {a + b:,}"} for a, b in ((1, 2), (900, 334))
+]
+
+
+@pytest.mark.parametrize(
+    "solution, number",
+    [
+        ("He has 2 + 1,200 = 1,202.50 dollars", "1202.5"),
+        ("#### 1,234\nQuestion 7", "1234"),
+        ("It is -3.", "-3"),
+        ("#### 5.00", "5"),
+        ("none", ""),
+    ],
+)
+def test_final_numbers_of_solutions(solution: str, number: str) -> None:
+    assert final_number(solution) == number
+
+
+def test_answers_of_gsm8k_are_judged_by_their_last_number(directory, tmp_path, monkeypatch, capsys) -> None:
+    file, out = write(tmp_path / "test.jsonl", *GSM8K), tmp_path / "out"
+    arguments = ("--tasks", "gsm8k-answers", "--code.source", file, "--out", out, "--code.new-tokens", 8, "--json")
+    arguments += ("--code.samples", 3, "--code.k", 1, 3, "--code.temperatures", 0.5, 1, "--code.cut-prompts")
+    (out / "gsm8k-answers").mkdir(parents=True)
+    for temperature, texts in {0.5: ["#### 3", "so 3", "4", "#### 1,234.0", "x", "y"], 1: ["3"] * 6}.items():
+        lines = [
+            {"problem": f"gsm8k/{1 + i // 3}", "sample": i % 3, "completion": text, "finish": "stop"}
+            for i, text in enumerate(texts)
+        ]
+        write(out / "gsm8k-answers" / f"samples-{temperature:g}.jsonl", *lines)
+    examples = ("--code.shots", 2, "--code.examples", write(tmp_path / "train.jsonl", *GSM8K))
+    evaluate(monkeypatch, directory, *arguments, *examples)
+    code = json.loads(capsys.readouterr().out)["code"]["gsm8k-answers"]
+    cool, warm = code["temperatures"]["0.5"], code["temperatures"]["1"]
+    assert cool["verdicts"] == {"passed": 3, "no answer": 2, "wrong answer": 1}
+    assert cool["pass@1"]["value"] == pytest.approx((2 / 3 + 1 / 3) / 2) and cool["pass@3"]["value"] == 1
+    assert warm["pass@1"]["value"] == warm["pass@3"]["value"] == 0.5
+    assert code["oracle"]["pass@3"]["temperature"] == 0.5
+
+
+def test_shots_of_gsm8k_precede_every_question(tmp_path) -> None:
+    file = write(tmp_path / "train.jsonl", *GSM8K)
+    shots = load_shots("gsm8k-answers", file, 1)
+    (first, _) = load_problems("gsm8k-answers", file, examples=shots)
+    assert first.prompt == f"Question: 1 + 2?\nAnswer: {GSM8K[0]['answer']}\n\nQuestion: 1 + 2?\nAnswer:"
+    with pytest.raises(UsageError, match="holds 2 problems, not 8; take fewer"):
+        load_shots("gsm8k-answers", file, 8)
+    with pytest.raises(UsageError, match="leave it out for humaneval"):
+        load_shots("humaneval", file, 1)
+    with pytest.raises(UsageError, match="its answer has no number"):
+        load_problems("gsm8k-answers", write(tmp_path / "bad.jsonl", {"question": "?", "answer": "yes"}))

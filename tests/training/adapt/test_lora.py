@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from headstart.errors import UsageError
 from headstart.formats.huggingface import save_model
+from headstart.formats.registry import load_model
 from headstart.model.config import ModelConfig
 from headstart.model.transformer import Transformer
 from headstart.training.adapt.lora import Lora, LoraConfig
@@ -46,6 +47,31 @@ def test_it_adds_what_is_merged() -> None:
     assert lora.merged(model).state_dict().keys() == Transformer(model.config).state_dict().keys()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_unembedding_may_have_a_product_too(tied: bool, tmp_path: Path) -> None:
+    """Heads that share the matrix read the changed one; a tied embedding stays, and the merged model is untied."""
+    model = with_heads(
+        Transformer(replace(PLAIN, tied=tied)), config_with_heads(replace(PLAIN, tied=tied), 3, "medusa")
+    )
+    before = model(TOKENS, heads=3).detach()
+    lora = Lora(model, LoraConfig(rank=4, head=True))
+    assert {"unembedding.lora_A", "unembedding.lora_B"} <= lora.names
+    assert torch.equal(model(TOKENS, heads=3), before)
+    with torch.no_grad():
+        model.unembedding.get_parameter("lora_B").normal_(0, 0.2)
+        after, merged = model(TOKENS, heads=3), lora.merged(model)
+        assert all(not torch.allclose(after[..., k, :], before[..., k, :], atol=1e-2) for k in range(3))
+        assert torch.allclose(merged(TOKENS, heads=3), after, atol=1e-5)
+        with lora.off():
+            assert torch.equal(model(TOKENS, heads=3), before)
+    assert not merged.config.tied and torch.equal(merged.trunk.embedding.weight, model.trunk.embedding.weight)
+    save_model(merged, tmp_path / "model")
+    assert torch.allclose(load_model(tmp_path / "model")(TOKENS, heads=3), after, atol=1e-5)
+    loss = model(TOKENS, heads=3).logsumexp(-1).sum()
+    loss.backward()
+    assert model.unembedding.get_parameter("lora_A").grad is not None
+
+
 def test_what_is_saved_is_in_pefts_format(tmp_path: Path) -> None:
     model = Transformer(PLAIN)
     lora = Lora(model, LoraConfig(rank=4))
@@ -65,12 +91,13 @@ def test_what_is_saved_is_in_pefts_format(tmp_path: Path) -> None:
     assert torch.allclose(difference[32 + 16 :], product, atol=1e-6)
 
 
-def test_peft_computes_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [False, True])
+def test_peft_computes_the_same(head: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     model = Transformer(replace(PLAIN, attention_bias=False))
     save_model(model, tmp_path / "model")
-    lora = Lora(model, LoraConfig(rank=4))
+    lora = Lora(model, LoraConfig(rank=4, head=head))
     changed(lora, model)
     lora.save(model, tmp_path / "adapter", str(tmp_path / "model"))
     theirs = peft.PeftModel.from_pretrained(
