@@ -197,7 +197,9 @@ def _check(settings: EvaluateSettings, tasks: tuple[str, ...]) -> None:
             raise UsageError(f"there is no task {task!r}; take {', '.join(tasks)} or {PREFIX}NAME")
     programs, suites, sets = ([task for task in settings.tasks if task in kind] for kind in (HUB, SUITES, SETS))
     if (programs or sets) and settings.out is None:
-        raise UsageError(f"the task {(*programs, *sets)[0]} keeps what the model writes; name a folder for it with --out")
+        raise UsageError(
+            f"the task {(*programs, *sets)[0]} keeps what the model writes; name a folder for it with --out"
+        )
     for option, kind, file, named in (
         ("code.source", "problems", settings.code.source, programs),
         ("suite.file", "prompts", settings.suite.file, suites),

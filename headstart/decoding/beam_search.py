@@ -29,7 +29,7 @@ def search_beams(
     finished: list[tuple[float, list[int]]] = []
     for length in range(1, new_tokens + 1):
         total = scores.unsqueeze(1) + logits_of(rows).float().cpu().log_softmax(-1)  # (B, V)
-        # Twice as many as beams: at least half of them go on, unless there are several end tokens.
+        # Twice as many as beams: at least half of them continue, unless there are several end tokens.
         best, places = total.flatten().topk(min(beams * (1 + len(ends)), total.numel()))
         kept: list[tuple[float, list[int]]] = []
         for score, place in zip(best.tolist(), places.tolist()):

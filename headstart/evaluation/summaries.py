@@ -88,11 +88,11 @@ def load_examples(task: str, file: Path | None, split: str, count: int | None = 
         rows = read_placed_records(file)
     examples = []
     for place, row in islice(rows, count):
-        texts = [row.get(name) for name in (chosen.document, chosen.summary)]
-        for name, text, what in zip((chosen.document, chosen.summary), texts, ("to summarize", "as its reference")):
+        values = [row.get(name) for name in (chosen.document, chosen.summary)]
+        for name, text, what in zip((chosen.document, chosen.summary), values, ("to summarize", "as its reference")):
             if not isinstance(text, str) or not text.strip():
                 raise UsageError(f'{place}: has no text "{name}" {what}; correct it, or take another file')
-        examples.append(Example(*texts))
+        examples.append(Example(*values))
     if not examples:
         raise UsageError(f"{file or task}: holds no document of {task}; name a file of them with {option}")
     return examples

@@ -107,8 +107,8 @@ def test_the_checkpoint_with_the_best_validation_score_is_taken(
     )  # fmt: skip
     train(run)
     folder, file = tmp_path / "out" / "xsum", write(tmp_path / "xsum.jsonl", *ROWS)
-    for step, texts in {2: ["no", "none"], 4: REFERENCES, 6: ["a cat", "dogs"]}.items():
-        keep(folder, f"validation-{step}.jsonl", texts)
+    for step, written in {2: ["no", "none"], 4: REFERENCES, 6: ["a cat", "dogs"]}.items():
+        keep(folder, f"validation-{step}.jsonl", written)
     arguments = ("--tasks", "xsum", "--summaries.source", file, "--summaries.validation", file, "--summaries.choose")
     evaluate(monkeypatch, run.run_dir, *arguments, "--summaries.new-tokens", 8, "--out", tmp_path / "out", "--json")
     found = json.loads(capsys.readouterr().out)["summaries"]["xsum"]

@@ -280,10 +280,10 @@ def test_answers_of_gsm8k_are_judged_by_their_last_number(directory, tmp_path, m
     arguments = ("--tasks", "gsm8k-answers", "--code.source", file, "--out", out, "--code.new-tokens", 8, "--json")
     arguments += ("--code.samples", 3, "--code.k", 1, 3, "--code.temperatures", 0.5, 1, "--code.cut-prompts")
     (out / "gsm8k-answers").mkdir(parents=True)
-    for temperature, texts in {0.5: ["#### 3", "so 3", "4", "#### 1,234.0", "x", "y"], 1: ["3"] * 6}.items():
+    for temperature, samples in {0.5: ["#### 3", "so 3", "4", "#### 1,234.0", "x", "y"], 1: ["3"] * 6}.items():
         lines = [
             {"problem": f"gsm8k/{1 + i // 3}", "sample": i % 3, "completion": text, "finish": "stop"}
-            for i, text in enumerate(texts)
+            for i, text in enumerate(samples)
         ]
         write(out / "gsm8k-answers" / f"samples-{temperature:g}.jsonl", *lines)
     examples = ("--code.shots", 2, "--code.examples", write(tmp_path / "train.jsonl", *GSM8K))
