@@ -33,8 +33,17 @@ BARE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'
 )
 
 
-def chat_tokenizer(folder: Path, template: str | None = CHATML, in_config: bool = False) -> PretrainedTokenizer:
-    """Bytes, some pairs of bytes, and 3 special tokens, with a chat template; 264 ids."""
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n"
+    "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer(
+    folder: Path, template: str | None = CHATML, in_config: bool = False, more: tuple[str, ...] = ()
+) -> PretrainedTokenizer:
+    """Bytes, some pairs of bytes, and 3 special tokens and `more`, with a chat template; 264 ids without `more`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = byte_alphabet()
@@ -44,7 +53,7 @@ def chat_tokenizer(folder: Path, template: str | None = CHATML, in_config: bool 
     engine = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    special = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", *more)
     engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     folder.mkdir(parents=True, exist_ok=True)
     engine.save(str(folder / "tokenizer.json"))

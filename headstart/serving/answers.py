@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from headstart.data.pieces import TextOffsets, piece_bytes, piece_name
 from headstart.data.tokenizers import Tokenizer
 from headstart.decoding.generation import Generation, Stats
+from headstart.serving.chats import Chats
 from headstart.serving.jobs import Job, Piece
 from headstart.serving.schemas import ChatRequest, GenerationBody
 from headstart.serving.stream import DONE, event
+from headstart.serving.tools import CallParser, ToolFormat
 from headstart.serving.waiting import Deadline
 from headstart.serving.worker import Worker
 
@@ -26,7 +29,8 @@ FINISH_REASONS = {"end": "stop", "stop": "stop", "stuck": "stop", "length": "len
 class AnswerFormat:
     """Format the answer to one request; a model without `tokenizer` answers with `token_ids` and empty text.
 
-    `seed` is that of the first choice of each prompt; `echo` holds the text to put before each choice, if asked for.
+    `seed` is that of the first choice of each prompt; `echo` holds the text to put before each choice, if asked for;
+    `chats` parses calls of functions.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class AnswerFormat:
         tokenizer: Tokenizer | None,
         prompt_tokens: int,
         echo: Sequence[str] = (),
+        chats: Chats | None = None,
     ) -> None:
         self._chat, self._tokenizer, self._echo = isinstance(body, ChatRequest), tokenizer, echo
         self._logprobs, self._of_prompt = body.alternatives, body.prompt_logprobs
@@ -49,7 +54,11 @@ class AnswerFormat:
         self._echo_only = body.requested_tokens == 0  # the engine still generates one token
         name = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": name, "created": int(time.time()), "model": model, "seed": seed}
-        self._begun: set[Job] = set()
+        self._parser: Callable[[], CallParser | None] = lambda: None
+        self._new_id = chats.form.new_id if chats is not None and chats.form is not None else ToolFormat.new_id
+        if isinstance(body, ChatRequest) and chats is not None:
+            self._parser = partial(chats.parser, body)
+        self._begun: dict[Job, CallParser | None] = {}
         self._offsets: dict[Job, TextOffsets] = {}
 
     def whole(self, jobs: Sequence[Job], pieces: dict[Job, Piece]) -> dict[str, Any]:
@@ -58,7 +67,10 @@ class AnswerFormat:
         for index, job in enumerate(self._best(jobs)):
             choice = {**self._choice(job, pieces[job]), "index": index}
             if self._chat:
-                choice["message"] = {"role": "assistant", "content": choice.pop("text"), "refusal": None}
+                message = choice.pop("delta")
+                for call in message.get("tool_calls", ()):
+                    del call["index"]
+                choice["message"] = {"role": "assistant", **message, "refusal": None}
             elif self._of_prompt is not None:
                 choice["prompt_logprobs"] = self._format_prompt(job)
             choices.append(choice)
@@ -73,7 +85,10 @@ class AnswerFormat:
         role = {} if job in self._begun else {"role": "assistant"}
         choice = self._choice(job, piece)
         if self._chat:
-            choice["delta"] = {**role, "content": choice.pop("text")}
+            delta = choice["delta"]
+            if not (role or any(delta.values()) or piece.finished or self._logprobs is not None or self._origins):
+                return b""  # it may be part of a call
+            choice["delta"] = {**role, **delta}
         costs: dict[str, Any] = {"usage": self._usage(jobs)} if self._always_usage else {}
         if self._always_timings:
             costs["timings"] = self._timings(jobs)
@@ -106,14 +121,20 @@ class AnswerFormat:
         generation = job.generation
         assert generation is not None
         first = job not in self._begun
-        self._begun.add(job)
+        if first:
+            self._begun[job] = self._parser()
         reason = generation.finish_reason if piece.finished else None
         if self._echo_only:
             piece, reason = replace(piece, text="", stop=piece.start, parts=[]), reason and "length"
         text = self._echo[job.index] + piece.text if self._echo and first else piece.text
         choice: dict[str, Any] = {"index": job.index, "text": text, "logprobs": None, "finish_reason": None}
+        parser = self._begun[job]
+        if self._chat:
+            choice["delta"] = {"content": choice.pop("text")} if parser is None else self._parse(parser, piece)
         if reason is not None:
             choice |= {"finish_reason": FINISH_REASONS[reason], "finish_detail": reason}
+            if parser is not None and parser.calls and reason != "length":
+                choice["finish_reason"] = "tool_calls"
         if self._tokenizer is None:
             choice["token_ids"] = generation.tokens[piece.start : piece.stop]
         if self._logprobs is not None:
@@ -122,6 +143,22 @@ class AnswerFormat:
             tokens = [{"text": part, "head": head} for part, head in piece.parts]
             choice["speculative"] = {"tokens": tokens, "tokens_per_pass": round(piece.tokens_per_pass, 3)}
         return choice
+
+    def _parse(self, parser: CallParser, piece: Piece) -> dict[str, Any]:
+        """Return the content and the calls that a piece completes."""
+        content, parts = parser.push(piece.text)
+        if piece.finished:
+            content += parser.finish()
+        message: dict[str, Any] = {"content": content or None}
+        calls = []
+        for part in parts:
+            function = {"arguments": part.arguments}
+            if part.name is None:
+                calls.append({"index": part.index, "function": function})
+            else:
+                named = {"name": part.name, **function}
+                calls.append({"index": part.index, "id": self._new_id(), "type": "function", "function": named})
+        return message | {"tool_calls": calls} if calls else message
 
     def _format_logprobs(self, job: Job, generation: Generation, piece: Piece, echoed: bool) -> dict[str, Any]:
         """Return the log-probabilities of a piece, after those of the prompt if it is `echoed`."""
@@ -267,7 +304,9 @@ class Answer:
         """Yield the answer as it is generated."""
         async with aclosing(self._pieces()) as arriving:
             async for pieces in arriving:
-                yield b"".join(self._format.chunk(self._jobs, job, piece) for job, piece in pieces.items())
+                events = b"".join(self._format.chunk(self._jobs, job, piece) for job, piece in pieces.items())
+                if events:
+                    yield events
         yield self._format.end(self._jobs)
 
     async def _pieces(self) -> AsyncGenerator[dict[Job, Piece], None]:

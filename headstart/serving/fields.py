@@ -12,8 +12,8 @@ IGNORED = frozenset(
         # The user, what is stored, and where the answer is computed.
         "user", "safety_identifier", "metadata", "store", "service_tier", "request_id", "priority",
         "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "guided_decoding_backend",
-        # Hints for speed, and fields without effect, as there are no tools.
-        "prediction", "parallel_tool_calls", "spaces_between_special_tokens", "include_reasoning",
+        # Hints for speed, and fields without effect.
+        "prediction", "spaces_between_special_tokens", "include_reasoning",
     )
 )  # fmt: skip
 """Fields that do not change the answer."""
@@ -27,8 +27,8 @@ NEUTRAL: NeutralFields = {
     "chat_template": ((), "the template is the model's own"),
     "documents": (([],), "write them into a message"),
     "early_stopping": ((False,), "beam search is not supported"),
-    "function_call": (("none", "auto"), "calls of functions are not supported"),
-    "functions": (([],), "calls of functions are not supported"),
+    "function_call": (("none", "auto"), "use tools and tool_choice"),
+    "functions": (([],), "use tools and tool_choice"),
     "guided_whitespace_pattern": ((), "the spaces between the parts of JSON cannot be chosen"),
     "length_penalty": ((1, 1.0), "beam search is not supported"),
     "logits_processors": (([],), "code in a request is not run"),
@@ -37,14 +37,17 @@ NEUTRAL: NeutralFields = {
     "reasoning_effort": (("none",), "not supported; use chat_template_kwargs if the chat template knows it"),
     "return_token_ids": ((False,), "token ids are not returned"),
     "return_tokens_as_token_ids": ((False,), "token ids are not returned"),
-    "tool_choice": (("none", "auto"), "calls of functions are not supported"),
-    "tools": (([],), "calls of functions are not supported"),
     "use_beam_search": ((False,), "beam search is not supported"),
     "verbosity": (("medium",), "not supported"),
     "web_search_options": ((), "web search is not supported"),
 }
 """Fields that would change the answer: values that do not, in addition to null, and the reason to refuse others."""
 
+NEUTRAL_IN_COMPLETIONS: NeutralFields = {
+    "parallel_tool_calls": ((False, True), "completions call no functions; use /v1/chat/completions"),
+    "tool_choice": (("none", "auto"), "completions call no functions; use /v1/chat/completions"),
+    "tools": (([],), "completions call no functions; use /v1/chat/completions"),
+}
 NEUTRAL_IN_CHATS: NeutralFields = {
     "add_special_tokens": ((False,), "the chat template writes the special tokens"),
     "echo": ((False,), "the answer is the new message alone; use /v1/completions"),

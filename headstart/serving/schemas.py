@@ -22,13 +22,14 @@ MAX_BIASES = 1024
 MAX_OPTIONS = 4096
 MAX_STOP = 1024
 MAX_FIELDS = 64
-MAX_MESSAGES, MAX_TEXT_PARTS, MAX_CALLS = 8192, 4096, 128
+MAX_MESSAGES, MAX_TEXT_PARTS, MAX_CALLS, MAX_TOOLS = 8192, 4096, 128, 128
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 Strings = Annotated[list[str], Field(min_length=1, fail_fast=True)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Choices = Annotated[list[NonEmpty], Field(min_length=1, max_length=MAX_OPTIONS, fail_fast=True)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 ANY_OBJECT = {"type": "object"}
 """JSON schema of any object."""
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "mark_answers_")
@@ -267,6 +268,8 @@ class RequestBody(Open):
 class CompletionRequest(RequestBody):
     """Continue a prompt (`/v1/completions`)."""
 
+    neutral = {**fields.NEUTRAL, **fields.NEUTRAL_IN_COMPLETIONS}
+
     prompt: str | TokenIds | Strings | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     echo: bool | None = Field(default=False, description="Include the prompt in the text and in logprobs.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -359,6 +362,8 @@ class Message(Open):
     def _check_role(self) -> Message:
         if self.content is None and self.role != "assistant":
             raise refusal("content", f"only an assistant's may be null; give the text of this {self.role} message")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise refusal("tool_call_id", "name the call that this message is the result of")
         if self.tool_calls and self.role != "assistant":
             raise refusal("tool_calls", f"only an assistant calls functions, not a {self.role}; leave it out")
         return self
@@ -384,16 +389,64 @@ class Message(Open):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+class FunctionDefinition(Closed):
+    """Describe a function."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="JSON schema of the arguments; null: none.")
+    strict: bool | None = Field(default=None, description="Ignored: the schema holds where a call is required.")
+
+    @property
+    def schema_(self) -> dict[str, Any]:
+        """Return the JSON schema of the arguments, an object."""
+        nothing = {"properties": {}, "additionalProperties": False}
+        return {"type": "object", **(nothing if self.parameters is None else self.parameters)}
+
+
+class Tool(Closed):
+    """Describe a tool."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class NamedFunction(Closed):
+    """Name a function."""
+
+    name: str
+
+
+class NamedTool(Closed):
+    """Name the tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class Conversation(Open):
     """Hold the fields from which a chat template makes a text."""
 
     messages: Messages
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        default=None, description="Whether the answer calls functions: as the model likes, must, or one by name."
+    )
     add_generation_prompt: bool | None = Field(default=None, description="False: no start of an answer.")
     continue_final_message: bool | None = Field(default=None, description="Continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(default=None, description="Variables of the chat template.")
 
     @model_validator(mode="after")
     def _check_template(self) -> Conversation:
+        names = [tool.function.name for tool in self.tools or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise refusal("tools", f"two functions have the name {twice!r}; give each its own")
+        if self.must_call and not names:
+            raise refusal("tool_choice", "there are no tools to call; give tools, or leave it out")
+        if self.named_tool is not None and self.named_tool not in names:
+            shown = ", ".join(names)[:200]
+            raise refusal("tool_choice", f"there is no tool {self.named_tool[:64]!r}; tools has {shown}")
         taken = next((name for name in self.chat_template_kwargs or () if name in RESERVED), None)
         if taken is not None:
             raise refusal(f"chat_template_kwargs.{taken}", "other fields set this variable; leave it out")
@@ -405,11 +458,30 @@ class Conversation(Open):
                 raise refusal("continue_final_message", "the last message must be an assistant's, and not empty")
         return self
 
+    @property
+    def named_tool(self) -> str | None:
+        """Return the name of the function that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Return whether the answer must call a function."""
+        return self.tool_choice == "required" or self.named_tool is not None
+
+    @property
+    def used_tools(self) -> list[Tool]:
+        """Return the tools that the answer may call."""
+        if self.tool_choice == "none":
+            return []
+        return [tool for tool in self.tools or () if self.named_tool in (None, tool.function.name)]
+
 
 class ChatRequest(RequestBody, Conversation):
     """Answer a conversation (`/v1/chat/completions`)."""
 
     neutral = {**fields.NEUTRAL, **fields.NEUTRAL_IN_CHATS}
+
+    parallel_tool_calls: bool | None = Field(default=True, description="False: a required call is the only one.")
 
     max_completion_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     logprobs: bool | None = False
@@ -422,6 +494,13 @@ class ChatRequest(RequestBody, Conversation):
                 raise refusal(name, "0 gives no text; give at least 1")
         if self.top_logprobs is not None and not self.logprobs:
             raise refusal("top_logprobs", "it needs logprobs, set to true")
+        given = next((name for name, _, _ in self.constraints), None)
+        formatted = self.response_format if given == "response_format" else None
+        if self.used_tools and given is not None and (formatted is None or formatted.grammar is not None):
+            raise refusal(given, "it does not allow calls of functions; leave out tools, or use a JSON schema")
+        for name in ("ignore_eos", "min_tokens"):
+            if self.must_call and getattr(self, name):
+                raise refusal(name, "a required call ends the answer; leave one out")
         return self
 
     @property

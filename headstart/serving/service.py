@@ -10,26 +10,25 @@ from functools import partial
 from typing import Any
 
 from headstart.api import LanguageModel
-from headstart.data.chat_template import ChatTemplate, need_chat_template
 from headstart.data.pieces import piece_name
 from headstart.data.tokenizers import prompt_ids
-from headstart.decoding.constraints import Matcher, compiled
+from headstart.decoding.constraints import Constraint, Matcher, compiled
 from headstart.errors import UsageError
 from headstart.serving.answers import Answer, AnswerFormat
 from headstart.serving.bodies import LARGE, MAX_VALUES, Body, read_body
+from headstart.serving.chats import Chats
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job
 from headstart.serving.preparation import Preparation
 from headstart.serving.schemas import (
     ChatRequest,
     CompletionRequest,
-    Conversation,
     DetokenizeRequest,
     GenerationBody,
     TokenizeRequest,
 )
 from headstart.serving.settings import ServeSettings
-from headstart.serving.translation import constraint_of, generation_settings, output_tokens, render_chat, truncate
+from headstart.serving.translation import constraint_of, generation_settings, output_tokens, truncate
 from headstart.serving.waiting import Deadline, Result
 from headstart.serving.worker import Worker
 
@@ -53,8 +52,7 @@ class Service:
         self._special: frozenset[int] = getattr(self.tokenizer, "skipped", end)
         self.draining = False
         """True from the first signal on: new requests are refused."""
-        self._template: ChatTemplate | None = None
-        self._turn_ends: frozenset[int] = frozenset()
+        self._chats: Chats | None = None
         self._bodies = Preparation(BODY_THREADS, BODY_THREADS // 2, worker.bound)
         self._prompts = Preparation(PROMPT_THREADS, PROMPT_THREADS // 2, worker.bound)
         self._constraints = Preparation(CONSTRAINT_THREADS, CONSTRAINT_THREADS // 2, worker.bound)
@@ -101,7 +99,7 @@ class Service:
 
     def _tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         if body.prompt is None:
-            tokens = self._encode_chat(body)
+            tokens = self._need_chats().encode(body)
         else:
             tokens = self._encode_text(body.prompt, body.add_special_tokens is False)
         names = [piece_name(self.model.tokenizer, token) for token in tokens] if body.return_token_strs else None
@@ -140,8 +138,7 @@ class Service:
             raise ApiError(400, message, param="n" if n > 1 else "prompt")
 
         async def prepare() -> Answer:
-            prompts, matcher = await self._read_prompts(body, client)
-            return self._answer(body, client, prompts, matcher, deadline)
+            return self._answer(body, client, await self._read_prompts(body, client), deadline)
 
         return await self._count(prepare(), deadline)
 
@@ -160,25 +157,33 @@ class Service:
         finally:
             self._preparing -= 1
 
-    async def _read_prompts(self, body: GenerationBody, client: str) -> tuple[list[list[int]], Matcher | None]:
-        """Return the token ids of the prompts, and the compiled constraint; work that may take long runs in threads."""
-        constraint = constraint_of(body)
-        if constraint is not None and len(constraint.text) > MAX_CONSTRAINT:
-            message = f"the constraint has {len(constraint.text)} characters; this server compiles {MAX_CONSTRAINT}"
-            raise ApiError(400, f"{message}: make it shorter")
+    async def _read_prompts(
+        self, body: GenerationBody, client: str
+    ) -> tuple[list[list[int]], Constraint | None, Matcher | None]:
+        """Return the token ids of the prompts, and the constraint with its compiled form.
+
+        Work that may take long runs in threads.
+        """
         if isinstance(body, CompletionRequest) and sum(map(len, body.prompts)) <= SHORT:
             prompts = self._encode(body)
         else:
             prompts = await self._prompts.run(client, partial(self._encode, body))
+        constraint = constraint_of(body)
+        compiling = partial(compiled, tokenizer=self.tokenizer, vocab_size=self.model.config.vocab_size)
+        if isinstance(body, ChatRequest) and body.used_tools:
+            chats = self._need_chats()
+            constraint, compiling = chats.constraint(body), partial(chats.compiled, body)
         if constraint is None:
-            return prompts, None
-        compiling = partial(compiled, constraint, self.tokenizer, self.model.config.vocab_size)
-        return prompts, await self._constraints.run(client, compiling)
+            return prompts, None, None
+        if len(constraint.text) > MAX_CONSTRAINT:
+            message = f"the constraint has {len(constraint.text)} characters; this server compiles {MAX_CONSTRAINT}"
+            raise ApiError(400, f"{message}: make it shorter")
+        return prompts, constraint, await self._constraints.run(client, partial(compiling, constraint))
 
     def _encode(self, body: GenerationBody) -> list[list[int]]:
         """Return the token ids of the prompts."""
         if isinstance(body, ChatRequest):
-            prompts = [self._encode_chat(body)]
+            prompts = [self._need_chats().encode(body)]
         else:
             bare = body.add_special_tokens is False
             prompts = [p if not isinstance(p, str) else self._encode_text(p, bare) for p in body.prompts]
@@ -188,24 +193,31 @@ class Service:
         """Return the token ids of a text, with the start token unless it is `bare`."""
         return self.model.tokenizer.encode(text) if bare else prompt_ids(self.model.tokenizer, text)
 
-    def _encode_chat(self, body: Conversation) -> list[int]:
-        """Return the token ids of a conversation."""
-        if self._template is None:
-            template = need_chat_template(self.model.tokenizer)
-            self._turn_ends = template.turn_ends(self.model.tokenizer)
-            self._template = template  # last: other threads check it alone
-        return self.model.tokenizer.encode(render_chat(body, self._template))
+    def _need_chats(self) -> Chats:
+        """Return what reads conversations. Raises UsageError for a model without a chat template."""
+        if self._chats is None:
+            self._chats = Chats(self.model.tokenizer, self.model.config.vocab_size)
+        return self._chats
 
     def _answer(
-        self, body: GenerationBody, client: str, prompts: list[list[int]], matcher: Matcher | None, deadline: Deadline
+        self,
+        body: GenerationBody,
+        client: str,
+        read: tuple[list[list[int]], Constraint | None, Matcher | None],
+        deadline: Deadline,
     ) -> Answer:
         """Return the answer whose jobs generate each choice of each prompt."""
-        settings = generation_settings(body, self.model.config.heads, self.settings.heads, self._special)
+        prompts, constraint, matcher = read
+        chats = self._need_chats() if isinstance(body, ChatRequest) else None
+        shown = self._special if body.skip_special_tokens is False else frozenset[int]()
+        if chats is not None and isinstance(body, ChatRequest) and body.used_tools:
+            shown |= chats.shown
+        settings = generation_settings(body, self.model.config.heads, self.settings.heads, shown, constraint)
         seed = secrets.randbits(32) if body.seed is None else body.seed
         # Clients with other keys cannot find out a client's prompts; without keys all clients share one space.
         apart = self.settings.api_key and not self.settings.share_prefixes
         salt = f"{client if apart else ''}\n{body.cache_salt or ''}"
-        ends = self._turn_ends if isinstance(body, ChatRequest) else frozenset()
+        ends = chats.turn_ends if chats is not None else frozenset[int]()
         inbox, choices = Inbox(), body.outputs
         jobs: list[Job] = []
         for prompt in prompts:
@@ -219,7 +231,7 @@ class Service:
         if isinstance(body, CompletionRequest) and body.echo:
             decode = self.model.tokenizer.decode
             whole = body.truncate_prompt_tokens is None
-            shown = [p if whole and isinstance(p, str) else decode(ids) for p, ids in zip(body.prompts, prompts)]
-            echo = [text for text in shown for _ in range(choices)]
-        form = AnswerFormat(body, self.name, seed, self.tokenizer, sum(map(len, prompts)), echo)
+            before = [p if whole and isinstance(p, str) else decode(ids) for p, ids in zip(body.prompts, prompts)]
+            echo = [text for text in before for _ in range(choices)]
+        form = AnswerFormat(body, self.name, seed, self.tokenizer, sum(map(len, prompts)), echo, chats)
         return Answer(self.worker, jobs, form, deadline)

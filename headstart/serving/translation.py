@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headstart.data.chat_template import ChatTemplate
@@ -15,17 +16,25 @@ COMPLETION_TOKENS = 16
 """Tokens of a completion without `max_tokens`, as in OpenAI's API; a chat then continues to the end of the context."""
 
 
-def render_chat(body: Conversation, template: ChatTemplate) -> str:
+WriteTools = Callable[[Sequence[dict[str, Any]], Sequence[dict[str, Any]]], list[dict[str, Any]]]
+
+
+def render_chat(body: Conversation, template: ChatTemplate, write: WriteTools | None = None) -> str:
     """Return the text of the messages of a chat.
+
+    `write` puts tools and calls into the content of messages, for templates that show no tools.
 
     Raises ApiError if the template leaves out calls of functions, and UsageError if it refuses the messages.
     """
     variables = body.chat_template_kwargs
+    tools = [tool.model_dump(exclude_unset=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
     prompt = not body.continue_final_message and body.add_generation_prompt is not False
 
     def render(calls: bool) -> str:
         messages = [message.for_template(calls) for message in body.messages]
-        return template.render(messages, prompt=prompt, variables=variables)
+        if write is not None:
+            return template.render(write(messages, tools), prompt=prompt, variables=variables)
+        return template.render(messages, tools, prompt=prompt, variables=variables)
 
     text = render(calls=True)
     calling = next((number for number, message in enumerate(body.messages) if message.tool_calls), None)
@@ -65,11 +74,15 @@ def truncate(body: GenerationBody, prompt: list[int], context: int) -> list[int]
 
 
 def generation_settings(
-    body: GenerationBody, all_heads: int, default_heads: int | None, special: frozenset[int]
+    body: GenerationBody,
+    all_heads: int,
+    default_heads: int | None,
+    shown: frozenset[int],
+    constraint: Constraint | None,
 ) -> GenerationSettings:
     """Return the settings of a request, without its number of tokens and the seeds of its choices.
 
-    `default_heads` decode if the request leaves it to the server's policy; `special` are the special tokens.
+    `default_heads` decode if the request leaves it to the server's policy; `shown` are special tokens in the text.
     """
     echoed = body.logprobs if isinstance(body, CompletionRequest) and body.echo else None
     of_prompt = [count for count in (body.prompt_logprobs, echoed) if count is not None]
@@ -89,7 +102,7 @@ def generation_settings(
             _or(body.frequency_penalty, 0.0),
             tuple((int(token), value) for token, value in (body.logit_bias or {}).items()),
         ),
-        constraint=constraint_of(body),
+        constraint=constraint,
         logprobs=0 if chosen and body.alternatives is None else body.alternatives,
         prompt_logprobs=max(of_prompt, default=None),
         stop=body.stop,
@@ -97,7 +110,7 @@ def generation_settings(
         ignore_ends=bool(body.ignore_eos),
         keep_stop=bool(body.include_stop_str_in_output),
         min_new_tokens=body.min_tokens or 0,
-        shown=special if body.skip_special_tokens is False else frozenset(),
+        shown=shown,
     )
 
 

@@ -14,7 +14,7 @@ FIELDS = (
     "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
     "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "speculative", "prompt",
     "echo", "logprobs", "best_of", "min_tokens", "prompt_logprobs", "truncate_prompt_tokens",
-    "skip_special_tokens", "suffix", "messages", "top_logprobs", "tools", "user",
+    "skip_special_tokens", "suffix", "messages", "top_logprobs", "tools", "tool_choice", "user",
 )  # fmt: skip
 INSIDE = (
     "type", "json_schema", "schema", "enabled", "heads", "policy", "acceptance", "origins", "include_usage", "role",
