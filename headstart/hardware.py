@@ -186,16 +186,16 @@ def matmul_peak(threads: int, dtype: str, device: str = "cpu", seconds: float = 
         torch.set_num_threads(before)
 
 
-def huge_pages(x: Tensor) -> Tensor:
-    """Ask Linux to keep `x`, which is not written to yet, in pages of 2 MiB, and return `x`.
+def huge_pages(x: Tensor, wanted: bool = True) -> Tensor:
+    """Ask Linux to keep `x`, which is not written to yet, in pages of 2 MiB, or to keep it in small ones; return `x`.
 
     A processor that reads gigabytes in pages of 4 KiB also waits for their addresses. Other systems do nothing.
     """
     size = 2 << 20
     begin, end = -(-x.data_ptr() // size) * size, (x.data_ptr() + x.nbytes) // size * size
     if platform.system() == "Linux" and x.device.type == "cpu" and begin < end:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)  # a hint
+        libc, advice = ctypes.CDLL(None), mmap.MADV_HUGEPAGE if wanted else mmap.MADV_NOHUGEPAGE
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice)  # a hint
     return x
 
 
@@ -205,8 +205,8 @@ def release_freed_memory() -> None:
         libc.malloc_trim(0)
 
 
-def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
-    """Return a tensor of zeros, in huge pages if the system has them.
+def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any, huge: bool = True) -> Tensor:
+    """Return a tensor of zeros, in `huge` pages if the system has them, or else from the start of a page on.
 
     On a CPU its pages take up memory only when they are written to, while torch.zeros writes all of them at once.
     """
@@ -216,9 +216,10 @@ def untouched_zeros(shape: Sequence[int], dtype: Any, device: Any) -> Tensor:
     if torch.device(device).type != "cpu":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
-    bytes_ = torch.from_numpy(np.zeros(size + ALIGNMENT, dtype=np.uint8))
-    begin = -bytes_.data_ptr() % ALIGNMENT
-    return huge_pages(bytes_[begin : begin + size].view(dtype).view(tuple(shape)))
+    alignment = ALIGNMENT if huge else mmap.PAGESIZE
+    bytes_ = torch.from_numpy(np.zeros(size + alignment, dtype=np.uint8))
+    begin = -bytes_.data_ptr() % alignment
+    return huge_pages(bytes_[begin : begin + size].view(dtype).view(tuple(shape)), huge)
 
 
 def stream_bandwidth(threads: int, *, device: str = "cpu", mebibytes: int = 512, repetitions: int = 5) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headstart.decoding.drafters.tree import RowPaths
 from headstart.decoding.kernels import cpu
+from headstart.decoding.sliding import SlidingPages
 from headstart.hardware import untouched_zeros
 from headstart.model.config import ModelConfig
 from headstart.model.layers import Attend
@@ -42,13 +43,16 @@ class KVCache:
         compiled: bool = False,
     ) -> None:
         """Allocate the buffers; `compiled` ones are laid out for `cpu.attend`, keys in blocks of 16 positions."""
-        self.capacity = -(-capacity // 16) * 16 if compiled else capacity
+        self.sliding = None if compiled else SlidingPages.of(config, dtype, torch.device(device))
+        block = 16 if compiled else self.sliding.block if self.sliding else 1
+        self.capacity = -(-capacity // block) * block
         E = config.dim_per_head
         first = (config.cached_blocks, slots, config.key_value_heads)
         # Zeros, not empty: a masked NaN still poisons a row of attention. Slots that nobody uses take up no memory.
-        self.values = untouched_zeros((*first, self.capacity, E), dtype, device)
+        huge = self.sliding is None
+        self.values = untouched_zeros((*first, self.capacity, E), dtype, device, huge)
         blocks = (*first, self.capacity // 16, E, 16) if compiled else (*first, self.capacity, E)
-        self.keys = untouched_zeros(blocks, dtype, device)
+        self.keys = untouched_zeros(blocks, dtype, device, huge)
         self.compiled = compiled
         self._slot_bytes = self.values[0, 0].nbytes
         # (n-2, slots, D): latents of sequential heads 2..n-1 at the last position that is right.
@@ -64,10 +68,28 @@ class KVCache:
         offset = (layer * self.values.shape[1] + slot) * self._slot_bytes
         return self.keys.data_ptr() + offset, self.values.data_ptr() + offset
 
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Copy the first `count` positions of a slot into another one."""
-        for buffer, rows in self._leading(count):
-            buffer[:, target, :, :rows] = buffer[:, source, :, :rows]
+    def copy(self, source: int, target: int, count: int) -> int:
+        """Copy the first `count` positions of a slot into another one.
+
+        Returns how many of them the sliding layers leave out, for no later position sees them.
+        """
+        if self.sliding is None:
+            for buffer, rows in self._leading(count):
+                buffer[:, target, :, :rows] = buffer[:, source, :, :rows]
+            return 0
+        first = max(0, count - self.sliding.sees) // self.sliding.block * self.sliding.block
+        for buffer in (self.keys, self.values):
+            for layer in range(len(buffer)):
+                rows = slice(first if layer in self.sliding.layers else 0, count)
+                buffer[layer, target, :, rows] = buffer[layer, source, :, rows]
+        self.release(target, 0, first)
+        return first
+
+    def release(self, slot: int, start: int, end: int) -> None:
+        """Free the memory of whole blocks of positions start .. end - 1 in sliding layers, and set them to zero."""
+        if self.sliding is not None:
+            for buffer in (self.keys, self.values):
+                self.sliding.release(buffer, slot, *self.sliding.whole(start, end))
 
     def swap(self, a: int, b: int, count_a: int, count_b: int) -> None:
         """Exchange the first `count_a` positions of slot a with the first `count_b` of slot b."""
@@ -82,9 +104,16 @@ class KVCache:
         The compiled kernels mask keys whatever they hold: there keys stay as they are.
         """
         self.carried[:, slot] = 0
-        self.values[:, slot, :, start:end] = 0
-        if not self.compiled:
-            self.keys[:, slot, :, start:end] = 0
+        for buffer in (self.values,) if self.compiled else (self.values, self.keys):
+            if self.sliding is None:
+                buffer[:, slot, :, start:end] = 0
+                continue
+            first, last = self.sliding.whole(start, end)
+            self.sliding.release(buffer, slot, first, last)
+            for layer in range(len(buffer)):
+                whole = layer in self.sliding.full
+                for rows in (slice(start, end),) if whole else (slice(start, first), slice(last, end)):
+                    buffer[layer, slot, :, rows] = 0
 
     def _leading(self, count: int) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
         """Return each buffer with the number of its rows that hold the first `count` positions."""

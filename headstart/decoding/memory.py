@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from headstart.decoding.cache import cache_dtype
 from headstart.decoding.kernels.blocks import BlockWeight
+from headstart.decoding.sliding import SlidingPages
 from headstart.errors import UsageError
 from headstart.hardware import free_memory
 from headstart.model.config import ModelConfig
@@ -29,7 +30,7 @@ class DecodingMemory:
     """Bytes of an engine without the weights."""
 
     caches: int
-    """Keys and values; exact."""
+    """Keys and values, at most: sliding layers hold their window only (`SlidingPages`)."""
     state: int
     """Windows, settings and rotary tables. Requests add to it per slot and token of the vocabulary: 9 bytes with
     penalties, 4 for each draft of a window with rules that weigh drafts, 1 for each row of a window with constraints
@@ -69,8 +70,11 @@ def decoding_memory(
     row = (4 * config.dim + qkv + config.attention_dim + 3 * config.hidden) * size
     mask = 5 * capacity  # the positions that a row sees, as bools and as numbers to add
     rows = max(slots * width, chunk)
+    positions, sliding = capacity * config.cached_blocks, SlidingPages.of(config, cache_dtype(dtype, device), device)
+    if sliding is not None:
+        positions -= len(sliding.layers) * (capacity - sliding.most(capacity, chunk, width))
     return DecodingMemory(
-        caches=slots * capacity * kv_bytes_per_token(config, cache_dtype(dtype, device)),
+        caches=slots * positions * kv_bytes_per_token(config, cache_dtype(dtype, device)) // config.cached_blocks,
         state=kept,
         workspace=logits + rows * (row + mask),
     )

@@ -91,7 +91,9 @@ class Scheduler:
         """The requests that wait; its order says who is next. An owner of an engine may put in a queue of its own."""
         self.chunk = CHUNK if budget is None else min(CHUNK, budget)
         count = len(state.length_S)
-        self.slots = Slots(count, model.config, self.chunk if fixed_chunks else None, not fixed_chunks, reuse)
+        sliding = state.cache.sliding
+        sees = sliding.sees if sliding else 0
+        self.slots = Slots(count, model.config, self.chunk if fixed_chunks else None, not fixed_chunks, reuse, sees)
         self.filling: dict[int, Generation] = {}
         """Requests whose prompts are read, by slot, in the order of their turns."""
         self.live: list[Generation | None] = [None] * count
@@ -164,6 +166,7 @@ class Scheduler:
         piece = PromptPiece(slot, tokens_T, start, generation.heads, root_1, first)
         prefill(self.model, self.state, piece, self._scoring(generation, start))
         self.slots.filled(slot, prompt[start : start + size], generation.heads)
+        self._forget(slot)
 
     def _scoring(self, generation: Generation, start: int) -> Callable[[Tensor], None] | None:
         """Return the function that scores a chunk of a prompt from position `start` on; None if nothing asks for it."""
@@ -189,6 +192,13 @@ class Scheduler:
         """Record the tokens that a pass over `heads` heads committed in `slot`."""
         self.lengths[slot] += len(committed)
         self.slots.wrote(slot, committed, heads)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        """Free what no later position of a slot sees, nor a prompt that continues it."""
+        if (sliding := self.state.cache.sliding) is not None:
+            for start, end in self.slots.held[slot].forget(sliding.sees, sliding.block, self.chunk):
+                self.state.cache.release(slot, start, end)
 
     def leave(self, slot: int) -> None:
         """Free `slot`, whose request has ended; what its caches hold stays until it is overwritten."""
@@ -213,9 +223,10 @@ class Scheduler:
         donor, count = self.slots.donor(slot, request.prompt, generation.heads, request.cache_salt)
         if request.prompt_logprobs is not None:
             donor, count = slot, 0  # scores need the latents of every position
-        if donor != slot:
-            cache.copy(donor, slot, count)
+        left_out = cache.copy(donor, slot, count) if donor != slot else 0
         self.slots.take(slot, donor, count, request.cache_salt)
+        if left_out:
+            self.slots.held[slot].lost = [(0, left_out)]
         # Attention multiplies masked rows by 0, and 0 x NaN is NaN: an overflow must not reach the next request.
         cache.clear(slot, count, self._dirty[slot])
         cache.clear(slot, cache.capacity + self.state.parked, cache.capacity)
@@ -226,6 +237,9 @@ class Scheduler:
         """Exchange what two free slots hold."""
         self.state.cache.swap(a, b, *(len(self.slots.held[slot].tokens) for slot in (a, b)))
         self.slots.swap(a, b)
+        for slot in (a, b):
+            for start, end in self.slots.held[slot].lost:
+                self.state.cache.release(slot, start, end)
         self._dirty[a] = self._dirty[b] = max(self._dirty[a], self._dirty[b])
 
 
@@ -245,25 +259,55 @@ class Held:
     """Time when a request last left the slot, counted in requests."""
     salt: str = ""
     """The salt of the request that wrote the positions: only requests with the same salt may use them."""
+    lost: list[tuple[int, int]] = field(default_factory=list)
+    """Ranges of positions that sliding layers no longer hold, in order."""
 
-    def usable(self, prompt: Sequence[int], heads: int, chunk: int | None, ahead: int = 0) -> int:
+    def usable(self, prompt: Sequence[int], heads: int, chunk: int | None, ahead: int = 0, sees: int = 0) -> int:
         """Return how many leading positions a request with this prompt can reuse.
 
         The last token of a prompt is never reused: it is the root of the first window. With a `chunk`, positions count
         only if their chunk was computed in the shape in which the prompt would compute it: then the bits are the same.
-        Heads that read `ahead` tokens have read other tokens at the last positions.
+        Heads that read `ahead` tokens have read other tokens at the last positions. Sliding layers need the last `sees`
+        positions of what is reused.
         """
         count = max(0, min(common_prefix(self.tokens, prompt[:-1]), self.heads[heads - 1]) - ahead)
         if chunk is not None:
             count = min(count, self.prefilled)
             if not count == self.prefilled == len(prompt) - 1:
                 count -= count % chunk
+        for start, end in reversed(self.lost):
+            if start < count < end + sees:
+                count = start
         return count if count >= SHORTEST else 0
 
     def cut(self, count: int) -> Held:
         """Return a copy that holds the first `count` positions only."""
         heads = [min(reached, count) for reached in self.heads]
-        return replace(self, heads=heads, tokens=self.tokens[:count], root=-1, prefilled=min(self.prefilled, count))
+        return replace(
+            self,
+            heads=heads,
+            tokens=self.tokens[:count],
+            root=-1,
+            prefilled=min(self.prefilled, count),
+            lost=[(start, min(end, count)) for start, end in self.lost if start < count],
+        )
+
+    def forget(self, sees: int, block: int, chunk: int) -> list[tuple[int, int]]:
+        """Record which positions sliding layers may lose, in whole blocks, and return those that were not lost before.
+
+        They keep the last `sees` positions, for the sequence itself, and those before the last whole chunk of the
+        prompt, where a prompt that continues this one would start.
+        """
+        ends = {0: self.prefilled - self.prefilled % chunk - sees, self.prefilled: len(self.tokens) - sees}
+        before, found = dict(self.lost), []
+        for start, end in ends.items():
+            known, end = before.get(start, start), end // block * block
+            if end > known:
+                found.append((known, end))
+                before[start] = end
+        reached = before.get(0, 0)
+        self.lost = sorted((start, end) for start, end in before.items() if start == 0 or end > reached)
+        return found
 
     def add(self, tokens: Sequence[int], heads: int) -> None:
         """Append positions that were computed with what heads 1..`heads` need."""
@@ -280,11 +324,13 @@ class Slots:
 
     `chunk` is the number of positions of a prompt that are computed at once, where bits depend on that, else None.
     `compact`: the cost of a pass grows with the range of slots that it covers, so slots in use should be close
-    together.
+    together. `sees`: number of positions before its end that a reused prefix needs in sliding layers.
     """
 
-    def __init__(self, count: int, config: ModelConfig, chunk: int | None, compact: bool, reuse: bool) -> None:
-        self.config, self.chunk, self.compact, self.reuse = config, chunk, compact, reuse
+    def __init__(
+        self, count: int, config: ModelConfig, chunk: int | None, compact: bool, reuse: bool, sees: int = 0
+    ) -> None:
+        self.config, self.chunk, self.compact, self.reuse, self.sees = config, chunk, compact, reuse, sees
         self.held = [Held([0] * config.heads) for _ in range(count)]
         self._freed = 0
 
@@ -347,7 +393,7 @@ class Slots:
         self.held[slot].used = self._freed
 
     def _usable(self, held: Held, prompt: Sequence[int], heads: int, salt: str) -> int:
-        return held.usable(prompt, heads, self.chunk, self.config.ahead) if held.salt == salt else 0
+        return held.usable(prompt, heads, self.chunk, self.config.ahead, self.sees) if held.salt == salt else 0
 
     def _computed(self, heads: int) -> int:
         """Return up to which head nothing is missing where heads 1..`heads` were computed.
