@@ -80,8 +80,8 @@ class KVCache:
         first = max(0, count - self.sliding.sees) // self.sliding.block * self.sliding.block
         for buffer in (self.keys, self.values):
             for layer in range(len(buffer)):
-                rows = slice(first if layer in self.sliding.layers else 0, count)
-                buffer[layer, target, :, rows] = buffer[layer, source, :, rows]
+                part = slice(first if layer in self.sliding.layers else 0, count)
+                buffer[layer, target, :, part] = buffer[layer, source, :, part]
         self.release(target, 0, first)
         return first
 
