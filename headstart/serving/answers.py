@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from headstart.data.pieces import TextOffsets, piece_bytes, piece_name
 from headstart.data.tokenizers import Tokenizer
@@ -224,24 +224,7 @@ class AnswerFormat:
         return f"token_id:{token}" if self._tokenizer is None else piece_name(self._tokenizer, token)
 
     def _usage(self, jobs: Sequence[Job]) -> dict[str, Any]:
-        """Return the cost of all choices.
-
-        A prompt counts once. Its cached tokens are those that every choice of it found in a cache, for the first
-        choice reads the prompt for the others.
-        """
-        of_jobs = [job.generation.stats if job.generation is not None else Stats() for job in jobs]
-        stats = Stats.summed([job.generation.stats for job in jobs if job.generation is not None])
-        reused = [each.prompt_tokens_reused for each in of_jobs]
-        cached = sum(min(reused[i : i + self._outputs]) for i in range(0, len(jobs), self._outputs))
-        completion_tokens = 0 if self._echo_only else stats.tokens
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": self._prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": 0},
-            "speculative": _speculative(stats),
-        }
+        return usage_of(jobs, self._outputs, self._prompt_tokens, counted=not self._echo_only)
 
     def _timings(self, jobs: Sequence[Job]) -> dict[str, Any]:
         """Return the times of all choices, as llama.cpp does."""
@@ -255,6 +238,27 @@ class AnswerFormat:
             timings[f"{name}_per_second"] = round(count / took, 3) if took else 0.0
         drafted, accepted = _drafts(stats)
         return {**timings, "draft_n": drafted, "draft_n_accepted": accepted}
+
+
+def usage_of(jobs: Sequence[Job], outputs: int, prompt_tokens: int, counted: bool = True) -> dict[str, Any]:
+    """Return the cost of all outputs, with so many for each prompt; without tokens of outputs unless `counted`.
+
+    A prompt counts once. Its cached tokens are those that every output of it found in a cache, for the first output
+    reads the prompt for the others.
+    """
+    of_jobs = [job.generation.stats if job.generation is not None else Stats() for job in jobs]
+    stats = Stats.summed([job.generation.stats for job in jobs if job.generation is not None])
+    reused = [each.prompt_tokens_reused for each in of_jobs]
+    cached = sum(min(reused[i : i + outputs]) for i in range(0, len(jobs), outputs))
+    completion_tokens = stats.tokens if counted else 0
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+        "speculative": _speculative(stats),
+    }
 
 
 def _drafts(stats: Stats) -> tuple[int, int]:
@@ -286,10 +290,23 @@ def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else -9999.0
 
 
+class Format(Protocol):
+    """Format the answer to a request."""
+
+    def whole(self, jobs: Sequence[Job], pieces: dict[Job, Piece]) -> dict[str, Any]:
+        """Return the answer to a request that does not stream."""
+
+    def chunk(self, jobs: Sequence[Job], job: Job, piece: Piece) -> bytes:
+        """Return the events of a stream for a piece of one of the `jobs`."""
+
+    def end(self, jobs: Sequence[Job]) -> bytes:
+        """Return the events that end a stream."""
+
+
 class Answer:
     """Run the jobs of one request, which share an inbox, and return or stream their output."""
 
-    def __init__(self, worker: Worker, jobs: Sequence[Job], form: AnswerFormat, deadline: Deadline) -> None:
+    def __init__(self, worker: Worker, jobs: Sequence[Job], form: Format, deadline: Deadline) -> None:
         self._worker, self._jobs, self._format, self._deadline = worker, jobs, form, deadline
 
     async def whole(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ FORMS = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
     "stop": "a string, or a list of at most 16 strings",
     "content": 'a string, or a list of parts {"type": "text", "text": "..."}',
+    "input": 'a string, or a list of items {"role": "user", "content": "..."}',
     "messages": 'a list of messages {"role": "user", "content": "..."}',
     "arguments": "a string with JSON, or an object",
 }

@@ -18,6 +18,7 @@ from headstart.data.chat_template import load_chat_template
 from headstart.serving.bodies import LARGE
 from headstart.serving.errors import ERROR_RESPONSES, ApiError, JsonResponse, internal_error, stopping
 from headstart.serving.guard import CLIENT
+from headstart.serving.responses import ResponseRequest
 from headstart.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from headstart.serving.service import Service
 from headstart.serving.stream import EventStream
@@ -62,6 +63,10 @@ def _generation_routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", responses=ERROR_RESPONSES)
     async def chat(body: ChatRequest) -> Any:
         """Answer a conversation with the model's chat template."""
+
+    @router.post("/v1/responses", responses=ERROR_RESPONSES)
+    async def responses(body: ResponseRequest) -> Any:
+        """Answer a conversation, as items; no response is kept."""
 
     @router.post("/tokenize", responses=ERROR_RESPONSES)
     async def tokenize(body: TokenizeRequest) -> Any:

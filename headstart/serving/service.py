@@ -14,12 +14,13 @@ from headstart.data.pieces import piece_name
 from headstart.data.tokenizers import prompt_ids
 from headstart.decoding.constraints import Constraint, Matcher, compiled
 from headstart.errors import UsageError
-from headstart.serving.answers import Answer, AnswerFormat
+from headstart.serving.answers import Answer, AnswerFormat, Format
 from headstart.serving.bodies import LARGE, MAX_VALUES, Body, read_body
 from headstart.serving.chats import Chats
 from headstart.serving.errors import ApiError
 from headstart.serving.jobs import Inbox, Job
 from headstart.serving.preparation import Preparation
+from headstart.serving.responses import ResponseFormat, ResponseRequest
 from headstart.serving.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -112,24 +113,27 @@ class Service:
             raise ApiError(400, f"tokens: {beyond} is none of this model's {size} tokens; leave it out", param="tokens")
         return {"prompt": self.model.tokenizer.decode(body.tokens)}
 
-    async def whole(self, body: GenerationBody, client: str, deadline: Deadline) -> dict[str, Any]:
+    async def whole(self, body: GenerationBody | ResponseRequest, client: str, deadline: Deadline) -> dict[str, Any]:
         """Return the answer to a request. Raises ApiError."""
         answer = await self._prepare(body, client, deadline)
         return await answer.whole()
 
-    async def events(self, body: GenerationBody, client: str, deadline: Deadline) -> AsyncGenerator[bytes, None]:
+    async def events(
+        self, body: GenerationBody | ResponseRequest, client: str, deadline: Deadline
+    ) -> AsyncGenerator[bytes, None]:
         """Yield the answer to a request as it is generated. Raises ApiError."""
         answer = await self._prepare(body, client, deadline)
         async with aclosing(answer.events()) as events:
             async for each in events:
                 yield each
 
-    async def _prepare(self, body: GenerationBody, client: str, deadline: Deadline) -> Answer:
+    async def _prepare(self, request: GenerationBody | ResponseRequest, client: str, deadline: Deadline) -> Answer:
         """Prepare the answer to a request.
 
         Raises ApiError for what the model or the server's limits do not allow, before anything is made whose size grows
         with the number of outputs.
         """
+        body = request.chat if isinstance(request, ResponseRequest) else request
         self._check_model(body.model)
         n, bound = body.outputs, self.worker.bound
         outputs = n * (len(body.prompts) if isinstance(body, CompletionRequest) else 1)
@@ -138,7 +142,7 @@ class Service:
             raise ApiError(400, message, param="n" if n > 1 else "prompt")
 
         async def prepare() -> Answer:
-            return self._answer(body, client, await self._read_prompts(body, client), deadline)
+            return self._answer(request, body, client, await self._read_prompts(body, client), deadline)
 
         return await self._count(prepare(), deadline)
 
@@ -201,6 +205,7 @@ class Service:
 
     def _answer(
         self,
+        asked: GenerationBody | ResponseRequest,
         body: GenerationBody,
         client: str,
         read: tuple[list[list[int]], Constraint | None, Matcher | None],
@@ -233,5 +238,9 @@ class Service:
             whole = body.truncate_prompt_tokens is None
             before = [p if whole and isinstance(p, str) else decode(ids) for p, ids in zip(body.prompts, prompts)]
             echo = [text for text in before for _ in range(choices)]
-        form = AnswerFormat(body, self.name, seed, self.tokenizer, sum(map(len, prompts)), echo, chats)
+        form: Format
+        if isinstance(asked, ResponseRequest) and chats is not None:
+            form = ResponseFormat(asked, self.name, seed, len(prompts[0]), chats.parser(asked.chat), chats.form)
+        else:
+            form = AnswerFormat(body, self.name, seed, self.tokenizer, sum(map(len, prompts)), echo, chats)
         return Answer(self.worker, jobs, form, deadline)

@@ -13,7 +13,7 @@ from serving.conftest import HTTP, raw
 
 from headstart.serving.server import Server
 
-WRITING = ["/v1/completions", "/v1/chat/completions"]
+WRITING = ["/v1/completions", "/v1/chat/completions", "/v1/responses"]
 
 
 def test_the_document_lists_routes_and_errors(server: Server) -> None:
