@@ -216,7 +216,7 @@ class EagleHeads(PublishedHeads):
                 f"{self.directory}: d2t has {len(tokens):,} entries, and draft_vocab_size is {asked:,}; copy the heads "
                 "again"
             )
-        self.draft_tokens("d2t", tokens, vocab_size)
+        self.check_draft_tokens("d2t", tokens, vocab_size)
         return len(tokens)
 
     def _tokens(self) -> Tensor | None:

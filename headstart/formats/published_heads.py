@@ -73,8 +73,8 @@ class PublishedHeads(DetachedHeads):
                 "heads without it"
             )
 
-    def draft_tokens(self, name: str, tokens: Tensor, vocab_size: int) -> Tensor:
-        """Return the order of draft ids that sorts their token ids. Raises UsageError unless they are token ids."""
+    def check_draft_tokens(self, name: str, tokens: Tensor, vocab_size: int) -> None:
+        """Raise UsageError unless a map from draft ids leads to token ids, each once."""
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
             token = int(tokens.min()) if int(tokens.min()) < 0 else int(tokens.max())
             raise UsageError(
@@ -82,7 +82,6 @@ class PublishedHeads(DetachedHeads):
             )
         if len(tokens.unique()) != len(tokens):
             raise UsageError(f"{self.directory}: {name} leads to a token twice; {AGAIN}")
-        return tokens.argsort()
 
 
 def read_tensors(directory: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
