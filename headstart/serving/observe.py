@@ -52,6 +52,7 @@ class Observed:
             await self.app(scope, receive, named)
         finally:
             self._report(scope, headers, record, status, began)
+            record.jobs.clear()  # the context of a connection that stays open keeps the record
 
     def _report(self, scope: Scope, headers: dict[str, str], record: Record, status: int, began: float) -> None:
         method, path = scope["method"], scope["path"][:200]

@@ -172,17 +172,18 @@ class Service:
             prompts = self._encode(body)
         else:
             prompts = await self._prompts.run(client, partial(self._encode, body))
-        constraint = constraint_of(body)
-        compiling = partial(compiled, tokenizer=self.tokenizer, vocab_size=self.model.config.vocab_size)
-        if isinstance(body, ChatRequest) and body.used_tools:
-            chats = self._need_chats()
-            constraint, compiling = chats.constraint(body), partial(chats.compiled, body)
+        tools = body if isinstance(body, ChatRequest) and body.used_tools else None
+        constraint = constraint_of(body) if tools is None else self._need_chats().constraint(tools)
         if constraint is None:
             return prompts, None, None
         if len(constraint.text) > MAX_CONSTRAINT:
             message = f"the constraint has {len(constraint.text)} characters; this server compiles {MAX_CONSTRAINT}"
             raise ApiError(400, f"{message}: make it shorter")
-        return prompts, constraint, await self._constraints.run(client, partial(compiling, constraint))
+        if tools is None:
+            compiling = partial(compiled, constraint, self.tokenizer, self.model.config.vocab_size)
+        else:
+            compiling = partial(self._need_chats().compiled, tools, constraint)
+        return prompts, constraint, await self._constraints.run(client, compiling)
 
     def _encode(self, body: GenerationBody) -> list[list[int]]:
         """Return the token ids of the prompts."""
