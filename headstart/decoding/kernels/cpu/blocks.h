@@ -34,7 +34,12 @@ typedef struct {
     long groups;
 } Activations;
 
-#define AHEAD 2048  // bytes: reading so far ahead keeps the memory busy during arithmetic (docs/lab-notes/blocks-avx2.md)
+// Bytes: reading so far ahead keeps the memory busy during arithmetic (docs/lab-notes/blocks-avx2.md).
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define AHEAD 8192
+#else
+#define AHEAD 2048
+#endif
 
 // Always inlined: gcc takes a function that only prefetches for one without effect, and removes calls of it.
 static inline __attribute__((always_inline)) void fetch_record(const uint8_t *w, const Segment *s) {
